@@ -1,0 +1,113 @@
+// Every update formula, once: scalar, one element at a time, the same source for the host and for CUDA.
+//
+// T is the arithmetic type: float for float32, bfloat16 and float16 storage, double for float64 storage. Callers convert storage to T
+// before and round once after. Nothing here may be contracted into a fused multiply-add (the build says -ffp-contract=off), so the bits
+// are the same on every instruction set. Symbols follow docs/architecture.md and the papers: rho, lambd, eps, eta.
+#pragma once
+
+#include <cmath>
+
+#if defined(__CUDACC__)
+#define SAM_INLINE __host__ __device__ __forceinline__
+#else
+// always_inline, not just inline: these headers are compiled once per instruction set, and an out-of-line copy of one set could be the one
+// the linker keeps for all of them.
+#define SAM_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace sam {
+
+// 1 / grad_scale folded in: norm and gradient are those of the scaled loss, the perturbation is that of the unscaled one.
+//   s = rho * (1 - lambd + lambd / (norm / grad_scale + eps)) / grad_scale
+template <class T>
+SAM_INLINE T perturb_scale(T norm, T rho, T lambd, T eps, T inv_grad_scale) {
+  return rho * ((T(1) - lambd) + lambd / (norm * inv_grad_scale + eps)) * inv_grad_scale;
+}
+
+// T_w = |p| + eta, the normalisation operator of ASAM.
+template <class T>
+SAM_INLINE T adaptive_weight(T param, T eta) {
+  return std::fabs(param) + eta;
+}
+
+// p + s g
+template <class T>
+SAM_INLINE T perturb(T param, T grad, T scale) {
+  return param + grad * scale;
+}
+
+// p + s T_w^2 g
+template <class T>
+SAM_INLINE T perturb_adaptive(T param, T grad, T scale, T eta) {
+  const T weight = adaptive_weight(param, eta);
+  return param + weight * weight * grad * scale;
+}
+
+// One term of a squared norm. Always in double: the product of two float32 numbers is exact in it, so neither overflow nor cancellation of
+// tiny terms can happen, and a CPU pass is bound by memory either way.
+SAM_INLINE double norm_term(double grad) { return grad * grad; }
+
+SAM_INLINE double norm_term_adaptive(double param, double grad, double eta) {
+  const double scaled = adaptive_weight(param, eta) * grad;
+  return scaled * scaled;
+}
+
+// torch.nn.utils.clip_grad_norm_: min(1, max_norm / (norm + 1e-6)), on the unscaled norm.
+template <class T>
+SAM_INLINE T clip_factor(T norm, T max_norm, T inv_grad_scale) {
+  const T factor = max_norm / (norm * inv_grad_scale + T(1e-6));
+  return factor < T(1) ? factor : T(1);
+}
+
+enum class Momentum { kNone, kFirst, kPlain, kNesterov, kFirstNesterov };
+
+// torch.optim.SGD. grad_multiplier carries 1 / grad_scale, the clip factor and the sign of maximize.
+template <class T>
+struct SgdConstants {
+  T lr, momentum, one_minus_dampening, weight_decay, grad_multiplier;
+};
+
+// Returns the new parameter; buffer is read (unless this is its first step) and written.
+template <Momentum kMomentum, bool kWeightDecay, class T>
+SAM_INLINE T sgd_step(T param, T grad, T& buffer, const SgdConstants<T>& c) {
+  T update = grad * c.grad_multiplier;
+  if constexpr (kWeightDecay) update = update + c.weight_decay * param;
+  if constexpr (kMomentum == Momentum::kFirst || kMomentum == Momentum::kFirstNesterov) {
+    buffer = update;  // no dampening on the first step, as torch
+  } else if constexpr (kMomentum != Momentum::kNone) {
+    buffer = buffer * c.momentum + update * c.one_minus_dampening;
+  }
+  if constexpr (kMomentum == Momentum::kNesterov || kMomentum == Momentum::kFirstNesterov) {
+    update = update + c.momentum * buffer;
+  } else if constexpr (kMomentum != Momentum::kNone) {
+    update = buffer;
+  }
+  return param - c.lr * update;
+}
+
+enum class Decay { kNone, kL2, kDecoupled };
+
+// torch.optim.Adam (kL2) and AdamW (kDecoupled); bias corrections are those of the step being made.
+template <class T>
+struct AdamConstants {
+  T step_size;            // lr / (1 - beta1^t)
+  T inv_sqrt_correction;  // 1 / sqrt(1 - beta2^t)
+  T one_minus_beta1, beta2, one_minus_beta2, eps;
+  T weight_decay;    // kL2: added to the gradient
+  T decay_factor;    // kDecoupled: 1 - lr * weight_decay
+  T grad_multiplier;  // 1 / grad_scale, the clip factor and the sign of maximize
+};
+
+// Returns the new parameter; both moments are read and written.
+template <Decay kDecay, class T>
+SAM_INLINE T adamw_step(T param, T grad, T& exp_avg, T& exp_avg_sq, const AdamConstants<T>& c) {
+  grad = grad * c.grad_multiplier;
+  if constexpr (kDecay == Decay::kL2) grad = grad + c.weight_decay * param;
+  if constexpr (kDecay == Decay::kDecoupled) param = param * c.decay_factor;
+  exp_avg = exp_avg + c.one_minus_beta1 * (grad - exp_avg);
+  exp_avg_sq = exp_avg_sq * c.beta2 + c.one_minus_beta2 * grad * grad;
+  const T denominator = std::sqrt(exp_avg_sq) * c.inv_sqrt_correction + c.eps;
+  return param - c.step_size * (exp_avg / denominator);
+}
+
+}  // namespace sam

@@ -1,0 +1,64 @@
+// Chooses the instruction set at run time. The extension is built for the oldest processor of its architecture; only the chunk kernels are
+// compiled again for newer ones, each in a namespace of its own.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/kernels.h"
+
+#define SAM_DECLARE_KERNELS(ISA)                                                    \
+  namespace ISA {                                                                   \
+  double norm(const Row&, Span, const NormArgs&);                                   \
+  void perturb(const Row&, Span, const PerturbArgs&);                               \
+  void copy(const Row&, Span, const CopyArgs&);                                     \
+  void sgd(const Row&, Span, const SgdArgs&);                                       \
+  void adamw(const Row&, Span, const AdamArgs&, double step);                       \
+  constexpr KernelTable kTable{#ISA, norm, perturb, copy, sgd, adamw};              \
+  }
+
+namespace sam::cpu {
+
+SAM_DECLARE_KERNELS(baseline)
+#if defined(SAM_X86_KERNELS)
+SAM_DECLARE_KERNELS(avx2)
+SAM_DECLARE_KERNELS(avx512)
+#endif
+
+namespace {
+
+bool runs_here(const KernelTable& table) {
+#if defined(SAM_X86_KERNELS)
+  __builtin_cpu_init();
+  if (&table == &avx2::kTable) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  if (&table == &avx512::kTable) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("f16c");
+  }
+#endif
+  return &table == &baseline::kTable;
+}
+
+const KernelTable* const kBestFirst[] = {
+#if defined(SAM_X86_KERNELS)
+    &avx512::kTable, &avx2::kTable,
+#endif
+    &baseline::kTable};
+
+const KernelTable& choose() {
+  const char* wanted = std::getenv("SAM_KERNELS_ISA");
+  const bool any = wanted == nullptr || *wanted == '\0';
+  for (const KernelTable* table : kBestFirst) {
+    if ((any || std::string(wanted) == table->name) && runs_here(*table)) return *table;
+  }
+  throw std::runtime_error("SAM_KERNELS_ISA=" + std::string(wanted) +
+                           ": unknown, or this processor cannot run it; the names are baseline, avx2 and avx512");
+}
+
+}  // namespace
+
+const KernelTable& kernel_table() {
+  static const KernelTable& table = choose();
+  return table;
+}
+
+}  // namespace sam::cpu

@@ -1,0 +1,34 @@
+// The CPU backend's operations over lists of tensors. They own the threads and the cutting of the work; the kernels own the arithmetic.
+// Tensors of one row are dense, of one size and in one memory order. A role that takes no part is a null list.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace sam::cpu {
+
+struct TensorList {
+  std::vector<Operand> operands;  // (n,)
+  std::vector<int64_t> numels;    // (n,)
+};
+
+struct Lists {
+  const TensorList* params = nullptr;
+  const TensorList* grads = nullptr;
+  const TensorList* old_params = nullptr;
+  const TensorList* states[2] = {nullptr, nullptr};
+
+  // Throws std::invalid_argument unless every list that takes part has the same sizes. Called before any memory is touched.
+  void check() const;
+};
+
+// Norms of consecutive groups of rows, group_sizes (m,) rows each, in one pass.
+std::vector<double> grad_norms(const Lists& lists, const std::vector<int64_t>& group_sizes, const NormArgs& args, int threads);
+void perturb(const Lists& lists, PerturbArgs args, int threads);
+void copy(const Lists& lists, CopyArgs args, int threads);
+void sgd(const Lists& lists, SgdArgs args, int threads);
+void adamw(const Lists& lists, AdamArgs args, const std::vector<double>& steps, int threads);  // steps: (n,), 1 on the first
+
+}  // namespace sam::cpu

@@ -1,0 +1,67 @@
+// What one instruction set offers: a function a kernel that does one chunk of one row. The engine cuts the work and owns the threads.
+// This header is seen by every instruction set's translation unit: plain structs and declarations only.
+#pragma once
+
+#include <cstdint>
+
+namespace sam::cpu {
+
+enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+struct Operand {
+  void* data = nullptr;  // null: this operand takes no part
+  DType dtype = DType::kFloat32;
+};
+
+// The tensors of one parameter, all dense, of one size and in one memory order.
+struct Row {
+  Operand param, grad, old_param;
+  Operand state[2];  // momentum buffer | exp_avg, exp_avg_sq
+};
+
+struct Span {
+  int64_t begin, end;  // elements
+};
+
+struct NormArgs {
+  bool adaptive;
+  double eta;
+};
+
+struct PerturbArgs {
+  double norm, rho, lambd, eps, eta, inv_grad_scale;
+  bool adaptive;
+  bool from_old;   // read old_param, write param; otherwise read param, write both
+  bool streaming;  // write-only outputs bypass the caches
+};
+
+struct CopyArgs {
+  bool save;  // old_param <- param; otherwise param <- old_param
+  bool streaming;
+};
+
+struct SgdArgs {
+  double lr, momentum, dampening, weight_decay;
+  double grad_multiplier;
+  bool nesterov, first_step, streaming;
+};
+
+struct AdamArgs {
+  double lr, beta1, beta2, eps, weight_decay;
+  double grad_multiplier;
+  bool decoupled, streaming;
+};
+
+struct KernelTable {
+  const char* name;
+  double (*norm)(const Row&, Span, const NormArgs&);  // sum of squares
+  void (*perturb)(const Row&, Span, const PerturbArgs&);
+  void (*copy)(const Row&, Span, const CopyArgs&);
+  void (*sgd)(const Row&, Span, const SgdArgs&);
+  void (*adamw)(const Row&, Span, const AdamArgs&, double step);  // step: 1 on the first
+};
+
+// The best table this processor can run, or the one named by SAM_KERNELS_ISA. Throws std::runtime_error when that one cannot run here.
+const KernelTable& kernel_table();
+
+}  // namespace sam::cpu
