@@ -1,0 +1,83 @@
+"""Which backend runs an operation. Nothing falls back silently: a forced backend that is missing raises with the reason."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType, TracebackType
+
+__all__ = ["BACKENDS", "available", "reason_missing", "select", "use_backend"]
+
+BACKENDS = ("native", "triton", "foreach")
+
+_forced: str | None = None
+
+
+def _load(name: str) -> ModuleType | str:
+    """The backend's module, or the reason it cannot be had."""
+    if name == "triton":
+        return "not part of this version"
+    try:
+        return importlib.import_module(f"sam_kernels.backends.{name}")
+    except ImportError as error:
+        return str(error)
+
+
+_loaded: dict[str, ModuleType | str] = {}
+
+
+def _backend(name: str) -> ModuleType | str:
+    if name not in _loaded:
+        _loaded[name] = _load(name)
+    return _loaded[name]
+
+
+def reason_missing(name: str, device_type: str = "cpu") -> str | None:
+    """None where backend ``name`` runs on ``device_type``, otherwise why it does not."""
+    backend = _backend(name)
+    if isinstance(backend, str):
+        return backend
+    supported: frozenset[str] | None = backend.DEVICE_TYPES  # None: every device torch knows
+    if supported is not None and device_type not in supported:
+        return f"no kernels for {device_type!r} tensors, only for {sorted(supported)}"
+    return None
+
+
+def available(device_type: str = "cpu") -> list[str]:
+    """Names of the backends that run on ``device_type``, the preferred one first."""
+    return [name for name in BACKENDS if reason_missing(name, device_type) is None]
+
+
+def select(device_type: str) -> ModuleType:
+    """The backend for tensors on ``device_type``. Raises RuntimeError if a forced one cannot take them."""
+    name = _forced or available(device_type)[0]
+    reason = reason_missing(name, device_type)
+    backend = _backend(name)
+    if reason is not None or isinstance(backend, str):
+        raise RuntimeError(f"backend {name!r} was asked for and cannot be used: {reason}")
+    return backend
+
+
+class use_backend:  # noqa: N801 - used like a function, as torch.no_grad is
+    """Forces a backend: ``use_backend("foreach")`` from here on, ``with use_backend("foreach"):`` for a while, ``use_backend(None)`` to
+    choose automatically again.
+
+    Raises ValueError for an unknown name and RuntimeError, with the reason, for a backend this machine lacks.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _forced
+        if name is not None:
+            if name not in BACKENDS:
+                raise ValueError(f"use_backend: unknown backend {name!r}; the names are {', '.join(BACKENDS)}")
+            backend = _backend(name)
+            if isinstance(backend, str):
+                raise RuntimeError(f"use_backend: backend {name!r} cannot be used: {backend}")
+        self._previous = _forced
+        _forced = name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        global _forced
+        _forced = self._previous

@@ -1,0 +1,97 @@
+"""Argument checks of the public operations: every message names the operation, the list, the index, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["SUPPORTED_DTYPES", "check_flag", "check_lists", "check_number", "check_scalar_tensor", "check_tensor", "describe"]
+
+SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def describe(value: object) -> str:
+    """A short name for a value in an error message."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+    return f"{value!r} ({type(value).__name__})" if isinstance(value, bool | int | float | str) else type(value).__name__
+
+
+def check_tensor(op: str, name: str, tensor: object) -> Tensor:
+    """``tensor`` is strided and of a supported dtype. Raises TypeError otherwise."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {describe(tensor)}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} is a {tensor.layout} tensor; only dense (strided) tensors are supported")
+    if tensor.dtype not in SUPPORTED_DTYPES:
+        supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED_DTYPES)
+        raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; supported are {supported}")
+    return tensor
+
+
+def check_lists(op: str, lists: Mapping[str, Sequence[Tensor] | None], *, written: Sequence[str] = ()) -> None:
+    """All lists that are not None agree with the first, row by row: shapes and devices. ``written`` lists hold no tensor twice.
+
+    Raises TypeError for a wrong type, layout or dtype, ValueError for lists that do not fit each other.
+    """
+    given = {name: tensors for name, tensors in lists.items() if tensors is not None}
+    for name, tensors in given.items():
+        if not isinstance(tensors, list | tuple):
+            raise TypeError(f"{op}: {name} must be a list or tuple of tensors, got {describe(tensors)}")
+    reference_name, reference = next(iter(given.items()))
+    for name, tensors in given.items():
+        if len(tensors) != len(reference):
+            raise ValueError(f"{op}: {name} has {len(tensors)} tensors, {reference_name} has {len(reference)}")
+        for i, tensor in enumerate(tensors):
+            check_tensor(op, f"{name}[{i}]", tensor)
+            if tensor.shape != reference[i].shape:
+                raise ValueError(f"{op}: {name}[{i}] has shape {tuple(tensor.shape)}, {reference_name}[{i}] has {tuple(reference[i].shape)}")
+            if tensor.device != reference[i].device:
+                raise ValueError(f"{op}: {name}[{i}] is on {tensor.device}, {reference_name}[{i}] is on {reference[i].device}")
+    for name in written:
+        if name in given:
+            check_distinct(op, name, given[name])
+
+
+def check_distinct(op: str, name: str, tensors: Sequence[Tensor]) -> None:
+    """No two tensors start at the same memory: both would be written at once. Raises ValueError."""
+    seen: dict[int, int] = {}
+    for i, tensor in enumerate(tensors):
+        if tensor.numel() == 0:
+            continue
+        first = seen.setdefault(tensor.data_ptr(), i)
+        if first != i:
+            raise ValueError(f"{op}: {name}[{first}] and {name}[{i}] are the same memory and would be written twice; pass it once")
+
+
+def check_scalar_tensor(op: str, name: str, tensor: object) -> Tensor:
+    """``tensor`` holds one floating-point number. Raises TypeError or ValueError otherwise."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a 0-dim tensor, got {describe(tensor)}")
+    if tensor.numel() != 1 or not tensor.is_floating_point():
+        raise ValueError(f"{op}: {name} must hold one floating-point number, got {describe(tensor)}")
+    return tensor
+
+
+def check_number(op: str, name: str, value: Any, *, low: float | None = None, high: float | None = None, open_high: bool = False) -> float:
+    """``value`` is a finite real number in [low, high] ([low, high) with ``open_high``). Raises TypeError or ValueError otherwise."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()  # a learning rate given as a tensor, which torch allows
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{op}: {name} must be a number, got {describe(value)}")
+    above = high is not None and (value >= high if open_high else value > high)
+    if not math.isfinite(value) or (low is not None and value < low) or above:
+        bounds = f"[{'-inf' if low is None else low}, {'inf' if high is None else high}{')' if open_high or high is None else ']'}"
+        raise ValueError(f"{op}: {name} must be a finite number in {bounds}, got {value!r}")
+    return float(value)
+
+
+def check_flag(op: str, name: str, value: object) -> bool:
+    """``value`` is True or False. Raises TypeError otherwise."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True or False, got {describe(value)}")
+    return value

@@ -1,0 +1,232 @@
+"""``torch._foreach_*`` on any device, with no compiler: the fallback. Correct first; it makes temporaries and several passes.
+
+Arithmetic in float32 (float64 for a row that has a float64 tensor), one rounding to storage, as every backend. Nothing here waits for a device:
+a step is skipped by selecting, not by branching.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["DEVICE_TYPES", "adamw_step_", "describe", "grad_norms", "perturb_", "restore_", "sgd_step_"]
+
+DEVICE_TYPES = None  # every device torch knows
+
+
+def describe() -> str:
+    """One line for ``python -m sam_kernels info``."""
+    return f"torch {torch.__version__}, any device"
+
+
+def _arithmetic_dtypes(*lists: Sequence[Tensor] | None) -> list[torch.dtype]:
+    """The arithmetic type of each row."""
+    rows = zip(*(tensors for tensors in lists if tensors is not None), strict=True)
+    return [torch.float64 if any(t.dtype is torch.float64 for t in row) else torch.float32 for row in rows]
+
+
+def _widen(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """New tensors in the arithmetic type, never the caller's own memory."""
+    return [tensor.to(dtype, copy=True) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+
+
+def _write(destinations: Sequence[Tensor], results: Sequence[Tensor], skip: Tensor | None) -> None:
+    """Rounds the results once into their destinations, except where the step is skipped."""
+    for destination, result in zip(destinations, results, strict=True):
+        rounded = result.to(destination.dtype)
+        destination.copy_(rounded if skip is None else torch.where(skip, destination, rounded))
+
+
+def _skip(norm: Tensor | None, found_inf: Tensor | None) -> Tensor | None:
+    """() bool, or None where nothing can ask for a skip."""
+    flags = []
+    if norm is not None:
+        flags.append(~torch.isfinite(norm.reshape(())))
+    if found_inf is not None:
+        flags.append(found_inf.reshape(()) != 0)
+    return None if not flags else flags[0] if len(flags) == 1 else flags[0] | flags[1]
+
+
+def grad_norms(
+    grads: Sequence[Tensor], params: Sequence[Tensor] | None, group_sizes: Sequence[int], *, adaptive: bool, eta: float
+) -> Tensor:  # (len(group_sizes),) float64
+    """Norms of consecutive groups of rows, summed in float64."""
+    tensors: Sequence[Tensor] = [g.to(torch.float64) for g in grads]
+    if adaptive and params is not None:
+        weights = torch._foreach_abs([p.to(torch.float64) for p in params])
+        torch._foreach_add_(weights, eta)
+        tensors = torch._foreach_mul(weights, tensors)
+    norms = torch._foreach_norm(tensors) if len(tensors) else []
+    result, start = [], 0
+    for size in group_sizes:
+        group = [norm.to(norms[start].device) for norm in norms[start : start + size]]
+        device = grads[0].device if len(grads) else None
+        result.append(torch.linalg.vector_norm(torch.stack(group)) if group else torch.zeros((), dtype=torch.float64, device=device))
+        start += size
+    return torch.stack(result)
+
+
+def perturb_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    old_params: Sequence[Tensor],
+    norm: Tensor,  # ()
+    *,
+    rho: float,
+    lambd: float,
+    adaptive: bool,
+    eta: float,
+    eps: float,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    from_old: bool,
+) -> None:
+    """See :func:`sam_kernels.functional.perturb_`."""
+    if from_old:
+        restore_(params, old_params)
+    else:
+        torch._foreach_copy_(list(old_params), list(params))
+    dtypes = _arithmetic_dtypes(params, grads, old_params)
+    inverse = 1.0 if grad_scale is None else 1.0 / grad_scale.reshape(()).to(norm.dtype)
+    scale = rho * ((1.0 - lambd) + lambd / (norm.reshape(()) * inverse + eps)) * inverse
+    sources = _widen(params, dtypes)
+    steps = _widen(grads, dtypes)
+    if adaptive:
+        weights = torch._foreach_abs(sources)
+        torch._foreach_add_(weights, eta)
+        torch._foreach_mul_(weights, weights)
+        torch._foreach_mul_(steps, weights)
+    for step, dtype in zip(steps, dtypes, strict=True):
+        step.mul_(scale.to(dtype))
+    torch._foreach_add_(sources, steps)
+    _write(params, sources, _skip(norm, found_inf))
+
+
+def restore_(params: Sequence[Tensor], old_params: Sequence[Tensor]) -> None:
+    """See :func:`sam_kernels.functional.restore_`."""
+    torch._foreach_copy_(list(params), list(old_params))
+
+
+def _grad_updates(
+    grads: Sequence[Tensor],
+    dtypes: Sequence[torch.dtype],
+    *,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    norm: Tensor | None,
+    max_norm: float | None,
+) -> list[Tensor]:
+    """Gradients in the arithmetic type, unscaled, clipped and signed."""
+    updates = _widen(grads, dtypes)
+    inverse = None if grad_scale is None else 1.0 / grad_scale.reshape(())
+    clip = None
+    if norm is not None and max_norm is not None:
+        unscaled = norm.reshape(()) if inverse is None else norm.reshape(()) * inverse.to(norm.dtype)
+        clip = torch.clamp(max_norm / (unscaled + 1e-6), max=1.0)
+    for update in updates:
+        for factor in (inverse, clip):
+            if factor is not None:
+                update.mul_(factor.to(update.dtype))
+    return list(torch._foreach_neg(updates)) if maximize else updates
+
+
+def sgd_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor] | None,
+    *,
+    old_params: Sequence[Tensor] | None,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    first_step: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    norm: Tensor | None,
+    max_norm: float | None,
+) -> bool:
+    """See :func:`sam_kernels.functional.sgd_step_`."""
+    if old_params is not None:
+        restore_(params, old_params)
+    dtypes = _arithmetic_dtypes(params, grads, old_params, momentum_buffers)
+    updates = _grad_updates(grads, dtypes, maximize=maximize, grad_scale=grad_scale, norm=norm, max_norm=max_norm)
+    results = _widen(params, dtypes)
+    skip = _skip(norm, found_inf)
+    if weight_decay != 0:
+        torch._foreach_add_(updates, results, alpha=weight_decay)
+    if momentum_buffers is not None:
+        if first_step:
+            buffers = [update.clone() for update in updates]
+        else:
+            buffers = _widen(momentum_buffers, dtypes)
+            torch._foreach_mul_(buffers, momentum)
+            torch._foreach_add_(buffers, updates, alpha=1.0 - dampening)
+        if nesterov:
+            torch._foreach_add_(updates, buffers, alpha=momentum)
+        else:
+            updates = buffers
+        _write(momentum_buffers, buffers, skip)
+    torch._foreach_add_(results, updates, alpha=-lr)
+    _write(params, results, skip)
+    return not _is_known_skip(skip)
+
+
+def _is_known_skip(skip: Tensor | None) -> bool:
+    """Whether the step was skipped, where that is known without waiting for a device."""
+    return skip is not None and skip.device.type == "cpu" and bool(skip)
+
+
+def adamw_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    state_steps: Sequence[Tensor],
+    *,
+    old_params: Sequence[Tensor] | None,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    norm: Tensor | None,
+    max_norm: float | None,
+) -> bool:
+    """See :func:`sam_kernels.functional.adamw_step_`."""
+    if old_params is not None:
+        restore_(params, old_params)
+    dtypes = _arithmetic_dtypes(params, grads, old_params, exp_avgs, exp_avg_sqs)
+    updates = _grad_updates(grads, dtypes, maximize=maximize, grad_scale=grad_scale, norm=norm, max_norm=max_norm)
+    results = _widen(params, dtypes)
+    skip = _skip(norm, found_inf)
+    if weight_decay != 0:
+        if decoupled:
+            torch._foreach_mul_(results, 1.0 - lr * weight_decay)
+        else:
+            torch._foreach_add_(updates, results, alpha=weight_decay)
+    beta1, beta2 = betas
+    steps = [step + 1 if skip is None else torch.where(skip.to(step.device), step, step + 1) for step in state_steps]
+    torch._foreach_copy_(list(state_steps), steps)
+    new_exp_avgs = _widen(exp_avgs, dtypes)
+    torch._foreach_lerp_(new_exp_avgs, updates, 1.0 - beta1)
+    new_exp_avg_sqs = _widen(exp_avg_sqs, dtypes)
+    torch._foreach_mul_(new_exp_avg_sqs, beta2)
+    torch._foreach_addcmul_(new_exp_avg_sqs, updates, updates, 1.0 - beta2)
+    denominators = torch._foreach_sqrt(new_exp_avg_sqs)
+    for result, exp_avg, denominator, step in zip(results, new_exp_avgs, denominators, steps, strict=True):
+        t = step.to(torch.float64)
+        step_size = (lr / (1.0 - beta1**t)).to(device=result.device, dtype=result.dtype)
+        correction = (1.0 - beta2**t).sqrt().to(device=result.device, dtype=result.dtype)
+        result.sub_(step_size * (exp_avg / (denominator / correction + eps)))
+    _write(exp_avgs, new_exp_avgs, skip)
+    _write(exp_avg_sqs, new_exp_avg_sqs, skip)
+    _write(params, results, skip)
+    return not _is_known_skip(skip)

@@ -1,0 +1,16 @@
+"""C++ kernels for CPU tensors. Raises ImportError with the reason when the compiled module is missing.
+
+Every function takes lists that :mod:`sam_kernels._grouping` made: checked, dense, on the CPU. Bytes are those of docs/architecture.md.
+"""
+
+from sam_kernels.backends.native.cpu import (
+    DEVICE_TYPES,
+    adamw_step_,
+    describe,
+    grad_norms,
+    perturb_,
+    restore_,
+    sgd_step_,
+)
+
+__all__ = ["DEVICE_TYPES", "adamw_step_", "describe", "grad_norms", "perturb_", "restore_", "sgd_step_"]

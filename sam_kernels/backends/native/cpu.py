@@ -1,0 +1,201 @@
+"""The CPU kernels of ``csrc/cpu``. Formulas: ``csrc/common/formulas.h``; specification: ``sam_kernels.reference``.
+
+Arithmetic in float32 (float64 for a row that has a float64 tensor), one rounding to storage; norms are summed in float64 in an order that does
+not depend on the number of threads. Threads are torch's (``torch.set_num_threads``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sam_kernels._tensor_list import TensorList
+
+try:
+    from sam_kernels import _cpu
+except ImportError as error:
+    raise ImportError(f"the compiled module sam_kernels._cpu cannot be imported ({error}); reinstall with a C++ compiler") from error
+
+__all__ = ["DEVICE_TYPES", "adamw_step_", "describe", "grad_norms", "perturb_", "restore_", "sgd_step_"]
+
+DEVICE_TYPES = frozenset({"cpu"})
+
+_cpu.register_dtypes((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+
+
+def describe() -> str:
+    """One line for ``python -m sam_kernels info``."""
+    return f"C++ on {_cpu.instruction_set()}, {torch.get_num_threads()} threads"
+
+
+def _native(tensors: Sequence[Tensor] | None) -> Any:
+    """The C++ side's description of a list, kept with the list where it can be."""
+    if tensors is None:
+        return None
+    if not isinstance(tensors, TensorList):
+        return _cpu.TensorList(list(tensors))
+    if tensors.native is None:
+        tensors.native = _cpu.TensorList(tensors)
+    return tensors.native
+
+
+def _inverse(grad_scale: Tensor | None) -> float:
+    return 1.0 if grad_scale is None else 1.0 / grad_scale.item()
+
+
+def _skips(norm: Tensor | None, found_inf: Tensor | None) -> bool:
+    return (found_inf is not None and found_inf.item() != 0.0) or (norm is not None and not math.isfinite(norm.item()))
+
+
+def grad_norms(
+    grads: Sequence[Tensor], params: Sequence[Tensor] | None, group_sizes: Sequence[int], *, adaptive: bool, eta: float
+) -> Tensor:  # (len(group_sizes),) float64
+    """Norms of consecutive groups of rows. Reads g (and p when adaptive)."""
+    norms = _cpu.grad_norms(
+        grads=_native(grads),
+        params=_native(params) if adaptive else None,
+        group_sizes=list(group_sizes),
+        adaptive=adaptive,
+        eta=eta,
+        threads=torch.get_num_threads(),
+    )
+    return torch.tensor(norms, dtype=torch.float64)
+
+
+def perturb_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    old_params: Sequence[Tensor],
+    norm: Tensor,  # ()
+    *,
+    rho: float,
+    lambd: float,
+    adaptive: bool,
+    eta: float,
+    eps: float,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    from_old: bool,
+) -> None:
+    """Reads p, g; writes old_p, p. ``from_old``: reads old_p, g; writes p. A skipped one only saves (``from_old``: restores)."""
+    threads = torch.get_num_threads()
+    if _skips(norm, found_inf):
+        _cpu.copy(params=_native(params), old_params=_native(old_params), save=not from_old, threads=threads)
+        return
+    _cpu.perturb(
+        params=_native(params),
+        grads=_native(grads),
+        old_params=_native(old_params),
+        norm=norm.item(),
+        rho=rho,
+        lambd=lambd,
+        eps=eps,
+        eta=eta,
+        inv_grad_scale=_inverse(grad_scale),
+        adaptive=adaptive,
+        from_old=from_old,
+        threads=threads,
+    )
+
+
+def restore_(params: Sequence[Tensor], old_params: Sequence[Tensor]) -> None:
+    """Reads old_p; writes p."""
+    _cpu.copy(params=_native(params), old_params=_native(old_params), save=False, threads=torch.get_num_threads())
+
+
+def sgd_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor] | None,
+    *,
+    old_params: Sequence[Tensor] | None,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    first_step: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    norm: Tensor | None,
+    max_norm: float | None,
+) -> bool:  # whether the step was made
+    """Reads old_p (or p), g, m; writes p, m. ``first_step``: m is only written."""
+    if _skips(norm, found_inf):
+        if old_params is not None:
+            restore_(params, old_params)
+        return False
+    _cpu.sgd(
+        params=_native(params),
+        grads=_native(grads),
+        old_params=_native(old_params),
+        momentum_buffers=_native(momentum_buffers),
+        lr=lr,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        grad_multiplier=_grad_multiplier(maximize, grad_scale, norm, max_norm),
+        nesterov=nesterov,
+        first_step=first_step,
+        threads=torch.get_num_threads(),
+    )
+    return True
+
+
+def adamw_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    state_steps: Sequence[Tensor],
+    *,
+    old_params: Sequence[Tensor] | None,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    norm: Tensor | None,
+    max_norm: float | None,
+) -> bool:  # whether the step was made
+    """Reads old_p (or p), g, m, v; writes p, m, v. Adds one to every ``state_steps``, unless skipped."""
+    if _skips(norm, found_inf):
+        if old_params is not None:
+            restore_(params, old_params)
+        return False
+    torch._foreach_add_(list(state_steps), 1)
+    _cpu.adamw(
+        params=_native(params),
+        grads=_native(grads),
+        old_params=_native(old_params),
+        exp_avgs=_native(exp_avgs),
+        exp_avg_sqs=_native(exp_avg_sqs),
+        steps=torch.stack(list(state_steps)).tolist(),
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        eps=eps,
+        weight_decay=weight_decay,
+        grad_multiplier=_grad_multiplier(maximize, grad_scale, norm, max_norm),
+        decoupled=decoupled,
+        threads=torch.get_num_threads(),
+    )
+    return True
+
+
+def _grad_multiplier(maximize: bool, grad_scale: Tensor | None, norm: Tensor | None, max_norm: float | None) -> float:
+    multiplier: float = _cpu.grad_multiplier(
+        maximize=maximize,
+        inv_grad_scale=_inverse(grad_scale),
+        norm=0.0 if norm is None else norm.item(),
+        max_norm=max_norm,
+    )
+    return multiplier
