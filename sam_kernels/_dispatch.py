@@ -57,7 +57,7 @@ def select(device_type: str) -> ModuleType:
     return backend
 
 
-class use_backend:  # noqa: N801 - used like a function, as torch.no_grad is
+class use_backend:  # used like a function, as torch.no_grad is
     """Forces a backend: ``use_backend("foreach")`` from here on, ``with use_backend("foreach"):`` for a while, ``use_backend(None)`` to
     choose automatically again.
 

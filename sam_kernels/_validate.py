@@ -49,7 +49,9 @@ def check_lists(op: str, lists: Mapping[str, Sequence[Tensor] | None], *, writte
         for i, tensor in enumerate(tensors):
             check_tensor(op, f"{name}[{i}]", tensor)
             if tensor.shape != reference[i].shape:
-                raise ValueError(f"{op}: {name}[{i}] has shape {tuple(tensor.shape)}, {reference_name}[{i}] has {tuple(reference[i].shape)}")
+                raise ValueError(
+                    f"{op}: {name}[{i}] has shape {tuple(tensor.shape)}, {reference_name}[{i}] has {tuple(reference[i].shape)}"
+                )
             if tensor.device != reference[i].device:
                 raise ValueError(f"{op}: {name}[{i}] is on {tensor.device}, {reference_name}[{i}] is on {reference[i].device}")
     for name in written:

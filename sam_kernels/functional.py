@@ -1,12 +1,12 @@
 """The operations, over lists of tensors: each docstring is the contract that every backend keeps and ``sam_kernels.reference`` specifies.
 
-Lists hold one tensor per parameter; ``N`` is their total number of elements, ``s`` bytes each. dtypes are float32, float64, bfloat16 and float16,
-mixed freely between lists and rows. Arithmetic is float32 (float64 for a row that has a float64 tensor) with one rounding to storage. Tensors may
-be non-contiguous, unaligned or empty. A trailing ``_`` means in place: data pointers never change.
+Lists hold one tensor per parameter; ``N`` is their total number of elements, ``s`` bytes each. dtypes are float32, float64, bfloat16 and
+float16, mixed freely between lists and rows. Arithmetic is float32 (float64 for a row that has a float64 tensor) with one rounding to
+storage. Tensors may be non-contiguous, unaligned or empty. A trailing ``_`` means in place: data pointers never change.
 
-Errors, common to all: ``TypeError`` for a wrong type, layout (sparse) or dtype (complex, integer), ``ValueError`` for lists whose lengths, shapes or
-devices do not fit, for a tensor written twice, and for a number out of range. They name the operation, the list and the index, and are raised
-before any memory is touched.
+Errors, common to all: ``TypeError`` for a wrong type, layout (sparse) or dtype (complex, integer), ``ValueError`` for lists whose lengths,
+shapes or devices do not fit, for a tensor written twice, and for a number out of range. They name the operation, the list and the index,
+and are raised before any memory is touched.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ def perturb_(
 
     ``lambd`` = 1 is SAM, 0 is USAM. ``adaptive``: g is replaced by T_w^2 g, T_w = |p| + eta, and ``norm`` is that of T_w g (ASAM).
     ``from_old``: p <- old_p + ..., without saving again. ``grad_scale``: gradients and norm are those of a loss multiplied by it; the
-    perturbation is that of the loss itself. Where ``found_inf`` is set or the norm is not finite, parameters are only saved (``from_old``: restored).
+    perturbation is that of the loss itself. Where ``found_inf`` is set or the norm is not finite, parameters are only saved (``from_old``:
+    restored).
     Reads p, g; writes old_p, p: 4 N s bytes (``from_old``: reads old_p, g; writes p: 3 N s).
     """
     op = "perturb_"
@@ -173,10 +174,10 @@ def sgd_step_(
 ) -> None:
     """Restore and ``torch.optim.SGD`` in one pass: the step is made from ``old_params`` (where given) and written to ``params``.
 
-    ``momentum_buffers`` is ignored where ``momentum`` is 0. An entry that is None is a first step: the buffer becomes the update itself, without
-    dampening, and is put into the list. ``grad_scale`` divides the gradients; ``max_norm`` (needs ``norm``) multiplies them by
-    min(1, max_norm / (norm / grad_scale + 1e-6)). Where ``found_inf`` is set or ``norm`` is not finite, parameters are restored and nothing else
-    happens. Reads old_p (else p), g, m; writes p, m: 5 N s bytes.
+    ``momentum_buffers`` is ignored where ``momentum`` is 0. An entry that is None is a first step: the buffer becomes the update itself,
+    without dampening, and is put into the list. ``grad_scale`` divides the gradients; ``max_norm`` (needs ``norm``) multiplies them by
+    min(1, max_norm / (norm / grad_scale + 1e-6)). Where ``found_inf`` is set or ``norm`` is not finite, parameters are restored and nothing
+    else happens. Reads old_p (else p), g, m; writes p, m: 5 N s bytes.
     """
     op = "sgd_step_"
     lr = _validate.check_number(op, "lr", lr, low=0.0)
@@ -264,7 +265,9 @@ def adamw_step_(
     lr = _validate.check_number(op, "lr", lr, low=0.0)
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         raise TypeError(f"{op}: betas must be a pair of numbers, got {_validate.describe(betas)}")
-    checked_betas = tuple(_validate.check_number(op, f"betas[{i}]", beta, low=0.0, high=1.0, open_high=True) for i, beta in enumerate(betas))
+    checked_betas = tuple(
+        _validate.check_number(op, f"betas[{i}]", beta, low=0.0, high=1.0, open_high=True) for i, beta in enumerate(betas)
+    )
     eps = _validate.check_number(op, "eps", eps, low=0.0)
     weight_decay = _validate.check_number(op, "weight_decay", weight_decay, low=0.0)
     _validate.check_flag(op, "decoupled", decoupled)

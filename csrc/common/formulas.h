@@ -93,8 +93,8 @@ struct AdamConstants {
   T step_size;            // lr / (1 - beta1^t)
   T inv_sqrt_correction;  // 1 / sqrt(1 - beta2^t)
   T one_minus_beta1, beta2, one_minus_beta2, eps;
-  T weight_decay;    // kL2: added to the gradient
-  T decay_factor;    // kDecoupled: 1 - lr * weight_decay
+  T weight_decay;     // kL2: added to the gradient
+  T decay_factor;     // kDecoupled: 1 - lr * weight_decay
   T grad_multiplier;  // 1 / grad_scale, the clip factor and the sign of maximize
 };
 

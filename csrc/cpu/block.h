@@ -81,8 +81,7 @@ static inline void stream_bytes(char* destination, const char* source, int64_t b
 #elif defined(__AVX__)
   if (reinterpret_cast<uintptr_t>(destination) % 32 == 0 && bytes % 32 == 0) {
     for (int64_t i = 0; i < bytes; i += 32) {
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(destination + i),
-                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i)));
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(destination + i), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i)));
     }
     return;
   }
