@@ -1,0 +1,235 @@
+"""Every operation of :mod:`sam_kernels.functional`, one parameter at a time, in whatever dtype it is given. Tests give it float64.
+
+First the formulas, on one parameter: pure functions, made of operators alone. Then the operations, which apply them in place to lists.
+
+Sources: Unified SAM (arXiv 2503.02225), ASAM (arXiv 2102.11600), the algorithm boxes of ``torch.optim.SGD``, ``Adam`` and ``AdamW``, and
+``torch.nn.utils.clip_grad_norm_``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+__all__ = ["adamw_step_", "adamw_updated", "grad_norm", "grad_norms", "perturb_", "perturbed", "restore_", "sgd_step_", "sgd_updated"]
+
+Tensors = Sequence[Tensor]
+
+
+def perturbed(
+    p: Tensor,  # any shape
+    g: Tensor,  # the shape of p
+    norm: Tensor,  # () |g|, or |T g| when adaptive, over all parameters
+    *,
+    rho: float,
+    lambd: float = 1.0,
+    adaptive: bool = False,
+    eta: float = 0.0,
+    eps: float = 1e-12,
+    grad_scale: Tensor | None = None,  # ()
+) -> Tensor:
+    """x + e with e = rho (1 - lambd + lambd / (|g| + eps)) g; ASAM: T^2 g for g, T = |x| + eta."""
+    if grad_scale is not None:
+        g, norm = g / grad_scale, norm / grad_scale
+    if adaptive:
+        weight = abs(p) + eta
+        g = weight * weight * g
+    scale = rho * ((1 - lambd) + lambd / (norm + eps))
+    return p + scale * g
+
+
+def descent_gradient(
+    g: Tensor,  # any shape
+    *,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,  # ()
+    norm: Tensor | None = None,  # () of the gradients as given
+    max_norm: float | None = None,
+) -> Tensor:
+    """The gradient a step descends along: unscaled, clipped by min(1, max_norm / (norm + 1e-6)), negated when ``maximize``."""
+    if grad_scale is not None:
+        g = g / grad_scale
+        norm = None if norm is None else norm / grad_scale
+    if norm is not None and max_norm is not None:
+        g = (max_norm / (norm + 1e-6)).clamp(max=1.0) * g
+    return -g if maximize else g
+
+
+def sgd_updated(
+    p: Tensor,  # any shape
+    g: Tensor,  # the shape of p, from descent_gradient
+    buffer: Tensor | None,  # the shape of p; None on the first step
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # the new p, the new buffer
+    """The box of ``torch.optim.SGD``. The first buffer is the gradient itself, without dampening."""
+    g = g + weight_decay * p
+    if momentum != 0:
+        buffer = g if buffer is None else momentum * buffer + (1 - dampening) * g
+        g = g + momentum * buffer if nesterov else buffer
+    return p - lr * g, buffer
+
+
+def adamw_updated(
+    p: Tensor,  # any shape
+    g: Tensor,  # the shape of p, from descent_gradient
+    m: Tensor,  # the shape of p
+    v: Tensor,  # the shape of p
+    t: float | Tensor,  # the number of this step, 1 on the first
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:  # the new p, m, v
+    """The boxes of ``torch.optim.AdamW`` (``decoupled``) and ``torch.optim.Adam``."""
+    beta1, beta2 = betas
+    if decoupled:
+        p = (1 - lr * weight_decay) * p
+    else:
+        g = g + weight_decay * p
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    m_hat = m / (1 - beta1**t)
+    v_hat = v / (1 - beta2**t)
+    return p - lr * m_hat / (v_hat.sqrt() + eps), m, v
+
+
+def grad_norm(
+    grads: Tensors,  # n tensors
+    params: Tensors | None = None,  # n tensors
+    *,
+    adaptive: bool = False,
+    eta: float = 0.0,
+    found_inf: Tensor | None = None,  # ()
+) -> Tensor:  # ()
+    """sqrt(sum g^2) over all gradients; sqrt(sum (T g)^2), T = |p| + eta, when ``adaptive``."""
+    if adaptive:
+        assert params is not None
+        grads = [(abs(p) + eta) * g for p, g in zip(params, grads, strict=True)]
+    norm = torch.stack([(g * g).sum() for g in grads]).sum().sqrt() if len(grads) else torch.zeros(())
+    if found_inf is not None and not norm.isfinite():
+        found_inf.fill_(1)
+    return norm
+
+
+def grad_norms(
+    grad_groups: Sequence[Tensors],  # M groups of n tensors
+    params: Tensors | None = None,  # n tensors
+    *,
+    adaptive: bool = False,
+    eta: float = 0.0,
+) -> Tensor:  # (M,)
+    """:func:`grad_norm` of every group."""
+    norms = [grad_norm(grads, params, adaptive=adaptive, eta=eta) for grads in grad_groups]
+    return torch.stack(norms) if norms else torch.zeros(0)
+
+
+def perturb_(
+    params: Tensors,  # n tensors
+    grads: Tensors,  # n tensors
+    old_params: Tensors,  # n tensors
+    norm: Tensor,  # () of the gradients as given
+    *,
+    rho: float,
+    lambd: float = 1.0,
+    adaptive: bool = False,
+    eta: float = 0.0,
+    eps: float = 1e-12,
+    grad_scale: Tensor | None = None,  # ()
+    found_inf: Tensor | None = None,  # ()
+    from_old: bool = False,
+) -> None:
+    """old_p <- p (unless ``from_old``), then p <- :func:`perturbed` old_p, or old_p itself where the step is skipped."""
+    for p, g, old_p in zip(params, grads, old_params, strict=True):
+        source = old_p if from_old else p.clone()
+        old_p.copy_(source)
+        p.copy_(source)
+        if not is_skipped(norm, found_inf):
+            p.copy_(perturbed(source, g, norm, rho=rho, lambd=lambd, adaptive=adaptive, eta=eta, eps=eps, grad_scale=grad_scale))
+
+
+def restore_(params: Tensors, old_params: Tensors) -> None:
+    """p <- old_p."""
+    for p, old_p in zip(params, old_params, strict=True):
+        p.copy_(old_p)
+
+
+def sgd_step_(
+    params: Tensors,  # n tensors
+    grads: Tensors,  # n tensors
+    momentum_buffers: list[Tensor | None] | None,  # n tensors
+    *,
+    old_params: Tensors | None = None,  # n tensors
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,  # ()
+    found_inf: Tensor | None = None,  # ()
+    norm: Tensor | None = None,  # () of the gradients as given
+    max_norm: float | None = None,
+) -> None:
+    """p <- old_p (where given), then p, m <- :func:`sgd_updated`, unless the step is skipped. A buffer that is None is a first step."""
+    if old_params is not None:
+        restore_(params, old_params)
+    if is_skipped(norm, found_inf):
+        return
+    buffers: Sequence[Tensor | None] = [None] * len(params) if momentum == 0 else cast("list[Tensor | None]", momentum_buffers)
+    for i, (p, g, buffer) in enumerate(zip(params, grads, buffers, strict=True)):
+        g = descent_gradient(g, maximize=maximize, grad_scale=grad_scale, norm=norm, max_norm=max_norm)
+        new_p, new_buffer = sgd_updated(
+            p, g, buffer, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov
+        )
+        p.copy_(new_p)
+        if buffer is not None and new_buffer is not None:
+            buffer.copy_(new_buffer)
+        elif new_buffer is not None:
+            cast("list[Tensor | None]", momentum_buffers)[i] = new_buffer
+
+
+def adamw_step_(
+    params: Tensors,  # n tensors
+    grads: Tensors,  # n tensors
+    exp_avgs: Tensors,  # n tensors
+    exp_avg_sqs: Tensors,  # n tensors
+    state_steps: Tensors,  # n () tensors: steps made so far
+    *,
+    old_params: Tensors | None = None,  # n tensors
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled: bool = True,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,  # ()
+    found_inf: Tensor | None = None,  # ()
+    norm: Tensor | None = None,  # () of the gradients as given
+    max_norm: float | None = None,
+) -> None:
+    """p <- old_p (where given), then t <- t + 1 and p, m, v <- :func:`adamw_updated`, unless the step is skipped."""
+    if old_params is not None:
+        restore_(params, old_params)
+    if is_skipped(norm, found_inf):
+        return
+    for p, g, m, v, t in zip(params, grads, exp_avgs, exp_avg_sqs, state_steps, strict=True):
+        t += 1
+        g = descent_gradient(g, maximize=maximize, grad_scale=grad_scale, norm=norm, max_norm=max_norm)
+        updated = adamw_updated(p, g, m, v, t.item(), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decoupled=decoupled)
+        for tensor, new in zip((p, m, v), updated, strict=True):
+            tensor.copy_(new)
+
+
+def is_skipped(norm: Tensor | None, found_inf: Tensor | None) -> bool:
+    """A step is skipped where the gradients were found not to be finite, by their norm or by whoever set ``found_inf``."""
+    return (norm is not None and not norm.isfinite()) or (found_inf is not None and bool(found_inf != 0))
