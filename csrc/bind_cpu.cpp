@@ -65,7 +65,9 @@ DType dtype_of(PyObject* tensor) {
 
 // The tensors' pointers, sizes and dtypes as they are now. Holds no reference: whoever keeps it keeps the tensors.
 struct PyTensorList : TensorList {
-  bool contiguous = true;  // every tensor, in C order
+  std::vector<int64_t> non_contiguous;  // indices of the tensors that are not in C order; Python looks at their strides
+
+  bool has_float64 = false;
 
   explicit PyTensorList(const py::list& tensors) {
     const std::size_t count = tensors.size();
@@ -74,8 +76,9 @@ struct PyTensorList : TensorList {
     for (std::size_t i = 0; i < count; ++i) {
       PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i));
       operands.push_back({data_ptr_of(tensor), dtype_of(tensor)});
+      has_float64 = has_float64 || operands.back().dtype == DType::kFloat64;
       numels.push_back(numel_of(tensor));
-      contiguous = contiguous && call(tensor, names().is_contiguous).ptr() == Py_True;
+      if (call(tensor, names().is_contiguous).ptr() != Py_True) non_contiguous.push_back(static_cast<int64_t>(i));
     }
   }
 
@@ -117,7 +120,8 @@ PYBIND11_MODULE(_cpu, module) {
   py::class_<PyTensorList>(module, "TensorList")
       .def(py::init<const py::list&>(), arg("tensors"))
       .def("is_current", &PyTensorList::is_current, arg("tensors"))
-      .def_readonly("contiguous", &PyTensorList::contiguous);
+      .def_readonly("has_float64", &PyTensorList::has_float64)
+      .def_readonly("non_contiguous", &PyTensorList::non_contiguous);
 
   module.def(
       "grad_norms",

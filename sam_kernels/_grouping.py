@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sam_kernels import _dispatch
-from sam_kernels._tensor_list import TensorList
+from sam_kernels._tensor_list import TensorList, is_dense_row
 
-__all__ = ["Rows", "is_dense_row", "split"]
+__all__ = ["Rows", "split"]
 
 
 @dataclass
@@ -31,24 +31,6 @@ class Rows:
         """Copies the results of rows that had to be computed in a dense copy to where the caller wants them."""
         for destination, source in self.write_back:
             destination.copy_(source)
-
-
-def is_dense_row(tensors: Sequence[Tensor]) -> bool:
-    """All tensors of a row have the same strides and fill their memory without holes or overlaps, so elements pair up in memory order."""
-    if all(tensor.is_contiguous() for tensor in tensors):
-        return True
-    strides = tensors[0].stride()
-    return all(tensor.stride() == strides for tensor in tensors) and _fills_memory(tensors[0])
-
-
-def _fills_memory(tensor: Tensor) -> bool:
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
 
 
 def split(lists: Mapping[str, Sequence[Tensor] | None], *, written: Iterable[str] = (), rowwise: Iterable[str] | None = None) -> list[Rows]:

@@ -1,23 +1,23 @@
-"""Lists of tensors that a backend may describe once and reuse."""
+"""Lists of tensors that a backend may describe once and reuse, and what makes a row of them fit for a kernel."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["TensorList"]
+__all__ = ["TensorList", "is_dense_row"]
 
 
 class TensorList(list[Tensor]):
     """A list whose owner vouches for it, so that operations neither check nor regroup it.
 
-    The owner promises: every tensor is strided and floating point, all are on one device, and lists given together to one operation have equal
-    lengths, equal shapes row by row, and equal dense memory order row by row. The list is not changed after it was made.
+    The owner promises: every tensor is strided and floating point, all are on one device, and lists given together to one operation have
+    equal lengths, equal shapes row by row, and equal dense memory order row by row. The list is not changed after it was made.
 
-    ``native`` is the native backend's description (pointers, sizes, dtypes), made on first use. It is valid while the tensors stay where they
-    are, which the owner watches too.
+    ``native`` is the native backend's description (pointers, sizes, dtypes), made on first use. It is valid while the tensors stay where
+    they are, which the owner watches too.
     """
 
     __slots__ = ("native",)
@@ -25,3 +25,21 @@ class TensorList(list[Tensor]):
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
         super().__init__(tensors)
         self.native: Any = None
+
+
+def is_dense_row(tensors: Sequence[Tensor]) -> bool:
+    """All tensors of a row have the same strides and fill their memory without holes or overlaps, so elements pair up in memory order."""
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return True
+    strides = tensors[0].stride()
+    return all(tensor.stride() == strides for tensor in tensors) and _fills_memory(tensors[0])
+
+
+def _fills_memory(tensor: Tensor) -> bool:
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True

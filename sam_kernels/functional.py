@@ -21,7 +21,7 @@ from sam_kernels import _validate
 from sam_kernels._grouping import Rows, split
 from sam_kernels._tensor_list import TensorList
 
-__all__ = ["adamw_step_", "grad_norm", "grad_norms", "perturb_", "restore_", "sgd_step_"]
+__all__ = ["adamw_step_", "combine_norms", "grad_norm", "grad_norms", "perturb_", "restore_", "sgd_step_"]
 
 Tensors = Sequence[Tensor]
 Number = float | Tensor
@@ -78,16 +78,19 @@ def _grad_norms(
     for rows in split({"grads": grads, "params": repeated}):
         sizes = [len(rows.indices)] if group_of_row is None else _count(group_of_row, rows.indices, len(groups))
         norms.append(rows.backend.grad_norms(rows.lists["grads"], rows.lists["params"], sizes, adaptive=adaptive, eta=eta))
-    if len(norms) == 1:
-        total = norms[0]
-    elif norms:
-        total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), dim=0)
-    else:
-        total = torch.zeros(len(groups))
-    result = total.to(torch.float64 if any(grad.dtype is torch.float64 for grad in grads) else torch.float32)
+    result = combine_norms(norms) if norms else torch.zeros(len(groups))
     if found_inf is not None:
         found_inf.logical_or_(~torch.isfinite(result[0]).to(found_inf.device))
-    return cast(Tensor, result)
+    return result
+
+
+def combine_norms(norms: Sequence[Tensor]) -> Tensor:
+    """sqrt(sum of squares) of norms over disjoint parts, elementwise, on the first one's device. float64 where one of them is."""
+    if len(norms) == 1:
+        return norms[0]
+    dtype = torch.float64 if any(norm.dtype is torch.float64 for norm in norms) else torch.float32
+    wide = torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms])
+    return cast(Tensor, torch.linalg.vector_norm(wide, dim=0)).to(dtype)
 
 
 def _count(group_of_row: Sequence[int], indices: Sequence[int], groups: int) -> list[int]:

@@ -1,7 +1,7 @@
 """``torch._foreach_*`` on any device, with no compiler: the fallback. Correct first; it makes temporaries and several passes.
 
-Arithmetic in float32 (float64 for a row that has a float64 tensor), one rounding to storage, as every backend. Nothing here waits for a device:
-a step is skipped by selecting, not by branching.
+Arithmetic in float32 (float64 for a row that has a float64 tensor), one rounding to storage, as every backend. Nothing here waits for a
+device: a step is skipped by selecting, not by branching.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["DEVICE_TYPES", "adamw_step_", "describe", "grad_norms", "perturb_", "restore_", "sgd_step_"]
+from sam_kernels._tensor_list import TensorList
+
+__all__ = ["DEVICE_TYPES", "adamw_step_", "describe", "grad_norms", "is_current", "perturb_", "restore_", "sgd_step_", "vouch"]
 
 DEVICE_TYPES = None  # every device torch knows
 
@@ -19,6 +21,16 @@ DEVICE_TYPES = None  # every device torch knows
 def describe() -> str:
     """One line for ``python -m sam_kernels info``."""
     return f"torch {torch.__version__}, any device"
+
+
+def vouch(tensors: Sequence[Tensor], like: TensorList | None = None) -> TensorList | None:
+    """A :class:`TensorList` of these tensors, None where one of them is sparse. Torch's own operations take any strides."""
+    return TensorList(tensors) if all(tensor.layout is torch.strided for tensor in tensors) else None
+
+
+def is_current(tensors: TensorList) -> bool:
+    """Nothing is remembered about a list, so nothing can be out of date."""
+    return True
 
 
 def _arithmetic_dtypes(*lists: Sequence[Tensor] | None) -> list[torch.dtype]:
@@ -51,9 +63,10 @@ def _skip(norm: Tensor | None, found_inf: Tensor | None) -> Tensor | None:
 
 def grad_norms(
     grads: Sequence[Tensor], params: Sequence[Tensor] | None, group_sizes: Sequence[int], *, adaptive: bool, eta: float
-) -> Tensor:  # (len(group_sizes),) float64
+) -> Tensor:  # (len(group_sizes),) float32, float64 where a gradient is float64
     """Norms of consecutive groups of rows, summed in float64."""
-    tensors: Sequence[Tensor] = [g.to(torch.float64) for g in grads]
+    dtype = torch.float64 if any(grad.dtype is torch.float64 for grad in grads) else torch.float32
+    tensors: list[Tensor] | tuple[Tensor, ...] = [g.to(torch.float64) for g in grads]
     if adaptive and params is not None:
         weights = torch._foreach_abs([p.to(torch.float64) for p in params])
         torch._foreach_add_(weights, eta)
@@ -65,7 +78,7 @@ def grad_norms(
         device = grads[0].device if len(grads) else None
         result.append(torch.linalg.vector_norm(torch.stack(group)) if group else torch.zeros((), dtype=torch.float64, device=device))
         start += size
-    return torch.stack(result)
+    return torch.stack(result).to(dtype)
 
 
 def perturb_(

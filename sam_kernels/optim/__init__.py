@@ -1,10 +1,6 @@
-"""Optimizers."""
+"""Optimizers: thin wrappers over :mod:`sam_kernels.functional`."""
 
-from typing import Any
+from sam_kernels.optim.presets import USAM, UnifiedSAM
+from sam_kernels.optim.sam import SAM
 
-
-class SAM:  # placeholder until the next commit
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-
-USAM = UnifiedSAM = SAM
+__all__ = ["SAM", "USAM", "UnifiedSAM"]

@@ -8,9 +8,11 @@ from sam_kernels.backends.native.cpu import (
     adamw_step_,
     describe,
     grad_norms,
+    is_current,
     perturb_,
     restore_,
     sgd_step_,
+    vouch,
 )
 
-__all__ = ["DEVICE_TYPES", "adamw_step_", "describe", "grad_norms", "perturb_", "restore_", "sgd_step_"]
+__all__ = ["DEVICE_TYPES", "adamw_step_", "describe", "grad_norms", "is_current", "perturb_", "restore_", "sgd_step_", "vouch"]

@@ -1,0 +1,39 @@
+"""Loss scaling: what is read from an unmodified ``torch.amp.GradScaler``, and what it is told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler, OptState
+from torch.optim import Optimizer
+
+__all__ = ["check_scaler", "report_step", "scale_of"]
+
+
+def check_scaler(grad_scaler: Any) -> GradScaler | None:
+    """The scaler, None where there is none or it is disabled. Raises TypeError for anything else."""
+    if grad_scaler is None:
+        return None
+    if not isinstance(grad_scaler, GradScaler):
+        raise TypeError(f"SAM: grad_scaler must be a torch.amp.GradScaler, got {type(grad_scaler).__name__}")
+    return grad_scaler if grad_scaler.is_enabled() else None
+
+
+def scale_of(grad_scaler: GradScaler | None) -> Tensor | None:
+    """() float32, on the device. Raises RuntimeError when the scaler has not scaled a loss yet."""
+    if grad_scaler is None:
+        return None
+    scale = grad_scaler._get_scale_async()
+    if scale is None:
+        raise RuntimeError("SAM: grad_scaler was given, but the closure has not called grad_scaler.scale(loss).backward()")
+    return scale
+
+
+def report_step(grad_scaler: GradScaler | None, optimizer: Optimizer, found_inf: Tensor) -> None:
+    """Tells the scaler what its own ``step`` would have found out, so that ``grad_scaler.update()`` halves the scale where it must."""
+    if grad_scaler is None:
+        return
+    state = grad_scaler._per_optimizer_states[id(optimizer)]
+    state["found_inf_per_device"] = {found_inf.device: found_inf.clone()}
+    state["stage"] = OptState.STEPPED

@@ -1,0 +1,132 @@
+"""The base optimizer's step from the saved parameters: fused for torch's SGD, Adam and AdamW, restore and ``step()`` for the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
+
+from sam_kernels import functional
+from sam_kernels.optim._group import GroupLists
+
+__all__ = ["can_fuse", "fused_step", "plain_step"]
+
+
+def can_fuse(base: Optimizer, own_hook_ids: set[int]) -> bool:
+    """Whether restore and update can be one pass: torch's own class, options the kernels know, nobody listening to ``base.step``."""
+    if type(base) not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+        return False
+    listeners = len(set(base._optimizer_step_pre_hooks) - own_hook_ids) + len(base._optimizer_step_post_hooks)
+    listeners += len(torch_optimizer._global_optimizer_pre_hooks) + len(torch_optimizer._global_optimizer_post_hooks)
+    patched = "step" in base.__dict__ and not hasattr(base.step, "_wrapped_by_lr_sched")
+    return listeners == 0 and not patched and all(_group_can_fuse(group) for group in base.param_groups)
+
+
+def _group_can_fuse(group: dict[str, Any]) -> bool:
+    if group.get("amsgrad") or group.get("differentiable") or group.get("capturable"):
+        return False
+    return not any(isinstance(beta, Tensor) for beta in group.get("betas", ()))
+
+
+def fused_step(
+    base: Optimizer,
+    group: dict[str, Any],
+    lists: GroupLists,
+    grads: list[Tensor],
+    *,
+    old_params: list[Tensor] | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor,
+    norm: Tensor | None,
+    max_norm: float | None,
+) -> None:
+    """Restore and update of the parameters in ``lists``, in the base's own state, so that its checkpoints stay its own."""
+    amp: dict[str, Any] = {"grad_scale": grad_scale, "found_inf": found_inf, "norm": norm, "max_norm": max_norm}
+    if isinstance(base, torch.optim.SGD):
+        _sgd_step(base, group, lists, grads, old_params, amp)
+    else:
+        _adam_step(base, group, lists, grads, old_params, amp)
+
+
+def _sgd_step(
+    base: Optimizer, group: dict[str, Any], lists: GroupLists, grads: list[Tensor], old_params: list[Tensor] | None, amp: dict[str, Any]
+) -> None:
+    state = base.state
+    buffers: Any = None
+    if group["momentum"] != 0:
+        buffers = [state[param].get("momentum_buffer") for param in lists.params]
+        first = [param for param, buffer in zip(lists.params, buffers, strict=True) if buffer is None]
+        buffers = buffers if first else lists.state("momentum_buffer", buffers)
+    else:
+        first = []
+    functional.sgd_step_(
+        lists.params,
+        grads,
+        buffers,
+        old_params=old_params,
+        lr=group["lr"],
+        momentum=group["momentum"],
+        dampening=group["dampening"],
+        weight_decay=group["weight_decay"],
+        nesterov=group["nesterov"],
+        maximize=group["maximize"],
+        **amp,
+    )
+    if first:
+        for param, buffer in zip(lists.params, buffers, strict=True):
+            if buffer is not None:
+                state[param]["momentum_buffer"] = buffer
+
+
+def _adam_step(
+    base: Optimizer, group: dict[str, Any], lists: GroupLists, grads: list[Tensor], old_params: list[Tensor] | None, amp: dict[str, Any]
+) -> None:
+    states = [base.state[param] for param in lists.params]
+    for param, state in zip(lists.params, states, strict=True):
+        if len(state) == 0:  # as torch initialises: lazily, and only when there is nothing
+            state["step"] = _zero_step(group, param)
+            state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+    functional.adamw_step_(
+        lists.params,
+        grads,
+        lists.state("exp_avg", [state["exp_avg"] for state in states]),
+        lists.state("exp_avg_sq", [state["exp_avg_sq"] for state in states]),
+        [state["step"] for state in states],
+        old_params=old_params,
+        lr=group["lr"],
+        betas=group["betas"],
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        decoupled=isinstance(base, torch.optim.AdamW) or group.get("decoupled_weight_decay", False),
+        maximize=group["maximize"],
+        **amp,
+    )
+
+
+def _zero_step(group: dict[str, Any], param: Tensor) -> Tensor:
+    dtype = torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32
+    return torch.zeros((), dtype=torch.float32 if group.get("fused") else dtype, device=param.device if group.get("fused") else "cpu")
+
+
+def plain_step(
+    base: Optimizer,
+    grads: list[Tensor],
+    *,
+    grad_scale: Tensor | None,
+    found_inf: Tensor,
+    norm: Tensor | None,
+    max_norm: float | None,
+) -> None:
+    """``base.step()`` from restored parameters, gradients unscaled and clipped in place first. Waits for the device to know of a skip."""
+    if found_inf.item() != 0.0:
+        return
+    if grad_scale is not None and grads:
+        torch._foreach_div_(grads, grad_scale.item())
+    if norm is not None and max_norm is not None:
+        unscaled = norm if grad_scale is None else norm / grad_scale
+        torch._foreach_mul_(grads, min(1.0, max_norm / (unscaled.item() + 1e-6)))
+    base.step()

@@ -1,0 +1,117 @@
+"""The parameters of one group that have a gradient, as lists that are kept between steps."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from sam_kernels import _dispatch
+from sam_kernels._tensor_list import TensorList
+from sam_kernels._validate import SUPPORTED_DTYPES
+
+__all__ = ["Backups", "GroupLists", "check_params", "param_name", "same_tensors", "with_grads"]
+
+
+def same_tensors(left: Sequence[Any] | None, right: Sequence[Any]) -> bool:
+    """The same objects in the same order."""
+    return left is not None and len(left) == len(right) and all(map(operator.is_, left, right))
+
+
+def param_name(group: dict[str, Any], group_index: int, index: int) -> str:
+    """How an error message calls a parameter: its name where the optimizer was given names."""
+    names = group.get("param_names")
+    return repr(names[index]) if names else f"param_groups[{group_index}]['params'][{index}]"
+
+
+def check_params(group: dict[str, Any], group_index: int) -> None:
+    """Every parameter is an ordinary dense floating-point tensor. Raises TypeError naming it."""
+    for i, param in enumerate(group["params"]):
+        name = param_name(group, group_index, i)
+        if param.layout is not torch.strided:
+            raise TypeError(f"SAM: parameter {name} is a {param.layout} tensor; only dense (strided) parameters are supported")
+        if param.dtype not in SUPPORTED_DTYPES:
+            supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED_DTYPES)
+            raise TypeError(f"SAM: parameter {name} has dtype {param.dtype}; supported are {supported}")
+
+
+class Backups:
+    """Copies of the unperturbed parameters: allocated once, outside ``optimizer.state`` so that no checkpoint carries them."""
+
+    def __init__(self) -> None:
+        self._copies: dict[Tensor, Tensor] = {}
+
+    def of(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """A tensor for each parameter, of its shape, dtype, device and strides; contents are whatever was last saved."""
+        copies = []
+        for param in params:
+            copy = self._copies.get(param)
+            if copy is None or copy.dtype != param.dtype or copy.device != param.device or copy.stride() != param.stride():
+                copy = torch.empty_like(param, requires_grad=False)
+                self._copies[param] = copy
+            copies.append(copy)
+        return copies
+
+    def release(self) -> None:
+        """Frees the memory."""
+        self._copies = {}
+
+
+class GroupLists:
+    """Lists over the parameters of one group that have a gradient now."""
+
+    def __init__(self, params: list[Tensor], backups: Backups) -> None:
+        if any(map(is_traceable_wrapper_subclass, params)):  # no memory of their own: a pointer would be null
+            raise TypeError("SAM: sharded and wrapped tensors (DTensor) are not supported in this version")
+        self.backend = _dispatch.select(params[0].device.type)
+        one_device = all(param.device == params[0].device for param in params)
+        vouched: TensorList | None = self.backend.vouch(params) if one_device else None
+        self.params: list[Tensor] = list(params) if vouched is None else vouched
+        self._backups = backups
+        self._old_params: list[Tensor] | None = None
+        self._states: dict[str, list[Tensor]] = {}
+
+    def is_current(self, params: list[Tensor]) -> bool:
+        """Whether these lists still describe ``params``: the same tensors where they were, and the backend that would be chosen now."""
+        if not same_tensors(self.params, params) or self.backend is not _dispatch.select(params[0].device.type):
+            return False
+        return not isinstance(self.params, TensorList) or bool(self.backend.is_current(self.params))
+
+    def _list(self, tensors: list[Tensor]) -> list[Tensor]:
+        """A list that operations need not check, where the parameters' list is one."""
+        if not isinstance(self.params, TensorList):
+            return tensors
+        vouched: TensorList | None = self.backend.vouch(tensors, self.params)
+        return tensors if vouched is None else vouched
+
+    @property
+    def old_params(self) -> list[Tensor]:
+        """Backups of the parameters."""
+        if self._old_params is None:
+            self._old_params = self._list(self._backups.of(self.params))
+        return self._old_params
+
+    def grads(self, grads: list[Tensor]) -> list[Tensor]:
+        """The gradients as operations take them; they move at every backward pass."""
+        return self._list(grads)
+
+    def state(self, key: str, tensors: list[Tensor]) -> list[Tensor]:
+        """The base optimizer's state tensors under ``key``, described anew only when one was replaced."""
+        known = self._states.get(key)
+        if known is None or not same_tensors(known, tensors):
+            known = self._states[key] = self._list(tensors)
+        return known
+
+
+def with_grads(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters that have a gradient, and their gradients."""
+    grads = [param.grad for param in params]
+    if not all(map(operator.is_not, grads, repeat(None))):
+        pairs = [(param, grad) for param, grad in zip(params, grads, strict=True) if grad is not None]
+        return [param for param, _ in pairs], [grad for _, grad in pairs]
+    return params, grads  # type: ignore[return-value]

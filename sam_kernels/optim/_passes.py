@@ -1,0 +1,164 @@
+"""The two passes over the parameter groups: ascend, descend, and the way back when something goes wrong in between."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sam_kernels import functional
+from sam_kernels.optim._descent import can_fuse, fused_step, plain_step
+from sam_kernels.optim._group import Backups, GroupLists, param_name, same_tensors, with_grads
+from sam_kernels.optim._schedules import lambd_at, rho_at
+
+__all__ = ["Passes"]
+
+
+@dataclass
+class _Current:
+    """A group's parameters that have a gradient now, and those gradients."""
+
+    index: int
+    group: dict[str, Any]
+    lists: GroupLists
+    grads: list[Tensor]
+
+
+class Passes:
+    """What a step under way knows, and what is kept between steps: backups and lists.
+
+    ``found_inf`` () float32 is set once a gradient of either pass was not finite; ``skipped`` () int64 counts such steps. Both live on the
+    device.
+    """
+
+    def __init__(self, base: Optimizer, own_hooks: set[int]) -> None:
+        self.base = base
+        self.own_hooks = own_hooks  # of the base's step hooks, those that do not count as somebody listening
+        self.backups = Backups()
+        self.found_inf = torch.zeros(())
+        self.skipped = torch.zeros((), dtype=torch.int64)
+        self.is_perturbed = False
+        self._lists: dict[int, GroupLists] = {}
+        self._perturbed: dict[int, GroupLists] = {}
+
+    def begin(self, device: torch.device) -> None:
+        """A new step: nothing is known to be wrong with it."""
+        if self.found_inf.device != device:
+            self.found_inf = torch.zeros((), device=device)
+            self.skipped = self.skipped.to(device)
+        self.found_inf.zero_()
+
+    def release(self) -> None:
+        """Frees the backups."""
+        self.backups = Backups()
+        self._lists = {}
+
+    def ascend(self, groups: list[dict[str, Any]], *, eps: float, grad_scale: Tensor | None) -> None:
+        """Saves and perturbs the parameters of the groups with ρ > 0, along their gradients as they are."""
+        self.is_perturbed = True
+        radii = [rho_at(group["rho"], group["sam_step"]) for group in groups]
+        taking_part = [current for current in self._current(groups) if radii[current.index] > 0]
+        norm = self._norm(taking_part, normalised=True)
+        for current in taking_part:
+            group = current.group
+            functional.perturb_(
+                current.lists.params,
+                current.grads,
+                current.lists.old_params,
+                norm,
+                rho=radii[current.index],
+                lambd=lambd_at(group["lambd"], group["sam_step"]),
+                adaptive=group["adaptive"],
+                eta=group["eta"],
+                eps=eps,
+                grad_scale=grad_scale,
+                found_inf=self.found_inf,
+            )
+            self._perturbed[current.index] = current.lists
+
+    def descend(self, groups: list[dict[str, Any]], *, max_norm: float | None, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Restores the parameters and makes the base's step along the gradients as they are, unless something was not finite."""
+        currents = self._current(groups)
+        norm = self._norm(currents, normalised=False)
+        if found_inf is not None:
+            self.found_inf.logical_or_(found_inf.to(self.found_inf.device))
+        amp: dict[str, Any] = {"grad_scale": grad_scale, "found_inf": self.found_inf, "norm": None if max_norm is None else norm}
+        # With nothing perturbed the step is the base's own, bit for bit; so is one that somebody listens to.
+        if self._perturbed and can_fuse(self.base, self.own_hooks):
+            by_index = {current.index: current for current in currents}
+            for i, group in enumerate(groups):
+                for lists, grads, old_params in self._parts(i, by_index.get(i)):
+                    fused_step(self.base, group, lists, grads, old_params=old_params, max_norm=max_norm, **amp)
+            self._perturbed = {}
+            self.base._opt_called = True  # type: ignore[attr-defined]  # or a scheduler on the base would warn
+        else:
+            self.restore()
+            plain_step(self.base, [grad for current in currents for grad in current.grads], max_norm=max_norm, **amp)
+        self.is_perturbed = False
+        self.skipped.add_(self.found_inf.to(torch.int64))
+
+    def restore(self) -> None:
+        """Back to the weights of before the ascent, bit for bit; nothing to do when there was none."""
+        for lists in self._perturbed.values():
+            functional.restore_(lists.params, lists.old_params)
+        self._perturbed = {}
+        self.is_perturbed = False
+
+    def _current(self, groups: list[dict[str, Any]]) -> list[_Current]:
+        found = []
+        for i, group in enumerate(groups):
+            params, grads = with_grads(group["params"])
+            if not params:
+                continue
+            lists = self._lists.get(i)
+            if lists is None or not lists.is_current(params):
+                lists = self._lists[i] = GroupLists(params, self.backups)
+            described = lists.grads(grads)
+            if described is grads:  # not vouched for: perhaps one of them is no dense tensor
+                _check_grads(group, i)
+            found.append(_Current(i, group, lists, described))
+        return found
+
+    def _norm(self, currents: list[_Current], *, normalised: bool) -> Tensor:
+        """Global norm over the groups, each with its own adaptive normalisation where ``normalised``; marks ``found_inf``."""
+        norms = []
+        for current in currents:
+            adaptive = normalised and current.group["adaptive"]
+            params = current.lists.params if adaptive else None
+            eta = current.group["eta"] if adaptive else 0.0
+            norms.append(functional.grad_norm(current.grads, params, adaptive=adaptive, eta=eta, found_inf=self.found_inf))
+        if len(norms) == 1:
+            return norms[0]
+        if not norms:
+            return torch.zeros(())
+        return functional.combine_norms(norms)
+
+    def _parts(self, i: int, current: _Current | None) -> list[tuple[GroupLists, list[Tensor], list[Tensor] | None]]:
+        """The parameters of group i by what their step starts from; those without a gradient now are restored here."""
+        perturbed = self._perturbed.get(i)
+        if perturbed is None:
+            return [] if current is None else [(current.lists, current.grads, None)]
+        if current is not None and same_tensors(current.lists.params, perturbed.params):
+            return [(perturbed, current.grads, perturbed.old_params)]
+        params, grads = ([], []) if current is None else (current.lists.params, current.grads)
+        with_gradient, were_perturbed = set(params), set(perturbed.params)
+        gone = [param for param in perturbed.params if param not in with_gradient]
+        if gone:
+            functional.restore_(gone, self.backups.of(gone))
+        parts: list[tuple[GroupLists, list[Tensor], list[Tensor] | None]] = []
+        for from_old in (True, False):
+            pairs = [(param, grad) for param, grad in zip(params, grads, strict=True) if (param in were_perturbed) is from_old]
+            if pairs:
+                lists = GroupLists([param for param, _ in pairs], self.backups)
+                parts.append((lists, lists.grads([grad for _, grad in pairs]), lists.old_params if from_old else None))
+        return parts
+
+
+def _check_grads(group: dict[str, Any], index: int) -> None:
+    for i, param in enumerate(group["params"]):
+        if param.grad is not None and param.grad.layout is not torch.strided:
+            name = param_name(group, index, i)
+            raise TypeError(f"SAM: the gradient of parameter {name} is a {param.grad.layout} tensor; only dense gradients are supported")

@@ -1,0 +1,321 @@
+"""The optimizer: two passes over the caller's closure around the fused operations. It owns no arithmetic and no base state."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from sam_kernels._validate import check_flag, check_number
+from sam_kernels.optim import _amp, _checkpoint
+from sam_kernels.optim._descent import can_fuse
+from sam_kernels.optim._group import check_params
+from sam_kernels.optim._held_still import BufferGuard, RandomState
+from sam_kernels.optim._micro_batches import GradientMean, mean_loss
+from sam_kernels.optim._passes import Passes
+from sam_kernels.optim._schedules import Schedule, check_schedule, rho_at
+
+__all__ = ["SAM"]
+
+Closure = Callable[[], Any]
+_GROUP_KEYS = ("rho", "lambd", "adaptive", "eta")
+
+
+class SAM(Optimizer):
+    r"""Sharpness-aware minimization around any ``torch.optim`` optimizer.
+
+    One step, with g = ∇f(w) over all parameters and t = 1, 2, … the step (Unified SAM, arXiv 2503.02225)::
+
+        e = rho_t (1 - lambd_t + lambd_t / (‖g‖ + eps)) g            ascent; adaptive: T² g and ‖T g‖ with T = |w| + eta (ASAM)
+        w = base_optimizer(w, ∇f(w + e))                              descent, from w restored bit for bit
+
+    Args:
+        params: parameters or parameter groups, as for ``torch.optim``; groups may set ``rho``, ``lambd``, ``adaptive`` and ``eta`` of their
+            own. float32, float64, bfloat16 or float16; arithmetic is float32 or better. With a base instance: that instance's parameters.
+        base_optimizer: an optimizer class, made with ``base_kwargs``, or an instance. Its ``param_groups`` and ``state`` are shared.
+        rho: radius ≥ 0: a number, ``'C/k^p'`` or a callable t → ρ. A group with ρ = 0 takes no part in the ascent. With ρ = 0 everywhere
+            the closure runs once and the step is the base optimizer's, bit for bit.
+        lambd: mix of SAM (1) and USAM (0): a number in [0, 1], ``'1/t'``, ``'1-1/t'`` or a callable t → λ.
+        adaptive, eta: ASAM's normalisation T = |w| + eta.
+        eps: added to the norm. (The base's own ``eps``, such as Adam's, is set through a base instance.)
+        max_grad_norm: clips the descent gradient to this norm, as ``torch.nn.utils.clip_grad_norm_``, inside the fused step.
+        model: module whose normalisation layers keep their running statistics in the second pass; or a list of modules, all of whose
+            buffers are kept.
+        preserve_rng_state: both passes see the same random numbers (dropout masks). With the two-step API call
+            :meth:`record_rng_state` before the first forward pass.
+        base_kwargs: passed to the base optimizer's class.
+
+    A step whose gradients are not finite, in either pass, changes nothing and is counted in :attr:`skipped_steps`.
+
+    Memory: one copy of the parameters, allocated at the first step, freed by :meth:`release_buffers`. Bytes moved for N parameters of
+    s bytes with SGD and momentum: norm 1, perturb 4, norm (to check) 1, restore and update 5: 11 N s.
+
+    Raises:
+        TypeError, ValueError: for arguments of the wrong type or out of range, sparse or complex parameters, an empty parameter list.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler.step then always calls step() and hands over grad_scale and found_inf
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: type[Optimizer] | Callable[..., Optimizer] | Optimizer,
+        *,
+        rho: Schedule = 0.05,
+        lambd: Schedule = 1.0,
+        adaptive: bool = False,
+        eta: float = 0.0,
+        eps: float = 1e-12,
+        max_grad_norm: float | None = None,
+        model: nn.Module | Iterable[nn.Module] | None = None,
+        preserve_rng_state: bool = False,
+        **base_kwargs: Any,
+    ) -> None:
+        self.eps = check_number("SAM", "eps", eps, low=0.0)
+        self.max_grad_norm = None if max_grad_norm is None else check_number("SAM", "max_grad_norm", max_grad_norm, low=0.0)
+        self.preserve_rng_state = check_flag("SAM", "preserve_rng_state", preserve_rng_state)
+        own = {"rho": rho, "lambd": lambd, "adaptive": adaptive, "eta": eta}
+        _check_group_values(own)
+        self._guard = BufferGuard(model)
+        self.base_optimizer = _make_base(params, base_optimizer, base_kwargs)
+        super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **own, "sam_step": 0})
+        self._link()
+
+    # --- parameter groups and checkpoints ---
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As ``torch.optim.Optimizer.add_param_group``; the base optimizer gets the group too."""
+        if not any(param_group is group for group in self.base_optimizer.param_groups):
+            _check_group_values({key: param_group[key] for key in _GROUP_KEYS if isinstance(param_group, dict) and key in param_group})
+            self.base_optimizer.add_param_group(param_group)
+        groups = self.base_optimizer.param_groups
+        for key in _GROUP_KEYS:
+            param_group.setdefault(key, self.defaults[key])
+        param_group.setdefault("sam_step", max((group.get("sam_step", 0) for group in groups), default=0))
+        _check_group_values(param_group)
+        check_params(param_group, next(i for i, group in enumerate(groups) if group is param_group))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state and the groups, with ρ, λ and the step t. Callables are not saved: give them to the constructor."""
+        return _checkpoint.without_callables(super().state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what :meth:`state_dict` gave, or the base optimizer's own checkpoint. float32 state of 16-bit parameters stays float32."""
+        self._require_unperturbed("load_state_dict")
+        super().load_state_dict(_checkpoint.with_group_values(state_dict, self.param_groups, (*_GROUP_KEYS, "sam_step")))
+        if can_fuse(self.base_optimizer, self._passes.own_hooks):
+            _checkpoint.keep_wide_state(self.state, self.param_groups, state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._require_unperturbed("copying or pickling the optimizer")
+        kept = ("base_optimizer", "eps", "max_grad_norm", "preserve_rng_state", "_guard")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "base_optimizer" in state:  # unpickled or copied
+            self._link()
+        else:  # load_state_dict made new groups and a new state: the base shares those
+            self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
+
+    def _link(self) -> None:
+        """Shares the base's groups and state, and listens to its ``step`` so that it is never made from perturbed weights."""
+        self.param_groups = self.base_optimizer.param_groups
+        self.state = self.base_optimizer.state
+        reference = weakref.ref(self)
+
+        def restore_first(*_: Any) -> None:
+            optimizer = reference()
+            if optimizer is not None:
+                optimizer._restore()
+
+        self._random_state: RandomState | None = None
+        self._passes = Passes(self.base_optimizer, {self.base_optimizer.register_step_pre_hook(restore_first).id})
+
+    # --- the step ---
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps skipped for non-finite gradients. Reading it waits for the device."""
+        return int(self._passes.skipped.item())
+
+    @torch.no_grad()
+    def step(self, closure: Closure | Sequence[Closure] | None = None, *, grad_scaler: GradScaler | None = None) -> Any:
+        """One step. Returns the loss of the first pass (of a list: the mean of the first losses), None without a closure.
+
+        Args:
+            closure: zeroes the gradients, runs forward and backward and returns the loss; called twice. A list of closures is m-SAM: one
+                perturbation per closure (micro-batch), descent along the mean of their second gradients. None: the second half of the
+                two-step API after :meth:`first_step`, otherwise a plain step of the base optimizer.
+            grad_scaler: the scaler whose ``scale(loss).backward()`` the closure calls. Call ``grad_scaler.update()`` afterwards, as usual.
+        """
+        scaler = _amp.check_scaler(grad_scaler)
+        if closure is None:
+            return self._finish(scaler)
+        if hasattr(self, "found_inf"):
+            raise RuntimeError(
+                "SAM.step was given a closure by GradScaler.step, which cannot tell the scaler about gradients computed inside it; "
+                "call optimizer.step(closure, grad_scaler=scaler) and scaler.update()"
+            )
+        closures: list[Any] = list(closure) if isinstance(closure, list | tuple) else [closure]
+        if not closures or not all(callable(function) for function in closures):
+            raise TypeError(f"SAM.step: closure must be a callable or a non-empty list of callables, got {closure!r}")
+        self._restore()
+        try:
+            return self._step_with_closures(closures, scaler)
+        except BaseException:  # out of memory, Ctrl-C: whatever it was, the weights must be the caller's
+            self._restore()
+            raise
+
+    def _step_with_closures(self, closures: list[Closure], scaler: GradScaler | None) -> Any:
+        self._begin()
+        mean = GradientMean(len(closures)) if len(closures) > 1 else None
+        losses = []
+        ascends = any(rho_at(group["rho"], group["sam_step"]) > 0 for group in self.param_groups)
+        for last, closure in ((i == len(closures) - 1, function) for i, function in enumerate(closures)):
+            random_state = RandomState(self._devices()) if self.preserve_rng_state else None
+            with torch.enable_grad():
+                losses.append(closure())
+            if ascends:
+                self._ascend(_amp.scale_of(scaler))
+                if random_state is not None:
+                    random_state.replay()
+                with torch.enable_grad():
+                    closure()
+            if mean is not None:
+                mean.add(self._all_params())
+                if last:
+                    mean.put(self._all_params())
+                else:
+                    self._restore()
+        self._descend(_amp.scale_of(scaler), None, scaler)
+        return losses[0] if len(losses) == 1 else mean_loss(losses)
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None) -> None:
+        """The ascent, from the gradients as they are. Follow with forward, backward and :meth:`second_step`.
+
+        ``grad_scaler``: the gradients are still scaled by it (needed only for λ < 1: the direction of SAM does not depend on the scale).
+        """
+        scaler = _amp.check_scaler(grad_scaler)
+        self._restore()
+        if self.preserve_rng_state and self._random_state is None:
+            raise RuntimeError("SAM.first_step: preserve_rng_state=True needs record_rng_state() before the first forward pass")
+        self._begin()
+        self._ascend(_amp.scale_of(scaler))
+        if self._random_state is not None:
+            self._random_state.replay()
+            self._random_state = None
+        if zero_grad:
+            self.zero_grad()
+
+    def second_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None) -> None:
+        """The descent: weights are restored and stepped along the gradients as they are.
+
+        Raises RuntimeError without a :meth:`first_step` before it.
+        """
+        if not self._passes.is_perturbed:
+            raise RuntimeError("SAM.second_step: call first_step first")
+        self.step(grad_scaler=grad_scaler)  # through step(), so that hooks and schedulers see one step
+        if zero_grad:
+            self.zero_grad()
+
+    def record_rng_state(self) -> None:
+        """With ``preserve_rng_state`` and the two-step API: call before the first forward pass."""
+        self._random_state = RandomState(self._devices())
+
+    def release_buffers(self) -> None:
+        """Frees the copy of the parameters; the next step allocates it again. Raises RuntimeError between the two passes."""
+        self._require_unperturbed("release_buffers")
+        self._passes.release()
+        self._guard.release()
+
+    def _begin(self) -> None:
+        for group in self.param_groups:
+            _check_group_values(group)
+            group["sam_step"] += 1
+        first = next(param for group in self.param_groups for param in group["params"])
+        self._passes.begin(first.device)
+
+    def _finish(self, scaler: GradScaler | None) -> None:
+        """``step()`` without a closure: the descent after :meth:`first_step`, otherwise a plain step of the base."""
+        if not self._passes.is_perturbed:
+            self._begin()
+        grad_scale = getattr(self, "grad_scale", None) if scaler is None else _amp.scale_of(scaler)
+        found_inf = getattr(self, "found_inf", None)
+        self._descend(grad_scale, found_inf if isinstance(found_inf, Tensor) else None, scaler)
+
+    def _ascend(self, grad_scale: Tensor | None) -> None:
+        self._guard.save()
+        self._passes.ascend(self.param_groups, eps=self.eps, grad_scale=grad_scale)
+
+    def _descend(self, grad_scale: Tensor | None, found_inf: Tensor | None, scaler: GradScaler | None) -> None:
+        if self._passes.is_perturbed:
+            self._guard.restore()
+        self._passes.descend(self.param_groups, max_norm=self.max_grad_norm, grad_scale=grad_scale, found_inf=found_inf)
+        _amp.report_step(scaler, self, self._passes.found_inf)
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        """Back to the weights and buffers of before the ascent, where there was one."""
+        if self._passes.is_perturbed:
+            self._guard.restore()
+        self._passes.restore()
+
+    def _require_unperturbed(self, what: str) -> None:
+        if self._passes.is_perturbed:
+            raise RuntimeError(f"SAM: {what} between first_step and second_step, while the weights are perturbed")
+
+    def _all_params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _devices(self) -> list[torch.device]:
+        return list(dict.fromkeys(param.device for param in self._all_params()))
+
+
+def _hide_grad_scaler(step: Any) -> None:
+    """GradScaler.step passes itself, with a deprecation warning, to a step whose signature names ``grad_scaler``: hide it."""
+    signature = inspect.signature(step)
+    kept = [parameter for name, parameter in signature.parameters.items() if name != "grad_scaler"]
+    step.__signature__ = signature.replace(parameters=kept)
+
+
+_hide_grad_scaler(SAM.step)
+
+
+def _check_group_values(values: dict[str, Any]) -> None:
+    for name in ("rho", "lambd"):
+        if name in values:
+            check_schedule(name, values[name])
+    if "adaptive" in values:
+        check_flag("SAM", "adaptive", values["adaptive"])
+    if "eta" in values:
+        check_number("SAM", "eta", values["eta"], low=0.0)
+
+
+def _make_base(params: Any, base: Any, kwargs: dict[str, Any]) -> Optimizer:
+    if not isinstance(base, Optimizer):
+        if not callable(base):
+            raise TypeError(f"SAM: base_optimizer must be an optimizer class or instance, got {base!r}")
+        made = base(params, **kwargs)
+        if not isinstance(made, Optimizer):
+            raise TypeError(f"SAM: base_optimizer made a {type(made).__name__}, expected a torch.optim.Optimizer")
+        return made
+    if kwargs:
+        raise TypeError(f"SAM: {sorted(kwargs)} given beside an instance of {type(base).__name__}; set them on the instance")
+    given = params if isinstance(params, Iterable) and not isinstance(params, Tensor) else [params]
+    flat: list[Any] = []
+    for item in given:
+        inner = item["params"] if isinstance(item, dict) else item[1] if isinstance(item, tuple) else item
+        flat.extend([inner] if isinstance(inner, Tensor) else inner)
+    flat = [item[1] if isinstance(item, tuple) else item for item in flat]
+    held = [param for group in base.param_groups for param in group["params"]]
+    if {id(param) for param in flat} != {id(param) for param in held}:
+        raise ValueError(f"SAM: params ({len(flat)}) are not the parameters of the given {type(base).__name__} ({len(held)})")
+    return base
