@@ -1,0 +1,79 @@
+# Every target makes its own environment in .venv, once; a changed pyproject.toml, constraints.txt, setup.py or csrc/ brings it up to date.
+# PYTHON=python3.12 chooses the interpreter, ARGS="..." is passed on to the command, SAM_KERNELS_BUILD=none leaves the native core out.
+# On a machine where pip would bring torch with CUDA and CPU is enough: PIP_EXTRA_INDEX_URL=<PyTorch's CPU index> make test
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP_FILES := $(CSRC) $(wildcard bench/*.cpp)
+SANITIZED := build/sanitize
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help install demo test lint format sanitize bench wheel clean distclean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^# \(.*\)/  \1/p' $(MAKEFILE_LIST) | head -3
+
+demo: $(VENV)/.installed-demo $(VENV)/.native  ## train on real data and print the table
+	$(BIN)/python -m sam_kernels train $(ARGS)
+
+test: lint  ## lint, then every test
+	$(BIN)/python -m pytest $(ARGS)
+
+install: $(VENV)/.installed-test $(VENV)/.native  ## only make the environment, with everything in it
+
+lint: install  ## ruff, mypy (strict), clang-format: report, change nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+
+format: install  ## let ruff and clang-format rewrite the files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+sanitize: install  ## the operation tests on a build with the address and undefined-behaviour sanitizers
+	SAM_KERNELS_BUILD=cpu SAM_KERNELS_CXXFLAGS="$(SANITIZERS)" $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/$(SANITIZED) \
+	$(BIN)/python -P tests/native/sanitized.py $(CURDIR)/$(SANITIZED) $(or $(ARGS),tests/ops)
+
+bench: install  ## the benchmarks (ARGS="--help" tells the options)
+	$(BIN)/python -m bench $(ARGS)
+
+wheel: install  ## a wheel and a source distribution in dist/
+	$(BIN)/python -m build
+
+clean:  ## remove what was built
+	rm -rf build dist sam_kernels.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks sam_kernels/*.so $(VENV)/.installed-* $(VENV)/.native
+	find sam_kernels tests bench -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean  ## and the environment
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; choose one with make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.build-tools: constraints.txt pyproject.toml | $(BIN)/python
+	@echo "installing into $(VENV); the first time takes a few minutes"
+	$(PIP) setuptools wheel pybind11 ninja
+	@touch $@
+
+$(VENV)/.installed-demo: pyproject.toml constraints.txt setup.py $(VENV)/.build-tools
+	$(PIP) --no-build-isolation --editable '.[train]'
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml constraints.txt setup.py $(VENV)/.build-tools
+	$(PIP) --no-build-isolation --editable '.[train,bench,test,lint]'
+	@touch $@ $(VENV)/.installed-demo
+
+# After an installation nothing is left to compile here; after a change in csrc, only what depends on it.
+$(VENV)/.native: setup.py $(CSRC) | $(VENV)/.build-tools
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
