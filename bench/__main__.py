@@ -1,0 +1,151 @@
+"""``python -m bench``: measures whole steps and single operations, prints tables and writes one JSON file."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+
+from bench import allocator, gate, memory, ops, steps
+from bench.byte_model import OPS
+from bench.environment import environment
+from bench.providers import BASES, PROVIDERS, REFERENCE
+from bench.summary import print_summary
+from bench.workloads import DTYPES, WORKLOADS
+
+RESULTS = Path(__file__).parent / "results"
+SLOW_TO_START = ("torch.compile",)  # minutes, for a graph per workload, dtype and base
+
+
+class Names(click.ParamType):
+    """Comma-separated names out of a fixed set."""
+
+    name = "names"
+
+    def __init__(self, known: list[str]) -> None:
+        self.known = known
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
+        if isinstance(value, list):
+            return value
+        names = [name.strip() for name in value.split(",") if name.strip()]
+        unknown = [name for name in names if name not in self.known]
+        if unknown:
+            self.fail(f"unknown: {', '.join(unknown)}; the names are {', '.join(self.known)}", param, ctx)
+        return names
+
+
+def _names_option(flag: str, known: Any, default: Any, text: str) -> Any:
+    return click.option(flag, type=Names(list(known)), default=",".join(default), show_default=flag != "--providers", help=text)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@_names_option("--workload", WORKLOADS, WORKLOADS, "Parameter shapes.")
+@_names_option("--dtype", DTYPES, DTYPES, "Types of parameters, gradients and state.")
+@_names_option("--base", BASES, BASES, "Wrapped optimizer. SGD is measured in fp32 only.")
+@_names_option("--providers", PROVIDERS, PROVIDERS, f"Whose steps; {REFERENCE} always takes part. Default: all.")
+@_names_option("--skip", PROVIDERS, (), "Providers to leave out.")
+@click.option("--ops", "op_names", type=Names(list(OPS)), default=",".join(OPS), show_default=True, help="Single operations; '' for none.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Where to write the result file.")
+@click.option("--name", help="Write it as bench/results/<device>/NAME.json.")
+@click.option("--repeats", type=click.IntRange(min=1), help="Rounds. Default: 12 to 60, by size.")
+@click.option("--threads", type=click.IntRange(min=1), help="Default: torch's.")
+@click.option("--allocator", "regime", type=click.Choice(list(allocator.REGIMES)), default="default", help="glibc's, by a new process.")
+@click.option("--memory-budget", type=click.FloatRange(min=1), default=14.0, show_default=True, help="GiB; providers are split to fit.")
+@click.option("--steps/--no-steps", "with_steps", default=True, help="Whole steps.")
+@click.option("--memory/--no-memory", "with_memory", default=True, help="Memory, in a process for each provider.")
+@click.option("--gate/--no-gate", "with_gate", default=True, help="Run the tests of the operations first.")
+@click.option("--quick", is_flag=True, help="Three rounds, no torch.compile, no memory: does the tool work?")
+def main(
+    workload: list[str],
+    dtype: list[str],
+    base: list[str],
+    providers: list[str],
+    skip: list[str],
+    op_names: list[str],
+    json_path: Path | None,
+    name: str | None,
+    repeats: int | None,
+    threads: int | None,
+    regime: str,
+    memory_budget: float,
+    with_steps: bool,
+    with_memory: bool,
+    with_gate: bool,
+    quick: bool,
+) -> None:
+    """Measures sam_kernels against its peers, all in one process and in turns."""
+    allocator.ensure(regime, "bench", sys.argv[1:])
+    if name is not None and not re.fullmatch(r"[\w.-]+", name):
+        raise click.BadParameter("letters, digits, '_', '.' and '-' only", param_hint="--name")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)
+    if quick:
+        repeats = repeats or 3
+        with_memory = False
+        skip = [*skip, *(provider for provider in SLOW_TO_START if provider not in skip)]
+    for skipped in skip:
+        console.print(f"skipped {skipped}: {'--quick' if quick and skipped in SLOW_TO_START else '--skip'}", highlight=False)
+    names = [provider for provider in PROVIDERS if provider == REFERENCE or (provider in providers and provider not in skip)]
+    result = environment() | {"allocator": allocator.current(os.environ), "quick": quick, "gate": gate.run() if with_gate else "skipped"}
+    rows = []
+    budget = int(memory_budget * 2**30)
+    for row in _rows(workload, dtype, base, names, op_names, repeats, budget, with_steps, with_memory, console):
+        rows.append(row)
+        result["rows"] = rows
+        for path in _targets(json_path, name, result["device"]):  # after every row: a run that is cut off keeps what it measured
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(result, indent=1) + "\n")
+    print_summary(result | {"rows": rows}, console)
+
+
+def _targets(json_path: Path | None, name: str | None, device: str) -> list[Path]:
+    return [path for path in (json_path, RESULTS / device / f"{name}.json" if name else None) if path is not None]
+
+
+def _rows(
+    workloads: list[str],
+    dtypes: list[str],
+    bases: list[str],
+    names: list[str],
+    op_names: list[str],
+    repeats: int | None,
+    budget: int,
+    with_steps: bool,
+    with_memory: bool,
+    console: Console,
+) -> Iterator[dict[str, Any]]:
+    def say(line: str) -> None:
+        console.print(line, style="dim", highlight=False)
+
+    chosen = [WORKLOADS[name] for name in workloads]
+    combinations = [(base, dtype) for base, dtype in steps.COMBINATIONS if base in bases and dtype in dtypes]
+    for base, dtype in itertools.product(bases, dtypes):
+        if (base, dtype) not in steps.COMBINATIONS:
+            say(f"skipped steps of {base} in {dtype}: 16-bit parameters are measured with AdamW")
+    if with_steps:
+        for workload, (base, dtype) in itertools.product(chosen, combinations):
+            yield from steps.measure(workload, base, dtype, names, rounds=repeats, budget=budget, say=say)
+    backends = ops.available_backends(say) if op_names else []
+    for workload, dtype, op in itertools.product(chosen, dtypes, op_names):
+        yield from ops.measure(workload, op, dtype, backends, rounds=repeats, budget=budget, say=say)
+    if with_memory:
+        for workload, (base, dtype) in itertools.product(chosen, combinations):
+            if workload.numel > 1e6:  # below, the interpreter's own allocations drown the optimizer's
+                yield from memory.measure(workload, base, dtype, names, say)
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m bench")

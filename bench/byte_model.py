@@ -1,0 +1,44 @@
+"""How many bytes an operation has to move: the model behind every GB/s. ``N`` elements of ``s`` bytes in each list."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["OPS", "STEP_OPS", "Traffic", "op_bytes", "step_bytes"]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Lists that one pass only reads, reads and writes in place, and only writes."""
+
+    reads: tuple[str, ...]
+    updates: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+
+    @property
+    def passes(self) -> int:
+        return len(self.reads) + 2 * len(self.updates) + len(self.writes)
+
+    @property
+    def lists(self) -> tuple[str, ...]:
+        return self.reads + self.updates + self.writes
+
+
+OPS = {
+    "grad_norm": Traffic(reads=("grads",)),
+    "perturb_": Traffic(reads=("grads",), updates=("params",), writes=("old_params",)),
+    "restore_": Traffic(reads=("old_params",), writes=("params",)),
+    "sgd_step_": Traffic(reads=("old_params", "grads"), updates=("momentum_buffers",), writes=("params",)),
+    "adamw_step_": Traffic(reads=("old_params", "grads"), updates=("exp_avgs", "exp_avg_sqs"), writes=("params",)),
+}
+
+# A whole step: norm, ascent, then restore and descent in one pass.
+STEP_OPS = {"sgd": ("grad_norm", "perturb_", "sgd_step_"), "adamw": ("grad_norm", "perturb_", "adamw_step_")}
+
+
+def op_bytes(op: str, numel: int, itemsize: int) -> int:
+    return OPS[op].passes * numel * itemsize
+
+
+def step_bytes(base: str, numel: int, itemsize: int) -> int:
+    return sum(op_bytes(op, numel, itemsize) for op in STEP_OPS[base])

@@ -1,0 +1,138 @@
+"""The denominators of "percent of floor": the fastest plain pass with an operation's mix of reads and writes, found on this machine.
+
+A weak denominator would flatter the kernels, so every floor is the winner of a small tournament (prefetch or not, static or dynamic chunks,
+streaming or ordinary stores, torch's and numpy's own passes) and is then timed among the operation's providers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench.byte_model import Traffic
+from bench.timing import interleave, quantiles
+
+__all__ = ["candidates", "compiler_version", "fastest", "flat_buffers", "library"]
+
+Pass = Callable[[list[Tensor]], object]
+
+PREFETCH, DYNAMIC, STREAM_WRITES, STREAM_UPDATES = 1, 2, 4, 8
+FLAG_NAMES = {PREFETCH: "prefetch", DYNAMIC: "dynamic", STREAM_WRITES: "streaming", STREAM_UPDATES: "streaming updates"}
+ALIGNMENT = 16  # floats in 64 bytes
+
+
+def compiler_version() -> str | None:
+    compiler = shutil.which("c++")
+    if compiler is None:
+        return None
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | str:
+    """The compiled passes, or the reason they cannot be had. Loaded after torch, they run on torch's OpenMP threads."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        return "no C++ compiler on PATH"
+    with tempfile.TemporaryDirectory() as directory:
+        target = Path(directory) / "copy_floor.so"
+        flags = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
+        command = [compiler, *flags, str(Path(__file__).with_name("copy_floor.cpp")), "-o", str(target)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            return f"{compiler} failed: {result.stderr.strip()[-300:]}"
+        loaded = ctypes.CDLL(str(target))
+    loaded.read_sum.restype = ctypes.c_float
+    loaded.read_sum.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
+    loaded.mix_pass.restype = ctypes.c_int
+    loaded.mix_pass.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
+    return loaded
+
+
+def flat_buffers(traffic: Traffic, nbytes: int) -> list[Tensor]:
+    """One contiguous buffer of ``nbytes``, rounded up to 64, for each list of the pass."""
+    floats = -(-nbytes // (4 * ALIGNMENT)) * ALIGNMENT
+    return [torch.full((floats,), 0.5) for _ in traffic.lists]
+
+
+def candidates(traffic: Traffic) -> dict[str, Pass]:
+    """Plain passes with this mix, by name, each taking the buffers of :func:`flat_buffers`."""
+    if not traffic.writes:
+        return {**_compiled_sums(), **_library_sums()}
+    passes = _compiled_mixes(traffic)
+    if traffic.passes == 2:
+        passes["torch copy_"] = lambda buffers: buffers[1].copy_(buffers[0])
+    elif not passes:
+        # No compiler: the copy's bandwidth stands in, over as many bytes as the pass moves.
+        half = traffic.passes / 2
+        passes["torch copy_ (no compiler)"] = lambda buffers: _repeat_copy(buffers, half)
+    return passes
+
+
+def _repeat_copy(buffers: list[Tensor], times: float) -> None:
+    for i in range(int(times)):
+        buffers[(i + 1) % len(buffers)].copy_(buffers[i % len(buffers)])
+    rest = int((times - int(times)) * buffers[0].numel())
+    buffers[0][:rest].copy_(buffers[-1][:rest])
+
+
+def _library_sums() -> dict[str, Pass]:
+    return {
+        "torch.sum": lambda buffers: buffers[0].sum(),
+        "torch.dot": lambda buffers: torch.dot(buffers[0], buffers[0]),
+        "torch.linalg.vector_norm": lambda buffers: torch.linalg.vector_norm(buffers[0]),
+        "numpy.dot": lambda buffers: buffers[0].numpy().dot(buffers[0].numpy()),
+    }
+
+
+def _label(kind: str, flags: int) -> str:
+    return ", ".join([kind, *(name for flag, name in FLAG_NAMES.items() if flags & flag)])
+
+
+def _compiled_sums() -> dict[str, Pass]:
+    compiled = library()
+    if isinstance(compiled, str):
+        return {}
+
+    def sum_with(flags: int) -> Pass:
+        return lambda buffers: compiled.read_sum(buffers[0].data_ptr(), buffers[0].numel(), torch.get_num_threads(), flags)
+
+    return {_label("C++ sum", flags): sum_with(flags) for flags in (0, PREFETCH, DYNAMIC, PREFETCH | DYNAMIC)}
+
+
+def _compiled_mixes(traffic: Traffic) -> dict[str, Pass]:
+    compiled = library()
+    if isinstance(compiled, str):
+        return {}
+    reads, updates = len(traffic.reads), len(traffic.updates)
+
+    def mix_with(flags: int) -> Pass:
+        def run(buffers: list[Tensor]) -> None:
+            pointers = (ctypes.c_void_p * len(buffers))(*(buffer.data_ptr() for buffer in buffers))
+            if compiled.mix_pass(pointers, reads, updates, buffers[0].numel(), torch.get_num_threads(), flags):
+                raise ValueError(f"copy_floor.cpp has no pass for {traffic}")
+
+        return run
+
+    choices = [(0, PREFETCH), (0, DYNAMIC), (0, STREAM_WRITES), (0, STREAM_UPDATES) if updates else (0,)]
+    kind = "C++ copy" if updates == 0 else "C++ pass"
+    return {_label(kind, sum(choice)): mix_with(sum(choice)) for choice in itertools.product(*choices)}
+
+
+def fastest(traffic: Traffic, sets: list[list[Tensor]], rounds: int = 3) -> tuple[str, Pass]:
+    """The winner among the candidates, each going through the sets of buffers in turn."""
+    passes = candidates(traffic)
+    counter = itertools.count()
+    calls = {name: functools.partial(lambda run: run(sets[next(counter) % len(sets)]), run) for name, run in passes.items()}
+    samples = interleave(calls, rounds=rounds, warmup=1)
+    best = min(samples, key=lambda name: quantiles(samples[name]).ms_50)
+    return best, passes[best]

@@ -1,0 +1,39 @@
+"""Red tests, no numbers: a fast kernel that is wrong has no speed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+__all__ = ["GateError", "command", "run"]
+
+ROOT = Path(__file__).parent.parent
+TIME_LIMIT = 300  # seconds
+
+
+class GateError(click.ClickException):
+    """The tests of the operations do not pass here."""
+
+
+def command(root: Path = ROOT) -> list[str]:
+    """The tests of the operations, or, where the tests are not at hand, the comparison of every backend with the reference."""
+    if (root / "tests" / "ops").is_dir():
+        return [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "tests/ops"]
+    return [sys.executable, "-m", "sam_kernels", "validate"]
+
+
+def run(root: Path = ROOT) -> str:
+    """One line for the result file. Raises :class:`GateError` where the command fails or takes too long."""
+    arguments = command(root)
+    shown = " ".join(["python", *arguments[1:]])
+    try:
+        result = subprocess.run(arguments, cwd=root, capture_output=True, text=True, timeout=TIME_LIMIT, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise GateError(f"no numbers: `{shown}` took more than {TIME_LIMIT} s") from error
+    lines = (result.stdout + result.stderr).strip().splitlines()
+    if result.returncode != 0:
+        raise GateError(f"no numbers: `{shown}` failed (--no-gate measures all the same)\n" + "\n".join(lines[-15:]))
+    return f"passed: {shown}: {lines[-1] if lines else 'no output'}"

@@ -1,0 +1,90 @@
+"""Each operation as a call on lists of tensors: through ``sam_kernels`` on a backend, and as the best torch offers for the same work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import sam_kernels
+from bench.byte_model import OPS
+from bench.workloads import Shape
+from sam_kernels import functional as F
+from sam_kernels._tensor_list import TensorList
+
+__all__ = ["ADAMW", "SGD", "Lists", "describe_once", "make_lists", "ours", "torch_call"]
+
+Lists = dict[str, list[Tensor]]
+Call = Callable[[Lists], object]
+
+SGD = {"lr": 0.1, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False}
+ADAMW = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "maximize": False}
+
+
+def make_lists(op: str, shapes: tuple[Shape, ...], dtype: torch.dtype) -> Lists:
+    """What the operation touches, positive everywhere (second moments must be), plus the scalars it needs."""
+    lists = {name: [torch.rand(shape).to(dtype) for shape in shapes] for name in OPS[op].lists}
+    if op == "perturb_":
+        lists["norm"] = [torch.tensor(3.0)]
+    if op == "adamw_step_":
+        lists["state_steps"] = [torch.tensor(1.0) for _ in shapes]
+    return lists
+
+
+def describe_once(lists: Lists) -> Lists:
+    """The same tensors in lists that their owner vouches for, which is how the optimizers call the operations."""
+    return {name: TensorList(tensors) for name, tensors in lists.items()}
+
+
+_OURS: dict[str, Call] = {
+    "grad_norm": lambda b: F.grad_norm(b["grads"]),
+    "perturb_": lambda b: F.perturb_(b["params"], b["grads"], b["old_params"], b["norm"][0], rho=1e-6),
+    "restore_": lambda b: F.restore_(b["params"], b["old_params"]),
+    "sgd_step_": lambda b: F.sgd_step_(b["params"], b["grads"], b["momentum_buffers"], old_params=b["old_params"], **SGD),
+    "adamw_step_": lambda b: F.adamw_step_(
+        b["params"], b["grads"], b["exp_avgs"], b["exp_avg_sqs"], b["state_steps"], old_params=b["old_params"], decoupled=True, **ADAMW
+    ),
+}
+
+
+def ours(op: str, backend: str) -> Call:
+    def run(lists: Lists) -> None:
+        with sam_kernels.use_backend(backend):
+            _OURS[op](lists)
+
+    return run
+
+
+def _torch_perturb(b: Lists) -> None:
+    torch._foreach_copy_(b["old_params"], b["params"])
+    torch._foreach_add_(b["params"], b["grads"], alpha=(1e-6 / b["norm"][0]).item())
+
+
+def _torch_sgd(b: Lists) -> None:
+    torch._foreach_copy_(b["params"], b["old_params"])
+    torch._fused_sgd_(b["params"], b["grads"], b["momentum_buffers"], is_first_step=False, **SGD)
+
+
+def _torch_adamw(b: Lists) -> None:
+    torch._foreach_copy_(b["params"], b["old_params"])
+    torch._foreach_add_(b["state_steps"], 1)
+    options = {name: value for name, value in ADAMW.items() if name != "betas"}
+    torch._fused_adamw_(
+        b["params"], b["grads"], b["exp_avgs"], b["exp_avg_sqs"], [], b["state_steps"],
+        beta1=ADAMW["betas"][0], beta2=ADAMW["betas"][1], amsgrad=False, **options,
+    )  # fmt: skip
+
+
+_TORCH: dict[str, Call] = {
+    "grad_norm": lambda b: torch.nn.utils.get_total_norm(b["grads"]),
+    "perturb_": _torch_perturb,
+    "restore_": lambda b: torch._foreach_copy_(b["params"], b["old_params"]),
+    "sgd_step_": _torch_sgd,
+    "adamw_step_": _torch_adamw,
+}
+
+
+def torch_call(op: str) -> Call:
+    """get_total_norm, ``_foreach_copy_`` and ``_foreach_add_``, and torch's fused optimizers after a restoring ``_foreach_copy_``."""
+    return _TORCH[op]

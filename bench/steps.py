@@ -1,0 +1,126 @@
+"""Whole steps: ``first_step`` and ``second_step`` without forward and backward, every provider on parameters and state of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from bench.byte_model import step_bytes
+from bench.environment import last_level_cache_bytes
+from bench.providers import BASES, PROVIDERS, REFERENCE, Base, Provider, Stepper
+from bench.timing import interleave, quantiles
+from bench.workloads import DTYPES, Workload, make_grads, make_params
+
+__all__ = ["COMBINATIONS", "batches", "measure", "participants", "takes"]
+
+Say = Callable[[str], None]
+
+# 16-bit parameters are trained with Adam; SGD there would only repeat the table.
+COMBINATIONS = (("sgd", "fp32"), ("adamw", "fp32"), ("adamw", "bf16"))
+
+
+def takes(numel: int, rounds: int | None) -> int:
+    """Rounds: fewer where a single one takes seconds."""
+    return rounds if rounds is not None else 12 if numel > 50e6 else 30 if numel > 1e6 else 60
+
+
+def participants(names: Sequence[str], n_tensors: int, say: Say) -> tuple[list[Provider], dict[str, str]]:
+    """The providers that run here, and the reasons of those that do not, which are also said aloud."""
+    missing = {name: reason for name in names if (reason := PROVIDERS[name].missing(n_tensors)) is not None}
+    for name, reason in missing.items():
+        say(f"skipped {name}: {reason}")
+    return [PROVIDERS[name] for name in names if name not in missing], missing
+
+
+def batches(providers: Sequence[Provider], bytes_each: int, bytes_shared: int, budget: int) -> list[list[Provider]]:
+    """Groups that fit into memory together. The reference takes part in every group, so each speed-up is measured within one group."""
+    reference = [provider for provider in providers if provider.name == REFERENCE]
+    others = [provider for provider in providers if provider.name != REFERENCE]
+    room = max(1, (budget - bytes_shared) // bytes_each - len(reference))
+    count = max(1, math.ceil(len(others) / room))
+    size = math.ceil(len(others) / count) if others else 1
+    return [reference + others[i : i + size] for i in range(0, max(1, len(others)), size)]
+
+
+def _step(stepper: Stepper) -> Callable[[], None]:
+    def run() -> None:
+        stepper.first_step()
+        stepper.second_step()
+
+    return run
+
+
+def _time(providers: Sequence[Provider], base: Base, grads: list[Tensor], rounds: int, regime: str, say: Say) -> dict[str, list[float]]:
+    calls = {}
+    for provider in providers:
+        stepper = provider.make(make_params(grads), base)
+        try:
+            _step(stepper)()  # compiles, where there is something to compile
+        except Exception as error:  # a peer that fails here must not take the others' results along
+            if provider.name == REFERENCE:
+                raise
+            say(f"skipped {provider.name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            continue
+        calls[provider.name] = _step(stepper)
+    cached = regime == "cached"
+    return interleave(calls, rounds=rounds, warmup=2, settle=1 if cached else 0, inner=3 if cached else 1)
+
+
+def _release_memory() -> None:
+    """Between groups: what the last group held must not sit in glibc's free lists beside what the next one allocates."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):  # not glibc
+        return
+
+
+def measure(
+    workload: Workload, base_name: str, dtype_name: str, names: Sequence[str], *, rounds: int | None, budget: int, say: Say
+) -> Iterator[dict[str, Any]]:
+    """Rows of the result file. ``reference_ms_50``: the median of ``REFERENCE`` in the same rounds, so speed-ups are pairs."""
+    base, dtype = BASES[base_name], DTYPES[dtype_name]
+    providers, _ = participants(names, workload.n_tensors, say)
+    rounds = takes(workload.numel, rounds)
+    one_list = workload.numel * dtype.itemsize
+    held = one_list * (2 + sum(key != "step" for key in base.state_keys))
+    # State is used again at every step, as in training; whether it is still cached then is the workload's size, not our choice.
+    regime = "cached" if held + one_list < last_level_cache_bytes() else "memory"
+    grads = make_grads(workload.shapes, dtype)
+    nbytes = step_bytes(base_name, workload.numel, dtype.itemsize)
+    seen_reference = False
+    for number, group in enumerate(batches(providers, held, 3 * one_list, budget)):
+        say(f"{workload.name} {dtype_name} {base_name}: {', '.join(provider.name for provider in group)}")
+        samples = _time(group, base, grads, rounds, regime, say)
+        _release_memory()
+        reference = quantiles(samples[REFERENCE]).ms_50 if REFERENCE in samples else None
+        for name, values in samples.items():
+            if name == REFERENCE and seen_reference:
+                continue
+            seen_reference |= name == REFERENCE
+            q = quantiles(values)
+            yield {
+                "kind": "step",
+                "op": "step",
+                "workload": workload.name,
+                "dtype": dtype_name,
+                "base": base_name,
+                "backend": name,
+                "n_tensors": workload.n_tensors,
+                "numel": workload.numel,
+                "bytes": nbytes,
+                "ms_20": q.ms_20,
+                "ms_50": q.ms_50,
+                "ms_80": q.ms_80,
+                "gbps": nbytes / q.ms_50 / 1e6,
+                "reference_ms_50": reference,
+                "samples": len(values),
+                "regime": regime,
+                "group": number,
+                "note": PROVIDERS[name].note,
+            }
