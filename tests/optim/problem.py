@@ -1,0 +1,76 @@
+"""A small regression problem and the formulas of one step, written out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def make_model(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 2)).to(dtype)
+
+
+def make_batch(dtype: torch.dtype = torch.float32, seed: int = 5) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(16, 6, generator=generator, dtype=torch.float64)
+    targets = torch.randn(16, 2, generator=generator, dtype=torch.float64)
+    return inputs.to(dtype), targets.to(dtype)
+
+
+def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+
+def closure_of(optimizer: Any, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model, batch)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [param.detach().clone() for param in model.parameters()]
+
+
+def set_weights(model: nn.Module, values: list[Tensor]) -> None:
+    with torch.no_grad():
+        for param, value in zip(model.parameters(), values, strict=True):
+            param.copy_(value)
+
+
+def gradients(model: nn.Module, batch: tuple[Tensor, Tensor]) -> list[Tensor]:
+    model.zero_grad()
+    loss_of(model, batch).backward()
+    return [param.grad.clone() for param in model.parameters()]  # type: ignore[union-attr]
+
+
+def written_out_step(
+    model: nn.Module, base: Any, batch: tuple[Tensor, Tensor], *, rho: float, lambd: float = 1.0, adaptive: bool = False, eta: float = 0.0
+) -> None:
+    """One step of Unified SAM as the formula says it, with ``base`` a torch optimizer on ``model``'s own parameters."""
+    start = weights(model)
+    grads = gradients(model, batch)
+    scaling = [param.abs() + eta if adaptive else torch.ones_like(param) for param in start]
+    norm = torch.sqrt(sum(((t * g) ** 2).sum() for t, g in zip(scaling, grads, strict=True)))
+    scale = rho * (1 - lambd + lambd / (norm + 1e-12))
+    set_weights(model, [w + scale * t * t * g for w, t, g in zip(start, scaling, grads, strict=True)])
+    gradients(model, batch)
+    set_weights(model, start)
+    base.step()
+
+
+def twin(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model)
+
+
+def assert_same_bits(left: list[Tensor], right: list[Tensor]) -> None:
+    for i, (a, b) in enumerate(zip(left, right, strict=True)):
+        assert torch.equal(a, b), f"tensor {i}: differs by {(a.double() - b.double()).abs().max().item():.3e}"
