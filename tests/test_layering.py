@@ -1,0 +1,304 @@
+"""The layers of docs/architecture.md: imports and includes go downward only, files stay small.
+
+Every rule is a function of a root folder that returns what is wrong, so that it can be shown to fail on a planted violation.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Layer -> what its modules may import from inside the package. "own" is the same layer; backends and their kind are told apart below.
+USERS = ("optim", "per_sample", "sampling", "theory", "schedules", "integrations")
+CORE = ("_dispatch", "_grouping", "_validate")
+ALLOWED: dict[str, set[str]] = {
+    "bottom": {"own"},  # _tensor_list: depends on nothing, everyone may use it
+    "compiled": set(),
+    "backends": {"own", "bottom", "compiled"},
+    "core": {"own", "bottom", "backends"},
+    "functional": {"core", "bottom"},
+    "users": {"own", "functional", "core", "bottom"},
+    "package": {"users", "functional", "core", "bottom"},
+    "reference": {"own"},
+    "cli": {"own", "package", "users", "functional", "core", "bottom", "backends", "compiled"},
+    "main": {"cli"},
+}
+# What may be imported from outside the standard library. cli prints and trains; everything else is a library over torch.
+THIRD_PARTY: dict[str, set[str]] = {layer: {"torch"} for layer in ALLOWED} | {
+    "backends": {"torch", "triton"},
+    "cli": {"torch", "click", "rich", "numpy", "mlxtend", "sklearn", "matplotlib", "triton"},
+    "main": set(),
+}
+# Headers that a file compiled once per instruction set may see. Anything with function templates that are not always inlined would leave a
+# weak copy in that file's instruction set, which the linker could keep for all (tests/native/test_objects.py looks at the objects).
+KERNEL_HEADERS = {"cmath", "cstddef", "cstdint", "cstring", "type_traits", "immintrin.h", "arm_neon.h"}
+LINE_BUDGETS = {"setup.py": 120, "sam_kernels": 400, "csrc": 400, "tests": 400, "bench": 400}
+INIT_BUDGET = 40
+SOURCES = {".py", ".pyi", ".cpp", ".h", ".cu", ".cuh"}
+
+
+def layer_of(module: str) -> str:
+    """The layer of a dotted module name inside the package."""
+    parts = module.split(".")
+    if len(parts) == 1:
+        return "package"
+    head = parts[1]
+    fixed = {"_tensor_list": "bottom", "_cpu": "compiled", "_cuda": "compiled", "__main__": "main"}
+    if head in fixed:
+        return fixed[head]
+    if head in USERS:
+        return "users"
+    if head in ("backends", "functional", "reference", "cli"):
+        return head
+    return "core" if head.startswith("_") else f"unknown ({module}: give it a layer in tests/test_layering.py)"
+
+
+def module_of(path: Path, root: Path) -> str:
+    parts = list(path.relative_to(root).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path: Path, root: Path) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of everything a file imports: statements anywhere in it, and import_module or __import__ of a string."""
+    module = module_of(path, root)
+    package = module if path.stem == "__init__" else module.rpartition(".")[0]
+    known = {module_of(file, root) for file in (root / "sam_kernels").rglob("*.py*") if file.suffix in (".py", ".pyi")}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, base]).rstrip(".")
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                # `from sam_kernels import functional` names a module, `from sam_kernels.functional import perturb_` does not.
+                yield node.lineno, full if full in known or (base == "sam_kernels" and alias.name in ("_cpu", "_cuda")) else base
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")) and node.args:
+            name = node.args[0].values[0] if isinstance(node.args[0], ast.JoinedStr) else node.args[0]
+            if isinstance(name, ast.Constant):
+                yield node.lineno, str(name.value).rstrip(".")
+
+
+def may_import_reference(module: str) -> bool:
+    """cli/validate.py and its helpers; not what trains or informs."""
+    leaf = module.rpartition(".")[2]
+    return leaf == "validate" or (leaf.startswith("_") and not leaf.startswith("_train"))
+
+
+def import_violations(root: Path) -> list[str]:
+    found = []
+    for path in sorted((root / "sam_kernels").rglob("*.py")):
+        module = module_of(path, root)
+        layer = layer_of(module)
+        if layer not in ALLOWED:
+            found.append(f"{path.relative_to(root)}: no such layer: {layer}")
+            continue
+        for line, name in imports_of(path, root):
+            top = name.partition(".")[0]
+            where = f"{path.relative_to(root)}:{line}: {layer} imports {name}"
+            if top != "sam_kernels":
+                if top not in sys.stdlib_module_names and top not in THIRD_PARTY[layer]:
+                    found.append(where)
+                continue
+            target = layer_of(name)
+            if target == "reference" and layer == "cli":
+                allowed = may_import_reference(module)
+            elif target == layer:
+                allowed = "own" in ALLOWED[layer] or module == name
+                if layer == "backends" and name != "sam_kernels.backends":
+                    allowed = module.split(".")[:3] == name.split(".")[:3]  # a backend imports itself, never another
+            else:
+                allowed = target in ALLOWED[layer]
+            if not allowed:
+                found.append(where)
+    return found
+
+
+def includes_of(path: Path) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def is_standard(header: str) -> bool:
+    return re.fullmatch(r"[a-z_]+", header) is not None
+
+
+def included_by_kernels(root: Path) -> Iterator[tuple[Path, str]]:
+    """(file, header) of everything that files compiled once per instruction set (those that use SAM_ISA) include, directly or not."""
+    todo = [path for path in (root / "csrc" / "cpu").glob("*.cpp") if "SAM_ISA" in path.read_text(encoding="utf-8")]
+    seen = set(todo)
+    while todo:
+        path = todo.pop()
+        for header in includes_of(path):
+            yield path, header
+            target = root / "csrc" / header
+            if target.exists() and target not in seen:
+                seen.add(target)
+                todo.append(target)
+
+
+def include_violations(root: Path) -> list[str]:
+    found = []
+    for path in sorted(path for path in (root / "csrc").rglob("*") if path.suffix in SOURCES):
+        folder = path.relative_to(root / "csrc").parts[0]
+        for header in includes_of(path):
+            top = header.partition("/")[0] if "/" in header else ""
+            allowed = top not in ("torch", "ATen", "c10", "caffe2")
+            if folder == "common":
+                allowed = is_standard(header) or top == "common"
+            elif folder == "cpu":
+                allowed = is_standard(header) or header in KERNEL_HEADERS or top in ("cpu", "common")
+            elif folder == "cuda":
+                allowed = is_standard(header) or header.startswith("cuda") or top in ("cuda", "common")
+            if not allowed:
+                found.append(f"{path.relative_to(root)} includes {header}")
+    for path, header in included_by_kernels(root):
+        if header not in KERNEL_HEADERS and not header.startswith(("cpu/", "common/")):
+            found.append(f"{path.relative_to(root)} is compiled per instruction set and includes {header}")
+    return found
+
+
+def size_violations(root: Path) -> list[str]:
+    found = []
+    for name, budget in LINE_BUDGETS.items():
+        top = root / name
+        for path in [top] if top.is_file() else sorted(path for path in top.rglob("*") if path.suffix in SOURCES):
+            limit = INIT_BUDGET if path.name == "__init__.py" else budget
+            lines = path.read_text(encoding="utf-8").count("\n")
+            if lines > limit:
+                found.append(f"{path.relative_to(root)} has {lines} lines, more than {limit}")
+    return found
+
+
+def unlisted_sources(root: Path) -> list[str]:
+    """Every csrc/cpu/*.cpp is in exactly one of setup.py's two lists."""
+    text = (root / "setup.py").read_text(encoding="utf-8")
+    tree = {
+        node.targets[0].id: node.value for node in ast.parse(text).body if isinstance(node, ast.Assign) and hasattr(node.targets[0], "id")
+    }
+    listed = sorted(ast.literal_eval(tree["ENGINE"]) + [f"cpu/{name}" for name in ast.literal_eval(tree["CHUNK_KERNELS"])])
+    present = sorted(f"cpu/{path.stem}" for path in (root / "csrc" / "cpu").glob("*.cpp"))
+    return [] if listed == present else [f"setup.py compiles {listed}, csrc/cpu has {present}"]
+
+
+RULES = [import_violations, include_violations, size_violations, unlisted_sources]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_repository_keeps(rule):
+    assert rule(ROOT) == []
+
+
+def plant(root: Path, files: dict[str, str]) -> Path:
+    """A small package in order, with these files added to it or replaced."""
+    sound = {
+        "sam_kernels/__init__.py": "from sam_kernels import functional\n",
+        "sam_kernels/functional.py": "import torch\nfrom sam_kernels import _dispatch\nfrom sam_kernels._tensor_list import TensorList\n",
+        "sam_kernels/_dispatch.py": "import importlib\nimportlib.import_module(f'sam_kernels.backends.{1}')\n",
+        "sam_kernels/_tensor_list.py": "from torch import Tensor\n",
+        "sam_kernels/backends/__init__.py": "",
+        "sam_kernels/backends/foreach.py": "from sam_kernels._tensor_list import TensorList\n",
+        "sam_kernels/backends/native/__init__.py": "from .cpu import perturb_\n",
+        "sam_kernels/backends/native/cpu.py": "from sam_kernels import _cpu\n",
+        "sam_kernels/reference/__init__.py": "import torch\n",
+        "sam_kernels/optim/__init__.py": "from sam_kernels.optim.sam import SAM\n",
+        "sam_kernels/optim/sam.py": "from sam_kernels import functional\n",
+        "sam_kernels/cli/__init__.py": "import click\nimport sam_kernels\n",
+        "sam_kernels/cli/validate.py": "from sam_kernels import reference\n",
+        "sam_kernels/cli/train.py": "from sam_kernels import optim\n",
+        "sam_kernels/__main__.py": "from sam_kernels.cli import main\n",
+        "csrc/common/formulas.h": "#include <cmath>\n",
+        "csrc/cpu/engine.cpp": '#include <vector>\n#include "common/formulas.h"\n',
+        "csrc/cpu/sgd.cpp": '#include "cpu/block.h"\ninline namespace SAM_ISA {}\n',
+        "csrc/cpu/block.h": "#include <cstring>\n#include <immintrin.h>\n",
+        "csrc/bind_cpu.cpp": '#include <pybind11/pybind11.h>\n#include "cpu/engine.h"\n',
+        "setup.py": 'ENGINE = ["cpu/engine"]\nCHUNK_KERNELS = ["sgd"]\n',
+    }
+    for name, text in {**sound, **files}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text, encoding="utf-8")
+    return root
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_sound_package_passes(rule, tmp_path):
+    assert rule(plant(tmp_path, {})) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("sam_kernels/functional.py", "from sam_kernels.optim import SAM\n"),
+        ("sam_kernels/functional.py", "from . import optim\n"),
+        ("sam_kernels/functional.py", "import sam_kernels.backends.foreach\n"),
+        ("sam_kernels/functional.py", "import numpy\n"),
+        ("sam_kernels/_dispatch.py", "from sam_kernels import functional\n"),
+        ("sam_kernels/_tensor_list.py", "from sam_kernels import _dispatch\n"),
+        ("sam_kernels/backends/foreach.py", "from sam_kernels.backends import native\n"),
+        ("sam_kernels/backends/foreach.py", "from sam_kernels.backends.native.cpu import perturb_\n"),
+        ("sam_kernels/backends/native/cpu.py", "from ..foreach import perturb_\n"),
+        ("sam_kernels/backends/native/cpu.py", "def later():\n    import sam_kernels.functional\n"),
+        ("sam_kernels/backends/native/cpu.py", "from sam_kernels.reference import perturb_\n"),
+        ("sam_kernels/backends/native/cpu.py", "import importlib\nimportlib.import_module('sam_kernels.functional')\n"),
+        ("sam_kernels/optim/sam.py", "from sam_kernels import reference\n"),
+        ("sam_kernels/optim/sam.py", "from sam_kernels.backends import foreach\n"),
+        ("sam_kernels/optim/sam.py", "import sam_kernels.cli\n"),
+        ("sam_kernels/cli/train.py", "from sam_kernels import reference\n"),
+        ("sam_kernels/cli/_train_run.py", "from sam_kernels.reference import ops\n"),
+        ("sam_kernels/reference/__init__.py", "from sam_kernels import _validate\n"),
+        ("sam_kernels/reference/__init__.py", "import numpy\n"),
+        ("sam_kernels/__init__.py", "from sam_kernels.cli import main\n"),
+        ("sam_kernels/__main__.py", "from sam_kernels import functional\n"),
+        ("sam_kernels/surprise.py", "import torch\n"),
+    ],
+)
+def test_a_planted_import_is_found(name, text, tmp_path):
+    (violation,) = import_violations(plant(tmp_path, {name: text}))
+    assert name in violation
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("csrc/common/formulas.h", '#include "cpu/engine.h"\n'),
+        ("csrc/common/formulas.h", "#include <cuda_runtime.h>\n"),
+        ("csrc/cpu/engine.cpp", "#include <torch/extension.h>\n"),
+        ("csrc/cpu/engine.cpp", "#include <pybind11/pybind11.h>\n"),
+        ("csrc/bind_cpu.cpp", "#include <ATen/ATen.h>\n"),
+        ("csrc/bind_cpu.cpp", "  #  include <c10/util/Half.h>\n"),
+        ("csrc/cpu/block.h", "#include <vector>\n"),
+        ("csrc/common/formulas.h", "#include <algorithm>\n"),
+    ],
+)
+def test_a_planted_include_is_found(name, text, tmp_path):
+    kernel = {"csrc/cpu/sgd.cpp": '#include "cpu/block.h"\n#include "common/formulas.h"\ninline namespace SAM_ISA {}\n'}
+    violations = include_violations(plant(tmp_path, {**kernel, name: text}))
+    assert violations
+    assert all(name in violation for violation in violations)
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("sam_kernels/functional.py", 401),
+        ("csrc/cpu/block.h", 401),
+        ("tests/ops/test_x.py", 401),
+        ("setup.py", 121),
+        ("sam_kernels/__init__.py", 41),
+    ],
+)
+def test_a_file_over_its_budget_is_found(name, lines, tmp_path):
+    root = plant(tmp_path, {name: "\n" * lines})
+    assert size_violations(root) == [f"{name} has {lines} lines, more than {lines - 1}"]
+
+
+def test_a_source_that_is_not_compiled_is_found(tmp_path):
+    assert unlisted_sources(plant(tmp_path, {"csrc/cpu/adamw.cpp": ""})) != []
