@@ -1,0 +1,64 @@
+"""Checks of ``train``'s options beyond their click types. Each failure is a usage error that names the option."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+
+import click
+import torch
+
+from sam_kernels import _dispatch
+from sam_kernels.cli._train_optimizers import BASES, SHARPNESS_AWARE
+
+__all__ = ["check_backend", "check_device", "check_extra", "finite", "lambd", "optimizer_names"]
+
+
+def finite(_ctx: click.Context, _param: click.Parameter, value: float | None) -> float | None:
+    """Option callback: FloatRange lets nan and inf through."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not finite.")
+    return value
+
+
+def lambd(ctx: click.Context, param: click.Parameter, value: str) -> float | str:
+    """Option callback: a number in [0, 1] or the name of a schedule."""
+    if value in ("1/t", "1-1/t"):
+        return value
+    number: float = click.FloatRange(0, 1)(value, param, ctx)
+    finite(ctx, param, number)
+    return number
+
+
+def optimizer_names(text: str | None, base: str) -> list[str]:
+    """From a comma-separated list. The plain optimizer goes by its own name, so that no table calls AdamW "sgd"."""
+    known = [base, *SHARPNESS_AWARE]
+    names = known if text is None else [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            other = f" ({name} needs --base {name})" if name in BASES else ""
+            raise click.BadParameter(f"unknown optimizer {name!r}{other}; the names are {', '.join(known)}.", param_hint="'--optimizers'")
+    if not names:
+        raise click.BadParameter(f"no optimizer given; the names are {', '.join(known)}.", param_hint="'--optimizers'")
+    return list(dict.fromkeys(names))
+
+
+def check_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch built without CUDA asserts
+        raise click.BadParameter(str(error).splitlines()[0], param_hint="'--device'") from error
+    return device
+
+
+def check_backend(name: str, device: torch.device) -> None:
+    if name != "auto" and (reason := _dispatch.reason_missing(name, device.type)) is not None:
+        raise click.BadParameter(f"{name} cannot be used: {reason}", param_hint="'--backend'")
+
+
+def check_extra() -> None:
+    """The packages of the ``train`` extra, all at once: better than to fail on the plot after the training."""
+    missing = [name for name in ("numpy", "mlxtend", "sklearn", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise click.ClickException(f"train needs {', '.join(missing)}: pip install 'sam_kernels[train]'")

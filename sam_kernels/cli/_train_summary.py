@@ -1,0 +1,49 @@
+"""Runs of one optimizer over the seeds, summarised: means with their standard errors."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sam_kernels.cli._train_run import Run
+
+__all__ = ["Estimate", "Summary", "summarise"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    mean: float
+    standard_error: float | None  # None: one seed says nothing about it
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate:
+        if len(values) < 2 or not all(map(math.isfinite, values)):
+            return cls(statistics.fmean(values), None)
+        return cls(statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)))
+
+    def text(self, decimals: int, factor: float = 1.0) -> str:
+        error = "" if self.standard_error is None else f" ± {self.standard_error * factor:.{decimals}f}"
+        return f"{self.mean * factor:.{decimals}f}{error}"
+
+
+@dataclass(frozen=True)
+class Summary:
+    optimizer: str
+    rho: float | None
+    test_accuracy: Estimate  # after the last epoch: the best epoch would be chosen by looking at the test set
+    train_loss: Estimate  # mean of the last epoch
+    seconds_per_step: float
+    optimizer_share: float
+
+
+def summarise(runs: Sequence[Run], rho: float | None) -> Summary:
+    return Summary(
+        runs[0].optimizer,
+        rho,
+        Estimate.of([run.test_accuracy[-1] for run in runs]),
+        Estimate.of([run.train_loss[-1] for run in runs]),
+        statistics.fmean(run.seconds_per_step for run in runs),
+        statistics.fmean(run.optimizer_share for run in runs),
+    )
