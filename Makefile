@@ -41,7 +41,7 @@ sanitize: install  ## the operation tests on a build with the address and undefi
 	SAM_KERNELS_BUILD=cpu SAM_KERNELS_CXXFLAGS="$(SANITIZERS)" $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/$(SANITIZED) \
-	$(BIN)/python -P tests/native/sanitized.py $(CURDIR)/$(SANITIZED) $(or $(ARGS),tests/ops)
+	$(BIN)/python tests/native/sanitized.py $(CURDIR)/$(SANITIZED) $(or $(ARGS),tests/ops)
 
 bench: install  ## the benchmarks (ARGS="--help" tells the options)
 	$(BIN)/python -m bench $(ARGS)
