@@ -29,7 +29,8 @@ SAM_INLINE float bfloat16_to_float(uint16_t half) { return bits_float(static_cas
 SAM_INLINE uint16_t float_to_bfloat16(float value) {
   const uint32_t bits = float_bits(value);
   const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  const bool is_nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
+  // Compared as signed numbers: the oldest vector instruction sets have no unsigned comparison.
+  const bool is_nan = static_cast<int32_t>(bits & 0x7FFFFFFFu) > 0x7F800000;
   return static_cast<uint16_t>(is_nan ? 0x7FC0u : rounded);
 }
 

@@ -96,6 +96,22 @@ class GroupLists:
             self._old_params = self._list(self._backups.of(self.params))
         return self._old_params
 
+    def _mark(self) -> Tensor | None:
+        """(1,) the first element of the backups, None where all are empty."""
+        first = next((old for old in self.old_params if old.numel() > 0), None)
+        return None if first is None else first.as_strided((1,), (1,))
+
+    def mark_unsaved(self) -> None:
+        """Notes in the backups that they are not this step's: saving the parameters erases the note."""
+        mark = self._mark()
+        if mark is not None:
+            mark.fill_(float("nan"))
+
+    def is_saved(self) -> bool:
+        """Whether the parameters were saved since :meth:`mark_unsaved`. Waits for the device."""
+        mark = self._mark()
+        return mark is not None and not bool(mark.isnan())
+
     def grads(self, grads: list[Tensor]) -> list[Tensor]:
         """The gradients as operations take them; they move at every backward pass."""
         return self._list(grads)

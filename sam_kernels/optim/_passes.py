@@ -43,6 +43,7 @@ class Passes:
         self.is_perturbed = False
         self._lists: dict[int, GroupLists] = {}
         self._perturbed: dict[int, GroupLists] = {}
+        self._unsure: GroupLists | None = None  # the group whose perturbation has been asked for and not yet been heard of
 
     def begin(self, device: torch.device) -> None:
         """A new step: nothing is known to be wrong with it."""
@@ -58,26 +59,29 @@ class Passes:
 
     def ascend(self, groups: list[dict[str, Any]], *, eps: float, grad_scale: Tensor | None) -> None:
         """Saves and perturbs the parameters of the groups with ρ > 0, along their gradients as they are."""
-        self.is_perturbed = True
         radii = [rho_at(group["rho"], group["sam_step"]) for group in groups]
+        mixes = [lambd_at(group["lambd"], group["sam_step"]) for group in groups]
         taking_part = [current for current in self._current(groups) if radii[current.index] > 0]
         norm = self._norm(taking_part, normalised=True)
+        self.is_perturbed = True
         for current in taking_part:
             group = current.group
+            self._perturbed[current.index] = self._unsure = current.lists
+            current.lists.mark_unsaved()
             functional.perturb_(
                 current.lists.params,
                 current.grads,
                 current.lists.old_params,
                 norm,
                 rho=radii[current.index],
-                lambd=lambd_at(group["lambd"], group["sam_step"]),
+                lambd=mixes[current.index],
                 adaptive=group["adaptive"],
                 eta=group["eta"],
                 eps=eps,
                 grad_scale=grad_scale,
                 found_inf=self.found_inf,
             )
-            self._perturbed[current.index] = current.lists
+            self._unsure = None
 
     def descend(self, groups: list[dict[str, Any]], *, max_norm: float | None, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Restores the parameters and makes the base's step along the gradients as they are, unless something was not finite."""
@@ -101,10 +105,15 @@ class Passes:
         self.skipped.add_(self.found_inf.to(torch.int64))
 
     def restore(self) -> None:
-        """Back to the weights of before the ascent, bit for bit; nothing to do when there was none."""
+        """Back to the weights of before the ascent, bit for bit; nothing to do when there was none.
+
+        Ctrl-C may have come while a group was being perturbed: Python raises it before or after, never within, and the mark tells which.
+        """
         for lists in self._perturbed.values():
-            functional.restore_(lists.params, lists.old_params)
+            if lists is not self._unsure or lists.is_saved():
+                functional.restore_(lists.params, lists.old_params)
         self._perturbed = {}
+        self._unsure = None
         self.is_perturbed = False
 
     def _current(self, groups: list[dict[str, Any]]) -> list[_Current]:

@@ -91,15 +91,20 @@ class SAM(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As ``torch.optim.Optimizer.add_param_group``; the base optimizer gets the group too."""
-        if not any(param_group is group for group in self.base_optimizer.param_groups):
-            _check_group_values({key: param_group[key] for key in _GROUP_KEYS if isinstance(param_group, dict) and key in param_group})
-            self.base_optimizer.add_param_group(param_group)
         groups = self.base_optimizer.param_groups
-        for key in _GROUP_KEYS:
-            param_group.setdefault(key, self.defaults[key])
-        param_group.setdefault("sam_step", max((group.get("sam_step", 0) for group in groups), default=0))
-        _check_group_values(param_group)
-        check_params(param_group, next(i for i, group in enumerate(groups) if group is param_group))
+        is_new = not any(param_group is group for group in groups)
+        if is_new:
+            self.base_optimizer.add_param_group(param_group)
+        try:
+            for key in _GROUP_KEYS:
+                param_group.setdefault(key, self.defaults[key])
+            param_group.setdefault("sam_step", max(group.get("sam_step", 0) for group in groups))
+            _check_group_values(param_group)
+            check_params(param_group, next(i for i, group in enumerate(groups) if group is param_group))
+        except (TypeError, ValueError):
+            if is_new:
+                groups.pop()
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state and the groups, with ρ, λ and the step t. Callables are not saved: give them to the constructor."""
@@ -208,7 +213,11 @@ class SAM(Optimizer):
         if self.preserve_rng_state and self._random_state is None:
             raise RuntimeError("SAM.first_step: preserve_rng_state=True needs record_rng_state() before the first forward pass")
         self._begin()
-        self._ascend(_amp.scale_of(scaler))
+        try:
+            self._ascend(_amp.scale_of(scaler))
+        except BaseException:
+            self._restore()
+            raise
         if self._random_state is not None:
             self._random_state.replay()
             self._random_state = None
@@ -236,17 +245,17 @@ class SAM(Optimizer):
         self._passes.release()
         self._guard.release()
 
-    def _begin(self) -> None:
+    def _begin(self, *, counts: bool = True) -> None:
         for group in self.param_groups:
-            _check_group_values(group)
-            group["sam_step"] += 1
+            _check_group_values({key: group[key] for key in _GROUP_KEYS if not callable(group[key])})
+            group["sam_step"] += counts
         first = next(param for group in self.param_groups for param in group["params"])
         self._passes.begin(first.device)
 
     def _finish(self, scaler: GradScaler | None) -> None:
         """``step()`` without a closure: the descent after :meth:`first_step`, otherwise a plain step of the base."""
         if not self._passes.is_perturbed:
-            self._begin()
+            self._begin(counts=False)  # t counts steps of SAM; torch.distributed.checkpoint makes plain ones of its own
         grad_scale = getattr(self, "grad_scale", None) if scaler is None else _amp.scale_of(scaler)
         found_inf = getattr(self, "found_inf", None)
         self._descend(grad_scale, found_inf if isinstance(found_inf, Tensor) else None, scaler)

@@ -1,0 +1,50 @@
+"""Row 7, the narrow case: Ctrl-C while the weights are being perturbed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import sam_kernels
+from sam_kernels.backends import foreach, native
+from tests.optim.problem import assert_same_bits, closure_of, loss_of, make_batch, make_model, weights
+
+
+@pytest.mark.parametrize("backend", [native, foreach])
+@pytest.mark.parametrize("done", [False, True])
+@pytest.mark.parametrize("interrupted_group", [0, 1])
+@pytest.mark.parametrize("api", ["closure", "two-step"])
+def test_row_07_interrupt_around_a_perturbation(
+    monkeypatch: pytest.MonkeyPatch, backend: Any, done: bool, interrupted_group: int, api: str
+) -> None:
+    model, batch = make_model(), make_batch()
+    groups = [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters())}]
+    optimizer = sam_kernels.SAM(groups, torch.optim.SGD, rho=0.5, lr=0.1)
+    real, calls = backend.perturb_, []
+
+    def perturb_(*args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3 + interrupted_group:
+            if done:
+                real(*args, **kwargs)
+            raise KeyboardInterrupt
+        real(*args, **kwargs)
+
+    monkeypatch.setattr(backend, "perturb_", perturb_)
+    with sam_kernels.use_backend(backend.__name__.split(".")[-1]):
+        optimizer.step(closure_of(optimizer, model, batch))  # so that the backups hold an older step's weights
+        before = weights(model)
+        if api == "closure":
+            with pytest.raises(KeyboardInterrupt):
+                optimizer.step(closure_of(optimizer, model, batch))
+        else:
+            loss_of(model, batch).backward()
+            with pytest.raises(KeyboardInterrupt):
+                optimizer.first_step()
+        assert_same_bits(weights(model), before)
+        with pytest.raises(RuntimeError, match="call first_step first"):
+            optimizer.second_step()
+        optimizer.step(closure_of(optimizer, model, batch))
+    assert not torch.equal(weights(model)[0], before[0])
