@@ -1,0 +1,86 @@
+"""The reference formulas of one call evaluated on :class:`Rounded`, for all its rows at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sam_kernels.cli._tolerance import Arithmetic, Rounded
+from sam_kernels.reference import ops
+
+if TYPE_CHECKING:
+    from sam_kernels.cli._check import Problem
+
+__all__ = ["bounds_of"]
+
+
+def bounds_of(problem: Problem) -> dict[str, list[Tensor]]:
+    """A bound (numel,) for each tensor of each list that a call, not yet made, will compute. A list without bounds must be exact."""
+    if problem.op not in ("perturb_", "sgd_step_", "adamw_step_") or ops.is_skipped(
+        problem.kwargs.get("norm"), problem.kwargs.get("found_inf")
+    ):
+        return {}
+    count = len(problem.lists["params"])
+    buffers = problem.lists.get("momentum_buffers")
+    first = [i for i in range(count) if buffers is not None and buffers[i] is None]
+    later = sorted(set(range(count)) - set(first))
+    result: dict[str, list[Tensor]] = {}
+    for indices in (first, later):
+        numels = [_numel(problem.lists["params"][i]) for i in indices]
+        for name, flat in _flat_bounds(problem, indices).items() if sum(numels) else ():
+            rows = result.setdefault(name, [torch.zeros(0, dtype=torch.float64)] * count)
+            for i, bound in zip(indices, torch.split(flat, numels), strict=True):
+                rows[i] = bound
+    return result
+
+
+def _flat_bounds(problem: Problem, indices: list[int]) -> dict[str, Tensor]:
+    """Bounds of the rows' elements, one after the other."""
+    kwargs = dict(problem.kwargs)
+    numels = [_numel(problem.lists["params"][i]) for i in indices]
+    is_double = [any(t is not None and t.dtype is torch.float64 for t in _row(problem, i)) for i in indices]
+    arithmetic = Arithmetic.of(_spread(torch.tensor(is_double), numels))
+
+    def operand(name: str) -> Any:
+        tensors = [problem.lists[name][i] for i in indices]
+        flat = [t.reshape(-1).to(torch.float64) for t in tensors if t is not None]
+        return Rounded.exact(torch.cat(flat), arithmetic) if flat else None
+
+    norm = kwargs.pop("norm", None)
+    if norm is not None:  # rounded once into the arithmetic
+        value = norm.to(torch.float64)
+        norm = Rounded(value, value.abs() * arithmetic.unit / 2, arithmetic)
+    kwargs.pop("found_inf", None)
+    grad = operand("grads")
+    reads_old = kwargs.pop("from_old", problem.op != "perturb_" and "old_params" in problem.lists)
+    param = operand("old_params" if reads_old else "params")
+    if problem.op == "perturb_":
+        return {"params": ops.perturbed(param, grad, norm, **kwargs).error}  # type: ignore[attr-defined]
+    names = ("maximize", "grad_scale", "max_norm")
+    grad = ops.descent_gradient(grad, norm=norm, **{name: kwargs.pop(name) for name in names if name in kwargs})
+    if problem.op == "sgd_step_":
+        buffer = operand("momentum_buffers") if kwargs.get("momentum", 0.0) else None
+        updated: Any = ops.sgd_updated(param, grad, buffer, **kwargs)
+        bounds = {"params": updated[0].error}
+        return bounds if updated[1] is None else {**bounds, "momentum_buffers": updated[1].error}
+    steps = torch.stack([t.to(torch.float64) for t in (problem.lists["state_steps"][i] for i in indices) if t is not None])
+    updated = ops.adamw_updated(param, grad, operand("exp_avgs"), operand("exp_avg_sqs"), _spread(steps, numels) + 1, **kwargs)
+    return dict(zip(("params", "exp_avgs", "exp_avg_sqs"), (rounded.error for rounded in updated), strict=True))
+
+
+def _row(problem: Problem, index: int) -> list[Tensor | None]:
+    """The tensors that decide a row's arithmetic."""
+    names = ["params", "grads", "old_params", "exp_avgs", "exp_avg_sqs"]
+    if problem.kwargs.get("momentum", 0.0):
+        names.append("momentum_buffers")
+    return [problem.lists[name][index] for name in names if name in problem.lists]
+
+
+def _numel(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.numel()
+
+
+def _spread(values: Tensor, numels: list[int]) -> Tensor:  # (rows,) -> (elements,)
+    return values.repeat_interleave(torch.tensor(numels))

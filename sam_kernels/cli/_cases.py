@@ -1,0 +1,164 @@
+"""Described inputs: lists of parameters as data, and the tensors they describe.
+
+Every tensor lies inside a larger allocation filled with NaN, so that a write outside of it (or into the holes between its elements) is seen
+by :func:`guards_intact`, and a read outside of it poisons the result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+__all__ = ["CASES", "DTYPES", "GUARD", "LAYOUT_CASES", "ROLES", "Row", "guards_intact", "make_tensor", "rows_of"]
+
+ROLES = ("params", "grads", "old_params", "state")
+GUARD = 16  # elements on each side: 32 bytes of a 16-bit type, and a multiple of 64 bytes for the others, so that alignment stays
+CHUNK = 65536  # kChunkSize of csrc/common/work_list.h
+HUGE = 4e18  # its square still fits float32 and bfloat16
+TINY = 1e-38  # the products with it are subnormal in float32 and bfloat16
+
+f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+DTYPES: dict[str, torch.dtype | None] = {"float32": f32, "float64": f64, "bfloat16": bf16, "float16": f16, "mixed": None}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter with its gradient and state. ``dtypes`` and ``layouts`` are by role; a role not named has the first one's."""
+
+    shape: tuple[int, ...]
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    layouts: Mapping[str, str] = field(default_factory=dict)
+    magnitude: float = 1.0  # of the gradient
+    param_magnitude: float = 1.0
+    special: float | None = None  # put into every third element of the gradient
+
+    def layout(self, role: str) -> str:
+        return self.layouts.get(role, self.layouts.get("all", "contiguous"))
+
+
+def _uniform(*shapes: tuple[int, ...], **layouts: str) -> Callable[[torch.dtype], list[Row]]:
+    return lambda dtype: [Row(shape, dict.fromkeys(ROLES, dtype), layouts) for shape in shapes]
+
+
+def _magnitudes(grad: float, param: float = 1.0, special: float | None = None) -> Callable[[torch.dtype], list[Row]]:
+    def rows(dtype: torch.dtype) -> list[Row]:
+        limit = float(torch.finfo(dtype).max) ** 0.5 / 8  # float16: 32
+        smallest = float(torch.finfo(dtype).smallest_normal)
+        grad_size, param_size = (max(min(size, limit), smallest) if size else 0.0 for size in (grad, param))
+        shapes = [(257,), (1000,), (3, 5)]
+        return [Row(shape, dict.fromkeys(ROLES, dtype), {}, grad_size, param_size, special) for shape in shapes]
+
+    return rows
+
+
+def _mixed_layouts(dtype: torch.dtype) -> list[Row]:
+    """Rows whose tensors do not lie in the same order."""
+    dtypes = dict.fromkeys(ROLES, dtype)
+    image = (2, 3, 5, 7)
+    return [
+        Row(image, dtypes, {"params": "channels_last"}),
+        Row(image, dtypes, {"all": "channels_last", "grads": "contiguous"}),
+        Row(image, dtypes, {"old_params": "channels_last", "grads": "strided"}),
+        Row((33, 17), dtypes, {"grads": "expanded"}),
+        Row((33, 17), dtypes, {"params": "transposed", "state": "strided"}),
+        Row((33, 17), dtypes, {"all": "transposed", "state": "contiguous"}),
+        Row((6, 4, 1, 1), dtypes, {"params": "channels_last"}),
+        Row((9,), dtypes, {"params": "strided", "grads": "unaligned"}),
+    ]
+
+
+CASES: dict[str, Callable[[torch.dtype], list[Row]]] = {
+    "single": _uniform((128,)),
+    "odd_sizes": _uniform(*((n,) for n in (1, 7, 255, 256, 257))),
+    "chunk_edges": _uniform((CHUNK - 1,), (CHUNK,), (CHUNK + 1,)),
+    "many_tiny": _uniform(*[(3,)] * 1000),
+    "empty_in_middle": _uniform((5,), (0,), (3, 0, 2), (7,), (0,), ()),
+    "unaligned_views": _uniform((4,), (63,), (1025,), all="unaligned"),
+    "transposed": _uniform((33, 17), (5, 1), (2, 3, 4), all="transposed"),
+    "strided": _uniform((33, 17), (301,), all="strided"),
+    "channels_last": _uniform((2, 3, 5, 7), (4, 1, 3, 3), all="channels_last"),
+    "mixed_layouts": _mixed_layouts,
+    "zero_grads": _magnitudes(0.0),
+    "huge": _magnitudes(HUGE),
+    "huge_params": _magnitudes(1.0, HUGE),
+    "tiny": _magnitudes(TINY, TINY),
+    "nan": _magnitudes(1.0, special=math.nan),
+    "inf": _magnitudes(1.0, special=math.inf),
+}
+
+
+# About where elements lie and how the work is cut, which no keyword changes: two keyword sets an operation are enough.
+LAYOUT_CASES = (
+    "single", "chunk_edges", "many_tiny", "empty_in_middle", "unaligned_views", "transposed", "strided", "channels_last",
+)  # fmt: skip
+
+
+def mixed_dtype(rows: list[Row]) -> list[Row]:
+    """The rows with dtypes that differ between rows and within them: master weights, 16-bit gradients, 16-bit and float64 states."""
+    combinations = (
+        (f32, f32, f32, f32),
+        (bf16, bf16, bf16, f32),
+        (f16, f16, f16, f32),
+        (f32, bf16, f32, f32),
+        (f32, f16, f32, bf16),
+        (bf16, f32, f32, f32),
+        (f16, bf16, f32, f16),
+        (f64, f64, f64, f64),
+        (f64, f32, f64, f32),
+        (f32, f64, f32, f32),
+        (bf16, bf16, f64, bf16),
+        (f32, f32, bf16, f64),
+    )
+    return [
+        replace(rows[i % len(rows)], dtypes=dict(zip(ROLES, combinations[i % len(combinations)], strict=True)))
+        for i in range(max(len(rows), len(combinations)))
+    ]
+
+
+def rows_of(case: str, dtype: str) -> list[Row]:
+    """The rows of a named case in a named dtype."""
+    kind = DTYPES[dtype]
+    return mixed_dtype(CASES[case](f16)) if kind is None else CASES[case](kind)
+
+
+def _strides(shape: tuple[int, ...], layout: str) -> tuple[tuple[int, ...], int]:
+    """Strides and storage offset of a layout."""
+    strides = [math.prod([max(size, 1) for size in shape[i + 1 :]]) for i in range(len(shape))]
+    if layout == "transposed":
+        strides = [math.prod([max(size, 1) for size in shape[:i]]) for i in range(len(shape))]
+    elif layout == "channels_last":
+        strides = list(torch.empty(shape, memory_format=torch.channels_last).stride())
+    elif layout == "strided":
+        strides = [2 * stride for stride in strides]
+    elif layout == "expanded":
+        strides[0] = 0
+    elif layout not in ("contiguous", "unaligned"):
+        raise ValueError(f"unknown layout {layout!r}")
+    return tuple(strides), 1 if layout == "unaligned" else 0
+
+
+def make_tensor(values: Tensor, dtype: torch.dtype, layout: str) -> Tensor:
+    """``values``, of any shape, rounded to ``dtype`` and laid out inside a guarded allocation."""
+    strides, offset = _strides(tuple(values.shape), layout)
+    span = 1 + sum((size - 1) * stride for size, stride in zip(values.shape, strides, strict=True)) if values.numel() else 0
+    storage = torch.full((span + offset + 2 * GUARD,), math.nan, dtype=dtype)
+    tensor = storage.as_strided(values.shape, strides, GUARD + offset)
+    if layout == "expanded":
+        storage.as_strided(values[:1].shape, strides, GUARD + offset).copy_(values[:1])
+    else:
+        tensor.copy_(values)
+    return tensor
+
+
+def guards_intact(tensor: Tensor) -> bool:
+    """Nothing was written around or between the elements of a tensor from :func:`make_tensor`."""
+    storage = tensor._base
+    if storage is None:
+        return True
+    outside = torch.ones(storage.shape, dtype=torch.bool)
+    outside.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(False)
+    return bool(storage[outside].isnan().all())

@@ -1,0 +1,208 @@
+"""One operation on one backend against the float64 reference: builds the inputs a case and an option describe, runs both, compares."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sam_kernels import functional, reference
+from sam_kernels._dispatch import use_backend
+from sam_kernels.cli._bounds import bounds_of
+from sam_kernels.cli._cases import CASES, LAYOUT_CASES, Row, guards_intact, make_tensor, rows_of
+from sam_kernels.cli._compare import Worst, compare
+from sam_kernels.cli._options import FOR_LAYOUT_CASES, OPTIONS
+from sam_kernels.cli._tolerance import norm_bound
+
+__all__ = ["Problem", "build", "check", "combinations", "run", "seed_of"]
+
+STATE = {"sgd_step_": ("momentum_buffers",), "adamw_step_": ("exp_avgs", "exp_avg_sqs")}
+STEPS = (0.0, 1.0, 9.0, 999.0)
+
+
+@dataclass
+class Problem:
+    """The arguments of one call: ``lists`` in the order of the operation's positional arguments, then keywords."""
+
+    op: str
+    lists: dict[str, list[Tensor | None]]
+    kwargs: dict[str, Any]
+
+    def clone(self) -> Problem:
+        """The same bits in memory of its own, laid out alike."""
+        return Problem(self.op, {name: [_clone(t) for t in tensors] for name, tensors in self.lists.items()}, _clone_kwargs(self.kwargs))
+
+    def double(self) -> Problem:
+        """Everything in float64, contiguous."""
+        lists = {name: [None if t is None else t.to(torch.float64).clone() for t in tensors] for name, tensors in self.lists.items()}
+        return Problem(self.op, lists, {k: v.to(torch.float64).clone() if isinstance(v, Tensor) else v for k, v in self.kwargs.items()})
+
+
+def _clone(tensor: Tensor | None) -> Tensor | None:
+    if tensor is None or tensor._base is None:
+        return None if tensor is None else tensor.clone()
+    return tensor._base.clone().as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def _clone_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+
+
+def seed_of(*names: object) -> int:
+    """The same number for the same names in every process."""
+    return zlib.crc32("/".join(map(str, names)).encode())
+
+
+def combinations(op: str, dtype: str) -> Iterator[tuple[str, str]]:
+    """(case, option) pairs that say something about an operation in a dtype."""
+    for case in CASES:
+        if op == "restore_" and case in ("huge_params", "tiny", "zero_grads", "nan", "inf"):
+            continue  # about gradients
+        if dtype == "mixed" and case == "chunk_edges" and op.startswith("grad_norm"):
+            continue  # one list: a dtype a row is covered by the others
+        for option in FOR_LAYOUT_CASES[op] if case in LAYOUT_CASES else OPTIONS[op]:
+            yield case, option
+
+
+def build(op: str, case: str, dtype: str, option: str, seed: int = 0) -> Problem:
+    """The call that a case, a dtype and an option describe. What is only written holds NaN."""
+    generator = torch.Generator().manual_seed(seed_of(seed, op, case, dtype, option))
+    spec = dict(OPTIONS[op][option])
+    rows = rows_of(case, dtype)
+    old = spec.pop("old", op in ("perturb_", "restore_"))
+    first = spec.pop("first", None)
+    asked_norm = spec.pop("norm", "true" if op == "perturb_" else None)
+
+    def tensors(role: str, magnitude: str = "param_magnitude", *, squared: bool = False, poison: bool = False) -> list[Tensor | None]:
+        return [_tensor(row, role, getattr(row, magnitude), generator, squared=squared, poison=poison) for row in rows]
+
+    lists: dict[str, list[Tensor | None]] = {}
+    from_old = spec.get("from_old", False)
+    if op in ("grad_norm", "grad_norms"):
+        groups = 1 if op == "grad_norm" else 3
+        for j in range(groups):
+            lists[f"grads{j}"] = tensors("grads", "magnitude")
+        lists["params"] = tensors("params")
+    else:
+        lists["params"] = tensors("params", poison=op == "restore_" or from_old or (old and op != "perturb_"))
+        if op != "restore_":
+            lists["grads"] = tensors("grads", "magnitude")
+        if op == "sgd_step_":
+            lists["momentum_buffers"] = tensors("state", "magnitude")
+            if first is not None:
+                lists["momentum_buffers"] = [None if first == "all" or i % 2 else t for i, t in enumerate(lists["momentum_buffers"])]
+        if op == "adamw_step_":
+            lists["exp_avgs"] = tensors("state", "magnitude")
+            lists["exp_avg_sqs"] = tensors("state", "magnitude", squared=True)
+            lists["state_steps"] = [torch.tensor(STEPS[i % len(STEPS)]) for i in range(len(rows))]
+        if old:
+            lists["old_params"] = tensors("old_params", poison=op == "perturb_" and not from_old)
+    for name in ("grad_scale", "found_inf"):
+        if name in spec:
+            spec[name] = torch.tensor(spec[name])
+    problem = Problem(op, lists, spec)
+    if asked_norm is not None:
+        spec["norm"] = torch.tensor(math.nan if asked_norm == "nan" else math.inf) if asked_norm != "true" else _true_norm(problem)
+    return problem
+
+
+def _tensor(row: Row, role: str, magnitude: float, generator: torch.Generator, *, squared: bool, poison: bool) -> Tensor:
+    values = torch.randn(row.shape, generator=generator, dtype=torch.float64)
+    if poison:
+        values = torch.full_like(values, math.nan)
+    elif squared:
+        values = (values * magnitude).square()
+    else:
+        values = values * magnitude
+    if role == "grads" and row.special is not None and not poison:
+        values.view(-1)[::3] = row.special
+    dtype = row.dtypes[role]
+    limit = torch.finfo(dtype).max
+    return make_tensor(values if row.special is not None or poison else values.clamp(-limit, limit), dtype, row.layout(role))
+
+
+def _true_norm(problem: Problem) -> Tensor:
+    """The norm as grad_norm gives it."""
+    given = problem.double()
+    adaptive = problem.kwargs.get("adaptive", False)
+    source = "old_params" if problem.kwargs.get("from_old", False) else "params"
+    norm = reference.grad_norm(given.lists["grads"], given.lists[source], adaptive=adaptive, eta=problem.kwargs.get("eta", 0.0))  # type: ignore[arg-type]
+    return norm.to(torch.float64 if any(g is not None and g.dtype is torch.float64 for g in problem.lists["grads"]) else torch.float32)
+
+
+def run(problem: Problem, module: Any = functional) -> Any:
+    """Calls the operation of a module with the public names. The lists are changed in place."""
+    op, lists, kwargs = getattr(module, problem.op), problem.lists, dict(problem.kwargs)
+    if problem.op in ("grad_norm", "grad_norms"):
+        grads = [tensors for name, tensors in lists.items() if name.startswith("grads")]
+        params = lists["params"] if kwargs.get("adaptive") else None
+        return op(grads[0] if problem.op == "grad_norm" else grads, params, **kwargs)
+    if problem.op == "perturb_":
+        return op(lists["params"], lists["grads"], lists["old_params"], kwargs.pop("norm"), **kwargs)
+    if problem.op == "restore_":
+        return op(lists["params"], lists["old_params"])
+    positional = [tensors for name, tensors in lists.items() if name != "old_params"]
+    return op(*positional, old_params=lists.get("old_params"), **kwargs)
+
+
+def check(op: str, backends: Sequence[str], dtype: str, case: str, option: str, seed: int = 0) -> dict[str, Worst]:
+    """For each backend the worst element of everything the operation could have written, inputs and surrounding memory included."""
+    before = build(op, case, dtype, option, seed)
+    exact = before.double()
+    starts = before.double().lists
+    if "old_params" in starts and op != "perturb_":
+        starts["params"] = starts["old_params"]
+    exact_result = run(exact, reference)
+    bounds = bounds_of(before)
+    for name, tensors in exact.lists.items():
+        bounds.setdefault(name, [torch.zeros(0 if t is None else t.numel(), dtype=torch.float64) for t in tensors])
+    found = {}
+    for backend in backends:
+        problem = before.clone()
+        pointers = _pointers(problem)
+        with use_backend(backend):
+            result = run(problem)
+        worst = _compare_results(result, exact_result, problem) if op.startswith("grad_norm") else Worst()
+        for name, tensors in problem.lists.items():
+            worst = max(worst, compare(name, tensors, exact.lists[name], bounds[name], starts[name]), key=Worst.badness)
+        found[backend] = _side_effects(problem, pointers) or worst
+    return found
+
+
+def _side_effects(problem: Problem, pointers: dict[tuple[str, int], int]) -> Worst | None:
+    """What must never happen: a tensor that moved, a write outside of one."""
+    now = _pointers(problem)
+    for (name, i), pointer in pointers.items():
+        if now[name, i] != pointer:
+            return Worst(name, i, passed=False, reason="the data pointer changed")
+    for name, tensors in problem.lists.items():
+        for i, tensor in enumerate(tensors):
+            if tensor is not None and not guards_intact(tensor):
+                return Worst(name, i, passed=False, reason="memory outside the tensor was written")
+    return None
+
+
+def _pointers(problem: Problem) -> dict[tuple[str, int], int]:
+    return {(name, i): t.data_ptr() for name, tensors in problem.lists.items() for i, t in enumerate(tensors) if t is not None}
+
+
+def _compare_results(result: Tensor, exact: Tensor, problem: Problem) -> Worst:
+    groups = [tensors for name, tensors in problem.lists.items() if name.startswith("grads")]
+    is_double = any(t is not None and t.dtype is torch.float64 for group in groups for t in group)
+    if result.dtype is not (torch.float64 if is_double else torch.float32):
+        return Worst("result", passed=False, reason=f"dtype {result.dtype}")
+    if result.shape != exact.shape:
+        return Worst("result", passed=False, reason=f"shape {tuple(result.shape)}, expected {tuple(exact.shape)}")
+    worst = compare("result", [result], [exact], [norm_bound(exact, _terms(groups[0])).reshape(-1)], [None])
+    if "found_inf" in problem.kwargs and bool(problem.kwargs["found_inf"]) == bool(result.isfinite()):
+        return Worst("found_inf", passed=False, reason=f"is {problem.kwargs['found_inf'].item()} for a norm of {result.item()}")
+    return worst
+
+
+def _terms(tensors: Sequence[Tensor | None]) -> int:
+    return sum(0 if t is None else t.numel() for t in tensors)

@@ -1,0 +1,96 @@
+"""The keyword sets every operation is checked with, as data: never the neutral values, under which a forgotten term does not show.
+
+Keys that are no keywords of the operation describe its inputs: ``old`` (an ``old_params`` list is given), ``first`` (which momentum entries
+are None: "all" or "mixed") and ``norm`` ("true", "nan", "inf").
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["FOR_LAYOUT_CASES", "OPTIONS"]
+
+Options = dict[str, dict[str, Any]]
+
+_UNIFIED = {"rho": 0.05, "lambd": 0.3}
+_SGD = {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1, "maximize": True}
+_NESTEROV = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True}
+_ADAM = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1, "maximize": True}
+_AMP = {"grad_scale": 1024.0, "found_inf": 0.0}
+_CLIP = {"norm": "true", "max_norm": 0.01}
+
+OPTIONS: dict[str, Options] = {
+    "grad_norm": {
+        "plain": {},
+        "adaptive": {"adaptive": True, "eta": 0.01},
+        "found_inf": {"found_inf": 0.0},
+    },
+    "grad_norms": {
+        "plain": {},
+        "adaptive": {"adaptive": True, "eta": 0.01},
+    },
+    "perturb_": {
+        "sam": {"rho": 0.05},
+        "usam": {"rho": 0.05, "lambd": 0.0},
+        "unified": _UNIFIED,
+        "nearly_sam": {"rho": 0.05, "lambd": 0.999},
+        "eps": {"rho": 0.5, "lambd": 0.3, "eps": 0.1},
+        "adaptive": {"rho": 0.5, "lambd": 0.3, "adaptive": True},
+        "adaptive_eta": {"rho": 0.5, "lambd": 0.3, "adaptive": True, "eta": 0.01},
+        "grad_scale": {**_UNIFIED, **_AMP},
+        "grad_scale_adaptive": {"rho": 0.5, "lambd": 0.3, "adaptive": True, "eta": 0.01, "grad_scale": 1000.0},
+        "from_old": {**_UNIFIED, "from_old": True},
+        "from_old_adaptive": {**_UNIFIED, "from_old": True, "adaptive": True, "eta": 0.01},
+        "found_inf": {**_UNIFIED, "grad_scale": 1024.0, "found_inf": 1.0},
+        "found_inf_from_old": {**_UNIFIED, "found_inf": 1.0, "from_old": True},
+        "norm_nan": {**_UNIFIED, "norm": "nan"},
+        "norm_inf_from_old": {**_UNIFIED, "norm": "inf", "from_old": True},
+    },
+    "restore_": {"restore": {}},
+    "sgd_step_": {
+        "plain": {"lr": 0.1, "weight_decay": 0.1, "maximize": True},
+        "plain_old": {"lr": 0.1, "weight_decay": 0.1, "old": True},
+        "no_decay": {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "old": True},
+        "momentum": _SGD,
+        "momentum_old": {**_SGD, "old": True},
+        "nesterov": {**_NESTEROV, "maximize": True},
+        "nesterov_old": {**_NESTEROV, "old": True},
+        "first": {**_SGD, "first": "all", "old": True},
+        "first_mixed": {**_SGD, "first": "mixed"},
+        "first_nesterov": {**_NESTEROV, "first": "all"},
+        "first_mixed_nesterov": {**_NESTEROV, "first": "mixed", "old": True},
+        "clip": {**_SGD, **_CLIP, "old": True},
+        "clip_inactive": {**_SGD, "norm": "true", "max_norm": 1e30},
+        "clip_grad_scale": {**_SGD, **_AMP, **_CLIP, "old": True},
+        "grad_scale": {**_NESTEROV, "grad_scale": 1000.0},
+        "found_inf": {**_SGD, "grad_scale": 1024.0, "found_inf": 1.0},
+        "found_inf_old": {**_SGD, "found_inf": 1.0, "old": True},
+        "found_inf_first": {**_SGD, "found_inf": 1.0, "first": "mixed", "old": True},
+        "norm_nan": {**_SGD, "norm": "nan"},
+        "norm_inf_old": {**_SGD, "norm": "inf", "max_norm": 0.01, "old": True},
+    },
+    "adamw_step_": {
+        "adamw": _ADAM,
+        "adamw_old": {**_ADAM, "old": True},
+        "adam": {**_ADAM, "decoupled": False},
+        "adam_old": {**_ADAM, "decoupled": False, "old": True},
+        "no_decay": {**_ADAM, "weight_decay": 0.0, "old": True},
+        "defaults": {"lr": 0.001, "weight_decay": 0.01},
+        "clip": {**_ADAM, **_CLIP},
+        "clip_grad_scale": {**_ADAM, **_AMP, **_CLIP, "old": True},
+        "grad_scale": {**_ADAM, "decoupled": False, "grad_scale": 1000.0},
+        "found_inf": {**_ADAM, "grad_scale": 1024.0, "found_inf": 1.0},
+        "found_inf_old": {**_ADAM, "found_inf": 1.0, "old": True},
+        "norm_nan": {**_ADAM, "norm": "nan"},
+        "norm_inf_old": {**_ADAM, "norm": "inf", "max_norm": 0.01, "old": True},
+    },
+}
+
+FOR_LAYOUT_CASES = {
+    "grad_norm": ("plain", "adaptive"),
+    "grad_norms": ("adaptive",),
+    "perturb_": ("unified", "from_old_adaptive"),
+    "restore_": ("restore",),
+    "sgd_step_": ("momentum_old", "first_mixed"),
+    "adamw_step_": ("adamw_old", "adam"),
+}

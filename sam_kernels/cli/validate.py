@@ -1,0 +1,113 @@
+"""``python -m sam_kernels validate``: every operation on every backend of this machine against the float64 reference."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from sam_kernels._dispatch import BACKENDS, available, reason_missing
+from sam_kernels.cli._cases import DTYPES
+from sam_kernels.cli._check import check, combinations
+from sam_kernels.cli._compare import Worst
+from sam_kernels.cli._options import OPTIONS
+
+__all__ = ["ValidationRow", "validate", "validate_rows"]
+
+
+@dataclass
+class ValidationRow:
+    """One operation on one backend in one dtype."""
+
+    op: str
+    backend: str
+    dtype: str
+    cases: int
+    error_ulp: float  # of the element that used most of its bound, in ulp of the type it is stored in
+    bound_ulp: float
+    passed: bool
+    worst: str  # case, keyword set, list, index and element it is, in words
+
+
+def validate_rows(
+    backends: Sequence[str], ops: Sequence[str] = tuple(OPTIONS), *, seed: int = 0, dtypes: Sequence[str] = tuple(DTYPES)
+) -> Iterator[ValidationRow]:
+    """Rows as they are found. Raises nothing for a wrong result; an operation that raises is a failed row."""
+    for op in ops:
+        for dtype in dtypes:
+            yield from _validate_op(op, dtype, backends, seed)
+
+
+def _validate_op(op: str, dtype: str, backends: Sequence[str], seed: int) -> list[ValidationRow]:
+    worst = dict.fromkeys(backends, Worst())
+    where = dict.fromkeys(backends, "")
+    count = 0
+    for case, option in combinations(op, dtype):
+        count += 1
+        for backend, found in _guarded(partial(check, op, backends, dtype, case, option, seed), backends).items():
+            if not where[backend] or found.badness() > worst[backend].badness():
+                worst[backend], where[backend] = found, f"case {case}, option {option}, {found}"
+    return [
+        ValidationRow(op, name, dtype, count, worst[name].error, worst[name].bound, worst[name].passed, where[name]) for name in backends
+    ]
+
+
+def _guarded(call: Callable[[], dict[str, Worst]], backends: Sequence[str]) -> dict[str, Worst]:
+    """An exception is a finding like any other: the remaining operations are still of interest."""
+    try:
+        return call()
+    except Exception as error:
+        return dict.fromkeys(backends, Worst("call", passed=False, reason=f"raised {type(error).__name__}: {error}"))
+
+
+def _table(rows: Sequence[ValidationRow]) -> Table:
+    table = Table("operation", "backend", "dtype", "cases", "worst error (ulp)", "bound (ulp)", "result")
+    for row in rows:
+        result = "[green]pass[/]" if row.passed else "[red]FAIL[/]"
+        table.add_row(row.op, row.backend, row.dtype, str(row.cases), f"{row.error_ulp:.3g}", f"{row.bound_ulp:.3g}", result)
+    return table
+
+
+@click.command()
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, allow_dash=True), help="Write the rows as JSON; - for stdout, alone.")
+@click.option("--backend", "backends", multiple=True, type=click.Choice(BACKENDS), help="Only this backend; may be repeated.")
+@click.option("--op", "ops", multiple=True, type=click.Choice(list(OPTIONS)), help="Only this operation; may be repeated.")
+@click.option("--seed", default=0, show_default=True, help="Of the inputs.")
+def validate(json_path: str | None, backends: tuple[str, ...], ops: tuple[str, ...], seed: int) -> None:
+    """Check every operation on every backend against the float64 reference.
+
+    The bound of each element is derived from the roundings that lead to it; shown is the element that used most of its bound. The exit code
+    is 1 if any element exceeds its bound.
+    """
+    for name in backends:
+        if (reason := reason_missing(name)) is not None:
+            raise click.UsageError(f"backend {name!r} cannot be used: {reason}")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # thousands of small calls: waking threads would cost more than it saves
+    try:
+        rows = list(validate_rows(backends or available(), ops or tuple(OPTIONS), seed=seed))
+    finally:
+        torch.set_num_threads(threads)
+    if json_path is not None:
+        with click.open_file(json_path, "w") as file:
+            json.dump({"torch": torch.__version__, "seed": seed, "rows": [asdict(row) for row in rows]}, file, indent=1)
+            file.write("\n")
+    failures = [row for row in rows if not row.passed]
+    if json_path != "-":
+        console = Console()
+        console.print(_table(rows))
+        for name in BACKENDS:
+            if (reason := reason_missing(name)) is not None:
+                console.print(f"{name}: not checked, {reason}", markup=False, highlight=False)
+        for row in failures:
+            console.print(f"FAIL {row.op} {row.backend} {row.dtype}: {row.worst}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{sum(row.cases for row in rows)} checks, {len(failures)} of {len(rows)} rows failed", highlight=False)
+    if failures:
+        sys.exit(1)
