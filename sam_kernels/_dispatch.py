@@ -49,12 +49,11 @@ def available(device_type: str = "cpu") -> list[str]:
 
 def select(device_type: str) -> ModuleType:
     """The backend for tensors on ``device_type``. Raises RuntimeError if a forced one cannot take them."""
-    name = _forced or available(device_type)[0]
-    reason = reason_missing(name, device_type)
-    backend = _backend(name)
-    if reason is not None or isinstance(backend, str):
-        raise RuntimeError(f"backend {name!r} was asked for and cannot be used: {reason}")
-    return backend
+    for name in BACKENDS if _forced is None else (_forced,):
+        backend = _backend(name)
+        if not isinstance(backend, str) and (backend.DEVICE_TYPES is None or device_type in backend.DEVICE_TYPES):
+            return backend
+    raise RuntimeError(f"backend {_forced!r} was asked for and cannot be used: {reason_missing(_forced or 'foreach', device_type)}")
 
 
 class use_backend:  # used like a function, as torch.no_grad is
