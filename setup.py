@@ -88,7 +88,8 @@ class NinjaBuild(build_ext):
 
         def objects(sources: list[str], suffix: str, flags: str) -> list[str]:
             for source in sources:
-                writer.build(f"{source}{suffix}", "compile", str(ROOT / "csrc" / f"{source}.cpp"), variables={"local": flags})
+                path = str(ROOT / "csrc" / f"{source}.cpp").replace("$", "$$")  # the writer escapes spaces, not dollars
+                writer.build(f"{source}{suffix}", "compile", path, variables={"local": flags})
             return [f"{source}{suffix}" for source in sources]
 
         def include(path: object) -> str:
