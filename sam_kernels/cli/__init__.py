@@ -1,12 +1,11 @@
 """The command line: ``sam-kernels`` and ``python -m sam_kernels``."""
 
-import contextlib
-
 import click
 
 from sam_kernels import __version__
 from sam_kernels.cli.info import info
 from sam_kernels.cli.train import train
+from sam_kernels.cli.validate import validate
 
 __all__ = ["main"]
 
@@ -19,7 +18,4 @@ def main() -> None:
 
 main.add_command(info)
 main.add_command(train)
-with contextlib.suppress(ImportError):
-    from sam_kernels.cli.validate import validate
-
-    main.add_command(validate)
+main.add_command(validate)
