@@ -102,9 +102,10 @@ def perturb_(
     else:
         torch._foreach_copy_(list(old_params), list(params))
     dtypes = _arithmetic_dtypes(params, grads, old_params)
-    inverse = 1.0 if grad_scale is None else 1.0 / grad_scale.reshape(()).to(norm.dtype)
-    scale = rho * ((1.0 - lambd) + lambd / (norm.reshape(()) * inverse + eps)) * inverse
-    sources = _widen(params, dtypes)
+    # Scalars in float64 whatever they are given in: a float64 row takes part in that precision.
+    inverse = 1.0 if grad_scale is None else 1.0 / grad_scale.reshape(()).to(torch.float64)
+    scale = rho * ((1.0 - lambd) + lambd / (norm.reshape(()).to(torch.float64) * inverse + eps)) * inverse
+    sources = _widen(old_params if from_old else params, dtypes)
     steps = _widen(grads, dtypes)
     if adaptive:
         weights = torch._foreach_abs(sources)
@@ -133,10 +134,10 @@ def _grad_updates(
 ) -> list[Tensor]:
     """Gradients in the arithmetic type, unscaled, clipped and signed."""
     updates = _widen(grads, dtypes)
-    inverse = None if grad_scale is None else 1.0 / grad_scale.reshape(())
+    inverse = None if grad_scale is None else 1.0 / grad_scale.reshape(()).to(torch.float64)
     clip = None
     if norm is not None and max_norm is not None:
-        unscaled = norm.reshape(()) if inverse is None else norm.reshape(()) * inverse.to(norm.dtype)
+        unscaled = norm.reshape(()).to(torch.float64) * (1.0 if inverse is None else inverse)
         clip = torch.clamp(max_norm / (unscaled + 1e-6), max=1.0)
     for update in updates:
         for factor in (inverse, clip):
@@ -168,7 +169,7 @@ def sgd_step_(
         restore_(params, old_params)
     dtypes = _arithmetic_dtypes(params, grads, old_params, momentum_buffers)
     updates = _grad_updates(grads, dtypes, maximize=maximize, grad_scale=grad_scale, norm=norm, max_norm=max_norm)
-    results = _widen(params, dtypes)
+    results = _widen(params if old_params is None else old_params, dtypes)
     skip = _skip(norm, found_inf)
     if weight_decay != 0:
         torch._foreach_add_(updates, results, alpha=weight_decay)
@@ -218,7 +219,7 @@ def adamw_step_(
         restore_(params, old_params)
     dtypes = _arithmetic_dtypes(params, grads, old_params, exp_avgs, exp_avg_sqs)
     updates = _grad_updates(grads, dtypes, maximize=maximize, grad_scale=grad_scale, norm=norm, max_norm=max_norm)
-    results = _widen(params, dtypes)
+    results = _widen(params if old_params is None else old_params, dtypes)
     skip = _skip(norm, found_inf)
     if weight_decay != 0:
         if decoupled:
