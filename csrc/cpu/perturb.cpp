@@ -7,7 +7,8 @@ inline namespace SAM_ISA {
 
 template <class T>
 static void perturb_chunk(const Row& row, Span span, const PerturbArgs& args) {
-  const T scale = perturb_scale<T>(T(args.norm), T(args.rho), T(args.lambd), T(args.eps), T(args.inv_grad_scale));
+  // In double and rounded once: 1 - lambd cancels for the lambd close to 1 of the schedule 1 - 1/t.
+  const T scale = T(perturb_scale<double>(args.norm, args.rho, args.lambd, args.eps, args.inv_grad_scale));
   const T eta = T(args.eta);
   const Operand& source = args.from_old ? row.old_param : row.param;
   for_each_block(span, [&](int64_t begin, int count) {
