@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["SUPPORTED_DTYPES", "check_flag", "check_lists", "check_number", "check_scalar_tensor", "check_tensor", "describe"]
+__all__ = [
+    "SUPPORTED_DTYPES",
+    "check_distinct",
+    "check_flag",
+    "check_lists",
+    "check_number",
+    "check_scalar_tensor",
+    "check_tensor",
+    "describe",
+]
 
 SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -54,20 +63,24 @@ def check_lists(op: str, lists: Mapping[str, Sequence[Tensor] | None], *, writte
                 )
             if tensor.device != reference[i].device:
                 raise ValueError(f"{op}: {name}[{i}] is on {tensor.device}, {reference_name}[{i}] is on {reference[i].device}")
-    for name in written:
-        if name in given:
-            check_distinct(op, name, given[name])
+    check_distinct(op, {name: given[name] for name in written if name in given})
 
 
-def check_distinct(op: str, name: str, tensors: Sequence[Tensor]) -> None:
-    """No two tensors start at the same memory: both would be written at once. Raises ValueError."""
-    seen: dict[int, int] = {}
-    for i, tensor in enumerate(tensors):
-        if tensor.numel() == 0:
-            continue
-        first = seen.setdefault(tensor.data_ptr(), i)
-        if first != i:
-            raise ValueError(f"{op}: {name}[{first}] and {name}[{i}] are the same memory and would be written twice; pass it once")
+def check_distinct(op: str, written: Mapping[str, Sequence[Tensor | None]]) -> None:
+    """No two tensors of these lists start at the same memory and none overlaps itself: it would be written twice. Raises ValueError."""
+    seen: dict[int, str] = {}
+    for name, tensors in written.items():
+        for i, tensor in enumerate(tensors):
+            if tensor is None or tensor.numel() == 0:
+                continue
+            here = f"{name}[{i}]"
+            first = seen.setdefault(tensor.data_ptr(), here)
+            if first != here:
+                raise ValueError(f"{op}: {first} and {here} are the same memory and would be written twice; pass it once")
+            if not tensor.is_contiguous() and any(
+                stride == 0 for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1
+            ):
+                raise ValueError(f"{op}: {here} is expanded (a stride of 0), so its elements would be written more than once; clone it")
 
 
 def check_scalar_tensor(op: str, name: str, tensor: object) -> Tensor:

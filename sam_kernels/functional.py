@@ -57,6 +57,7 @@ def grad_norms(
     return _grad_norms("grad_norms", grad_groups, params, adaptive=adaptive, eta=eta, found_inf=None)
 
 
+@torch.no_grad()
 def _grad_norms(
     op: str, groups: Sequence[Tensors], params: Tensors | None, *, adaptive: bool, eta: float, found_inf: Tensor | None
 ) -> Tensor:
@@ -68,7 +69,7 @@ def _grad_norms(
         _validate.check_scalar_tensor(op, "found_inf", found_inf)
     used_params = params if adaptive else None
     for j, group in enumerate(groups):
-        if not isinstance(group, TensorList):
+        if not (isinstance(group, TensorList) and (used_params is None or isinstance(used_params, TensorList))):
             name = "grads" if op == "grad_norm" else f"grad_groups[{j}]"
             _validate.check_lists(op, {name: group, "params": used_params})
     grads = groups[0] if len(groups) == 1 else [grad for group in groups for grad in group]
@@ -100,6 +101,7 @@ def _count(group_of_row: Sequence[int], indices: Sequence[int], groups: int) -> 
     return counts
 
 
+@torch.no_grad()
 def perturb_(
     params: Tensors,  # n tensors
     grads: Tensors,  # n tensors
@@ -151,6 +153,7 @@ def perturb_(
         rows.finish()
 
 
+@torch.no_grad()
 def restore_(params: Tensors, old_params: Tensors) -> None:
     """p <- old_p, bit for bit where the dtypes agree. Reads old_p; writes p: 2 N s bytes."""
     for rows in _checked("restore_", {"params": params, "old_params": old_params}, written=("params",)):
@@ -158,6 +161,7 @@ def restore_(params: Tensors, old_params: Tensors) -> None:
         rows.finish()
 
 
+@torch.no_grad()
 def sgd_step_(
     params: Tensors,  # n tensors
     grads: Tensors,  # n tensors
@@ -194,25 +198,25 @@ def sgd_step_(
     max_norm = _check_clip(op, norm, max_norm)
     _check_amp(op, grad_scale, found_inf)
     buffers: list[Tensor | None] | TensorList | None = momentum_buffers if momentum != 0.0 else None
-    if momentum != 0.0 and not isinstance(momentum_buffers, list):
+    if buffers is None and momentum != 0.0:
         raise TypeError(f"{op}: momentum_buffers must be a list of tensors or None, got {_validate.describe(momentum_buffers)}")
-    if buffers is not None and len(buffers) != len(params):
-        raise ValueError(f"{op}: momentum_buffers has {len(buffers)} entries, params has {len(params)}")
+    # Whole lists before they are cut into parts: messages carry the caller's indices.
+    _check_sgd_lists(op, params, grads, buffers, old_params)
     first = [] if buffers is None or isinstance(buffers, TensorList) else [i for i, buffer in enumerate(buffers) if buffer is None]
     parts: list[tuple[bool, list[int] | None]] = [(False, None)]
     if first:
         later = sorted(set(range(len(params))) - set(first))
         parts = [(True, first), *([(False, later)] if later else [])]
-    checked = []  # every part is checked before the first one runs
+    checked = []
     for first_step, indices in parts:
         fresh = [torch.empty_like(params[i]) for i in first] if first_step else None
         lists = {
             "params": _pick(params, indices),
-            "grads": _pick(grads, indices) if len(grads) == len(params) else grads,
-            "old_params": old_params if old_params is None or len(old_params) != len(params) else _pick(old_params, indices),
+            "grads": _pick(grads, indices),
+            "old_params": _pick(old_params, indices),
             "momentum_buffers": fresh if fresh is not None else _pick(cast("Tensors | None", buffers), indices),
         }
-        checked.append((first_step, fresh, _checked(op, lists, written=("params", "momentum_buffers"))))
+        checked.append((first_step, fresh, split(lists, written=("params", "momentum_buffers"))))
     for first_step, fresh, row_groups in checked:
         stepped = True
         for rows in row_groups:
@@ -240,6 +244,7 @@ def sgd_step_(
                 cast("list[Tensor | None]", buffers)[i] = buffer
 
 
+@torch.no_grad()
 def adamw_step_(
     params: Tensors,  # n tensors
     grads: Tensors,  # n tensors
@@ -277,13 +282,17 @@ def adamw_step_(
     _validate.check_flag(op, "maximize", maximize)
     max_norm = _check_clip(op, norm, max_norm)
     _check_amp(op, grad_scale, found_inf)
-    if len(state_steps) != len(params):
-        raise ValueError(f"{op}: state_steps has {len(state_steps)} tensors, params has {len(params)}")
+    lists = {"params": params, "grads": grads, "old_params": old_params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    row_groups = _checked(op, lists, written=("params", "exp_avgs", "exp_avg_sqs"))
     if not isinstance(state_steps, TensorList):
+        if not isinstance(state_steps, list | tuple):
+            raise TypeError(f"{op}: state_steps must be a list or tuple of tensors, got {_validate.describe(state_steps)}")
         for i, step in enumerate(state_steps):
             _validate.check_scalar_tensor(op, f"state_steps[{i}]", step)
-    lists = {"params": params, "grads": grads, "old_params": old_params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    for rows in _checked(op, lists, written=("params", "exp_avgs", "exp_avg_sqs")):
+        _validate.check_distinct(op, {"state_steps": state_steps})
+    if len(state_steps) != len(params):
+        raise ValueError(f"{op}: state_steps has {len(state_steps)} tensors, params has {len(params)}")
+    for rows in row_groups:
         device = _device(rows)
         rows.backend.adamw_step_(
             rows.lists["params"],
@@ -310,6 +319,24 @@ def _checked(op: str, lists: dict[str, Tensors | None], *, written: tuple[str, .
     if not all(tensors is None or isinstance(tensors, TensorList) for tensors in lists.values()):
         _validate.check_lists(op, lists, written=written)
     return split(lists, written=written)
+
+
+def _check_sgd_lists(
+    op: str, params: Tensors, grads: Tensors, buffers: list[Tensor | None] | TensorList | None, old_params: Tensors | None
+) -> None:
+    """A buffer that is None fits every parameter."""
+    if buffers is not None and not isinstance(buffers, list):
+        raise TypeError(f"{op}: momentum_buffers must be a list of tensors or None, got {_validate.describe(buffers)}")
+    given = [tensors for tensors in (params, grads, buffers, old_params) if tensors is not None]
+    if all(isinstance(tensors, TensorList) for tensors in given):
+        return
+    _validate.check_lists(op, {"params": params, "grads": grads, "old_params": old_params})
+    if buffers is not None:
+        if len(buffers) != len(params):
+            raise ValueError(f"{op}: momentum_buffers has {len(buffers)} tensors, params has {len(params)}")
+        stand_ins = [param if buffer is None else buffer for param, buffer in zip(params, buffers, strict=True)]
+        _validate.check_lists(op, {"params": params, "momentum_buffers": stand_ins})
+    _validate.check_distinct(op, {"params": params, "momentum_buffers": buffers or []})
 
 
 def _check_amp(op: str, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:

@@ -206,7 +206,7 @@ def adamw_step_(
         old_params=_native(old_params),
         exp_avgs=_native(exp_avgs),
         exp_avg_sqs=_native(exp_avg_sqs),
-        steps=torch.stack(list(state_steps)).tolist(),
+        steps=torch.stack(list(state_steps)).reshape(-1).tolist(),
         lr=lr,
         beta1=betas[0],
         beta2=betas[1],
