@@ -1,8 +1,8 @@
 """How far a correct result may lie from the exact one, derived operation by operation.
 
-:class:`Rounded` is a number that knows how wrong it may be: the specification's own formulas (:mod:`sam_kernels.reference.ops`) are evaluated
-on it, and every operation adds what its rounding may have added (running error analysis: Higham, *Accuracy and Stability of Numerical
-Algorithms*, section 3.3). With u the unit roundoff of the arithmetic (2^-24 for float32, 2^-53 for float64):
+:class:`Rounded` is a number that knows how wrong it may be: the specification's own formulas (:mod:`sam_kernels.reference.ops`) are
+evaluated on it, and every operation adds what its rounding may have added (running error analysis: Higham, *Accuracy and Stability of
+Numerical Algorithms*, section 3.3). With u the unit roundoff of the arithmetic (2^-24 for float32, 2^-53 for float64):
 
 * an operation gives fl(x) = x (1 + d) + h with |d| <= u and |h| half the smallest subnormal. It is charged twice that, one ulp: a backend
   may evaluate an equal expression with one more rounding (the reciprocal for a division, a lerp for a weighted sum);
