@@ -31,7 +31,6 @@ def save_curves(path: Path, runs: Sequence[Run], *, title: str) -> None:
             axes.fill_between(epochs, curves.min(axis=0), curves.max(axis=0), color=line.get_color(), alpha=0.15, linewidth=0)
     accuracy_axes.set_ylabel("test accuracy, %")
     loss_axes.set_ylabel("train loss")
-    loss_axes.set_yscale("log")
     for axes in (accuracy_axes, loss_axes):
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
