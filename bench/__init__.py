@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m bench`` (whole steps and single operations), ``python -m bench.report`` (tables), ``pytest bench`` (regressions)."""
+"""Benchmarks: ``python -m bench`` (steps and operations), ``python -m bench.report`` (tables), ``pytest bench`` (regressions)."""

@@ -1,7 +1,8 @@
 """glibc's allocator decides whether the temporaries of a Python loop are kept or handed back to the system after each step.
 
-Handed back, every step pays page faults for them, which makes such a loop two to three times slower. Which of the two happens by default depends
-on what the process allocated before, so a result names its regime. The variables are read when a process starts: hence the re-execution.
+Handed back, every step pays page faults for them, which makes such a loop two to three times slower. Which of the two happens by default
+depends on what the process allocated before, so a result names its regime. The variables are read when a process starts: hence the
+re-execution.
 """
 
 from __future__ import annotations

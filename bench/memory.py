@@ -1,7 +1,7 @@
 """Bytes a provider needs beyond parameters, gradients and the base optimizer's state: held between steps, and at the peak of one.
 
-Run as ``python -m bench.memory PROVIDER WORKLOAD DTYPE BASE``, one process each and with freed blocks handed back to the system at once, so that
-the resident set tells what is in use.
+Run as ``python -m bench.memory PROVIDER WORKLOAD DTYPE BASE``, one process each and with freed blocks handed back to the system at once,
+so that the resident set tells what is in use.
 """
 
 from __future__ import annotations

@@ -67,8 +67,7 @@ def _time(providers: Sequence[Provider], base: Base, grads: list[Tensor], rounds
             say(f"skipped {provider.name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             continue
         calls[provider.name] = _step(stepper)
-    cached = regime == "cached"
-    return interleave(calls, rounds=rounds, warmup=2, settle=1 if cached else 0, inner=3 if cached else 1)
+    return interleave(calls, rounds=rounds, warmup=2, settle=1 if regime == "cached" else 0)
 
 
 def _release_memory() -> None:

@@ -1,0 +1,44 @@
+"""The bar chart of speed-ups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.providers import PROVIDERS, REFERENCE
+from bench.tables import cases, speedups, title
+
+__all__ = ["draw"]
+
+
+def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """One panel a case, one bar a provider: how many times longer its step takes than the reference's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = cases(results)
+    columns = min(3, len(found))
+    lines = -(-len(found) // columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(5.2 * columns, 3.4 * lines), squeeze=False, sharey=False)
+    for axis in axes.flat[len(found) :]:
+        axis.set_visible(False)
+    for axis, case in zip(axes.flat, found, strict=False):
+        cells = speedups(results, case)
+        names = [name for name in reversed(PROVIDERS) if name in cells and cells[name].speedup is not None]
+        values = [cells[name].speedup for name in names]
+        colors = ["#1f6f8b" if name.startswith(REFERENCE.partition("/")[0]) else "#b0b7bf" for name in names]
+        bars = axis.barh([title(name) for name in names], values, color=colors)
+        axis.bar_label(bars, fmt="%.1f×", padding=3, fontsize=8)
+        axis.axvline(1.0, color="#444444", linewidth=0.8)
+        axis.set_title(case.title, fontsize=10)
+        axis.tick_params(labelsize=8)
+        axis.margins(x=0.15)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"Time of a whole step, in units of {title(REFERENCE)}", fontsize=11)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    pyplot.close(figure)

@@ -1,0 +1,102 @@
+"""Result files as Markdown: a short table for the README, all tables for the docs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from bench.providers import PROVIDERS, REFERENCE
+from bench.tables import Case, Cell, cases, format_ms, format_speedup, op_rows, speedups, title
+from bench.workloads import DTYPES, WORKLOADS
+
+__all__ = ["docs_section", "readme_section"]
+
+Result = dict[str, Any]
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _where(results: Sequence[Result]) -> str:
+    """One sentence on what was measured where."""
+    first = results[0]
+    commits = sorted({f"{result['commit']}{' with local changes' if result['dirty'] else ''}" for result in results})
+    regimes = ", ".join(dict.fromkeys(result["allocator"] for result in results))
+    return (
+        f"{first['cpu']}, {first['threads']} threads, {first['instruction_set']}, torch {first['torch']}, commit {', '.join(commits)}; "
+        f"allocator: {regimes}."
+    )
+
+
+def _ratio(cell: Cell) -> str:
+    """The speed-up, and beside it the one over this provider's best allocator regime where that is another."""
+    if cell.best_ms >= cell.ms or format_speedup(cell.best_speedup) == format_speedup(cell.speedup):
+        return format_speedup(cell.speedup)
+    return f"{format_speedup(cell.speedup)} ({format_speedup(cell.best_speedup)})"
+
+
+def readme_section(results: Sequence[Result], image: str) -> str:
+    """Speed-ups only: a column a case, a row a provider."""
+    found = cases(results)
+    columns = {case: speedups(results, case) for case in found}
+    present = [name for name in PROVIDERS if name != REFERENCE and any(name in cells for cells in columns.values())]
+    rows = [[f"**{title(REFERENCE)}**", *(format_ms(columns[case][REFERENCE].ms) if REFERENCE in columns[case] else "–" for case in found)]]
+    rows += [[title(name), *(_ratio(columns[case][name]) if name in columns[case] else "–" for case in found)] for name in present]
+    note = (
+        "Whole optimizer step (ascent and descent, without forward and backward): its median, and how many times longer the others take. "
+        "In brackets: against the other's best allocator regime, where that is not the default."
+    )
+    parts = [note, _table(["", *(case.title for case in found)], rows), f"![Speed-up over each alternative]({image})", _where(results)]
+    return "\n\n".join(parts)
+
+
+def _step_table(results: Sequence[Result], case: Case) -> str:
+    rows = []
+    for name, cell in speedups(results, case).items():
+        best = f"{format_ms(cell.best_ms)} ({format_speedup(cell.best_speedup)}, {cell.best_regime})"
+        rows.append(
+            [title(name), format_ms(cell.ms), f"{format_ms(cell.ms_20)} – {format_ms(cell.ms_80)}", format_speedup(cell.speedup), best]
+        )
+    return _table(["", "median", "20–80 %", "takes longer by", "best allocator regime"], rows)
+
+
+def _op_tables(result: Result) -> Iterable[str]:
+    for workload in WORKLOADS:
+        for dtype in DTYPES:
+            table = op_rows(result, workload, dtype)
+            if not table:
+                continue
+            rows = []
+            for op, by_backend in table.items():
+                for backend, row in by_backend.items():
+                    percents = ["–" if row[key] is None else f"{row[key]:.0f} %" for key in ("pct_floor", "pct_copy")]
+                    floor = f"{row['floor']}, {row['floor_gbps']:.1f} GB/s" if row["floor"] else "–"
+                    rows.append([f"`{op}` {backend}", format_ms(row["ms_50"]), f"{row['gbps']:.1f}", *percents, floor])
+            heading = f"### Operations: {WORKLOADS[workload].title}, {dtype}"
+            yield heading + "\n\n" + _table(["", "median", "GB/s", "of floor", "of copy", "floor"], rows)
+
+
+def _memory_table(results: Sequence[Result]) -> Iterable[str]:
+    rows = []
+    for result in results:
+        for row in result["rows"]:
+            if row["kind"] == "memory":
+                size = row["numel"] * DTYPES[row["dtype"]].itemsize
+                shown = ["–" if row[key] is None else f"{row[key] / size:.2f}" for key in ("held_bytes", "peak_bytes")]
+                rows.append([f"{title(row['backend'])}: {Case(row['workload'], row['dtype'], row['base']).title}", *shown])
+        if rows:
+            break  # memory does not depend on the run
+    if rows:
+        heading = "### Memory beyond parameters, gradients and base state, in copies of the parameters"
+        yield heading + "\n\n" + _table(["", "held between steps", "peak of a step"], rows)
+
+
+def docs_section(results: Sequence[Result], image: str) -> str:
+    main = next((result for result in results if result["allocator"] == "default"), results[0])
+    parts = [_where(results), f"![Speed-up over each alternative]({image})"]
+    parts += [f"### Whole step: {case.title}\n\n{_step_table(results, case)}" for case in cases(results)]
+    notes = [f"- {title(name)}: {provider.note}." for name, provider in PROVIDERS.items() if provider.note]
+    parts += ["\n".join(notes), *_op_tables(main), *_memory_table(results)]
+    return "\n\n".join(part for part in parts if part)

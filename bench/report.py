@@ -1,0 +1,74 @@
+"""``python -m bench.report FILES``: tables in README and docs, and the chart, from result files. ``--check``: are they up to date?"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bench.chart import draw
+from bench.environment import SCHEMA
+from bench.markdown import docs_section, readme_section
+
+__all__ = ["BEGIN", "END", "load", "main", "replace_section"]
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+ROOT = Path(__file__).parent.parent
+EMPTY_DOCS = f"# Benchmarks\n\nWritten by `python -m bench.report`; how to measure: `python -m bench --help`.\n\n{BEGIN}\n{END}\n"
+
+
+def load(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    results = [json.loads(path.read_text()) for path in paths]
+    for path, result in zip(paths, results, strict=True):
+        if result.get("schema") != SCHEMA:
+            raise click.ClickException(f"{path}: schema {result.get('schema')!r}, this version reads {SCHEMA}")
+    devices = {result["device"] for result in results}
+    if len(devices) > 1:
+        raise click.ClickException(f"results of different devices do not go into one table: {', '.join(sorted(devices))}")
+    return results
+
+
+def replace_section(text: str, section: str, name: str) -> str:
+    """``text`` with what stands between the markers replaced."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise click.ClickException(f"{name}: needs one line '{BEGIN}' and after it one line '{END}'")
+    return f"{text[: text.index(BEGIN)]}{BEGIN}\n{section}\n{text[text.index(END) :]}"
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--readme", type=click.Path(dir_okay=False, path_type=Path), default=ROOT / "README.md", help="Default: README.md.")
+@click.option(
+    "--docs", type=click.Path(dir_okay=False, path_type=Path), default=ROOT / "docs/benchmarks.md", help="Default: docs/benchmarks.md."
+)
+@click.option("--image", type=click.Path(dir_okay=False, path_type=Path), default=ROOT / "docs/images/bench-steps.png", help="The chart.")
+@click.option("--check", is_flag=True, help="Write nothing; exit with 1 where a file would change.")
+def main(files: tuple[Path, ...], readme: Path, docs: Path, image: Path, check: bool) -> None:
+    """Regenerates the section between the markers of README and docs, and the chart. FILES: runs of one device, one for each allocator."""
+    results = load(files)
+    stale = []
+    for path, section in ((readme, readme_section), (docs, docs_section)):
+        text = path.read_text() if path.exists() else EMPTY_DOCS if path == docs else ""
+        wanted = replace_section(text, section(results, Path(os.path.relpath(image, path.parent)).as_posix()), path.name)
+        if not path.exists() or text != wanted:
+            stale.append(path)
+            if not check:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(wanted)
+    if check:
+        stale += [] if image.exists() else [image]  # its pixels depend on matplotlib's version
+        if stale:
+            click.echo(f"out of date: {', '.join(path.name for path in stale)}")
+            raise SystemExit(1)
+        click.echo("up to date")
+    else:
+        draw(results, image)
+        click.echo(f"written: {', '.join(path.name for path in (*stale, image))}")
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m bench.report")

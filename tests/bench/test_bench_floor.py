@@ -1,0 +1,80 @@
+"""The floor library moves what it says it moves, whatever the flags."""
+
+import ctypes
+import shutil
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import floor
+from bench.byte_model import OPS, Traffic
+
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on PATH")
+N = 65536 * 2 + 16 * 5  # two chunks and a short one
+
+
+def _random(count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.rand(N, generator=generator) for _ in range(count)]
+
+
+@needs_compiler
+def test_library_compiles() -> None:
+    assert isinstance(floor.library(), ctypes.CDLL), floor.library()
+
+
+@needs_compiler
+@pytest.mark.parametrize("op", [op for op in OPS if op != "grad_norm"])
+def test_every_pass_reads_and_writes_every_element(op: str) -> None:
+    traffic = OPS[op]
+    reads, updates = len(traffic.reads), len(traffic.updates)
+    passes = {name: run for name, run in floor.candidates(traffic).items() if name.startswith("C++")}
+    assert len(passes) == (8 if updates == 0 else 16)
+    for name, run in passes.items():
+        buffers = _random(len(traffic.lists))
+        before = [buffer.clone() for buffer in buffers]
+        run(buffers)
+        total = sum(before[1:reads], before[0])
+        for i in range(reads):
+            assert torch.equal(buffers[i], before[i]), name
+        for i in range(reads, reads + updates):
+            torch.testing.assert_close(buffers[i], (before[i] + total) / 2, msg=name)
+        torch.testing.assert_close(buffers[-1], sum(before[reads : reads + updates], total), msg=name)
+
+
+@needs_compiler
+def test_sums_are_sums() -> None:
+    buffers = _random(1)
+    sums = {name: run for name, run in floor.candidates(OPS["grad_norm"]).items() if "sum" in name}
+    assert len(sums) == 5
+    for name, run in sums.items():
+        assert float(run(buffers)) == pytest.approx(buffers[0].double().sum().item(), rel=1e-4), name  # type: ignore[arg-type]
+
+
+def test_without_a_compiler_torch_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(floor, "library", lambda: "no C++ compiler on PATH")
+    assert set(floor.candidates(OPS["restore_"])) == {"torch copy_"}
+    assert set(floor.candidates(OPS["sgd_step_"])) == {"torch copy_ (no compiler)"}
+    assert "torch.sum" in floor.candidates(OPS["grad_norm"])
+    for op in OPS:
+        for run in floor.candidates(OPS[op]).values():
+            run(floor.flat_buffers(OPS[op], 1 << 12))
+
+
+@needs_compiler
+def test_a_mix_that_is_not_there_is_an_error() -> None:
+    traffic = Traffic(reads=("a", "b", "c"), writes=("d",))
+    with pytest.raises(ValueError, match="no pass"):
+        next(iter(floor.candidates(traffic).values()))(floor.flat_buffers(traffic, 1024))
+
+
+def test_fastest_is_one_of_the_candidates() -> None:
+    name, _ = floor.fastest(OPS["restore_"], [floor.flat_buffers(OPS["restore_"], 1 << 16)], rounds=1)
+    assert name in floor.candidates(OPS["restore_"])
+
+
+def test_buffers_are_rounded_up_to_whole_lines() -> None:
+    (buffer,) = floor.flat_buffers(OPS["grad_norm"], 65)
+    assert buffer.numel() * 4 == 128
+    assert buffer.data_ptr() % 64 == 0
