@@ -13,13 +13,13 @@ __all__ = ["USAM", "UnifiedSAM"]
 class USAM(SAM):
     """Unnormalised SAM, e = ρ g: :class:`SAM` with ``lambd=0`` (arXiv 2503.02225).
 
-    ρ is then a length per unit of gradient norm, so the useful range is another one than SAM's: default 0.01.
+    The length of the perturbation follows the gradient's, so the useful ρ is another than SAM's, usually larger: tune it.
     """
 
-    def __init__(self, params: Any, base_optimizer: Any, *, rho: Schedule = 0.01, **kwargs: Any) -> None:
+    def __init__(self, params: Any, base_optimizer: Any, **kwargs: Any) -> None:
         if "lambd" in kwargs:
             raise TypeError("USAM: lambd is 0 by definition; use UnifiedSAM to choose it")
-        super().__init__(params, base_optimizer, rho=rho, lambd=0.0, **kwargs)
+        super().__init__(params, base_optimizer, lambd=0.0, **kwargs)
 
 
 class UnifiedSAM(SAM):
