@@ -23,6 +23,10 @@ from bench.summary import print_summary
 from bench.workloads import DTYPES, WORKLOADS
 
 RESULTS = Path(__file__).parent / "results"
+BUSY = (
+    "busy machine (load {load:.1f} on {cores} cores): these numbers are worth little. Peers meet at many more barriers a step than "
+    "one fused pass does, so a stolen core slows them more."
+)
 SLOW_TO_START = ("torch.compile",)  # minutes, for a graph per workload, dtype and base
 
 
@@ -96,6 +100,8 @@ def main(
         repeats = repeats or 3
         with_memory = False
         skip = [*skip, *(provider for provider in SLOW_TO_START if provider not in skip)]
+    if os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
+        console.print(BUSY.format(load=os.getloadavg()[0], cores=os.cpu_count()), style="bold yellow", highlight=False)
     for skipped in skip:
         console.print(f"skipped {skipped}: {'--quick' if quick and skipped in SLOW_TO_START else '--skip'}", highlight=False)
     names = [provider for provider in PROVIDERS if provider == REFERENCE or (provider in providers and provider not in skip)]

@@ -1,7 +1,7 @@
 """The denominators of "percent of floor": the fastest plain pass with an operation's mix of reads and writes, found on this machine.
 
-A weak denominator would flatter the kernels, so every floor is the winner of a small tournament (prefetch or not, static or dynamic chunks,
-streaming or ordinary stores, torch's and numpy's own passes) and is then timed among the operation's providers.
+A weak denominator would flatter the kernels, so a small tournament (prefetch or not, static or dynamic chunks, streaming or ordinary
+stores, torch's and numpy's own passes) finds three finalists; they are timed among the operation's providers, and the fastest is the floor.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from bench.byte_model import Traffic
-from bench.timing import interleave, quantiles
+from bench.timing import interleave
 
-__all__ = ["candidates", "compiler_version", "fastest", "flat_buffers", "library"]
+__all__ = ["candidates", "compiler_version", "finalists", "flat_buffers", "library"]
 
 Pass = Callable[[list[Tensor]], object]
 
@@ -128,11 +128,13 @@ def _compiled_mixes(traffic: Traffic) -> dict[str, Pass]:
     return {_label(kind, sum(choice)): mix_with(sum(choice)) for choice in itertools.product(*choices)}
 
 
-def fastest(traffic: Traffic, sets: list[list[Tensor]], rounds: int = 3) -> tuple[str, Pass]:
-    """The winner among the candidates, each going through the sets of buffers in turn."""
+def finalists(traffic: Traffic, sets: list[list[Tensor]], *, rounds: int = 4, count: int = 3) -> dict[str, Pass]:
+    """The best of the candidates, each going through the sets of buffers in turn, ranked by their best sample.
+
+    Several, because a short tournament on a busy machine does not always find the winner; the last word is with the measurement proper.
+    """
     passes = candidates(traffic)
     counter = itertools.count()
     calls = {name: functools.partial(lambda run: run(sets[next(counter) % len(sets)]), run) for name, run in passes.items()}
     samples = interleave(calls, rounds=rounds, warmup=1)
-    best = min(samples, key=lambda name: quantiles(samples[name]).ms_50)
-    return best, passes[best]
+    return {name: passes[name] for name in sorted(samples, key=lambda name: min(samples[name]))[:count]}

@@ -24,9 +24,11 @@ def _where(results: Sequence[Result]) -> str:
     first = results[0]
     commits = sorted({f"{result['commit']}{' with local changes' if result['dirty'] else ''}" for result in results})
     regimes = ", ".join(dict.fromkeys(result["allocator"] for result in results))
+    load = max(result["load_1min"] for result in results)
+    busy = f" Taken on a busy machine (load {load})." if load > 0.5 * first["cores"] else ""
     return (
         f"{first['cpu']}, {first['threads']} threads, {first['instruction_set']}, torch {first['torch']}, commit {', '.join(commits)}; "
-        f"allocator: {regimes}."
+        f"allocator: {regimes}.{busy}"
     )
 
 

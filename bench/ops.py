@@ -19,12 +19,13 @@ from sam_kernels._dispatch import BACKENDS, reason_missing
 __all__ = ["available_backends", "buffer_sets", "measure"]
 
 T = TypeVar("T")
+Call = Callable[[], object]
 MAX_SETS = 64
 FEW_SETS = 4  # where the caches cannot be outgrown
 CACHES = 3  # the buffers of one round are this many times the last level cache
 COPY = OPS["restore_"]
 TORCH = "torch"
-FLOOR, COPY_FLOOR = "floor", "copy"
+FLOOR, COPY_FLOOR = "floor: ", "copy: "
 
 
 def available_backends(say: Callable[[str], None]) -> list[str]:
@@ -44,24 +45,25 @@ def buffer_sets(bytes_per_set: int, cache: int, budget: int) -> tuple[int, str]:
     return (wanted, "memory") if wanted <= min(MAX_SETS, max(1, budget // bytes_per_set)) else (FEW_SETS, "cached")
 
 
-def _in_turn(run: Callable[[T], object], sets: Sequence[T]) -> Callable[[], object]:
+def _in_turn(run: Callable[[T], object], sets: Sequence[T]) -> Call:
     """Calls ``run`` on the next set. Everyone has a counter of his own, so nobody finds the set the one before him left in the caches."""
     counter = itertools.count()
     return lambda: run(sets[next(counter) % len(sets)])
 
 
-def _floors(traffic: Traffic, list_bytes: int, sets: int) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
-    """The plain pass with this mix, and the non-temporal copy, each as the winner of its tournament."""
-    calls, names = {}, {}
-    for label, mix in ((FLOOR, traffic), (COPY_FLOOR, COPY)):
-        if label == COPY_FLOOR and not traffic.writes:
-            continue
-        flat = [floor.flat_buffers(mix, list_bytes) for _ in range(max(1, sets * mix.passes // traffic.passes))]
-        names[label], winner = floor.fastest(mix, flat)
-        calls[label] = _in_turn(winner, flat)
-        if mix == COPY:
-            break  # the operation is a copy: both are the same
-    return calls, names
+def _floor_calls(traffic: Traffic, list_bytes: int, sets: int, label: str) -> dict[str, Call]:
+    """The finalists among the plain passes with this mix, their names prefixed by ``label``."""
+    flat = [floor.flat_buffers(traffic, list_bytes) for _ in range(sets)]
+    return {f"{label}{name}": _in_turn(run, flat) for name, run in floor.finalists(traffic, flat).items()}
+
+
+def _best_gbps(samples: dict[str, Quantiles], label: str, nbytes: int) -> tuple[str | None, float | None]:
+    """Takes the finalists out of ``samples``. Returns the winner's name and GB/s."""
+    found = {name: samples.pop(name) for name in list(samples) if name.startswith(label)}
+    if not found:
+        return None, None
+    winner = min(found, key=lambda name: found[name].ms_50)
+    return winner.removeprefix(label), nbytes / found[winner].ms_50 / 1e6
 
 
 def measure(
@@ -78,14 +80,15 @@ def measure(
     # What a caller of sam_kernels.functional pays who does not own his lists: every tensor is checked on every call.
     calls |= {f"{name}, plain lists": _in_turn(ours(op, name), lists) for name in backends if name != "foreach"}
     calls[TORCH] = _in_turn(torch_call(op), lists)
-    names: dict[str, str] = {}
     if regime == "memory":
-        floor_calls, names = _floors(traffic, list_bytes, sets)
-        calls |= floor_calls
-    say(f"{workload.name} {dtype_name} {op}: {sets} set(s) of buffers ({regime}){', floor: ' + names[FLOOR] if names else ''}")
-    samples = {name: quantiles(values) for name, values in interleave(calls, rounds=takes(workload.numel, rounds), warmup=sets + 1).items()}
-    floor_gbps = nbytes / samples.pop(FLOOR).ms_50 / 1e6 if names else None
-    copy_gbps = op_bytes("restore_", workload.numel, dtype.itemsize) / samples.pop(COPY_FLOOR).ms_50 / 1e6 if COPY_FLOOR in names else None
+        calls |= _floor_calls(traffic, list_bytes, sets, FLOOR)
+        if traffic.writes and traffic != COPY:
+            calls |= _floor_calls(COPY, list_bytes, max(1, sets * traffic.passes // COPY.passes), COPY_FLOOR)
+    say(f"{workload.name} {dtype_name} {op}: {sets} set(s) of buffers ({regime})")
+    timed = interleave(calls, rounds=takes(workload.numel, rounds), warmup=sets + 1 if regime == "memory" else FEW_SETS)
+    samples = {name: quantiles(values) for name, values in timed.items()}
+    floor_name, floor_gbps = _best_gbps(samples, FLOOR, nbytes)
+    _, copy_gbps = _best_gbps(samples, COPY_FLOOR, op_bytes("restore_", workload.numel, dtype.itemsize))
     if traffic == COPY:
         copy_gbps = floor_gbps
     for name, q in samples.items():
@@ -100,7 +103,7 @@ def measure(
             "numel": workload.numel,
             "bytes": nbytes,
             **_speed(q, nbytes, floor_gbps, copy_gbps),
-            "floor": names.get(FLOOR),
+            "floor": floor_name,
             "floor_gbps": floor_gbps,
             "copy_gbps": copy_gbps,
             "regime": regime,

@@ -69,9 +69,10 @@ def test_a_mix_that_is_not_there_is_an_error() -> None:
         next(iter(floor.candidates(traffic).values()))(floor.flat_buffers(traffic, 1024))
 
 
-def test_fastest_is_one_of_the_candidates() -> None:
-    name, _ = floor.fastest(OPS["restore_"], [floor.flat_buffers(OPS["restore_"], 1 << 16)], rounds=1)
-    assert name in floor.candidates(OPS["restore_"])
+def test_finalists_are_candidates() -> None:
+    found = floor.finalists(OPS["restore_"], [floor.flat_buffers(OPS["restore_"], 1 << 16)], rounds=1, count=2)
+    assert len(found) == 2
+    assert set(found) <= set(floor.candidates(OPS["restore_"]))
 
 
 def test_buffers_are_rounded_up_to_whole_lines() -> None:

@@ -11,7 +11,7 @@ from bench.report import BEGIN, END, main
 
 ENVIRONMENT = {
     "schema": 1, "commit": "abc", "dirty": False, "device": "some-cpu-2-cores", "cpu": "Some CPU", "threads": 2, "instruction_set": "avx2",
-    "torch": "2.13.0",
+    "torch": "2.13.0", "cores": 2, "load_1min": 0.1,
 }  # fmt: skip
 
 
@@ -22,17 +22,13 @@ def _step(backend: str, ms: float, reference: float = 10.0) -> dict[str, Any]:
 
 
 def _result(allocator: str, loop_ms: float) -> dict[str, Any]:
-    op = {
-        "kind": "op", "op": "perturb_", "workload": "resnet18", "dtype": "fp32", "base": None, "backend": "native", "ms_20": 1.0, "ms_50": 2.0,
-        "ms_80": 3.0, "gbps": 9.0, "pct_floor": 90.0, "pct_copy": 95.0, "floor": "C++ pass, streaming", "floor_gbps": 10.0, "regime": "memory",
-    }  # fmt: skip
-    memory = {"kind": "memory", "op": "step", "workload": "resnet18", "dtype": "fp32", "base": "sgd", "backend": "davda54/foreach"}
-    memory |= {"numel": 100, "held_bytes": 0, "peak_bytes": 600}
-    return {
-        **ENVIRONMENT,
-        "allocator": allocator,
-        "rows": [_step("sam_kernels/native", 10.0), _step("davda54/foreach", loop_ms), op, memory],
-    }
+    case = {"workload": "resnet18", "dtype": "fp32", "numel": 100}
+    times = {"ms_20": 1.0, "ms_50": 2.0, "ms_80": 3.0, "gbps": 9.0}
+    floor = {"pct_floor": 90.0, "pct_copy": 95.0, "floor": "C++ pass, streaming", "floor_gbps": 10.0, "regime": "memory"}
+    op = {"kind": "op", "op": "perturb_", "base": None, "backend": "native", **case, **times, **floor}
+    memory = {"kind": "memory", "op": "step", "base": "sgd", "backend": "davda54/foreach", **case, "held_bytes": 0, "peak_bytes": 600}
+    rows = [_step("sam_kernels/native", 10.0), _step("davda54/foreach", loop_ms), op, memory]
+    return {**ENVIRONMENT, "allocator": allocator, "rows": rows}
 
 
 @pytest.fixture
