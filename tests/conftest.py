@@ -1,0 +1,49 @@
+"""Seeds, backends, and what this machine can test, said at the top of every run."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from sam_kernels._dispatch import BACKENDS, available, reason_missing, use_backend
+
+
+def pytest_report_header() -> list[str]:
+    lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads"]
+    for name in BACKENDS:
+        reason = reason_missing(name)
+        lines.append(f"backend {name}: {'available' if reason is None else 'missing, ' + reason}")
+    return lines
+
+
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> None:
+    """From the test's own name: the same numbers whichever tests run before it."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend in turn, forced."""
+    if (reason := reason_missing(request.param)) is not None:
+        pytest.skip(f"backend {request.param}: {reason}")
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def backends() -> list[str]:
+    """All backends of this machine at once, where the reference is the expensive part."""
+    return available()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For thousands of small calls, where waking threads costs more than it saves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,23 @@
+"""Every operation, dtype, case and keyword set on every backend against the float64 reference.
+
+One test an operation and dtype: it goes through some hundred calls and reports each that is wrong by backend, case, keyword set, list,
+index and element. Beyond values it holds that data pointers stay, inputs and what is not due are bit-identical, and no memory around or
+between the elements is touched; outputs hold NaN before the call.
+"""
+
+import pytest
+
+from tests.helpers.cases import DTYPES, OPTIONS, check, combinations
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", OPTIONS)
+def test_matches_the_reference(backends: list[str], op: str, dtype: str) -> None:
+    wrong = [
+        f"{backend}, case {case}, option {option}: {worst}"
+        for case, option in combinations(op, dtype)
+        for backend, worst in check(op, backends, dtype, case, option).items()
+        if not worst.passed
+    ]
+    assert not wrong, f"{len(wrong)} wrong:\n" + "\n".join(wrong[:20])

@@ -1,0 +1,105 @@
+"""Bits depend on the inputs alone: not on the run, the number of threads, the instruction set or the stores that bypass the caches."""
+
+import functools
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sam_kernels import functional
+from tests.helpers.cases import OPTIONS, build, run
+from tests.helpers.compare import assert_same_bits
+
+ROOT = Path(__file__).resolve().parents[2]
+NEEDS = {"baseline": set(), "avx2": {"avx2", "f16c"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "f16c"}}
+OPTION = {
+    "grad_norm": "adaptive",
+    "grad_norms": "plain",
+    "perturb_": "adaptive_eta",
+    "sgd_step_": "nesterov_old",
+    "adamw_step_": "adamw_old",
+}
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def outcome(op: str, dtype: str, case: str) -> list[Tensor | None]:
+    problem = build(op, case, dtype, OPTION.get(op, op.rstrip("_")))
+    result = run(problem)
+    return [result] if isinstance(result, Tensor) else [tensor for tensors in problem.lists.values() for tensor in tensors]
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("op", OPTIONS)
+def test_threads_and_runs(backend: str, op: str) -> None:
+    for dtype in ("float32", "bfloat16"):
+        for case in ("chunk_edges", "many_tiny"):
+            torch.set_num_threads(1)
+            one = outcome(op, dtype, case)
+            for count in (2, 3, 1):
+                torch.set_num_threads(count)
+                assert_same_bits(f"{op} {dtype} {case}, {count} threads", outcome(op, dtype, case), one)
+
+
+def cpu_flags() -> set[str]:
+    info = Path("/proc/cpuinfo")
+    return set(info.read_text().split()) if info.exists() else set()
+
+
+@functools.cache
+def digests(isa: str) -> list[str]:
+    command = [sys.executable, "-m", "tests.helpers.digest"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "SAM_KERNELS_ISA": isa}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("isa", [isa for isa in NEEDS if isa != "baseline"])
+def test_instruction_sets(isa: str) -> None:
+    pytest.importorskip("sam_kernels._cpu")
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        pytest.skip(f"{isa} is of x86-64, this is {platform.machine()}")
+    if missing := NEEDS[isa] - cpu_flags():
+        pytest.skip(f"this processor lacks {', '.join(sorted(missing))}")
+    baseline, this = digests("baseline"), digests(isa)
+    assert (baseline[0], this[0]) == ("baseline", isa)
+    assert len(this) == len(baseline) > 100
+    assert [pair for pair in zip(this[1:], baseline[1:], strict=True) if pair[0] != pair[1]] == []
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_streaming_stores_change_nothing(dtype: torch.dtype, offset: int) -> None:
+    """Above 32 MiB write-only outputs bypass the caches; the same rows in pieces below it do not."""
+    pytest.importorskip("sam_kernels._cpu")
+    numel, pieces = 5 * 1024 * 1024 + 13, 8
+    old, grad = (torch.randn(numel + offset).to(dtype)[offset:] for _ in range(2))
+    norm = torch.tensor(3.0)
+
+    def outputs(cut: int) -> list[Tensor]:
+        perturbed, saved, restored, stepped = (torch.full_like(old, torch.nan) for _ in range(4))
+        source = old.clone()
+        size = -(-numel // cut)
+        for part in (slice(i, i + size) for i in range(0, numel, size)):
+            functional.perturb_([perturbed[part]], [grad[part]], [old[part]], norm, rho=0.05, from_old=True)
+            functional.perturb_([source[part]], [grad[part]], [saved[part]], norm, rho=0.05)
+            functional.restore_([restored[part]], [old[part]])
+            functional.sgd_step_([stepped[part]], [grad[part]], None, old_params=[old[part]], lr=0.1, weight_decay=0.1)
+        return [perturbed, saved, source, restored, stepped]
+
+    whole = outputs(1)
+    assert_same_bits("streamed", whole, outputs(pieces))
+    assert_same_bits("restored", [whole[1], whole[3]], [old, old])
