@@ -8,7 +8,7 @@ Numerical Algorithms*, section 3.3). With u the unit roundoff of the arithmetic 
   may evaluate an equal expression with one more rounding (the reciprocal for a division, a lerp for a weighted sum);
 * a hyperparameter, computed in float64, is rounded once on entry: u;
 * errors of the operands go through by the usual rules (a product: |a| eb + |b| ea + ea eb). Where they cancel, the bound stays that of the
-  operands: p + e in float32 is wrong by less than 2 ulp of the larger of the two wherever e's own chain is not the larger;
+  operands: p + e in float32 is wrong by less than 2 ulp of the largest of p, e and p + e, unless e's own chain is what counts;
 * the reference is float64 itself and errs too: u_64 more an operation;
 * what leaves the range of the arithmetic has no bound.
 

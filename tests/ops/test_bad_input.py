@@ -1,0 +1,210 @@
+"""Every wrong argument raises the right exception, naming operation, list and index, before any memory is touched."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sam_kernels import functional
+from tests.helpers.compare import assert_same_bits
+
+Arguments = dict[str, Any]
+Change = Callable[[Arguments], None]
+
+
+def perturb() -> Arguments:
+    return {**lists("params", "grads", "old_params"), "norm": torch.tensor(1.0), "rho": 0.1}
+
+
+def restore() -> Arguments:
+    return lists("params", "old_params")
+
+
+def sgd() -> Arguments:
+    return {**lists("params", "grads", "momentum_buffers", "old_params"), "lr": 0.1, "momentum": 0.9}
+
+
+def adamw() -> Arguments:
+    steps = [torch.tensor(2.0) for _ in range(3)]
+    return {**lists("params", "grads", "exp_avgs", "exp_avg_sqs", "old_params"), "state_steps": steps, "lr": 0.1}
+
+
+def norm() -> Arguments:
+    return {**lists("grads", "params"), "adaptive": True}
+
+
+def norms() -> Arguments:
+    given = lists("grads", "more", "params")
+    return {"grad_groups": [given["grads"], given["more"]], "params": given["params"], "adaptive": True}
+
+
+CALLS: dict[str, Callable[[], Arguments]] = {
+    "perturb_": perturb,
+    "restore_": restore,
+    "sgd_step_": sgd,
+    "adamw_step_": adamw,
+    "grad_norm": norm,
+    "grad_norms": norms,
+}
+
+
+def lists(*names: str) -> Arguments:
+    return {name: [torch.ones(4, 3), torch.ones(5), torch.ones(2)] for name in names}
+
+
+def put(name: str, index: int, value: Any) -> Change:
+    return lambda arguments: arguments[name].__setitem__(index, value)
+
+
+def keyword(name: str, value: Any) -> Change:
+    return lambda arguments: arguments.__setitem__(name, value)
+
+
+def same_memory(first: tuple[str, int], second: tuple[str, int]) -> Change:
+    return lambda arguments: arguments[second[0]].__setitem__(second[1], arguments[first[0]][first[1]])
+
+
+def drop_last(name: str) -> Change:
+    return lambda arguments: arguments[name].pop()
+
+
+def both(*changes: Change) -> Change:
+    def apply(arguments: Arguments) -> None:
+        for change in changes:
+            change(arguments)
+
+    return apply
+
+
+SPARSE = torch.ones(5).to_sparse()
+EXPANDED = torch.ones(1).expand(5)
+# operation, what is wrong, exception, what the message names
+TABLE: list[tuple[str, Change, type[Exception], str]] = [
+    *[
+        (op, put(name, 1, bad), error, rf"{op}: {name}\[1\] .*{words}")
+        for op, name in [
+            ("perturb_", "params"), ("perturb_", "grads"), ("perturb_", "old_params"),
+            ("restore_", "params"), ("restore_", "old_params"),
+            ("sgd_step_", "params"), ("sgd_step_", "grads"), ("sgd_step_", "old_params"), ("sgd_step_", "momentum_buffers"),
+            ("adamw_step_", "params"), ("adamw_step_", "grads"), ("adamw_step_", "exp_avgs"), ("adamw_step_", "exp_avg_sqs"),
+            ("grad_norm", "grads"), ("grad_norm", "params"),
+        ]
+        for bad, error, words in [
+            (3.0, TypeError, r"must be a torch.Tensor, got 3.0"),
+            (SPARSE, TypeError, r"sparse_coo"),
+            (torch.ones(5, dtype=torch.complex64), TypeError, r"complex64"),
+            (torch.ones(5, dtype=torch.int64), TypeError, r"int64"),
+        ]
+    ],
+    *[
+        (op, put(name, 1, torch.ones(6)), ValueError, rf"{op}: {name}\[1\] has shape \(6,\)")
+        for op, name in [
+            ("perturb_", "grads"), ("perturb_", "old_params"), ("restore_", "old_params"), ("sgd_step_", "grads"),
+            ("sgd_step_", "momentum_buffers"), ("sgd_step_", "old_params"), ("adamw_step_", "grads"), ("adamw_step_", "exp_avgs"),
+            ("adamw_step_", "exp_avg_sqs"), ("adamw_step_", "old_params"), ("grad_norm", "params"),
+        ]
+    ],
+    *[
+        (op, drop_last(name), ValueError, rf"{op}: {name} has 2 tensors, \w+ has 3")
+        for op, name in [
+            ("perturb_", "grads"), ("perturb_", "old_params"), ("restore_", "old_params"), ("sgd_step_", "grads"),
+            ("sgd_step_", "momentum_buffers"), ("sgd_step_", "old_params"), ("adamw_step_", "grads"), ("adamw_step_", "exp_avg_sqs"),
+            ("adamw_step_", "state_steps"), ("grad_norm", "params"),
+        ]
+    ],
+    *[
+        (op, keyword(name, torch.ones(3)), TypeError, rf"{op}: {name} must be a list")
+        for op, name in [
+            ("perturb_", "params"), ("perturb_", "grads"), ("restore_", "old_params"), ("sgd_step_", "params"), ("sgd_step_", "grads"),
+            ("sgd_step_", "momentum_buffers"), ("adamw_step_", "exp_avgs"), ("adamw_step_", "state_steps"), ("grad_norm", "grads"),
+            ("grad_norms", "grad_groups"),
+        ]
+    ],
+    *[
+        (op, same_memory((first, 1), (second, 1)), ValueError, rf"{op}: {first}\[1\] and {second}\[1\] are the same memory")
+        for op, first, second in [
+            ("perturb_", "params", "old_params"), ("sgd_step_", "params", "momentum_buffers"), ("adamw_step_", "exp_avgs", "exp_avg_sqs"),
+        ]
+    ],
+    *[
+        (op, both(put(name, 1, shared), put(name, 2, shared), *[put(other, 2, torch.ones(5)) for other in others]), ValueError,
+         rf"{op}: {name}\[1\] and {name}\[2\] are the same memory")
+        for shared in [torch.ones(5)]
+        for op, name, others in [
+            ("perturb_", "params", ["grads", "old_params"]), ("restore_", "params", ["old_params"]),
+            ("sgd_step_", "params", ["grads", "momentum_buffers", "old_params"]),
+            ("adamw_step_", "exp_avgs", ["params", "grads", "exp_avg_sqs", "old_params"]),
+        ]
+    ],
+    ("sgd_step_", both(put("momentum_buffers", 0, None), put("grads", 2, torch.ones(6))), ValueError, r"sgd_step_: grads\[2\] has shape"),
+    ("sgd_step_", both(put("momentum_buffers", 1, None), same_memory(("params", 1), ("params", 2)), *[
+        put(name, 2, torch.ones(5)) for name in ("grads", "momentum_buffers", "old_params")
+    ]), ValueError, r"sgd_step_: params\[1\] and params\[2\] are the same memory"),
+    ("adamw_step_", same_memory(("state_steps", 0), ("state_steps", 2)), ValueError, r"state_steps\[0\] and state_steps\[2\] are the same"),
+    ("adamw_step_", put("state_steps", 1, 3), TypeError, r"adamw_step_: state_steps\[1\] must be a 0-dim tensor, got 3"),
+    ("adamw_step_", put("state_steps", 1, torch.ones(2)), ValueError, r"adamw_step_: state_steps\[1\] must hold one floating"),
+    ("perturb_", put("params", 1, EXPANDED), ValueError, r"perturb_: params\[1\] is expanded"),
+    ("sgd_step_", put("momentum_buffers", 1, EXPANDED), ValueError, r"sgd_step_: momentum_buffers\[1\] is expanded"),
+    ("grad_norms", lambda a: a["grad_groups"][1].pop(), ValueError, r"grad_norms: .* has \d tensors"),
+    ("grad_norms", lambda a: a["grad_groups"][1].__setitem__(2, SPARSE), TypeError, r"grad_norms: grad_groups\[1\]\[2\] .*sparse"),
+    ("grad_norm", keyword("params", None), ValueError, r"grad_norm: adaptive=True needs params"),
+    ("sgd_step_", keyword("max_norm", 1.0), ValueError, r"sgd_step_: max_norm needs norm"),
+    ("adamw_step_", keyword("max_norm", 1.0), ValueError, r"adamw_step_: max_norm needs norm"),
+    ("sgd_step_", both(keyword("nesterov", True), keyword("dampening", 0.1)), ValueError, r"sgd_step_: nesterov=True needs"),
+    ("sgd_step_", both(keyword("nesterov", True), keyword("momentum", 0.0)), ValueError, r"sgd_step_: nesterov=True needs"),
+    ("sgd_step_", keyword("momentum_buffers", None), TypeError, r"sgd_step_: momentum_buffers must be a list"),
+    ("perturb_", keyword("norm", 1.0), TypeError, r"perturb_: norm must be a 0-dim tensor, got 1.0"),
+    ("perturb_", keyword("norm", torch.ones(2)), ValueError, r"perturb_: norm must hold one floating-point number"),
+    ("perturb_", keyword("grad_scale", 2.0), TypeError, r"perturb_: grad_scale must be"),
+    ("sgd_step_", keyword("found_inf", True), TypeError, r"sgd_step_: found_inf must be"),
+    ("grad_norm", keyword("found_inf", torch.tensor(1)), ValueError, r"grad_norm: found_inf must hold"),
+    ("perturb_", keyword("adaptive", 1), TypeError, r"perturb_: adaptive must be True or False, got 1"),
+    ("sgd_step_", keyword("maximize", "yes"), TypeError, r"sgd_step_: maximize must be True or False"),
+    ("adamw_step_", keyword("betas", 0.9), TypeError, r"adamw_step_: betas must be a pair"),
+    ("adamw_step_", keyword("betas", (0.9, 1.0)), ValueError, r"adamw_step_: betas\[1\] must be a finite number in \[0.0, 1.0\)"),
+    ("adamw_step_", keyword("betas", (-0.1, 0.9)), ValueError, r"adamw_step_: betas\[0\] must be"),
+    ("perturb_", keyword("lambd", 1.5), ValueError, r"perturb_: lambd must be a finite number in \[0.0, 1.0\], got 1.5"),
+    *[
+        (op, keyword(name, bad), error, rf"{op}: {name} must be a .*got ")
+        for op, names in {
+            "perturb_": ["rho", "lambd", "eta", "eps"],
+            "sgd_step_": ["lr", "momentum", "weight_decay"],
+            "adamw_step_": ["lr", "eps", "weight_decay"],
+            "grad_norm": ["eta"],
+            "grad_norms": ["eta"],
+        }.items()
+        for name in names
+        for bad, error in [(math.nan, ValueError), (math.inf, ValueError), (-0.1, ValueError), ("0.1", TypeError), (None, TypeError)]
+    ],
+    ("sgd_step_", keyword("dampening", math.nan), ValueError, r"sgd_step_: dampening must be a finite number"),
+    *[
+        (op, both(keyword("norm", torch.tensor(1.0)), keyword("max_norm", bad)), ValueError, rf"{op}: max_norm must be a finite number")
+        for op in ("sgd_step_", "adamw_step_")
+        for bad in (math.nan, -1.0)
+    ],
+]  # fmt: skip
+
+
+def test_the_untouched_calls_are_right(backend: str) -> None:
+    """So that each row of the table fails for its own reason."""
+    for op, arguments in CALLS.items():
+        getattr(functional, op)(**arguments())
+
+
+def test_bad_arguments(backend: str) -> None:
+    for op, change, error, message in TABLE:
+        arguments = CALLS[op]()
+        change(arguments)
+        before = [tensor.clone() for tensor in tensors_of(arguments)]
+        with pytest.raises(error, match=message):  # noqa: PT012 - else nothing would name the row that raised nothing
+            getattr(functional, op)(**arguments)
+            pytest.fail(f"{op} accepted what should raise {error.__name__}: {message}")
+        assert_same_bits(f"{op}, {message}", tensors_of(arguments), before)
+
+
+def tensors_of(arguments: Arguments) -> list[Tensor]:
+    given = [value for value in arguments.values() if isinstance(value, list)]
+    return [t for values in given for t in values if isinstance(t, Tensor) and t.layout is torch.strided]

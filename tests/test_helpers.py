@@ -1,0 +1,193 @@
+"""The helpers catch what they are for: planted errors of every kind fail, and the bounds are not wider than their derivation."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sam_kernels.backends import foreach
+from tests.helpers.cases import CASES, DTYPES, build, check, guards_intact, make_tensor, rows_of, run
+from tests.helpers.compare import assert_same_bits, compare, same_bits
+from tests.helpers.tolerance import Arithmetic, Rounded, bounds_of, norm_bound, ulp
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, op: str, after: Callable[[dict[str, Any]], None] = lambda given: None, **wrong: Any) -> None:
+    """The foreach backend's operation with wrong keywords, or with something done to its lists afterwards."""
+    right = getattr(foreach, op)
+
+    def planted(*lists: Any, **kwargs: Any) -> Any:
+        result = right(*lists, **{**kwargs, **wrong})
+        after({"params": lists[0], "grads": lists[1], **{str(i): tensors for i, tensors in enumerate(lists)}})
+        return result
+
+    monkeypatch.setattr(foreach, op, planted)
+
+
+WRONG_KEYWORDS = [
+    ("perturb_", "unified", {"lambd": 0.3 * (1 + 2e-6)}),
+    ("perturb_", "adaptive_eta", {"eta": 0.0}),
+    ("perturb_", "grad_scale", {"grad_scale": None}),
+    ("perturb_", "eps", {"eps": 1e-12}),
+    ("perturb_", "found_inf", {"found_inf": None}),
+    ("perturb_", "from_old", {"from_old": False}),
+    ("sgd_step_", "momentum", {"dampening": 0.0}),
+    ("sgd_step_", "momentum", {"weight_decay": 0.0}),
+    ("sgd_step_", "momentum", {"maximize": False}),
+    ("sgd_step_", "nesterov", {"nesterov": False}),
+    ("sgd_step_", "first", {"first_step": False}),
+    ("sgd_step_", "clip", {"max_norm": None}),
+    ("sgd_step_", "momentum_old", {"old_params": None}),
+    ("sgd_step_", "momentum", {"lr": 0.1 * (1 + 1e-5)}),
+    ("adamw_step_", "adamw", {"decoupled": False}),
+    ("adamw_step_", "adamw", {"eps": 1e-8}),
+    ("adamw_step_", "adamw", {"betas": (0.8, 0.95 * (1 + 1e-6))}),
+    ("adamw_step_", "clip", {"max_norm": None}),
+    ("adamw_step_", "found_inf_old", {"found_inf": None}),
+]
+
+
+@pytest.mark.parametrize(("op", "option", "wrong"), WRONG_KEYWORDS)
+def test_a_forgotten_or_inexact_keyword_is_caught(monkeypatch: pytest.MonkeyPatch, op: str, option: str, wrong: dict[str, Any]) -> None:
+    assert check(op, ["foreach"], "float32", "odd_sizes", option)["foreach"].passed
+    plant(monkeypatch, op, **wrong)
+    assert not check(op, ["foreach"], "float32", "odd_sizes", option)["foreach"].passed
+
+
+SIDE_EFFECTS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "a gradient was changed": lambda given: given["grads"][0].mul_(2),
+    "old_params have a last bit too much": lambda given: given["2"][4].view(torch.int32)[3].add_(1),
+    "written behind the end": lambda given: given["params"][1]._base[-1].fill_(0.0),
+    "written before the start": lambda given: given["params"][1]._base[15].fill_(0.0),
+    "one element is NaN": lambda given: given["params"][2][7].fill_(math.nan),
+    "one element is 8 ulp off": lambda given: given["params"][2].view(torch.int32)[7].add_(8),
+}
+
+
+@pytest.mark.parametrize("what", SIDE_EFFECTS)
+def test_a_side_effect_is_caught(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    plant(monkeypatch, "perturb_", SIDE_EFFECTS[what])
+    assert not check("perturb_", ["foreach"], "float32", "odd_sizes", "sam")["foreach"].passed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_truncation_instead_of_rounding_is_caught(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    assert check("sgd_step_", ["foreach"], name, "odd_sizes", "momentum")["foreach"].passed
+
+    def truncate(destinations: Any, results: Any, skip: Any) -> None:
+        for destination, result in zip(destinations, results, strict=True):
+            nearest = result.to(destination.dtype)
+            beyond = nearest.to(result.dtype).abs() > result.abs()
+            destination.copy_(torch.where(beyond, torch.nextafter(nearest, torch.zeros_like(nearest)), nearest))
+
+    monkeypatch.setattr(foreach, "_write", truncate)
+    assert not check("sgd_step_", ["foreach"], name, "odd_sizes", "momentum")["foreach"].passed
+
+
+def test_a_dropped_gradient_element_shows_in_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = foreach.grad_norms
+    monkeypatch.setattr(foreach, "grad_norms", lambda grads, *rest, **kwargs: right([g.reshape(-1)[:-1] for g in grads], *rest, **kwargs))
+    assert not check("grad_norm", ["foreach"], "float32", "many_tiny", "plain")["foreach"].passed
+
+
+def test_compare_names_list_index_and_element() -> None:
+    expected = [torch.zeros(3, dtype=torch.float64), torch.ones(4, dtype=torch.float64)]
+    actual = [torch.zeros(3), torch.ones(4)]
+    actual[1][2] += 3 * 2**-23
+    bounds = [torch.full((n,), 2.0**-23, dtype=torch.float64) for n in (3, 4)]
+    worst = compare("params", actual, expected, bounds, expected)
+    assert (worst.passed, worst.name, worst.index, worst.element, worst.error, worst.bound) == (False, "params", 1, 2, 3.0, 1.0)
+    assert str(worst).startswith("params[1] element 2: 1.00000035")
+    assert compare("params", actual, expected, [3 * bound for bound in bounds], expected).passed
+    assert not compare("params", [actual[0], None], expected, bounds, expected).passed
+    assert not compare("params", [torch.full((3,), math.nan), torch.ones(4)], expected, bounds, expected).passed
+    with pytest.raises(AssertionError, match=r"old_params\[0\]: 1 bytes differ"):
+        assert_same_bits("old_params", [torch.tensor([0.0])], [torch.tensor([-0.0])])
+
+
+def test_ulp_and_same_bits() -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        for value in (1.0, 1.5, 3.0, 1000.0):
+            x = torch.tensor(value, dtype=dtype)
+            assert ulp(x.double(), dtype) == torch.nextafter(x, torch.tensor(math.inf, dtype=dtype)).double() - x.double()
+    assert same_bits(torch.tensor([math.nan, -0.0, 1.0]), torch.tensor([-math.nan, 0.0, 1.0])).tolist() == [True, False, True]
+
+
+def test_the_bound_is_two_ulp_of_the_largest_operand_where_the_step_is_small() -> None:
+    """The usual perturbation: e is a twentieth of p. The bound is the last addition's ulp and little else."""
+    problem = build("perturb_", "single", "float32", "unified")
+    problem.lists["params"] = [torch.rand(128) / 2 + 1]  # far from a power of two, where the ulp changes
+    bound = bounds_of(problem)["params"][0]
+    largest = problem.double().lists["params"][0]
+    assert largest is not None
+    assert (bound <= 2 * ulp(largest, torch.float32)).all()
+    assert (bound >= 0.5 * ulp(largest, torch.float32)).all()
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        lambda a, b: a + b,
+        lambda a, b: a - b,
+        lambda a, b: a * b,
+        lambda a, b: a / b,
+        lambda a, b: (a * a).sqrt() / (0.1 + abs(b)) - a * b * 0.3,
+    ],
+)
+def test_rounded_bounds_what_float32_does(formula: Callable[[Any, Any], Any]) -> None:
+    """And is within a factor that counts as derived: not hundreds of times what is seen."""
+    a, b = (torch.randn(100_000) for _ in range(2))
+    arithmetic = Arithmetic.of(torch.zeros(a.shape, dtype=torch.bool))
+    exact = formula(Rounded.exact(a.double(), arithmetic), Rounded.exact(b.double(), arithmetic))
+    error = (formula(a, b).double() - exact.value).abs()
+    assert (error <= exact.error).all()
+    assert (error / exact.error).max() > 0.1
+
+
+def test_rounded_has_no_bound_beyond_the_range() -> None:
+    big = Rounded.exact(torch.tensor([1e30], dtype=torch.float64), Arithmetic.of(torch.tensor([False])))
+    assert math.isinf((big * big).error.item())
+    assert math.isinf((big * big).sqrt().error.item())
+    assert math.isfinite((big + big).error.item())
+    assert math.isfinite((Rounded.exact(big.value, Arithmetic.of(torch.tensor([True]))) * big.value).error.item())
+
+
+def test_norm_bound_is_one_ulp_of_float32() -> None:
+    assert norm_bound(torch.tensor(1.0, dtype=torch.float64), 10_000_000).item() < 2.0**-24
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "unaligned", "transposed", "strided", "channels_last", "expanded"])
+def test_layouts_are_what_they_say(layout: str) -> None:
+    values = torch.randn(4, 3, 2, 5, dtype=torch.float64)
+    tensor = make_tensor(values, torch.float32, layout)
+    assert tensor.shape == values.shape
+    assert tensor.is_contiguous() == (layout in ("contiguous", "unaligned"))
+    assert tensor.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
+    assert (tensor.data_ptr() % 16 == 0) == (layout != "unaligned")
+    assert (tensor.stride(0) == 0) == (layout == "expanded")
+    assert (tensor == (values[:1] if layout == "expanded" else values).float()).all()
+    assert guards_intact(tensor)
+    base: Tensor = tensor._base  # type: ignore[assignment]
+    base[-1] = 1.0
+    assert not guards_intact(tensor)
+
+
+def test_every_case_describes_every_dtype() -> None:
+    for dtype in DTYPES:
+        for case in CASES:
+            kinds = {kind for row in rows_of(case, dtype) for kind in row.dtypes.values()}
+            assert len(kinds) == (4 if dtype == "mixed" else 1), (case, dtype)
+
+
+def test_outputs_are_poisoned_and_inputs_are_reproducible() -> None:
+    first, again = (build("perturb_", "odd_sizes", "float32", "sam") for _ in range(2))
+    assert all(t is not None and bool(t.isnan().all()) for t in first.lists["old_params"])
+    assert all(t is not None and not bool(t.isnan().any()) for t in first.lists["params"])
+    assert_same_bits("params", first.lists["params"], again.lists["params"])
+    step = build("sgd_step_", "odd_sizes", "float32", "momentum_old")
+    assert all(t is not None and bool(t.isnan().all()) for t in step.lists["params"])
+    run(step)
+    assert not any(t is None or bool(t.isnan().any()) for t in step.lists["params"])
