@@ -64,7 +64,7 @@ def _instruction_set() -> str | None:
 def environment() -> dict[str, Any]:
     info = _cpuinfo()
     present = set((info.get("flags") or info.get("Features") or "").split())
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", "sam_kernels", "csrc", "bench", ":!bench/results")
+    changed = _git("status", "--porcelain", "--", "sam_kernels", "csrc", "bench", ":!bench/results")
     return {
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),

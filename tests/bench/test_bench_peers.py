@@ -44,7 +44,7 @@ def _assert_close(actual: list[torch.nn.Parameter], expected: list[Tensor], dtyp
 
 
 @pytest.mark.parametrize(("base_name", "dtype"), COMBINATIONS)
-@pytest.mark.parametrize("name", PROVIDERS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name == "torch.compile" else name for name in PROVIDERS])
 def test_step_is_the_formulas(name: str, base_name: str, dtype: str) -> None:
     if name == "torch.compile" and (base_name, dtype) != ("adamw", "bf16"):
         pytest.skip("compiling takes seconds: one combination with every feature is enough")
