@@ -38,7 +38,7 @@ class Worst:
 
     def badness(self) -> tuple[bool, float]:
         """Orders by severity: failures first, then by the part of the bound that was used."""
-        return not self.passed, self.error / self.bound if self.bound > 0 else self.error
+        return not self.passed, self.error / (self.bound + 0.5)  # + 0.5: else an element stored exactly where its bound ends says the most
 
 
 def same_bits(a: Tensor, b: Tensor) -> Tensor:  # bool, the shape of a and b
@@ -93,7 +93,7 @@ def _worst_element(
     error = torch.where(wide == expected, 0.0, (wide - expected).abs() / unit).nan_to_num(posinf=torch.inf, nan=torch.inf)
     allowed = torch.maximum((low.to(torch.float64) - expected).abs(), (high.to(torch.float64) - expected).abs()) / unit
     unchecked = bound.isinf() | exact & passed
-    used = torch.where(passed, torch.where(unchecked, 0.0, (error / allowed).nan_to_num()), 1e300 + error)
+    used = torch.where(passed, torch.where(unchecked, 0.0, (error / (allowed + 0.5)).nan_to_num()), 1e300 + error)
     i = int(used.argmax())
     if bool(passed[i]) and bool(unchecked[i]):
         return i, 0.0, 0.0, wide[i].item(), expected[i].item(), True

@@ -33,7 +33,9 @@ class ValidationRow:
     error_ulp: float  # of the element that used most of its bound, in ulp of the type it is stored in
     bound_ulp: float
     passed: bool
-    worst: str  # case, keyword set, list, index and element it is, in words
+    case: str  # where that element is
+    option: str
+    worst: str  # the same in words: case, keyword set, list, index, element, values
 
 
 def validate_rows(
@@ -47,16 +49,19 @@ def validate_rows(
 
 def _validate_op(op: str, dtype: str, backends: Sequence[str], seed: int) -> list[ValidationRow]:
     worst = dict.fromkeys(backends, Worst())
-    where = dict.fromkeys(backends, "")
+    where = dict.fromkeys(backends, ("", ""))
     count = 0
     for case, option in combinations(op, dtype):
         count += 1
         for backend, found in _guarded(partial(check, op, backends, dtype, case, option, seed), backends).items():
-            if not where[backend] or found.badness() > worst[backend].badness():
-                worst[backend], where[backend] = found, f"case {case}, option {option}, {found}"
-    return [
-        ValidationRow(op, name, dtype, count, worst[name].error, worst[name].bound, worst[name].passed, where[name]) for name in backends
-    ]
+            if where[backend] == ("", "") or found.badness() > worst[backend].badness():
+                worst[backend], where[backend] = found, (case, option)
+    return [_row(op, name, dtype, count, worst[name], *where[name]) for name in backends]
+
+
+def _row(op: str, backend: str, dtype: str, cases: int, worst: Worst, case: str, option: str) -> ValidationRow:
+    words = f"case {case}, option {option}, {worst}"
+    return ValidationRow(op, backend, dtype, cases, worst.error, worst.bound, worst.passed, case, option, words)
 
 
 def _guarded(call: Callable[[], dict[str, Worst]], backends: Sequence[str]) -> dict[str, Worst]:
@@ -68,10 +73,19 @@ def _guarded(call: Callable[[], dict[str, Worst]], backends: Sequence[str]) -> d
 
 
 def _table(rows: Sequence[ValidationRow]) -> Table:
-    table = Table("operation", "backend", "dtype", "cases", "worst error (ulp)", "bound (ulp)", "result")
+    table = Table("operation", "backend", "dtype", "cases", "worst (ulp)", "bound (ulp)", "in case", "result")
     for row in rows:
         result = "[green]pass[/]" if row.passed else "[red]FAIL[/]"
-        table.add_row(row.op, row.backend, row.dtype, str(row.cases), f"{row.error_ulp:.3g}", f"{row.bound_ulp:.3g}", result)
+        table.add_row(
+            row.op,
+            row.backend,
+            row.dtype,
+            str(row.cases),
+            f"{row.error_ulp:.3g}",
+            f"{row.bound_ulp:.3g}",
+            f"{row.case} {row.option}",
+            result,
+        )
     return table
 
 
