@@ -102,7 +102,7 @@ class NinjaBuild(build_ext):
         writer.rule("link", f"$cxx -shared $in -o $out -fopenmp {extra} {strip}", description="$out")
         # Python's headers only where they are used: an isolated build has them in a new place each time, and the kernels need no rebuild.
         # -O1: the binding is the longest to compile and calls into Python all the time; optimising it further gains nothing (measured).
-        linked = objects(["bind_cpu"], ".o", f"-O1 {include(pybind11.get_include())} {include(sysconfig.get_paths()['include'])}")
+        linked = objects(["bind_cpu", "tensor_list"], ".o", f"-O1 {include(pybind11.get_include())} {include(sysconfig.get_paths()['include'])}")
         for isa in reversed(INSTRUCTION_SETS):
             linked += objects([f"cpu/{name}" for name in CHUNK_KERNELS], f".{isa}.o", f"-DSAM_ISA={isa} {INSTRUCTION_SETS[isa]}")
         linked += objects(ENGINE, ".o", "")

@@ -1,96 +1,20 @@
-// The Python module sam_kernels._cpu. No torch headers: a tensor is asked for its pointer, size and dtype through its public Python
-// methods, from C++, which costs a third of a microsecond a tensor. Arguments are checked in Python (sam_kernels/_validate.py); what is
-// checked again here is what would otherwise read or write out of bounds.
+// The Python module sam_kernels._cpu. Arguments are checked in Python (sam_kernels/_validate.py); what is checked again here is what would
+// otherwise read or write out of bounds.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <optional>
-#include <string>
+#include <vector>
 
 #include "common/formulas.h"
 #include "common/work_list.h"
 #include "cpu/engine.h"
+#include "tensor_list.h"
 
 namespace py = pybind11;
 
 namespace sam::cpu {
 namespace {
-
-// torch.float32, float64, bfloat16, float16: the objects themselves, in the order of DType. Set once by the native backend; never freed.
-std::array<PyObject*, 4> g_dtypes{};
-
-void register_dtypes(const std::array<py::object, 4>& dtypes) {
-  for (std::size_t i = 0; i < dtypes.size(); ++i) g_dtypes[i] = dtypes[i].inc_ref().ptr();
-}
-
-struct Names {
-  PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
-  PyObject* dtype = PyUnicode_InternFromString("dtype");
-  PyObject* is_contiguous = PyUnicode_InternFromString("is_contiguous");
-  PyObject* numel = PyUnicode_InternFromString("numel");
-};
-
-const Names& names() {
-  static const Names interned;
-  return interned;
-}
-
-py::object call(PyObject* tensor, PyObject* method) {
-  PyObject* result = PyObject_VectorcallMethod(method, &tensor, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
-  if (result == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(result);
-}
-
-void* data_ptr_of(PyObject* tensor) {
-  void* pointer = PyLong_AsVoidPtr(call(tensor, names().data_ptr).ptr());
-  if (pointer == nullptr && PyErr_Occurred()) throw py::error_already_set();
-  return pointer;
-}
-
-int64_t numel_of(PyObject* tensor) {
-  const int64_t numel = PyLong_AsLongLong(call(tensor, names().numel).ptr());
-  if (numel == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return numel;
-}
-
-DType dtype_of(PyObject* tensor) {
-  const py::object dtype = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, names().dtype));
-  if (!dtype) throw py::error_already_set();
-  for (std::size_t i = 0; i < g_dtypes.size(); ++i) {
-    if (dtype.ptr() == g_dtypes[i]) return static_cast<DType>(i);
-  }
-  throw py::type_error("dtype " + py::str(dtype).cast<std::string>() + " has no kernel");
-}
-
-// The tensors' pointers, sizes and dtypes as they are now. Holds no reference: whoever keeps it keeps the tensors.
-struct PyTensorList : TensorList {
-  std::vector<int64_t> non_contiguous;  // indices of the tensors that are not in C order; Python looks at their strides
-
-  bool has_float64 = false;
-
-  explicit PyTensorList(const py::list& tensors) {
-    const std::size_t count = tensors.size();
-    operands.reserve(count);
-    numels.reserve(count);
-    for (std::size_t i = 0; i < count; ++i) {
-      PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i));
-      operands.push_back({data_ptr_of(tensor), dtype_of(tensor)});
-      has_float64 = has_float64 || operands.back().dtype == DType::kFloat64;
-      numels.push_back(numel_of(tensor));
-      if (call(tensor, names().is_contiguous).ptr() != Py_True) non_contiguous.push_back(static_cast<int64_t>(i));
-    }
-  }
-
-  // True while the tensors still lie where they lay.
-  bool is_current(const py::list& tensors) const {
-    if (tensors.size() != operands.size()) return false;
-    for (std::size_t i = 0; i < operands.size(); ++i) {
-      if (data_ptr_of(PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i))) != operands[i].data) return false;
-    }
-    return true;
-  }
-};
 
 using List = const PyTensorList*;
 
@@ -104,6 +28,20 @@ double grad_multiplier(bool maximize, double inv_grad_scale, double norm, std::o
   return (maximize ? -1.0 : 1.0) * inv_grad_scale * clip;
 }
 
+// Adds one to every step counter, float32 or float64 on the CPU, and returns the new values.
+std::vector<double> advance_steps(List steps) {
+  std::vector<double> values;
+  values.reserve(steps->operands.size());
+  for (const Operand& step : steps->operands) {
+    switch (step.dtype) {
+      case DType::kFloat32: values.push_back(*static_cast<float*>(step.data) += 1.0f); break;
+      case DType::kFloat64: values.push_back(*static_cast<double*>(step.data) += 1.0); break;
+      default: throw py::type_error("state_steps must be float32 or float64");
+    }
+  }
+  return values;
+}
+
 }  // namespace
 }  // namespace sam::cpu
 
@@ -112,14 +50,17 @@ PYBIND11_MODULE(_cpu, module) {
   using py::arg;
   module.doc() = "CPU kernels of sam_kernels. Use sam_kernels.functional, which checks its arguments.";
 
-  module.def("register_dtypes", &register_dtypes, arg("dtypes"));
+  module.def("register_types", &register_types, arg("tensor_type"), arg("parameter_type"), arg("dtypes"));
+  module.def("reads_through_dlpack", &reads_through_dlpack);
   module.def("instruction_set", [] { return kernel_table().name; });
   module.def("grad_multiplier", &grad_multiplier, py::kw_only(), arg("maximize"), arg("inv_grad_scale"), arg("norm"), arg("max_norm"));
+  module.def("advance_steps", &advance_steps, arg("steps"));
   module.attr("CHUNK_SIZE") = sam::kChunkSize;
 
   py::class_<PyTensorList>(module, "TensorList")
       .def(py::init<const py::list&>(), arg("tensors"))
       .def("is_current", &PyTensorList::is_current, arg("tensors"))
+      .def("current_grads", &PyTensorList::current_grads, arg("tensors"))
       .def_readonly("has_float64", &PyTensorList::has_float64)
       .def_readonly("non_contiguous", &PyTensorList::non_contiguous);
 

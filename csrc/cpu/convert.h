@@ -86,7 +86,11 @@ static inline void narrow_float16(const float* source, uint16_t* target, int cou
   int i = 0;
 #if defined(__F16C__)
   for (; i + 8 <= count; i += 8) {
-    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(source + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256 value = _mm256_loadu_ps(source + i);
+    // One NaN for all, as the scalar conversion has: the instruction would keep the payload.
+    const __m256 nan = _mm256_or_ps(_mm256_and_ps(value, _mm256_set1_ps(-0.0f)), _mm256_castsi256_ps(_mm256_set1_epi32(0x7FC00000)));
+    const __m256 canonical = _mm256_blendv_ps(value, nan, _mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+    const __m128i half = _mm256_cvtps_ph(canonical, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(target + i), half);
   }
 #else

@@ -13,7 +13,18 @@ from torch import Tensor
 
 from sam_kernels._tensor_list import TensorList
 
-__all__ = ["DEVICE_TYPES", "adamw_step_", "describe", "grad_norms", "is_current", "perturb_", "restore_", "sgd_step_", "vouch"]
+__all__ = [
+    "DEVICE_TYPES",
+    "adamw_step_",
+    "current_grads",
+    "describe",
+    "grad_norms",
+    "is_current",
+    "perturb_",
+    "restore_",
+    "sgd_step_",
+    "vouch",
+]
 
 DEVICE_TYPES = None  # every device torch knows
 
@@ -26,6 +37,14 @@ def describe() -> str:
 def vouch(tensors: Sequence[Tensor], like: TensorList | None = None) -> TensorList | None:
     """A :class:`TensorList` of these tensors, None where one of them is sparse. Torch's own operations take any strides."""
     return TensorList(tensors) if all(tensor.layout is torch.strided for tensor in tensors) else None
+
+
+def current_grads(params: TensorList) -> TensorList | None:
+    """The gradients of ``params``, vouched for; None where one is missing or sparse."""
+    grads = [param.grad for param in params]
+    if not all(grad is not None and grad.layout is torch.strided for grad in grads):
+        return None
+    return TensorList(grads)  # type: ignore[arg-type]
 
 
 def is_current(tensors: TensorList) -> bool:

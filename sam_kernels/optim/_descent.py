@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -54,14 +56,13 @@ def fused_step(
 def _sgd_step(
     base: Optimizer, group: dict[str, Any], lists: GroupLists, grads: list[Tensor], old_params: list[Tensor] | None, amp: dict[str, Any]
 ) -> None:
-    state = base.state
     buffers: Any = None
+    is_first = False
     if group["momentum"] != 0:
-        buffers = [state[param].get("momentum_buffer") for param in lists.params]
-        first = [param for param, buffer in zip(lists.params, buffers, strict=True) if buffer is None]
-        buffers = buffers if first else lists.state("momentum_buffer", buffers)
-    else:
-        first = []
+        states = lists.states(base.state)
+        buffers = [state.get("momentum_buffer") for state in states]
+        is_first = not all(map(operator.is_not, buffers, repeat(None)))
+        buffers = buffers if is_first else lists.state("momentum_buffer", buffers)
     functional.sgd_step_(
         lists.params,
         grads,
@@ -75,16 +76,16 @@ def _sgd_step(
         maximize=group["maximize"],
         **amp,
     )
-    if first:
-        for param, buffer in zip(lists.params, buffers, strict=True):
+    if is_first:
+        for state, buffer in zip(states, buffers, strict=True):
             if buffer is not None:
-                state[param]["momentum_buffer"] = buffer
+                state["momentum_buffer"] = buffer
 
 
 def _adam_step(
     base: Optimizer, group: dict[str, Any], lists: GroupLists, grads: list[Tensor], old_params: list[Tensor] | None, amp: dict[str, Any]
 ) -> None:
-    states = [base.state[param] for param in lists.params]
+    states = lists.states(base.state)
     for param, state in zip(lists.params, states, strict=True):
         if len(state) == 0:  # as torch initialises: lazily, and only when there is nothing
             state["step"] = _zero_step(group, param)
@@ -95,7 +96,7 @@ def _adam_step(
         grads,
         lists.state("exp_avg", [state["exp_avg"] for state in states]),
         lists.state("exp_avg_sq", [state["exp_avg_sq"] for state in states]),
-        [state["step"] for state in states],
+        lists.state("step", [state["step"] for state in states]),
         old_params=old_params,
         lr=group["lr"],
         betas=group["betas"],

@@ -74,13 +74,23 @@ class GroupLists:
         self.params: list[Tensor] = list(params) if vouched is None else vouched
         self._backups = backups
         self._old_params: list[Tensor] | None = None
-        self._states: dict[str, list[Tensor]] = {}
+        self._state_tensors: dict[str, list[Tensor]] = {}
+        self._states: list[dict[str, Any]] = []
+        self._all_states: list[dict[str, Any]] | None = None
+
+    def _is_for(self, params: list[Tensor]) -> bool:
+        return same_tensors(self.params, params) and self.backend is _dispatch.select(params[0].device.type)
+
+    def current_grads(self, params: list[Tensor]) -> TensorList | None:
+        """The gradients of ``params``, if these lists describe exactly them and every one has an ordinary gradient; else None."""
+        if not isinstance(self.params, TensorList) or not self._is_for(params):
+            return None
+        grads: TensorList | None = self.backend.current_grads(self.params)
+        return grads
 
     def is_current(self, params: list[Tensor]) -> bool:
         """Whether these lists still describe ``params``: the same tensors where they were, and the backend that would be chosen now."""
-        if not same_tensors(self.params, params) or self.backend is not _dispatch.select(params[0].device.type):
-            return False
-        return not isinstance(self.params, TensorList) or bool(self.backend.is_current(self.params))
+        return self._is_for(params) and (not isinstance(self.params, TensorList) or bool(self.backend.is_current(self.params)))
 
     def _list(self, tensors: list[Tensor]) -> list[Tensor]:
         """A list that operations need not check, where the parameters' list is one."""
@@ -116,11 +126,19 @@ class GroupLists:
         """The gradients as operations take them; they move at every backward pass."""
         return self._list(grads)
 
+    def states(self, all_states: dict[Tensor, dict[str, Any]]) -> list[dict[str, Any]]:
+        """The base optimizer's state of each parameter. Looked up anew only when ``base.state`` holds other dictionaries than last time:
+        hashing a tensor is a call into Python."""
+        if not same_tensors(self._all_states, list(all_states.values())):
+            self._states = [all_states[param] for param in self.params]
+            self._all_states = list(all_states.values())
+        return self._states
+
     def state(self, key: str, tensors: list[Tensor]) -> list[Tensor]:
-        """The base optimizer's state tensors under ``key``, described anew only when one was replaced."""
-        known = self._states.get(key)
-        if known is None or not same_tensors(known, tensors):
-            known = self._states[key] = self._list(tensors)
+        """State tensors under ``key`` as operations take them, described anew only when one was replaced or has moved."""
+        known = self._state_tensors.get(key)
+        if known is None or not same_tensors(known, tensors) or (isinstance(known, TensorList) and not self.backend.is_current(known)):
+            known = self._state_tensors[key] = self._list(tensors)
         return known
 
 

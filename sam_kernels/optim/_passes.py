@@ -119,10 +119,14 @@ class Passes:
     def _current(self, groups: list[dict[str, Any]]) -> list[_Current]:
         found = []
         for i, group in enumerate(groups):
+            lists = self._lists.get(i)
+            vouched = None if lists is None else lists.current_grads(group["params"])
+            if lists is not None and vouched is not None:  # the usual case: nothing moved, every parameter has a gradient
+                found.append(_Current(i, group, lists, vouched))
+                continue
             params, grads = with_grads(group["params"])
             if not params:
                 continue
-            lists = self._lists.get(i)
             if lists is None or not lists.is_current(params):
                 lists = self._lists[i] = GroupLists(params, self.backups)
             described = lists.grads(grads)

@@ -369,3 +369,18 @@ def test_channels_last_models_take_the_same_steps() -> None:
         assert functional.grad_norm([param.grad for param in net.parameters()]) > 0  # type: ignore[misc]
     for got, expected in zip(weights(other), weights(model), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@every_backend
+@pytest.mark.parametrize("api", ["first_step", "second_step"])
+def test_autograd_notices_that_weights_were_written(backend: str, api: str) -> None:
+    model, batch = make_model(), make_batch()
+    with sam_kernels.use_backend(backend):
+        optimizer = sam_kernels.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+        loss_of(model, batch).backward()
+        if api == "second_step":
+            optimizer.first_step()
+        stale = loss_of(model, batch)
+        getattr(optimizer, api)()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            stale.backward()

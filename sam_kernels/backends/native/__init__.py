@@ -6,6 +6,7 @@ Every function takes lists that :mod:`sam_kernels._grouping` made: checked, dens
 from sam_kernels.backends.native.cpu import (
     DEVICE_TYPES,
     adamw_step_,
+    current_grads,
     describe,
     grad_norms,
     is_current,
@@ -15,4 +16,15 @@ from sam_kernels.backends.native.cpu import (
     vouch,
 )
 
-__all__ = ["DEVICE_TYPES", "adamw_step_", "describe", "grad_norms", "is_current", "perturb_", "restore_", "sgd_step_", "vouch"]
+__all__ = [
+    "DEVICE_TYPES",
+    "adamw_step_",
+    "current_grads",
+    "describe",
+    "grad_norms",
+    "is_current",
+    "perturb_",
+    "restore_",
+    "sgd_step_",
+    "vouch",
+]

@@ -20,11 +20,22 @@ try:
 except ImportError as error:
     raise ImportError(f"the compiled module sam_kernels._cpu cannot be imported ({error}); reinstall with a C++ compiler") from error
 
-__all__ = ["DEVICE_TYPES", "adamw_step_", "describe", "grad_norms", "is_current", "perturb_", "restore_", "sgd_step_", "vouch"]
+__all__ = [
+    "DEVICE_TYPES",
+    "adamw_step_",
+    "current_grads",
+    "describe",
+    "grad_norms",
+    "is_current",
+    "perturb_",
+    "restore_",
+    "sgd_step_",
+    "vouch",
+]
 
 DEVICE_TYPES = frozenset({"cpu"})
 
-_cpu.register_dtypes((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+_cpu.register_types(torch.Tensor, torch.nn.Parameter, (torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 
 def describe() -> str:
@@ -52,6 +63,10 @@ def vouch(tensors: Sequence[Tensor], like: TensorList | None = None) -> TensorLi
         native = _cpu.TensorList(list(tensors))
     except (RuntimeError, TypeError):  # a sparse tensor, a dtype without kernels: the caller's checks have the words for it
         return None
+    return _vouched(tensors, native, like)
+
+
+def _vouched(tensors: Sequence[Tensor], native: Any, like: TensorList | None) -> TensorList | None:
     odd = native.non_contiguous
     if like is None:
         dense = all(is_dense_row([tensors[i]]) for i in odd)
@@ -64,10 +79,27 @@ def vouch(tensors: Sequence[Tensor], like: TensorList | None = None) -> TensorLi
     return result
 
 
+def current_grads(params: TensorList) -> TensorList | None:
+    """The gradients of ``params``, vouched for; None when that cannot be: a parameter moved, or has no gradient or an unusual one."""
+    try:
+        described = _native(params).current_grads(params)
+    except (RuntimeError, TypeError):
+        return None
+    if described is None:
+        return None
+    grads, native = described
+    return _vouched(grads, native, params)
+
+
 def is_current(tensors: TensorList) -> bool:
     """Whether the tensors of a list still lie where they lay when the list was described."""
     current: bool = _native(tensors).is_current(tensors)
     return current
+
+
+def _written(params: Sequence[Tensor]) -> None:
+    """Tells autograd, so that a backward pass through a graph from before the write is an error and not a wrong gradient."""
+    torch.autograd.graph.increment_version(params)
 
 
 def _inverse(grad_scale: Tensor | None) -> float:
@@ -111,6 +143,7 @@ def perturb_(
 ) -> None:
     """Reads p, g; writes old_p, p. ``from_old``: reads old_p, g; writes p. A skipped one only saves (``from_old``: restores)."""
     threads = torch.get_num_threads()
+    _written(params)
     if _skips(norm, found_inf):
         _cpu.copy(params=_native(params), old_params=_native(old_params), save=not from_old, threads=threads)
         return
@@ -132,6 +165,7 @@ def perturb_(
 
 def restore_(params: Sequence[Tensor], old_params: Sequence[Tensor]) -> None:
     """Reads old_p; writes p."""
+    _written(params)
     _cpu.copy(params=_native(params), old_params=_native(old_params), save=False, threads=torch.get_num_threads())
 
 
@@ -158,6 +192,7 @@ def sgd_step_(
         if old_params is not None:
             restore_(params, old_params)
         return False
+    _written(params)
     _cpu.sgd(
         params=_native(params),
         grads=_native(grads),
@@ -199,14 +234,14 @@ def adamw_step_(
         if old_params is not None:
             restore_(params, old_params)
         return False
-    torch._foreach_add_(list(state_steps), 1)
+    _written(params)
     _cpu.adamw(
         params=_native(params),
         grads=_native(grads),
         old_params=_native(old_params),
         exp_avgs=_native(exp_avgs),
         exp_avg_sqs=_native(exp_avg_sqs),
-        steps=torch.stack(list(state_steps)).reshape(-1).tolist(),
+        steps=_cpu.advance_steps(_native(state_steps)),
         lr=lr,
         beta1=betas[0],
         beta2=betas[1],
