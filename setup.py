@@ -16,6 +16,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+BINDING = ["bind_cpu"]  # knows Python, compiled once
 ENGINE = ["cpu/engine", "cpu/dispatch"]  # compiled once, for the oldest processor
 CHUNK_KERNELS = ["adamw", "sgd", "perturb", "norm"]  # csrc/cpu/<op>.cpp, compiled once per instruction set; the slowest to compile first
 # No fast-math: only what does not change a result (errno and traps are not results). No contraction: see csrc/common/formulas.h.
@@ -102,7 +103,7 @@ class NinjaBuild(build_ext):
         writer.rule("link", f"$cxx -shared $in -o $out -fopenmp {extra} {strip}", description="$out")
         # Python's headers only where they are used: an isolated build has them in a new place each time, and the kernels need no rebuild.
         # -O1: the binding is the longest to compile and calls into Python all the time; optimising it further gains nothing (measured).
-        linked = objects(["bind_cpu", "tensor_list"], ".o", f"-O1 {include(pybind11.get_include())} {include(sysconfig.get_paths()['include'])}")
+        linked = objects(BINDING, ".o", f"-O1 {include(pybind11.get_include())} {include(sysconfig.get_paths()['include'])}")
         for isa in reversed(INSTRUCTION_SETS):
             linked += objects([f"cpu/{name}" for name in CHUNK_KERNELS], f".{isa}.o", f"-DSAM_ISA={isa} {INSTRUCTION_SETS[isa]}")
         linked += objects(ENGINE, ".o", "")

@@ -179,14 +179,16 @@ def size_violations(root: Path) -> list[str]:
 
 
 def unlisted_sources(root: Path) -> list[str]:
-    """Every csrc/cpu/*.cpp is in exactly one of setup.py's two lists."""
+    """Every csrc/*.cpp and csrc/cpu/*.cpp is in exactly one of setup.py's lists."""
     text = (root / "setup.py").read_text(encoding="utf-8")
     tree = {
         node.targets[0].id: node.value for node in ast.parse(text).body if isinstance(node, ast.Assign) and hasattr(node.targets[0], "id")
     }
-    listed = sorted(ast.literal_eval(tree["ENGINE"]) + [f"cpu/{name}" for name in ast.literal_eval(tree["CHUNK_KERNELS"])])
-    present = sorted(f"cpu/{path.stem}" for path in (root / "csrc" / "cpu").glob("*.cpp"))
-    return [] if listed == present else [f"setup.py compiles {listed}, csrc/cpu has {present}"]
+    lists = {name: ast.literal_eval(tree[name]) for name in ("BINDING", "ENGINE", "CHUNK_KERNELS")}
+    listed = sorted([*lists["BINDING"], *lists["ENGINE"], *(f"cpu/{name}" for name in lists["CHUNK_KERNELS"])])
+    sources = [*(root / "csrc").glob("*.cpp"), *(root / "csrc" / "cpu").glob("*.cpp")]
+    present = sorted(str(path.relative_to(root / "csrc").with_suffix("")) for path in sources)
+    return [] if listed == present else [f"setup.py compiles {listed}, csrc has {present}"]
 
 
 RULES = [import_violations, include_violations, size_violations, unlisted_sources]
@@ -220,7 +222,7 @@ def plant(root: Path, files: dict[str, str]) -> Path:
         "csrc/cpu/sgd.cpp": '#include "cpu/block.h"\ninline namespace SAM_ISA {}\n',
         "csrc/cpu/block.h": "#include <cstring>\n#include <immintrin.h>\n",
         "csrc/bind_cpu.cpp": '#include <pybind11/pybind11.h>\n#include "cpu/engine.h"\n',
-        "setup.py": 'ENGINE = ["cpu/engine"]\nCHUNK_KERNELS = ["sgd"]\n',
+        "setup.py": 'BINDING = ["bind_cpu"]\nENGINE = ["cpu/engine"]\nCHUNK_KERNELS = ["sgd"]\n',
     }
     for name, text in {**sound, **files}.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)

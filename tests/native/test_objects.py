@@ -82,7 +82,7 @@ def test_a_kernel_object_defines_symbols_only_in_its_own_namespace(objects, name
 @pytest.mark.slow
 @pytest.mark.skipif("avx2" not in INSTRUCTION_SETS, reason="x86-64 registers")
 def test_only_the_newer_instruction_sets_use_wide_registers(objects):
-    for path in [*objects_of(objects, "baseline"), objects / "bind_cpu.o", objects / "cpu" / "engine.o", objects / "cpu" / "dispatch.o"]:
+    for path in [*objects_of(objects, "baseline"), *(objects / f"{name}.o" for name in SETUP["BINDING"] + SETUP["ENGINE"])]:
         assert set(re.findall(r"%[yz]mm", disassembly(path))) == set(), path.name
     for path in objects_of(objects, "avx2"):
         assert set(re.findall(r"%[yz]mm|%k[1-7]", disassembly(path))) == {"%ymm"}, path.name
