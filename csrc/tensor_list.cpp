@@ -143,34 +143,43 @@ PyTensorList::PyTensorList(const py::list& tensors) {
 }
 
 void PyTensorList::reserve(std::size_t count) {
+  objects.reserve(count);
   operands.reserve(count);
   numels.reserve(count);
 }
 
 void PyTensorList::append(PyObject* tensor) {
   const View view = view_of(tensor);
+  objects.push_back(tensor);
   if (!view.contiguous) non_contiguous.push_back(static_cast<int64_t>(numels.size()));
   has_float64 = has_float64 || view.dtype == DType::kFloat64;
   operands.push_back({view.data, view.dtype});
   numels.push_back(view.numel);
 }
 
+bool PyTensorList::is_unmoved(std::size_t i, PyObject* tensor) const {
+  if (tensor != objects[i]) return false;
+  const View view = view_of(tensor);
+  return view.data == operands[i].data && view.dtype == operands[i].dtype && view.numel == numels[i];
+}
+
 bool PyTensorList::is_current(const py::list& tensors) const {
   if (tensors.size() != operands.size()) return false;
   for (std::size_t i = 0; i < operands.size(); ++i) {
-    const View view = view_of(PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i)));
-    if (view.data != operands[i].data || view.dtype != operands[i].dtype || view.numel != numels[i]) return false;
+    if (!is_unmoved(i, PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i)))) return false;
   }
   return true;
 }
 
 py::object PyTensorList::current_grads(const py::list& tensors) const {
-  if (!is_current(tensors)) return py::none();
+  if (tensors.size() != operands.size()) return py::none();
   py::list grads(operands.size());
   auto described = std::make_unique<PyTensorList>();
   described->reserve(operands.size());
   for (std::size_t i = 0; i < operands.size(); ++i) {
-    py::object grad = attribute(PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i)), registry().names.grad);
+    PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i));
+    if (!is_unmoved(i, tensor)) return py::none();
+    py::object grad = attribute(tensor, registry().names.grad);
     if (grad.is_none()) return py::none();
     described->append(grad.ptr());
     PyList_SET_ITEM(grads.ptr(), static_cast<Py_ssize_t>(i), grad.release().ptr());

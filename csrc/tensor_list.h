@@ -19,22 +19,24 @@ bool reads_through_dlpack();
 
 // The tensors' pointers, sizes and dtypes as they are now. Holds no reference: whoever keeps it keeps the tensors.
 struct PyTensorList : TensorList {
-  std::vector<int64_t> non_contiguous;  // indices of the tensors that are not in C order; Python looks at their strides
+  std::vector<const PyObject*> objects;  // (n,) which tensors they were; only compared
+  std::vector<int64_t> non_contiguous;   // indices of the tensors that are not in C order; Python looks at their strides
   bool has_float64 = false;
 
   PyTensorList() = default;
   explicit PyTensorList(const pybind11::list& tensors);  // throws TypeError for a dtype without kernels, what torch throws for no storage
 
-  // Whether the tensors still lie where they lay.
+  // Whether these are the same tensors, still where they lay.
   bool is_current(const pybind11::list& tensors) const;
 
-  // The gradients of these tensors and their description, in one pass over the list: (list, TensorList). None when a tensor no longer lies
-  // where it lay, has no gradient, or has one of another size.
+  // The gradients of these tensors and their description, in one pass over the list: (list, TensorList). None when they are not the same
+  // tensors where they lay, or when one has no gradient or one of another size.
   pybind11::object current_grads(const pybind11::list& tensors) const;
 
  private:
   void reserve(std::size_t count);
   void append(PyObject* tensor);
+  bool is_unmoved(std::size_t i, PyObject* tensor) const;
 };
 
 }  // namespace sam::cpu

@@ -11,8 +11,10 @@ and are raised before any memory is touched.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +27,21 @@ __all__ = ["adamw_step_", "combine_norms", "grad_norm", "grad_norms", "perturb_"
 
 Tensors = Sequence[Tensor]
 Number = float | Tensor
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _without_autograd(op: Callable[_P, _R]) -> Callable[_P, _R]:
+    """``torch.no_grad()`` where it is needed: an optimizer calls operations with autograd already off."""
+
+    @functools.wraps(op)
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if not torch.is_grad_enabled():
+            return op(*args, **kwargs)
+        with torch.no_grad():
+            return op(*args, **kwargs)
+
+    return wrapper
 
 
 def grad_norm(
@@ -57,7 +74,7 @@ def grad_norms(
     return _grad_norms("grad_norms", grad_groups, params, adaptive=adaptive, eta=eta, found_inf=None)
 
 
-@torch.no_grad()
+@_without_autograd
 def _grad_norms(
     op: str, groups: Sequence[Tensors], params: Tensors | None, *, adaptive: bool, eta: float, found_inf: Tensor | None
 ) -> Tensor:
@@ -81,8 +98,15 @@ def _grad_norms(
         norms.append(rows.backend.grad_norms(rows.lists["grads"], rows.lists["params"], sizes, adaptive=adaptive, eta=eta))
     result = combine_norms(norms) if norms else torch.zeros(len(groups))
     if found_inf is not None:
-        found_inf.logical_or_(~torch.isfinite(result[0]).to(found_inf.device))
+        _mark_not_finite(result[0], found_inf)
     return result
+
+
+def _mark_not_finite(norm: Tensor, found_inf: Tensor) -> None:
+    if norm.device.type != "cpu":
+        found_inf.logical_or_(~torch.isfinite(norm).to(found_inf.device))
+    elif not math.isfinite(norm.item()):  # five small torch operations less than the line above
+        found_inf.fill_(1.0)
 
 
 def combine_norms(norms: Sequence[Tensor]) -> Tensor:
@@ -101,7 +125,7 @@ def _count(group_of_row: Sequence[int], indices: Sequence[int], groups: int) -> 
     return counts
 
 
-@torch.no_grad()
+@_without_autograd
 def perturb_(
     params: Tensors,  # n tensors
     grads: Tensors,  # n tensors
@@ -153,7 +177,7 @@ def perturb_(
         rows.finish()
 
 
-@torch.no_grad()
+@_without_autograd
 def restore_(params: Tensors, old_params: Tensors) -> None:
     """p <- old_p, bit for bit where the dtypes agree. Reads old_p; writes p: 2 N s bytes."""
     for rows in _checked("restore_", {"params": params, "old_params": old_params}, written=("params",)):
@@ -161,7 +185,7 @@ def restore_(params: Tensors, old_params: Tensors) -> None:
         rows.finish()
 
 
-@torch.no_grad()
+@_without_autograd
 def sgd_step_(
     params: Tensors,  # n tensors
     grads: Tensors,  # n tensors
@@ -244,7 +268,7 @@ def sgd_step_(
                 cast("list[Tensor | None]", buffers)[i] = buffer
 
 
-@torch.no_grad()
+@_without_autograd
 def adamw_step_(
     params: Tensors,  # n tensors
     grads: Tensors,  # n tensors

@@ -6,6 +6,7 @@ device: a step is skipped by selecting, not by branching.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -39,17 +40,17 @@ def vouch(tensors: Sequence[Tensor], like: TensorList | None = None) -> TensorLi
     return TensorList(tensors) if all(tensor.layout is torch.strided for tensor in tensors) else None
 
 
-def current_grads(params: TensorList) -> TensorList | None:
-    """The gradients of ``params``, vouched for; None where one is missing or sparse."""
+def current_grads(known: TensorList, params: list[Tensor]) -> TensorList | None:
+    """The gradients of ``params``, vouched for; None unless they are the tensors of ``known``, each with a dense gradient."""
     grads = [param.grad for param in params]
-    if not all(grad is not None and grad.layout is torch.strided for grad in grads):
+    if not is_current(known, params) or not all(grad is not None and grad.layout is torch.strided for grad in grads):
         return None
     return TensorList(grads)  # type: ignore[arg-type]
 
 
-def is_current(tensors: TensorList) -> bool:
-    """Nothing is remembered about a list, so nothing can be out of date."""
-    return True
+def is_current(known: TensorList, tensors: list[Tensor]) -> bool:
+    """Whether ``tensors`` are those of ``known``. Where they lie is torch's own business."""
+    return len(known) == len(tensors) and all(map(operator.is_, known, tensors))
 
 
 def _arithmetic_dtypes(*lists: Sequence[Tensor] | None) -> list[torch.dtype]:

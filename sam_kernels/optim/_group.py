@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from itertools import repeat
@@ -74,23 +75,29 @@ class GroupLists:
         self.params: list[Tensor] = list(params) if vouched is None else vouched
         self._backups = backups
         self._old_params: list[Tensor] | None = None
+        self._mark: Tensor | None = None  # (1,) the first element of the backups
         self._state_tensors: dict[str, list[Tensor]] = {}
         self._states: list[dict[str, Any]] = []
         self._all_states: list[dict[str, Any]] | None = None
 
-    def _is_for(self, params: list[Tensor]) -> bool:
-        return same_tensors(self.params, params) and self.backend is _dispatch.select(params[0].device.type)
+    def _has_backend(self, device_type: str) -> bool:
+        return self.backend is _dispatch.select(device_type)
 
     def current_grads(self, params: list[Tensor]) -> TensorList | None:
         """The gradients of ``params``, if these lists describe exactly them and every one has an ordinary gradient; else None."""
-        if not isinstance(self.params, TensorList) or not self._is_for(params):
+        if not isinstance(self.params, TensorList) or not self._has_backend(self.params[0].device.type):
             return None
-        grads: TensorList | None = self.backend.current_grads(self.params)
+        grads: TensorList | None = self.backend.current_grads(self.params, params)
         return grads
 
     def is_current(self, params: list[Tensor]) -> bool:
         """Whether these lists still describe ``params``: the same tensors where they were, and the backend that would be chosen now."""
-        return self._is_for(params) and (not isinstance(self.params, TensorList) or bool(self.backend.is_current(self.params)))
+        if not self._has_backend(params[0].device.type):
+            return False
+        return self._describes(self.params, params)
+
+    def _describes(self, known: list[Tensor], tensors: list[Tensor]) -> bool:
+        return self.backend.is_current(known, tensors) if isinstance(known, TensorList) else same_tensors(known, tensors)
 
     def _list(self, tensors: list[Tensor]) -> list[Tensor]:
         """A list that operations need not check, where the parameters' list is one."""
@@ -106,21 +113,16 @@ class GroupLists:
             self._old_params = self._list(self._backups.of(self.params))
         return self._old_params
 
-    def _mark(self) -> Tensor | None:
-        """(1,) the first element of the backups, None where all are empty."""
-        first = next((old for old in self.old_params if old.numel() > 0), None)
-        return None if first is None else first.as_strided((1,), (1,))
-
     def mark_unsaved(self) -> None:
         """Notes in the backups that they are not this step's: saving the parameters erases the note."""
-        mark = self._mark()
-        if mark is not None:
-            mark.fill_(float("nan"))
+        if self._mark is None:
+            first = next((old for old in self.old_params if old.numel() > 0), torch.empty(1))  # all empty: nothing to save or restore
+            self._mark = first.as_strided((1,), (1,))
+        self._mark.fill_(math.nan)
 
     def is_saved(self) -> bool:
         """Whether the parameters were saved since :meth:`mark_unsaved`. Waits for the device."""
-        mark = self._mark()
-        return mark is not None and not bool(mark.isnan())
+        return self._mark is not None and not bool(self._mark.isnan())
 
     def grads(self, grads: list[Tensor]) -> list[Tensor]:
         """The gradients as operations take them; they move at every backward pass."""
@@ -137,7 +139,7 @@ class GroupLists:
     def state(self, key: str, tensors: list[Tensor]) -> list[Tensor]:
         """State tensors under ``key`` as operations take them, described anew only when one was replaced or has moved."""
         known = self._state_tensors.get(key)
-        if known is None or not same_tensors(known, tensors) or (isinstance(known, TensorList) and not self.backend.is_current(known)):
+        if known is None or not self._describes(known, tensors):
             known = self._state_tensors[key] = self._list(tensors)
         return known
 

@@ -154,7 +154,7 @@ class Passes:
         perturbed = self._perturbed.get(i)
         if perturbed is None:
             return [] if current is None else [(current.lists, current.grads, None)]
-        if current is not None and same_tensors(current.lists.params, perturbed.params):
+        if current is not None and (current.lists is perturbed or same_tensors(current.lists.params, perturbed.params)):
             return [(perturbed, current.grads, perturbed.old_params)]
         params, grads = ([], []) if current is None else (current.lists.params, current.grads)
         with_gradient, were_perturbed = set(params), set(perturbed.params)

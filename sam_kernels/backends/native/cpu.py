@@ -79,21 +79,21 @@ def _vouched(tensors: Sequence[Tensor], native: Any, like: TensorList | None) ->
     return result
 
 
-def current_grads(params: TensorList) -> TensorList | None:
-    """The gradients of ``params``, vouched for; None when that cannot be: a parameter moved, or has no gradient or an unusual one."""
+def current_grads(known: TensorList, params: list[Tensor]) -> TensorList | None:
+    """The gradients of ``params``, vouched for; None unless they are the tensors of ``known``, unmoved, each with an ordinary gradient."""
     try:
-        described = _native(params).current_grads(params)
+        described = _native(known).current_grads(params)
     except (RuntimeError, TypeError):
         return None
     if described is None:
         return None
     grads, native = described
-    return _vouched(grads, native, params)
+    return _vouched(grads, native, known)
 
 
-def is_current(tensors: TensorList) -> bool:
-    """Whether the tensors of a list still lie where they lay when the list was described."""
-    current: bool = _native(tensors).is_current(tensors)
+def is_current(known: TensorList, tensors: list[Tensor]) -> bool:
+    """Whether ``tensors`` are those of ``known``, still where they lay when it was made."""
+    current: bool = _native(known).is_current(tensors)
     return current
 
 
