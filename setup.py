@@ -16,7 +16,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-BINDING = ["bind_cpu"]  # knows Python, compiled once
+BINDING = ["bind_cpu", "tensor_list"]  # knows Python, compiled once
 ENGINE = ["cpu/engine", "cpu/dispatch"]  # compiled once, for the oldest processor
 CHUNK_KERNELS = ["adamw", "sgd", "perturb", "norm"]  # csrc/cpu/<op>.cpp, compiled once per instruction set; the slowest to compile first
 # No fast-math: only what does not change a result (errno and traps are not results). No contraction: see csrc/common/formulas.h.
