@@ -206,7 +206,8 @@ def sgd_step_(
     """Restore and ``torch.optim.SGD`` in one pass: the step is made from ``old_params`` (where given) and written to ``params``.
 
     ``momentum_buffers`` is ignored where ``momentum`` is 0. An entry that is None is a first step: the buffer becomes the update itself,
-    without dampening, and is put into the list. ``grad_scale`` divides the gradients; ``max_norm`` (needs ``norm``) multiplies them by
+    without dampening, and is put into the list (where a skip cannot be known without waiting for a device: as zeros if there was one).
+    ``grad_scale`` divides the gradients; ``max_norm`` (needs ``norm``) multiplies them by
     min(1, max_norm / (norm / grad_scale + 1e-6)). Where ``found_inf`` is set or ``norm`` is not finite, parameters are restored and nothing
     else happens. Reads old_p (else p), g, m; writes p, m: 5 N s bytes.
     """
@@ -233,7 +234,8 @@ def sgd_step_(
         parts = [(True, first), *([(False, later)] if later else [])]
     checked = []
     for first_step, indices in parts:
-        fresh = [torch.empty_like(params[i]) for i in first] if first_step else None
+        # Zeros, for a device on which a skipped first step is not known of without waiting: the buffer then stays, and must hold something.
+        fresh = [torch.zeros_like(params[i]) for i in first] if first_step else None
         lists = {
             "params": _pick(params, indices),
             "grads": _pick(grads, indices),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -59,26 +60,49 @@ def _arithmetic_dtypes(*lists: Sequence[Tensor] | None) -> list[torch.dtype]:
     return [torch.float64 if any(t.dtype is torch.float64 for t in row) else torch.float32 for row in rows]
 
 
-def _widen(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """New tensors in the arithmetic type, never the caller's own memory."""
-    return [tensor.to(dtype, copy=True) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+def _widen(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], *, copy: bool = False) -> list[Tensor]:
+    """The tensors in the arithmetic type: themselves where they are of it, unless a ``copy`` is asked for."""
+    return [tensor.to(dtype, copy=copy) for tensor, dtype in zip(tensors, dtypes, strict=True)]
 
 
 def _write(destinations: Sequence[Tensor], results: Sequence[Tensor], skip: Tensor | None) -> None:
-    """Rounds the results once into their destinations, except where the step is skipped."""
+    """Rounds the results once into their destinations, where they are not these already, except where the step is skipped."""
     for destination, result in zip(destinations, results, strict=True):
-        rounded = result.to(destination.dtype)
-        destination.copy_(rounded if skip is None else torch.where(skip, destination, rounded))
+        if result is not destination:
+            rounded = result.to(destination.dtype)
+            destination.copy_(rounded if skip is None else torch.where(skip, destination, rounded))
 
 
-def _skip(norm: Tensor | None, found_inf: Tensor | None) -> Tensor | None:
-    """() bool, or None where nothing can ask for a skip."""
+def _is_host(scalar: Tensor) -> bool:
+    """Whether reading a number waits for nobody."""
+    return scalar.device.type == "cpu"
+
+
+def _skip(norm: Tensor | None, found_inf: Tensor | None) -> Tensor | Literal[True] | None:
+    """Whether to skip: known on the CPU, () bool on another device, None where nothing can ask for it."""
     flags = []
     if norm is not None:
         flags.append(~torch.isfinite(norm.reshape(())))
     if found_inf is not None:
         flags.append(found_inf.reshape(()) != 0)
-    return None if not flags else flags[0] if len(flags) == 1 else flags[0] | flags[1]
+    if not flags:
+        return None
+    skip = flags[0] if len(flags) == 1 else flags[0] | flags[1]
+    if _is_host(skip):
+        return True if bool(skip) else None
+    return skip
+
+
+def _number(scalar: Tensor) -> Tensor | float:
+    return float(scalar) if _is_host(scalar) else scalar
+
+
+def _scale_(tensors: Sequence[Tensor], factor: Tensor | float) -> None:
+    if isinstance(factor, float):
+        torch._foreach_mul_(list(tensors), factor)
+    else:
+        for tensor in tensors:
+            tensor.mul_(factor.to(tensor.dtype))
 
 
 def grad_norms(
@@ -117,25 +141,33 @@ def perturb_(
     from_old: bool,
 ) -> None:
     """See :func:`sam_kernels.functional.perturb_`."""
+    skip = _skip(norm, found_inf)
     if from_old:
         restore_(params, old_params)
     else:
         torch._foreach_copy_(list(old_params), list(params))
+    if skip is True:
+        return
     dtypes = _arithmetic_dtypes(params, grads, old_params)
     # Scalars in float64 whatever they are given in: a float64 row takes part in that precision.
     inverse = 1.0 if grad_scale is None else 1.0 / grad_scale.reshape(()).to(torch.float64)
-    scale = rho * ((1.0 - lambd) + lambd / (norm.reshape(()).to(torch.float64) * inverse + eps)) * inverse
-    sources = _widen(old_params if from_old else params, dtypes)
+    scale = _number(rho * ((1.0 - lambd) + lambd / (norm.reshape(()).to(torch.float64) * inverse + eps)) * inverse)
+    # A backup in a wider type than the parameter is what the perturbation starts from.
+    sources = [old if from_old and old.dtype is not param.dtype else param for param, old in zip(params, old_params, strict=True)]
+    results = _widen(sources, dtypes, copy=skip is not None)
     steps = _widen(grads, dtypes)
     if adaptive:
-        weights = torch._foreach_abs(sources)
+        weights = torch._foreach_abs(results)
         torch._foreach_add_(weights, eta)
         torch._foreach_mul_(weights, weights)
-        torch._foreach_mul_(steps, weights)
-    for step, dtype in zip(steps, dtypes, strict=True):
-        step.mul_(scale.to(dtype))
-    torch._foreach_add_(sources, steps)
-    _write(params, sources, _skip(norm, found_inf))
+        torch._foreach_mul_(weights, steps)
+        _scale_(weights, scale)
+        torch._foreach_add_(results, weights)
+    elif isinstance(scale, float):
+        torch._foreach_add_(results, steps, alpha=scale)
+    else:
+        torch._foreach_add_(results, [step * scale.to(step.dtype) for step in steps])
+    _write(params, results, skip)
 
 
 def restore_(params: Sequence[Tensor], old_params: Sequence[Tensor]) -> None:
@@ -152,18 +184,32 @@ def _grad_updates(
     norm: Tensor | None,
     max_norm: float | None,
 ) -> list[Tensor]:
-    """Gradients in the arithmetic type, unscaled, clipped and signed."""
-    updates = _widen(grads, dtypes)
+    """Gradients in the arithmetic type, unscaled, clipped and signed: the caller's own tensors where nothing is to be done to them."""
+    factor = torch.full((), -1.0 if maximize else 1.0, dtype=torch.float64, device=grads[0].device)
     inverse = None if grad_scale is None else 1.0 / grad_scale.reshape(()).to(torch.float64)
-    clip = None
+    if inverse is not None:
+        factor = factor * inverse
     if norm is not None and max_norm is not None:
         unscaled = norm.reshape(()).to(torch.float64) * (1.0 if inverse is None else inverse)
-        clip = torch.clamp(max_norm / (unscaled + 1e-6), max=1.0)
-    for update in updates:
-        for factor in (inverse, clip):
-            if factor is not None:
-                update.mul_(factor.to(update.dtype))
-    return list(torch._foreach_neg(updates)) if maximize else updates
+        factor = factor * torch.clamp(max_norm / (unscaled + 1e-6), max=1.0)
+    number = _number(factor)
+    changes = number != 1.0 if isinstance(number, float) else maximize or inverse is not None or max_norm is not None
+    updates = _widen(grads, dtypes, copy=changes)
+    if changes:
+        _scale_(updates, number)
+    return updates
+
+
+def _start(
+    params: Sequence[Tensor], old_params: Sequence[Tensor] | None, dtypes: Sequence[torch.dtype], skip: Tensor | None
+) -> list[Tensor]:
+    """What a step starts from, in the arithmetic type, to be changed in place. The parameters are restored first."""
+    if old_params is None:
+        return _widen(params, dtypes, copy=skip is not None)
+    restore_(params, old_params)
+    sources = [old if old.dtype is not param.dtype else param for param, old in zip(params, old_params, strict=True)]
+    copies = [source is not param or skip is not None for source, param in zip(sources, params, strict=True)]
+    return [source.to(dtype, copy=copy) for source, dtype, copy in zip(sources, dtypes, copies, strict=True)]
 
 
 def sgd_step_(
@@ -185,34 +231,30 @@ def sgd_step_(
     max_norm: float | None,
 ) -> bool:
     """See :func:`sam_kernels.functional.sgd_step_`."""
-    if old_params is not None:
-        restore_(params, old_params)
-    dtypes = _arithmetic_dtypes(params, grads, old_params, momentum_buffers)
-    updates = _grad_updates(grads, dtypes, maximize=maximize, grad_scale=grad_scale, norm=norm, max_norm=max_norm)
-    results = _widen(params if old_params is None else old_params, dtypes)
     skip = _skip(norm, found_inf)
+    if skip is True:
+        if old_params is not None:
+            restore_(params, old_params)
+        return False
+    dtypes = _arithmetic_dtypes(params, grads, old_params, momentum_buffers)
+    results = _start(params, old_params, dtypes, skip)
+    updates = _grad_updates(grads, dtypes, maximize=maximize, grad_scale=grad_scale, norm=norm, max_norm=max_norm)
     if weight_decay != 0:
-        torch._foreach_add_(updates, results, alpha=weight_decay)
+        updates = list(torch._foreach_add(updates, results, alpha=weight_decay))
     if momentum_buffers is not None:
+        buffers = _widen(momentum_buffers, dtypes, copy=skip is not None)
         if first_step:
-            buffers = [update.clone() for update in updates]
+            torch._foreach_copy_(buffers, updates)
         else:
-            buffers = _widen(momentum_buffers, dtypes)
             torch._foreach_mul_(buffers, momentum)
             torch._foreach_add_(buffers, updates, alpha=1.0 - dampening)
-        if nesterov:
-            torch._foreach_add_(updates, buffers, alpha=momentum)
-        else:
-            updates = buffers
+        updates = list(torch._foreach_add(updates, buffers, alpha=momentum)) if nesterov else buffers
+        torch._foreach_add_(results, updates, alpha=-lr)
         _write(momentum_buffers, buffers, skip)
-    torch._foreach_add_(results, updates, alpha=-lr)
+    else:
+        torch._foreach_add_(results, updates, alpha=-lr)
     _write(params, results, skip)
-    return not _is_known_skip(skip)
-
-
-def _is_known_skip(skip: Tensor | None) -> bool:
-    """Whether the step was skipped, where that is known without waiting for a device."""
-    return skip is not None and skip.device.type == "cpu" and bool(skip)
+    return True
 
 
 def adamw_step_(
@@ -235,32 +277,40 @@ def adamw_step_(
     max_norm: float | None,
 ) -> bool:
     """See :func:`sam_kernels.functional.adamw_step_`."""
-    if old_params is not None:
-        restore_(params, old_params)
-    dtypes = _arithmetic_dtypes(params, grads, old_params, exp_avgs, exp_avg_sqs)
-    updates = _grad_updates(grads, dtypes, maximize=maximize, grad_scale=grad_scale, norm=norm, max_norm=max_norm)
-    results = _widen(params if old_params is None else old_params, dtypes)
     skip = _skip(norm, found_inf)
+    if skip is True:
+        if old_params is not None:
+            restore_(params, old_params)
+        return False
+    dtypes = _arithmetic_dtypes(params, grads, old_params, exp_avgs, exp_avg_sqs)
+    results = _start(params, old_params, dtypes, skip)
+    updates = _grad_updates(grads, dtypes, maximize=maximize, grad_scale=grad_scale, norm=norm, max_norm=max_norm)
     if weight_decay != 0:
         if decoupled:
             torch._foreach_mul_(results, 1.0 - lr * weight_decay)
         else:
-            torch._foreach_add_(updates, results, alpha=weight_decay)
+            updates = list(torch._foreach_add(updates, results, alpha=weight_decay))
     beta1, beta2 = betas
     steps = [step + 1 if skip is None else torch.where(skip.to(step.device), step, step + 1) for step in state_steps]
     torch._foreach_copy_(list(state_steps), steps)
-    new_exp_avgs = _widen(exp_avgs, dtypes)
+    new_exp_avgs = _widen(exp_avgs, dtypes, copy=skip is not None)
     torch._foreach_lerp_(new_exp_avgs, updates, 1.0 - beta1)
-    new_exp_avg_sqs = _widen(exp_avg_sqs, dtypes)
+    new_exp_avg_sqs = _widen(exp_avg_sqs, dtypes, copy=skip is not None)
     torch._foreach_mul_(new_exp_avg_sqs, beta2)
     torch._foreach_addcmul_(new_exp_avg_sqs, updates, updates, 1.0 - beta2)
     denominators = torch._foreach_sqrt(new_exp_avg_sqs)
-    for result, exp_avg, denominator, step in zip(results, new_exp_avgs, denominators, steps, strict=True):
-        t = step.to(torch.float64)
-        step_size = (lr / (1.0 - beta1**t)).to(device=result.device, dtype=result.dtype)
-        correction = (1.0 - beta2**t).sqrt().to(device=result.device, dtype=result.dtype)
-        result.sub_(step_size * (exp_avg / (denominator / correction + eps)))
+    times = [step.to(torch.float64).reshape(()) for step in steps]
+    if all(_is_host(t) for t in times):
+        numbers = [t.item() for t in times]
+        torch._foreach_div_(denominators, [(1.0 - beta2**t) ** 0.5 for t in numbers])
+        torch._foreach_add_(denominators, eps)
+        torch._foreach_addcdiv_(results, new_exp_avgs, denominators, [-lr / (1.0 - beta1**t) for t in numbers])
+    else:
+        for result, exp_avg, denominator, t in zip(results, new_exp_avgs, denominators, times, strict=True):
+            step_size = (lr / (1.0 - beta1**t)).to(device=result.device, dtype=result.dtype)
+            correction = (1.0 - beta2**t).sqrt().to(device=result.device, dtype=result.dtype)
+            result.sub_(step_size * (exp_avg / (denominator / correction + eps)))
     _write(exp_avgs, new_exp_avgs, skip)
     _write(exp_avg_sqs, new_exp_avg_sqs, skip)
     _write(params, results, skip)
-    return not _is_known_skip(skip)
+    return True

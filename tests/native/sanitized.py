@@ -10,28 +10,23 @@ import subprocess
 import sys
 from pathlib import Path
 
-# A tensor of the caller's own making: the module asks a tensor for its pointer and size, so one can lie. malloc is the sanitizer's.
+# Tensors over memory that the sanitizer's malloc gave, 64 elements of it: torch is told how many there are, and believes it.
 LIAR = """
 import ctypes
-import torch, sam_kernels.backends.native
-from sam_kernels import _cpu
+import torch
+from sam_kernels.backends import native
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
-class Lying:
-    dtype, is_contiguous = torch.float32, lambda self: True
-    def __init__(self, numel, extra=0):
-        self.numel = lambda: numel
-        self.pointer = libc.malloc(ctypes.c_size_t(4 * 64 + 4)) + extra
-        self.data_ptr = lambda: self.pointer
-    def __getattr__(self, name):  # whatever else the module may ask
-        return lambda *args: 1
+def lying(numel, shift=0):
+    memory = (ctypes.c_char * (4 * numel)).from_address(libc.malloc(ctypes.c_size_t(4 * 64)) + shift)
+    return torch.frombuffer(memory, dtype=torch.float32)
 def norm(tensor):
-    _cpu.grad_norms(grads=_cpu.TensorList([tensor]), params=None, group_sizes=[1], adaptive=False, eta=0.0, threads=1)
+    native.grad_norms([tensor], None, [1], adaptive=False, eta=0.0)
 """
 PLANTED = {
-    "nothing": ("norm(Lying(64))", ""),
-    "a read past the end": ("norm(Lying(66))", "heap-buffer-overflow"),
-    "a misaligned read": ("norm(Lying(64, extra=1))", "misaligned address"),
+    "nothing": ("norm(lying(64))", ""),
+    "a read past the end": ("norm(lying(65))", "heap-buffer-overflow"),
+    "a misaligned read": ("norm(lying(63, shift=1))", "misaligned address"),
 }
 
 

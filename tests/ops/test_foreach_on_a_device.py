@@ -1,0 +1,47 @@
+"""The foreach backend as it works on an accelerator, where nothing is read back: on the CPU, by denying it that a number can be read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sam_kernels import functional, use_backend
+from sam_kernels.backends import foreach
+from sam_kernels.cli._check import check
+from sam_kernels.cli.validate import combinations
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_reading(*_: object) -> None:
+        raise AssertionError("a number was read back from the device")
+
+    monkeypatch.setattr(foreach, "_is_host", lambda scalar: False)
+    for name in ("perturb_", "sgd_step_", "adamw_step_"):
+
+        def guarded(*args: object, real: object = getattr(foreach, name), **kwargs: object) -> object:
+            with pytest.MonkeyPatch.context() as patch:
+                for reading in ("item", "tolist", "__float__", "__bool__"):
+                    patch.setattr(torch.Tensor, reading, no_reading)
+                return real(*args, **kwargs)  # type: ignore[operator]
+
+        monkeypatch.setattr(foreach, name, guarded)
+
+
+@pytest.mark.parametrize("op", ["perturb_", "sgd_step_", "adamw_step_"])
+def test_matches_the_reference_without_reading_a_number(op: str) -> None:
+    dtype, checked = "float32", 0
+    for case, option in combinations(op, dtype):
+        if option != "found_inf_first":  # the next test
+            found = check(op, ["foreach"], dtype, case, option, seed=0)["foreach"]
+            assert found.passed, f"case {case}, option {option}: {found}"
+            checked += 1
+    assert checked > 10
+
+
+def test_a_skipped_first_step_leaves_a_momentum_of_zero() -> None:
+    params, grads, buffers = [torch.ones(3)], [torch.full((3,), torch.nan)], [None]
+    with use_backend("foreach"):
+        functional.sgd_step_(params, grads, buffers, lr=0.1, momentum=0.9, found_inf=torch.ones(()))
+    assert torch.equal(params[0], torch.ones(3))
+    assert torch.equal(buffers[0], torch.zeros(3))
