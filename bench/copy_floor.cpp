@@ -10,7 +10,7 @@ namespace {
 
 typedef float Vec __attribute__((vector_size(64), may_alias));
 constexpr int64_t kLanes = 16;
-constexpr int64_t kChunk = 65536;        // floats that a thread takes at a time
+constexpr int64_t kChunk = 65536;          // floats that a thread takes at a time
 constexpr int64_t kPrefetchFloats = 1024;  // 4 KiB ahead crosses page borders, where the hardware prefetcher stops
 
 enum Flags { kPrefetch = 1, kDynamic = 2, kStreamWrites = 4, kStreamUpdates = 8 };
@@ -76,19 +76,19 @@ void mix_chunk(float* const* lists, int64_t begin, int64_t end) {
 template <int kReads, int kUpdates, bool kAhead, bool kStreamW>
 void mix_updates(float* const* lists, int64_t n, int threads, int flags) {
   for_each_chunk(n, threads, flags, [&](int64_t begin, int64_t end) {
-    flags & kStreamUpdates ? mix_chunk<kReads, kUpdates, kAhead, kStreamW, true>(lists, begin, end)
-                           : mix_chunk<kReads, kUpdates, kAhead, kStreamW, false>(lists, begin, end);
+    flags& kStreamUpdates ? mix_chunk<kReads, kUpdates, kAhead, kStreamW, true>(lists, begin, end)
+                          : mix_chunk<kReads, kUpdates, kAhead, kStreamW, false>(lists, begin, end);
   });
 }
 
 template <int kReads, int kUpdates>
 void mix(float* const* lists, int64_t n, int threads, int flags) {
   if (flags & kPrefetch) {
-    flags & kStreamWrites ? mix_updates<kReads, kUpdates, true, true>(lists, n, threads, flags)
-                          : mix_updates<kReads, kUpdates, true, false>(lists, n, threads, flags);
+    flags& kStreamWrites ? mix_updates<kReads, kUpdates, true, true>(lists, n, threads, flags)
+                         : mix_updates<kReads, kUpdates, true, false>(lists, n, threads, flags);
   } else {
-    flags & kStreamWrites ? mix_updates<kReads, kUpdates, false, true>(lists, n, threads, flags)
-                          : mix_updates<kReads, kUpdates, false, false>(lists, n, threads, flags);
+    flags& kStreamWrites ? mix_updates<kReads, kUpdates, false, true>(lists, n, threads, flags)
+                         : mix_updates<kReads, kUpdates, false, false>(lists, n, threads, flags);
   }
 }
 

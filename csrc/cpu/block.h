@@ -42,16 +42,14 @@ static inline void prefetch(const char* source, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(source + kPrefetchBytes + i);
 }
 
-// count elements of the operand from begin, as T: the operand's own memory where its dtype is T, else converted into the buffer.
+// count elements of another dtype than T, converted into the buffer. Out of line, as narrow(): a call a block costs nothing, and the code
+// of every conversion inlined into every kernel made three quarters of the time to compile and of the binary.
 template <class T>
-static inline const T* load(const Operand& operand, int64_t begin, int count, Buffer<T>& buffer) {
-  const char* source = address(operand, begin);
-  prefetch(source, count * element_size(operand.dtype));
-  if (operand.dtype == kArithmetic<T>) return reinterpret_cast<const T*>(source);
+static __attribute__((noinline)) const T* widen(DType dtype, const char* source, int count, Buffer<T>& buffer) {
   Buffer<float> widened;
   float* target = widened.data;
   if constexpr (std::is_same_v<T, float>) target = buffer.data;
-  switch (operand.dtype) {
+  switch (dtype) {
     case DType::kBFloat16: widen_bfloat16(reinterpret_cast<const uint16_t*>(source), target, count); break;
     case DType::kFloat16: widen_float16(reinterpret_cast<const uint16_t*>(source), target, count); break;
     default: std::memcpy(target, source, count * sizeof(float));  // float32, and T is double: a row with a float64 has T = double
@@ -60,6 +58,15 @@ static inline const T* load(const Operand& operand, int64_t begin, int count, Bu
     for (int i = 0; i < count; ++i) buffer.data[i] = widened.data[i];
   }
   return buffer.data;
+}
+
+// count elements of the operand from begin, as T: the operand's own memory where its dtype is T, else converted into the buffer.
+template <class T>
+static inline const T* load(const Operand& operand, int64_t begin, int count, Buffer<T>& buffer, bool prefetches = true) {
+  const char* source = address(operand, begin);
+  if (prefetches) prefetch(source, count * element_size(operand.dtype));
+  if (operand.dtype == kArithmetic<T>) return reinterpret_cast<const T*>(source);
+  return widen(operand.dtype, source, count, buffer);
 }
 
 // Where a kernel may write count results of an operand that it also reads: its own memory where the dtype is T, else the buffer.
@@ -110,14 +117,9 @@ static inline void put_bytes(char* destination, const void* source, int64_t byte
   }
 }
 
-// Writes count values to the operand, rounding once. values may be the operand's own memory, which is then already written.
+// Writes count values of type T as another dtype.
 template <class T>
-static inline void store(const Operand& operand, int64_t begin, int count, const T* values, bool streaming = false) {
-  char* destination = address(operand, begin);
-  if (operand.dtype == kArithmetic<T>) {
-    if (destination != reinterpret_cast<const char*>(values)) put_bytes(destination, values, count * int64_t{sizeof(T)}, streaming);
-    return;
-  }
+static __attribute__((noinline)) void narrow(DType dtype, char* destination, int count, const T* values, bool streaming) {
   Buffer<float> narrowed;
   const float* source;
   if constexpr (std::is_same_v<T, double>) {
@@ -127,12 +129,23 @@ static inline void store(const Operand& operand, int64_t begin, int count, const
     source = values;
   }
   Buffer<uint16_t> half;
-  switch (operand.dtype) {
+  switch (dtype) {
     case DType::kBFloat16: narrow_bfloat16(source, half.data, count); break;
     case DType::kFloat16: narrow_float16(source, half.data, count); break;
     default: put_bytes(destination, source, count * int64_t{sizeof(float)}, streaming); return;
   }
   put_bytes(destination, half.data, count * int64_t{sizeof(uint16_t)}, streaming);
+}
+
+// Writes count values to the operand, rounding once. values may be the operand's own memory, which is then already written.
+template <class T>
+static inline void store(const Operand& operand, int64_t begin, int count, const T* values, bool streaming = false) {
+  char* destination = address(operand, begin);
+  if (operand.dtype == kArithmetic<T>) {
+    if (destination != reinterpret_cast<const char*>(values)) put_bytes(destination, values, count * int64_t{sizeof(T)}, streaming);
+    return;
+  }
+  narrow(operand.dtype, destination, count, values, streaming);
 }
 
 // Copies count elements bit for bit where the dtypes agree, through float64 (exact for all) where they do not.
