@@ -125,6 +125,19 @@ def grad_norms(
     return torch.stack(result).to(dtype)
 
 
+def _start(
+    params: Sequence[Tensor], old_params: Sequence[Tensor] | None, dtypes: Sequence[torch.dtype], skip: Tensor | None
+) -> list[Tensor]:
+    """What an operation starts from, in the arithmetic type, to be changed in place: the parameters, restored first where there are
+    ``old_params``, or a copy of a backup that is of a wider type than its parameter."""
+    if old_params is None:
+        return _widen(params, dtypes, copy=skip is not None)
+    restore_(params, old_params)
+    sources = [old if old.dtype is not param.dtype else param for param, old in zip(params, old_params, strict=True)]
+    copies = [source is not param or skip is not None for source, param in zip(sources, params, strict=True)]
+    return [source.to(dtype, copy=copy) for source, dtype, copy in zip(sources, dtypes, copies, strict=True)]
+
+
 def perturb_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -142,19 +155,17 @@ def perturb_(
 ) -> None:
     """See :func:`sam_kernels.functional.perturb_`."""
     skip = _skip(norm, found_inf)
-    if from_old:
-        restore_(params, old_params)
-    else:
+    if not from_old:
         torch._foreach_copy_(list(old_params), list(params))
     if skip is True:
+        if from_old:
+            restore_(params, old_params)
         return
     dtypes = _arithmetic_dtypes(params, grads, old_params)
     # Scalars in float64 whatever they are given in: a float64 row takes part in that precision.
     inverse = 1.0 if grad_scale is None else 1.0 / grad_scale.reshape(()).to(torch.float64)
     scale = _number(rho * ((1.0 - lambd) + lambd / (norm.reshape(()).to(torch.float64) * inverse + eps)) * inverse)
-    # A backup in a wider type than the parameter is what the perturbation starts from.
-    sources = [old if from_old and old.dtype is not param.dtype else param for param, old in zip(params, old_params, strict=True)]
-    results = _widen(sources, dtypes, copy=skip is not None)
+    results = _start(params, old_params if from_old else None, dtypes, skip)
     steps = _widen(grads, dtypes)
     if adaptive:
         weights = torch._foreach_abs(results)
@@ -198,18 +209,6 @@ def _grad_updates(
     if changes:
         _scale_(updates, number)
     return updates
-
-
-def _start(
-    params: Sequence[Tensor], old_params: Sequence[Tensor] | None, dtypes: Sequence[torch.dtype], skip: Tensor | None
-) -> list[Tensor]:
-    """What a step starts from, in the arithmetic type, to be changed in place. The parameters are restored first."""
-    if old_params is None:
-        return _widen(params, dtypes, copy=skip is not None)
-    restore_(params, old_params)
-    sources = [old if old.dtype is not param.dtype else param for param, old in zip(params, old_params, strict=True)]
-    copies = [source is not param or skip is not None for source, param in zip(sources, params, strict=True)]
-    return [source.to(dtype, copy=copy) for source, dtype, copy in zip(sources, dtypes, copies, strict=True)]
 
 
 def sgd_step_(
