@@ -38,8 +38,10 @@ static inline char* address(const Operand& operand, int64_t begin) {
   return static_cast<char*>(operand.data) + begin * element_size(operand.dtype);
 }
 
+// kLocality as the compiler's: 3 to every cache level, 2 to the second and beyond.
+template <int kLocality = 3>
 static inline void prefetch(const char* source, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(source + kPrefetchBytes + i);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(source + kPrefetchBytes + i, 0, kLocality);
 }
 
 // count elements of another dtype than T, converted into the buffer. Out of line, as narrow(): a call a block costs nothing, and the code

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import sam_kernels
 from sam_kernels import functional
-from tests.optim.problem import assert_same_bits, closure_of, loss_of, make_batch, make_model, twin, weights
+from tests.optim.problem import BACKENDS, assert_same_bits, closure_of, loss_of, make_batch, make_model, twin, weights
 
 BASES = [
     pytest.param(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, id="sgd-momentum"),
@@ -18,7 +18,7 @@ BASES = [
     pytest.param(torch.optim.RMSprop, {"lr": 0.01}, id="rmsprop-not-fused"),
 ]
 every_base = pytest.mark.parametrize(("base", "kwargs"), BASES)
-every_backend = pytest.mark.parametrize("backend", ["native", "foreach"])
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 @every_backend

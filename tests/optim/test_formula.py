@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sam_kernels
-from tests.optim.problem import closure_of, loss_of, make_batch, make_model, twin, weights, written_out_step
+from tests.optim.problem import BACKENDS, closure_of, loss_of, make_batch, make_model, twin, weights, written_out_step
 
 BASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": 0.1}),
@@ -24,7 +24,7 @@ BASES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("backend", ["native", "foreach"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("options", [{}, {"lambd": 0.0}, {"lambd": 0.3}, {"adaptive": True, "eta": 0.01, "lambd": 0.7}], ids=str)
 def test_ten_steps_follow_the_formula(backend: str, base: str, options: dict[str, Any]) -> None:

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
 import torch
 
 import sam_kernels
-from sam_kernels.backends import foreach, native
-from tests.optim.problem import assert_same_bits, closure_of, loss_of, make_batch, make_model, weights
+from tests.optim.problem import BACKENDS, assert_same_bits, closure_of, loss_of, make_batch, make_model, weights
 
 
-@pytest.mark.parametrize("backend", [native, foreach])
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("done", [False, True])
 @pytest.mark.parametrize("interrupted_group", [0, 1])
 @pytest.mark.parametrize("api", ["closure", "two-step"])
 def test_row_07_interrupt_around_a_perturbation(
-    monkeypatch: pytest.MonkeyPatch, backend: Any, done: bool, interrupted_group: int, api: str
+    monkeypatch: pytest.MonkeyPatch, name: str, done: bool, interrupted_group: int, api: str
 ) -> None:
     model, batch = make_model(), make_batch()
     groups = [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters())}]
     optimizer = sam_kernels.SAM(groups, torch.optim.SGD, rho=0.5, lr=0.1)
+    backend = importlib.import_module(f"sam_kernels.backends.{name}")
     real, calls = backend.perturb_, []
 
     def perturb_(*args: Any, **kwargs: Any) -> None:
@@ -33,7 +34,7 @@ def test_row_07_interrupt_around_a_perturbation(
         real(*args, **kwargs)
 
     monkeypatch.setattr(backend, "perturb_", perturb_)
-    with sam_kernels.use_backend(backend.__name__.split(".")[-1]):
+    with sam_kernels.use_backend(name):
         optimizer.step(closure_of(optimizer, model, batch))  # so that the backups hold an older step's weights
         before = weights(model)
         if api == "closure":
