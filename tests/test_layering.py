@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "compiled": set(),
     "backends": {"own", "bottom", "compiled"},
     "core": {"own", "bottom", "backends"},
-    "functional": {"core", "bottom"},
+    "functional": {"own", "core", "bottom"},
     "users": {"own", "functional", "core", "bottom"},
     "package": {"users", "functional", "core", "bottom"},
     "reference": {"own"},

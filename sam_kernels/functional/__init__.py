@@ -1,0 +1,16 @@
+"""The operations, over lists of tensors: each docstring is the contract that every backend keeps and ``sam_kernels.reference`` specifies.
+
+Lists hold one tensor per parameter; ``N`` is their total number of elements, ``s`` bytes each. dtypes are float32, float64, bfloat16 and
+float16, mixed freely between lists and rows. Arithmetic is float32 (float64 for a row that has a float64 tensor) with one rounding to
+storage. Tensors may be non-contiguous, unaligned or empty. A trailing ``_`` means in place: data pointers never change.
+
+Errors, common to all: ``TypeError`` for a wrong type, layout (sparse) or dtype (complex, integer), ``ValueError`` for lists whose lengths,
+shapes or devices do not fit, for a tensor written twice, and for a number out of range. They name the operation, the list and the index,
+and are raised before any memory is touched.
+"""
+
+from sam_kernels.functional.ascent import perturb_, restore_
+from sam_kernels.functional.descent import adamw_step_, sgd_step_
+from sam_kernels.functional.norms import combine_norms, grad_norm, grad_norms
+
+__all__ = ["adamw_step_", "combine_norms", "grad_norm", "grad_norms", "perturb_", "restore_", "sgd_step_"]
