@@ -88,7 +88,7 @@ def test_the_wheel_is_a_platform_wheel_of_the_package_alone(wheel):
     names = names_in(wheel)
     assert {name.partition("/")[0] for name in names} == {"sam_kernels", f"sam_kernels-{VERSION}.dist-info"}
     assert [name for name in names if name.endswith((".so", ".o", ".new"))] == [f"sam_kernels/{NATIVE}"]
-    assert {"sam_kernels/py.typed", "sam_kernels/functional.py", f"sam_kernels-{VERSION}.dist-info/licenses/LICENSE"} <= set(names)
+    assert {"sam_kernels/py.typed", "sam_kernels/functional/__init__.py", f"sam_kernels-{VERSION}.dist-info/licenses/LICENSE"} <= set(names)
     assert wheel.stat().st_size < 5_000_000
 
 
