@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Collection
 from types import ModuleType, TracebackType
+
+import torch
 
 __all__ = ["BACKENDS", "available", "reason_missing", "select", "use_backend"]
 
@@ -14,12 +17,12 @@ _forced: str | None = None
 
 def _load(name: str) -> ModuleType | str:
     """The backend's module, or the reason it cannot be had."""
-    if name == "triton":
-        return "not part of this version"
     try:
-        return importlib.import_module(f"sam_kernels.backends.{name}")
+        backend = importlib.import_module(f"sam_kernels.backends.{name}")
     except ImportError as error:
         return str(error)
+    reason: str | None = getattr(backend, "REASON_MISSING", None)
+    return backend if reason is None else reason
 
 
 _loaded: dict[str, ModuleType | str] = {}
@@ -47,12 +50,22 @@ def available(device_type: str = "cpu") -> list[str]:
     return [name for name in BACKENDS if reason_missing(name, device_type) is None]
 
 
-def select(device_type: str) -> ModuleType:
-    """The backend for tensors on ``device_type``. Raises RuntimeError if a forced one cannot take them."""
+def select(device_type: str, dtypes: Collection[torch.dtype] = ()) -> ModuleType:
+    """The backend for tensors on ``device_type`` of these ``dtypes``.
+
+    Raises RuntimeError if a forced one has no kernels for the device, TypeError if it has none for a dtype.
+    """
     for name in BACKENDS if _forced is None else (_forced,):
         backend = _backend(name)
-        if not isinstance(backend, str) and (backend.DEVICE_TYPES is None or device_type in backend.DEVICE_TYPES):
+        if isinstance(backend, str) or not (backend.DEVICE_TYPES is None or device_type in backend.DEVICE_TYPES):
+            continue
+        if _forced is None and not backend.IS_AUTOMATIC:
+            continue
+        if backend.DTYPES is None or backend.DTYPES.issuperset(dtypes):
             return backend
+        if _forced is not None:
+            missing = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in set(dtypes) - backend.DTYPES))
+            raise TypeError(f"backend {_forced!r} was asked for and has no kernels for {missing}")
     raise RuntimeError(f"backend {_forced!r} was asked for and cannot be used: {reason_missing(_forced or 'foreach', device_type)}")
 
 

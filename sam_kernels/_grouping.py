@@ -1,4 +1,4 @@
-"""Lists of tensors cut into what one backend call can take: one device, dense, one memory order a row."""
+"""Lists of tensors cut into what one backend call can take: one device, dtypes it has kernels for, dense, one memory order a row."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Rows:
             destination.copy_(source)
 
 
-def split(lists: Mapping[str, Sequence[Tensor] | None], *, written: Iterable[str] = (), rowwise: Iterable[str] | None = None) -> list[Rows]:
-    """Groups rows by device and makes rows dense that are not. ``rowwise`` names the lists whose elements pair up (default: all).
+def split(lists: Mapping[str, Sequence[Tensor] | None], *, written: Iterable[str] = ()) -> list[Rows]:
+    """Groups rows by device and by the backend that has kernels for their dtypes, and makes rows dense that are not.
 
     A row whose tensors differ in memory order is computed in contiguous copies; the copies of ``written`` lists are copied back by
     :meth:`Rows.finish`. Lists that are all :class:`TensorList` are taken as they are.
@@ -45,18 +45,20 @@ def split(lists: Mapping[str, Sequence[Tensor] | None], *, written: Iterable[str
         return []
     if all(isinstance(tensors, TensorList) for tensors in given):
         return [Rows(_dispatch.select(first[0].device.type), dict(lists), range(len(first)))]  # type: ignore[arg-type]
-    by_device: dict[torch.device, list[int]] = {}
-    for i, tensor in enumerate(first):
-        by_device.setdefault(tensor.device, []).append(i)
-    paired = list(lists) if rowwise is None else list(rowwise)
-    return [_dense_rows(_dispatch.select(device.type), lists, indices, set(written), paired) for device, indices in by_device.items()]
+    chosen: dict[tuple[torch.device, frozenset[torch.dtype]], ModuleType] = {}
+    parts: dict[tuple[torch.device, ModuleType], list[int]] = {}
+    for i, row in enumerate(zip(*given, strict=True)):
+        kind = first[i].device, frozenset([tensor.dtype for tensor in row])
+        backend = chosen.get(kind)
+        if backend is None:
+            backend = chosen[kind] = _dispatch.select(kind[0].type, kind[1])
+        parts.setdefault((kind[0], backend), []).append(i)
+    return [_dense_rows(backend, lists, indices, set(written)) for (_, backend), indices in parts.items()]
 
 
-def _dense_rows(
-    backend: ModuleType, lists: Mapping[str, Sequence[Tensor] | None], indices: list[int], written: set[str], paired: list[str]
-) -> Rows:
+def _dense_rows(backend: ModuleType, lists: Mapping[str, Sequence[Tensor] | None], indices: list[int], written: set[str]) -> Rows:
     picked = {name: None if tensors is None else [tensors[i] for i in indices] for name, tensors in lists.items()}
-    names = [name for name in paired if picked[name] is not None]
+    names = [name for name, tensors in picked.items() if tensors is not None]
     rows = Rows(backend, {}, indices)
     for row in range(len(indices)):
         if is_dense_row([picked[name][row] for name in names]):  # type: ignore[index]

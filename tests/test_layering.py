@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 USERS = ("optim", "per_sample", "sampling", "theory", "schedules", "integrations")
 CORE = ("_dispatch", "_grouping", "_validate")
 ALLOWED: dict[str, set[str]] = {
-    "bottom": {"own"},  # _tensor_list: depends on nothing, everyone may use it
+    "bottom": {"own"},  # _tensor_list, _flags: depend on nothing, everyone may use them
     "compiled": set(),
     "backends": {"own", "bottom", "compiled"},
     "core": {"own", "bottom", "backends"},
@@ -50,7 +50,7 @@ def layer_of(module: str) -> str:
     if len(parts) == 1:
         return "package"
     head = parts[1]
-    fixed = {"_tensor_list": "bottom", "_cpu": "compiled", "_cuda": "compiled", "__main__": "main"}
+    fixed = {"_tensor_list": "bottom", "_flags": "bottom", "_cpu": "compiled", "_cuda": "compiled", "__main__": "main"}
     if head in fixed:
         return fixed[head]
     if head in USERS:

@@ -13,11 +13,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sam_kernels._flags import report_norm
 from sam_kernels._tensor_list import TensorList
 
 __all__ = [
     "DEVICE_TYPES",
+    "DTYPES",
+    "IS_AUTOMATIC",
     "adamw_step_",
+    "check_finite_",
     "current_grads",
     "describe",
     "grad_norms",
@@ -29,6 +33,8 @@ __all__ = [
 ]
 
 DEVICE_TYPES = None  # every device torch knows
+DTYPES = None  # all that operations take
+IS_AUTOMATIC = True
 
 
 def describe() -> str:
@@ -106,9 +112,17 @@ def _scale_(tensors: Sequence[Tensor], factor: Tensor | float) -> None:
 
 
 def grad_norms(
-    grads: Sequence[Tensor], params: Sequence[Tensor] | None, group_sizes: Sequence[int], *, adaptive: bool, eta: float
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor] | None,
+    group_sizes: Sequence[int],
+    *,
+    adaptive: bool,
+    eta: float,
+    found_inf: Tensor | None,
+    skipped: Tensor | None,
+    out: Tensor | None,
 ) -> Tensor:  # (len(group_sizes),) float32, float64 where a gradient is float64
-    """Norms of consecutive groups of rows, summed in float64."""
+    """Norms of consecutive groups of rows, summed in float64, reported where there is one."""
     dtype = torch.float64 if any(grad.dtype is torch.float64 for grad in grads) else torch.float32
     tensors: list[Tensor] | tuple[Tensor, ...] = [g.to(torch.float64) for g in grads]
     if adaptive and params is not None:
@@ -122,7 +136,14 @@ def grad_norms(
         device = grads[0].device if len(grads) else None
         result.append(torch.linalg.vector_norm(torch.stack(group)) if group else torch.zeros((), dtype=torch.float64, device=device))
         start += size
-    return torch.stack(result).to(dtype)
+    stacked = torch.stack(result).to(dtype)
+    return stacked if len(result) != 1 else report_norm(stacked[0], found_inf, skipped, out).reshape(1)
+
+
+def check_finite_(grads: Sequence[Tensor], found_inf: Tensor) -> None:
+    """Sets found_inf where a gradient is not finite. Reads g."""
+    for norm in torch._foreach_norm(list(grads), ord=torch.inf):
+        report_norm(norm, found_inf, None, None)
 
 
 def _start(

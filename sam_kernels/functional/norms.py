@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -10,11 +9,12 @@ import torch
 from torch import Tensor
 
 from sam_kernels import _validate
+from sam_kernels._flags import report_norm
 from sam_kernels._grouping import split
 from sam_kernels._tensor_list import TensorList
 from sam_kernels.functional._common import Tensors, without_autograd
 
-__all__ = ["combine_norms", "grad_norm", "grad_norms"]
+__all__ = ["check_finite_", "combine_norms", "grad_norm", "grad_norms"]
 
 
 def grad_norm(
@@ -24,14 +24,18 @@ def grad_norm(
     adaptive: bool = False,
     eta: float = 0.0,
     found_inf: Tensor | None = None,  # () float32
+    skipped: Tensor | None = None,  # ()
+    out: Tensor | None = None,  # ()
 ) -> Tensor:  # () float32, float64 where a gradient is float64
     """Global 2-norm of the gradients: sqrt(sum g^2), or of T_w g with T_w = |p| + eta when ``adaptive`` (ASAM).
 
-    Sums in float64 on the CPU. The order is fixed: bits depend neither on the number of threads nor on the instruction set.
-    ``found_inf`` is set to 1 where the norm is not finite, and left alone otherwise.
+    Sums in float64 on the CPU, in float32 in the Triton kernels. The order is fixed: bits depend neither on the number of threads nor on
+    the instruction set.
+    ``found_inf`` is set to 1 where the norm is not finite, and left alone otherwise. With ``skipped``, a new step begins: what
+    ``found_inf`` was is added to ``skipped`` first, and it starts from 0. ``out`` is written and returned, so that nothing is allocated.
     Reads g (and p): N s bytes.
     """
-    return _grad_norms("grad_norm", [grads], params, adaptive=adaptive, eta=eta, found_inf=found_inf)[0]
+    return _grad_norms("grad_norm", [grads], params, adaptive=adaptive, eta=eta, found_inf=found_inf, skipped=skipped, out=out)[0]
 
 
 def grad_norms(
@@ -44,19 +48,30 @@ def grad_norms(
     """:func:`grad_norm` of every group (one micro-batch's gradients each) in one pass. Reads M N s bytes."""
     if not isinstance(grad_groups, list | tuple):
         raise TypeError(f"grad_norms: grad_groups must be a list of lists of tensors, got {_validate.describe(grad_groups)}")
-    return _grad_norms("grad_norms", grad_groups, params, adaptive=adaptive, eta=eta, found_inf=None)
+    return _grad_norms("grad_norms", grad_groups, params, adaptive=adaptive, eta=eta)
 
 
 @without_autograd
 def _grad_norms(
-    op: str, groups: Sequence[Tensors], params: Tensors | None, *, adaptive: bool, eta: float, found_inf: Tensor | None
+    op: str,
+    groups: Sequence[Tensors],
+    params: Tensors | None,
+    *,
+    adaptive: bool,
+    eta: float,
+    found_inf: Tensor | None = None,
+    skipped: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     _validate.check_flag(op, "adaptive", adaptive)
     eta = _validate.check_number(op, "eta", eta, low=0.0)
     if adaptive and params is None:
         raise ValueError(f"{op}: adaptive=True needs params")
-    if found_inf is not None:
-        _validate.check_scalar_tensor(op, "found_inf", found_inf)
+    for name, scalar in {"found_inf": found_inf, "skipped": skipped, "out": out}.items():
+        if scalar is not None:
+            _validate.check_scalar_tensor(op, name, scalar)
+    if skipped is not None and found_inf is None:
+        raise ValueError(f"{op}: skipped needs found_inf, which it counts")
     used_params = params if adaptive else None
     for j, group in enumerate(groups):
         if not (isinstance(group, TensorList) and (used_params is None or isinstance(used_params, TensorList))):
@@ -65,21 +80,33 @@ def _grad_norms(
     grads = groups[0] if len(groups) == 1 else [grad for group in groups for grad in group]
     repeated = used_params if used_params is None or len(groups) == 1 else [param for _ in groups for param in used_params]
     group_of_row = [j for j, group in enumerate(groups) for _ in group] if len(groups) != 1 else None
+    row_groups = split({"grads": grads, "params": repeated})
+    # One backend reports by itself, on a device within the launch that finishes the norm.
+    report: dict[str, Tensor | None] = {"found_inf": found_inf, "skipped": skipped, "out": out}
+    alone = len(row_groups) == 1 and all(tensor is None or tensor.device == grads[0].device for tensor in report.values())
     norms = []
-    for rows in split({"grads": grads, "params": repeated}):
+    for rows in row_groups:
         sizes = [len(rows.indices)] if group_of_row is None else _count(group_of_row, rows.indices, len(groups))
-        norms.append(rows.backend.grad_norms(rows.lists["grads"], rows.lists["params"], sizes, adaptive=adaptive, eta=eta))
+        reported = report if alone else dict.fromkeys(report)
+        norms.append(rows.backend.grad_norms(rows.lists["grads"], rows.lists["params"], sizes, adaptive=adaptive, eta=eta, **reported))
     result = combine_norms(norms) if norms else torch.zeros(len(groups))
-    if found_inf is not None:
-        _mark_not_finite(result[0], found_inf)
-    return result
+    return result if alone or len(groups) != 1 else report_norm(result[0], **report).reshape(1)
 
 
-def _mark_not_finite(norm: Tensor, found_inf: Tensor) -> None:
-    if norm.device.type != "cpu":
-        found_inf.logical_or_(~torch.isfinite(norm).to(found_inf.device))
-    elif not math.isfinite(norm.item()):  # five small torch operations less than the line above
-        found_inf.fill_(1.0)
+@without_autograd
+def check_finite_(grads: Tensors, found_inf: Tensor) -> None:
+    """Sets ``found_inf`` () to 1 where an element of the gradients is not finite, and leaves it alone otherwise. Reads g: N s bytes."""
+    op = "check_finite_"
+    if not isinstance(grads, TensorList):
+        _validate.check_lists(op, {"grads": grads})
+    _validate.check_scalar_tensor(op, "found_inf", found_inf)
+    for rows in split({"grads": grads}):
+        given = rows.lists["grads"]
+        assert given is not None
+        here = found_inf.to(given[0].device)
+        rows.backend.check_finite_(given, here)
+        if here is not found_inf:
+            found_inf.logical_or_(here.to(found_inf.device))
 
 
 def combine_norms(norms: Sequence[Tensor]) -> Tensor:

@@ -5,7 +5,10 @@ Every function takes lists that :mod:`sam_kernels._grouping` made: checked, dens
 
 from sam_kernels.backends.native.cpu import (
     DEVICE_TYPES,
+    DTYPES,
+    IS_AUTOMATIC,
     adamw_step_,
+    check_finite_,
     current_grads,
     describe,
     grad_norms,
@@ -18,7 +21,10 @@ from sam_kernels.backends.native.cpu import (
 
 __all__ = [
     "DEVICE_TYPES",
+    "DTYPES",
+    "IS_AUTOMATIC",
     "adamw_step_",
+    "check_finite_",
     "current_grads",
     "describe",
     "grad_norms",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sam_kernels._flags import report_norm
 from sam_kernels._tensor_list import TensorList, is_dense_row
 
 try:
@@ -22,7 +23,10 @@ except ImportError as error:
 
 __all__ = [
     "DEVICE_TYPES",
+    "DTYPES",
+    "IS_AUTOMATIC",
     "adamw_step_",
+    "check_finite_",
     "current_grads",
     "describe",
     "grad_norms",
@@ -34,6 +38,8 @@ __all__ = [
 ]
 
 DEVICE_TYPES = frozenset({"cpu"})
+DTYPES = None  # all that operations take
+IS_AUTOMATIC = True
 
 _cpu.register_types(torch.Tensor, torch.nn.Parameter, (torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
@@ -111,9 +117,17 @@ def _skips(norm: Tensor | None, found_inf: Tensor | None) -> bool:
 
 
 def grad_norms(
-    grads: Sequence[Tensor], params: Sequence[Tensor] | None, group_sizes: Sequence[int], *, adaptive: bool, eta: float
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor] | None,
+    group_sizes: Sequence[int],
+    *,
+    adaptive: bool,
+    eta: float,
+    found_inf: Tensor | None,
+    skipped: Tensor | None,
+    out: Tensor | None,
 ) -> Tensor:  # (len(group_sizes),) float32, float64 where a gradient is float64
-    """Norms of consecutive groups of rows. Reads g (and p when adaptive)."""
+    """Norms of consecutive groups of rows, reported where there is one. Reads g (and p when adaptive)."""
     described = _native(grads)
     norms = _cpu.grad_norms(
         grads=described,
@@ -123,7 +137,13 @@ def grad_norms(
         eta=eta,
         threads=torch.get_num_threads(),
     )
-    return torch.tensor(norms, dtype=torch.float64 if described.has_float64 else torch.float32)
+    result = torch.tensor(norms, dtype=torch.float64 if described.has_float64 else torch.float32)
+    return result if len(norms) != 1 else report_norm(result[0], found_inf, skipped, out).reshape(1)
+
+
+def check_finite_(grads: Sequence[Tensor], found_inf: Tensor) -> None:
+    """Sets found_inf where a gradient is not finite: float64 sums of float32 squares overflow for nothing else. Reads g."""
+    grad_norms(grads, None, [len(grads)], adaptive=False, eta=0.0, found_inf=found_inf, skipped=None, out=None)
 
 
 def perturb_(

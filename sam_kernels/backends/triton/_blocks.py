@@ -1,0 +1,153 @@
+"""What every kernel is made of: finding its chunk, reading an operand as float32, writing it back with one rounding.
+
+Pointers come as int64 from a table, so alignment is known only at run time: a chunk whose operands all start at a multiple of 16 bytes
+takes the path without a mask, whose accesses are 16 bytes wide; whatever is left of it, or lies askew, is masked. (A mask against a loaded
+size makes every access scalar.)
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sam_kernels.backends.triton._requirements import IS_INTERPRETED
+
+__all__ = [
+    "convert",
+    "copy_chunk",
+    "full_blocks",
+    "grad_multiplier",
+    "inverse_of",
+    "is_skipped",
+    "load",
+    "load_float",
+    "locate",
+    "operand",
+    "store",
+]
+
+# The interpreter truncates float32 to bfloat16 and garbles subnormal bfloat16: there conversions are made of integer operations.
+_BFLOAT16_BY_HAND = tl.constexpr(IS_INTERPRETED)
+
+
+@triton.jit
+def locate(
+    work_rows,  # (C,) int32
+    work_chunks,  # (C,) int32
+    numels,  # (R,) int64
+    CHUNK_SIZE: tl.constexpr,
+):  # row, first element (int64), elements (int32)
+    """The chunk of this program. Chunks are numbered in 32 bits, elements in 64."""
+    program = tl.program_id(0)
+    row = tl.load(work_rows + program)
+    start = tl.load(work_chunks + program).to(tl.int64) * CHUNK_SIZE
+    count = tl.minimum(tl.load(numels + row) - start, CHUNK_SIZE).to(tl.int32)
+    return row, start, count
+
+
+@triton.jit
+def operand(
+    pointers,  # (R,) int64
+    row,
+    start,
+    DTYPE: tl.constexpr,
+):  # the address, the same as a pointer, as a pointer promised to be a multiple of 16 bytes
+    """One operand of a chunk. The promise holds only inside :func:`full_blocks`."""
+    address = tl.load(pointers + row)
+    plain = address.to(tl.pointer_type(DTYPE)) + start
+    aligned = tl.multiple_of(address.to(tl.pointer_type(DTYPE)) + start, 16)
+    return address, plain, aligned
+
+
+@triton.jit
+def full_blocks(addresses, count, BLOCK_SIZE: tl.constexpr):
+    """Elements of the chunk that can be done without a mask. addresses: those of all operands, joined by or."""
+    return tl.where((addresses & 15) == 0, count // BLOCK_SIZE * BLOCK_SIZE, 0)
+
+
+@triton.jit
+def load(pointer, offsets, count, MASKED: tl.constexpr):
+    """A block in its storage type; 0 beyond count."""
+    if MASKED:
+        return tl.load(pointer + offsets, mask=offsets < count, other=0.0)
+    else:
+        return tl.load(pointer + offsets)
+
+
+@triton.jit
+def load_float(pointer, offsets, count, MASKED: tl.constexpr):
+    """A block as float32."""
+    return convert(load(pointer, offsets, count, MASKED), tl.float32)
+
+
+@triton.jit
+def store(pointer, offsets, count, value, MASKED: tl.constexpr):
+    """A block, rounded once (to nearest even) to the storage type."""
+    value = convert(value, pointer.dtype.element_ty)
+    if MASKED:
+        tl.store(pointer + offsets, value, mask=offsets < count)
+    else:
+        tl.store(pointer + offsets, value)
+
+
+@triton.jit
+def convert(value, DTYPE: tl.constexpr):
+    """To another type, rounded to nearest even."""
+    if value.dtype == DTYPE:
+        return value
+    elif _BFLOAT16_BY_HAND and value.dtype == tl.bfloat16:
+        return (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True).to(DTYPE)
+    elif _BFLOAT16_BY_HAND and DTYPE == tl.bfloat16:
+        bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(value == value, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return value.to(DTYPE)
+
+
+@triton.jit
+def is_skipped(norm, found_inf):  # pointers to () float32, or None
+    """Whether a step is skipped: the norm is not finite, or somebody found so before."""
+    skipped = False
+    if norm is not None:
+        skipped = skipped | ~(tl.abs(tl.load(norm)) <= 3.4028234663852886e38)
+    if found_inf is not None:
+        skipped = skipped | (tl.load(found_inf) != 0.0)
+    return skipped
+
+
+@triton.jit
+def _copy_block(destination, source, offsets, count, MASKED: tl.constexpr):
+    store(destination, offsets, count, load(source, offsets, count, MASKED), MASKED)
+
+
+@triton.jit
+def copy_chunk(destination, aligned_destination, source, aligned_source, count, full, BLOCK_SIZE: tl.constexpr):
+    """A chunk without arithmetic, bit for bit where the types agree."""
+    offsets = tl.arange(0, BLOCK_SIZE)
+    for block in range(0, full, BLOCK_SIZE):
+        _copy_block(aligned_destination, aligned_source, block + offsets, count, False)
+    for block in range(full, count, BLOCK_SIZE):
+        _copy_block(destination, source, block + offsets, count, True)
+
+
+@triton.jit
+def inverse_of(grad_scale):  # pointer to () float32, or None
+    """1 / grad_scale, 1 without one."""
+    inverse = 1.0
+    if grad_scale is not None:
+        inverse = tl.div_rn(1.0, tl.load(grad_scale).to(tl.float32))
+    return inverse
+
+
+@triton.jit
+def grad_multiplier(grad_scale, norm, max_norm, MAXIMIZE: tl.constexpr):
+    """What a gradient is multiplied by before anything else: 1 / grad_scale, the sign of maximize and, with a max_norm, the clip factor
+    min(1, max_norm / (norm + 1e-6)) of ``torch.nn.utils.clip_grad_norm_`` on the unscaled norm."""
+    multiplier = inverse_of(grad_scale)
+    if max_norm is not None:
+        factor = tl.div_rn(max_norm, tl.load(norm).to(tl.float32) * multiplier + 1e-6)
+        multiplier = multiplier * tl.minimum(factor, 1.0)
+    if MAXIMIZE:
+        multiplier = -multiplier
+    return multiplier

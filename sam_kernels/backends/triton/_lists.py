@@ -1,0 +1,92 @@
+"""Lists of tensors as the launchers know them: addresses, sizes and types, read once and kept with the list."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sam_kernels._tensor_list import TensorList, is_dense_row
+from sam_kernels.backends.triton._requirements import DEVICE_TYPES
+
+__all__ = ["DTYPES", "Description", "current_grads", "describe_list", "is_current", "vouch"]
+
+DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+
+@dataclass
+class Description:
+    """What a launch needs to know about a list.
+
+    ``owner`` is the description that outlives this one (a gradient list is made anew every step, the parameters' list is not): tables are
+    kept there.
+    """
+
+    device: torch.device
+    pointers: list[int]
+    numels: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+    owner: Description | None = None
+    tables: dict[Any, Any] = field(default_factory=dict)
+
+
+def describe_list(tensors: Sequence[Tensor]) -> Description:
+    """The description of a list, kept with it where it can be. Raises TypeError or ValueError for tensors without kernels."""
+    known = tensors.native if isinstance(tensors, TensorList) else None
+    if isinstance(known, Description):
+        return known
+    dtypes = tuple(tensor.dtype for tensor in tensors)
+    if not DTYPES.issuperset(dtypes):
+        unknown = next(dtype for dtype in dtypes if dtype not in DTYPES)
+        raise TypeError(f"backend 'triton' has no kernels for {unknown}, only for float32, bfloat16 and float16")
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) != 1 or next(iter(devices)).type not in DEVICE_TYPES:
+        raise ValueError(f"backend 'triton' takes tensors of one device of type {sorted(DEVICE_TYPES)}, got {sorted(map(str, devices))}")
+    described = Description(devices.pop(), [tensor.data_ptr() for tensor in tensors], tuple(tensor.numel() for tensor in tensors), dtypes)
+    if isinstance(tensors, TensorList):
+        tensors.native = described
+    return described
+
+
+def vouch(tensors: Sequence[Tensor], like: TensorList | None = None) -> TensorList | None:
+    """A :class:`TensorList` of these tensors if every row is dense and in the memory order of ``like``'s (default: its own), else None."""
+    if not all(tensor.layout is torch.strided for tensor in tensors):
+        return None
+    result = TensorList(tensors)
+    odd = [i for i, tensor in enumerate(tensors) if not tensor.is_contiguous()]
+    if like is None or all(tensor.dim() == 0 for tensor in tensors):  # the latter: step counters, beside parameters of any layout
+        dense = all(is_dense_row([tensors[i]]) for i in odd)
+    else:
+        odd_like = {i for i, tensor in enumerate(like) if not tensor.is_contiguous()}
+        dense = odd_like == set(odd) and all(tensors[i].stride() == like[i].stride() for i in odd)
+    if not dense or len(tensors) == 0:
+        return None
+    try:
+        described = describe_list(result)
+        if like is not None:
+            owner = describe_list(like)
+            described.owner = owner.owner or owner
+    except (TypeError, ValueError):  # the caller's checks have the words for it
+        return None
+    return result
+
+
+def current_grads(known: TensorList, params: list[Tensor]) -> TensorList | None:
+    """The gradients of ``params``, vouched for; None unless they are the tensors of ``known``, unmoved, each with an ordinary gradient."""
+    if not is_current(known, params):
+        return None
+    grads = [param.grad for param in params]
+    if not all(map(operator.is_not, grads, [None] * len(grads))):
+        return None
+    return vouch(grads, known)  # type: ignore[arg-type]  # none of them is None
+
+
+def is_current(known: TensorList, tensors: list[Tensor]) -> bool:
+    """Whether ``tensors`` are those of ``known``, still where they lay when it was made."""
+    if len(known) != len(tensors) or not all(map(operator.is_, known, tensors)):
+        return False
+    return describe_list(known).pointers == [tensor.data_ptr() for tensor in tensors]

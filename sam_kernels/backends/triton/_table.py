@@ -1,0 +1,164 @@
+"""The pointer table: one launch an operation and dtype, whatever the number of tensors.
+
+Everything about a set of lists that does not change from step to step lies on the device: sizes, the chunks, and the addresses of
+parameters, backups and state. Gradients may move at every backward pass: their addresses are compared, and copied (asynchronously, from
+pinned memory) only when they did. A steady step therefore copies nothing or one small block, allocates nothing, and waits for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from sam_kernels.backends.triton._config import CONFIGS, Config
+from sam_kernels.backends.triton._lists import Description, describe_list
+from sam_kernels.backends.triton._staging import Staging, upload
+
+__all__ = ["ChunkTable", "LaunchGroup", "table_of"]
+
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_RECORDED: list[ChunkTable] = []  # in CUDA graphs, which nobody tells us the end of
+_TABLES_KEPT = 16  # a list takes part in a handful of operations; the oldest goes first
+
+
+@dataclass(frozen=True)
+class LaunchGroup:
+    """Chunks of the rows that share their dtypes: one launch."""
+
+    dtypes: Mapping[str, Any]  # role -> triton dtype; None for a role that takes no part
+    chunks: int
+    rows: Tensor  # (chunks,) int32
+    chunk_indices: Tensor  # (chunks,) int32: which chunk of its row
+    slots: Tensor  # (chunks,) int32: its place among all chunks, in the order of rows
+
+
+class ChunkTable:
+    """The chunks of some lists of equal sizes and the addresses of their tensors, on the device."""
+
+    def __init__(self, described: Mapping[str, Description | None], config: Config) -> None:
+        given = {role: description for role, description in described.items() if description is not None}
+        first = next(iter(given.values()))
+        if any(description.numels != first.numels for description in given.values()):
+            raise ValueError("tensor lists of different sizes")
+        self.constants = {"CHUNK_SIZE": config.chunk, "BLOCK_SIZE": config.block, "num_warps": config.num_warps}
+        self.device = first.device
+        self.count = len(first.numels)
+        self._roles = list(described)
+        self._known = dict(described)
+        self._slices = {role: i for i, role in enumerate(given)}
+        # A row of addresses starts at a multiple of 16 bytes, or a kernel would be compiled once for even and once for odd numbers of them.
+        self._stride = self.count + self.count % 2
+        self._addresses = torch.zeros(len(given) * self._stride, dtype=torch.int64, device=self.device)
+        self._views = {role: self._addresses[i * self._stride : i * self._stride + self.count] for role, i in self._slices.items()}
+        self._staging = Staging(self._addresses, self.count)
+        for role, description in given.items():
+            self._staging.write(self._slices[role] * self._stride, description.pointers)
+        numels = torch.tensor(first.numels, dtype=torch.int64)
+        self.numels = upload(numels, self.device)
+        self._chunk_counts = (numels + config.chunk - 1) // config.chunk
+        self.groups = self._make_groups(given)
+        self._sums: tuple[Tensor, Tensor] | None = None
+        self._corrections: tuple[Tensor, Tensor] | None = None
+        self._bounds: dict[tuple[int, ...], Tensor] = {}
+
+    def _make_groups(self, given: Mapping[str, Description]) -> list[LaunchGroup]:
+        rows = torch.repeat_interleave(torch.arange(self.count), self._chunk_counts)
+        first_slots = self._chunk_counts.cumsum(0) - self._chunk_counts
+        slots = torch.arange(len(rows))
+        by_dtypes: dict[tuple[torch.dtype, ...], list[int]] = {}
+        for row, dtypes in enumerate(zip(*(description.dtypes for description in given.values()), strict=True)):
+            by_dtypes.setdefault(dtypes, []).append(row)
+        groups = []
+        for dtypes, members in by_dtypes.items():
+            chosen = slots
+            if len(by_dtypes) > 1:
+                belongs = torch.zeros(self.count, dtype=torch.bool)
+                belongs[members] = True
+                chosen = slots[belongs[rows]]
+            mine = rows[chosen]
+            named = dict(zip(given, (TRITON_DTYPES[dtype] for dtype in dtypes), strict=True))
+            parts = [upload(part.to(torch.int32), self.device) for part in (mine, chosen - first_slots[mine], chosen)]
+            groups.append(LaunchGroup({role: named.get(role) for role in self._roles}, len(mine), *parts))
+        return groups
+
+    def pointers(self, *roles: str) -> list[Tensor | None]:
+        """(R,) int64 addresses of each role; None for one that takes no part."""
+        return [self._views.get(role) for role in roles]
+
+    def matches(self, described: Mapping[str, Description | None]) -> bool:
+        """Whether lists of these descriptions differ from the table's in their addresses alone."""
+        for role, description in described.items():
+            known = self._known[role]
+            if description is known:
+                continue
+            if description is None or known is None or description.dtypes != known.dtypes or description.numels != known.numels:
+                return False
+        return True
+
+    def update(self, described: Mapping[str, Description | None]) -> None:
+        """Copies the addresses that are not those of the last call."""
+        for role, description in described.items():
+            known = self._known[role]
+            if description is not known and description is not None and known is not None:
+                if description.pointers != known.pointers:
+                    self._staging.write(self._slices[role] * self._stride, description.pointers)
+                self._known[role] = description
+
+    @property
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """(C,) float32 and (C,) int32: a sum a chunk and how it is scaled. Allocated once."""
+        if self._sums is None:
+            chunks = int(self._chunk_counts.sum())
+            self._sums = (
+                torch.empty(chunks, dtype=torch.float32, device=self.device),
+                torch.empty(chunks, dtype=torch.int32, device=self.device),
+            )
+        return self._sums
+
+    @property
+    def corrections(self) -> tuple[Tensor, Tensor]:
+        """(R,) float32 twice: what a row of Adam's needs besides its tensors. Allocated once."""
+        if self._corrections is None:
+            first, second = (torch.empty(self.count, dtype=torch.float32, device=self.device) for _ in range(2))
+            self._corrections = first, second
+        return self._corrections
+
+    def bounds(self, group_sizes: tuple[int, ...]) -> Tensor:  # (M + 1,) int32
+        """Where the chunks of each of M consecutive groups of rows begin, and where the last ends."""
+        known = self._bounds.get(group_sizes)
+        if known is None:
+            before = torch.cat([torch.zeros(1, dtype=torch.int64), self._chunk_counts.cumsum(0)])
+            rows = torch.tensor([0, *group_sizes], dtype=torch.int64).cumsum(0)
+            known = self._bounds[group_sizes] = upload(before[rows].to(torch.int32), self.device)
+        return known
+
+
+def table_of(lists: Mapping[str, Sequence[Tensor] | None], kernel: str) -> ChunkTable:
+    """The table of these lists for a kernel, kept with the list that lives longest: the parameters', or the one the gradients belong to."""
+    described = {role: None if tensors is None else describe_list(tensors) for role, tensors in lists.items()}
+    anchor = described.get("params") or next(description for description in described.values() if description is not None)
+    anchor = anchor.owner or anchor
+    config = CONFIGS[kernel]
+    key = (kernel, config, tuple(role for role, description in described.items() if description is not None))
+    table: ChunkTable | None = anchor.tables.get(key)
+    capturing = anchor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if table is None or not table.matches(described):
+        table = ChunkTable(described, config)
+        _keep(anchor, key, table)
+    else:
+        table.update(described)
+    if capturing:  # the graph reads this table at every replay: eager calls get another one
+        _RECORDED.append(anchor.tables.pop(key))
+    return table
+
+
+def _keep(anchor: Description, key: Any, table: ChunkTable) -> None:
+    anchor.tables.pop(key, None)
+    if len(anchor.tables) >= _TABLES_KEPT:
+        del anchor.tables[next(iter(anchor.tables))]
+    anchor.tables[key] = table

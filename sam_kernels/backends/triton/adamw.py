@@ -1,0 +1,272 @@
+"""Restore and ``torch.optim.AdamW`` (or ``Adam``) in one pass, from old_p (where given) to p.
+
+Specification: ``sam_kernels.reference.adamw_step_``; twin: ``csrc/cpu/adamw.cpp``. float32, bfloat16 and float16 storage in any mix,
+float32 arithmetic in the order of ``csrc/common/formulas.h``, one rounding. The step counters lie on the device: a first, tiny launch
+advances them (unless the step is skipped) and computes both bias corrections of each row; the second makes the step.
+Reads old_p (else p), g, m, v; writes p, m, v: 7 N s bytes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sam_kernels.backends.triton._blocks import copy_chunk, full_blocks, grad_multiplier, is_skipped, load_float, locate, operand, store
+from sam_kernels.backends.triton._launch import launch, written
+from sam_kernels.backends.triton._table import table_of
+
+__all__ = ["adamw_step_"]
+
+_ROWS = 128  # rows a program of the first launch
+
+
+@triton.jit
+def _split(x):
+    """x as a sum of two numbers of 12 significant bits (Veltkamp), so that products of halves are exact."""
+    scaled = x * 4097.0
+    high = scaled - (scaled - x)
+    return high, x - high
+
+
+@triton.jit
+def _multiply(a_high, a_low, b_high, b_low):
+    """The product of two numbers of 48 bits, each a sum of two float32 (Dekker); relative error about 2^-45."""
+    product = a_high * b_high
+    a1, a2 = _split(a_high)
+    b1, b2 = _split(b_high)
+    error = ((a1 * b1 - product) + a1 * b2 + a2 * b1) + a2 * b2
+    error = error + (a_high * b_low + a_low * b_high)
+    high = product + error
+    return high, error - (high - product)
+
+
+@triton.jit
+def _one_minus_power(beta_high, beta_low, exponent, bits):
+    """1 - beta^exponent. In float32 alone it would lose what beta lacks to 1: 10 of 24 bits for 0.999."""
+    high, low = tl.full(exponent.shape, 1.0, tl.float32), tl.zeros(exponent.shape, tl.float32)
+    square_high, square_low = high * beta_high, low + beta_low
+    left = exponent.to(tl.int32)
+    for _ in range(bits):
+        next_high, next_low = _multiply(high, low, square_high, square_low)
+        high, low = tl.where(left % 2 == 1, next_high, high), tl.where(left % 2 == 1, next_low, low)
+        square_high, square_low = _multiply(square_high, square_low, square_high, square_low)
+        left = left // 2
+    return (1.0 - high) - low
+
+
+@triton.jit
+def _advance_kernel(
+    step_pointers,  # (R,) int64
+    step_sizes,  # (R,) float32
+    inv_sqrt_corrections,  # (R,) float32
+    norm,  # () float32 or None
+    found_inf,  # () float32 or None
+    count,  # R
+    lr,
+    beta1_high,
+    beta1_low,
+    beta2_high,
+    beta2_low,
+    BLOCK_SIZE: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    mask = rows < count
+    step = tl.load(step_pointers + rows, mask=mask, other=0).to(tl.pointer_type(tl.float32))
+    t = tl.load(step, mask=mask, other=0.0)
+    if not is_skipped(norm, found_inf):
+        t += 1.0
+        tl.store(step, t, mask=mask)
+        bits = 0
+        left = tl.max(t).to(tl.int32)
+        while left > 0:
+            bits += 1
+            left = left // 2
+        correction1 = _one_minus_power(beta1_high, beta1_low, t, bits)
+        correction2 = _one_minus_power(beta2_high, beta2_low, t, bits)
+        tl.store(step_sizes + rows, tl.div_rn(tl.zeros_like(t) + lr, correction1), mask=mask)
+        tl.store(inv_sqrt_corrections + rows, tl.div_rn(tl.zeros_like(t) + 1.0, tl.sqrt_rn(correction2)), mask=mask)
+
+
+@triton.jit
+def _adamw_block(
+    param, grad, source, exp_avg, exp_avg_sq, offsets, count,
+    step_size, inv_sqrt_correction, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay_factor, multiplier,
+    DECAY: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    p = load_float(source, offsets, count, MASKED)
+    g = load_float(grad, offsets, count, MASKED) * multiplier
+    if DECAY == "l2":
+        g = g + weight_decay * p
+    if DECAY == "decoupled":
+        p = p * decay_factor
+    m = load_float(exp_avg, offsets, count, MASKED)
+    m = m + one_minus_beta1 * (g - m)
+    store(exp_avg, offsets, count, m, MASKED)
+    v = load_float(exp_avg_sq, offsets, count, MASKED) * beta2 + one_minus_beta2 * g * g
+    store(exp_avg_sq, offsets, count, v, MASKED)
+    denominator = tl.sqrt_rn(v) * inv_sqrt_correction + eps
+    store(param, offsets, count, p - step_size * tl.div_rn(m, denominator), MASKED)
+
+
+@triton.jit
+def _adamw_kernel(
+    param_pointers,  # (R,) int64
+    grad_pointers,  # (R,) int64
+    old_param_pointers,  # (R,) int64, None: the step is made in place
+    exp_avg_pointers,  # (R,) int64
+    exp_avg_sq_pointers,  # (R,) int64
+    numels,  # (R,) int64
+    work_rows,  # (C,) int32
+    work_chunks,  # (C,) int32
+    step_sizes,  # (R,) float32: lr / (1 - beta1^t)
+    inv_sqrt_corrections,  # (R,) float32: 1 / sqrt(1 - beta2^t)
+    norm,  # () float32 or None
+    grad_scale,  # () float32 or None
+    found_inf,  # () float32 or None
+    max_norm,  # number or None
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    eps,
+    weight_decay,
+    decay_factor,  # 1 - lr weight_decay
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    OLD_PARAM: tl.constexpr,
+    EXP_AVG: tl.constexpr,
+    EXP_AVG_SQ: tl.constexpr,
+    DECAY: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    CHUNK_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    RESTORES: tl.constexpr = old_param_pointers is not None
+    row, start, count = locate(work_rows, work_chunks, numels, CHUNK_SIZE)
+    param_address, param, aligned_param = operand(param_pointers, row, start, PARAM)
+    grad_address, grad, aligned_grad = operand(grad_pointers, row, start, GRAD)
+    exp_avg_address, exp_avg, aligned_exp_avg = operand(exp_avg_pointers, row, start, EXP_AVG)
+    exp_avg_sq_address, exp_avg_sq, aligned_exp_avg_sq = operand(exp_avg_sq_pointers, row, start, EXP_AVG_SQ)
+    addresses = param_address | grad_address | exp_avg_address | exp_avg_sq_address
+    source, aligned_source = param, aligned_param
+    if RESTORES:
+        old_address, source, aligned_source = operand(old_param_pointers, row, start, OLD_PARAM)
+        addresses = addresses | old_address
+    full = full_blocks(addresses, count, BLOCK_SIZE)
+    if is_skipped(norm, found_inf):
+        if RESTORES:
+            copy_chunk(param, aligned_param, source, aligned_source, count, full, BLOCK_SIZE)
+    else:
+        multiplier = grad_multiplier(grad_scale, norm, max_norm, MAXIMIZE)
+        step_size = tl.load(step_sizes + row)
+        inv_sqrt_correction = tl.load(inv_sqrt_corrections + row)
+        offsets = tl.arange(0, BLOCK_SIZE)
+        for block in range(0, full, BLOCK_SIZE):
+            _adamw_block(
+                aligned_param, aligned_grad, aligned_source, aligned_exp_avg, aligned_exp_avg_sq, block + offsets, count,
+                step_size, inv_sqrt_correction, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay_factor, multiplier,
+                DECAY, False,
+            )  # fmt: skip
+        for block in range(full, count, BLOCK_SIZE):
+            _adamw_block(
+                param, grad, source, exp_avg, exp_avg_sq, block + offsets, count,
+                step_size, inv_sqrt_correction, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay_factor, multiplier,
+                DECAY, True,
+            )  # fmt: skip
+
+
+def adamw_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    state_steps: Sequence[Tensor],
+    *,
+    old_params: Sequence[Tensor] | None,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    norm: Tensor | None,
+    max_norm: float | None,
+) -> bool:  # always True: whether the step was made only the device knows
+    """See :func:`sam_kernels.functional.adamw_step_`. Step counters that are not float32 on the parameters' device make it wait."""
+    device = params[0].device
+    usual = all(step.device == device and step.dtype is torch.float32 for step in state_steps)
+    steps = state_steps if usual else [step.to(device, torch.float32, copy=True) for step in state_steps]
+    lists = {"params": params, "grads": grads, "old_params": old_params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    table = table_of(lists, "adamw")
+    corrections = _advance(steps, lr, betas, norm, found_inf)
+    decay = "none" if weight_decay == 0.0 else "decoupled" if decoupled else "l2"
+    for group in table.groups:
+        launch(
+            _adamw_kernel,
+            group.chunks,
+            table.device,
+            *table.pointers("params", "grads", "old_params", "exp_avgs", "exp_avg_sqs"),
+            table.numels,
+            group.rows,
+            group.chunk_indices,
+            *corrections,
+            norm,
+            grad_scale,
+            found_inf,
+            max_norm,
+            1.0 - betas[0],
+            betas[1],
+            1.0 - betas[1],
+            eps,
+            weight_decay,
+            1.0 - lr * weight_decay,
+            PARAM=group.dtypes["params"],
+            GRAD=group.dtypes["grads"],
+            OLD_PARAM=group.dtypes["old_params"],
+            EXP_AVG=group.dtypes["exp_avgs"],
+            EXP_AVG_SQ=group.dtypes["exp_avg_sqs"],
+            DECAY=decay,
+            MAXIMIZE=maximize,
+            **table.constants,
+        )
+    written(params)
+    if steps is not state_steps:
+        for step, advanced in zip(state_steps, steps, strict=True):
+            step.copy_(advanced)
+    return True
+
+
+def _advance(
+    steps: Sequence[Tensor], lr: float, betas: tuple[float, float], norm: Tensor | None, found_inf: Tensor | None
+) -> tuple[Tensor, Tensor]:  # (R,), (R,) float32
+    """Adds one to every step counter, unless skipped: step sizes and corrections of each row."""
+    table = table_of({"state_steps": steps}, "steps")
+    step_sizes, inv_sqrt_corrections = table.corrections
+    launch(
+        _advance_kernel,
+        -(-table.count // _ROWS),
+        table.device,
+        *table.pointers("state_steps"),
+        step_sizes,
+        inv_sqrt_corrections,
+        norm,
+        found_inf,
+        table.count,
+        lr,
+        *_two_floats(betas[0]),
+        *_two_floats(betas[1]),
+        BLOCK_SIZE=_ROWS,
+    )
+    return step_sizes, inv_sqrt_corrections
+
+
+def _two_floats(number: float) -> tuple[float, float]:
+    """A number as the sum of two float32."""
+    high = ctypes.c_float(number).value
+    return high, ctypes.c_float(number - high).value

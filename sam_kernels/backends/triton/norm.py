@@ -1,0 +1,198 @@
+"""Norms of gradients: sqrt(sum g^2), or of T_w g with T_w = |p| + eta when adaptive.
+
+Specification: ``sam_kernels.reference.grad_norms``; twin: ``csrc/cpu/norm.cpp``. float32, bfloat16 and float16 storage, float32 sums in two
+stages of fixed order without atomics: a sum a chunk, then one program a norm adds those up. Bits depend on the sizes alone.
+Reads g (and p when adaptive): 1 N s bytes.
+
+float32 squares overflow above 1.8e19 and vanish below 3.7e-23. A chunk whose sum leaves [2^-100, 2^100] is therefore read again, scaled by
+2^-80 or 2^100 (from the second-level cache, and in practice never); the finishing stage puts the three kinds together. Only a norm that
+float32 cannot hold is infinite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sam_kernels.backends.triton._blocks import full_blocks, load_float, locate, operand
+from sam_kernels.backends.triton._config import CONFIGS, FINISH_BLOCK
+from sam_kernels.backends.triton._launch import launch
+from sam_kernels.backends.triton._table import ChunkTable, table_of
+
+__all__ = ["check_finite_", "grad_norms", "norm_roundings"]
+
+_HIGH = tl.constexpr(2.0**100)
+_LOW = tl.constexpr(2.0**-100)
+_SHRINK = tl.constexpr(2.0**-80)
+_GROW = tl.constexpr(2.0**100)
+_IN_RANGE, _SHRUNK, _GROWN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def _squares(grad, param, offsets, count, eta, factor, sums, ADAPTIVE: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr):
+    g = load_float(grad, offsets, count, MASKED)
+    if SCALED:
+        g = g * factor
+    if ADAPTIVE:
+        g = (tl.abs(load_float(param, offsets, count, MASKED)) + eta) * g
+    return tl.fma(g, g, sums)
+
+
+@triton.jit
+def _chunk_sum(
+    grad, aligned_grad, param, aligned_param, count, full, eta, factor,
+    ADAPTIVE: tl.constexpr, SCALED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    offsets = tl.arange(0, BLOCK_SIZE)
+    sums = tl.zeros([BLOCK_SIZE], tl.float32)
+    for block in range(0, full, BLOCK_SIZE):
+        sums = _squares(aligned_grad, aligned_param, block + offsets, count, eta, factor, sums, ADAPTIVE, SCALED, False)
+    for block in range(full, count, BLOCK_SIZE):
+        sums = _squares(grad, param, block + offsets, count, eta, factor, sums, ADAPTIVE, SCALED, True)
+    return tl.sum(sums)
+
+
+@triton.jit
+def _norm_kernel(
+    grad_pointers,  # (R,) int64
+    param_pointers,  # (R,) int64, None unless adaptive
+    numels,  # (R,) int64
+    work_rows,  # (C,) int32
+    work_chunks,  # (C,) int32
+    work_slots,  # (C,) int32
+    sums,  # (C,) float32
+    kinds,  # (C,) int32: how the sum is scaled
+    found_inf,  # () float32 or None: set where a gradient is not finite
+    eta,
+    GRAD: tl.constexpr,
+    PARAM: tl.constexpr,
+    CHUNK_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    row, start, count = locate(work_rows, work_chunks, numels, CHUNK_SIZE)
+    address, grad, aligned_grad = operand(grad_pointers, row, start, GRAD)
+    param, aligned_param = grad, aligned_grad
+    ADAPTIVE: tl.constexpr = param_pointers is not None
+    if ADAPTIVE:
+        param_address, param, aligned_param = operand(param_pointers, row, start, PARAM)
+        address = address | param_address
+    full = full_blocks(address, count, BLOCK_SIZE)
+    kind = _IN_RANGE
+    total = _chunk_sum(grad, aligned_grad, param, aligned_param, count, full, eta, 1.0, ADAPTIVE, False, BLOCK_SIZE)
+    if (total >= _HIGH) | (total < _LOW):
+        factor = tl.where(total < _LOW, _GROW, _SHRINK)
+        kind = tl.where(total < _LOW, _GROWN, _SHRUNK)
+        total = _chunk_sum(grad, aligned_grad, param, aligned_param, count, full, eta, factor, ADAPTIVE, True, BLOCK_SIZE)
+    slot = tl.load(work_slots + tl.program_id(0))
+    tl.store(sums + slot, total)
+    tl.store(kinds + slot, kind)
+    if found_inf is not None:
+        if ~(total <= 3.4028234663852886e38):  # every program that finds one stores the same
+            tl.store(found_inf, 1.0)
+
+
+@triton.jit
+def _finish_kernel(
+    sums,  # (C,) float32
+    kinds,  # (C,) int32
+    bounds,  # (M + 1,) int32: the sums of each norm
+    norms,  # (M,) float32
+    found_inf,  # () float32 or None: set where the norm is not finite
+    skipped,  # () float32 or None: what found_inf was is added to it, and found_inf starts anew
+    BLOCK_SIZE: tl.constexpr,
+):
+    group = tl.program_id(0)
+    begin, end = tl.load(bounds + group), tl.load(bounds + group + 1)
+    in_range = tl.zeros([BLOCK_SIZE], tl.float32)
+    shrunk = tl.zeros([BLOCK_SIZE], tl.float32)
+    grown = tl.zeros([BLOCK_SIZE], tl.float32)
+    for block in range(begin, end, BLOCK_SIZE):
+        slots = block + tl.arange(0, BLOCK_SIZE)
+        part = tl.load(sums + slots, mask=slots < end, other=0.0)
+        kind = tl.load(kinds + slots, mask=slots < end, other=0)
+        in_range += tl.where(kind == _IN_RANGE, part, 0.0)
+        shrunk += tl.where(kind == _SHRUNK, part, 0.0)
+        grown += tl.where(kind == _GROWN, part, 0.0)
+    medium, big, small = tl.sum(in_range), tl.sum(shrunk), tl.sum(grown)
+    # 1 / factor, twice: its square would not fit float32.
+    from_big = tl.sqrt_rn(big + medium * _SHRINK * _SHRINK) * (1.0 / _SHRINK)
+    from_medium = tl.sqrt_rn(medium + small * (1.0 / _GROW) * (1.0 / _GROW))
+    from_small = tl.sqrt_rn(small) * (1.0 / _GROW)
+    norm = tl.where(big != 0.0, from_big, tl.where(medium != 0.0, from_medium, from_small))
+    tl.store(norms + group, norm)
+    if found_inf is not None:
+        is_finite = tl.abs(norm) <= 3.4028234663852886e38
+        if skipped is not None:
+            tl.store(skipped, tl.load(skipped) + tl.load(found_inf))
+            tl.store(found_inf, tl.where(is_finite, 0.0, 1.0))
+        elif ~is_finite:
+            tl.store(found_inf, 1.0)
+
+
+def grad_norms(
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor] | None,
+    group_sizes: Sequence[int],
+    *,
+    adaptive: bool,
+    eta: float,
+    found_inf: Tensor | None,
+    skipped: Tensor | None,
+    out: Tensor | None,
+) -> Tensor:  # (len(group_sizes),) float32
+    """Norms of consecutive groups of rows. Reads g (and p when adaptive)."""
+    table = table_of({"grads": grads, "params": params if adaptive else None}, "norm")
+    norms = torch.empty(len(group_sizes), dtype=torch.float32, device=table.device) if out is None else out.reshape(1)
+    _launch_sums(table, eta, None)
+    launch(
+        _finish_kernel,
+        len(group_sizes),
+        table.device,
+        *table.sums,
+        table.bounds(tuple(group_sizes)),
+        norms,
+        found_inf,
+        skipped,
+        BLOCK_SIZE=FINISH_BLOCK,
+    )
+    return norms
+
+
+def check_finite_(grads: Sequence[Tensor], found_inf: Tensor) -> None:
+    """Sets found_inf where a gradient is not finite: the first stage alone. Reads g."""
+    _launch_sums(table_of({"grads": grads}, "norm"), 0.0, found_inf)
+
+
+def _launch_sums(table: ChunkTable, eta: float, found_inf: Tensor | None) -> None:
+    for group in table.groups:
+        launch(
+            _norm_kernel,
+            group.chunks,
+            table.device,
+            *table.pointers("grads", "params"),
+            table.numels,
+            group.rows,
+            group.chunk_indices,
+            group.slots,
+            *table.sums,
+            found_inf,
+            eta,
+            GRAD=group.dtypes["grads"],
+            PARAM=group.dtypes.get("params"),
+            **table.constants,
+        )
+
+
+def norm_roundings(numels: Sequence[int]) -> int:
+    """float32 roundings that a term of the sum passes through at most: adding it within its thread, the tree over the block, the sums of
+    chunks likewise, and putting the three kinds together."""
+    config = CONFIGS["norm"]
+    chunks = sum(-(-numel // config.chunk) for numel in numels)
+    within = config.chunk // config.block + math.ceil(math.log2(config.block))
+    across = -(-chunks // FINISH_BLOCK) + math.ceil(math.log2(FINISH_BLOCK))
+    return within + across + 2

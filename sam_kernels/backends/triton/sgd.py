@@ -1,0 +1,156 @@
+"""Restore and ``torch.optim.SGD`` in one pass: the step is made from old_p (where given) and written to p.
+
+Specification: ``sam_kernels.reference.sgd_step_``; twin: ``csrc/cpu/sgd.cpp``. float32, bfloat16 and float16 storage in any mix, float32
+arithmetic in the order of ``csrc/common/formulas.h``, one rounding. 1 / grad_scale, the clip factor and the sign of maximize multiply the
+gradient; all come from device memory. Where the step is skipped parameters are restored and nothing else happens.
+Reads old_p (else p), g, m; writes p, m: 5 N s bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sam_kernels.backends.triton._blocks import copy_chunk, full_blocks, grad_multiplier, is_skipped, load_float, locate, operand, store
+from sam_kernels.backends.triton._launch import launch, written
+from sam_kernels.backends.triton._table import table_of
+
+__all__ = ["sgd_step_"]
+
+
+@triton.jit
+def _sgd_block(
+    param, grad, source, buffer, offsets, count, lr, momentum, one_minus_dampening, weight_decay, multiplier,
+    MOMENTUM: tl.constexpr, FIRST_STEP: tl.constexpr, NESTEROV: tl.constexpr, WEIGHT_DECAY: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    p = load_float(source, offsets, count, MASKED)
+    update = load_float(grad, offsets, count, MASKED) * multiplier
+    if WEIGHT_DECAY:
+        update = update + weight_decay * p
+    if MOMENTUM:
+        if FIRST_STEP:
+            m = update  # no dampening on the first step, as torch
+        else:
+            m = load_float(buffer, offsets, count, MASKED) * momentum + update * one_minus_dampening
+        store(buffer, offsets, count, m, MASKED)
+        if NESTEROV:
+            update = update + momentum * m
+        else:
+            update = m
+    store(param, offsets, count, p - lr * update, MASKED)
+
+
+@triton.jit
+def _sgd_kernel(
+    param_pointers,  # (R,) int64
+    grad_pointers,  # (R,) int64
+    old_param_pointers,  # (R,) int64, None: the step is made in place
+    buffer_pointers,  # (R,) int64, None without momentum
+    numels,  # (R,) int64
+    work_rows,  # (C,) int32
+    work_chunks,  # (C,) int32
+    norm,  # () float32 or None
+    grad_scale,  # () float32 or None
+    found_inf,  # () float32 or None
+    max_norm,  # number or None
+    lr,
+    momentum,
+    one_minus_dampening,
+    weight_decay,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    OLD_PARAM: tl.constexpr,
+    BUFFER: tl.constexpr,
+    FIRST_STEP: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    WEIGHT_DECAY: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    CHUNK_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    RESTORES: tl.constexpr = old_param_pointers is not None
+    MOMENTUM: tl.constexpr = buffer_pointers is not None
+    row, start, count = locate(work_rows, work_chunks, numels, CHUNK_SIZE)
+    param_address, param, aligned_param = operand(param_pointers, row, start, PARAM)
+    grad_address, grad, aligned_grad = operand(grad_pointers, row, start, GRAD)
+    addresses = param_address | grad_address
+    source, aligned_source = param, aligned_param
+    if RESTORES:
+        old_address, source, aligned_source = operand(old_param_pointers, row, start, OLD_PARAM)
+        addresses = addresses | old_address
+    buffer, aligned_buffer = param, aligned_param
+    if MOMENTUM:
+        buffer_address, buffer, aligned_buffer = operand(buffer_pointers, row, start, BUFFER)
+        addresses = addresses | buffer_address
+    full = full_blocks(addresses, count, BLOCK_SIZE)
+    if is_skipped(norm, found_inf):
+        if RESTORES:
+            copy_chunk(param, aligned_param, source, aligned_source, count, full, BLOCK_SIZE)
+    else:
+        multiplier = grad_multiplier(grad_scale, norm, max_norm, MAXIMIZE)
+        offsets = tl.arange(0, BLOCK_SIZE)
+        for block in range(0, full, BLOCK_SIZE):
+            _sgd_block(
+                aligned_param, aligned_grad, aligned_source, aligned_buffer, block + offsets, count,
+                lr, momentum, one_minus_dampening, weight_decay, multiplier, MOMENTUM, FIRST_STEP, NESTEROV, WEIGHT_DECAY, False,
+            )  # fmt: skip
+        for block in range(full, count, BLOCK_SIZE):
+            _sgd_block(
+                param, grad, source, buffer, block + offsets, count,
+                lr, momentum, one_minus_dampening, weight_decay, multiplier, MOMENTUM, FIRST_STEP, NESTEROV, WEIGHT_DECAY, True,
+            )  # fmt: skip
+
+
+def sgd_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor] | None,
+    *,
+    old_params: Sequence[Tensor] | None,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    first_step: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    norm: Tensor | None,
+    max_norm: float | None,
+) -> bool:  # always True: whether the step was made only the device knows
+    """See :func:`sam_kernels.functional.sgd_step_`."""
+    lists = {"params": params, "grads": grads, "old_params": old_params, "momentum_buffers": momentum_buffers}
+    table = table_of(lists, "sgd")
+    for group in table.groups:
+        launch(
+            _sgd_kernel,
+            group.chunks,
+            table.device,
+            *table.pointers("params", "grads", "old_params", "momentum_buffers"),
+            table.numels,
+            group.rows,
+            group.chunk_indices,
+            norm,
+            grad_scale,
+            found_inf,
+            max_norm,
+            lr,
+            momentum,
+            1.0 - dampening,
+            weight_decay,
+            PARAM=group.dtypes["params"],
+            GRAD=group.dtypes["grads"],
+            OLD_PARAM=group.dtypes["old_params"],
+            BUFFER=group.dtypes["momentum_buffers"],
+            FIRST_STEP=first_step,
+            NESTEROV=nesterov,
+            WEIGHT_DECAY=weight_decay != 0.0,
+            MAXIMIZE=maximize,
+            **table.constants,
+        )
+    written(params)
+    return True
