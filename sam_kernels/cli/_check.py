@@ -1,4 +1,7 @@
-"""One operation on one backend against the float64 reference: builds the inputs a case and an option describe, runs both, compares."""
+"""One operation on one backend against the float64 reference: builds the inputs a case and an option describe, runs both, compares.
+
+On a device the inputs are those of the CPU, moved there; the reference stays on the CPU, and so does the comparison.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,16 @@ import torch
 from torch import Tensor
 
 from sam_kernels import functional, reference
-from sam_kernels._dispatch import use_backend
+from sam_kernels._dispatch import select, use_backend
 from sam_kernels.cli._bounds import bounds_of
-from sam_kernels.cli._cases import CASES, LAYOUT_CASES, Row, guards_intact, make_tensor, rows_of
+from sam_kernels.cli._cases import CASES, DTYPES, LAYOUT_CASES, MIXED_NARROW, Row, guards_intact, make_tensor, rows_of
 from sam_kernels.cli._compare import Worst, compare
 from sam_kernels.cli._options import FOR_LAYOUT_CASES, OPTIONS
-from sam_kernels.cli._tolerance import norm_bound
+from sam_kernels.cli._tolerance import norm_bound, single_norm_bound
 
-__all__ = ["Problem", "build", "check", "combinations", "run", "seed_of"]
+__all__ = ["AUTOMATIC", "Problem", "build", "check", "combinations", "dtypes_of", "run", "seed_of"]
+
+AUTOMATIC = "automatic"  # no backend is forced: rows go where there are kernels for their dtypes
 
 STATE = {"sgd_step_": ("momentum_buffers",), "adamw_step_": ("exp_avgs", "exp_avg_sqs")}
 STEPS = (0.0, 1.0, 9.0, 999.0)
@@ -33,9 +38,12 @@ class Problem:
     lists: dict[str, list[Tensor | None]]
     kwargs: dict[str, Any]
 
-    def clone(self) -> Problem:
-        """The same bits in memory of its own, laid out alike."""
-        return Problem(self.op, {name: [_clone(t) for t in tensors] for name, tensors in self.lists.items()}, _clone_kwargs(self.kwargs))
+    def clone(self, device: str = "cpu") -> Problem:
+        """The same bits in memory of its own on a device, laid out alike: guards stay guards, shared memory stays shared."""
+        copies: dict[int, Tensor] = {}
+        lists = {name: [_clone(t, device, copies) for t in tensors] for name, tensors in self.lists.items()}
+        kwargs = {name: value.to(device, copy=True) if isinstance(value, Tensor) else value for name, value in self.kwargs.items()}
+        return Problem(self.op, lists, kwargs)
 
     def double(self) -> Problem:
         """Everything in float64, contiguous."""
@@ -43,14 +51,29 @@ class Problem:
         return Problem(self.op, lists, {k: v.to(torch.float64).clone() if isinstance(v, Tensor) else v for k, v in self.kwargs.items()})
 
 
-def _clone(tensor: Tensor | None) -> Tensor | None:
-    if tensor is None or tensor._base is None:
-        return None if tensor is None else tensor.clone()
-    return tensor._base.clone().as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+def _clone(tensor: Tensor | None, device: str, copies: dict[int, Tensor]) -> Tensor | None:
+    """``copies``: of the allocations met so far."""
+    if tensor is None:
+        return None
+    whole = tensor if tensor._base is None else tensor._base
+    if whole._cdata not in copies:
+        copies[whole._cdata] = whole.to(device, copy=True)
+    copy = copies[whole._cdata]
+    return copy if tensor._base is None else copy.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
-def _clone_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+def dtypes_of(backend: str, device: str = "cpu") -> list[str]:
+    """The dtypes to check a backend with: all, or, where it has no kernels for float64, the others and mixed rows without it.
+
+    What is chosen automatically is of interest where it depends on the row.
+    """
+    if backend == AUTOMATIC:
+        return ["mixed"]
+    with use_backend(backend):
+        known: frozenset[torch.dtype] | None = select(torch.device(device).type).DTYPES
+    if known is None:
+        return list(DTYPES)
+    return [*(name for name, dtype in DTYPES.items() if dtype in known), MIXED_NARROW]
 
 
 def seed_of(*names: object) -> int:
@@ -63,7 +86,7 @@ def combinations(op: str, dtype: str) -> Iterator[tuple[str, str]]:
     for case in CASES:
         if op == "restore_" and case in ("huge_params", "tiny", "zero_grads", "nan", "inf"):
             continue  # about gradients
-        if dtype == "mixed" and case == "chunk_edges" and op.startswith("grad_norm"):
+        if dtype.startswith("mixed") and case == "chunk_edges" and op.startswith("grad_norm"):
             continue  # one list: a dtype a row is covered by the others
         options = FOR_LAYOUT_CASES[op] if case in LAYOUT_CASES else tuple(OPTIONS[op])
         for option in options[:1] if case == "many_tiny" else options:
@@ -151,7 +174,7 @@ def run(problem: Problem, module: Any = functional) -> Any:
     return op(*positional, old_params=lists.get("old_params"), **kwargs)
 
 
-def check(op: str, backends: Sequence[str], dtype: str, case: str, option: str, seed: int = 0) -> dict[str, Worst]:
+def check(op: str, backends: Sequence[str], dtype: str, case: str, option: str, seed: int = 0, device: str = "cpu") -> dict[str, Worst]:
     """For each backend the worst element of everything the operation could have written, inputs and surrounding memory included."""
     before = build(op, case, dtype, option, seed)
     exact = before.double()
@@ -164,23 +187,33 @@ def check(op: str, backends: Sequence[str], dtype: str, case: str, option: str, 
         bounds.setdefault(name, [torch.zeros(0 if t is None else t.numel(), dtype=torch.float64) for t in tensors])
     found = {}
     for backend in backends:
-        problem = before.clone()
+        problem = before.clone(device)
         pointers = _pointers(problem)
-        with use_backend(backend):
+        with use_backend(None if backend == AUTOMATIC else backend):
             result = run(problem)
-        worst = _compare_results(result, exact_result, problem) if op.startswith("grad_norm") else Worst()
+            roundings = _norm_roundings(problem, device) if op.startswith("grad_norm") else 0
+        now = _pointers(problem)
+        moved = [name_and_index for name_and_index, pointer in pointers.items() if now[name_and_index] != pointer]
+        problem = problem.clone()
+        worst = _compare_results(result.cpu(), exact_result, problem, roundings) if op.startswith("grad_norm") else Worst()
         for name, tensors in problem.lists.items():
             worst = max(worst, compare(name, tensors, exact.lists[name], bounds[name], starts[name]), key=Worst.badness)
-        found[backend] = _side_effects(problem, pointers) or worst
+        found[backend] = _side_effects(problem, moved) or worst
     return found
 
 
-def _side_effects(problem: Problem, pointers: dict[tuple[str, int], int]) -> Worst | None:
+def _norm_roundings(problem: Problem, device: str) -> int:
+    """float32 roundings of the backend chosen; 0 where it sums in float64."""
+    module = select(torch.device(device).type, (torch.float32,))
+    numels = [t.numel() for name, tensors in problem.lists.items() if name.startswith("grads") for t in tensors if t is not None]
+    roundings: int = module.norm_roundings(numels) if hasattr(module, "norm_roundings") else 0
+    return roundings
+
+
+def _side_effects(problem: Problem, moved: Sequence[tuple[str, int]]) -> Worst | None:
     """What must never happen: a tensor that moved, a write outside of one."""
-    now = _pointers(problem)
-    for (name, i), pointer in pointers.items():
-        if now[name, i] != pointer:
-            return Worst(name, i, passed=False, reason="the data pointer changed")
+    for name, i in moved:
+        return Worst(name, i, passed=False, reason="the data pointer changed")
     for name, tensors in problem.lists.items():
         for i, tensor in enumerate(tensors):
             if tensor is not None and not guards_intact(tensor):
@@ -192,14 +225,15 @@ def _pointers(problem: Problem) -> dict[tuple[str, int], int]:
     return {(name, i): t.data_ptr() for name, tensors in problem.lists.items() for i, t in enumerate(tensors) if t is not None}
 
 
-def _compare_results(result: Tensor, exact: Tensor, problem: Problem) -> Worst:
+def _compare_results(result: Tensor, exact: Tensor, problem: Problem, roundings: int) -> Worst:
     groups = [tensors for name, tensors in problem.lists.items() if name.startswith("grads")]
     is_double = any(t is not None and t.dtype is torch.float64 for group in groups for t in group)
     if result.dtype is not (torch.float64 if is_double else torch.float32):
         return Worst("result", passed=False, reason=f"dtype {result.dtype}")
     if result.shape != exact.shape:
         return Worst("result", passed=False, reason=f"shape {tuple(result.shape)}, expected {tuple(exact.shape)}")
-    worst = compare("result", [result], [exact], [norm_bound(exact, _terms(groups[0])).reshape(-1)], [None])
+    bound = norm_bound(exact, _terms(groups[0])) if roundings == 0 else single_norm_bound(exact, roundings)
+    worst = compare("result", [result], [exact], [bound.reshape(-1)], [None])
     if "found_inf" in problem.kwargs and bool(problem.kwargs["found_inf"]) == bool(result.isfinite()):
         return Worst("found_inf", passed=False, reason=f"is {problem.kwargs['found_inf'].item()} for a norm of {result.item()}")
     return worst
