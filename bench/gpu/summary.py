@@ -27,7 +27,7 @@ def op_rows(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, dict[str, Ro
     for workload in GPU_WORKLOADS:
         for op in OPS:
             for row in rows:
-                if (row["kind"], row["workload"], row["op"]) == ("op", workload, op):
+                if (row["kind"], row.get("workload"), row["op"]) == ("op", workload, op):
                     found.setdefault((workload, op), {}).setdefault(row["dtype"], {})[row["backend"]] = row
     return found
 
