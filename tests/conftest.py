@@ -9,6 +9,20 @@ import pytest
 import torch
 
 from sam_kernels._dispatch import BACKENDS, available, reason_missing, use_backend
+from tests.helpers import interpreter
+
+INTERPRETED = interpreter.is_interpreted()
+if INTERPRETED:
+    interpreter.prepare()
+collect_ignore = [] if INTERPRETED else ["interpreted"]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A process that interprets kernels tests those alone: everything else has a process of its own."""
+    if INTERPRETED:
+        kept = [item for item in items if "interpreted" in item.path.parts or {"backend", "backends"} & set(item.fixturenames)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
 
 
 def pytest_report_header() -> list[str]:
@@ -25,7 +39,7 @@ def _seed(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=["triton"] if INTERPRETED else BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend in turn, forced."""
     if (reason := reason_missing(request.param)) is not None:
@@ -37,7 +51,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def backends() -> list[str]:
     """All backends of this machine at once, where the reference is the expensive part."""
-    return available()
+    return ["triton"] if INTERPRETED else available()
 
 
 @pytest.fixture

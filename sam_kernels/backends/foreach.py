@@ -20,12 +20,14 @@ __all__ = [
     "DEVICE_TYPES",
     "DTYPES",
     "IS_AUTOMATIC",
+    "KNOWS_SKIPS",
     "adamw_step_",
     "check_finite_",
     "current_grads",
     "describe",
     "grad_norms",
     "is_current",
+    "norm_roundings",
     "perturb_",
     "restore_",
     "sgd_step_",
@@ -35,6 +37,7 @@ __all__ = [
 DEVICE_TYPES = None  # every device torch knows
 DTYPES = None  # all that operations take
 IS_AUTOMATIC = True
+KNOWS_SKIPS = True  # on the CPU
 
 
 def describe() -> str:
@@ -138,6 +141,10 @@ def grad_norms(
         start += size
     stacked = torch.stack(result).to(dtype)
     return stacked if len(result) != 1 else report_norm(stacked[0], found_inf, skipped, out).reshape(1)
+
+
+def norm_roundings(numels: Sequence[int]) -> None:
+    """float32 roundings that a term of a norm passes through: none, sums are in float64."""
 
 
 def check_finite_(grads: Sequence[Tensor], found_inf: Tensor) -> None:

@@ -6,12 +6,13 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sam_kernels import functional, reference
+from sam_kernels import _dispatch, functional, reference
 from sam_kernels._dispatch import use_backend
 from sam_kernels.cli._bounds import bounds_of
 from sam_kernels.cli._cases import CASES, LAYOUT_CASES, Row, guards_intact, make_tensor, rows_of
@@ -168,7 +169,10 @@ def check(op: str, backends: Sequence[str], dtype: str, case: str, option: str, 
         pointers = _pointers(problem)
         with use_backend(backend):
             result = run(problem)
-        worst = _compare_results(result, exact_result, problem) if op.startswith("grad_norm") else Worst()
+            module = _dispatch.select("cpu")
+        if not module.KNOWS_SKIPS:
+            _drop_untouched_buffers(problem, exact)
+        worst = _compare_results(result, exact_result, problem, module) if op.startswith("grad_norm") else Worst()
         for name, tensors in problem.lists.items():
             worst = max(worst, compare(name, tensors, exact.lists[name], bounds[name], starts[name]), key=Worst.badness)
         found[backend] = _side_effects(problem, pointers) or worst
@@ -192,14 +196,23 @@ def _pointers(problem: Problem) -> dict[tuple[str, int], int]:
     return {(name, i): t.data_ptr() for name, tensors in problem.lists.items() for i, t in enumerate(tensors) if t is not None}
 
 
-def _compare_results(result: Tensor, exact: Tensor, problem: Problem) -> Worst:
+def _drop_untouched_buffers(problem: Problem, exact: Problem) -> None:
+    """A first step that the backend could not know to be skipped leaves a momentum of zero where the reference leaves nothing."""
+    for i, expected in enumerate(exact.lists.get("momentum_buffers", ())):
+        made = problem.lists["momentum_buffers"][i]
+        if expected is None and made is not None and not made.any():
+            problem.lists["momentum_buffers"][i] = None
+
+
+def _compare_results(result: Tensor, exact: Tensor, problem: Problem, backend: ModuleType) -> Worst:
     groups = [tensors for name, tensors in problem.lists.items() if name.startswith("grads")]
     is_double = any(t is not None and t.dtype is torch.float64 for group in groups for t in group)
     if result.dtype is not (torch.float64 if is_double else torch.float32):
         return Worst("result", passed=False, reason=f"dtype {result.dtype}")
     if result.shape != exact.shape:
         return Worst("result", passed=False, reason=f"shape {tuple(result.shape)}, expected {tuple(exact.shape)}")
-    worst = compare("result", [result], [exact], [norm_bound(exact, _terms(groups[0])).reshape(-1)], [None])
+    roundings = backend.norm_roundings([0 if t is None else t.numel() for t in groups[0]])
+    worst = compare("result", [result], [exact], [norm_bound(exact, _terms(groups[0]), roundings).reshape(-1)], [None])
     if "found_inf" in problem.kwargs and bool(problem.kwargs["found_inf"]) == bool(result.isfinite()):
         return Worst("found_inf", passed=False, reason=f"is {problem.kwargs['found_inf'].item()} for a norm of {result.item()}")
     return worst

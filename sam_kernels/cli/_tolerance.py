@@ -34,13 +34,16 @@ def ulp(magnitude: Tensor, dtype: torch.dtype) -> Tensor:  # any shape, float64
     return info.eps * torch.exp2(exponent.to(torch.float64))
 
 
-def norm_bound(norm: Tensor, terms: int) -> Tensor:
-    """Bound of a norm of ``terms`` non-negative squares summed in float64, in any order, before it is rounded to its own type.
+def norm_bound(norm: Tensor, terms: int, roundings: int | None = None) -> Tensor:
+    """Bound of a norm of ``terms`` non-negative squares, before it is rounded to its own type: summed in float64 in any order, or in
+    float32 where each term passes through ``roundings`` additions.
 
     A sum of n non-negative terms in any order is wrong by at most (n - 1) u relative to itself, a term of |T g|^2 by 5 u (|p| + eta one,
     times g one, squared twice both and one more). The root halves this and adds u. The reference errs alike: twice that.
     """
-    return 2 * ((terms + 4) / 2 + 1) * 2.0**-53 * norm
+    double = ((terms + 4) / 2 + 1) * 2.0**-53
+    single = double if roundings is None else ((roundings + 5) / 2 + 1) * 2.0**-24
+    return (double + single) * norm
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,14 @@ __all__ = [
     "DEVICE_TYPES",
     "DTYPES",
     "IS_AUTOMATIC",
+    "KNOWS_SKIPS",
     "adamw_step_",
     "check_finite_",
     "current_grads",
     "describe",
     "grad_norms",
     "is_current",
+    "norm_roundings",
     "perturb_",
     "restore_",
     "sgd_step_",
@@ -40,6 +42,7 @@ __all__ = [
 DEVICE_TYPES = frozenset({"cpu"})
 DTYPES = None  # all that operations take
 IS_AUTOMATIC = True
+KNOWS_SKIPS = True
 
 _cpu.register_types(torch.Tensor, torch.nn.Parameter, (torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
@@ -139,6 +142,10 @@ def grad_norms(
     )
     result = torch.tensor(norms, dtype=torch.float64 if described.has_float64 else torch.float32)
     return result if len(norms) != 1 else report_norm(result[0], found_inf, skipped, out).reshape(1)
+
+
+def norm_roundings(numels: Sequence[int]) -> None:
+    """float32 roundings that a term of a norm passes through: none, sums are in float64."""
 
 
 def check_finite_(grads: Sequence[Tensor], found_inf: Tensor) -> None:

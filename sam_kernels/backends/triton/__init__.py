@@ -14,6 +14,7 @@ if REASON_MISSING is None:
     from sam_kernels.backends.triton.sgd import sgd_step_
 
 IS_AUTOMATIC = not IS_INTERPRETED  # the interpreter is for those who ask
+KNOWS_SKIPS = False  # that would mean to wait for the device
 
 
 def describe() -> str:
@@ -25,6 +26,7 @@ __all__ = [
     "DEVICE_TYPES",
     "DTYPES",
     "IS_AUTOMATIC",
+    "KNOWS_SKIPS",
     "REASON_MISSING",
     "adamw_step_",
     "check_finite_",
