@@ -11,11 +11,13 @@ from torch import Tensor
 
 __all__ = [
     "SUPPORTED_DTYPES",
+    "check_choice",
     "check_distinct",
     "check_flag",
     "check_lists",
     "check_number",
     "check_scalar_tensor",
+    "check_seed",
     "check_tensor",
     "describe",
 ]
@@ -103,6 +105,24 @@ def check_number(op: str, name: str, value: Any, *, low: float | None = None, hi
         bounds = f"[{'-inf' if low is None else low}, {'inf' if high is None else high}{')' if open_high or high is None else ']'}"
         raise ValueError(f"{op}: {name} must be a finite number in {bounds}, got {value!r}")
     return float(value)
+
+
+def check_seed(op: str, name: str, value: object) -> int:
+    """``value`` is an integer in [0, 2^64). Raises TypeError or ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: {name} must be an integer, got {describe(value)}")
+    if not 0 <= value < 2**64:
+        raise ValueError(f"{op}: {name} must be an integer in [0, 2^64), got {value!r}")
+    return value
+
+
+def check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> str:
+    """``value`` is one of these strings. Raises TypeError or ValueError otherwise."""
+    if not isinstance(value, str):
+        raise TypeError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {describe(value)}")
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
 
 
 def check_flag(op: str, name: str, value: object) -> bool:

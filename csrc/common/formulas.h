@@ -7,13 +7,7 @@
 
 #include <cmath>
 
-#if defined(__CUDACC__)
-#define SAM_INLINE __host__ __device__ __forceinline__
-#else
-// always_inline, not just inline: these headers are compiled once per instruction set, and an out-of-line copy of one set could be the one
-// the linker keeps for all of them.
-#define SAM_INLINE inline __attribute__((always_inline))
-#endif
+#include "common/bits.h"
 
 namespace sam {
 

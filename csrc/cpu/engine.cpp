@@ -4,10 +4,13 @@
 #include <initializer_list>
 #include <stdexcept>
 
+#include "common/random.h"
 #include "cpu/parallel.h"
 
 namespace sam::cpu {
 namespace {
+
+static_assert(kChunkSize % kTile == 0, "chunks begin where tiles of random numbers do");
 
 // Write-only outputs bypass the caches when what an operation touches is larger than this. Below it the next pass finds them there.
 constexpr int64_t kStreamingBytes = int64_t{32} << 20;
@@ -70,6 +73,14 @@ std::vector<double> grad_norms(const Lists& lists, const std::vector<int64_t>& g
 void perturb(const Lists& lists, PerturbArgs args, int threads) {
   const KernelTable& kernels = kernel_table();
   apply(lists, args, 4, threads, [&](const Row& row, Span span, const PerturbArgs& a, int64_t) { kernels.perturb(row, span, a); });
+}
+
+void random_perturb(const Lists& lists, RandomPerturbArgs args, const std::vector<uint32_t>& indices, int threads) {
+  const KernelTable& kernels = kernel_table();
+  if (indices.size() != numels_of(lists).size()) throw std::invalid_argument("one index a tensor");
+  apply(lists, args, 3, threads, [&](const Row& row, Span span, const RandomPerturbArgs& a, int64_t tensor) {
+    kernels.random_perturb(row, span, a, indices[static_cast<std::size_t>(tensor)]);
+  });
 }
 
 void copy(const Lists& lists, CopyArgs args, int threads) {

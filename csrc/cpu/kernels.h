@@ -40,6 +40,19 @@ struct CopyArgs {
   bool streaming;
 };
 
+// The seed as the two words of Philox's key, and the last word of its counters (csrc/common/random.h).
+struct RandomKey {
+  uint32_t low, high, stream;
+};
+
+struct RandomPerturbArgs {
+  RandomKey key;
+  double scale;
+  bool normal;     // otherwise -1 and +1
+  bool from_old;   // read old_param, write param; otherwise read param, write both
+  bool streaming;  // write-only outputs bypass the caches
+};
+
 struct SgdArgs {
   double lr, momentum, dampening, weight_decay;
   double grad_multiplier;
@@ -56,6 +69,7 @@ struct KernelTable {
   const char* name;
   double (*norm)(const Row&, Span, const NormArgs&);  // sum of squares
   void (*perturb)(const Row&, Span, const PerturbArgs&);
+  void (*random_perturb)(const Row&, Span, const RandomPerturbArgs&, uint32_t index);  // index: of the row in the caller's list
   void (*copy)(const Row&, Span, const CopyArgs&);
   void (*sgd)(const Row&, Span, const SgdArgs&);
   void (*adamw)(const Row&, Span, const AdamArgs&, double step);  // step: 1 on the first

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sam_kernels.cli._tolerance import Arithmetic, Rounded
-from sam_kernels.reference import ops
+from sam_kernels.reference import ops, random
 
 if TYPE_CHECKING:
     from sam_kernels.cli._check import Problem
@@ -18,7 +18,7 @@ __all__ = ["bounds_of"]
 
 def bounds_of(problem: Problem) -> dict[str, list[Tensor]]:
     """A bound (numel,) for each tensor of each list that a call, not yet made, will compute. A list without bounds must be exact."""
-    if problem.op not in ("perturb_", "sgd_step_", "adamw_step_") or ops.is_skipped(
+    if problem.op not in ("perturb_", "random_perturb_", "sgd_step_", "adamw_step_") or ops.is_skipped(
         problem.kwargs.get("norm"), problem.kwargs.get("found_inf")
     ):
         return {}
@@ -53,9 +53,11 @@ def _flat_bounds(problem: Problem, indices: list[int]) -> dict[str, Tensor]:
         value = norm.to(torch.float64)
         norm = Rounded(value, value.abs() * arithmetic.unit / 2, arithmetic)
     kwargs.pop("found_inf", None)
-    grad = operand("grads")
-    reads_old = kwargs.pop("from_old", problem.op != "perturb_" and "old_params" in problem.lists)
+    reads_old = kwargs.pop("from_old", problem.op in ("sgd_step_", "adamw_step_") and "old_params" in problem.lists)
     param = operand("old_params" if reads_old else "params")
+    if problem.op == "random_perturb_":
+        return {"params": random.randomly_perturbed(param, _random_numbers(problem, arithmetic), kwargs["scale"]).error}  # type: ignore[attr-defined]
+    grad = operand("grads")
     if problem.op == "perturb_":
         return {"params": ops.perturbed(param, grad, norm, **kwargs).error}  # type: ignore[attr-defined]
     names = ("maximize", "grad_scale", "max_norm")
@@ -68,6 +70,15 @@ def _flat_bounds(problem: Problem, indices: list[int]) -> dict[str, Tensor]:
     steps = torch.stack([t.to(torch.float64) for t in (problem.lists["state_steps"][i] for i in indices) if t is not None])
     updated = ops.adamw_updated(param, grad, operand("exp_avgs"), operand("exp_avg_sqs"), _spread(steps, numels) + 1, **kwargs)
     return dict(zip(("params", "exp_avgs", "exp_avg_sqs"), (rounded.error for rounded in updated), strict=True))
+
+
+def _random_numbers(problem: Problem, arithmetic: Arithmetic) -> Any:
+    """z of every row: signs are exact, normals are off by up to 1e-6 (csrc/common/random.h: the radius by 3.6e-7, cosine and sine by 7e-8
+    where the radius is at most 5.77, their product by half an ulp, 2.4e-7)."""
+    distribution = problem.kwargs["distribution"]
+    rows = list(zip(problem.lists["params"], problem.lists["old_params"], strict=True))
+    z = torch.cat([z.reshape(-1) for z in random.random_numbers(rows, problem.kwargs["seed"], distribution)])  # type: ignore[arg-type]
+    return Rounded(z, torch.full_like(z, 1e-6 if distribution == "normal" else 0.0), arithmetic)
 
 
 def _row(problem: Problem, index: int) -> list[Tensor | None]:

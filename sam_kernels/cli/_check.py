@@ -21,7 +21,11 @@ from sam_kernels.cli._tolerance import norm_bound
 
 __all__ = ["Problem", "build", "check", "combinations", "run", "seed_of"]
 
-STATE = {"sgd_step_": ("momentum_buffers",), "adamw_step_": ("exp_avgs", "exp_avg_sqs")}
+SAVES = ("perturb_", "random_perturb_")  # write old_params
+ABOUT_OTHERS = {  # cases about gradients that an operation does not read
+    "random_perturb_": ("zero_grads", "huge", "nan", "inf"),
+    "restore_": ("huge_params", "tiny", "zero_grads", "nan", "inf"),
+}
 STEPS = (0.0, 1.0, 9.0, 999.0)
 
 
@@ -61,8 +65,8 @@ def seed_of(*names: object) -> int:
 def combinations(op: str, dtype: str) -> Iterator[tuple[str, str]]:
     """(case, option) pairs that say something about an operation in a dtype."""
     for case in CASES:
-        if op == "restore_" and case in ("huge_params", "tiny", "zero_grads", "nan", "inf"):
-            continue  # about gradients
+        if case in ABOUT_OTHERS.get(op, ()):
+            continue
         if dtype == "mixed" and case == "chunk_edges" and op.startswith("grad_norm"):
             continue  # one list: a dtype a row is covered by the others
         options = FOR_LAYOUT_CASES[op] if case in LAYOUT_CASES else tuple(OPTIONS[op])
@@ -75,7 +79,7 @@ def build(op: str, case: str, dtype: str, option: str, seed: int = 0) -> Problem
     generator = torch.Generator().manual_seed(seed_of(seed, op, case, dtype, option))
     spec = dict(OPTIONS[op][option])
     rows = rows_of(case, dtype)
-    old = spec.pop("old", op in ("perturb_", "restore_"))
+    old = spec.pop("old", op in ("perturb_", "random_perturb_", "restore_"))
     first = spec.pop("first", None)
     asked_norm = spec.pop("norm", "true" if op == "perturb_" else None)
 
@@ -90,8 +94,8 @@ def build(op: str, case: str, dtype: str, option: str, seed: int = 0) -> Problem
             lists[f"grads{j}"] = tensors("grads", "magnitude")
         lists["params"] = tensors("params")
     else:
-        lists["params"] = tensors("params", poison=op == "restore_" or from_old or (old and op != "perturb_"))
-        if op != "restore_":
+        lists["params"] = tensors("params", poison=from_old or (old and op not in SAVES))
+        if op not in ("random_perturb_", "restore_"):
             lists["grads"] = tensors("grads", "magnitude")
         if op == "sgd_step_":
             lists["momentum_buffers"] = tensors("state", "magnitude")
@@ -102,7 +106,7 @@ def build(op: str, case: str, dtype: str, option: str, seed: int = 0) -> Problem
             lists["exp_avg_sqs"] = tensors("state", "magnitude", squared=True)
             lists["state_steps"] = [torch.tensor(STEPS[i % len(STEPS)]) for i in range(len(rows))]
         if old:
-            lists["old_params"] = tensors("old_params", poison=op == "perturb_" and not from_old)
+            lists["old_params"] = tensors("old_params", poison=op in SAVES and not from_old)
     for name in ("grad_scale", "found_inf"):
         if name in spec:
             spec[name] = torch.tensor(spec[name])
@@ -145,8 +149,8 @@ def run(problem: Problem, module: Any = functional) -> Any:
         return op(grads[0] if problem.op == "grad_norm" else grads, params, **kwargs)
     if problem.op == "perturb_":
         return op(lists["params"], lists["grads"], lists["old_params"], kwargs.pop("norm"), **kwargs)
-    if problem.op == "restore_":
-        return op(lists["params"], lists["old_params"])
+    if problem.op in ("random_perturb_", "restore_"):
+        return op(lists["params"], lists["old_params"], **kwargs)
     positional = [tensors for name, tensors in lists.items() if name != "old_params"]
     return op(*positional, old_params=lists.get("old_params"), **kwargs)
 
@@ -156,7 +160,7 @@ def check(op: str, backends: Sequence[str], dtype: str, case: str, option: str, 
     before = build(op, case, dtype, option, seed)
     exact = before.double()
     starts = before.double().lists
-    if "old_params" in starts and op != "perturb_":
+    if "old_params" in starts and op not in SAVES:
         starts["params"] = starts["old_params"]
     exact_result = run(exact, reference)
     bounds = bounds_of(before)

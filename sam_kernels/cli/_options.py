@@ -46,6 +46,12 @@ OPTIONS: dict[str, Options] = {
         "norm_nan": {**_UNIFIED, "norm": "nan"},
         "norm_inf_from_old": {**_UNIFIED, "norm": "inf", "from_old": True},
     },
+    "random_perturb_": {
+        "rademacher": {"seed": 1, "scale": 0.05, "distribution": "rademacher"},
+        "normal": {"seed": 0x9E3779B97F4A7C15, "scale": -0.3, "distribution": "normal"},
+        "rademacher_from_old": {"seed": 2**64 - 1, "scale": 0.05, "distribution": "rademacher", "from_old": True},
+        "normal_from_old": {"seed": 2**32, "scale": 0.05, "distribution": "normal", "from_old": True},
+    },
     "restore_": {"restore": {}},
     "sgd_step_": {
         "plain": {"lr": 0.1, "weight_decay": 0.1, "maximize": True},
@@ -90,6 +96,7 @@ FOR_LAYOUT_CASES = {
     "grad_norm": ("plain", "adaptive"),
     "grad_norms": ("adaptive",),
     "perturb_": ("unified", "from_old_adaptive"),
+    "random_perturb_": ("rademacher", "normal_from_old"),
     "restore_": ("restore",),
     "sgd_step_": ("momentum_old", "first_mixed"),
     "adamw_step_": ("adamw_old", "adam"),

@@ -19,6 +19,10 @@ def perturb() -> Arguments:
     return {**lists("params", "grads", "old_params"), "norm": torch.tensor(1.0), "rho": 0.1}
 
 
+def random_perturb() -> Arguments:
+    return {**lists("params", "old_params"), "seed": 1, "scale": 0.1, "distribution": "normal"}
+
+
 def restore() -> Arguments:
     return lists("params", "old_params")
 
@@ -43,6 +47,7 @@ def norms() -> Arguments:
 
 CALLS: dict[str, Callable[[], Arguments]] = {
     "perturb_": perturb,
+    "random_perturb_": random_perturb,
     "restore_": restore,
     "sgd_step_": sgd,
     "adamw_step_": adamw,
@@ -87,7 +92,7 @@ TABLE: list[tuple[str, Change, type[Exception], str]] = [
         (op, put(name, 1, bad), error, rf"{op}: {name}\[1\] .*{words}")
         for op, name in [
             ("perturb_", "params"), ("perturb_", "grads"), ("perturb_", "old_params"),
-            ("restore_", "params"), ("restore_", "old_params"),
+            ("random_perturb_", "params"), ("random_perturb_", "old_params"), ("restore_", "params"), ("restore_", "old_params"),
             ("sgd_step_", "params"), ("sgd_step_", "grads"), ("sgd_step_", "old_params"), ("sgd_step_", "momentum_buffers"),
             ("adamw_step_", "params"), ("adamw_step_", "grads"), ("adamw_step_", "exp_avgs"), ("adamw_step_", "exp_avg_sqs"),
             ("grad_norm", "grads"), ("grad_norm", "params"),
@@ -126,7 +131,8 @@ TABLE: list[tuple[str, Change, type[Exception], str]] = [
     *[
         (op, same_memory((first, 1), (second, 1)), ValueError, rf"{op}: {first}\[1\] and {second}\[1\] are the same memory")
         for op, first, second in [
-            ("perturb_", "params", "old_params"), ("sgd_step_", "params", "momentum_buffers"), ("adamw_step_", "exp_avgs", "exp_avg_sqs"),
+            ("perturb_", "params", "old_params"), ("random_perturb_", "params", "old_params"),
+            ("sgd_step_", "params", "momentum_buffers"), ("adamw_step_", "exp_avgs", "exp_avg_sqs"),
         ]
     ],
     *[
@@ -178,6 +184,17 @@ TABLE: list[tuple[str, Change, type[Exception], str]] = [
         }.items()
         for name in names
         for bad, error in [(math.nan, ValueError), (math.inf, ValueError), (-0.1, ValueError), ("0.1", TypeError), (None, TypeError)]
+    ],
+    *[
+        ("random_perturb_", keyword(name, bad), error, rf"random_perturb_: {name} must be .*{words}")
+        for name, bad, error, words in [
+            ("seed", 1.0, TypeError, r"an integer, got 1.0"), ("seed", True, TypeError, r"an integer, got True"),
+            ("seed", None, TypeError, r"an integer, got NoneType"), ("seed", -1, ValueError, r"in \[0, 2\^64\), got -1"),
+            ("seed", 2**64, ValueError, r"in \[0, 2\^64\), got 18446744073709551616"), ("scale", math.nan, ValueError, r"a finite number"),
+            ("scale", math.inf, ValueError, r"a finite number"), ("scale", "1", TypeError, r"a number, got '1'"),
+            ("distribution", "uniform", ValueError, r"one of 'rademacher', 'normal', got 'uniform'"),
+            ("distribution", None, TypeError, r"one of 'rademacher', 'normal', got NoneType"), ("from_old", 1, TypeError, r"True or False"),
+        ]
     ],
     ("sgd_step_", keyword("dampening", math.nan), ValueError, r"sgd_step_: dampening must be a finite number"),
     *[

@@ -22,6 +22,7 @@ OPTION = {
     "grad_norm": "adaptive",
     "grad_norms": "plain",
     "perturb_": "adaptive_eta",
+    "random_perturb_": "normal",
     "sgd_step_": "nesterov_old",
     "adamw_step_": "adamw_old",
 }

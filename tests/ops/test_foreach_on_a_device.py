@@ -16,7 +16,8 @@ def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_reading(*_: object) -> None:
         raise AssertionError("a number was read back from the device")
 
-    monkeypatch.setattr(foreach, "_is_host", lambda scalar: False)
+    for module in (foreach.ops, foreach._rows):
+        monkeypatch.setattr(module, "is_host", lambda scalar: False)
     for name in ("perturb_", "sgd_step_", "adamw_step_"):
 
         def guarded(*args: object, real: object = getattr(foreach, name), **kwargs: object) -> object:

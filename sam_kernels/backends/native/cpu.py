@@ -28,6 +28,7 @@ __all__ = [
     "grad_norms",
     "is_current",
     "perturb_",
+    "random_perturb_",
     "restore_",
     "sgd_step_",
     "vouch",
@@ -160,6 +161,30 @@ def perturb_(
         adaptive=adaptive,
         from_old=from_old,
         threads=threads,
+    )
+
+
+def random_perturb_(
+    params: Sequence[Tensor],
+    old_params: Sequence[Tensor],
+    row_indices: Sequence[int],
+    *,
+    seed: int,
+    scale: float,
+    distribution: str,
+    from_old: bool,
+) -> None:
+    """Reads p; writes old_p, p. ``from_old``: reads old_p; writes p."""
+    _written(params)
+    _cpu.random_perturb(
+        params=_native(params),
+        old_params=_native(old_params),
+        row_indices=row_indices,
+        seed=seed,
+        scale=scale,
+        normal=distribution == "normal",
+        from_old=from_old,
+        threads=torch.get_num_threads(),
     )
 
 

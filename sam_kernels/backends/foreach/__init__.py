@@ -1,0 +1,33 @@
+"""``torch._foreach_*`` on any device, with no compiler: the fallback. Correct first; it makes temporaries and several passes.
+
+Arithmetic in float32 (float64 for a row that has a float64 tensor), one rounding to storage, as every backend. Nothing here waits for a
+device: a step is skipped by selecting, not by branching.
+"""
+
+from sam_kernels.backends.foreach.ops import (
+    DEVICE_TYPES,
+    adamw_step_,
+    current_grads,
+    describe,
+    grad_norms,
+    is_current,
+    perturb_,
+    restore_,
+    sgd_step_,
+    vouch,
+)
+from sam_kernels.backends.foreach.random import random_perturb_
+
+__all__ = [
+    "DEVICE_TYPES",
+    "adamw_step_",
+    "current_grads",
+    "describe",
+    "grad_norms",
+    "is_current",
+    "perturb_",
+    "random_perturb_",
+    "restore_",
+    "sgd_step_",
+    "vouch",
+]
