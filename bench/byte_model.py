@@ -26,6 +26,7 @@ class Traffic:
 
 OPS = {
     "grad_norm": Traffic(reads=("grads",)),
+    "direction_norm_": Traffic(reads=("grads",), updates=("ema",)),
     "perturb_": Traffic(reads=("grads",), updates=("params",), writes=("old_params",)),
     "random_perturb_": Traffic(reads=(), updates=("params",), writes=("old_params",)),
     "restore_": Traffic(reads=("old_params",), writes=("params",)),

@@ -39,6 +39,7 @@ def describe_once(lists: Lists) -> Lists:
 
 _OURS: dict[str, Call] = {
     "grad_norm": lambda b: F.grad_norm(b["grads"]),
+    "direction_norm_": lambda b: F.direction_norm_(b["grads"], b["ema"], kind="friendly"),
     "perturb_": lambda b: F.perturb_(b["params"], b["grads"], b["old_params"], b["norm"][0], rho=1e-6),
     "random_perturb_": lambda b: F.random_perturb_(b["params"], b["old_params"], seed=1, scale=1e-6, distribution="normal"),
     "restore_": lambda b: F.restore_(b["params"], b["old_params"]),
@@ -55,6 +56,13 @@ def ours(op: str, backend: str) -> Call:
             _OURS[op](lists)
 
     return run
+
+
+def _torch_direction_norm(b: Lists) -> object:
+    directions = torch._foreach_sub(b["grads"], b["ema"])
+    torch._foreach_mul_(b["ema"], 0.6)
+    torch._foreach_add_(b["ema"], b["grads"], alpha=0.4)
+    return torch.nn.utils.get_total_norm(directions)
 
 
 def _torch_perturb(b: Lists) -> None:
@@ -85,6 +93,7 @@ def _torch_adamw(b: Lists) -> None:
 
 _TORCH: dict[str, Call] = {
     "grad_norm": lambda b: torch.nn.utils.get_total_norm(b["grads"]),
+    "direction_norm_": _torch_direction_norm,
     "perturb_": _torch_perturb,
     "random_perturb_": _torch_random_perturb,
     "restore_": lambda b: torch._foreach_copy_(b["params"], b["old_params"]),

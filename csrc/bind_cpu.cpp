@@ -86,6 +86,35 @@ PYBIND11_MODULE(_cpu, module) {
       arg("inv_grad_scale"), arg("adaptive"), arg("from_old"), arg("threads"));
 
   module.def(
+      "perturb_variant",
+      [](List params, List grads, List old_params, List ema, const std::vector<uint32_t>& row_indices, double norm, double rho,
+         double lambd, double eps, double eta, double inv_grad_scale, bool adaptive, bool from_old, double grad_weight, double ema_weight,
+         std::optional<uint64_t> rounding_seed, int threads) {
+        py::gil_scoped_release release;
+        perturb_variant(lists_of(params, grads, old_params, ema),
+                        {{norm, rho, lambd, eps, eta, inv_grad_scale, adaptive, from_old, false},
+                         grad_weight,
+                         ema_weight,
+                         rounding_seed.has_value(),
+                         key_of(rounding_seed.value_or(0), sam::kRoundingStream)},
+                        row_indices, threads);
+      },
+      py::kw_only(), arg("params"), arg("grads"), arg("old_params"), arg("ema"), arg("row_indices"), arg("norm"), arg("rho"), arg("lambd"),
+      arg("eps"), arg("eta"), arg("inv_grad_scale"), arg("adaptive"), arg("from_old"), arg("grad_weight"), arg("ema_weight"),
+      arg("rounding_seed"), arg("threads"));
+
+  module.def(
+      "direction_norm",
+      [](List params, List grads, List ema, bool adaptive, bool friendly, bool first_step, double eta, double inv_grad_scale, double decay,
+         double gain, double sigma, int threads) {
+        py::gil_scoped_release release;
+        return direction_norm(lists_of(params, grads, nullptr, ema),
+                              {adaptive, friendly, first_step, eta, inv_grad_scale, decay, gain, sigma}, threads);
+      },
+      py::kw_only(), arg("params"), arg("grads"), arg("ema"), arg("adaptive"), arg("friendly"), arg("first_step"), arg("eta"),
+      arg("inv_grad_scale"), arg("decay"), arg("gain"), arg("sigma"), arg("threads"));
+
+  module.def(
       "random_perturb",
       [](List params, List old_params, const std::vector<uint32_t>& row_indices, uint64_t seed, double scale, bool normal, bool from_old,
          int threads) {

@@ -94,15 +94,26 @@ def check_scalar_tensor(op: str, name: str, tensor: object) -> Tensor:
     return tensor
 
 
-def check_number(op: str, name: str, value: Any, *, low: float | None = None, high: float | None = None, open_high: bool = False) -> float:
-    """``value`` is a finite real number in [low, high] ([low, high) with ``open_high``). Raises TypeError or ValueError otherwise."""
+def check_number(
+    op: str,
+    name: str,
+    value: Any,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> float:
+    """``value`` is a finite real number in [low, high], without the ends that are ``open``. Raises TypeError or ValueError otherwise."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()  # a learning rate given as a tensor, which torch allows
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{op}: {name} must be a number, got {describe(value)}")
     above = high is not None and (value >= high if open_high else value > high)
-    if not math.isfinite(value) or (low is not None and value < low) or above:
-        bounds = f"[{'-inf' if low is None else low}, {'inf' if high is None else high}{')' if open_high or high is None else ']'}"
+    below = low is not None and (value <= low if open_low else value < low)
+    if not math.isfinite(value) or below or above:
+        left, right = "(" if open_low else "[", ")" if open_high or high is None else "]"
+        bounds = f"{left}{'-inf' if low is None else low}, {'inf' if high is None else high}{right}"
         raise ValueError(f"{op}: {name} must be a finite number in {bounds}, got {value!r}")
     return float(value)
 

@@ -4,8 +4,9 @@
 // Plain float32 additions, products and a square root, integer bit operations, no table, no branch and no library: whatever does the same
 // operations in the same order has the same bits, and a compiler can vectorise it.
 //
-// Element i of a row (in memory order) takes output word (i % kTile) / kLanes of the counter (c & 0xffffffff, c >> 32, row, stream) with
-// c = (i / kTile) * kLanes + i % kLanes. So a counter serves four elements, and each run of kLanes elements takes consecutive counters.
+// Element i of a row (in memory order) takes output word (i % kTile) / kTileLanes of the counter (c & 0xffffffff, c >> 32, row, stream)
+// with c = (i / kTile) * kTileLanes + i % kTileLanes. So a counter serves four elements, and each run of kTileLanes elements takes
+// consecutive counters.
 #pragma once
 
 #include <cmath>
@@ -14,28 +15,30 @@
 
 namespace sam {
 
-constexpr int kLanes = 256;
+constexpr int kTileLanes = 256;
 constexpr int kWords = 4;
-constexpr int kTile = kWords * kLanes;
+constexpr int kTile = kWords * kTileLanes;
 // What the words are for: the counter's last word. One seed may serve both.
 constexpr uint32_t kPerturbationStream = 0, kRoundingStream = 1;
 
+// 32-bit numbers in the lower halves of 64-bit lanes; whatever is in the upper halves is ignored. V is uint64_t or a vector of it.
+template <class V>
 struct Words {
-  uint32_t word[kWords];
+  V word[kWords];
 };
 
-SAM_INLINE uint32_t high_product(uint32_t a, uint32_t b) { return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32); }
-
-SAM_INLINE Words philox(Words counter, uint32_t key0, uint32_t key1) {
-  uint32_t c0 = counter.word[0], c1 = counter.word[1], c2 = counter.word[2], c3 = counter.word[3];
+// product(V, uint32_t): the 64-bit product of each lane's lower half. That is one instruction where vectors are multiplied this way, and no
+// half of it is computed twice.
+template <class V, class Product>
+SAM_INLINE Words<V> philox(const Words<V>& counter, uint32_t key0, uint32_t key1, Product product) {
+  V c0 = counter.word[0], c1 = counter.word[1], c2 = counter.word[2], c3 = counter.word[3];
 #pragma GCC unroll 10
   for (uint32_t round = 0; round < 10; ++round) {
-    const uint32_t high0 = high_product(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
-    const uint32_t high1 = high_product(0xCD9E8D57u, c2), low1 = 0xCD9E8D57u * c2;
-    c0 = high1 ^ c1 ^ (key0 + round * 0x9E3779B9u);
-    c1 = low1;
-    c2 = high0 ^ c3 ^ (key1 + round * 0xBB67AE85u);
-    c3 = low0;
+    const V product0 = product(c0, 0xD2511F53u), product1 = product(c2, 0xCD9E8D57u);
+    c0 = (product1 >> 32) ^ c1 ^ uint64_t{key0 + round * 0x9E3779B9u};
+    c1 = product1;
+    c2 = (product0 >> 32) ^ c3 ^ uint64_t{key1 + round * 0xBB67AE85u};
+    c3 = product0;
   }
   return {{c0, c1, c2, c3}};
 }

@@ -6,7 +6,7 @@ namespace sam::cpu {
 inline namespace SAM_ISA {
 
 struct Numbers {
-  alignas(64) float z[kWords][kLanes];
+  alignas(64) float z[kWords][kTileLanes];
 };
 
 static inline void rademachers(const Tile& tile, int lanes, Numbers& numbers) {

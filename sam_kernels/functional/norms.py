@@ -14,7 +14,7 @@ from sam_kernels._grouping import split
 from sam_kernels._tensor_list import TensorList
 from sam_kernels.functional._common import Tensors, without_autograd
 
-__all__ = ["combine_norms", "grad_norm", "grad_norms"]
+__all__ = ["combine_norms", "grad_norm", "grad_norms", "mark_not_finite"]
 
 
 def grad_norm(
@@ -71,11 +71,11 @@ def _grad_norms(
         norms.append(rows.backend.grad_norms(rows.lists["grads"], rows.lists["params"], sizes, adaptive=adaptive, eta=eta))
     result = combine_norms(norms) if norms else torch.zeros(len(groups))
     if found_inf is not None:
-        _mark_not_finite(result[0], found_inf)
+        mark_not_finite(result[0], found_inf)
     return result
 
 
-def _mark_not_finite(norm: Tensor, found_inf: Tensor) -> None:
+def mark_not_finite(norm: Tensor, found_inf: Tensor) -> None:
     if norm.device.type != "cpu":
         found_inf.logical_or_(~torch.isfinite(norm).to(found_inf.device))
     elif not math.isfinite(norm.item()):  # five small torch operations less than the line above

@@ -11,7 +11,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["normals", "philox", "rademachers", "random_numbers", "random_perturb_", "randomly_perturbed", "words_of"]
+__all__ = [
+    "normals",
+    "philox",
+    "rademachers",
+    "random_numbers",
+    "random_perturb_",
+    "randomly_perturbed",
+    "rounded_stochastically",
+    "rounding_words",
+    "words_of",
+]
 
 Tensors = Sequence[Tensor]
 
@@ -83,6 +93,20 @@ def random_numbers(rows: Sequence[Tensors], seed: int, distribution: str) -> lis
     words, own = words_of(flat, torch.arange(len(rows)).repeat_interleave(torch.tensor(numels)), seed, 0)
     z = (normals if distribution == "normal" else rademachers)(words, own)
     return [part.view(numbers.shape) for part, numbers in zip(torch.split(z, numels), elements, strict=True)]
+
+
+def rounding_words(tensors: Tensors, row: int, seed: int) -> Tensor:  # the shape of the tensors, int64
+    """The word of each element of one row by which a result is rounded."""
+    elements = positions(tensors)
+    words, own = words_of(elements.reshape(-1), torch.full((elements.numel(),), row), seed, 1)
+    return words.gather(0, own[None])[0].view(elements.shape)
+
+
+def rounded_stochastically(x: Tensor, words: Tensor) -> Tensor:  # float32; int64; bfloat16, all of one shape
+    """The lower half of x's bits is cut off after the upper half of a random word was added to it."""
+    bits = (x.view(torch.int32).to(torch.int64) & 0xFFFFFFFF) + (words >> 16)
+    upper = (bits >> 16).to(torch.int32) << 16
+    return torch.where(x.isfinite(), upper.view(torch.float32), x).to(torch.bfloat16)
 
 
 def randomly_perturbed(p: Tensor, z: Tensor, scale: float) -> Tensor:

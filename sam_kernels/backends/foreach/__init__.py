@@ -4,6 +4,7 @@ Arithmetic in float32 (float64 for a row that has a float64 tensor), one roundin
 device: a step is skipped by selecting, not by branching.
 """
 
+from sam_kernels.backends.foreach.directions import direction_norm_
 from sam_kernels.backends.foreach.ops import (
     DEVICE_TYPES,
     adamw_step_,
@@ -23,6 +24,7 @@ __all__ = [
     "adamw_step_",
     "current_grads",
     "describe",
+    "direction_norm_",
     "grad_norms",
     "is_current",
     "perturb_",

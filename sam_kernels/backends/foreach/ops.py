@@ -10,6 +10,8 @@ from torch import Tensor
 
 from sam_kernels._tensor_list import TensorList
 from sam_kernels.backends.foreach._rows import arithmetic_dtypes, is_host, number_of, scale_, skip_of, start, widen, write
+from sam_kernels.backends.foreach.directions import weighted_directions
+from sam_kernels.backends.foreach.random import rounded_stochastically
 
 __all__ = [
     "DEVICE_TYPES",
@@ -84,8 +86,13 @@ def perturb_(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     from_old: bool,
+    ema: Sequence[Tensor] | None,
+    grad_weight: float,
+    ema_weight: float,
+    rounding_seed: int | None,
+    row_indices: Sequence[int],
 ) -> None:
-    """See :func:`sam_kernels.functional.perturb_`."""
+    """See :func:`sam_kernels.functional.perturb_`. With ``ema``, m, the direction is grad_weight g / grad_scale + ema_weight m."""
     skip = skip_of(norm, found_inf)
     if not from_old:
         torch._foreach_copy_(list(old_params), list(params))
@@ -93,12 +100,15 @@ def perturb_(
         if from_old:
             restore_(params, old_params)
         return
-    dtypes = arithmetic_dtypes(params, grads, old_params)
+    dtypes = arithmetic_dtypes(params, grads, old_params, ema)
     # Scalars in float64 whatever they are given in: a float64 row takes part in that precision.
     inverse = 1.0 if grad_scale is None else 1.0 / grad_scale.reshape(()).to(torch.float64)
+    if ema is not None:  # the direction and its norm are unscaled
+        steps, inverse = weighted_directions(grads, ema, dtypes, inverse, grad_weight, ema_weight), 1.0
+    else:
+        steps = widen(grads, dtypes)
     scale = number_of(rho * ((1.0 - lambd) + lambd / (norm.reshape(()).to(torch.float64) * inverse + eps)) * inverse)
     results = start(params, old_params if from_old else None, dtypes, skip)
-    steps = widen(grads, dtypes)
     if adaptive:
         weights = torch._foreach_abs(results)
         torch._foreach_add_(weights, eta)
@@ -110,6 +120,9 @@ def perturb_(
         torch._foreach_add_(results, steps, alpha=scale)
     else:
         torch._foreach_add_(results, [step * scale.to(step.dtype) for step in steps])
+    if rounding_seed is not None:
+        rows = list(zip(*(tensors for tensors in (params, grads, old_params, ema) if tensors is not None), strict=True))
+        results = rounded_stochastically(results, rows, row_indices, rounding_seed)
     write(params, results, skip)
 
 

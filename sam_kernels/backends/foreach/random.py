@@ -11,10 +11,10 @@ from torch import Tensor
 from sam_kernels._tensor_list import is_dense_row
 from sam_kernels.backends.foreach._rows import arithmetic_dtypes, start, write
 
-__all__ = ["PERTURBATION_STREAM", "in_memory_order", "random_perturb_", "words"]
+__all__ = ["random_perturb_", "rounded_stochastically"]
 
 LANES, WORDS = 256, 4  # a counter serves four elements, each run of 256 elements takes consecutive counters
-PERTURBATION_STREAM = 0
+PERTURBATION_STREAM, ROUNDING_STREAM = 0, 1
 _MASK = 0xFFFFFFFF
 _BATCH = 1 << 18  # counters
 
@@ -36,7 +36,7 @@ def _philox(counter: Tensor, row: Tensor, stream: int, seed: int) -> list[Tensor
     return [c0, c1, c2, c3]
 
 
-def words(tensors: Sequence[Tensor], row_indices: Sequence[int], *, seed: int, stream: int) -> Iterator[Tensor]:
+def _words(tensors: Sequence[Tensor], row_indices: Sequence[int], *, seed: int, stream: int) -> Iterator[Tensor]:
     """For each tensor the words of its elements: (tiles, 4, lanes) int64, of which the first ``numel`` in C order are meant."""
     batch: list[tuple[int, int, int]] = []  # tiles, lanes, row index: many small rows are one computation
     waiting = 0
@@ -60,7 +60,7 @@ def _words_of(batch: Sequence[tuple[int, int, int]], seed: int, stream: int, dev
         yield torch.stack([c.view(tiles, lanes) for c in row], dim=1)
 
 
-def in_memory_order(flat: Tensor, row: Sequence[Tensor]) -> Tensor:
+def _in_memory_order(flat: Tensor, row: Sequence[Tensor]) -> Tensor:
     """One number an element, shaped as the row's tensors: in their memory order where it is one, otherwise in C order."""
     first = row[0]
     return flat[: first.numel()].as_strided(first.shape, first.stride()) if is_dense_row(row) else flat[: first.numel()].view(first.shape)
@@ -76,6 +76,21 @@ def _normals(word: Tensor) -> Tensor:
     radius = torch.sqrt(-2.0 * torch.log((fraction[:, 0::2] + 1.0) * 2.0**-24))
     angle = fraction[:, 1::2] * (2.0 * math.pi * 2.0**-24)
     return torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=2).to(torch.float32)
+
+
+def rounded_stochastically(
+    results: Sequence[Tensor], rows: Sequence[Sequence[Tensor]], row_indices: Sequence[int], seed: int
+) -> list[Tensor]:
+    """The results whose row's first tensor, the parameter, is bfloat16 rounded to that, the others as they are."""
+    rounded = list(results)
+    chosen = [i for i, row in enumerate(rows) if row[0].dtype is torch.bfloat16]
+    row_words = _words([rows[i][0] for i in chosen], [row_indices[i] for i in chosen], seed=seed, stream=ROUNDING_STREAM)
+    for i, word in zip(chosen, row_words, strict=True):
+        single = results[i].to(torch.float32)
+        below = _in_memory_order((word.reshape(-1) >> 16).to(torch.int32), rows[i])
+        cut = ((single.view(torch.int32) + below) & -0x10000).view(torch.float32)
+        rounded[i] = torch.where(torch.isfinite(single), cut, single).to(torch.bfloat16)
+    return rounded
 
 
 def random_perturb_(
@@ -94,8 +109,8 @@ def random_perturb_(
     dtypes = arithmetic_dtypes(params, old_params)
     results = start(params, old_params if from_old else None, dtypes, None)
     numbers_of = _normals if distribution == "normal" else _rademachers
-    row_words = words(params, row_indices, seed=seed, stream=PERTURBATION_STREAM)
+    row_words = _words(params, row_indices, seed=seed, stream=PERTURBATION_STREAM)
     for result, param, old_param, word in zip(results, params, old_params, row_words, strict=True):
         # z is exact in either arithmetic; scale z is rounded before it is added, as in the kernels.
-        result.add_(in_memory_order(numbers_of(word).reshape(-1), [param, old_param]).to(result.dtype) * scale)
+        result.add_(_in_memory_order(numbers_of(word).reshape(-1), [param, old_param]).to(result.dtype) * scale)
     write(params, results, None)
