@@ -22,7 +22,13 @@ from sam_kernels.cli._tolerance import norm_bound
 
 __all__ = ["Problem", "build", "check", "combinations", "run", "seed_of"]
 
-STATE = {"sgd_step_": ("momentum_buffers",), "adamw_step_": ("exp_avgs", "exp_avg_sqs")}
+ROUNDING = "rounding_seed"
+NORMS = ("grad_norm", "grad_norms", "direction_norm_")
+SAVES = ("perturb_", "random_perturb_")  # write old_params
+ABOUT_OTHERS = {  # cases about gradients that an operation does not read
+    "random_perturb_": ("zero_grads", "huge", "nan", "inf"),
+    "restore_": ("huge_params", "tiny", "zero_grads", "nan", "inf"),
+}
 STEPS = (0.0, 1.0, 9.0, 999.0)
 
 
@@ -62,13 +68,14 @@ def seed_of(*names: object) -> int:
 def combinations(op: str, dtype: str) -> Iterator[tuple[str, str]]:
     """(case, option) pairs that say something about an operation in a dtype."""
     for case in CASES:
-        if op == "restore_" and case in ("huge_params", "tiny", "zero_grads", "nan", "inf"):
-            continue  # about gradients
+        if case in ABOUT_OTHERS.get(op, ()):
+            continue
         if dtype == "mixed" and case == "chunk_edges" and op.startswith("grad_norm"):
             continue  # one list: a dtype a row is covered by the others
         options = FOR_LAYOUT_CASES[op] if case in LAYOUT_CASES else tuple(OPTIONS[op])
         for option in options[:1] if case == "many_tiny" else options:
-            yield case, option
+            if not (ROUNDING in OPTIONS[op][option] and dtype in ("float16", "mixed")):  # float16 parameters are refused
+                yield case, option
 
 
 def build(op: str, case: str, dtype: str, option: str, seed: int = 0) -> Problem:
@@ -76,7 +83,7 @@ def build(op: str, case: str, dtype: str, option: str, seed: int = 0) -> Problem
     generator = torch.Generator().manual_seed(seed_of(seed, op, case, dtype, option))
     spec = dict(OPTIONS[op][option])
     rows = rows_of(case, dtype)
-    old = spec.pop("old", op in ("perturb_", "restore_"))
+    old = spec.pop("old", op in ("perturb_", "random_perturb_", "restore_"))
     first = spec.pop("first", None)
     asked_norm = spec.pop("norm", "true" if op == "perturb_" else None)
 
@@ -90,20 +97,25 @@ def build(op: str, case: str, dtype: str, option: str, seed: int = 0) -> Problem
         for j in range(groups):
             lists[f"grads{j}"] = tensors("grads", "magnitude")
         lists["params"] = tensors("params")
+    elif op == "direction_norm_":
+        lists = {"grads": tensors("grads", "magnitude"), "ema": tensors("state", "magnitude"), "params": tensors("params")}
     else:
-        lists["params"] = tensors("params", poison=op == "restore_" or from_old or (old and op != "perturb_"))
-        if op != "restore_":
+        lists["params"] = tensors("params", poison=from_old or (old and op not in SAVES))
+        if op not in ("random_perturb_", "restore_"):
             lists["grads"] = tensors("grads", "magnitude")
         if op == "sgd_step_":
             lists["momentum_buffers"] = tensors("state", "magnitude")
-            if first is not None:
-                lists["momentum_buffers"] = [None if first == "all" or i % 2 else t for i, t in enumerate(lists["momentum_buffers"])]
         if op == "adamw_step_":
             lists["exp_avgs"] = tensors("state", "magnitude")
             lists["exp_avg_sqs"] = tensors("state", "magnitude", squared=True)
             lists["state_steps"] = [torch.tensor(STEPS[i % len(STEPS)]) for i in range(len(rows))]
         if old:
-            lists["old_params"] = tensors("old_params", poison=op == "perturb_" and not from_old)
+            lists["old_params"] = tensors("old_params", poison=op in SAVES and not from_old)
+        if op == "perturb_" and "kind" in spec:
+            lists["ema"] = tensors("state", "magnitude")
+    if first is not None:
+        name = "momentum_buffers" if op == "sgd_step_" else "ema"
+        lists[name] = [None if first == "all" or i % 2 else t for i, t in enumerate(lists[name])]
     for name in ("grad_scale", "found_inf"):
         if name in spec:
             spec[name] = torch.tensor(spec[name])
@@ -144,10 +156,12 @@ def run(problem: Problem, module: Any = functional) -> Any:
         grads = [tensors for name, tensors in lists.items() if name.startswith("grads")]
         params = lists["params"] if kwargs.get("adaptive") else None
         return op(grads[0] if problem.op == "grad_norm" else grads, params, **kwargs)
+    if problem.op == "direction_norm_":
+        return op(lists["grads"], lists["ema"], lists["params"] if kwargs.get("adaptive") else None, **kwargs)
     if problem.op == "perturb_":
-        return op(lists["params"], lists["grads"], lists["old_params"], kwargs.pop("norm"), **kwargs)
-    if problem.op == "restore_":
-        return op(lists["params"], lists["old_params"])
+        return op(lists["params"], lists["grads"], lists["old_params"], kwargs.pop("norm"), ema=lists.get("ema"), **kwargs)
+    if problem.op in ("random_perturb_", "restore_"):
+        return op(lists["params"], lists["old_params"], **kwargs)
     positional = [tensors for name, tensors in lists.items() if name != "old_params"]
     return op(*positional, old_params=lists.get("old_params"), **kwargs)
 
@@ -157,10 +171,11 @@ def check(op: str, backends: Sequence[str], dtype: str, case: str, option: str, 
     before = build(op, case, dtype, option, seed)
     exact = before.double()
     starts = before.double().lists
-    if "old_params" in starts and op != "perturb_":
+    if "old_params" in starts and op not in SAVES:
         starts["params"] = starts["old_params"]
     exact_result = run(exact, reference)
     bounds = bounds_of(before)
+    directions = bounds.pop("directions", [])
     for name, tensors in exact.lists.items():
         bounds.setdefault(name, [torch.zeros(0 if t is None else t.numel(), dtype=torch.float64) for t in tensors])
     found = {}
@@ -172,7 +187,7 @@ def check(op: str, backends: Sequence[str], dtype: str, case: str, option: str, 
             module = _dispatch.select("cpu")
         if not module.KNOWS_SKIPS:
             _drop_untouched_buffers(problem, exact)
-        worst = _compare_results(result, exact_result, problem, module) if op.startswith("grad_norm") else Worst()
+        worst = _compare_results(result, exact_result, problem, directions, module) if op in NORMS else Worst()
         for name, tensors in problem.lists.items():
             worst = max(worst, compare(name, tensors, exact.lists[name], bounds[name], starts[name]), key=Worst.badness)
         found[backend] = _side_effects(problem, pointers) or worst
@@ -204,15 +219,18 @@ def _drop_untouched_buffers(problem: Problem, exact: Problem) -> None:
             problem.lists["momentum_buffers"][i] = None
 
 
-def _compare_results(result: Tensor, exact: Tensor, problem: Problem, backend: ModuleType) -> Worst:
+def _compare_results(result: Tensor, exact: Tensor, problem: Problem, directions: Sequence[Tensor], backend: ModuleType) -> Worst:
+    """``directions`` are the bounds of what was squared, where that is computed: by the triangle inequality their norm is the norm's."""
     groups = [tensors for name, tensors in problem.lists.items() if name.startswith("grads")]
     is_double = any(t is not None and t.dtype is torch.float64 for group in groups for t in group)
     if result.dtype is not (torch.float64 if is_double else torch.float32):
         return Worst("result", passed=False, reason=f"dtype {result.dtype}")
     if result.shape != exact.shape:
         return Worst("result", passed=False, reason=f"shape {tuple(result.shape)}, expected {tuple(exact.shape)}")
+    carried = torch.linalg.vector_norm(torch.cat(list(directions))) if directions else torch.zeros((), dtype=torch.float64)
     roundings = backend.norm_roundings([0 if t is None else t.numel() for t in groups[0]])
-    worst = compare("result", [result], [exact], [norm_bound(exact, _terms(groups[0]), roundings).reshape(-1)], [None])
+    bound = norm_bound(exact + carried, _terms(groups[0]), roundings) + carried
+    worst = compare("result", [result], [exact], [bound.reshape(-1)], [None])
     if "found_inf" in problem.kwargs and bool(problem.kwargs["found_inf"]) == bool(result.isfinite()):
         return Worst("found_inf", passed=False, reason=f"is {problem.kwargs['found_inf'].item()} for a norm of {result.item()}")
     return worst

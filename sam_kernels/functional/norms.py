@@ -14,7 +14,7 @@ from sam_kernels._grouping import split
 from sam_kernels._tensor_list import TensorList
 from sam_kernels.functional._common import Tensors, without_autograd
 
-__all__ = ["check_finite_", "combine_norms", "grad_norm", "grad_norms"]
+__all__ = ["check_finite_", "combine_norms", "grad_norm", "grad_norm_", "grad_norms"]
 
 
 def grad_norm(
@@ -24,18 +24,39 @@ def grad_norm(
     adaptive: bool = False,
     eta: float = 0.0,
     found_inf: Tensor | None = None,  # () float32
-    skipped: Tensor | None = None,  # ()
-    out: Tensor | None = None,  # ()
 ) -> Tensor:  # () float32, float64 where a gradient is float64
     """Global 2-norm of the gradients: sqrt(sum g^2), or of T_w g with T_w = |p| + eta when ``adaptive`` (ASAM).
 
     Sums in float64 on the CPU, in float32 in the Triton kernels. The order is fixed: bits depend neither on the number of threads nor on
     the instruction set.
-    ``found_inf`` is set to 1 where the norm is not finite, and left alone otherwise. With ``skipped``, a new step begins: what
-    ``found_inf`` was is added to ``skipped`` first, and it starts from 0. ``out`` is written and returned, so that nothing is allocated.
+    ``found_inf`` is set to 1 where the norm is not finite, and left alone otherwise.
     Reads g (and p): N s bytes.
     """
-    return _grad_norms("grad_norm", [grads], params, adaptive=adaptive, eta=eta, found_inf=found_inf, skipped=skipped, out=out)[0]
+    return _grad_norms("grad_norm", [grads], params, adaptive=adaptive, eta=eta, found_inf=found_inf)[0]
+
+
+@without_autograd
+def grad_norm_(
+    norm: Tensor,  # () float32, float64 where a gradient is float64
+    grads: Tensors,  # n tensors
+    params: Tensors | None = None,  # n tensors
+    *,
+    adaptive: bool = False,
+    eta: float = 0.0,
+    found_inf: Tensor | None = None,  # ()
+    skipped: Tensor | None = None,  # ()
+) -> None:
+    """:func:`grad_norm` into ``norm``, so that nothing is allocated.
+
+    With ``skipped`` a new step begins: what ``found_inf`` was is added to ``skipped`` first, and it starts from 0. On a device that is part
+    of the launch which finishes the norm.
+    """
+    _validate.check_scalar_tensor("grad_norm_", "norm", norm)
+    if skipped is not None:
+        _validate.check_scalar_tensor("grad_norm_", "skipped", skipped)
+        if found_inf is None:
+            raise ValueError("grad_norm_: skipped needs found_inf, which it counts")
+    _grad_norms("grad_norm_", [grads], params, adaptive=adaptive, eta=eta, found_inf=found_inf, skipped=skipped, out=norm)
 
 
 def grad_norms(
@@ -67,15 +88,12 @@ def _grad_norms(
     eta = _validate.check_number(op, "eta", eta, low=0.0)
     if adaptive and params is None:
         raise ValueError(f"{op}: adaptive=True needs params")
-    for name, scalar in {"found_inf": found_inf, "skipped": skipped, "out": out}.items():
-        if scalar is not None:
-            _validate.check_scalar_tensor(op, name, scalar)
-    if skipped is not None and found_inf is None:
-        raise ValueError(f"{op}: skipped needs found_inf, which it counts")
+    if found_inf is not None:
+        _validate.check_scalar_tensor(op, "found_inf", found_inf)
     used_params = params if adaptive else None
     for j, group in enumerate(groups):
         if not (isinstance(group, TensorList) and (used_params is None or isinstance(used_params, TensorList))):
-            name = "grads" if op == "grad_norm" else f"grad_groups[{j}]"
+            name = f"grad_groups[{j}]" if op == "grad_norms" else "grads"
             _validate.check_lists(op, {name: group, "params": used_params})
     grads = groups[0] if len(groups) == 1 else [grad for group in groups for grad in group]
     repeated = used_params if used_params is None or len(groups) == 1 else [param for _ in groups for param in used_params]

@@ -1,7 +1,7 @@
 """Kernels without fused multiply-adds, in the order of csrc/common/formulas.h: the bits of the compiled CPU kernels.
 
-Where a scalar of the step (the perturbation's scale, the clip factor, Adam's bias corrections) is made in float32 on the device and in float64
-on the CPU, the two may differ in its last bit: those options are left out here and checked against the reference.
+Where a scalar of the step (the perturbation's scale, the clip factor, Adam's bias corrections) is made in float32 on the device and in
+float64 on the CPU, the two may differ in its last bit: those options are left out here and checked against the reference.
 """
 
 import pytest

@@ -21,7 +21,9 @@ NEEDS = {"baseline": set(), "avx2": {"avx2", "f16c"}, "avx512": {"avx512f", "avx
 OPTION = {
     "grad_norm": "adaptive",
     "grad_norms": "plain",
+    "direction_norm_": "friendly_adaptive",
     "perturb_": "adaptive_eta",
+    "random_perturb_": "normal",
     "sgd_step_": "nesterov_old",
     "adamw_step_": "adamw_old",
 }
