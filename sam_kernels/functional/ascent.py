@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from sam_kernels import _validate
-from sam_kernels.functional._common import Tensors, check_amp, checked, device_of, on, without_autograd
+from sam_kernels.functional._common import Tensors, check_amp, checked, device_of, on
+from sam_kernels.functional._library import operation
 
 __all__ = ["perturb_", "restore_"]
 
 
-@without_autograd
+@operation(written=("params", "old_params"), scheduled=("rho", "lambd"))
 def perturb_(
     params: Tensors,  # n tensors
     grads: Tensors,  # n tensors
@@ -62,7 +63,7 @@ def perturb_(
         rows.finish()
 
 
-@without_autograd
+@operation(written=("params",))
 def restore_(params: Tensors, old_params: Tensors) -> None:
     """p <- old_p, bit for bit where the dtypes agree. Reads old_p; writes p: 2 N s bytes."""
     for rows in checked("restore_", {"params": params, "old_params": old_params}, written=("params",)):
