@@ -15,7 +15,7 @@ __all__ = ["GROUPS", "MOMENTUM"]
 
 def _lower_groups(arguments: Arguments) -> bool:
     groups = arguments["grad_groups"]
-    if not isinstance(groups, list | tuple) or not all(isinstance(group, list | tuple) for group in groups):
+    if not isinstance(groups, (list, tuple)) or not all(isinstance(group, (list, tuple)) for group in groups):
         return False
     arguments["group_sizes"] = [len(group) for group in groups]
     arguments["grad_groups"] = [grad for group in groups for grad in group]
@@ -38,7 +38,7 @@ def _lower_momentum(arguments: Arguments) -> bool:
     if arguments["momentum"] == 0.0:
         arguments["momentum_buffers"] = []
         return True
-    if not isinstance(buffers, list) or not isinstance(params, list | tuple) or len(buffers) != len(params):
+    if not isinstance(buffers, list) or not isinstance(params, (list, tuple)) or len(buffers) != len(params):
         return False
     for i, buffer in enumerate(buffers):
         if buffer is None:

@@ -42,7 +42,8 @@ _SCHEMA_TYPES: dict[object, str] = {
     str: "str",
     str | None: "str?",
 }
-_PYTHON_TYPES: dict[str, type] = {"Tensor": Tensor, "int": int, "bool": bool, "str": str}
+# Tuples, not unions: dynamo of torch 2.6 knows no union.
+_PYTHON_TYPES: dict[str, tuple[type, ...]] = {"Tensor": (Tensor,), "float": (int, float), "int": (int,), "bool": (bool,), "str": (str,)}
 
 
 class Flat(NamedTuple):
@@ -98,6 +99,7 @@ def _define(
     parameters = inspect.signature(op, eval_str=True).parameters
     defaults = {name: parameter.default for name, parameter in parameters.items() if parameter.default is not parameter.empty}
     positional = [name for name, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    keywords = sorted(parameters)
     special = dict.fromkeys(scheduled, "Tensor") | flat.types
     types = {name: special.get(name) or _SCHEMA_TYPES[parameter.annotation] for name, parameter in parameters.items()}
     types |= flat.types | {"backend": "str?"}
@@ -119,7 +121,7 @@ def _define(
     def traced(*args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(positional, args)), **kwargs}  # noqa: B905 - too many are found by counting
         arguments = {**defaults, **given}
-        if len(given) < len(args) + len(kwargs) or set(arguments) != set(parameters) or not flat.lower(arguments):
+        if len(given) < len(args) + len(kwargs) or sorted(arguments) != keywords or not flat.lower(arguments):
             return op(*args, **kwargs)  # has the words for what is wrong
         for name in names:
             if types[name] == "Tensor" and _fits("float", arguments.get(name)):
@@ -147,7 +149,5 @@ def _fits(kind: str, value: object) -> bool:
     if kind.endswith("?"):
         return value is None or _fits(kind[:-1], value)
     if kind.endswith("[]"):
-        return isinstance(value, list | tuple) and all(_fits(kind[:-2], item) for item in value)
-    if kind == "float":
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, _PYTHON_TYPES[kind]) and (kind != "int" or not isinstance(value, bool))
+        return isinstance(value, (list, tuple)) and all(_fits(kind[:-2], item) for item in value)
+    return isinstance(value, _PYTHON_TYPES[kind]) and (kind == "bool" or not isinstance(value, bool))
