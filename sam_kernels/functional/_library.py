@@ -18,13 +18,13 @@ from torch import Tensor
 from sam_kernels import _dispatch
 from sam_kernels.functional._common import Number, Tensors
 
-__all__ = ["Flat", "operation"]
+__all__ = ["Arguments", "Flat", "operation"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 Arguments = dict[str, Any]
 
-# False to Python, True to dynamo, which folds it: 20 ns. `torch.compiler.is_compiling` is a global flag, true in other threads too.
+# False to Python, True to dynamo, which folds it: 30 ns. `torch.compiler.is_compiling` is a global flag, true in other threads too.
 _is_traced = torch.compiler.is_dynamo_compiling
 
 _SCHEMA_TYPES: dict[object, str] = {
@@ -70,9 +70,10 @@ def operation(
 ) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Makes a public function run without autograd, and traced by ``torch.compile`` as the operator of its name.
 
-    The schema follows from the annotations (``_SCHEMA_TYPES``). ``written`` names what the operation writes. ``scheduled`` numbers, as all
-    that are annotated ``Number``, go into the graph as tensors: a new value then is no new graph. ``fake`` takes the operator's arguments
-    by name and makes the result without its values; None where nothing is returned.
+    The schema follows from the annotations (``_SCHEMA_TYPES``). ``written`` names what the operation writes: tensors, tensors that may be
+    None, and lists that may not. ``scheduled`` numbers, as all that are annotated ``Number``, go into the graph as tensors: a new value
+    then is no new graph. ``fake`` takes the operator's arguments by name and makes the result without its values; None where nothing is
+    returned. A result shares no memory with an argument.
     """
 
     def register(op: Callable[_P, _R]) -> Callable[_P, _R]:

@@ -176,6 +176,20 @@ def test_schedules_of_lr_and_rho_make_two_graphs() -> None:
     assert assert_whole_step("aot_eager", calls=4) == 2  # with the numbers as constants, then with them as inputs
 
 
+def test_numbers_given_as_tensors_make_no_graph_after_the_first_call() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(whole_step, backend=counter, fullgraph=True)
+    made = []
+    for lr in (0.1, 0.2, 0.3):
+        eager = step_arguments()
+        traced = clone(eager)
+        schedule = {"lr": torch.tensor(lr), "rho": torch.tensor(lr, dtype=torch.float64)}
+        assert_same("results", step(**traced, **schedule), whole_step(**eager, **schedule))
+        assert_same("arguments", traced, eager)
+        made.append(counter.frame_count)
+    assert made == made[:1] * 3
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_a_whole_step_in_inductor() -> None:
