@@ -1,10 +1,8 @@
-"""What the operations share: types, the grad mode they run in, and lists cut into what one backend call takes."""
+"""What the operations share: types, checks, and lists cut into what one backend call takes."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,27 +23,11 @@ __all__ = [
     "first_and_later",
     "on",
     "pick",
-    "without_autograd",
 ]
 
 Tensors = Sequence[Tensor]
 TensorsOrNone = list[Tensor | None] | TensorList  # None: a row's first step
 Number = float | Tensor
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-
-def without_autograd(op: Callable[_P, _R]) -> Callable[_P, _R]:
-    """``torch.no_grad()`` where it is needed: an optimizer calls operations with autograd already off."""
-
-    @functools.wraps(op)
-    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if not torch.is_grad_enabled():
-            return op(*args, **kwargs)
-        with torch.no_grad():
-            return op(*args, **kwargs)
-
-    return wrapper
 
 
 def checked(op: str, lists: dict[str, Tensors | None], *, written: tuple[str, ...]) -> list[Rows]:

@@ -20,14 +20,14 @@ from sam_kernels.functional._common import (
     first_and_later,
     on,
     pick,
-    without_autograd,
 )
+from sam_kernels.functional._library import operation
 from sam_kernels.functional.directions import DIRECTIONS
 
 __all__ = ["perturb_", "restore_"]
 
 
-@without_autograd
+@operation(written=("params", "old_params"), scheduled=("rho", "lambd"))
 def perturb_(
     params: Tensors,  # n tensors
     grads: Tensors,  # n tensors
@@ -131,7 +131,7 @@ def _check_rounding(op: str, rounding_seed: int, params: Tensors) -> None:
             )
 
 
-@without_autograd
+@operation(written=("params",))
 def restore_(params: Tensors, old_params: Tensors) -> None:
     """p <- old_p, bit for bit where the dtypes agree. Reads old_p; writes p: 2 N s bytes."""
     for rows in checked("restore_", {"params": params, "old_params": old_params}, written=("params",)):

@@ -22,13 +22,14 @@ from sam_kernels.functional._common import (
     first_and_later,
     on,
     pick,
-    without_autograd,
 )
+from sam_kernels.functional._flat import MOMENTUM
+from sam_kernels.functional._library import operation
 
 __all__ = ["adamw_step_", "sgd_step_"]
 
 
-@without_autograd
+@operation(written=("params", "momentum_buffers"), flat=MOMENTUM)
 def sgd_step_(
     params: Tensors,  # n tensors
     grads: Tensors,  # n tensors
@@ -49,7 +50,8 @@ def sgd_step_(
     """Restore and ``torch.optim.SGD`` in one pass: the step is made from ``old_params`` (where given) and written to ``params``.
 
     ``momentum_buffers`` is ignored where ``momentum`` is 0. An entry that is None is a first step: the buffer becomes the update itself,
-    without dampening, and is put into the list (where a skip cannot be known without waiting for a device: as zeros if there was one).
+    without dampening, and is put into the list (as zeros if the step is skipped where that cannot be known without waiting for a device,
+    and under ``torch.compile``).
     ``grad_scale`` divides the gradients; ``max_norm`` (needs ``norm``) multiplies them by
     min(1, max_norm / (norm / grad_scale + 1e-6)). Where ``found_inf`` is set or ``norm`` is not finite, parameters are restored and nothing
     else happens. Reads old_p (else p), g, m; writes p, m: 5 N s bytes.
@@ -112,7 +114,7 @@ def sgd_step_(
                 cast("list[Tensor | None]", buffers)[i] = buffer
 
 
-@without_autograd
+@operation(written=("params", "exp_avgs", "exp_avg_sqs", "state_steps"))
 def adamw_step_(
     params: Tensors,  # n tensors
     grads: Tensors,  # n tensors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -10,7 +10,9 @@ from torch import Tensor
 from sam_kernels import _validate
 from sam_kernels._flags import report_norm
 from sam_kernels._grouping import split
-from sam_kernels.functional._common import Tensors, TensorsOrNone, check_amp, check_with_gaps, first_and_later, on, pick, without_autograd
+from sam_kernels.functional._common import Tensors, TensorsOrNone, check_amp, check_with_gaps, first_and_later, on, pick
+from sam_kernels.functional._flat import EMA
+from sam_kernels.functional._library import operation
 from sam_kernels.functional.norms import combine_norms
 
 __all__ = ["DIRECTIONS", "direction_norm_"]
@@ -18,7 +20,12 @@ __all__ = ["DIRECTIONS", "direction_norm_"]
 DIRECTIONS = ("vasso", "friendly")
 
 
-@without_autograd
+def _fake_direction_norm(*, grads: Tensors, **_: Any) -> Tensor:
+    dtype = torch.float64 if any(grad.dtype is torch.float64 for grad in grads) else torch.float32
+    return grads[0].new_empty((), dtype=dtype) if grads else torch.zeros(())
+
+
+@operation(written=("ema", "found_inf"), fake=_fake_direction_norm, flat=EMA)
 def direction_norm_(
     grads: Tensors,  # n tensors
     ema: TensorsOrNone,  # n tensors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,11 +12,26 @@ from sam_kernels import _validate
 from sam_kernels._flags import report_norm
 from sam_kernels._grouping import split
 from sam_kernels._tensor_list import TensorList
-from sam_kernels.functional._common import Tensors, without_autograd
+from sam_kernels.functional._common import Tensors
+from sam_kernels.functional._flat import GROUPS
+from sam_kernels.functional._library import operation
 
 __all__ = ["check_finite_", "combine_norms", "grad_norm", "grad_norm_", "grad_norms"]
 
 
+def _fake_norm(*, grads: Tensors, **_: Any) -> Tensor:
+    return _fake_norms(grad_groups=grads, group_sizes=[len(grads)])[0]
+
+
+def _fake_norms(*, grad_groups: Tensors, group_sizes: Sequence[int], **_: Any) -> Tensor:
+    """``grad_groups`` flattened."""
+    if not grad_groups:
+        return torch.zeros(len(group_sizes))
+    dtype = torch.float64 if any(grad.dtype is torch.float64 for grad in grad_groups) else torch.float32
+    return grad_groups[0].new_empty(len(group_sizes), dtype=dtype)
+
+
+@operation(written=("found_inf",), fake=_fake_norm)
 def grad_norm(
     grads: Tensors,  # n tensors
     params: Tensors | None = None,  # n tensors
@@ -35,7 +50,7 @@ def grad_norm(
     return _grad_norms("grad_norm", [grads], params, adaptive=adaptive, eta=eta, found_inf=found_inf)[0]
 
 
-@without_autograd
+@operation(written=("norm", "found_inf", "skipped"))
 def grad_norm_(
     norm: Tensor,  # () float32, float64 where a gradient is float64
     grads: Tensors,  # n tensors
@@ -59,6 +74,7 @@ def grad_norm_(
     _grad_norms("grad_norm_", [grads], params, adaptive=adaptive, eta=eta, found_inf=found_inf, skipped=skipped, out=norm)
 
 
+@operation(fake=_fake_norms, flat=GROUPS)
 def grad_norms(
     grad_groups: Sequence[Tensors],  # M groups of n tensors
     params: Tensors | None = None,  # n tensors
@@ -72,7 +88,6 @@ def grad_norms(
     return _grad_norms("grad_norms", grad_groups, params, adaptive=adaptive, eta=eta)
 
 
-@without_autograd
 def _grad_norms(
     op: str,
     groups: Sequence[Tensors],
@@ -111,7 +126,7 @@ def _grad_norms(
     return result if alone or len(groups) != 1 else report_norm(result[0], **report).reshape(1)
 
 
-@without_autograd
+@operation(written=("found_inf",))
 def check_finite_(grads: Tensors, found_inf: Tensor) -> None:
     """Sets ``found_inf`` () to 1 where an element of the gradients is not finite, and leaves it alone otherwise. Reads g: N s bytes."""
     op = "check_finite_"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from sam_kernels import _validate
-from sam_kernels.functional._common import Tensors, checked, without_autograd
+from sam_kernels.functional._common import Tensors, checked
+from sam_kernels.functional._library import operation
 
 __all__ = ["random_perturb_"]
 
 DISTRIBUTIONS = ("rademacher", "normal")
 
 
-@without_autograd
+@operation(written=("params", "old_params"), scheduled=("scale",))
 def random_perturb_(
     params: Tensors,  # n tensors
     old_params: Tensors,  # n tensors
