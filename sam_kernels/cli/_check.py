@@ -15,7 +15,7 @@ from torch import Tensor
 from sam_kernels import _dispatch, functional, reference
 from sam_kernels._dispatch import use_backend
 from sam_kernels.cli._bounds import bounds_of
-from sam_kernels.cli._cases import CASES, LAYOUT_CASES, Row, guards_intact, make_tensor, rows_of
+from sam_kernels.cli._cases import CASES, LAYOUT_CASES, MIXED_NARROW, Row, guards_intact, make_tensor, rows_of
 from sam_kernels.cli._compare import Worst, compare
 from sam_kernels.cli._options import FOR_LAYOUT_CASES, OPTIONS
 from sam_kernels.cli._tolerance import norm_bound
@@ -70,11 +70,11 @@ def combinations(op: str, dtype: str) -> Iterator[tuple[str, str]]:
     for case in CASES:
         if case in ABOUT_OTHERS.get(op, ()):
             continue
-        if dtype == "mixed" and case == "chunk_edges" and op.startswith("grad_norm"):
+        if dtype in ("mixed", MIXED_NARROW) and case == "chunk_edges" and op.startswith("grad_norm"):
             continue  # one list: a dtype a row is covered by the others
         options = FOR_LAYOUT_CASES[op] if case in LAYOUT_CASES else tuple(OPTIONS[op])
         for option in options[:1] if case == "many_tiny" else options:
-            if not (ROUNDING in OPTIONS[op][option] and dtype in ("float16", "mixed")):  # float16 parameters are refused
+            if not (ROUNDING in OPTIONS[op][option] and dtype in ("float16", "mixed", MIXED_NARROW)):  # float16 parameters are refused
                 yield case, option
 
 

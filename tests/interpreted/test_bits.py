@@ -1,8 +1,8 @@
 """Kernels without fused multiply-adds, in the order of csrc/common/formulas.h: the bits of the compiled CPU kernels.
 
-Some scalars of a step (the perturbation's scale, 1 / grad_scale, the clip factor, Adam's bias corrections) are made in float32 on the device
-and in float64 on the CPU, and may differ in their last bit. Here they are numbers that are exact in both; the others are checked against the
-reference.
+Some scalars of a step (the perturbation's scale, 1 / grad_scale, the clip factor, Adam's bias corrections) are made in float32 on the
+device and in float64 on the CPU, and may differ in their last bit. Here they are numbers that are exact in both; the others are checked
+against the reference.
 """
 
 import pytest
