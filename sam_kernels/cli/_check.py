@@ -20,9 +20,8 @@ from sam_kernels.cli._compare import Worst, compare
 from sam_kernels.cli._options import FOR_LAYOUT_CASES, OPTIONS
 from sam_kernels.cli._tolerance import norm_bound
 
-__all__ = ["Problem", "build", "check", "combinations", "run", "seed_of"]
+__all__ = ["Problem", "build", "check", "combinations", "concerns", "run", "seed_of"]
 
-ROUNDING = "rounding_seed"
 NORMS = ("grad_norm", "grad_norms", "direction_norm_")
 SAVES = ("perturb_", "random_perturb_")  # write old_params
 ABOUT_OTHERS = {  # cases about gradients that an operation does not read
@@ -65,16 +64,21 @@ def seed_of(*names: object) -> int:
     return zlib.crc32("/".join(map(str, names)).encode())
 
 
+def concerns(op: str, option: str, dtype: str) -> bool:
+    """Whether a keyword set says something about a dtype: stochastic rounding is for bfloat16 parameters, and refuses float16 ones."""
+    return dtype == "bfloat16" or "rounding_seed" not in OPTIONS[op][option]
+
+
 def combinations(op: str, dtype: str) -> Iterator[tuple[str, str]]:
     """(case, option) pairs that say something about an operation in a dtype."""
     for case in CASES:
         if case in ABOUT_OTHERS.get(op, ()):
             continue
-        if dtype in ("mixed", MIXED_NARROW) and case == "chunk_edges" and op.startswith("grad_norm"):
-            continue  # one list: a dtype a row is covered by the others
+        if dtype in ("mixed", MIXED_NARROW) and case == "chunk_edges" and (op.startswith("grad_norm") or op == "random_perturb_"):
+            continue  # a dtype a row is covered by the others
         options = FOR_LAYOUT_CASES[op] if case in LAYOUT_CASES else tuple(OPTIONS[op])
         for option in options[:1] if case == "many_tiny" else options:
-            if not (ROUNDING in OPTIONS[op][option] and dtype in ("float16", "mixed", MIXED_NARROW)):  # float16 parameters are refused
+            if concerns(op, option, dtype):
                 yield case, option
 
 
