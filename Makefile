@@ -12,7 +12,7 @@ SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test lint format sanitize bench gpu wheel clean distclean
+.PHONY: help install demo test interpreted lint format sanitize bench gpu wheel clean distclean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -23,6 +23,10 @@ demo: $(VENV)/.installed-demo $(VENV)/.native  ## train on real data and print t
 
 test: lint  ## lint, then every test
 	$(BIN)/python -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/ops tests/interpreted
+
+interpreted: install  ## only the tests of the Triton kernels, run by Triton's interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/ops tests/interpreted $(ARGS)
 
 install: $(VENV)/.installed-test $(VENV)/.native  ## only make the environment, with everything in it
 

@@ -18,7 +18,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 BINDING = ["bind_cpu", "tensor_list"]  # knows Python, compiled once
 ENGINE = ["cpu/engine", "cpu/dispatch"]  # compiled once, for the oldest processor
-CHUNK_KERNELS = ["adamw", "sgd", "perturb", "norm"]  # csrc/cpu/<op>.cpp, compiled once per instruction set; the slowest to compile first
+# csrc/cpu/<op>.cpp, compiled once per instruction set; the slowest to compile first
+CHUNK_KERNELS = ["adamw", "sgd", "perturb_variant", "direction", "random", "perturb", "norm"]
 # No fast-math: only what does not change a result (errno and traps are not results). No contraction: see csrc/common/formulas.h.
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math"
 CXX_FLAGS += " -Wall -Wextra -Wno-psabi"

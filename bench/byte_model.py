@@ -26,7 +26,9 @@ class Traffic:
 
 OPS = {
     "grad_norm": Traffic(reads=("grads",)),
+    "direction_norm_": Traffic(reads=("grads",), updates=("ema",)),
     "perturb_": Traffic(reads=("grads",), updates=("params",), writes=("old_params",)),
+    "random_perturb_": Traffic(reads=(), updates=("params",), writes=("old_params",)),
     "restore_": Traffic(reads=("old_params",), writes=("params",)),
     "sgd_step_": Traffic(reads=("old_params", "grads"), updates=("momentum_buffers",), writes=("params",)),
     "adamw_step_": Traffic(reads=("old_params", "grads"), updates=("exp_avgs", "exp_avg_sqs"), writes=("params",)),

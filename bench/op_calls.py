@@ -39,7 +39,9 @@ def describe_once(lists: Lists) -> Lists:
 
 _OURS: dict[str, Call] = {
     "grad_norm": lambda b: F.grad_norm(b["grads"]),
+    "direction_norm_": lambda b: F.direction_norm_(b["grads"], b["ema"], kind="friendly"),
     "perturb_": lambda b: F.perturb_(b["params"], b["grads"], b["old_params"], b["norm"][0], rho=1e-6),
+    "random_perturb_": lambda b: F.random_perturb_(b["params"], b["old_params"], seed=1, scale=1e-6, distribution="normal"),
     "restore_": lambda b: F.restore_(b["params"], b["old_params"]),
     "sgd_step_": lambda b: F.sgd_step_(b["params"], b["grads"], b["momentum_buffers"], old_params=b["old_params"], **SGD),
     "adamw_step_": lambda b: F.adamw_step_(
@@ -56,9 +58,22 @@ def ours(op: str, backend: str) -> Call:
     return run
 
 
+def _torch_direction_norm(b: Lists) -> object:
+    directions = torch._foreach_sub(b["grads"], b["ema"])
+    torch._foreach_mul_(b["ema"], 0.6)
+    torch._foreach_add_(b["ema"], b["grads"], alpha=0.4)
+    return torch.nn.utils.get_total_norm(directions)
+
+
 def _torch_perturb(b: Lists) -> None:
     torch._foreach_copy_(b["old_params"], b["params"])
     torch._foreach_add_(b["params"], b["grads"], alpha=(1e-6 / b["norm"][0]).item())
+
+
+def _torch_random_perturb(b: Lists) -> None:
+    torch._foreach_copy_(b["old_params"], b["params"])
+    for param in b["params"]:
+        param.add_(torch.randn_like(param), alpha=1e-6)
 
 
 def _torch_sgd(b: Lists) -> None:
@@ -78,7 +93,9 @@ def _torch_adamw(b: Lists) -> None:
 
 _TORCH: dict[str, Call] = {
     "grad_norm": lambda b: torch.nn.utils.get_total_norm(b["grads"]),
+    "direction_norm_": _torch_direction_norm,
     "perturb_": _torch_perturb,
+    "random_perturb_": _torch_random_perturb,
     "restore_": lambda b: torch._foreach_copy_(b["params"], b["old_params"]),
     "sgd_step_": _torch_sgd,
     "adamw_step_": _torch_adamw,

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/formulas.h"
+#include "common/random.h"
 #include "common/work_list.h"
 #include "cpu/engine.h"
 #include "tensor_list.h"
@@ -21,6 +22,8 @@ using List = const PyTensorList*;
 Lists lists_of(List params, List grads, List old_params, List first_state = nullptr, List second_state = nullptr) {
   return {params, grads, old_params, {first_state, second_state}};
 }
+
+RandomKey key_of(uint64_t seed, uint32_t stream) { return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), stream}; }
 
 // What the gradient is multiplied by before anything else: 1 / grad_scale, the clip factor (with a max_norm) and the sign of maximize.
 double grad_multiplier(bool maximize, double inv_grad_scale, double norm, std::optional<double> max_norm) {
@@ -81,6 +84,46 @@ PYBIND11_MODULE(_cpu, module) {
       },
       py::kw_only(), arg("params"), arg("grads"), arg("old_params"), arg("norm"), arg("rho"), arg("lambd"), arg("eps"), arg("eta"),
       arg("inv_grad_scale"), arg("adaptive"), arg("from_old"), arg("threads"));
+
+  module.def(
+      "perturb_variant",
+      [](List params, List grads, List old_params, List ema, const std::vector<uint32_t>& row_indices, double norm, double rho,
+         double lambd, double eps, double eta, double inv_grad_scale, bool adaptive, bool from_old, double grad_weight, double ema_weight,
+         std::optional<uint64_t> rounding_seed, int threads) {
+        py::gil_scoped_release release;
+        perturb_variant(lists_of(params, grads, old_params, ema),
+                        {{norm, rho, lambd, eps, eta, inv_grad_scale, adaptive, from_old, false},
+                         grad_weight,
+                         ema_weight,
+                         rounding_seed.has_value(),
+                         key_of(rounding_seed.value_or(0), sam::kRoundingStream)},
+                        row_indices, threads);
+      },
+      py::kw_only(), arg("params"), arg("grads"), arg("old_params"), arg("ema"), arg("row_indices"), arg("norm"), arg("rho"), arg("lambd"),
+      arg("eps"), arg("eta"), arg("inv_grad_scale"), arg("adaptive"), arg("from_old"), arg("grad_weight"), arg("ema_weight"),
+      arg("rounding_seed"), arg("threads"));
+
+  module.def(
+      "direction_norm",
+      [](List params, List grads, List ema, bool adaptive, bool friendly, bool first_step, double eta, double inv_grad_scale, double decay,
+         double gain, double sigma, int threads) {
+        py::gil_scoped_release release;
+        return direction_norm(lists_of(params, grads, nullptr, ema),
+                              {adaptive, friendly, first_step, eta, inv_grad_scale, decay, gain, sigma}, threads);
+      },
+      py::kw_only(), arg("params"), arg("grads"), arg("ema"), arg("adaptive"), arg("friendly"), arg("first_step"), arg("eta"),
+      arg("inv_grad_scale"), arg("decay"), arg("gain"), arg("sigma"), arg("threads"));
+
+  module.def(
+      "random_perturb",
+      [](List params, List old_params, const std::vector<uint32_t>& row_indices, uint64_t seed, double scale, bool normal, bool from_old,
+         int threads) {
+        py::gil_scoped_release release;
+        random_perturb(lists_of(params, nullptr, old_params), {key_of(seed, sam::kPerturbationStream), scale, normal, from_old, false},
+                       row_indices, threads);
+      },
+      py::kw_only(), arg("params"), arg("old_params"), arg("row_indices"), arg("seed"), arg("scale"), arg("normal"), arg("from_old"),
+      arg("threads"));
 
   module.def(
       "copy",

@@ -8,7 +8,7 @@ from types import ModuleType, TracebackType
 
 import torch
 
-__all__ = ["BACKENDS", "available", "reason_missing", "select", "use_backend"]
+__all__ = ["BACKENDS", "available", "forced", "reason_missing", "select", "use_backend"]
 
 BACKENDS = ("native", "triton", "foreach")
 
@@ -48,6 +48,11 @@ def reason_missing(name: str, device_type: str = "cpu") -> str | None:
 def available(device_type: str = "cpu") -> list[str]:
     """Names of the backends that run on ``device_type``, the preferred one first."""
     return [name for name in BACKENDS if reason_missing(name, device_type) is None]
+
+
+def forced() -> str | None:
+    """The backend asked for by name, None where the choice is automatic."""
+    return _forced
 
 
 def select(device_type: str, dtypes: Collection[torch.dtype] = ()) -> ModuleType:

@@ -11,11 +11,13 @@ from torch import Tensor
 
 __all__ = [
     "SUPPORTED_DTYPES",
+    "check_choice",
     "check_distinct",
     "check_flag",
     "check_lists",
     "check_number",
     "check_scalar_tensor",
+    "check_seed",
     "check_tensor",
     "describe",
 ]
@@ -92,17 +94,46 @@ def check_scalar_tensor(op: str, name: str, tensor: object) -> Tensor:
     return tensor
 
 
-def check_number(op: str, name: str, value: Any, *, low: float | None = None, high: float | None = None, open_high: bool = False) -> float:
-    """``value`` is a finite real number in [low, high] ([low, high) with ``open_high``). Raises TypeError or ValueError otherwise."""
+def check_number(
+    op: str,
+    name: str,
+    value: Any,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> float:
+    """``value`` is a finite real number in [low, high], without the ends that are ``open``. Raises TypeError or ValueError otherwise."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()  # a learning rate given as a tensor, which torch allows
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{op}: {name} must be a number, got {describe(value)}")
     above = high is not None and (value >= high if open_high else value > high)
-    if not math.isfinite(value) or (low is not None and value < low) or above:
-        bounds = f"[{'-inf' if low is None else low}, {'inf' if high is None else high}{')' if open_high or high is None else ']'}"
+    below = low is not None and (value <= low if open_low else value < low)
+    if not math.isfinite(value) or below or above:
+        left, right = "(" if open_low else "[", ")" if open_high or high is None else "]"
+        bounds = f"{left}{'-inf' if low is None else low}, {'inf' if high is None else high}{right}"
         raise ValueError(f"{op}: {name} must be a finite number in {bounds}, got {value!r}")
     return float(value)
+
+
+def check_seed(op: str, name: str, value: object) -> int:
+    """``value`` is an integer in [0, 2^64). Raises TypeError or ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: {name} must be an integer, got {describe(value)}")
+    if not 0 <= value < 2**64:
+        raise ValueError(f"{op}: {name} must be an integer in [0, 2^64), got {value!r}")
+    return value
+
+
+def check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> str:
+    """``value`` is one of these strings. Raises TypeError or ValueError otherwise."""
+    if not isinstance(value, str):
+        raise TypeError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {describe(value)}")
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
 
 
 def check_flag(op: str, name: str, value: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterator
 
@@ -9,6 +10,23 @@ import pytest
 import torch
 
 from sam_kernels._dispatch import BACKENDS, available, reason_missing, use_backend
+from tests.helpers import interpreter
+
+INTERPRETED = interpreter.is_interpreted()
+if INTERPRETED:
+    interpreter.prepare()
+if os.environ.get("TRITON_INTERPRET") == "1" and not INTERPRETED:
+    pytest.exit("TRITON_INTERPRET=1, and no triton that could interpret: nothing to test", returncode=0)
+collect_ignore = [] if INTERPRETED else ["interpreted"]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A process that interprets kernels tests those alone: everything else has a process of its own."""
+    if INTERPRETED:
+        mine = {"interpreted", "gpu"}  # gpu: a dry run of the device tests
+        kept = [item for item in items if mine & set(item.path.parts) or {"backend", "backends"} & set(item.fixturenames)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
 
 
 def pytest_report_header() -> list[str]:
@@ -25,7 +43,7 @@ def _seed(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=["triton"] if INTERPRETED else BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend in turn, forced."""
     if (reason := reason_missing(request.param)) is not None:
@@ -37,7 +55,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def backends() -> list[str]:
     """All backends of this machine at once, where the reference is the expensive part."""
-    return available()
+    return ["triton"] if INTERPRETED else available()
 
 
 @pytest.fixture

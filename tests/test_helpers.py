@@ -33,6 +33,17 @@ WRONG_KEYWORDS = [
     ("perturb_", "eps", {"eps": 1e-12}),
     ("perturb_", "found_inf", {"found_inf": None}),
     ("perturb_", "from_old", {"from_old": False}),
+    ("perturb_", "friendly", {"ema_weight": -1.142857 * (1 + 2e-6)}),
+    ("perturb_", "vasso", {"ema": None}),
+    ("direction_norm_", "vasso", {"theta": 0.3 * (1 + 1e-6)}),
+    ("direction_norm_", "friendly", {"sigma": 0.8 * (1 + 1e-6)}),
+    ("direction_norm_", "friendly", {"lmbda": 0.7 * (1 + 1e-6)}),
+    ("direction_norm_", "friendly", {"grad_scale": None}),
+    ("direction_norm_", "friendly_adaptive", {"eta": 0.0}),
+    ("direction_norm_", "vasso_first", {"first_step": True}),
+    ("random_perturb_", "rademacher", {"seed": 2}),
+    ("random_perturb_", "normal", {"scale": -0.3 * (1 + 1e-6)}),
+    ("random_perturb_", "rademacher", {"distribution": "normal"}),
     ("sgd_step_", "momentum", {"dampening": 0.0}),
     ("sgd_step_", "momentum", {"weight_decay": 0.0}),
     ("sgd_step_", "momentum", {"maximize": False}),
@@ -83,7 +94,7 @@ def test_truncation_instead_of_rounding_is_caught(monkeypatch: pytest.MonkeyPatc
             beyond = nearest.to(result.dtype).abs() > result.abs()
             destination.copy_(torch.where(beyond, torch.nextafter(nearest, torch.zeros_like(nearest)), nearest))
 
-    monkeypatch.setattr(foreach, "_write", truncate)
+    monkeypatch.setattr(foreach.ops, "write", truncate)
     assert not check("sgd_step_", ["foreach"], name, "odd_sizes", "momentum")["foreach"].passed
 
 

@@ -7,13 +7,7 @@
 
 #include <cmath>
 
-#if defined(__CUDACC__)
-#define SAM_INLINE __host__ __device__ __forceinline__
-#else
-// always_inline, not just inline: these headers are compiled once per instruction set, and an out-of-line copy of one set could be the one
-// the linker keeps for all of them.
-#define SAM_INLINE inline __attribute__((always_inline))
-#endif
+#include "common/bits.h"
 
 namespace sam {
 
@@ -41,6 +35,28 @@ template <class T>
 SAM_INLINE T perturb_adaptive(T param, T grad, T scale, T eta) {
   const T weight = adaptive_weight(param, eta);
   return param + weight * weight * grad * scale;
+}
+
+// Directions made of a gradient and a moving average of earlier ones, m: VaSSO (arXiv 2310.07269) and Friendly SAM (arXiv 2403.12350).
+enum class Direction { kVasso, kFriendly };
+
+template <class T>
+struct DirectionConstants {
+  T inv_grad_scale;
+  T decay, gain;  // m <- decay m + gain g: 1 - theta, theta (VaSSO); lmbda, 1 - lmbda (Friendly SAM)
+  T sigma;
+};
+
+// Returns the direction; ema is read (unless this is its first step) and written, except where the gradient is not finite: one step that is
+// skipped must not poison those after it. The direction is then not finite, so the step is skipped.
+template <Direction kDirection, bool kFirst, class T>
+SAM_INLINE T update_direction(T grad, T& ema, const DirectionConstants<T>& c) {
+  grad = grad * c.inv_grad_scale;
+  const T before = kFirst ? T(0) : ema;
+  const T after = kFirst ? grad : before * c.decay + grad * c.gain;
+  ema = grad - grad == T(0) ? after : before;
+  if constexpr (kFirst || kDirection == Direction::kVasso) return after;
+  return grad - c.sigma * before;
 }
 
 // One term of a squared norm. Always in double: the product of two float32 numbers is exact in it, so neither overflow nor cancellation of

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "common/formulas.h"
 #include "cpu/convert.h"
 #include "cpu/kernels.h"
 

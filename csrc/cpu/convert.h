@@ -4,25 +4,13 @@
 #include <cstdint>
 #include <cstring>
 
-#include "common/formulas.h"
+#include "common/bits.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
 
 namespace sam::cpu {
-
-SAM_INLINE uint32_t float_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-SAM_INLINE float bits_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
 
 SAM_INLINE float bfloat16_to_float(uint16_t half) { return bits_float(static_cast<uint32_t>(half) << 16); }
 

@@ -6,14 +6,17 @@
 
 #include "cpu/kernels.h"
 
-#define SAM_DECLARE_KERNELS(ISA)                                       \
-  namespace ISA {                                                      \
-  double norm(const Row&, Span, const NormArgs&);                      \
-  void perturb(const Row&, Span, const PerturbArgs&);                  \
-  void copy(const Row&, Span, const CopyArgs&);                        \
-  void sgd(const Row&, Span, const SgdArgs&);                          \
-  void adamw(const Row&, Span, const AdamArgs&, double step);          \
-  constexpr KernelTable kTable{#ISA, norm, perturb, copy, sgd, adamw}; \
+#define SAM_DECLARE_KERNELS(ISA)                                                                                        \
+  namespace ISA {                                                                                                       \
+  double norm(const Row&, Span, const NormArgs&);                                                                       \
+  void perturb(const Row&, Span, const PerturbArgs&);                                                                   \
+  void perturb_variant(const Row&, Span, const PerturbVariantArgs&, uint32_t index);                                    \
+  double direction_norm(const Row&, Span, const DirectionArgs&);                                                        \
+  void random_perturb(const Row&, Span, const RandomPerturbArgs&, uint32_t index);                                      \
+  void copy(const Row&, Span, const CopyArgs&);                                                                         \
+  void sgd(const Row&, Span, const SgdArgs&);                                                                           \
+  void adamw(const Row&, Span, const AdamArgs&, double step);                                                           \
+  constexpr KernelTable kTable{#ISA, norm, perturb, perturb_variant, direction_norm, random_perturb, copy, sgd, adamw}; \
   }
 
 namespace sam::cpu {

@@ -4,10 +4,13 @@
 #include <initializer_list>
 #include <stdexcept>
 
+#include "common/random.h"
 #include "cpu/parallel.h"
 
 namespace sam::cpu {
 namespace {
+
+static_assert(kChunkSize % kTile == 0, "chunks begin where tiles of random numbers do");
 
 // Write-only outputs bypass the caches when what an operation touches is larger than this. Below it the next pass finds them there.
 constexpr int64_t kStreamingBytes = int64_t{32} << 20;
@@ -37,6 +40,28 @@ void apply(const Lists& lists, Args args, int operands, int threads, Kernel kern
   });
 }
 
+// The roots of the groups' sums of squares, kernel(row, span) for each chunk, added in the order of the chunks.
+template <class Kernel>
+std::vector<double> norms(const Lists& lists, const std::vector<int64_t>& group_sizes, int threads, Kernel kernel) {
+  lists.check();
+  const std::vector<Chunk> chunks = make_chunks(numels_of(lists));
+  std::vector<double> partial_sums(chunks.size());
+  for_each_chunk(chunks, threads, [&](int64_t i) {
+    const Chunk& chunk = chunks[static_cast<std::size_t>(i)];
+    partial_sums[static_cast<std::size_t>(i)] = kernel(row_of(lists, chunk.tensor), Span{chunk.begin, chunk.end});
+  });
+  std::vector<double> roots;
+  std::size_t i = 0;
+  int64_t rows_end = 0;
+  for (const int64_t group_size : group_sizes) {
+    rows_end += group_size;
+    double sum = 0;
+    for (; i < chunks.size() && chunks[i].tensor < rows_end; ++i) sum += partial_sums[i];
+    roots.push_back(std::sqrt(sum));
+  }
+  return roots;
+}
+
 }  // namespace
 
 void Lists::check() const {
@@ -47,29 +72,35 @@ void Lists::check() const {
 }
 
 std::vector<double> grad_norms(const Lists& lists, const std::vector<int64_t>& group_sizes, const NormArgs& args, int threads) {
-  lists.check();
   const KernelTable& kernels = kernel_table();
-  const std::vector<Chunk> chunks = make_chunks(numels_of(lists));
-  std::vector<double> partial_sums(chunks.size());
-  for_each_chunk(chunks, threads, [&](int64_t i) {
-    const Chunk& chunk = chunks[static_cast<std::size_t>(i)];
-    partial_sums[static_cast<std::size_t>(i)] = kernels.norm(row_of(lists, chunk.tensor), {chunk.begin, chunk.end}, args);
-  });
-  std::vector<double> norms;
-  std::size_t i = 0;
-  int64_t rows_end = 0;
-  for (const int64_t group_size : group_sizes) {
-    rows_end += group_size;
-    double sum = 0;
-    for (; i < chunks.size() && chunks[i].tensor < rows_end; ++i) sum += partial_sums[i];
-    norms.push_back(std::sqrt(sum));
-  }
-  return norms;
+  return norms(lists, group_sizes, threads, [&](const Row& row, Span span) { return kernels.norm(row, span, args); });
+}
+
+double direction_norm(const Lists& lists, const DirectionArgs& args, int threads) {
+  const KernelTable& kernels = kernel_table();
+  const std::vector<int64_t> one_group = {static_cast<int64_t>(numels_of(lists).size())};
+  return norms(lists, one_group, threads, [&](const Row& row, Span span) { return kernels.direction_norm(row, span, args); })[0];
 }
 
 void perturb(const Lists& lists, PerturbArgs args, int threads) {
   const KernelTable& kernels = kernel_table();
   apply(lists, args, 4, threads, [&](const Row& row, Span span, const PerturbArgs& a, int64_t) { kernels.perturb(row, span, a); });
+}
+
+void perturb_variant(const Lists& lists, PerturbVariantArgs args, const std::vector<uint32_t>& indices, int threads) {
+  const KernelTable& kernels = kernel_table();
+  if (indices.size() != numels_of(lists).size()) throw std::invalid_argument("one index a tensor");
+  apply(lists, args, 5, threads, [&](const Row& row, Span span, const PerturbVariantArgs& a, int64_t tensor) {
+    kernels.perturb_variant(row, span, a, indices[static_cast<std::size_t>(tensor)]);
+  });
+}
+
+void random_perturb(const Lists& lists, RandomPerturbArgs args, const std::vector<uint32_t>& indices, int threads) {
+  const KernelTable& kernels = kernel_table();
+  if (indices.size() != numels_of(lists).size()) throw std::invalid_argument("one index a tensor");
+  apply(lists, args, 3, threads, [&](const Row& row, Span span, const RandomPerturbArgs& a, int64_t tensor) {
+    kernels.random_perturb(row, span, a, indices[static_cast<std::size_t>(tensor)]);
+  });
 }
 
 void copy(const Lists& lists, CopyArgs args, int threads) {

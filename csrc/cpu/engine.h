@@ -27,6 +27,10 @@ struct Lists {
 // Norms of consecutive groups of rows, group_sizes (m,) rows each, in one pass.
 std::vector<double> grad_norms(const Lists& lists, const std::vector<int64_t>& group_sizes, const NormArgs& args, int threads);
 void perturb(const Lists& lists, PerturbArgs args, int threads);
+// indices: (n,), which rows of the caller's list these are.
+void perturb_variant(const Lists& lists, PerturbVariantArgs args, const std::vector<uint32_t>& indices, int threads);
+double direction_norm(const Lists& lists, const DirectionArgs& args, int threads);
+void random_perturb(const Lists& lists, RandomPerturbArgs args, const std::vector<uint32_t>& indices, int threads);
 void copy(const Lists& lists, CopyArgs args, int threads);
 void sgd(const Lists& lists, SgdArgs args, int threads);
 void adamw(const Lists& lists, AdamArgs args, const std::vector<double>& steps, int threads);  // steps: (n,), 1 on the first

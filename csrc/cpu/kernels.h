@@ -16,7 +16,7 @@ struct Operand {
 // The tensors of one parameter, all dense, of one size and in one memory order.
 struct Row {
   Operand param, grad, old_param;
-  Operand state[2];  // momentum buffer | exp_avg, exp_avg_sq
+  Operand state[2];  // momentum buffer | exp_avg, exp_avg_sq | ema
 };
 
 struct Span {
@@ -40,6 +40,30 @@ struct CopyArgs {
   bool streaming;
 };
 
+// The seed as the two words of Philox's key, and the last word of its counters (csrc/common/random.h).
+struct RandomKey {
+  uint32_t low, high, stream;
+};
+
+struct PerturbVariantArgs : PerturbArgs {
+  double grad_weight, ema_weight;  // the direction is grad_weight g / grad_scale + ema_weight m, where there is an m
+  bool stochastic;                 // bfloat16 parameters are rounded stochastically
+  RandomKey key;
+};
+
+struct DirectionArgs {
+  bool adaptive, friendly, first_step;  // first_step: m is only written
+  double eta, inv_grad_scale, decay, gain, sigma;
+};
+
+struct RandomPerturbArgs {
+  RandomKey key;
+  double scale;
+  bool normal;     // otherwise -1 and +1
+  bool from_old;   // read old_param, write param; otherwise read param, write both
+  bool streaming;  // write-only outputs bypass the caches
+};
+
 struct SgdArgs {
   double lr, momentum, dampening, weight_decay;
   double grad_multiplier;
@@ -56,6 +80,9 @@ struct KernelTable {
   const char* name;
   double (*norm)(const Row&, Span, const NormArgs&);  // sum of squares
   void (*perturb)(const Row&, Span, const PerturbArgs&);
+  void (*perturb_variant)(const Row&, Span, const PerturbVariantArgs&, uint32_t index);  // index: of the row in the caller's list
+  double (*direction_norm)(const Row&, Span, const DirectionArgs&);                      // sum of squares
+  void (*random_perturb)(const Row&, Span, const RandomPerturbArgs&, uint32_t index);
   void (*copy)(const Row&, Span, const CopyArgs&);
   void (*sgd)(const Row&, Span, const SgdArgs&);
   void (*adamw)(const Row&, Span, const AdamArgs&, double step);  // step: 1 on the first

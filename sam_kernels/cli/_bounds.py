@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sam_kernels.cli._tolerance import Arithmetic, Rounded
-from sam_kernels.reference import ops
+from sam_kernels.cli._tolerance import Arithmetic, Rounded, ulp
+from sam_kernels.reference import directions, ops, random
 
 if TYPE_CHECKING:
     from sam_kernels.cli._check import Problem
@@ -18,12 +18,10 @@ __all__ = ["bounds_of"]
 
 def bounds_of(problem: Problem) -> dict[str, list[Tensor]]:
     """A bound (numel,) for each tensor of each list that a call, not yet made, will compute. A list without bounds must be exact."""
-    if problem.op not in ("perturb_", "sgd_step_", "adamw_step_") or ops.is_skipped(
-        problem.kwargs.get("norm"), problem.kwargs.get("found_inf")
-    ):
+    if problem.op in ("grad_norm", "grad_norms", "restore_") or ops.is_skipped(problem.kwargs.get("norm"), problem.kwargs.get("found_inf")):
         return {}
     count = len(problem.lists["params"])
-    buffers = problem.lists.get("momentum_buffers")
+    buffers = problem.lists.get("momentum_buffers", problem.lists.get("ema"))
     first = [i for i in range(count) if buffers is not None and buffers[i] is None]
     later = sorted(set(range(count)) - set(first))
     result: dict[str, list[Tensor]] = {}
@@ -53,11 +51,23 @@ def _flat_bounds(problem: Problem, indices: list[int]) -> dict[str, Tensor]:
         value = norm.to(torch.float64)
         norm = Rounded(value, value.abs() * arithmetic.unit / 2, arithmetic)
     kwargs.pop("found_inf", None)
-    grad = operand("grads")
-    reads_old = kwargs.pop("from_old", problem.op != "perturb_" and "old_params" in problem.lists)
+    if problem.op == "direction_norm_":
+        return _direction_bounds(operand, kwargs)
+    reads_old = kwargs.pop("from_old", problem.op in ("sgd_step_", "adamw_step_") and "old_params" in problem.lists)
     param = operand("old_params" if reads_old else "params")
+    if problem.op == "random_perturb_":
+        return {"params": random.randomly_perturbed(param, _random_numbers(problem, arithmetic), kwargs["scale"]).error}  # type: ignore[attr-defined]
+    grad = operand("grads")
     if problem.op == "perturb_":
-        return {"params": ops.perturbed(param, grad, norm, **kwargs).error}  # type: ignore[attr-defined]
+        rounding_seed, chosen = (
+            kwargs.pop("rounding_seed", None),
+            {name: kwargs.pop(name) for name in ("kind", "sigma", "lmbda") if name in kwargs},
+        )
+        if "ema" in problem.lists:
+            scale = kwargs.pop("grad_scale", None)
+            grad = directions.direction_used(grad if scale is None else grad / scale, operand("ema"), **chosen)
+        moved: Any = ops.perturbed(param, grad, norm, **kwargs)
+        return {"params": moved.error + (0.0 if rounding_seed is None else _rounding_step(problem, moved, indices, numels))}
     names = ("maximize", "grad_scale", "max_norm")
     grad = ops.descent_gradient(grad, norm=norm, **{name: kwargs.pop(name) for name in names if name in kwargs})
     if problem.op == "sgd_step_":
@@ -70,9 +80,38 @@ def _flat_bounds(problem: Problem, indices: list[int]) -> dict[str, Tensor]:
     return dict(zip(("params", "exp_avgs", "exp_avg_sqs"), (rounded.error for rounded in updated), strict=True))
 
 
+def _direction_bounds(operand: Any, kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """Of the new averages, and of the terms whose squares are summed."""
+    chosen = {name: kwargs[name] for name in ("kind", "theta", "sigma", "lmbda") if name in kwargs}
+    grad = operand("grads")
+    grad = grad / kwargs["grad_scale"] if "grad_scale" in kwargs else grad
+    direction, average = directions.direction_updated(grad, operand("ema"), **chosen)
+    if kwargs.get("adaptive", False):
+        direction = (abs(operand("params")) + kwargs.get("eta", 0.0)) * direction
+    return {"ema": torch.where(grad.value.isfinite(), average.error, 0.0), "directions": direction.error}  # type: ignore[attr-defined]
+
+
+def _rounding_step(problem: Problem, moved: Rounded, indices: list[int], numels: list[int]) -> Tensor:
+    """Stochastic rounding gives either neighbour: one ulp of bfloat16, for the rows it concerns."""
+    chosen = torch.tensor([getattr(problem.lists["params"][i], "dtype", None) is torch.bfloat16 for i in indices])
+    reach = moved.value.abs() + moved.error.nan_to_num(posinf=0.0)
+    return torch.where(_spread(chosen, numels), ulp(reach, torch.bfloat16), 0.0)
+
+
+def _random_numbers(problem: Problem, arithmetic: Arithmetic) -> Any:
+    """z of every row: signs are exact, normals are off by up to 1e-6 (csrc/common/random.h: the radius by 3.6e-7, cosine and sine by 7e-8
+    where the radius is at most 5.77, their product by half an ulp, 2.4e-7)."""
+    distribution = problem.kwargs["distribution"]
+    rows = list(zip(problem.lists["params"], problem.lists["old_params"], strict=True))
+    z = torch.cat([z.reshape(-1) for z in random.random_numbers(rows, problem.kwargs["seed"], distribution)])  # type: ignore[arg-type]
+    return Rounded(z, torch.full_like(z, 1e-6 if distribution == "normal" else 0.0), arithmetic)
+
+
 def _row(problem: Problem, index: int) -> list[Tensor | None]:
     """The tensors that decide a row's arithmetic."""
-    names = ["params", "grads", "old_params", "exp_avgs", "exp_avg_sqs"]
+    names = ["params", "grads", "old_params", "exp_avgs", "exp_avg_sqs", "ema"]
+    if problem.op == "direction_norm_" and not problem.kwargs.get("adaptive", False):
+        names.remove("params")
     if problem.kwargs.get("momentum", 0.0):
         names.append("momentum_buffers")
     return [problem.lists[name][index] for name in names if name in problem.lists]

@@ -7,13 +7,13 @@ by :func:`guards_intact`, and a read outside of it poisons the result.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-__all__ = ["CASES", "DTYPES", "GUARD", "LAYOUT_CASES", "MIXED_NARROW", "ROLES", "Row", "guards_intact", "make_tensor", "rows_of"]
+__all__ = ["CASES", "DTYPES", "GUARD", "LAYOUT_CASES", "ROLES", "Row", "dtypes_for", "guards_intact", "make_tensor", "rows_of"]
 
 ROLES = ("params", "grads", "old_params", "state")
 GUARD = 16  # elements on each side: 32 bytes of a 16-bit type, and a multiple of 64 bytes for the others, so that alignment stays
@@ -23,7 +23,7 @@ TINY = 1e-38  # the products with it are subnormal in float32 and bfloat16
 
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES: dict[str, torch.dtype | None] = {"float32": f32, "float64": f64, "bfloat16": bf16, "float16": f16, "mixed": None}
-MIXED_NARROW = "mixed_narrow"  # the rows of "mixed" without float64, for backends that have none
+MIXED_NARROW = "mixed without float64"
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,9 @@ LAYOUT_CASES = (
 )  # fmt: skip
 
 
-def mixed_dtype(rows: list[Row], *, narrow: bool) -> list[Row]:
-    """The rows with dtypes that differ between rows and within them: master weights, 16-bit gradients, 16-bit and float64 states.
-
-    ``narrow``: none of them float64.
-    """
-    combinations: tuple[tuple[torch.dtype, ...], ...] = (
+def mixed_dtype(rows: list[Row]) -> list[Row]:
+    """The rows with dtypes that differ between rows and within them: master weights, 16-bit gradients, 16-bit and float64 states."""
+    combinations = (
         (f32, f32, f32, f32),
         (bf16, bf16, bf16, f32),
         (f16, f16, f16, f32),
@@ -117,8 +114,10 @@ def mixed_dtype(rows: list[Row], *, narrow: bool) -> list[Row]:
         (bf16, bf16, f64, bf16),
         (f32, f32, bf16, f64),
     )
-    if narrow:
-        combinations = tuple(combination for combination in combinations if f64 not in combination)
+    return _with_dtypes(rows, combinations)
+
+
+def _with_dtypes(rows: list[Row], combinations: Sequence[tuple[torch.dtype, ...]]) -> list[Row]:
     return [
         replace(rows[i % len(rows)], dtypes=dict(zip(ROLES, combinations[i % len(combinations)], strict=True)))
         for i in range(max(len(rows), len(combinations)))
@@ -128,7 +127,20 @@ def mixed_dtype(rows: list[Row], *, narrow: bool) -> list[Row]:
 def rows_of(case: str, dtype: str) -> list[Row]:
     """The rows of a named case in a named dtype."""
     kind = DTYPES.get(dtype)
-    return mixed_dtype(CASES[case](f16), narrow=dtype == MIXED_NARROW) if kind is None else CASES[case](kind)
+    if kind is not None:
+        return CASES[case](kind)
+    mixed = mixed_dtype(CASES[case](f16))
+    if dtype != MIXED_NARROW:
+        return mixed
+    narrow = [tuple(row.dtypes[role] for role in ROLES) for row in mixed if f64 not in row.dtypes.values()]
+    return _with_dtypes(CASES[case](f16), list(dict.fromkeys(narrow)))
+
+
+def dtypes_for(supported: Collection[torch.dtype] | None) -> list[str]:
+    """The names of dtypes a backend can be checked in. None: it supports all."""
+    if supported is None:
+        return list(DTYPES)
+    return [*(name for name, kind in DTYPES.items() if kind in supported), MIXED_NARROW]
 
 
 def _strides(shape: tuple[int, ...], layout: str) -> tuple[tuple[int, ...], int]:

@@ -9,24 +9,30 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sam_kernels import functional, reference
-from sam_kernels._dispatch import select, use_backend
+from sam_kernels import _dispatch, functional, reference
+from sam_kernels._dispatch import use_backend
 from sam_kernels.cli._bounds import bounds_of
-from sam_kernels.cli._cases import CASES, DTYPES, LAYOUT_CASES, MIXED_NARROW, Row, guards_intact, make_tensor, rows_of
+from sam_kernels.cli._cases import CASES, LAYOUT_CASES, MIXED_NARROW, Row, dtypes_for, guards_intact, make_tensor, rows_of
 from sam_kernels.cli._compare import Worst, compare
 from sam_kernels.cli._options import FOR_LAYOUT_CASES, OPTIONS
-from sam_kernels.cli._tolerance import norm_bound, single_norm_bound
+from sam_kernels.cli._tolerance import norm_bound
 
-__all__ = ["AUTOMATIC", "Problem", "build", "check", "combinations", "dtypes_of", "run", "seed_of"]
+__all__ = ["AUTOMATIC", "Problem", "build", "check", "combinations", "concerns", "dtypes_of", "run", "seed_of"]
 
 AUTOMATIC = "automatic"  # no backend is forced: rows go where there are kernels for their dtypes
 
-STATE = {"sgd_step_": ("momentum_buffers",), "adamw_step_": ("exp_avgs", "exp_avg_sqs")}
+NORMS = ("grad_norm", "grad_norms", "direction_norm_")
+SAVES = ("perturb_", "random_perturb_")  # write old_params
+ABOUT_OTHERS = {  # cases about gradients that an operation does not read
+    "random_perturb_": ("zero_grads", "huge", "nan", "inf"),
+    "restore_": ("huge_params", "tiny", "zero_grads", "nan", "inf"),
+}
 STEPS = (0.0, 1.0, 9.0, 999.0)
 
 
@@ -62,18 +68,15 @@ def _clone(tensor: Tensor | None, device: str, copies: dict[int, Tensor]) -> Ten
     return copy if tensor._base is None else copy.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
-def dtypes_of(backend: str, device: str = "cpu") -> list[str]:
-    """The dtypes to check a backend with: all, or, where it has no kernels for float64, the others and mixed rows without it.
+def _module_of(backend: str, device: str) -> ModuleType:
+    """The backend itself; the preferred one where none is forced."""
+    with use_backend(None if backend == AUTOMATIC else backend):
+        return _dispatch.select(torch.device(device).type)
 
-    What is chosen automatically is of interest where it depends on the row.
-    """
-    if backend == AUTOMATIC:
-        return ["mixed"]
-    with use_backend(backend):
-        known: frozenset[torch.dtype] | None = select(torch.device(device).type).DTYPES
-    if known is None:
-        return list(DTYPES)
-    return [*(name for name, dtype in DTYPES.items() if dtype in known), MIXED_NARROW]
+
+def dtypes_of(backend: str, device: str = "cpu") -> list[str]:
+    """The dtypes to check a backend with. What is chosen automatically is of interest where it depends on the row."""
+    return ["mixed"] if backend == AUTOMATIC else dtypes_for(_module_of(backend, device).DTYPES)
 
 
 def seed_of(*names: object) -> int:
@@ -81,16 +84,22 @@ def seed_of(*names: object) -> int:
     return zlib.crc32("/".join(map(str, names)).encode())
 
 
+def concerns(op: str, option: str, dtype: str) -> bool:
+    """Whether a keyword set says something about a dtype: stochastic rounding is for bfloat16 parameters, and refuses float16 ones."""
+    return dtype == "bfloat16" or "rounding_seed" not in OPTIONS[op][option]
+
+
 def combinations(op: str, dtype: str) -> Iterator[tuple[str, str]]:
     """(case, option) pairs that say something about an operation in a dtype."""
     for case in CASES:
-        if op == "restore_" and case in ("huge_params", "tiny", "zero_grads", "nan", "inf"):
-            continue  # about gradients
-        if dtype.startswith("mixed") and case == "chunk_edges" and op.startswith("grad_norm"):
-            continue  # one list: a dtype a row is covered by the others
+        if case in ABOUT_OTHERS.get(op, ()):
+            continue
+        if dtype in ("mixed", MIXED_NARROW) and case == "chunk_edges" and (op.startswith("grad_norm") or op == "random_perturb_"):
+            continue  # a dtype a row is covered by the others
         options = FOR_LAYOUT_CASES[op] if case in LAYOUT_CASES else tuple(OPTIONS[op])
         for option in options[:1] if case == "many_tiny" else options:
-            yield case, option
+            if concerns(op, option, dtype):
+                yield case, option
 
 
 def build(op: str, case: str, dtype: str, option: str, seed: int = 0) -> Problem:
@@ -98,7 +107,7 @@ def build(op: str, case: str, dtype: str, option: str, seed: int = 0) -> Problem
     generator = torch.Generator().manual_seed(seed_of(seed, op, case, dtype, option))
     spec = dict(OPTIONS[op][option])
     rows = rows_of(case, dtype)
-    old = spec.pop("old", op in ("perturb_", "restore_"))
+    old = spec.pop("old", op in ("perturb_", "random_perturb_", "restore_"))
     first = spec.pop("first", None)
     asked_norm = spec.pop("norm", "true" if op == "perturb_" else None)
 
@@ -112,20 +121,25 @@ def build(op: str, case: str, dtype: str, option: str, seed: int = 0) -> Problem
         for j in range(groups):
             lists[f"grads{j}"] = tensors("grads", "magnitude")
         lists["params"] = tensors("params")
+    elif op == "direction_norm_":
+        lists = {"grads": tensors("grads", "magnitude"), "ema": tensors("state", "magnitude"), "params": tensors("params")}
     else:
-        lists["params"] = tensors("params", poison=op == "restore_" or from_old or (old and op != "perturb_"))
-        if op != "restore_":
+        lists["params"] = tensors("params", poison=from_old or (old and op not in SAVES))
+        if op not in ("random_perturb_", "restore_"):
             lists["grads"] = tensors("grads", "magnitude")
         if op == "sgd_step_":
             lists["momentum_buffers"] = tensors("state", "magnitude")
-            if first is not None:
-                lists["momentum_buffers"] = [None if first == "all" or i % 2 else t for i, t in enumerate(lists["momentum_buffers"])]
         if op == "adamw_step_":
             lists["exp_avgs"] = tensors("state", "magnitude")
             lists["exp_avg_sqs"] = tensors("state", "magnitude", squared=True)
             lists["state_steps"] = [torch.tensor(STEPS[i % len(STEPS)]) for i in range(len(rows))]
         if old:
-            lists["old_params"] = tensors("old_params", poison=op == "perturb_" and not from_old)
+            lists["old_params"] = tensors("old_params", poison=op in SAVES and not from_old)
+        if op == "perturb_" and "kind" in spec:
+            lists["ema"] = tensors("state", "magnitude")
+    if first is not None:
+        name = "momentum_buffers" if op == "sgd_step_" else "ema"
+        lists[name] = [None if first == "all" or i % 2 else t for i, t in enumerate(lists[name])]
     for name in ("grad_scale", "found_inf"):
         if name in spec:
             spec[name] = torch.tensor(spec[name])
@@ -166,10 +180,12 @@ def run(problem: Problem, module: Any = functional) -> Any:
         grads = [tensors for name, tensors in lists.items() if name.startswith("grads")]
         params = lists["params"] if kwargs.get("adaptive") else None
         return op(grads[0] if problem.op == "grad_norm" else grads, params, **kwargs)
+    if problem.op == "direction_norm_":
+        return op(lists["grads"], lists["ema"], lists["params"] if kwargs.get("adaptive") else None, **kwargs)
     if problem.op == "perturb_":
-        return op(lists["params"], lists["grads"], lists["old_params"], kwargs.pop("norm"), **kwargs)
-    if problem.op == "restore_":
-        return op(lists["params"], lists["old_params"])
+        return op(lists["params"], lists["grads"], lists["old_params"], kwargs.pop("norm"), ema=lists.get("ema"), **kwargs)
+    if problem.op in ("random_perturb_", "restore_"):
+        return op(lists["params"], lists["old_params"], **kwargs)
     positional = [tensors for name, tensors in lists.items() if name != "old_params"]
     return op(*positional, old_params=lists.get("old_params"), **kwargs)
 
@@ -179,41 +195,40 @@ def check(op: str, backends: Sequence[str], dtype: str, case: str, option: str, 
     before = build(op, case, dtype, option, seed)
     exact = before.double()
     starts = before.double().lists
-    if "old_params" in starts and op != "perturb_":
+    if "old_params" in starts and op not in SAVES:
         starts["params"] = starts["old_params"]
     exact_result = run(exact, reference)
     bounds = bounds_of(before)
+    directions = bounds.pop("directions", [])
     for name, tensors in exact.lists.items():
         bounds.setdefault(name, [torch.zeros(0 if t is None else t.numel(), dtype=torch.float64) for t in tensors])
     found = {}
     for backend in backends:
-        problem = before.clone(device)
-        pointers = _pointers(problem)
+        module = _module_of(backend, device)
+        there = before.clone(device)
+        pointers = _pointers(there)
         with use_backend(None if backend == AUTOMATIC else backend):
-            result = run(problem)
-            roundings = _norm_roundings(problem, device) if op.startswith("grad_norm") else 0
-        now = _pointers(problem)
-        moved = [name_and_index for name_and_index, pointer in pointers.items() if now[name_and_index] != pointer]
-        problem = problem.clone()
-        worst = _compare_results(result.cpu(), exact_result, problem, roundings) if op.startswith("grad_norm") else Worst()
+            result = run(there)
+        moved = _moved(there, pointers)
+        problem = there.clone()
+        if not module.KNOWS_SKIPS or device != "cpu":
+            _drop_untouched_buffers(problem, exact)
+        worst = _compare_results(result.cpu(), exact_result, problem, directions, module) if op in NORMS else Worst()
         for name, tensors in problem.lists.items():
             worst = max(worst, compare(name, tensors, exact.lists[name], bounds[name], starts[name]), key=Worst.badness)
-        found[backend] = _side_effects(problem, moved) or worst
+        found[backend] = moved or _side_effects(problem) or worst
     return found
 
 
-def _norm_roundings(problem: Problem, device: str) -> int:
-    """float32 roundings of the backend chosen; 0 where it sums in float64."""
-    module = select(torch.device(device).type, (torch.float32,))
-    numels = [t.numel() for name, tensors in problem.lists.items() if name.startswith("grads") for t in tensors if t is not None]
-    roundings: int = module.norm_roundings(numels) if hasattr(module, "norm_roundings") else 0
-    return roundings
+def _moved(problem: Problem, pointers: dict[tuple[str, int], int]) -> Worst | None:
+    now = _pointers(problem)
+    for (name, i), pointer in pointers.items():
+        if now[name, i] != pointer:
+            return Worst(name, i, passed=False, reason="the data pointer changed")
+    return None
 
 
-def _side_effects(problem: Problem, moved: Sequence[tuple[str, int]]) -> Worst | None:
-    """What must never happen: a tensor that moved, a write outside of one."""
-    for name, i in moved:
-        return Worst(name, i, passed=False, reason="the data pointer changed")
+def _side_effects(problem: Problem) -> Worst | None:
     for name, tensors in problem.lists.items():
         for i, tensor in enumerate(tensors):
             if tensor is not None and not guards_intact(tensor):
@@ -225,14 +240,25 @@ def _pointers(problem: Problem) -> dict[tuple[str, int], int]:
     return {(name, i): t.data_ptr() for name, tensors in problem.lists.items() for i, t in enumerate(tensors) if t is not None}
 
 
-def _compare_results(result: Tensor, exact: Tensor, problem: Problem, roundings: int) -> Worst:
+def _drop_untouched_buffers(problem: Problem, exact: Problem) -> None:
+    """A first step that the backend could not know to be skipped leaves a momentum of zero where the reference leaves nothing."""
+    for i, expected in enumerate(exact.lists.get("momentum_buffers", ())):
+        made = problem.lists["momentum_buffers"][i]
+        if expected is None and made is not None and not made.any():
+            problem.lists["momentum_buffers"][i] = None
+
+
+def _compare_results(result: Tensor, exact: Tensor, problem: Problem, directions: Sequence[Tensor], backend: ModuleType) -> Worst:
+    """``directions`` are the bounds of what was squared, where that is computed: by the triangle inequality their norm is the norm's."""
     groups = [tensors for name, tensors in problem.lists.items() if name.startswith("grads")]
     is_double = any(t is not None and t.dtype is torch.float64 for group in groups for t in group)
     if result.dtype is not (torch.float64 if is_double else torch.float32):
         return Worst("result", passed=False, reason=f"dtype {result.dtype}")
     if result.shape != exact.shape:
         return Worst("result", passed=False, reason=f"shape {tuple(result.shape)}, expected {tuple(exact.shape)}")
-    bound = norm_bound(exact, _terms(groups[0])) if roundings == 0 else single_norm_bound(exact, roundings)
+    carried = torch.linalg.vector_norm(torch.cat(list(directions))) if directions else torch.zeros((), dtype=torch.float64)
+    roundings = backend.norm_roundings([0 if t is None else t.numel() for t in groups[0]])
+    bound = norm_bound(exact + carried, _terms(groups[0]), roundings) + carried
     worst = compare("result", [result], [exact], [bound.reshape(-1)], [None])
     if "found_inf" in problem.kwargs and bool(problem.kwargs["found_inf"]) == bool(result.isfinite()):
         return Worst("found_inf", passed=False, reason=f"is {problem.kwargs['found_inf'].item()} for a norm of {result.item()}")

@@ -1,7 +1,7 @@
 """The keyword sets every operation is checked with, as data: never the neutral values, under which a forgotten term does not show.
 
-Keys that are no keywords of the operation describe its inputs: ``old`` (an ``old_params`` list is given), ``first`` (which momentum entries
-are None: "all" or "mixed") and ``norm`` ("true", "nan", "inf").
+Keys that are no keywords of the operation describe its inputs: ``old`` (an ``old_params`` list is given), ``first`` (which momentum or
+average entries are None: "all" or "mixed") and ``norm`` ("true", "nan", "inf"). A ``kind`` of ``perturb_`` comes with an ``ema`` list.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ __all__ = ["FOR_LAYOUT_CASES", "OPTIONS"]
 
 Options = dict[str, dict[str, Any]]
 
+_VASSO = {"kind": "vasso", "theta": 0.3}
+_FRIENDLY = {"kind": "friendly", "sigma": 0.8, "lmbda": 0.7}
 _UNIFIED = {"rho": 0.05, "lambd": 0.3}
 _SGD = {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1, "maximize": True}
 _NESTEROV = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True}
@@ -29,6 +31,14 @@ OPTIONS: dict[str, Options] = {
         "plain": {},
         "adaptive": {"adaptive": True, "eta": 0.01},
     },
+    "direction_norm_": {
+        "vasso": _VASSO,
+        "vasso_adaptive": {**_VASSO, "adaptive": True, "eta": 0.01, "grad_scale": 1000.0},
+        "vasso_first": {**_VASSO, "first": "mixed", "found_inf": 0.0},
+        "friendly": {**_FRIENDLY, "grad_scale": 1000.0, "found_inf": 0.0},
+        "friendly_adaptive": {**_FRIENDLY, "adaptive": True, "eta": 0.01},
+        "friendly_first": {**_FRIENDLY, "first": "all", "grad_scale": 1000.0, "adaptive": True},
+    },
     "perturb_": {
         "sam": {"rho": 0.05},
         "usam": {"rho": 0.05, "lambd": 0.0},
@@ -45,6 +55,20 @@ OPTIONS: dict[str, Options] = {
         "found_inf_from_old": {**_UNIFIED, "found_inf": 1.0, "from_old": True},
         "norm_nan": {**_UNIFIED, "norm": "nan"},
         "norm_inf_from_old": {**_UNIFIED, "norm": "inf", "from_old": True},
+        "rounding": {**_UNIFIED, "rounding_seed": 5},
+        "rounding_from_old_adaptive": {**_UNIFIED, "rounding_seed": 2**63 + 1, "from_old": True, "adaptive": True, "eta": 0.01},
+        "rounding_found_inf": {**_UNIFIED, "rounding_seed": 5, "found_inf": 1.0},
+        "vasso": {**_UNIFIED, "kind": "vasso", "grad_scale": 1000.0},
+        "vasso_from_old": {**_UNIFIED, "kind": "vasso", "from_old": True, "first": "mixed", "grad_scale": 1000.0},
+        "friendly": {**_UNIFIED, **_FRIENDLY, "grad_scale": 1000.0, "found_inf": 0.0},
+        "friendly_adaptive": {"rho": 0.5, "lambd": 0.3, **_FRIENDLY, "adaptive": True, "eta": 0.01, "first": "mixed"},
+        "friendly_rounding": {**_UNIFIED, **_FRIENDLY, "rounding_seed": 5},
+    },
+    "random_perturb_": {
+        "rademacher": {"seed": 1, "scale": 0.05, "distribution": "rademacher"},
+        "normal": {"seed": 0x9E3779B97F4A7C15, "scale": -0.3, "distribution": "normal"},
+        "rademacher_from_old": {"seed": 2**64 - 1, "scale": 0.05, "distribution": "rademacher", "from_old": True},
+        "normal_from_old": {"seed": 2**32, "scale": 0.05, "distribution": "normal", "from_old": True},
     },
     "restore_": {"restore": {}},
     "sgd_step_": {
@@ -89,7 +113,9 @@ OPTIONS: dict[str, Options] = {
 FOR_LAYOUT_CASES = {
     "grad_norm": ("plain", "adaptive"),
     "grad_norms": ("adaptive",),
-    "perturb_": ("unified", "from_old_adaptive"),
+    "direction_norm_": ("vasso_first", "friendly_adaptive"),
+    "perturb_": ("unified", "from_old_adaptive", "friendly_rounding"),
+    "random_perturb_": ("rademacher", "normal_from_old"),
     "restore_": ("restore",),
     "sgd_step_": ("momentum_old", "first_mixed"),
     "adamw_step_": ("adamw_old", "adam"),

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Arithmetic", "Rounded", "norm_bound", "single_norm_bound", "ulp"]
+__all__ = ["Arithmetic", "Rounded", "norm_bound", "ulp"]
 
 
 def ulp(magnitude: Tensor, dtype: torch.dtype) -> Tensor:  # any shape, float64
@@ -34,23 +34,16 @@ def ulp(magnitude: Tensor, dtype: torch.dtype) -> Tensor:  # any shape, float64
     return info.eps * torch.exp2(exponent.to(torch.float64))
 
 
-def norm_bound(norm: Tensor, terms: int) -> Tensor:
-    """Bound of a norm of ``terms`` non-negative squares summed in float64, in any order, before it is rounded to its own type.
+def norm_bound(norm: Tensor, terms: int, roundings: int | None = None) -> Tensor:
+    """Bound of a norm of ``terms`` non-negative squares, before it is rounded to its own type: summed in float64 in any order, or in
+    float32 where each term passes through ``roundings`` additions.
 
     A sum of n non-negative terms in any order is wrong by at most (n - 1) u relative to itself, a term of |T g|^2 by 5 u (|p| + eta one,
     times g one, squared twice both and one more). The root halves this and adds u. The reference errs alike: twice that.
     """
-    return 2 * ((terms + 4) / 2 + 1) * 2.0**-53 * norm
-
-
-def single_norm_bound(norm: Tensor, roundings: int) -> Tensor:
-    """Bound of a norm summed in float32, each term by ``roundings`` additions at most, before it is rounded to its own type.
-
-    Relative to itself, u = 2^-24: ``roundings`` u for the sum, 5 u for a term as in :func:`norm_bound`, u for terms lost to underflow
-    (a chunk's sum is at least 2^-100, a lost term less than 2^-149). The root halves this and adds u; an ulp of the smallest subnormal for
-    norms down there. Twice that, as for every operation.
-    """
-    return 2 * ((roundings + 6) / 2 + 1) * 2.0**-24 * norm + 2.0**-148
+    double = ((terms + 4) / 2 + 1) * 2.0**-53
+    single = double if roundings is None else ((roundings + 5) / 2 + 1) * 2.0**-24
+    return (double + single) * norm
 
 
 @dataclass(frozen=True)

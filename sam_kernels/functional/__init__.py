@@ -11,6 +11,20 @@ and are raised before any memory is touched.
 
 from sam_kernels.functional.ascent import perturb_, restore_
 from sam_kernels.functional.descent import adamw_step_, sgd_step_
-from sam_kernels.functional.norms import check_finite_, combine_norms, grad_norm, grad_norms
+from sam_kernels.functional.directions import direction_norm_
+from sam_kernels.functional.norms import check_finite_, combine_norms, grad_norm, grad_norm_, grad_norms
+from sam_kernels.functional.random import random_perturb_
 
-__all__ = ["adamw_step_", "check_finite_", "combine_norms", "grad_norm", "grad_norms", "perturb_", "restore_", "sgd_step_"]
+__all__ = [
+    "adamw_step_",
+    "check_finite_",
+    "combine_norms",
+    "direction_norm_",
+    "grad_norm",
+    "grad_norm_",
+    "grad_norms",
+    "perturb_",
+    "random_perturb_",
+    "restore_",
+    "sgd_step_",
+]

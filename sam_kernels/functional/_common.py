@@ -1,10 +1,8 @@
-"""What the operations share: types, the grad mode they run in, and lists cut into what one backend call takes."""
+"""What the operations share: types, checks, and lists cut into what one backend call takes."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,31 +11,58 @@ from sam_kernels import _validate
 from sam_kernels._grouping import Rows, split
 from sam_kernels._tensor_list import TensorList
 
-__all__ = ["Number", "Tensors", "check_amp", "check_clip", "checked", "device_of", "on", "without_autograd"]
+__all__ = [
+    "Number",
+    "Tensors",
+    "TensorsOrNone",
+    "check_amp",
+    "check_clip",
+    "check_with_gaps",
+    "checked",
+    "device_of",
+    "first_and_later",
+    "on",
+    "pick",
+]
 
 Tensors = Sequence[Tensor]
+TensorsOrNone = list[Tensor | None] | TensorList  # None: a row's first step
 Number = float | Tensor
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-
-def without_autograd(op: Callable[_P, _R]) -> Callable[_P, _R]:
-    """``torch.no_grad()`` where it is needed: an optimizer calls operations with autograd already off."""
-
-    @functools.wraps(op)
-    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if not torch.is_grad_enabled():
-            return op(*args, **kwargs)
-        with torch.no_grad():
-            return op(*args, **kwargs)
-
-    return wrapper
 
 
 def checked(op: str, lists: dict[str, Tensors | None], *, written: tuple[str, ...]) -> list[Rows]:
     if not all(tensors is None or isinstance(tensors, TensorList) for tensors in lists.values()):
         _validate.check_lists(op, lists, written=written)
     return split(lists, written=written)
+
+
+def check_with_gaps(op: str, lists: dict[str, Tensors | None], name: str, entries: TensorsOrNone, *, written: tuple[str, ...]) -> None:
+    """As ``_validate.check_lists``, with one more list called ``name`` whose entries may be None: these fit every row."""
+    if not isinstance(entries, list):
+        raise TypeError(f"{op}: {name} must be a list of tensors or None, got {_validate.describe(entries)}")
+    if all(tensors is None or isinstance(tensors, TensorList) for tensors in (*lists.values(), entries)):
+        return
+    _validate.check_lists(op, lists)
+    first_name, first = next((key, tensors) for key, tensors in lists.items() if tensors is not None)
+    if len(entries) != len(first):
+        raise ValueError(f"{op}: {name} has {len(entries)} tensors, {first_name} has {len(first)}")
+    stand_ins = [tensor if entry is None else entry for tensor, entry in zip(first, entries, strict=True)]
+    _validate.check_lists(op, {first_name: first, name: stand_ins})
+    everything: dict[str, Sequence[Tensor | None] | None] = {**lists, name: entries}
+    _validate.check_distinct(op, {key: everything[key] or [] for key in written})
+
+
+def first_and_later(entries: Sequence[Tensor | None] | None) -> list[tuple[bool, list[int] | None]]:
+    """The rows whose entry is None, then the others: (whether it is their first step, indices, None for all rows)."""
+    first = [] if entries is None or isinstance(entries, TensorList) else [i for i, entry in enumerate(entries) if entry is None]
+    if not first or entries is None:
+        return [(False, None)]
+    later = sorted(set(range(len(entries))) - set(first))
+    return [(True, first), *([(False, later)] if later else [])]
+
+
+def pick(tensors: Tensors | None, indices: list[int] | None) -> Tensors | None:
+    return tensors if tensors is None or indices is None else [tensors[i] for i in indices]
 
 
 def check_amp(op: str, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:

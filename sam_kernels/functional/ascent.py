@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from typing import cast
+
+import torch
 from torch import Tensor
 
 from sam_kernels import _validate
-from sam_kernels.functional._common import Tensors, check_amp, checked, device_of, on, without_autograd
+from sam_kernels._grouping import split
+from sam_kernels._tensor_list import TensorList
+from sam_kernels.functional._common import (
+    Tensors,
+    TensorsOrNone,
+    check_amp,
+    check_with_gaps,
+    checked,
+    device_of,
+    first_and_later,
+    on,
+    pick,
+)
+from sam_kernels.functional._library import operation
+from sam_kernels.functional.directions import DIRECTIONS
 
 __all__ = ["perturb_", "restore_"]
 
 
-@without_autograd
+@operation(written=("params", "old_params"), scheduled=("rho", "lambd"))
 def perturb_(
     params: Tensors,  # n tensors
     grads: Tensors,  # n tensors
@@ -25,6 +42,11 @@ def perturb_(
     grad_scale: Tensor | None = None,  # ()
     found_inf: Tensor | None = None,  # ()
     from_old: bool = False,
+    ema: TensorsOrNone | None = None,  # n tensors
+    kind: str | None = None,
+    sigma: float = 1.0,
+    lmbda: float = 0.6,
+    rounding_seed: int | None = None,
 ) -> None:
     """The ascent of Unified SAM (arXiv 2503.02225): old_p <- p, then p <- p + rho (1 - lambd + lambd / (norm + eps)) g.
 
@@ -32,7 +54,15 @@ def perturb_(
     ``from_old``: p <- old_p + ..., without saving again. ``grad_scale``: gradients and norm are those of a loss multiplied by it; the
     perturbation is that of the loss itself. Where ``found_inf`` is set or the norm is not finite, parameters are only saved (``from_old``:
     restored).
-    Reads p, g; writes old_p, p: 4 N s bytes (``from_old``: reads old_p, g; writes p: 3 N s).
+    ``ema``, ``kind``, ``sigma``, ``lmbda``: along the direction d whose norm :func:`direction_norm_` has just returned, from the moving
+    average m that it has updated, instead of along g: d = m ("vasso"), or what d = g - sigma m_before is after the update,
+    d = (1 + sigma (1 - lmbda) / lmbda) g - (sigma / lmbda) m ("friendly"). ``norm`` is then that of the unscaled direction. An entry of
+    ``ema`` that is None was a first step: d = g.
+    ``rounding_seed`` (in [0, 2^64)): bfloat16 parameters are rounded stochastically, so that the expectation of what is stored is the
+    float32 result x: the upper 16 bits of the element's random word (as in :func:`random_perturb_`, the counter's last word being 1) are
+    added to the bits of x, whose lower 16 are then cut off. Infinities and NaN are stored as usual, and so is what is saved or restored.
+    float32 and float64 parameters are not concerned, float16 ones are refused.
+    Reads p, g; writes old_p, p: 4 N s bytes (``from_old``: reads old_p, g; writes p: 3 N s; ``ema``: reads m too).
     """
     op = "perturb_"
     rho = _validate.check_number(op, "rho", rho, low=0.0)
@@ -43,26 +73,65 @@ def perturb_(
     _validate.check_flag(op, "from_old", from_old)
     _validate.check_scalar_tensor(op, "norm", norm)
     check_amp(op, grad_scale, found_inf)
-    for rows in checked(op, {"params": params, "grads": grads, "old_params": old_params}, written=("params", "old_params")):
-        device = device_of(rows)
-        rows.backend.perturb_(
-            rows.lists["params"],
-            rows.lists["grads"],
-            rows.lists["old_params"],
-            norm.to(device),
-            rho=rho,
-            lambd=lambd,
-            adaptive=adaptive,
-            eta=eta,
-            eps=eps,
-            grad_scale=on(grad_scale, device),
-            found_inf=on(found_inf, device),
-            from_old=from_old,
-        )
-        rows.finish()
+    grad_weight, ema_weight = _direction_weights(op, ema, kind, sigma, lmbda)
+    lists: dict[str, Tensors | None] = {"params": params, "grads": grads, "old_params": old_params}
+    written = ("params", "old_params")
+    if ema is not None:
+        check_with_gaps(op, lists, "ema", ema, written=written)
+    elif not all(isinstance(tensors, TensorList) for tensors in (params, grads, old_params)):
+        _validate.check_lists(op, lists, written=written)
+    if rounding_seed is not None:
+        _check_rounding(op, rounding_seed, params)
+    # A first step goes along the gradient, whose norm its backend expects to be scaled as it is.
+    scaled_norm = norm if ema is None or grad_scale is None else norm.to(torch.float64) * grad_scale.to(norm.device, torch.float64)
+    for first_step, indices in first_and_later(ema):
+        part = {name: pick(tensors, indices) for name, tensors in lists.items()}
+        part["ema"] = None if first_step else pick(cast("Tensors | None", ema), indices)
+        for rows in split(part, written=written):
+            device = device_of(rows)
+            rows.backend.perturb_(
+                rows.lists["params"],
+                rows.lists["grads"],
+                rows.lists["old_params"],
+                (scaled_norm if first_step else norm).to(device),
+                rho=rho,
+                lambd=lambd,
+                adaptive=adaptive,
+                eta=eta,
+                eps=eps,
+                grad_scale=on(grad_scale, device),
+                found_inf=on(found_inf, device),
+                from_old=from_old,
+                ema=rows.lists["ema"],
+                grad_weight=grad_weight,
+                ema_weight=ema_weight,
+                rounding_seed=rounding_seed,
+                row_indices=rows.indices if indices is None else [indices[i] for i in rows.indices],
+            )
+            rows.finish()
 
 
-@without_autograd
+def _direction_weights(op: str, ema: TensorsOrNone | None, kind: str | None, sigma: float, lmbda: float) -> tuple[float, float]:
+    """What the unscaled gradient and the moving average are multiplied by. The sum is the direction."""
+    sigma = _validate.check_number(op, "sigma", sigma)
+    lmbda = _validate.check_number(op, "lmbda", lmbda, low=0.0, high=1.0, open_low=True)
+    if kind is not None:
+        _validate.check_choice(op, "kind", kind, DIRECTIONS)
+    if (ema is None) != (kind is None):
+        raise ValueError(f"{op}: ema and kind belong together, got {'only ema' if kind is None else 'only kind'}")
+    return (1.0 + sigma * (1.0 - lmbda) / lmbda, -sigma / lmbda) if kind == "friendly" else (0.0, 1.0)
+
+
+def _check_rounding(op: str, rounding_seed: int, params: Tensors) -> None:
+    _validate.check_seed(op, "rounding_seed", rounding_seed)
+    for i, param in enumerate(params):
+        if param.dtype is torch.float16:
+            raise TypeError(
+                f"{op}: params[{i}] is float16; rounding_seed is for bfloat16 parameters, whose bits are a float32's upper ones"
+            )
+
+
+@operation(written=("params",))
 def restore_(params: Tensors, old_params: Tensors) -> None:
     """p <- old_p, bit for bit where the dtypes agree. Reads old_p; writes p: 2 N s bytes."""
     for rows in checked("restore_", {"params": params, "old_params": old_params}, written=("params",)):

@@ -10,16 +10,30 @@ from torch import Tensor
 from sam_kernels import _validate
 from sam_kernels._grouping import split
 from sam_kernels._tensor_list import TensorList
-from sam_kernels.functional._common import Number, Tensors, check_amp, check_clip, checked, device_of, on, without_autograd
+from sam_kernels.functional._common import (
+    Number,
+    Tensors,
+    TensorsOrNone,
+    check_amp,
+    check_clip,
+    check_with_gaps,
+    checked,
+    device_of,
+    first_and_later,
+    on,
+    pick,
+)
+from sam_kernels.functional._flat import MOMENTUM
+from sam_kernels.functional._library import operation
 
 __all__ = ["adamw_step_", "sgd_step_"]
 
 
-@without_autograd
+@operation(written=("params", "momentum_buffers"), flat=MOMENTUM)
 def sgd_step_(
     params: Tensors,  # n tensors
     grads: Tensors,  # n tensors
-    momentum_buffers: list[Tensor | None] | TensorList | None,  # n tensors
+    momentum_buffers: TensorsOrNone | None,  # n tensors
     *,
     old_params: Tensors | None = None,  # n tensors
     lr: Number,
@@ -36,7 +50,8 @@ def sgd_step_(
     """Restore and ``torch.optim.SGD`` in one pass: the step is made from ``old_params`` (where given) and written to ``params``.
 
     ``momentum_buffers`` is ignored where ``momentum`` is 0. An entry that is None is a first step: the buffer becomes the update itself,
-    without dampening, and is put into the list (where a skip cannot be known without waiting for a device: as zeros if there was one).
+    without dampening, and is put into the list (as zeros if the step is skipped where that cannot be known without waiting for a device,
+    and under ``torch.compile``).
     ``grad_scale`` divides the gradients; ``max_norm`` (needs ``norm``) multiplies them by
     min(1, max_norm / (norm / grad_scale + 1e-6)). Where ``found_inf`` is set or ``norm`` is not finite, parameters are restored and nothing
     else happens. Reads old_p (else p), g, m; writes p, m: 5 N s bytes.
@@ -52,28 +67,27 @@ def sgd_step_(
         raise ValueError(f"{op}: nesterov=True needs momentum > 0 and dampening = 0, got momentum={momentum}, dampening={dampening}")
     max_norm = check_clip(op, norm, max_norm)
     check_amp(op, grad_scale, found_inf)
-    buffers: list[Tensor | None] | TensorList | None = momentum_buffers if momentum != 0.0 else None
+    buffers: TensorsOrNone | None = momentum_buffers if momentum != 0.0 else None
     if buffers is None and momentum != 0.0:
         raise TypeError(f"{op}: momentum_buffers must be a list of tensors or None, got {_validate.describe(momentum_buffers)}")
     # Whole lists before they are cut into parts: messages carry the caller's indices.
-    _check_sgd_lists(op, params, grads, buffers, old_params)
-    first = [] if buffers is None or isinstance(buffers, TensorList) else [i for i, buffer in enumerate(buffers) if buffer is None]
-    parts: list[tuple[bool, list[int] | None]] = [(False, None)]
-    if first:
-        later = sorted(set(range(len(params))) - set(first))
-        parts = [(True, first), *([(False, later)] if later else [])]
+    given: dict[str, Tensors | None] = {"params": params, "grads": grads, "old_params": old_params}
+    if buffers is not None:
+        check_with_gaps(op, given, "momentum_buffers", buffers, written=("params", "momentum_buffers"))
+    elif not all(tensors is None or isinstance(tensors, TensorList) for tensors in given.values()):
+        _validate.check_lists(op, given, written=("params",))
     prepared = []
-    for first_step, indices in parts:
+    for first_step, indices in first_and_later(buffers):
         # Zeros, for a device on which a skipped first step is not known of without waiting: the buffer then stays, and must hold something.
-        fresh = [torch.zeros_like(params[i]) for i in first] if first_step else None
+        fresh = [torch.zeros_like(params[i]) for i in indices or ()] if first_step else None
         lists = {
-            "params": _pick(params, indices),
-            "grads": _pick(grads, indices),
-            "old_params": _pick(old_params, indices),
-            "momentum_buffers": fresh if fresh is not None else _pick(cast("Tensors | None", buffers), indices),
+            "params": pick(params, indices),
+            "grads": pick(grads, indices),
+            "old_params": pick(old_params, indices),
+            "momentum_buffers": fresh if fresh is not None else pick(cast("Tensors | None", buffers), indices),
         }
-        prepared.append((first_step, fresh, split(lists, written=("params", "momentum_buffers"))))
-    for first_step, fresh, row_groups in prepared:
+        prepared.append((first_step, indices, fresh, split(lists, written=("params", "momentum_buffers"))))
+    for first_step, indices, fresh, row_groups in prepared:
         stepped = True
         for rows in row_groups:
             device = device_of(rows)
@@ -96,11 +110,11 @@ def sgd_step_(
             )
             rows.finish()
         if fresh is not None and stepped:
-            for i, buffer in zip(first, fresh, strict=True):
+            for i, buffer in zip(indices or (), fresh, strict=True):
                 cast("list[Tensor | None]", buffers)[i] = buffer
 
 
-@without_autograd
+@operation(written=("params", "exp_avgs", "exp_avg_sqs", "state_steps"))
 def adamw_step_(
     params: Tensors,  # n tensors
     grads: Tensors,  # n tensors
@@ -169,25 +183,3 @@ def adamw_step_(
             max_norm=max_norm,
         )
         rows.finish()
-
-
-def _check_sgd_lists(
-    op: str, params: Tensors, grads: Tensors, buffers: list[Tensor | None] | TensorList | None, old_params: Tensors | None
-) -> None:
-    """A buffer that is None fits every parameter."""
-    if buffers is not None and not isinstance(buffers, list):
-        raise TypeError(f"{op}: momentum_buffers must be a list of tensors or None, got {_validate.describe(buffers)}")
-    given = [tensors for tensors in (params, grads, buffers, old_params) if tensors is not None]
-    if all(isinstance(tensors, TensorList) for tensors in given):
-        return
-    _validate.check_lists(op, {"params": params, "grads": grads, "old_params": old_params})
-    if buffers is not None:
-        if len(buffers) != len(params):
-            raise ValueError(f"{op}: momentum_buffers has {len(buffers)} tensors, params has {len(params)}")
-        stand_ins = [param if buffer is None else buffer for param, buffer in zip(params, buffers, strict=True)]
-        _validate.check_lists(op, {"params": params, "momentum_buffers": stand_ins})
-    _validate.check_distinct(op, {"params": params, "momentum_buffers": buffers or []})
-
-
-def _pick(tensors: Tensors | None, indices: list[int] | None) -> Tensors | None:
-    return tensors if tensors is None or indices is None else [tensors[i] for i in indices]

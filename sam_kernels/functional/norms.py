@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,11 +12,26 @@ from sam_kernels import _validate
 from sam_kernels._flags import report_norm
 from sam_kernels._grouping import split
 from sam_kernels._tensor_list import TensorList
-from sam_kernels.functional._common import Tensors, without_autograd
+from sam_kernels.functional._common import Tensors
+from sam_kernels.functional._flat import GROUPS
+from sam_kernels.functional._library import operation
 
-__all__ = ["check_finite_", "combine_norms", "grad_norm", "grad_norms"]
+__all__ = ["check_finite_", "combine_norms", "grad_norm", "grad_norm_", "grad_norms"]
 
 
+def _fake_norm(*, grads: Tensors, **_: Any) -> Tensor:
+    return _fake_norms(grad_groups=grads, group_sizes=[len(grads)])[0]
+
+
+def _fake_norms(*, grad_groups: Tensors, group_sizes: Sequence[int], **_: Any) -> Tensor:
+    """``grad_groups`` flattened."""
+    if not grad_groups:
+        return torch.zeros(len(group_sizes))
+    dtype = torch.float64 if any(grad.dtype is torch.float64 for grad in grad_groups) else torch.float32
+    return grad_groups[0].new_empty(len(group_sizes), dtype=dtype)
+
+
+@operation(written=("found_inf",), fake=_fake_norm)
 def grad_norm(
     grads: Tensors,  # n tensors
     params: Tensors | None = None,  # n tensors
@@ -24,20 +39,42 @@ def grad_norm(
     adaptive: bool = False,
     eta: float = 0.0,
     found_inf: Tensor | None = None,  # () float32
-    skipped: Tensor | None = None,  # ()
-    out: Tensor | None = None,  # ()
 ) -> Tensor:  # () float32, float64 where a gradient is float64
     """Global 2-norm of the gradients: sqrt(sum g^2), or of T_w g with T_w = |p| + eta when ``adaptive`` (ASAM).
 
     Sums in float64 on the CPU, in float32 in the Triton kernels. The order is fixed: bits depend neither on the number of threads nor on
     the instruction set.
-    ``found_inf`` is set to 1 where the norm is not finite, and left alone otherwise. With ``skipped``, a new step begins: what
-    ``found_inf`` was is added to ``skipped`` first, and it starts from 0. ``out`` is written and returned, so that nothing is allocated.
+    ``found_inf`` is set to 1 where the norm is not finite, and left alone otherwise.
     Reads g (and p): N s bytes.
     """
-    return _grad_norms("grad_norm", [grads], params, adaptive=adaptive, eta=eta, found_inf=found_inf, skipped=skipped, out=out)[0]
+    return _grad_norms("grad_norm", [grads], params, adaptive=adaptive, eta=eta, found_inf=found_inf)[0]
 
 
+@operation(written=("norm", "found_inf", "skipped"))
+def grad_norm_(
+    norm: Tensor,  # () float32, float64 where a gradient is float64
+    grads: Tensors,  # n tensors
+    params: Tensors | None = None,  # n tensors
+    *,
+    adaptive: bool = False,
+    eta: float = 0.0,
+    found_inf: Tensor | None = None,  # ()
+    skipped: Tensor | None = None,  # ()
+) -> None:
+    """:func:`grad_norm` into ``norm``, so that nothing is allocated.
+
+    With ``skipped`` a new step begins: what ``found_inf`` was is added to ``skipped`` first, and it starts from 0. On a device that is part
+    of the launch which finishes the norm.
+    """
+    _validate.check_scalar_tensor("grad_norm_", "norm", norm)
+    if skipped is not None:
+        _validate.check_scalar_tensor("grad_norm_", "skipped", skipped)
+        if found_inf is None:
+            raise ValueError("grad_norm_: skipped needs found_inf, which it counts")
+    _grad_norms("grad_norm_", [grads], params, adaptive=adaptive, eta=eta, found_inf=found_inf, skipped=skipped, out=norm)
+
+
+@operation(fake=_fake_norms, flat=GROUPS)
 def grad_norms(
     grad_groups: Sequence[Tensors],  # M groups of n tensors
     params: Tensors | None = None,  # n tensors
@@ -51,7 +88,6 @@ def grad_norms(
     return _grad_norms("grad_norms", grad_groups, params, adaptive=adaptive, eta=eta)
 
 
-@without_autograd
 def _grad_norms(
     op: str,
     groups: Sequence[Tensors],
@@ -67,15 +103,12 @@ def _grad_norms(
     eta = _validate.check_number(op, "eta", eta, low=0.0)
     if adaptive and params is None:
         raise ValueError(f"{op}: adaptive=True needs params")
-    for name, scalar in {"found_inf": found_inf, "skipped": skipped, "out": out}.items():
-        if scalar is not None:
-            _validate.check_scalar_tensor(op, name, scalar)
-    if skipped is not None and found_inf is None:
-        raise ValueError(f"{op}: skipped needs found_inf, which it counts")
+    if found_inf is not None:
+        _validate.check_scalar_tensor(op, "found_inf", found_inf)
     used_params = params if adaptive else None
     for j, group in enumerate(groups):
         if not (isinstance(group, TensorList) and (used_params is None or isinstance(used_params, TensorList))):
-            name = "grads" if op == "grad_norm" else f"grad_groups[{j}]"
+            name = f"grad_groups[{j}]" if op == "grad_norms" else "grads"
             _validate.check_lists(op, {name: group, "params": used_params})
     grads = groups[0] if len(groups) == 1 else [grad for group in groups for grad in group]
     repeated = used_params if used_params is None or len(groups) == 1 else [param for _ in groups for param in used_params]
@@ -93,7 +126,7 @@ def _grad_norms(
     return result if alone or len(groups) != 1 else report_norm(result[0], **report).reshape(1)
 
 
-@without_autograd
+@operation(written=("found_inf",))
 def check_finite_(grads: Tensors, found_inf: Tensor) -> None:
     """Sets ``found_inf`` () to 1 where an element of the gradients is not finite, and leaves it alone otherwise. Reads g: N s bytes."""
     op = "check_finite_"

@@ -1,5 +1,7 @@
 """The specification: every public operation in plain PyTorch, as the formulas read. Imports torch alone; never on the training path."""
 
+from sam_kernels.reference.directions import direction_norm_
 from sam_kernels.reference.ops import adamw_step_, grad_norm, grad_norms, perturb_, restore_, sgd_step_
+from sam_kernels.reference.random import random_perturb_
 
-__all__ = ["adamw_step_", "grad_norm", "grad_norms", "perturb_", "restore_", "sgd_step_"]
+__all__ = ["adamw_step_", "direction_norm_", "grad_norm", "grad_norms", "perturb_", "random_perturb_", "restore_", "sgd_step_"]

@@ -14,6 +14,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from sam_kernels.reference.directions import direction_used
+from sam_kernels.reference.random import rounded_stochastically, rounding_words
+
 __all__ = ["adamw_step_", "adamw_updated", "grad_norm", "grad_norms", "perturb_", "perturbed", "restore_", "sgd_step_", "sgd_updated"]
 
 Tensors = Sequence[Tensor]
@@ -147,14 +150,32 @@ def perturb_(
     grad_scale: Tensor | None = None,  # ()
     found_inf: Tensor | None = None,  # ()
     from_old: bool = False,
+    ema: Sequence[Tensor | None] | None = None,  # n tensors
+    kind: str | None = None,
+    sigma: float = 1.0,
+    lmbda: float = 0.6,
+    rounding_seed: int | None = None,
 ) -> None:
-    """old_p <- p (unless ``from_old``), then p <- :func:`perturbed` old_p, or old_p itself where the step is skipped."""
-    for p, g, old_p in zip(params, grads, old_params, strict=True):
+    """old_p <- p (unless ``from_old``), then p <- :func:`perturbed` old_p, or old_p itself where the step is skipped.
+
+    Where there is an ``ema`` the direction takes the gradient's place. With a ``rounding_seed`` a bfloat16 p is computed in float32.
+    """
+    for row, (p, g, old_p) in enumerate(zip(params, grads, old_params, strict=True)):
+        given = [p, g, old_p] if ema is None else [p, g, old_p, *(m for m in ema[row : row + 1] if m is not None)]
         source = old_p if from_old else p.clone()
         old_p.copy_(source)
         p.copy_(source)
-        if not is_skipped(norm, found_inf):
-            p.copy_(perturbed(source, g, norm, rho=rho, lambd=lambd, adaptive=adaptive, eta=eta, eps=eps, grad_scale=grad_scale))
+        if is_skipped(norm, found_inf):
+            continue
+        stochastic = rounding_seed is not None and p.dtype is torch.bfloat16
+        if stochastic:
+            source, g = source.to(torch.float32), g.to(torch.float32)
+        scale = grad_scale
+        if ema is not None:
+            assert kind is not None
+            g, scale = direction_used(g if scale is None else g / scale, ema[row], kind=kind, sigma=sigma, lmbda=lmbda), None
+        x = perturbed(source, g, norm, rho=rho, lambd=lambd, adaptive=adaptive, eta=eta, eps=eps, grad_scale=scale)
+        p.copy_(rounded_stochastically(x, rounding_words(given, row, cast(int, rounding_seed))) if stochastic else x)
 
 
 def restore_(params: Tensors, old_params: Tensors) -> None:

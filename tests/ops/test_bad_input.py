@@ -19,6 +19,19 @@ def perturb() -> Arguments:
     return {**lists("params", "grads", "old_params"), "norm": torch.tensor(1.0), "rho": 0.1}
 
 
+def direction() -> Arguments:
+    return {**lists("grads", "ema", "params"), "kind": "friendly", "adaptive": True}
+
+
+def friendly() -> Arguments:
+    """The call of ``perturb_`` with every list it can take."""
+    return {**lists("params", "grads", "old_params", "ema"), "norm": torch.tensor(1.0), "rho": 0.1, "kind": "friendly"}
+
+
+def random_perturb() -> Arguments:
+    return {**lists("params", "old_params"), "seed": 1, "scale": 0.1, "distribution": "normal"}
+
+
 def restore() -> Arguments:
     return lists("params", "old_params")
 
@@ -43,6 +56,9 @@ def norms() -> Arguments:
 
 CALLS: dict[str, Callable[[], Arguments]] = {
     "perturb_": perturb,
+    "perturb_ ema": friendly,
+    "direction_norm_": direction,
+    "random_perturb_": random_perturb,
     "restore_": restore,
     "sgd_step_": sgd,
     "adamw_step_": adamw,
@@ -84,13 +100,14 @@ EXPANDED = torch.ones(1).expand(5)
 # operation, what is wrong, exception, what the message names
 TABLE: list[tuple[str, Change, type[Exception], str]] = [
     *[
-        (op, put(name, 1, bad), error, rf"{op}: {name}\[1\] .*{words}")
+        (op, put(name, 1, bad), error, rf"{op.split()[0]}: {name}\[1\] .*{words}")
         for op, name in [
             ("perturb_", "params"), ("perturb_", "grads"), ("perturb_", "old_params"),
-            ("restore_", "params"), ("restore_", "old_params"),
+            ("random_perturb_", "params"), ("random_perturb_", "old_params"), ("restore_", "params"), ("restore_", "old_params"),
             ("sgd_step_", "params"), ("sgd_step_", "grads"), ("sgd_step_", "old_params"), ("sgd_step_", "momentum_buffers"),
             ("adamw_step_", "params"), ("adamw_step_", "grads"), ("adamw_step_", "exp_avgs"), ("adamw_step_", "exp_avg_sqs"),
             ("grad_norm", "grads"), ("grad_norm", "params"),
+            ("direction_norm_", "grads"), ("direction_norm_", "params"), ("direction_norm_", "ema"), ("perturb_ ema", "ema"),
         ]
         for bad, error, words in [
             (3.0, TypeError, r"must be a torch.Tensor, got 3.0"),
@@ -100,38 +117,41 @@ TABLE: list[tuple[str, Change, type[Exception], str]] = [
         ]
     ],
     *[
-        (op, put(name, 1, torch.ones(6)), ValueError, rf"{op}: {name}\[1\] has shape \(6,\)")
+        (op, put(name, 1, torch.ones(6)), ValueError, rf"{op.split()[0]}: {name}\[1\] has shape \(6,\)")
         for op, name in [
             ("perturb_", "grads"), ("perturb_", "old_params"), ("restore_", "old_params"), ("sgd_step_", "grads"),
             ("sgd_step_", "momentum_buffers"), ("sgd_step_", "old_params"), ("adamw_step_", "grads"), ("adamw_step_", "exp_avgs"),
-            ("adamw_step_", "exp_avg_sqs"), ("adamw_step_", "old_params"), ("grad_norm", "params"),
+            ("adamw_step_", "exp_avg_sqs"), ("adamw_step_", "old_params"), ("grad_norm", "params"), ("direction_norm_", "params"),
+            ("direction_norm_", "ema"), ("perturb_ ema", "ema"),
         ]
     ],
     *[
-        (op, drop_last(name), ValueError, rf"{op}: {name} has 2 tensors, \w+ has 3")
+        (op, drop_last(name), ValueError, rf"{op.split()[0]}: {name} has 2 tensors, \w+ has 3")
         for op, name in [
             ("perturb_", "grads"), ("perturb_", "old_params"), ("restore_", "old_params"), ("sgd_step_", "grads"),
             ("sgd_step_", "momentum_buffers"), ("sgd_step_", "old_params"), ("adamw_step_", "grads"), ("adamw_step_", "exp_avg_sqs"),
-            ("adamw_step_", "state_steps"), ("grad_norm", "params"),
+            ("adamw_step_", "state_steps"), ("grad_norm", "params"), ("direction_norm_", "params"), ("direction_norm_", "ema"),
+            ("perturb_ ema", "ema"),
         ]
     ],
     *[
-        (op, keyword(name, torch.ones(3)), TypeError, rf"{op}: {name} must be a list")
+        (op, keyword(name, torch.ones(3)), TypeError, rf"{op.split()[0]}: {name} must be a list")
         for op, name in [
             ("perturb_", "params"), ("perturb_", "grads"), ("restore_", "old_params"), ("sgd_step_", "params"), ("sgd_step_", "grads"),
             ("sgd_step_", "momentum_buffers"), ("adamw_step_", "exp_avgs"), ("adamw_step_", "state_steps"), ("grad_norm", "grads"),
-            ("grad_norms", "grad_groups"),
+            ("grad_norms", "grad_groups"), ("direction_norm_", "ema"), ("perturb_ ema", "ema"),
         ]
     ],
     *[
         (op, same_memory((first, 1), (second, 1)), ValueError, rf"{op}: {first}\[1\] and {second}\[1\] are the same memory")
         for op, first, second in [
-            ("perturb_", "params", "old_params"), ("sgd_step_", "params", "momentum_buffers"), ("adamw_step_", "exp_avgs", "exp_avg_sqs"),
+            ("perturb_", "params", "old_params"), ("random_perturb_", "params", "old_params"),
+            ("sgd_step_", "params", "momentum_buffers"), ("adamw_step_", "exp_avgs", "exp_avg_sqs"),
         ]
     ],
     *[
         (op, both(put(name, 1, shared), put(name, 2, shared), *[put(other, 2, torch.ones(5)) for other in others]), ValueError,
-         rf"{op}: {name}\[1\] and {name}\[2\] are the same memory")
+         rf"{op.split()[0]}: {name}\[1\] and {name}\[2\] are the same memory")
         for shared in [torch.ones(5)]
         for op, name, others in [
             ("perturb_", "params", ["grads", "old_params"]), ("restore_", "params", ["old_params"]),
@@ -168,7 +188,7 @@ TABLE: list[tuple[str, Change, type[Exception], str]] = [
     ("adamw_step_", keyword("betas", (-0.1, 0.9)), ValueError, r"adamw_step_: betas\[0\] must be"),
     ("perturb_", keyword("lambd", 1.5), ValueError, r"perturb_: lambd must be a finite number in \[0.0, 1.0\], got 1.5"),
     *[
-        (op, keyword(name, bad), error, rf"{op}: {name} must be a .*got ")
+        (op, keyword(name, bad), error, rf"{op.split()[0]}: {name} must be a .*got ")
         for op, names in {
             "perturb_": ["rho", "lambd", "eta", "eps"],
             "sgd_step_": ["lr", "momentum", "weight_decay"],
@@ -179,6 +199,42 @@ TABLE: list[tuple[str, Change, type[Exception], str]] = [
         for name in names
         for bad, error in [(math.nan, ValueError), (math.inf, ValueError), (-0.1, ValueError), ("0.1", TypeError), (None, TypeError)]
     ],
+    *[
+        ("random_perturb_", keyword(name, bad), error, rf"random_perturb_: {name} must be .*{words}")
+        for name, bad, error, words in [
+            ("seed", 1.0, TypeError, r"an integer, got 1.0"), ("seed", True, TypeError, r"an integer, got True"),
+            ("seed", None, TypeError, r"an integer, got NoneType"), ("seed", -1, ValueError, r"in \[0, 2\^64\), got -1"),
+            ("seed", 2**64, ValueError, r"in \[0, 2\^64\), got 18446744073709551616"), ("scale", math.nan, ValueError, r"a finite number"),
+            ("scale", math.inf, ValueError, r"a finite number"), ("scale", "1", TypeError, r"a number, got '1'"),
+            ("distribution", "uniform", ValueError, r"one of 'rademacher', 'normal', got 'uniform'"),
+            ("distribution", None, TypeError, r"one of 'rademacher', 'normal', got NoneType"), ("from_old", 1, TypeError, r"True or False"),
+        ]
+    ],
+    ("direction_norm_", both(put("ema", 0, None), put("ema", 2, torch.ones(3))), ValueError, r"direction_norm_: ema\[2\] has shape"),
+    ("direction_norm_", put("ema", 1, EXPANDED), ValueError, r"direction_norm_: ema\[1\] is expanded"),
+    ("direction_norm_", keyword("params", None), ValueError, r"direction_norm_: adaptive=True needs params"),
+    ("direction_norm_", keyword("kind", None), TypeError, r"direction_norm_: kind must be one of 'vasso', 'friendly', got NoneType"),
+    ("direction_norm_", keyword("kind", "sam"), ValueError, r"direction_norm_: kind must be one of 'vasso', 'friendly', got 'sam'"),
+    ("direction_norm_", keyword("grad_scale", 2.0), TypeError, r"direction_norm_: grad_scale must be"),
+    ("perturb_ ema", keyword("kind", None), ValueError, r"perturb_: ema and kind belong together, got only ema"),
+    ("perturb_", keyword("kind", "vasso"), ValueError, r"perturb_: ema and kind belong together, got only kind"),
+    *[
+        (op, keyword(name, bad), error, rf"{op.split()[0]}: {name} must be a .*got ")
+        for op, name in [
+            ("direction_norm_", "theta"), ("direction_norm_", "lmbda"), ("direction_norm_", "sigma"), ("direction_norm_", "eta"),
+            ("perturb_ ema", "lmbda"), ("perturb_ ema", "sigma"),
+        ]
+        for bad, error in [(math.nan, ValueError), (math.inf, ValueError), ("0.1", TypeError), (None, TypeError)]
+    ],
+    *[
+        (op, keyword(name, bad), ValueError, rf"{op.split()[0]}: {name} must be a finite number in \(0.0, 1.0\], got {bad}")
+        for op, name in [("direction_norm_", "theta"), ("direction_norm_", "lmbda"), ("perturb_ ema", "lmbda")]
+        for bad in (0.0, -0.1, 1.5)
+    ],
+    ("perturb_", keyword("rounding_seed", 1.0), TypeError, r"perturb_: rounding_seed must be an integer, got 1.0"),
+    ("perturb_", keyword("rounding_seed", 2**64), ValueError, r"perturb_: rounding_seed must be an integer in \[0, 2\^64\)"),
+    ("perturb_", both(keyword("rounding_seed", 1), put("params", 1, torch.ones(5, dtype=torch.float16))), TypeError,
+     r"perturb_: params\[1\] is float16; rounding_seed is for bfloat16"),
     ("sgd_step_", keyword("dampening", math.nan), ValueError, r"sgd_step_: dampening must be a finite number"),
     *[
         (op, both(keyword("norm", torch.tensor(1.0)), keyword("max_norm", bad)), ValueError, rf"{op}: max_norm must be a finite number")
@@ -191,7 +247,7 @@ TABLE: list[tuple[str, Change, type[Exception], str]] = [
 def test_the_untouched_calls_are_right(backend: str) -> None:
     """So that each row of the table fails for its own reason."""
     for op, arguments in CALLS.items():
-        getattr(functional, op)(**arguments())
+        getattr(functional, op.split()[0])(**arguments())
 
 
 def test_bad_arguments(backend: str) -> None:
@@ -200,7 +256,7 @@ def test_bad_arguments(backend: str) -> None:
         change(arguments)
         before = [tensor.clone() for tensor in tensors_of(arguments)]
         with pytest.raises(error, match=message):  # noqa: PT012 - else nothing would name the row that raised nothing
-            getattr(functional, op)(**arguments)
+            getattr(functional, op.split()[0])(**arguments)
             pytest.fail(f"{op} accepted what should raise {error.__name__}: {message}")
         assert_same_bits(f"{op}, {message}", tensors_of(arguments), before)
 

@@ -21,7 +21,9 @@ NEEDS = {"baseline": set(), "avx2": {"avx2", "f16c"}, "avx512": {"avx512f", "avx
 OPTION = {
     "grad_norm": "adaptive",
     "grad_norms": "plain",
+    "direction_norm_": "friendly_adaptive",
     "perturb_": "adaptive_eta",
+    "random_perturb_": "normal",
     "sgd_step_": "nesterov_old",
     "adamw_step_": "adamw_old",
 }
@@ -37,7 +39,7 @@ def threads() -> Iterator[None]:
 def outcome(op: str, dtype: str, case: str) -> list[Tensor | None]:
     problem = build(op, case, dtype, OPTION.get(op, op.rstrip("_")))
     result = run(problem)
-    return [result] if isinstance(result, Tensor) else [tensor for tensors in problem.lists.values() for tensor in tensors]
+    return [*([result] if isinstance(result, Tensor) else []), *(tensor for tensors in problem.lists.values() for tensor in tensors)]
 
 
 @pytest.mark.usefixtures("threads")

@@ -10,14 +10,17 @@ from sam_kernels.backends import foreach
 from sam_kernels.cli._check import check
 from sam_kernels.cli.validate import combinations
 
+OPERATIONS = ("direction_norm_", "perturb_", "random_perturb_", "sgd_step_", "adamw_step_")
+
 
 @pytest.fixture(autouse=True)
 def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_reading(*_: object) -> None:
         raise AssertionError("a number was read back from the device")
 
-    monkeypatch.setattr(foreach, "_is_host", lambda scalar: False)
-    for name in ("perturb_", "sgd_step_", "adamw_step_"):
+    for module in (foreach.ops, foreach._rows):
+        monkeypatch.setattr(module, "is_host", lambda scalar: False)
+    for name in OPERATIONS:
 
         def guarded(*args: object, real: object = getattr(foreach, name), **kwargs: object) -> object:
             with pytest.MonkeyPatch.context() as patch:
@@ -28,7 +31,7 @@ def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(foreach, name, guarded)
 
 
-@pytest.mark.parametrize("op", ["perturb_", "sgd_step_", "adamw_step_"])
+@pytest.mark.parametrize("op", OPERATIONS)
 def test_matches_the_reference_without_reading_a_number(op: str) -> None:
     dtype, checked = "float32", 0
     for case, option in combinations(op, dtype):

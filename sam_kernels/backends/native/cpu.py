@@ -25,13 +25,17 @@ __all__ = [
     "DEVICE_TYPES",
     "DTYPES",
     "IS_AUTOMATIC",
+    "KNOWS_SKIPS",
     "adamw_step_",
     "check_finite_",
     "current_grads",
     "describe",
+    "direction_norm_",
     "grad_norms",
     "is_current",
+    "norm_roundings",
     "perturb_",
+    "random_perturb_",
     "restore_",
     "sgd_step_",
     "vouch",
@@ -40,6 +44,7 @@ __all__ = [
 DEVICE_TYPES = frozenset({"cpu"})
 DTYPES = None  # all that operations take
 IS_AUTOMATIC = True
+KNOWS_SKIPS = True
 
 _cpu.register_types(torch.Tensor, torch.nn.Parameter, (torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
@@ -141,6 +146,10 @@ def grad_norms(
     return result if len(norms) != 1 else report_norm(result[0], found_inf, skipped, out).reshape(1)
 
 
+def norm_roundings(numels: Sequence[int]) -> None:
+    """float32 roundings that a term of a norm passes through: none, sums are in float64."""
+
+
 def check_finite_(grads: Sequence[Tensor], found_inf: Tensor) -> None:
     """Sets found_inf where a gradient is not finite: float64 sums of float32 squares overflow for nothing else. Reads g."""
     grad_norms(grads, None, [len(grads)], adaptive=False, eta=0.0, found_inf=found_inf, skipped=None, out=None)
@@ -160,26 +169,96 @@ def perturb_(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     from_old: bool,
+    ema: Sequence[Tensor] | None,
+    grad_weight: float,
+    ema_weight: float,
+    rounding_seed: int | None,
+    row_indices: Sequence[int],
 ) -> None:
-    """Reads p, g; writes old_p, p. ``from_old``: reads old_p, g; writes p. A skipped one only saves (``from_old``: restores)."""
+    """Reads p, g, m; writes old_p, p. ``from_old``: reads old_p, g, m; writes p. A skipped one only saves (``from_old``: restores).
+
+    With ``ema``, m, the direction is grad_weight g / grad_scale + ema_weight m (without g where its weight is 0) and ``norm`` is its own.
+    """
     threads = torch.get_num_threads()
     _written(params)
     if _skips(norm, found_inf):
         _cpu.copy(params=_native(params), old_params=_native(old_params), save=not from_old, threads=threads)
         return
-    _cpu.perturb(
-        params=_native(params),
+    arguments = {
+        "params": _native(params),
+        "grads": _native(grads),
+        "old_params": _native(old_params),
+        "norm": norm.item(),
+        "rho": rho,
+        "lambd": lambd,
+        "eps": eps,
+        "eta": eta,
+        "inv_grad_scale": _inverse(grad_scale),
+        "adaptive": adaptive,
+        "from_old": from_old,
+        "threads": threads,
+    }
+    if ema is None and rounding_seed is None:
+        _cpu.perturb(**arguments)
+        return
+    _cpu.perturb_variant(
+        ema=_native(ema), grad_weight=grad_weight, ema_weight=ema_weight, rounding_seed=rounding_seed, row_indices=row_indices, **arguments
+    )
+
+
+def direction_norm_(
+    grads: Sequence[Tensor],
+    ema: Sequence[Tensor],
+    params: Sequence[Tensor] | None,
+    *,
+    kind: str,
+    first_step: bool,
+    theta: float,
+    sigma: float,
+    lmbda: float,
+    adaptive: bool,
+    eta: float,
+    grad_scale: Tensor | None,
+) -> Tensor:  # () float64
+    """Reads g, m (and p when adaptive); writes m. ``first_step``: m is only written."""
+    norm = _cpu.direction_norm(
+        params=_native(params) if adaptive else None,
         grads=_native(grads),
-        old_params=_native(old_params),
-        norm=norm.item(),
-        rho=rho,
-        lambd=lambd,
-        eps=eps,
+        ema=_native(ema),
+        adaptive=adaptive,
+        friendly=kind == "friendly",
+        first_step=first_step,
         eta=eta,
         inv_grad_scale=_inverse(grad_scale),
-        adaptive=adaptive,
+        decay=lmbda if kind == "friendly" else 1.0 - theta,
+        gain=1.0 - lmbda if kind == "friendly" else theta,
+        sigma=sigma,
+        threads=torch.get_num_threads(),
+    )
+    return torch.tensor(norm, dtype=torch.float64)
+
+
+def random_perturb_(
+    params: Sequence[Tensor],
+    old_params: Sequence[Tensor],
+    row_indices: Sequence[int],
+    *,
+    seed: int,
+    scale: float,
+    distribution: str,
+    from_old: bool,
+) -> None:
+    """Reads p; writes old_p, p. ``from_old``: reads old_p; writes p."""
+    _written(params)
+    _cpu.random_perturb(
+        params=_native(params),
+        old_params=_native(old_params),
+        row_indices=row_indices,
+        seed=seed,
+        scale=scale,
+        normal=distribution == "normal",
         from_old=from_old,
-        threads=threads,
+        threads=torch.get_num_threads(),
     )
 
 

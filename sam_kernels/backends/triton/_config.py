@@ -31,7 +31,7 @@ CONFIGS = {
     "adamw": Config(16384, 1024),
     "steps": Config(1, 1),  # counters of one element: only their addresses are of interest
     "direction": Config(16384, 2048),
-    "random": Config(16384, 1024),  # block: elements, four a counter; a multiple of a random tile (1024)
+    "random": Config(16384, 4096),  # 1024 counters of four elements: eight a thread; a multiple of a random tile (1024)
 }
 
 FINISH_BLOCK = 1024  # sums of chunks that the finishing stage of a norm takes at a time

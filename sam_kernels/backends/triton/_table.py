@@ -64,6 +64,7 @@ class ChunkTable:
         self.groups = self._make_groups(given)
         self._sums: tuple[Tensor, Tensor] | None = None
         self._corrections: tuple[Tensor, Tensor] | None = None
+        self._row_indices: dict[tuple[int, ...], Tensor] = {}
         self._bounds: dict[tuple[int, ...], Tensor] = {}
 
     def _make_groups(self, given: Mapping[str, Description]) -> list[LaunchGroup]:
@@ -127,6 +128,15 @@ class ChunkTable:
             first, second = (torch.empty(self.count, dtype=torch.float32, device=self.device) for _ in range(2))
             self._corrections = first, second
         return self._corrections
+
+    def row_indices(self, indices: Sequence[int]) -> Tensor | None:  # (R,) int32
+        """The caller's numbers of the rows; None where they are the table's."""
+        if isinstance(indices, range) and indices == range(self.count):
+            return None
+        key = tuple(indices)
+        if key not in self._row_indices:
+            self._row_indices[key] = upload(torch.tensor(key, dtype=torch.int32), self.device)
+        return self._row_indices[key]
 
     def bounds(self, group_sizes: tuple[int, ...]) -> Tensor:  # (M + 1,) int32
         """Where the chunks of each of M consecutive groups of rows begin, and where the last ends."""

@@ -1,31 +1,31 @@
-"""``torch._foreach_*`` on any device, with no compiler: the fallback. Correct first; it makes temporaries and several passes.
-
-Arithmetic in float32 (float64 for a row that has a float64 tensor), one rounding to storage, as every backend. Nothing here waits for a
-device: a step is skipped by selecting, not by branching.
-"""
+"""Norms, the ascent, the way back and the descent. Correct first: temporaries and several passes."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sam_kernels._flags import report_norm
 from sam_kernels._tensor_list import TensorList
+from sam_kernels.backends.foreach._rows import arithmetic_dtypes, is_host, number_of, scale_, skip_of, start, widen, write
+from sam_kernels.backends.foreach.directions import weighted_directions
+from sam_kernels.backends.foreach.random import rounded_stochastically
 
 __all__ = [
     "DEVICE_TYPES",
     "DTYPES",
     "IS_AUTOMATIC",
+    "KNOWS_SKIPS",
     "adamw_step_",
     "check_finite_",
     "current_grads",
     "describe",
     "grad_norms",
     "is_current",
+    "norm_roundings",
     "perturb_",
     "restore_",
     "sgd_step_",
@@ -35,6 +35,7 @@ __all__ = [
 DEVICE_TYPES = None  # every device torch knows
 DTYPES = None  # all that operations take
 IS_AUTOMATIC = True
+KNOWS_SKIPS = True  # on the CPU
 
 
 def describe() -> str:
@@ -58,57 +59,6 @@ def current_grads(known: TensorList, params: list[Tensor]) -> TensorList | None:
 def is_current(known: TensorList, tensors: list[Tensor]) -> bool:
     """Whether ``tensors`` are those of ``known``. Where they lie is torch's own business."""
     return len(known) == len(tensors) and all(map(operator.is_, known, tensors))
-
-
-def _arithmetic_dtypes(*lists: Sequence[Tensor] | None) -> list[torch.dtype]:
-    """The arithmetic type of each row."""
-    rows = zip(*(tensors for tensors in lists if tensors is not None), strict=True)
-    return [torch.float64 if any(t.dtype is torch.float64 for t in row) else torch.float32 for row in rows]
-
-
-def _widen(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], *, copy: bool = False) -> list[Tensor]:
-    """The tensors in the arithmetic type: themselves where they are of it, unless a ``copy`` is asked for."""
-    return [tensor.to(dtype, copy=copy) for tensor, dtype in zip(tensors, dtypes, strict=True)]
-
-
-def _write(destinations: Sequence[Tensor], results: Sequence[Tensor], skip: Tensor | None) -> None:
-    """Rounds the results once into their destinations, where they are not these already, except where the step is skipped."""
-    for destination, result in zip(destinations, results, strict=True):
-        if result is not destination:
-            rounded = result.to(destination.dtype)
-            destination.copy_(rounded if skip is None else torch.where(skip, destination, rounded))
-
-
-def _is_host(scalar: Tensor) -> bool:
-    """Whether reading a number waits for nobody."""
-    return scalar.device.type == "cpu"
-
-
-def _skip(norm: Tensor | None, found_inf: Tensor | None) -> Tensor | Literal[True] | None:
-    """Whether to skip: known on the CPU, () bool on another device, None where nothing can ask for it."""
-    flags = []
-    if norm is not None:
-        flags.append(~torch.isfinite(norm.reshape(())))
-    if found_inf is not None:
-        flags.append(found_inf.reshape(()) != 0)
-    if not flags:
-        return None
-    skip = flags[0] if len(flags) == 1 else flags[0] | flags[1]
-    if _is_host(skip):
-        return True if bool(skip) else None
-    return skip
-
-
-def _number(scalar: Tensor) -> Tensor | float:
-    return float(scalar) if _is_host(scalar) else scalar
-
-
-def _scale_(tensors: Sequence[Tensor], factor: Tensor | float) -> None:
-    if isinstance(factor, float):
-        torch._foreach_mul_(list(tensors), factor)
-    else:
-        for tensor in tensors:
-            tensor.mul_(factor.to(tensor.dtype))
 
 
 def grad_norms(
@@ -140,23 +90,14 @@ def grad_norms(
     return stacked if len(result) != 1 else report_norm(stacked[0], found_inf, skipped, out).reshape(1)
 
 
+def norm_roundings(numels: Sequence[int]) -> None:
+    """float32 roundings that a term of a norm passes through: none, sums are in float64."""
+
+
 def check_finite_(grads: Sequence[Tensor], found_inf: Tensor) -> None:
     """Sets found_inf where a gradient is not finite. Reads g."""
     for norm in torch._foreach_norm(list(grads), ord=torch.inf):
         report_norm(norm, found_inf, None, None)
-
-
-def _start(
-    params: Sequence[Tensor], old_params: Sequence[Tensor] | None, dtypes: Sequence[torch.dtype], skip: Tensor | None
-) -> list[Tensor]:
-    """What an operation starts from, in the arithmetic type, to be changed in place: the parameters, restored first where there are
-    ``old_params``, or a copy of a backup that is of a wider type than its parameter."""
-    if old_params is None:
-        return _widen(params, dtypes, copy=skip is not None)
-    restore_(params, old_params)
-    sources = [old if old.dtype is not param.dtype else param for param, old in zip(params, old_params, strict=True)]
-    copies = [source is not param or skip is not None for source, param in zip(sources, params, strict=True)]
-    return [source.to(dtype, copy=copy) for source, dtype, copy in zip(sources, dtypes, copies, strict=True)]
 
 
 def perturb_(
@@ -173,33 +114,44 @@ def perturb_(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     from_old: bool,
+    ema: Sequence[Tensor] | None,
+    grad_weight: float,
+    ema_weight: float,
+    rounding_seed: int | None,
+    row_indices: Sequence[int],
 ) -> None:
-    """See :func:`sam_kernels.functional.perturb_`."""
-    skip = _skip(norm, found_inf)
+    """See :func:`sam_kernels.functional.perturb_`. With ``ema``, m, the direction is grad_weight g / grad_scale + ema_weight m."""
+    skip = skip_of(norm, found_inf)
     if not from_old:
         torch._foreach_copy_(list(old_params), list(params))
     if skip is True:
         if from_old:
             restore_(params, old_params)
         return
-    dtypes = _arithmetic_dtypes(params, grads, old_params)
+    dtypes = arithmetic_dtypes(params, grads, old_params, ema)
     # Scalars in float64 whatever they are given in: a float64 row takes part in that precision.
     inverse = 1.0 if grad_scale is None else 1.0 / grad_scale.reshape(()).to(torch.float64)
-    scale = _number(rho * ((1.0 - lambd) + lambd / (norm.reshape(()).to(torch.float64) * inverse + eps)) * inverse)
-    results = _start(params, old_params if from_old else None, dtypes, skip)
-    steps = _widen(grads, dtypes)
+    if ema is not None:  # the direction and its norm are unscaled
+        steps, inverse = weighted_directions(grads, ema, dtypes, inverse, grad_weight, ema_weight), 1.0
+    else:
+        steps = widen(grads, dtypes)
+    scale = number_of(rho * ((1.0 - lambd) + lambd / (norm.reshape(()).to(torch.float64) * inverse + eps)) * inverse)
+    results = start(params, old_params if from_old else None, dtypes, skip)
     if adaptive:
         weights = torch._foreach_abs(results)
         torch._foreach_add_(weights, eta)
         torch._foreach_mul_(weights, weights)
         torch._foreach_mul_(weights, steps)
-        _scale_(weights, scale)
+        scale_(weights, scale)
         torch._foreach_add_(results, weights)
     elif isinstance(scale, float):
         torch._foreach_add_(results, steps, alpha=scale)
     else:
         torch._foreach_add_(results, [step * scale.to(step.dtype) for step in steps])
-    _write(params, results, skip)
+    if rounding_seed is not None:
+        rows = list(zip(*(tensors for tensors in (params, grads, old_params, ema) if tensors is not None), strict=True))
+        results = rounded_stochastically(results, rows, row_indices, rounding_seed)
+    write(params, results, skip)
 
 
 def restore_(params: Sequence[Tensor], old_params: Sequence[Tensor]) -> None:
@@ -224,11 +176,11 @@ def _grad_updates(
     if norm is not None and max_norm is not None:
         unscaled = norm.reshape(()).to(torch.float64) * (1.0 if inverse is None else inverse)
         factor = factor * torch.clamp(max_norm / (unscaled + 1e-6), max=1.0)
-    number = _number(factor)
+    number = number_of(factor)
     changes = number != 1.0 if isinstance(number, float) else maximize or inverse is not None or max_norm is not None
-    updates = _widen(grads, dtypes, copy=changes)
+    updates = widen(grads, dtypes, copy=changes)
     if changes:
-        _scale_(updates, number)
+        scale_(updates, number)
     return updates
 
 
@@ -251,18 +203,18 @@ def sgd_step_(
     max_norm: float | None,
 ) -> bool:
     """See :func:`sam_kernels.functional.sgd_step_`."""
-    skip = _skip(norm, found_inf)
+    skip = skip_of(norm, found_inf)
     if skip is True:
         if old_params is not None:
             restore_(params, old_params)
         return False
-    dtypes = _arithmetic_dtypes(params, grads, old_params, momentum_buffers)
-    results = _start(params, old_params, dtypes, skip)
+    dtypes = arithmetic_dtypes(params, grads, old_params, momentum_buffers)
+    results = start(params, old_params, dtypes, skip)
     updates = _grad_updates(grads, dtypes, maximize=maximize, grad_scale=grad_scale, norm=norm, max_norm=max_norm)
     if weight_decay != 0:
         updates = list(torch._foreach_add(updates, results, alpha=weight_decay))
     if momentum_buffers is not None:
-        buffers = _widen(momentum_buffers, dtypes, copy=skip is not None)
+        buffers = widen(momentum_buffers, dtypes, copy=skip is not None)
         if first_step:
             torch._foreach_copy_(buffers, updates)
         else:
@@ -270,10 +222,10 @@ def sgd_step_(
             torch._foreach_add_(buffers, updates, alpha=1.0 - dampening)
         updates = list(torch._foreach_add(updates, buffers, alpha=momentum)) if nesterov else buffers
         torch._foreach_add_(results, updates, alpha=-lr)
-        _write(momentum_buffers, buffers, skip)
+        write(momentum_buffers, buffers, skip)
     else:
         torch._foreach_add_(results, updates, alpha=-lr)
-    _write(params, results, skip)
+    write(params, results, skip)
     return True
 
 
@@ -297,13 +249,13 @@ def adamw_step_(
     max_norm: float | None,
 ) -> bool:
     """See :func:`sam_kernels.functional.adamw_step_`."""
-    skip = _skip(norm, found_inf)
+    skip = skip_of(norm, found_inf)
     if skip is True:
         if old_params is not None:
             restore_(params, old_params)
         return False
-    dtypes = _arithmetic_dtypes(params, grads, old_params, exp_avgs, exp_avg_sqs)
-    results = _start(params, old_params, dtypes, skip)
+    dtypes = arithmetic_dtypes(params, grads, old_params, exp_avgs, exp_avg_sqs)
+    results = start(params, old_params, dtypes, skip)
     updates = _grad_updates(grads, dtypes, maximize=maximize, grad_scale=grad_scale, norm=norm, max_norm=max_norm)
     if weight_decay != 0:
         if decoupled:
@@ -313,14 +265,14 @@ def adamw_step_(
     beta1, beta2 = betas
     steps = [step + 1 if skip is None else torch.where(skip.to(step.device), step, step + 1) for step in state_steps]
     torch._foreach_copy_(list(state_steps), steps)
-    new_exp_avgs = _widen(exp_avgs, dtypes, copy=skip is not None)
+    new_exp_avgs = widen(exp_avgs, dtypes, copy=skip is not None)
     torch._foreach_lerp_(new_exp_avgs, updates, 1.0 - beta1)
-    new_exp_avg_sqs = _widen(exp_avg_sqs, dtypes, copy=skip is not None)
+    new_exp_avg_sqs = widen(exp_avg_sqs, dtypes, copy=skip is not None)
     torch._foreach_mul_(new_exp_avg_sqs, beta2)
     torch._foreach_addcmul_(new_exp_avg_sqs, updates, updates, 1.0 - beta2)
     denominators = torch._foreach_sqrt(new_exp_avg_sqs)
     times = [step.to(torch.float64).reshape(()) for step in steps]
-    if all(_is_host(t) for t in times):
+    if all(is_host(t) for t in times):
         numbers = [t.item() for t in times]
         torch._foreach_div_(denominators, [(1.0 - beta2**t) ** 0.5 for t in numbers])
         torch._foreach_add_(denominators, eps)
@@ -330,7 +282,7 @@ def adamw_step_(
             step_size = (lr / (1.0 - beta1**t)).to(device=result.device, dtype=result.dtype)
             correction = (1.0 - beta2**t).sqrt().to(device=result.device, dtype=result.dtype)
             result.sub_(step_size * (exp_avg / (denominator / correction + eps)))
-    _write(exp_avgs, new_exp_avgs, skip)
-    _write(exp_avg_sqs, new_exp_avg_sqs, skip)
-    _write(params, results, skip)
+    write(exp_avgs, new_exp_avgs, skip)
+    write(exp_avg_sqs, new_exp_avg_sqs, skip)
+    write(params, results, skip)
     return True

@@ -1,0 +1,29 @@
+// A float and its bits, and how functions of these headers are inlined.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define SAM_INLINE __host__ __device__ __forceinline__
+#else
+// always_inline, not just inline: these headers are compiled once per instruction set, and an out-of-line copy of one set could be the one
+// the linker keeps for all of them.
+#define SAM_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace sam {
+
+SAM_INLINE uint32_t float_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+SAM_INLINE float bits_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+}  // namespace sam

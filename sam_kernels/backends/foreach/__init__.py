@@ -1,0 +1,45 @@
+"""``torch._foreach_*`` on any device, with no compiler: the fallback. Correct first; it makes temporaries and several passes.
+
+Arithmetic in float32 (float64 for a row that has a float64 tensor), one rounding to storage, as every backend. Nothing here waits for a
+device: a step is skipped by selecting, not by branching.
+"""
+
+from sam_kernels.backends.foreach.directions import direction_norm_
+from sam_kernels.backends.foreach.ops import (
+    DEVICE_TYPES,
+    DTYPES,
+    IS_AUTOMATIC,
+    KNOWS_SKIPS,
+    adamw_step_,
+    check_finite_,
+    current_grads,
+    describe,
+    grad_norms,
+    is_current,
+    norm_roundings,
+    perturb_,
+    restore_,
+    sgd_step_,
+    vouch,
+)
+from sam_kernels.backends.foreach.random import random_perturb_
+
+__all__ = [
+    "DEVICE_TYPES",
+    "DTYPES",
+    "IS_AUTOMATIC",
+    "KNOWS_SKIPS",
+    "adamw_step_",
+    "check_finite_",
+    "current_grads",
+    "describe",
+    "direction_norm_",
+    "grad_norms",
+    "is_current",
+    "norm_roundings",
+    "perturb_",
+    "random_perturb_",
+    "restore_",
+    "sgd_step_",
+    "vouch",
+]

@@ -1,0 +1,75 @@
+"""What the operations share: rows in the arithmetic type, and the way results go back to storage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["arithmetic_dtypes", "is_host", "number_of", "scale_", "skip_of", "start", "widen", "write"]
+
+
+def arithmetic_dtypes(*lists: Sequence[Tensor] | None) -> list[torch.dtype]:
+    """The arithmetic type of each row."""
+    rows = zip(*(tensors for tensors in lists if tensors is not None), strict=True)
+    return [torch.float64 if any(t.dtype is torch.float64 for t in row) else torch.float32 for row in rows]
+
+
+def widen(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], *, copy: bool = False) -> list[Tensor]:
+    """The tensors in the arithmetic type: themselves where they are of it, unless a ``copy`` is asked for."""
+    return [tensor.to(dtype, copy=copy) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+
+
+def write(destinations: Sequence[Tensor], results: Sequence[Tensor], skip: Tensor | None) -> None:
+    """Rounds the results once into their destinations, where they are not these already, except where the step is skipped."""
+    for destination, result in zip(destinations, results, strict=True):
+        if result is not destination:
+            rounded = result.to(destination.dtype)
+            destination.copy_(rounded if skip is None else torch.where(skip, destination, rounded))
+
+
+def is_host(scalar: Tensor) -> bool:
+    """Whether reading a number waits for nobody."""
+    return scalar.device.type == "cpu"
+
+
+def skip_of(norm: Tensor | None, found_inf: Tensor | None) -> Tensor | Literal[True] | None:
+    """Whether to skip: known on the CPU, () bool on another device, None where nothing can ask for it."""
+    flags = []
+    if norm is not None:
+        flags.append(~torch.isfinite(norm.reshape(())))
+    if found_inf is not None:
+        flags.append(found_inf.reshape(()) != 0)
+    if not flags:
+        return None
+    skip = flags[0] if len(flags) == 1 else flags[0] | flags[1]
+    if is_host(skip):
+        return True if bool(skip) else None
+    return skip
+
+
+def number_of(scalar: Tensor) -> Tensor | float:
+    return float(scalar) if is_host(scalar) else scalar
+
+
+def scale_(tensors: Sequence[Tensor], factor: Tensor | float) -> None:
+    if isinstance(factor, float):
+        torch._foreach_mul_(list(tensors), factor)
+    else:
+        for tensor in tensors:
+            tensor.mul_(factor.to(tensor.dtype))
+
+
+def start(
+    params: Sequence[Tensor], old_params: Sequence[Tensor] | None, dtypes: Sequence[torch.dtype], skip: Tensor | None
+) -> list[Tensor]:
+    """What an operation starts from, in the arithmetic type, to be changed in place: the parameters, restored first where there are
+    ``old_params``, or a copy of a backup that is of a wider type than its parameter."""
+    if old_params is None:
+        return widen(params, dtypes, copy=skip is not None)
+    torch._foreach_copy_(list(params), list(old_params))
+    sources = [old if old.dtype is not param.dtype else param for param, old in zip(params, old_params, strict=True)]
+    copies = [source is not param or skip is not None for source, param in zip(sources, params, strict=True)]
+    return [source.to(dtype, copy=copy) for source, dtype, copy in zip(sources, dtypes, copies, strict=True)]

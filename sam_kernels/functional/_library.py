@@ -1,0 +1,155 @@
+"""The operations as ``torch.ops.sam_kernels.*``: what ``torch.compile`` puts into its graphs in place of a call.
+
+Dynamo cannot look into a kernel. It can call an operator whose schema says what is written and whose fake implementation says what comes
+out. The operator's implementation is the ordinary function, run when the graph runs: the same kernels, the same checks, the same words.
+An eager call does not go through it, because a Python operator costs a call tens of microseconds.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from sam_kernels import _dispatch
+from sam_kernels.functional._common import Number, Tensors, TensorsOrNone
+
+__all__ = ["Arguments", "Flat", "operation"]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+Arguments = dict[str, Any]
+
+# False to Python, True to dynamo, which folds it: 30 ns. `torch.compiler.is_compiling` is a global flag, true in other threads too.
+_is_traced = torch.compiler.is_dynamo_compiling
+
+_SCHEMA_TYPES: dict[object, str] = {
+    Tensors: "Tensor[]",
+    Tensors | None: "Tensor[]?",
+    TensorsOrNone | None: "Tensor?[]?",
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    Number: "Tensor",
+    float: "float",
+    float | None: "float?",
+    tuple[float, float]: "float[]",
+    int: "int",
+    int | None: "int?",
+    bool: "bool",
+    str: "str",
+    str | None: "str?",
+}
+# Tuples, not unions: dynamo of torch 2.6 knows no union.
+_PYTHON_TYPES: dict[str, tuple[type, ...]] = {"Tensor": (Tensor,), "float": (int, float), "int": (int,), "bool": (bool,), "str": (str,)}
+
+
+class Flat(NamedTuple):
+    """How an operation whose arguments no schema can describe goes through an operator.
+
+    ``types`` are schema types by name, replacing or adding to those of the signature. ``lower`` puts such arguments into the caller's in
+    place, while traced, and returns False where they are none of the contract's. ``run`` calls the operation with lowered arguments.
+    """
+
+    types: dict[str, str]
+    lower: Callable[[Arguments], bool]
+    run: Callable[[Callable[..., Any], Arguments], Any]
+
+
+_AS_IT_IS = Flat({}, lower=lambda arguments: True, run=lambda op, arguments: op(**arguments))
+
+
+def operation(
+    *,
+    written: tuple[str, ...] = (),
+    scheduled: tuple[str, ...] = (),
+    fake: Callable[..., Tensor] | None = None,
+    flat: Flat = _AS_IT_IS,
+) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Makes a public function run without autograd, and traced by ``torch.compile`` as the operator of its name.
+
+    The schema follows from the annotations (``_SCHEMA_TYPES``). ``written`` names what the operation writes: tensors, tensors that may be
+    None, and lists that may not. ``scheduled`` numbers, as all that are annotated ``Number``, go into the graph as tensors: a new value
+    then is no new graph. ``fake`` takes the operator's arguments by name and makes the result without its values; None where nothing is
+    returned. A result shares no memory with an argument.
+    """
+
+    def register(op: Callable[_P, _R]) -> Callable[_P, _R]:
+        traced = _define(op, written, scheduled, fake, flat)
+
+        @functools.wraps(op)
+        def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            if _is_traced():
+                return cast(_R, traced(*args, **kwargs))
+            if not torch.is_grad_enabled():  # an optimizer calls operations with autograd already off
+                return op(*args, **kwargs)
+            with torch.no_grad():
+                return op(*args, **kwargs)
+
+        return wrapper
+
+    return register
+
+
+def _define(
+    op: Callable[..., Any], written: tuple[str, ...], scheduled: tuple[str, ...], fake: Callable[..., Tensor] | None, flat: Flat
+) -> Callable[..., Any]:
+    """Defines the operator of ``op``; returns what is traced in place of ``op``."""
+    parameters = inspect.signature(op, eval_str=True).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items() if parameter.default is not parameter.empty}
+    positional = [name for name, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    keywords = sorted(parameters)
+    special = dict.fromkeys(scheduled, "Tensor") | flat.types
+    types = {name: special.get(name) or _SCHEMA_TYPES[parameter.annotation] for name, parameter in parameters.items()}
+    types |= flat.types | {"backend": "str?"}
+    names = list(types)
+
+    def implementation(*values: Any) -> Any:
+        arguments = dict(zip(names, values, strict=True))
+        with _dispatch.use_backend(arguments.pop("backend")):
+            return flat.run(op, arguments)
+
+    def fake_implementation(*values: Any) -> Tensor | None:
+        return None if fake is None else fake(**dict(zip(names, values, strict=True)))
+
+    schema = f"({', '.join(_argument(name, types[name], written) for name in names)}) -> {'()' if fake is None else 'Tensor'}"
+    definition = torch.library.custom_op(f"sam_kernels::{op.__name__}", implementation, mutates_args=written, schema=schema)
+    definition.register_fake(fake_implementation)
+    operator = getattr(torch.ops.sam_kernels, op.__name__).default
+
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(positional, args)), **kwargs}  # noqa: B905 - too many are found by counting
+        arguments = {**defaults, **given}
+        if len(given) < len(args) + len(kwargs) or sorted(arguments) != keywords or not flat.lower(arguments):
+            return op(*args, **kwargs)  # has the words for what is wrong
+        for name in names:
+            if types[name] == "Tensor" and _fits("float", arguments.get(name)):
+                # An exact product, which torch.compile turns into one with a graph input when the number changes; torch.full it does not.
+                arguments[name] = torch.ones((), dtype=torch.float64, device="cpu") * arguments[name]
+        # Known here and not when the graph runs: a `with use_backend` that is traced itself is over by then.
+        arguments["backend"] = _dispatch.forced()
+        if not all(_fits(types[name], arguments[name]) for name in names):
+            return op(*args, **kwargs)
+        with torch.no_grad():
+            return operator(*[arguments[name] for name in names])
+
+    return traced
+
+
+def _argument(name: str, kind: str, written: tuple[str, ...]) -> str:
+    """``Tensor(a!)[] params``: its own letter for each name that is written, for none aliases another."""
+    if name in written:
+        kind = kind.replace("Tensor", f"Tensor({'abcdefgh'[written.index(name)]}!)")
+    return f"{kind} {name}"
+
+
+def _fits(kind: str, value: object) -> bool:
+    """Whether the dispatcher takes ``value`` for a ``kind`` of the schema, without a conversion that the operation would refuse."""
+    if kind.endswith("?"):
+        return value is None or _fits(kind[:-1], value)
+    if kind.endswith("[]"):
+        return isinstance(value, (list, tuple)) and all(_fits(kind[:-2], item) for item in value)
+    return isinstance(value, _PYTHON_TYPES[kind]) and (kind == "bool" or not isinstance(value, bool))

@@ -1,0 +1,65 @@
+"""Triton's interpreter, fit for thousands of launches: small chunks, so that tiny tensors cross every border, and less waste."""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from sam_kernels.cli import _cases
+
+__all__ = ["is_interpreted", "prepare"]
+
+CHUNK = 512
+BLOCK = 128  # four blocks a chunk
+TILE = 1024  # of the random numbers
+MANY = 100  # tensors of the case many_tiny: a launch of a thousand programs takes seconds here and shows nothing more
+
+
+def is_interpreted() -> bool:
+    """Whether this process interprets kernels: TRITON_INTERPRET=1 and a triton that can be used."""
+    try:
+        from sam_kernels.backends import triton
+    except ImportError:
+        return False
+    return triton.REASON_MISSING is None and triton.IS_INTERPRETED
+
+
+def prepare() -> None:
+    """For the rest of the process."""
+    from sam_kernels.backends.triton import _config
+
+    for name, config in _config.CONFIGS.items():
+        if config.chunk > CHUNK:
+            small = (2 * TILE, TILE) if name == "random" else (CHUNK, BLOCK)
+            _config.CONFIGS[name] = _config.Config(*small)
+    _cases.CHUNK = CHUNK
+    _cases.CASES["chunk_edges"] = _cases._uniform((CHUNK - 1,), (CHUNK,), (CHUNK + 1,))
+    _cases.CASES["many_tiny"] = _cases._uniform(*[(3,)] * MANY)
+    # Overflow is what the kernels are tested with; numpy says so each time.
+    warnings.filterwarnings("ignore", category=RuntimeWarning, message=".*encountered in.*")
+    _patch_once()
+
+
+def _patch_once() -> None:
+    """The interpreter replaces the functions of triton.language at every call of a device function and never takes them back there, which
+    is two thirds of its time: once is enough in a process that only interprets."""
+    from triton.runtime import interpreter
+
+    replace: Callable[[Any], Any] = interpreter._patch_lang
+    done: set[frozenset[str]] = set()
+
+    def replace_once(function: Any) -> Any:
+        seen = frozenset(
+            value.__name__
+            for value in function.__globals__.values()
+            if isinstance(value, types.ModuleType) and value.__name__.startswith("triton.language")
+        )
+        if seen not in done:
+            replace(function)
+            done.add(seen)
+        return interpreter._LangPatchScope()
+
+    if hasattr(interpreter, "_LangPatchScope"):  # not in every version: then slowly
+        interpreter._patch_lang = replace_once
