@@ -1,0 +1,126 @@
+"""A variant compiled for a processor, and what its code says; many of them, on all processors of this machine."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from bench.machine_code import _amdgcn, _ptx
+from bench.machine_code._intermediate import Loop, address_violations, loops, uses_fma
+from bench.machine_code.launches import Variant
+from bench.machine_code.targets import TARGETS, Target
+
+__all__ = ["Code", "compile_all", "compile_variant"]
+
+Widths = Counter[tuple[str, bool, int]]  # (load or store, whether under a predicate, bits a thread) -> how often
+
+
+@dataclass(frozen=True)
+class Code:
+    """What is known about the code of one variant on one target."""
+
+    variant: Variant
+    target: Target
+    loops: list[Loop]  # what the kernel asks for
+    wrong_addresses: list[str]
+    accesses: Widths  # what it got: PTX, or AMD's assembly
+    disassembled: Widths | None  # what ptxas made of it
+    registers: int
+    scratch: int  # bytes of local memory a thread: stack and spilled registers
+    shared: int  # bytes a block
+    doubles: int  # instructions in float64
+    asks_for_fma: bool
+    has_fma: bool | None  # None: AMD's sqrt and division are made of them, so that they say nothing
+    loose_arithmetic: list[str]
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return self.variant.num_warps * self.target.warp_size
+
+    @property
+    def resident_threads(self) -> int:
+        return self.target.resident_threads(self.registers, self.shared, self.threads)
+
+    @property
+    def full_loops(self) -> list[Loop]:
+        return [loop for loop in self.loops if not loop.masked]
+
+    @property
+    def masked_loops(self) -> list[Loop]:
+        return [loop for loop in self.loops if loop.masked]
+
+    def wide_bytes(self, kind: str) -> int:
+        """Bytes a thread that full blocks load or store at least 16 at a time, over all loops."""
+        return sum(n * bits // 8 for (which, masked, bits), n in self.accesses.items() if which == kind and not masked and bits >= 128)
+
+    def wanted_bytes(self, kind: str) -> int:
+        """Bytes a thread that full blocks load or store at all, over all loops."""
+        accesses = (access for loop in self.full_loops for access in loop.accesses if access.kind == kind)
+        return sum(access.bytes for access in accesses) // self.threads
+
+    def widths(self, kind: str, *, masked: bool) -> list[int]:
+        """Bits a thread of the accesses to blocks, each width once."""
+        return sorted({bits for which, under, bits in self.accesses if which == kind and under == masked and (masked or bits >= 128)})
+
+
+def compile_variant(variant: Variant, target: Target, *, disassemble: bool = False) -> Code:
+    """Compiles afresh, in this process."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(variant.module), variant.kernel)
+    place = {name: i for i, (name, _) in enumerate(variant.signature)}
+    attributes = {(place[name],): [["tt.divisibility", 16]] for name in variant.aligned}
+    source = ASTSource(kernel, dict(variant.signature), {(place[name],): value for name, value in variant.constants}, attributes)
+    options = {"num_warps": variant.num_warps, "enable_fp_fusion": variant.fp_fusion}
+    with _fresh_cache():
+        compiled = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp_size), options=options)
+    ttir, shared = compiled.asm["ttir"], compiled.metadata.shared
+    common = (variant, target, loops(ttir), address_violations(ttir) if variant.walks_chunks else [])
+    if target.backend == "hip":
+        text = compiled.asm["amdgcn"]
+        used = _amdgcn.resources(text)
+        return Code(
+            *common, _amdgcn.accesses(text), None, used["registers"], used["scratch"], shared, _amdgcn.doubles(text), uses_fma(ttir), None, []
+        )
+    ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
+    used = _ptx.resources(cubin)
+    return Code(
+        *common, _ptx.accesses(ptx), _ptx.disassembled(cubin) if disassemble else None, used["REG"], used["STACK"] + used["LOCAL"], shared,
+        _ptx.doubles(ptx), uses_fma(ttir), _ptx.uses_fma(ptx), _ptx.loose_arithmetic(ptx),
+    )  # fmt: skip
+
+
+@contextmanager
+def _fresh_cache() -> Iterator[None]:
+    """Nothing that was compiled before is found."""
+    before = os.environ.get("TRITON_CACHE_DIR")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["TRITON_CACHE_DIR"]
+            if before is not None:
+                os.environ["TRITON_CACHE_DIR"] = before
+
+
+def _compile(work: tuple[Variant, str, bool]) -> Code:
+    variant, target, disassemble = work
+    return compile_variant(variant, TARGETS[target], disassemble=disassemble)
+
+
+def compile_all(work: Iterable[tuple[Variant, str, bool]]) -> list[Code]:
+    """(variant, name of a target, whether to disassemble) -> its code, in a process for each processor."""
+    # New processes, not copies of this one: torch's threads do not survive a fork.
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(_compile, list(work), chunksize=8))
