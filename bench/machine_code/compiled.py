@@ -16,6 +16,7 @@ from bench.machine_code import _amdgcn, _ptx
 from bench.machine_code._intermediate import Loop, address_violations, loops, uses_fma
 from bench.machine_code.launches import Variant
 from bench.machine_code.targets import TARGETS, Target
+from sam_kernels.backends.triton._launch import warps_of
 
 __all__ = ["Code", "compile_all", "compile_variant"]
 
@@ -43,7 +44,7 @@ class Code:
     @property
     def threads(self) -> int:
         """Of a block."""
-        return self.variant.num_warps * self.target.warp_size
+        return warps_of(self.variant.num_warps, self.target.warp_size) * self.target.warp_size
 
     @property
     def resident_threads(self) -> int:
@@ -81,7 +82,7 @@ def compile_variant(variant: Variant, target: Target, *, disassemble: bool = Fal
     place = {name: i for i, (name, _) in enumerate(variant.signature)}
     attributes = {(place[name],): [["tt.divisibility", 16]] for name in variant.aligned}
     source = ASTSource(kernel, dict(variant.signature), {(place[name],): value for name, value in variant.constants}, attributes)
-    options = {"num_warps": variant.num_warps, "enable_fp_fusion": variant.fp_fusion}
+    options = {"num_warps": warps_of(variant.num_warps, target.warp_size), "enable_fp_fusion": variant.fp_fusion}
     with _fresh_cache():
         compiled = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp_size), options=options)
     ttir, shared = compiled.asm["ttir"], compiled.metadata.shared

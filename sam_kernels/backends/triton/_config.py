@@ -13,7 +13,7 @@ __all__ = ["CONFIGS", "FINISH_BLOCK", "Config"]
 @dataclass(frozen=True)
 class Config:
     """Of one kernel. ``chunk`` is a multiple of ``block``, both are multiples of 8 elements (16 bytes of a 16-bit type); ``block`` is a
-    power of two."""
+    power of two. ``num_warps`` is of 32 threads, wherever a warp has more (AMD's have 64) there are fewer."""
 
     chunk: int
     block: int
@@ -21,13 +21,13 @@ class Config:
 
 
 # A block of 2048 and four warps: 16 elements a thread, so four 16-byte loads of float32 (two of a 16-bit type) in flight for each operand.
-# adamw has four operands and two results: half of that, or registers would cost occupancy. Chunks of 16384 make 6,000 programs of 10^8
+# sgd has three operands and adamw four: half of that, or registers would cost occupancy. Chunks of 16384 make 6,000 programs of 10^8
 # elements (eleven waves on 132 processors with four programs each) and keep the finishing stage of the norm below 1 % of it.
 CONFIGS = {
     "norm": Config(16384, 2048),
     "perturb": Config(16384, 2048),
     "copy": Config(16384, 2048),
-    "sgd": Config(16384, 2048),
+    "sgd": Config(16384, 1024),
     "adamw": Config(16384, 1024),
     "steps": Config(1, 1),  # counters of one element: only their addresses are of interest
     "direction": Config(16384, 2048),

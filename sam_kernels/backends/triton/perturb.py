@@ -88,11 +88,12 @@ def _perturb_kernel(
         unscaled = tl.load(norm).to(tl.float32) * inverse
         scale = rho * (one_minus_lambd + tl.div_rn(lambd, unscaled + eps)) * inverse
         full = full_blocks(param_address | grad_address | old_address, count, BLOCK_SIZE)
-        offsets = tl.arange(0, BLOCK_SIZE)
+        HALF: tl.constexpr = BLOCK_SIZE // 2  # of the masked blocks: see _blocks.py
+        offsets, half = tl.arange(0, BLOCK_SIZE), tl.arange(0, HALF)
         for block in range(0, full, BLOCK_SIZE):
             _perturb_block(aligned_param, aligned_grad, aligned_old_param, block + offsets, count, scale, eta, FROM_OLD, ADAPTIVE, False)
-        for block in range(full, count, BLOCK_SIZE):
-            _perturb_block(param, grad, old_param, block + offsets, count, scale, eta, FROM_OLD, ADAPTIVE, True)
+        for block in range(full, count, HALF):
+            _perturb_block(param, grad, old_param, block + half, count, scale, eta, FROM_OLD, ADAPTIVE, True)
 
 
 @triton.jit
