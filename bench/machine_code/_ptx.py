@@ -9,17 +9,18 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
-__all__ = ["accesses", "disassembled", "doubles", "loose_arithmetic", "resources", "uses_fma"]
+__all__ = ["accesses", "disassembled", "doubles", "loose_arithmetic", "machine_code", "resources", "spills_in_loops", "uses_fma"]
 
 _GLOBAL = re.compile(r"^\s*(@\S+\s+)?(ld|st)\.global(?:\.(?![vbfsu]\d)[\w:]+)*\.(?:v(\d)\.)?[bfsu](\d+)\b", re.MULTILINE)
 _SASS = re.compile(r"(@!?U?P\w+\s+)?\b(LDG|STG)\.E((?:\.\w+)*)")
 
 
 def accesses(ptx: str) -> Counter[tuple[str, bool, int]]:
-    """(load or store, whether under a predicate, bits a thread) of every access to global memory."""
+    """(load or store, whether under a predicate, bits a thread) of every access to global memory. An address or a size, read from a table
+    by all threads, is one number: it counts as 32 bits, which no part of a block without a mask has."""
     found: Counter[tuple[str, bool, int]] = Counter()
     for predicate, kind, vector, bits in _GLOBAL.findall(ptx):
-        found["load" if kind == "ld" else "store", bool(predicate), int(vector or 1) * int(bits)] += 1
+        found["load" if kind == "ld" else "store", bool(predicate), int(vector) * int(bits) if vector else min(int(bits), 32)] += 1
     return found
 
 
@@ -56,10 +57,23 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)}
 
 
-def disassembled(cubin: bytes) -> Counter[tuple[str, bool, int]]:
+def machine_code(cubin: bytes) -> str:
+    return _run("cuobjdump", "-sass", cubin)
+
+
+def spills_in_loops(sass: str) -> int:
+    """Loads and stores of local memory that lie between a branch backwards and where it leads."""
+    lines = [(int(address, 16), text) for address, text in re.findall(r"^\s*/\*([0-9a-f]{4,})\*/(.*)$", sass, re.MULTILINE)]
+    branches = [(address, int(to, 16)) for address, text in lines for to in re.findall(r"\bBRA\b.*\b0x([0-9a-f]+)", text)]
+    bodies = [range(to, address) for address, to in branches if to < address]  # the branch at the end of the code leads to itself
+    spills = [address for address, text in lines if re.search(r"\b(STL|LDL)\b", text)]
+    return sum(any(address in body for body in bodies) for address in spills)
+
+
+def disassembled(sass: str) -> Counter[tuple[str, bool, int]]:
     """:func:`accesses`, of the machine code. (ptxas unrolls loops: each may occur several times.)"""
     found: Counter[tuple[str, bool, int]] = Counter()
-    for predicate, kind, suffixes in _SASS.findall(_run("cuobjdump", "-sass", cubin)):
+    for predicate, kind, suffixes in _SASS.findall(sass):
         bits = next((int(part) for part in re.findall(r"\d+", suffixes)), 32)
         found["load" if kind == "LDG" else "store", bool(predicate), bits] += 1
     return found

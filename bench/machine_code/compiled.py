@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from bench.machine_code import _amdgcn, _ptx
 from bench.machine_code._intermediate import Loop, address_violations, loops, uses_fma
@@ -35,6 +36,7 @@ class Code:
     disassembled: Widths | None  # what ptxas made of it
     registers: int
     scratch: int  # bytes of local memory a thread: stack and spilled registers
+    hot_spills: int  # accesses to it inside of loops
     shared: int  # bytes a block
     doubles: int  # instructions in float64
     asks_for_fma: bool
@@ -58,18 +60,26 @@ class Code:
     def masked_loops(self) -> list[Loop]:
         return [loop for loop in self.loops if loop.masked]
 
-    def wide_bytes(self, kind: str) -> int:
-        """Bytes a thread that full blocks load or store at least 16 at a time, over all loops."""
-        return sum(n * bits // 8 for (which, masked, bits), n in self.accesses.items() if which == kind and not masked and bits >= 128)
+    def wanted(self, kind: str) -> Counter[int]:
+        """Bits of an access -> bytes a thread, over all loops without a mask, if each operand had accesses of 16 bytes, or less where a
+        thread has less of it."""
+        found: Counter[int] = Counter()
+        for access in (access for loop in self.full_loops for access in loop.accesses if access.kind == kind):
+            bytes_of_thread = access.bytes // self.threads
+            found[min(8 * bytes_of_thread, 128)] += bytes_of_thread
+        return found
 
-    def wanted_bytes(self, kind: str) -> int:
-        """Bytes a thread that full blocks load or store at all, over all loops."""
-        accesses = (access for loop in self.full_loops for access in loop.accesses if access.kind == kind)
-        return sum(access.bytes for access in accesses) // self.threads
+    def got(self, kind: str) -> Counter[int]:
+        """The same, of what full blocks do. Wider accesses count as 16 bytes."""
+        found: Counter[int] = Counter()
+        for (which, under, bits), n in self.accesses.items():
+            if which == kind and not under and bits >= 64:
+                found[min(bits, 128)] += n * bits // 8
+        return found
 
     def widths(self, kind: str, *, masked: bool) -> list[int]:
         """Bits a thread of the accesses to blocks, each width once."""
-        return sorted({bits for which, under, bits in self.accesses if which == kind and under == masked and (masked or bits >= 128)})
+        return sorted({bits for which, under, bits in self.accesses if which == kind and under == masked and (masked or bits >= 64)})
 
 
 def compile_variant(variant: Variant, target: Target, *, disassemble: bool = False) -> Code:
@@ -85,20 +95,48 @@ def compile_variant(variant: Variant, target: Target, *, disassemble: bool = Fal
     options = {"num_warps": warps_of(variant.num_warps, target.warp_size), "enable_fp_fusion": variant.fp_fusion}
     with _fresh_cache():
         compiled = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp_size), options=options)
-    ttir, shared = compiled.asm["ttir"], compiled.metadata.shared
-    common = (variant, target, loops(ttir), address_violations(ttir) if variant.walks_chunks else [])
+    ttir = compiled.asm["ttir"]
+    known = {
+        "variant": variant,
+        "target": target,
+        "loops": loops(ttir),
+        "wrong_addresses": address_violations(ttir) if variant.walks_chunks else [],
+        "shared": compiled.metadata.shared,
+        "asks_for_fma": uses_fma(ttir),
+    }
     if target.backend == "hip":
-        text = compiled.asm["amdgcn"]
-        used = _amdgcn.resources(text)
-        return Code(
-            *common, _amdgcn.accesses(text), None, used["registers"], used["scratch"], shared, _amdgcn.doubles(text), uses_fma(ttir), None, []
-        )
-    ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
+        return Code(**known, **_on_amd(compiled.asm["amdgcn"]))
+    return Code(**known, **_on_nvidia(compiled.asm["ptx"], compiled.asm["cubin"], disassemble))
+
+
+def _on_amd(text: str) -> dict[str, Any]:
+    used = _amdgcn.resources(text)
+    return {
+        "accesses": _amdgcn.accesses(text),
+        "disassembled": None,
+        "registers": used["registers"],
+        "scratch": used["scratch"],
+        "hot_spills": used["scratch"],
+        "doubles": _amdgcn.doubles(text),
+        "has_fma": None,
+        "loose_arithmetic": [],
+    }
+
+
+def _on_nvidia(ptx: str, cubin: bytes, disassemble: bool) -> dict[str, Any]:
     used = _ptx.resources(cubin)
-    return Code(
-        *common, _ptx.accesses(ptx), _ptx.disassembled(cubin) if disassemble else None, used["REG"], used["STACK"] + used["LOCAL"], shared,
-        _ptx.doubles(ptx), uses_fma(ttir), _ptx.uses_fma(ptx), _ptx.loose_arithmetic(ptx),
-    )  # fmt: skip
+    scratch = used["STACK"] + used["LOCAL"]
+    sass = _ptx.machine_code(cubin) if disassemble or scratch else ""
+    return {
+        "accesses": _ptx.accesses(ptx),
+        "disassembled": _ptx.disassembled(sass) if sass else None,
+        "registers": used["REG"],
+        "scratch": scratch,
+        "hot_spills": _ptx.spills_in_loops(sass),
+        "doubles": _ptx.doubles(ptx),
+        "has_fma": _ptx.uses_fma(ptx),
+        "loose_arithmetic": _ptx.loose_arithmetic(ptx),
+    }
 
 
 @contextmanager

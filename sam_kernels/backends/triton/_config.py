@@ -19,6 +19,12 @@ class Config:
     block: int
     num_warps: int = 4
 
+    @property
+    def mixed_block(self) -> int:
+        """Elements a block where sizes of elements differ: four a thread. With the eight of a 16-byte access of a 16-bit type, each store
+        of float32 would go through shared memory, with two barriers, and adamw would have 72 registers instead of 32."""
+        return min(self.block, self.num_warps * 32 * 4)
+
 
 # A block of 2048 and four warps: 16 elements a thread, so four 16-byte loads of float32 (two of a 16-bit type) in flight for each operand.
 # sgd has three operands and adamw four: half of that, or registers would cost occupancy. Chunks of 16384 make 6,000 programs of 10^8

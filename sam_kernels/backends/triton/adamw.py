@@ -234,7 +234,7 @@ def adamw_step_(
             EXP_AVG_SQ=group.dtypes["exp_avg_sqs"],
             DECAY=decay,
             MAXIMIZE=maximize,
-            **table.constants,
+            **group.constants,
         )
     written(params)
     if steps is not state_steps:

@@ -154,7 +154,7 @@ def perturb_(
             OLD_PARAM=group.dtypes["old_params"],
             FROM_OLD=from_old,
             ADAPTIVE=adaptive,
-            **table.constants,
+            **group.constants,
         )
     written(params)
 
@@ -173,6 +173,6 @@ def restore_(params: Sequence[Tensor], old_params: Sequence[Tensor]) -> None:
             group.chunk_indices,
             DESTINATION=group.dtypes["params"],
             SOURCE=group.dtypes["old_params"],
-            **table.constants,
+            **group.constants,
         )
     written(params)

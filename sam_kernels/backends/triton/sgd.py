@@ -151,7 +151,7 @@ def sgd_step_(
             NESTEROV=nesterov,
             WEIGHT_DECAY=weight_decay != 0.0,
             MAXIMIZE=maximize,
-            **table.constants,
+            **group.constants,
         )
     written(params)
     return True
