@@ -38,8 +38,8 @@ def _nvidia(name: str, arch: int, shared: int) -> Target:
     return Target(name, "cuda", arch, 32, 2048, 65536, 8, shared * 1024, 1024)
 
 
-# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD Instinct MI300 Instruction Set Architecture: four units,
-# each of 512 registers for every one of 64 lanes and of at most 8 wavefronts.
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD Instinct MI300 Instruction Set Architecture: four
+# units, each of 512 registers for every one of 64 lanes and of at most 8 wavefronts.
 TARGETS = {
     target.name: target
     for target in (
