@@ -35,6 +35,7 @@ class LaunchGroup:
     rows: Tensor  # (chunks,) int32
     chunk_indices: Tensor  # (chunks,) int32: which chunk of its row
     slots: Tensor  # (chunks,) int32: its place among all chunks, in the order of rows
+    constants: Mapping[str, int]  # as ChunkTable.constants, for kernels that compute every element by itself
 
 
 class ChunkTable:
@@ -45,7 +46,8 @@ class ChunkTable:
         first = next(iter(given.values()))
         if any(description.numels != first.numels for description in given.values()):
             raise ValueError("tensor lists of different sizes")
-        self.constants = {"CHUNK_SIZE": config.chunk, "BLOCK_SIZE": config.block, "num_warps": config.num_warps}
+        self._config = config
+        self.constants = _constants(config, config.block)
         self.device = first.device
         self.count = len(first.numels)
         self._roles = list(described)
@@ -83,8 +85,10 @@ class ChunkTable:
                 chosen = slots[belongs[rows]]
             mine = rows[chosen]
             named = dict(zip(given, (TRITON_DTYPES[dtype] for dtype in dtypes), strict=True))
-            parts = [upload(part.to(torch.int32), self.device) for part in (mine, chosen - first_slots[mine], chosen)]
-            groups.append(LaunchGroup({role: named.get(role) for role in self._roles}, len(mine), *parts))
+            work = [upload(part.to(torch.int32), self.device) for part in (mine, chosen - first_slots[mine], chosen)]
+            block = self._config.block if len({dtype.itemsize for dtype in dtypes}) == 1 else self._config.mixed_block
+            constants = _constants(self._config, block)
+            groups.append(LaunchGroup({role: named.get(role) for role in self._roles}, len(mine), work[0], work[1], work[2], constants))
         return groups
 
     def pointers(self, *roles: str) -> list[Tensor | None]:
@@ -146,6 +150,10 @@ class ChunkTable:
             rows = torch.tensor([0, *group_sizes], dtype=torch.int64).cumsum(0)
             known = self._bounds[group_sizes] = upload(before[rows].to(torch.int32), self.device)
         return known
+
+
+def _constants(config: Config, block: int) -> dict[str, int]:
+    return {"CHUNK_SIZE": config.chunk, "BLOCK_SIZE": block, "num_warps": config.num_warps}
 
 
 def table_of(lists: Mapping[str, Sequence[Tensor] | None], kernel: str) -> ChunkTable:

@@ -159,10 +159,11 @@ def _perturb_kernel(
                 aligned_param, aligned_grad, aligned_old_param, aligned_ema, start, block, count, index, key_low, key_high, scale, eta,
                 grad_weight * inverse, ema_weight, USES_GRAD, USES_EMA, FROM_OLD, ADAPTIVE, STOCHASTIC, BLOCK_SIZE, False,
             )  # fmt: skip
-        for block in range(full, count, BLOCK_SIZE):
+        REST: tl.constexpr = BLOCK_SIZE if STOCHASTIC else BLOCK_SIZE // 2  # masked blocks are half as long: see _blocks.py
+        for block in range(full, count, REST):
             _perturb_blocks(
                 param, grad, old_param, ema, start, block, count, index, key_low, key_high, scale, eta,
-                grad_weight * inverse, ema_weight, USES_GRAD, USES_EMA, FROM_OLD, ADAPTIVE, STOCHASTIC, BLOCK_SIZE, True,
+                grad_weight * inverse, ema_weight, USES_GRAD, USES_EMA, FROM_OLD, ADAPTIVE, STOCHASTIC, REST, True,
             )  # fmt: skip
 
 
@@ -238,7 +239,7 @@ def perturb_(
             FROM_OLD=from_old,
             ADAPTIVE=adaptive,
             STOCHASTIC=rounding_seed is not None and group.dtypes["params"] == tl.bfloat16,
-            **table.constants,
+            **group.constants,
         )
     written(params)
 
@@ -257,6 +258,6 @@ def restore_(params: Sequence[Tensor], old_params: Sequence[Tensor]) -> None:
             group.chunk_indices,
             DESTINATION=group.dtypes["params"],
             SOURCE=group.dtypes["old_params"],
-            **table.constants,
+            **group.constants,
         )
     written(params)

@@ -108,6 +108,6 @@ def random_perturb_(
             OLD_PARAM=group.dtypes["old_params"],
             NORMAL=distribution == "normal",
             FROM_OLD=from_old,
-            **table.constants,
+            **group.constants,
         )
     written(params)
