@@ -96,7 +96,7 @@ def is_red(outcome: Outcome) -> bool:
 def closing(out: Path, lines: Sequence[str]) -> list[str]:
     """The tables of what was measured now, and a line a phase."""
     found: list[str] = []
-    for name, table in (("default", bench_lines), ("sweep", lambda result: sweep.lines(result["rows"]))):
+    for name, table in (("default", bench_lines), ("sweep", lambda result: sweep.short_lines(result["rows"]))):
         path = out / f"{name}.json"
         if path.exists():
             found += table(json.loads(path.read_text()))

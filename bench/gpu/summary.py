@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.byte_model import OPS
+from bench.byte_model import OPS, STEP_OPS
 from bench.gpu.ops import TORCH
 from bench.gpu.steps import COMBINATIONS, GRAPH, LOOPS, REFERENCE
 from bench.gpu.workloads import GPU_WORKLOADS
@@ -15,6 +15,8 @@ __all__ = ["bandwidth_line", "bench_lines", "launch_rows", "op_rows", "step_rows
 
 Row = Mapping[str, Any]
 OURS = REFERENCE.partition("/")[2]
+FULL = next(iter(GPU_WORKLOADS))  # with every operation; the others with those of a step
+OF_STEPS = {op for ops in STEP_OPS.values() for op in ops}
 
 
 def bandwidth_line(found: Mapping[str, Any]) -> str:
@@ -70,6 +72,8 @@ def bench_lines(found: Mapping[str, Any]) -> list[str]:
     heads = "  ".join(f"{dtype}: ms GB/s copy host-µs torch foreach".rjust(38) for dtype in DTYPES)
     result.append(f"{'operation (' + OURS + ')':<24}{heads}")
     for (workload, op), by_dtype in op_rows(rows).items():
+        if workload != FULL and op not in OF_STEPS:
+            continue
         result.append(f"{workload:<10} {op:<12} " + "  ".join(f"{_op_cell(by_dtype.get(dtype, {})):>38}" for dtype in DTYPES))
     launched = launch_rows(rows)
     heads = f"{'ms':>8} {'host-µs':>8} {'graph ms':>9} {'loop foreach':>13} {'fused':>7} {'kernels':>8} copies fills"

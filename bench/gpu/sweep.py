@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,21 @@ from bench.gpu.timing import Clock
 from bench.op_calls import describe_once, make_lists, ours
 from bench.workloads import DTYPES
 
-__all__ = ["KERNELS", "Choice", "best", "choices", "compile_share", "lines", "run"]
+__all__ = ["KERNELS", "Choice", "best", "choices", "compile_share", "lines", "run", "short_lines"]
 
 CHUNKS = (4096, 8192, 16384, 32768, 65536)
 BLOCKS = (512, 1024, 2048, 4096)
 WARPS = (4, 8)
-KERNELS = {"norm": "grad_norm", "perturb": "perturb_", "copy": "restore_", "sgd": "sgd_step_", "adamw": "adamw_step_"}
+KERNELS = {  # those of every step first, where time is short
+    "norm": "grad_norm",
+    "perturb": "perturb_",
+    "sgd": "sgd_step_",
+    "adamw": "adamw_step_",
+    "copy": "restore_",
+    "direction": "direction_norm_",
+    "random": "random_perturb_",
+}
+LEAST_BLOCK = {"random": 1024}  # a tile of random numbers
 NUMEL = 100_000_000
 FINALISTS, WINNERS = 6, 3
 COMPILE_SHARE = 0.6  # of the time, at most
@@ -48,9 +57,14 @@ class Choice:
         return f"chunk {self.chunk}, block {self.block}, {self.num_warps} warps"
 
 
-def choices() -> list[Choice]:
-    """A block of less than a warp's 16-byte accesses is of no interest, nor one larger than its chunk."""
-    return [Choice(*parts) for parts in itertools.product(CHUNKS, BLOCKS, WARPS) if parts[1] <= parts[0]]
+def choices(kernel: str = "") -> list[Choice]:
+    """What a kernel can be cut into."""
+    found = [Choice(*parts) for parts in itertools.product(CHUNKS, BLOCKS, WARPS)]
+    return [choice for choice in found if LEAST_BLOCK.get(kernel, 0) <= choice.block <= choice.chunk]
+
+
+def _variants(dtypes: Sequence[str]) -> list[tuple[str, str, Choice]]:
+    return [(kernel, dtype, choice) for kernel in KERNELS for dtype in dtypes for choice in choices(kernel)]
 
 
 def default_of(kernel: str) -> Choice:
@@ -85,12 +99,12 @@ def _call(op: str, dtype: torch.dtype, numel: int, device: str) -> Callable[[], 
 
 def _use(kernel: str, choice: Choice) -> None:
     module = importlib.import_module("sam_kernels.backends.triton._config")
-    module.CONFIGS[kernel] = module.Config(choice.chunk, choice.block, choice.num_warps)
+    module.CONFIGS[kernel] = replace(module.CONFIGS[kernel], **asdict(choice))
 
 
 def compile_share(share: int, of: int, dtypes: Sequence[str]) -> None:
     """Compiles every ``of``-th variant by running it on little."""
-    for i, (kernel, dtype, choice) in enumerate(itertools.product(KERNELS, dtypes, choices())):
+    for i, (kernel, dtype, choice) in enumerate(_variants(dtypes)):
         if i % of == share:
             _use(kernel, choice)
             try:
@@ -101,7 +115,7 @@ def compile_share(share: int, of: int, dtypes: Sequence[str]) -> None:
 
 
 def _compile(dtypes: Sequence[str], seconds: float) -> None:
-    count = max(1, min(12, (os.cpu_count() or 1) - 2))
+    count = max(1, min(14, (os.cpu_count() or 1) - 2))
     code = "import sys; from bench.gpu.sweep import compile_share as c; c(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])"
     end = time.monotonic() + seconds
     workers = [subprocess.Popen([sys.executable, "-c", code, str(i), str(count), *dtypes], cwd=ROOT) for i in range(count)]
@@ -141,7 +155,7 @@ def _rows(clock: Clock, device: str, kernel: str, dtype: str, deadline: float) -
             return float("inf")
 
     try:
-        found = dict(best(times, choices(), lambda: time.monotonic() > deadline))
+        found = dict(best(times, choices(kernel), lambda: time.monotonic() > deadline))
         found.setdefault(before, times(before, 20))
     finally:
         _use(kernel, before)
@@ -166,4 +180,19 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         default = next((row["ms_50"] for row in mine if row["is_default"]), mine[0]["ms_50"])
         beside = f"{mine[0]['gbps']:.0f} GB/s, default +{100 * (default / mine[0]['ms_50'] - 1):.1f} %"
         found.append(f"  {kernel:<8} {dtype}  {'  '.join(cells)}  {beside}")
+    return found
+
+
+def short_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line a kernel: the winner of each dtype, and how much slower the default is."""
+    found = ["sweep: the best chunk/block/warps, and what the default costs beside it"]
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        cells = []
+        for dtype in dict.fromkeys(row["dtype"] for row in rows if row["kernel"] == kernel):
+            mine = [row for row in rows if (row["kernel"], row["dtype"]) == (kernel, dtype)]
+            first, default = mine[0], next((row for row in mine if row["is_default"]), mine[0])
+            slower = 100 * (default["ms_50"] / first["ms_50"] - 1)
+            cut = f"{first['chunk'] // 1024}k/{first['block']}/{first['num_warps']}"
+            cells.append(f"{dtype} {cut:<12} {first['ms_50']:.4f} ms {first['gbps']:>5.0f} GB/s, default +{slower:.1f} %")
+        found.append(f"  {kernel:<10} {'   '.join(cells)}")
     return found

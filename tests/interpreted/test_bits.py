@@ -1,27 +1,18 @@
 """Kernels without fused multiply-adds, in the order of csrc/common/formulas.h: the bits of the compiled CPU kernels.
 
-Some scalars of a step (the perturbation's scale, 1 / grad_scale, the clip factor, Adam's bias corrections) are made in float32 on the
-device and in float64 on the CPU, and may differ in their last bit. Here they are numbers that are exact in both; the others are checked
-against the reference.
+Where scalars are exact in both; the others are checked against the reference.
 """
 
 import pytest
 
 from sam_kernels._dispatch import reason_missing, use_backend
-from tests.helpers.cases import MIXED_NARROW, Problem, build, combinations, run
+from tests.helpers.cases import MIXED_NARROW, build, combinations, run
 from tests.helpers.compare import assert_same_bits
-
-
-def with_exact_scalars(problem: Problem) -> Problem:
-    if problem.op == "perturb_":
-        problem.kwargs["lambd"] = 0.0
-    for name in ("grad_scale", "max_norm"):
-        problem.kwargs.pop(name, None)
-    return problem
+from tests.helpers.exact import EXACT_OPS, with_exact_scalars
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", MIXED_NARROW])
-@pytest.mark.parametrize("op", ["perturb_", "random_perturb_", "restore_", "sgd_step_", "direction_norm_"])
+@pytest.mark.parametrize("op", EXACT_OPS)
 def test_same_bits_as_the_cpu_kernels(op: str, dtype: str) -> None:
     if (reason := reason_missing("native")) is not None:
         pytest.skip(f"backend native: {reason}")
