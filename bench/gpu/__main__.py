@@ -120,6 +120,14 @@ def _fits(nbytes: int, what: str, device: str) -> bool:
     return nbytes <= free
 
 
+def _guarded(rows: Iterator[dict[str, Any]], what: str) -> Iterator[dict[str, Any]]:
+    """What goes wrong with one case must not take the others along."""
+    try:
+        yield from rows
+    except Exception as error:
+        click.echo(f"left out: {what}: {type(error).__name__}: {str(error)[:300]}")
+
+
 def _rows(
     workloads: list[Workload],
     dtypes: list[str],
@@ -144,7 +152,7 @@ def _rows(
                 click.echo(f"left out: {what}: out of time")
             elif _fits(ops.memory_needed(op, workload, dtype), what, device):
                 mine = [backend for backend in backends if checked.allows(op, backend)]
-                yield from ops.measure(workload, op, dtype, mine, **common)
+                yield from _guarded(ops.measure(workload, op, dtype, mine, **common), what)
         for base, dtype in steps.COMBINATIONS if with_steps else ():
             what = f"steps of {base} {workload.name} {dtype}"
             if dtype not in dtypes or not steps.allowed(checked, base):
@@ -152,7 +160,7 @@ def _rows(
             elif time.monotonic() > deadline:
                 click.echo(f"left out: {what}: out of time")
             elif _fits(steps.memory_needed(workload, base, dtype), what, device):
-                yield from steps.measure(workload, base, dtype, **common)
+                yield from _guarded(steps.measure(workload, base, dtype, **common), what)
 
 
 if __name__ == "__main__":
