@@ -62,10 +62,10 @@ def measure(
     wanted = max(1, math.ceil(CACHES * l2_bytes() / set_bytes))
     sets, regime = (wanted, "memory") if wanted <= MAX_SETS else (FEW_SETS, "cached")
     plain = [make_lists(op, workload.shapes, dtype, device) for _ in range(sets)]
-    described = [describe_once(given) for given in plain]
     calls: dict[str, Call] = {}
     for name in backends:
-        run, lists = (torch_call(op), plain) if name == TORCH else (ours(op, name), described)
+        # A list keeps its description with it, and each backend has a way of its own to describe one.
+        run, lists = (torch_call(op), plain) if name == TORCH else (ours(op, name), [describe_once(given) for given in plain])
         call = _in_turn(run, lists)
         try:
             with torch.no_grad():

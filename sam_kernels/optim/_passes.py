@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sam_kernels import functional
+from sam_kernels._tensor_list import TensorList
 from sam_kernels.optim._descent import can_fuse, fused_step, plain_step
 from sam_kernels.optim._group import Backups, GroupLists, param_name, same_bits, same_tensors, with_grads
 from sam_kernels.optim._schedules import lambd_at, rho_at
@@ -67,6 +68,7 @@ class Passes:
         self.is_perturbed = False
         self._lists: dict[int, GroupLists] = {}
         self._perturbed: dict[int, GroupLists] = {}
+        self._joint: tuple[list[GroupLists], GroupLists] | None = None  # several groups' lists, and those of all their parameters
         self._unsure: _Unsure | None = None
         self._begins = False  # found_inf is still the last step's
 
@@ -92,6 +94,7 @@ class Passes:
         """Frees the backups."""
         self.backups = Backups()
         self._lists = {}
+        self._joint = None
 
     def ascend(self, groups: list[dict[str, Any]], *, eps: float, grad_scale: Tensor | None) -> None:
         """Saves and perturbs the parameters of the groups with ρ > 0, along their gradients as they are."""
@@ -126,8 +129,8 @@ class Passes:
             norm = self._norm(currents, normalised=False)
         self._forget_last_step()
         if max_norm is None:
-            for current in currents:
-                functional.check_finite_(current.grads, self.found_inf)
+            for _, grads, *_ in self._joined(currents, normalised=False):
+                functional.check_finite_(grads, self.found_inf)
         if found_inf is not None:
             self.found_inf.logical_or_(found_inf.to(self.found_inf.device))
         amp: dict[str, Any] = {"grad_scale": grad_scale, "found_inf": self.found_inf, "norm": norm}
@@ -178,21 +181,30 @@ class Passes:
     def _norm(self, currents: list[_Current], *, normalised: bool) -> Tensor:
         """Global norm over the groups, each with its own adaptive normalisation where ``normalised``; marks ``found_inf``."""
         norms = []
-        for current in currents:
-            adaptive = normalised and current.group["adaptive"]
-            params = current.lists.params if adaptive else None
-            eta = current.group["eta"] if adaptive else 0.0
+        for lists, grads, adaptive, eta in self._joined(currents, normalised=normalised):
+            params = lists.params if adaptive else None
             skipped = self.skipped if self._begins else None
-            functional.grad_norm_(
-                current.lists.norm, current.grads, params, adaptive=adaptive, eta=eta, found_inf=self.found_inf, skipped=skipped
-            )
+            functional.grad_norm_(lists.norm, grads, params, adaptive=adaptive, eta=eta, found_inf=self.found_inf, skipped=skipped)
             self._begins = False
-            norms.append(current.lists.norm)
+            norms.append(lists.norm)
         if len(norms) == 1:
             return norms[0]
         if not norms:
             return torch.zeros(())
         return functional.combine_norms(norms)
+
+    def _joined(self, currents: list[_Current], *, normalised: bool) -> list[tuple[GroupLists, list[Tensor], bool, float]]:
+        """Lists, gradients, adaptive and eta of the norms to take: one norm of all groups where they agree and one call can take them."""
+        kinds = [(bool(c.group["adaptive"]), float(c.group["eta"])) if normalised else (False, 0.0) for c in currents]
+        if len(currents) > 1 and len(set(kinds)) == 1:
+            members = [current.lists for current in currents]
+            if self._joint is None or not same_tensors(self._joint[0], members):
+                self._joint = members, GroupLists([param for lists in members for param in lists.params], self.backups)
+            joint = self._joint[1]
+            grads = joint.grads([grad for current in currents for grad in current.grads])
+            if isinstance(grads, TensorList):
+                return [(joint, grads, *kinds[0])]
+        return [(current.lists, current.grads, *kind) for current, kind in zip(currents, kinds, strict=True)]
 
     def _parts(self, i: int, current: _Current | None) -> list[tuple[GroupLists, list[Tensor], list[Tensor] | None]]:
         """The parameters of group i by what their step starts from; those without a gradient now are restored here."""

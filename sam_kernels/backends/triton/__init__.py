@@ -25,22 +25,7 @@ def describe() -> str:
 
 
 __all__ = [
-    "DEVICE_TYPES",
-    "DTYPES",
-    "IS_AUTOMATIC",
-    "KNOWS_SKIPS",
-    "REASON_MISSING",
-    "adamw_step_",
-    "check_finite_",
-    "current_grads",
-    "describe",
-    "direction_norm_",
-    "grad_norms",
-    "is_current",
-    "norm_roundings",
-    "perturb_",
-    "random_perturb_",
-    "restore_",
-    "sgd_step_",
-    "vouch",
-]
+    "DEVICE_TYPES", "DTYPES", "IS_AUTOMATIC", "KNOWS_SKIPS", "REASON_MISSING", "adamw_step_", "check_finite_", "current_grads",
+    "describe", "direction_norm_", "grad_norms", "is_current", "norm_roundings", "perturb_", "random_perturb_", "restore_",
+    "sgd_step_", "vouch",
+]  # fmt: skip
