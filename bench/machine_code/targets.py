@@ -21,11 +21,6 @@ class Target:
     shared: int  # bytes of a multiprocessor
     reserved_shared: int  # bytes of each block that the driver takes
 
-    @property
-    def register_bound(self) -> int:
-        """Registers a thread may have if half of the threads that fit are to run: enough, as docs/kernels.md derives."""
-        return self.registers // (self.threads // 2)
-
     def resident_threads(self, registers: int, shared: int, threads: int) -> int:
         """Threads of a kernel that are resident at once. threads: of one block."""
         rounded = -(-max(registers, 1) // self.register_unit) * self.register_unit
@@ -38,8 +33,8 @@ def _nvidia(name: str, arch: int, shared: int) -> Target:
     return Target(name, "cuda", arch, 32, 2048, 65536, 8, shared * 1024, 1024)
 
 
-# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD Instinct MI300 Instruction Set Architecture: four units,
-# each of 512 registers for every one of 64 lanes and of at most 8 wavefronts.
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD Instinct MI300 Instruction Set Architecture: four
+# units, each of 512 registers for every one of 64 lanes and of at most 8 wavefronts.
 TARGETS = {
     target.name: target
     for target in (
