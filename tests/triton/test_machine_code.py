@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def test_every_kernel_keeps(codes: list[Code], rule: str) -> None:
 def test_the_page_is_up_to_date(codes: list[Code]) -> None:
     pinned = re.search(r"^triton==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
     assert pinned is not None
-    if backend.VERSION != pinned[1]:
+    if pinned[1] != backend.VERSION:
         pytest.skip(f"the page is about triton {pinned[1]}, this is {backend.VERSION}")
     written = page.between_markers(page.PAGE.read_text(encoding="utf-8"))
     assert written == page.tables(codes), f"docs/kernels.md is not what the code gives now; run: {page.COMMAND}"
@@ -65,17 +65,20 @@ def test_every_kernel_is_recorded(variants: list[Variant]) -> None:
 def test_a_few_variants_cover_all(variants: list[Variant]) -> None:
     few = covering(variants)
     assert len(few) < len(variants) / 4
-    for feature in (
-        lambda v: (v.kernel, v.dtype),
-        lambda v: {(v.kernel, str(c)) for c in v.constants},
-        lambda v: {(v.kernel, a) for a in v.signature},
-    ):
-        assert _all_of(feature, few) == _all_of(feature, variants)
+    for features_of in (_kernel_and_dtype, _constants, _types):
+        assert set().union(*map(features_of, few)) == set().union(*map(features_of, variants))
 
 
-def _all_of(feature: Callable[[Variant], Any], variants: list[Variant]) -> set[Any]:
-    found = (feature(variant) for variant in variants)
-    return {item for value in found for item in (value if isinstance(value, set) else {value})}
+def _kernel_and_dtype(variant: Variant) -> set[Any]:
+    return {(variant.kernel, variant.dtype)}
+
+
+def _constants(variant: Variant) -> set[Any]:
+    return {(variant.kernel, name, str(value)) for name, value in variant.constants}
+
+
+def _types(variant: Variant) -> set[Any]:
+    return {(variant.kernel, *argument) for argument in variant.signature}
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -85,54 +88,64 @@ def test_a_kernel_moves_the_bytes_of_the_model(op: str) -> None:
     assert max(loop.bytes_per_element for loop in code.full_loops) == 4 * OPS[op].passes
 
 
-def planted(folder: Path, file: str, old: str, new: str) -> str:
-    """A copy of the backend under another name, with one change in it."""
-    name = f"planted_{folder.name.replace('-', '_')}"
+@dataclass(frozen=True)
+class Fault:
+    """A line of the backend and what it is changed to; a kernel in which that is to be found, and by which rule."""
+
+    file: str
+    old: str
+    new: str
+    kernel: str
+    rule: str
+
+
+_START = "tl.load(work_chunks + program).to(tl.int64) * CHUNK_SIZE"
+_NARROW_START = _START.replace(".to(tl.int64)", "")
+_SAVE = "store(old_param, offsets, count, stored, MASKED)"
+FAULTS = {
+    "no operand is known to be aligned": Fault(
+        "_blocks.py", "tl.multiple_of(address.to(tl.pointer_type(DTYPE)) + start, 16)", "plain", "_perturb_kernel", "full_blocks_are_wide"
+    ),
+    "one operand is not": Fault(
+        "perturb.py", "(aligned_param, aligned_grad,", "(aligned_param, grad,", "_perturb_kernel", "full_blocks_are_wide"
+    ),
+    "full blocks are masked": Fault(
+        "norm.py", "ADAPTIVE, SCALED, False)", "ADAPTIVE, SCALED, True)", "_norm_kernel", "full_blocks_are_wide"
+    ),
+    "full blocks forget an operand": Fault("perturb.py", _SAVE, f"if MASKED: {_SAVE}", "_perturb_kernel", "masked_blocks_do_the_same"),
+    "a start in 32 bits": Fault("_blocks.py", _START, _NARROW_START, "_perturb_kernel", "addresses_are_64_bit"),
+    "extended too late": Fault("_blocks.py", _START, f"({_NARROW_START}).to(tl.int64)", "_sgd_kernel", "addresses_are_64_bit"),
+    "a number in float64": Fault("perturb.py", "p + g * scale", "p + g * scale.to(tl.float64)", "_perturb_kernel", "no_double"),
+}
+
+
+def planted(folder: Path, fault: Fault) -> str:
+    """A copy of the backend under another name, with one fault in it."""
+    name = f"planted_{folder.name}"
     shutil.copytree(ROOT / "sam_kernels" / "backends" / "triton", folder / name)
     for path in (folder / name).glob("*.py"):
         path.write_text(path.read_text(encoding="utf-8").replace(PACKAGE, name), encoding="utf-8")
-    path = folder / name / file
+    path = folder / name / fault.file
     text = path.read_text(encoding="utf-8")
-    assert old in text, f"{file} has changed: plant the fault anew"
-    path.write_text(text.replace(old, new), encoding="utf-8")
+    assert fault.old in text, f"{fault.file} has changed: plant the fault anew"
+    path.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
     return name
 
 
-def one(variants: list[Variant], kernel: str, dtype: str, **constants: Any) -> Variant:
-    return next(v for v in variants if (v.kernel, v.dtype) == (kernel, dtype) and constants.items() <= dict(v.constants).items())
+def one(variants: list[Variant], kernel: str, dtype: str, **constants: str) -> Variant:
+    """The first variant of a kernel with these storage types."""
+    wanted = constants.items()
+    return next(v for v in variants if (v.kernel, v.dtype) == (kernel, dtype) and wanted <= {n: str(c) for n, c in v.constants}.items())
 
 
-FAULTS = {
-    "no operand is known to be aligned": (
-        "_blocks.py", "tl.multiple_of(address.to(tl.pointer_type(DTYPE)) + start, 16)", "address.to(tl.pointer_type(DTYPE)) + start",
-        "_perturb_kernel", "full_blocks_are_wide",
-    ),
-    "one operand is not": ("perturb.py", "_perturb_block(aligned_param, aligned_grad,", "_perturb_block(aligned_param, grad,", "_perturb_kernel", "full_blocks_are_wide"),
-    "a load is masked for nothing": (
-        "norm.py", "(aligned_grad, aligned_param, block + offsets, count, eta, factor, sums, ADAPTIVE, SCALED, False)",
-        "(aligned_grad, aligned_param, block + offsets, count, eta, factor, sums, ADAPTIVE, SCALED, True)", "_norm_kernel", "full_blocks_are_wide",
-    ),
-    "full blocks forget an operand": (
-        "perturb.py", "        store(old_param, offsets, count, stored, MASKED)", "        if MASKED:\n            store(old_param, offsets, count, stored, MASKED)",
-        "_perturb_kernel", "masked_blocks_do_the_same",
-    ),
-    "a chunk's start in 32 bits": ("_blocks.py", ".to(tl.int64) * CHUNK_SIZE", " * CHUNK_SIZE", "_perturb_kernel", "addresses_are_64_bit"),
-    "extended too late": ("_blocks.py", ".to(tl.int64) * CHUNK_SIZE", ".to(tl.int32) * CHUNK_SIZE).to(tl.int64", "_sgd_kernel", "addresses_are_64_bit"),
-    "a number in float64": ("perturb.py", "p + g * scale", "p + g * scale.to(tl.float64)", "_perturb_kernel", "no_double"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_found(variants: list[Variant], fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, old, new, kernel, rule = FAULTS[fault]
-    if fault == "extended too late":
-        old, new = "tl.load(work_chunks + program)" + old, "(tl.load(work_chunks + program)" + new + ")"
-    variant = one(variants, kernel, "fp32")
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found(variants: list[Variant], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault = FAULTS[name]
+    variant = one(variants, fault.kernel, "fp32")
     assert violations(compile_variant(variant, SM_90, disassemble=True)) == []
     monkeypatch.syspath_prepend(tmp_path)
-    name = planted(tmp_path, file, old, new)
-    faulty = compile_variant(replace(variant, module=variant.module.replace(PACKAGE, name)), SM_90)
-    assert violations(faulty, rule)
+    faulty = replace(variant, module=variant.module.replace(PACKAGE, planted(tmp_path, fault)))
+    assert violations(compile_variant(faulty, SM_90), fault.rule)
 
 
 def with_constants(variant: Variant, **values: Any) -> Variant:
@@ -150,7 +163,7 @@ def with_constants(variant: Variant, **values: Any) -> Variant:
     ],
 )
 def test_a_wrong_setting_is_found(variants: list[Variant], rule: str, change: Callable[[Variant], Variant]) -> None:
-    variant = one(variants, "_adamw_kernel", "mixed", PARAM=one(variants, "_copy_kernel", "fp32").constant("SOURCE"))
+    variant = one(variants, "_adamw_kernel", "mixed", PARAM="fp32", GRAD="bf16")
     assert violations(compile_variant(variant, SM_90), rule) == []
     assert violations(compile_variant(change(variant), SM_90), rule)
 
