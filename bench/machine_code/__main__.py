@@ -9,7 +9,7 @@ import click
 
 from bench.machine_code import page
 from bench.machine_code.rules import violations
-from bench.machine_code.targets import TARGETS
+from bench.machine_code.targets import TARGETS, reason_missing
 from sam_kernels.backends.triton import IS_INTERPRETED, REASON_MISSING
 
 
@@ -22,6 +22,9 @@ def main(targets: tuple[str, ...], path: Path | None) -> None:
         raise click.ClickException(REASON_MISSING or "TRITON_INTERPRET is set: nothing is compiled")
     if path is not None and targets:
         raise click.UsageError("the page is written for all targets")
+    for target in targets or TARGETS:
+        if (reason := reason_missing(target)) is not None:
+            raise click.ClickException(f"{target}: {reason}")
     codes = page.codes_of(targets or TARGETS)
     generated = page.tables(codes)
     if path is None:

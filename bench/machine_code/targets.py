@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["TARGETS", "Target"]
+__all__ = ["TARGETS", "Target", "reason_missing"]
 
 
 @dataclass(frozen=True)
@@ -44,3 +44,16 @@ TARGETS = {
         Target("gfx942", "hip", "gfx942", 64, 2048, 4 * 512 * 64, 8, 64 * 1024, 0),
     )
 }
+
+
+def reason_missing(name: str) -> str | None:
+    """None where this Triton can compile for a target, otherwise why not (until 3.5 it needs ROCm's linker for AMD)."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+
+    target = TARGETS[name]
+    try:
+        make_backend(GPUTarget(target.backend, target.arch, target.warp_size)).hash()
+    except Exception as error:  # whatever its tools raise
+        return str(error)
+    return None
