@@ -56,9 +56,6 @@ class Variant:
         """Whether this is one of the kernels that move the bytes, and not one of those that finish a norm or count steps."""
         return any(name == "CHUNK_SIZE" for name, _ in self.constants)
 
-    def constant(self, name: str) -> Any:
-        return dict(self.constants)[name]
-
     def __str__(self) -> str:
         switches = (f"{name}={value}" for name, value in self.constants if not name.endswith("_SIZE"))
         return f"{self.kernel}[{' '.join(switches)}]"

@@ -8,8 +8,7 @@ from bench.machine_code.compiled import Code
 
 __all__ = ["RULES", "violations"]
 
-_SHARED_PER_THREAD = 32  # bytes: eight elements of float32, the most that a thread hands to others at a time
-_WAITING = 16  # bytes
+_WAITING = 16  # bytes of an address or two
 
 
 def _full_blocks_are_wide(code: Code) -> list[str]:
@@ -27,15 +26,11 @@ def _full_blocks_are_wide(code: Code) -> list[str]:
     if not code.full_loops:
         found.append("no loop goes without a mask")
     if code.disassembled is not None:
-        # ptxas repeats the bodies of loops that it unrolls, some of them under a predicate, and never the few scalar loads around them.
-        narrow = sum(n for (kind, under, bits), n in code.disassembled.items() if not under and bits < 128)
-        most = sum(n for (kind, under, bits), n in code.accesses.items() if not under and bits < 128)
+        # ptxas repeats the bodies of loops that it unrolls, some of them under a predicate; and it must not split what is wide.
         for kind in ("load", "store"):
             wide, least = (sum(counted[kind, under, 128] for under in (False, True)) for counted in (code.disassembled, code.accesses))
             if wide < least:
                 found.append(f"ptxas made {wide} wide {kind}s of {least}")
-        if narrow > most:
-            found.append(f"ptxas made {narrow} narrow accesses without a predicate of {most}")
     return found
 
 
@@ -78,12 +73,13 @@ def _half_of_the_threads_fit(code: Code) -> list[str]:
     return [f"{code.registers} registers, {code.shared} bytes shared: {code.resident_threads} threads resident, fewer than {half}"]
 
 
-def _little_is_shared(code: Code) -> list[str]:
-    most = _SHARED_PER_THREAD * code.threads
+def _no_element_changes_hands(code: Code) -> list[str]:
+    """Shared memory is for one number a warp, when sums are put together: no operand goes through it from thread to thread."""
+    most = 4 * code.threads // code.target.warp_size
     return [f"{code.shared} bytes of shared memory, more than {most}"] if code.shared > most else []
 
 
-_FOR_ALL = (_no_double, _nothing_is_contracted, _nothing_is_spilled, _half_of_the_threads_fit, _little_is_shared)
+_FOR_ALL = (_no_double, _nothing_is_contracted, _nothing_is_spilled, _half_of_the_threads_fit, _no_element_changes_hands)
 _FOR_CHUNKS = (_full_blocks_are_wide, _masked_blocks_do_the_same, _addresses_are_64_bit)  # not for finishing norms and counting steps
 RULES = {rule.__name__.removeprefix("_"): rule for rule in (*_FOR_CHUNKS, *_FOR_ALL)}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["TARGETS", "Target"]
+__all__ = ["TARGETS", "Target", "reason_missing"]
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,6 @@ class Target:
     register_unit: int  # a thread's registers are rounded up to a multiple of it
     shared: int  # bytes of a multiprocessor
     reserved_shared: int  # bytes of each block that the driver takes
-
-    @property
-    def register_bound(self) -> int:
-        """Registers a thread may have if half of the threads that fit are to run: enough, as docs/kernels.md derives."""
-        return self.registers // (self.threads // 2)
 
     def resident_threads(self, registers: int, shared: int, threads: int) -> int:
         """Threads of a kernel that are resident at once. threads: of one block."""
@@ -49,3 +44,16 @@ TARGETS = {
         Target("gfx942", "hip", "gfx942", 64, 2048, 4 * 512 * 64, 8, 64 * 1024, 0),
     )
 }
+
+
+def reason_missing(name: str) -> str | None:
+    """None where this Triton can compile for a target, otherwise why not (until 3.5 it needs ROCm's linker for AMD)."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+
+    target = TARGETS[name]
+    try:
+        make_backend(GPUTarget(target.backend, target.arch, target.warp_size)).hash()
+    except Exception as error:  # whatever its tools raise
+        return str(error)
+    return None

@@ -85,10 +85,11 @@ class ChunkTable:
                 chosen = slots[belongs[rows]]
             mine = rows[chosen]
             named = dict(zip(given, (TRITON_DTYPES[dtype] for dtype in dtypes), strict=True))
-            work = [upload(part.to(torch.int32), self.device) for part in (mine, chosen - first_slots[mine], chosen)]
+            row_of, chunk_of, slot_of = (upload(part.to(torch.int32), self.device) for part in (mine, chosen - first_slots[mine], chosen))
             block = self._config.block if len({dtype.itemsize for dtype in dtypes}) == 1 else self._config.mixed_block
             constants = _constants(self._config, block)
-            groups.append(LaunchGroup({role: named.get(role) for role in self._roles}, len(mine), work[0], work[1], work[2], constants))
+            roles = {role: named.get(role) for role in self._roles}
+            groups.append(LaunchGroup(roles, len(mine), row_of, chunk_of, slot_of, constants))
         return groups
 
     def pointers(self, *roles: str) -> list[Tensor | None]:
