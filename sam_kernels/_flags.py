@@ -21,7 +21,7 @@ def report_norm(
     Waits for no device; a norm on the CPU takes no more than one small operation.
     """
     if found_inf is not None and skipped is not None:
-        skipped.add_(found_inf)
+        skipped.add_(found_inf.reshape(skipped.shape))
         found_inf.zero_()
     if found_inf is not None:
         if norm.device.type != "cpu":

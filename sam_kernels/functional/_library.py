@@ -27,13 +27,14 @@ Arguments = dict[str, Any]
 # False to Python, True to dynamo, which folds it: 30 ns. `torch.compiler.is_compiling` is a global flag, true in other threads too.
 _is_traced = torch.compiler.is_dynamo_compiling
 
-_SCHEMA_TYPES: dict[object, str] = {
+# What a schema says, but for two kinds: a "Number" is lowered to a tensor, a "Seed" of 64 unsigned bits to its upper and its lower 32.
+_KINDS: dict[object, str] = {
     Tensors: "Tensor[]",
     Tensors | None: "Tensor[]?",
     TensorsOrNone | None: "Tensor?[]?",
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
-    Number: "Tensor",
+    Number: "Number",
     float: "float",
     float | None: "float?",
     tuple[float, float]: "float[]",
@@ -43,8 +44,17 @@ _SCHEMA_TYPES: dict[object, str] = {
     str: "str",
     str | None: "str?",
 }
+_SCHEDULED: dict[object, str] = {float: "Number", int: "Seed", int | None: "Seed?"}
 # Tuples, not unions: dynamo of torch 2.6 knows no union.
-_PYTHON_TYPES: dict[str, tuple[type, ...]] = {"Tensor": (Tensor,), "float": (int, float), "int": (int,), "bool": (bool,), "str": (str,)}
+_PYTHON_TYPES: dict[str, tuple[type, ...]] = {
+    "Tensor": (Tensor,),
+    "Number": (Tensor, int, float),
+    "Seed": (int,),
+    "float": (int, float),
+    "int": (int,),
+    "bool": (bool,),
+    "str": (str,),
+}
 
 
 class Flat(NamedTuple):
@@ -71,10 +81,10 @@ def operation(
 ) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Makes a public function run without autograd, and traced by ``torch.compile`` as the operator of its name.
 
-    The schema follows from the annotations (``_SCHEMA_TYPES``). ``written`` names what the operation writes: tensors, tensors that may be
-    None, and lists that may not. ``scheduled`` numbers, as all that are annotated ``Number``, go into the graph as tensors: a new value
-    then is no new graph. ``fake`` takes the operator's arguments by name and makes the result without its values; None where nothing is
-    returned. A result shares no memory with an argument.
+    The schema follows from the annotations (``_KINDS``). ``written`` names what the operation writes: tensors, tensors that may be
+    None, and lists that may not. ``scheduled`` numbers, as all that are annotated ``Number``, go into the graph as tensors, and
+    ``scheduled`` seeds as symbolic integers: a new value then is no new graph. ``fake`` takes the operator's arguments by name and makes
+    the result without its values; None where nothing is returned. A result shares no memory with an argument.
     """
 
     def register(op: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -102,13 +112,13 @@ def _define(
     defaults = {name: parameter.default for name, parameter in parameters.items() if parameter.default is not parameter.empty}
     positional = [name for name, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
     keywords = sorted(parameters)
-    special = dict.fromkeys(scheduled, "Tensor") | flat.types
-    types = {name: special.get(name) or _SCHEMA_TYPES[parameter.annotation] for name, parameter in parameters.items()}
+    special = {name: _SCHEDULED[parameters[name].annotation] for name in scheduled} | flat.types
+    types = {name: special.get(name) or _KINDS[parameter.annotation] for name, parameter in parameters.items()}
     types |= flat.types | {"backend": "str?"}
     names = list(types)
 
     def implementation(*values: Any) -> Any:
-        arguments = dict(zip(names, values, strict=True))
+        arguments = {name: _raised(types[name], value) for name, value in zip(names, values, strict=True)}
         with _dispatch.use_backend(arguments.pop("backend")):
             return flat.run(op, arguments)
 
@@ -125,31 +135,46 @@ def _define(
         arguments = {**defaults, **given}
         if len(given) < len(args) + len(kwargs) or sorted(arguments) != keywords or not flat.lower(arguments):
             return op(*args, **kwargs)  # has the words for what is wrong
-        for name in names:
-            if types[name] == "Tensor" and _fits("float", arguments.get(name)):
-                # An exact product, which torch.compile turns into one with a graph input when the number changes; torch.full it does not.
-                arguments[name] = torch.ones((), dtype=torch.float64, device="cpu") * arguments[name]
         # Known here and not when the graph runs: a `with use_backend` that is traced itself is over by then.
         arguments["backend"] = _dispatch.forced()
         if not all(_fits(types[name], arguments[name]) for name in names):
             return op(*args, **kwargs)
         with torch.no_grad():
-            return operator(*[arguments[name] for name in names])
+            return operator(*[_lowered(types[name], arguments[name]) for name in names])
 
     return traced
 
 
 def _argument(name: str, kind: str, written: tuple[str, ...]) -> str:
     """``Tensor(a!)[] params``: its own letter for each name that is written, for none aliases another."""
+    kind = kind.replace("Number", "Tensor").replace("Seed", "SymInt[]")
     if name in written:
         kind = kind.replace("Tensor", f"Tensor({'abcdefgh'[written.index(name)]}!)")
     return f"{kind} {name}"
 
 
 def _fits(kind: str, value: object) -> bool:
-    """Whether the dispatcher takes ``value`` for a ``kind`` of the schema, without a conversion that the operation would refuse."""
+    """Whether ``value``, lowered, is one that the dispatcher takes for a ``kind``, without a conversion that the operation would refuse."""
     if kind.endswith("?"):
         return value is None or _fits(kind[:-1], value)
     if kind.endswith("[]"):
-        return isinstance(value, (list, tuple)) and all(_fits(kind[:-2], item) for item in value)
-    return isinstance(value, _PYTHON_TYPES[kind]) and (kind == "bool" or not isinstance(value, bool))
+        kinds = (list,) if kind.endswith("?[]") else (list, tuple)  # one with None in it is a list that some operation fills
+        return isinstance(value, kinds) and all(_fits(kind[:-2], item) for item in value)
+    if not isinstance(value, _PYTHON_TYPES[kind]) or (isinstance(value, bool) and kind != "bool"):
+        return False
+    return kind != "Seed" or 0 <= value < 2**64  # type: ignore[operator]  # an int
+
+
+def _lowered(kind: str, value: Any) -> Any:
+    """``value``, which fits, as the operator takes it."""
+    if kind == "Number" and not isinstance(value, Tensor):
+        # An exact product, which torch.compile turns into one with a graph input when the number changes; torch.full it does not.
+        return torch.ones((), dtype=torch.float64, device="cpu") * value
+    if kind.startswith("Seed") and value is not None:
+        return [value >> 32, value & 0xFFFFFFFF]
+    return value
+
+
+def _raised(kind: str, value: Any) -> Any:
+    """What the operation takes for what the operator was given. It takes a tensor for a number."""
+    return (value[0] << 32) + value[1] if kind.startswith("Seed") and value is not None else value

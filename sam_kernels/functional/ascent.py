@@ -27,7 +27,7 @@ from sam_kernels.functional.directions import DIRECTIONS
 __all__ = ["perturb_", "restore_"]
 
 
-@operation(written=("params", "old_params"), scheduled=("rho", "lambd"))
+@operation(written=("params", "old_params"), scheduled=("rho", "lambd", "rounding_seed"))
 def perturb_(
     params: Tensors,  # n tensors
     grads: Tensors,  # n tensors

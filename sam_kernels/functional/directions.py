@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -20,9 +21,10 @@ __all__ = ["DIRECTIONS", "direction_norm_"]
 DIRECTIONS = ("vasso", "friendly")
 
 
-def _fake_direction_norm(*, grads: Tensors, **_: Any) -> Tensor:
+def _fake_direction_norm(*, grads: Tensors, first_steps: Sequence[int], **_: Any) -> Tensor:
+    """First steps are made first: the norm is on the device of the first of these."""
     dtype = torch.float64 if any(grad.dtype is torch.float64 for grad in grads) else torch.float32
-    return grads[0].new_empty((), dtype=dtype) if grads else torch.zeros(())
+    return grads[first_steps[0] if first_steps else 0].new_empty((), dtype=dtype) if grads else torch.zeros(())
 
 
 @operation(written=("ema", "found_inf"), fake=_fake_direction_norm, flat=EMA)

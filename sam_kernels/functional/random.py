@@ -11,7 +11,7 @@ __all__ = ["random_perturb_"]
 DISTRIBUTIONS = ("rademacher", "normal")
 
 
-@operation(written=("params", "old_params"), scheduled=("scale",))
+@operation(written=("params", "old_params"), scheduled=("seed", "scale"))
 def random_perturb_(
     params: Tensors,  # n tensors
     old_params: Tensors,  # n tensors

@@ -1,5 +1,6 @@
 """Under ``torch.compile`` an operation is an operator of ``torch.ops.sam_kernels``: same kernels, bits and words. An eager call is none."""
 
+import copy
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from sam_kernels import SAM, _dispatch, functional, use_backend
 from sam_kernels.cli._options import FOR_LAYOUT_CASES
@@ -20,8 +22,16 @@ from tests.helpers.compare import assert_same_bits
 SCHEMAS = {
     "grad_norm": "Tensor[] grads, Tensor[]? params, bool adaptive, float eta, Tensor(a!)? found_inf, str? backend) -> Tensor",
     "grad_norms": "Tensor[] grad_groups, Tensor[]? params, bool adaptive, float eta, int[] group_sizes, str? backend) -> Tensor",
+    "grad_norm_": "Tensor(a!) norm, Tensor[] grads, Tensor[]? params, bool adaptive, float eta, Tensor(b!)? found_inf, "
+    "Tensor(c!)? skipped, str? backend) -> ()",
+    "check_finite_": "Tensor[] grads, Tensor(a!) found_inf, str? backend) -> ()",
+    "direction_norm_": "Tensor[] grads, Tensor(a!)[] ema, Tensor[]? params, str kind, float theta, float sigma, float lmbda, "
+    "bool adaptive, float eta, Tensor? grad_scale, Tensor(b!)? found_inf, int[] first_steps, str? backend) -> Tensor",
     "perturb_": "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] old_params, Tensor norm, Tensor rho, Tensor lambd, bool adaptive, "
-    "float eta, float eps, Tensor? grad_scale, Tensor? found_inf, bool from_old, str? backend) -> ()",
+    "float eta, float eps, Tensor? grad_scale, Tensor? found_inf, bool from_old, Tensor?[]? ema, str? kind, float sigma, float lmbda, "
+    "SymInt[]? rounding_seed, str? backend) -> ()",
+    "random_perturb_": "Tensor(a!)[] params, Tensor(b!)[] old_params, SymInt[] seed, Tensor scale, str distribution, bool from_old, "
+    "str? backend) -> ()",
     "restore_": "Tensor(a!)[] params, Tensor[] old_params, str? backend) -> ()",
     "sgd_step_": "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor[]? old_params, Tensor lr, float momentum, "
     "float dampening, float weight_decay, bool nesterov, bool maximize, Tensor? grad_scale, Tensor? found_inf, Tensor? norm, "
@@ -31,6 +41,10 @@ SCHEMAS = {
     "Tensor? found_inf, Tensor? norm, float? max_norm, str? backend) -> ()",
 }
 NEUTRAL = {"bool": False, "float": 0.1, "Optional[float]": 0.5, "List[float]": [0.9, 0.99]}  # opcheck's arguments by schema type
+# and by name
+NAMED = {"kind": "friendly", "distribution": "normal", "seed": [1, 2], "rounding_seed": [2**31, 2**32 - 1], "group_sizes": [1, 1]}
+NAMED |= {"first_steps": [1]}
+VARIANTS = {"grad_norm_", "check_finite_"}  # of grad_norm: no keyword sets of their own
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +63,8 @@ def operator(name: str) -> Any:
 
 
 def clone(tree: Any) -> Any:
-    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
+    """In memory laid out alike, on which random numbers depend."""
+    return copy.deepcopy(tree)
 
 
 def assert_same(name: str, actual: Any, expected: Any) -> None:
@@ -62,7 +77,7 @@ def test_the_schema_says_what_is_written(name: str) -> None:
 
 
 def test_every_operation_has_an_operator() -> None:
-    assert set(SCHEMAS) == set(OPTIONS) == set(functional.__all__) - {"combine_norms"}
+    assert set(SCHEMAS) == set(OPTIONS) | VARIANTS == set(functional.__all__) - {"combine_norms"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -73,10 +88,10 @@ def test_opcheck(backend: str, name: str, dtype: torch.dtype) -> None:
             return backend
         if key == "state_steps":
             return [torch.tensor(2.0), torch.tensor(0.0)]
-        if key == "first_steps":
-            return [1]
-        if key == "group_sizes":
-            return [1, 1]
+        if key in NAMED:
+            return NAMED[key]
+        if key == "ema" and "Optional" in kind:
+            return [torch.rand(3, 4, dtype=dtype), None]
         if "List[Tensor]" in kind:
             return [torch.rand(3, 4, dtype=dtype), torch.rand(4, 2, dtype=dtype).t()[1:]]
         if "Tensor" in kind:
@@ -85,6 +100,28 @@ def test_opcheck(backend: str, name: str, dtype: torch.dtype) -> None:
 
     arguments = [argument(str(a.type), a.name) for a in operator(name)._schema.arguments]
     opcheck(operator(name), tuple(arguments))
+
+
+LISTS = {"none": [], "one": [torch.float32], "narrow": [torch.bfloat16, torch.float16], "wide": [torch.float16, torch.float64]}
+
+
+@pytest.mark.parametrize("dtypes", LISTS.values(), ids=LISTS)
+def test_a_fake_result_is_like_the_real_one(dtypes: list[torch.dtype]) -> None:
+    def results(device: str) -> list[Tensor]:
+        grads, emas = ([torch.ones(i + 2, dtype=dtype, device=device) for i, dtype in enumerate(dtypes)] for _ in range(2))
+        direction = ("vasso", 0.9, 1.0, 0.6, False, 0.0, None, None)
+        return [
+            operator("grad_norm")(grads, None, False, 0.0, None, None),
+            operator("grad_norms")(grads, None, False, 0.0, [len(grads), 0, 0], None),
+            operator("direction_norm_")(grads, emas, None, *direction, list(range(len(grads)))[1:], None),
+        ]
+
+    def described(tensors: list[Tensor]) -> list[object]:
+        return [(tensor.shape, tensor.dtype, tensor.device, tensor.stride()) for tensor in tensors]
+
+    with FakeTensorMode():
+        fakes = described(results("cpu"))
+    assert fakes == described(results("cpu"))
 
 
 def assert_compiles_to_eager_bits(name: str, case: str, dtype: str, option: str, compiler: str) -> None:
@@ -101,7 +138,7 @@ def assert_compiles_to_eager_bits(name: str, case: str, dtype: str, option: str,
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_keyword_set(name: str) -> None:
+def test_every_keyword_set(backend: str, name: str) -> None:
     for option in OPTIONS[name]:
         assert_compiles_to_eager_bits(name, "transposed", "bfloat16", option, "eager")
 
@@ -172,6 +209,103 @@ def test_a_whole_step(backend: str) -> None:
     assert_whole_step("aot_eager", calls=1)
 
 
+def direction_arguments() -> dict[str, Any]:
+    given = {name: tensors for name, tensors in step_arguments().items() if name in ("params", "old_params", "grad_scale", "found_inf")}
+    given |= {"first": step_arguments()["first_grads"], "second": step_arguments()["first_grads"]}
+    return given | {"ema": [None, torch.randn(6, 5).t()[::2], None], "norm": torch.tensor(-1.0), "skipped": torch.tensor(2.0)}
+
+
+def step_along_directions(
+    params: list[Tensor],
+    old_params: list[Tensor],
+    *,
+    first: list[Tensor],
+    second: list[Tensor],
+    ema: list[Tensor | None],
+    norm: Tensor,
+    skipped: Tensor,
+    grad_scale: Tensor,
+    found_inf: Tensor,
+    seed: int,
+    kind: str,
+) -> list[Tensor]:
+    """Two steps of a moving average, whose list is passed on as it was and as it has become; norms into one tensor, and random numbers."""
+    options: dict[str, Any] = {"kind": kind, "sigma": 0.8, "lmbda": 0.7}
+    amp = {"grad_scale": grad_scale, "found_inf": found_inf}
+    functional.grad_norm_(norm, first, found_inf=found_inf, skipped=skipped)
+    seen = [norm * 2, found_inf + skipped]
+    before = list(ema)
+    along = functional.direction_norm_(first, ema, theta=0.3, **options, **amp)
+    was_first = [None if entry is None else average for entry, average in zip(before, ema, strict=True)]
+    functional.perturb_(params, first, old_params, along, rho=0.1, ema=was_first, rounding_seed=seed, **options, **amp)
+    seen += [along, *[param * 2 for param in params]]
+    # The list holds tensors now, in eager calls and here.
+    functional.perturb_(params, first, old_params, along, rho=0.2, from_old=True, ema=ema, rounding_seed=seed + 1, **options, **amp)
+    seen += [param * 2 for param in params]
+    functional.restore_(params, old_params)
+    along = functional.direction_norm_(second, ema, params, adaptive=True, eta=0.1, theta=0.3, **options, **amp)
+    functional.perturb_(params, second, old_params, along, rho=0.1, adaptive=True, eta=0.1, ema=ema, **options, **amp)
+    seen += [along, *[param * 2 for param in params]]
+    functional.random_perturb_(params, old_params, seed=seed, scale=0.1, distribution="normal", from_old=True)
+    seen += [param * 2 for param in params]
+    functional.check_finite_([*second, seen[-1] * torch.inf], found_inf)
+    functional.grad_norm_(norm, second, params, adaptive=True, found_inf=found_inf, skipped=skipped)
+    return seen
+
+
+def assert_step_along_directions(compiler: str, kind: str, seeds: list[int]) -> int:
+    """Returns how many graphs were made."""
+    counter = CompileCounterWithBackend(compiler)
+    step = torch.compile(step_along_directions, backend=counter, fullgraph=True)
+    for seed in seeds:
+        eager = direction_arguments()
+        traced = clone(eager)
+        expected, actual = step_along_directions(**eager, kind=kind, seed=seed), step(**traced, kind=kind, seed=seed)
+        assert_same(f"seed {seed}: results", actual, expected)
+        for key in eager:
+            assert_same(f"seed {seed}: {key}", traced[key], eager[key])
+        assert all(average is not None for average in traced["ema"])
+    return int(counter.frame_count)
+
+
+@pytest.mark.parametrize("kind", ["vasso", "friendly"])
+def test_a_step_along_directions(backend: str, kind: str) -> None:
+    assert_step_along_directions("aot_eager", kind, seeds=[5])
+
+
+# What needs 64 bits is exact, as a graph's first value and as an input of it.
+@pytest.mark.parametrize("seeds", [[5, 2**32 + 5, 2**63 - 2, 2**63, 2**64 - 2, 0], [2**64 - 2, 1, 2**32, 2**63 + 1]], ids=str)
+def test_schedules_of_seeds_make_two_graphs(seeds: list[int]) -> None:
+    assert assert_step_along_directions("aot_eager", "vasso", seeds) == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"kind": "vasso"}], ids=str)
+def test_an_average_that_is_the_gradient_itself(options: dict[str, Any]) -> None:
+    """Only read: nothing forbids that the lists share tensors."""
+
+    def function(param: Tensor, grad: Tensor, old: Tensor) -> Tensor:
+        functional.perturb_([param], [grad], [old], grad.norm(), rho=0.5, ema=[grad] if options else None, **options)
+        return param + grad
+
+    eager = [torch.randn(5), torch.randn(5), torch.randn(5)]
+    traced = clone(eager)
+    assert_same("result", compiled(function)(*traced), function(*eager))
+    assert_same("arguments", traced, eager)
+
+
+def test_a_skipped_first_step_leaves_the_same_average(backend: str) -> None:
+    """Unlike a momentum buffer: eager calls put it into the list too."""
+
+    def function(grad: Tensor, ema: list[Tensor | None], found_inf: Tensor) -> Tensor:
+        return functional.direction_norm_([grad], ema, kind="friendly", found_inf=found_inf)
+
+    eager: tuple[Any, ...] = (torch.tensor([1.0, torch.nan, 2.0]), [None], torch.tensor(0.0))
+    traced = clone(eager)
+    assert_same("result", compiled(function)(*traced), function(*eager))
+    assert_same("arguments", traced, eager)
+    assert traced[1][0].tolist() == [1.0, 0.0, 2.0]
+
+
 def test_schedules_of_lr_and_rho_make_two_graphs() -> None:
     assert assert_whole_step("aot_eager", calls=4) == 2  # with the numbers as constants, then with them as inputs
 
@@ -194,6 +328,7 @@ def test_numbers_given_as_tensors_make_no_graph_after_the_first_call() -> None:
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_a_whole_step_in_inductor() -> None:
     assert_whole_step("inductor", calls=2)
+    assert_step_along_directions("inductor", "friendly", seeds=[2**64 - 2, 5])
 
 
 def test_views_of_one_buffer() -> None:
@@ -253,6 +388,23 @@ def sgd(one: Tensor, **changes: Any) -> None:
     functional.sgd_step_(**{"params": [one], "grads": [one + 1], "momentum_buffers": [None], "lr": 0.1, "momentum": 0.9, **changes})
 
 
+def random(one: Tensor, **changes: Any) -> None:
+    given = {"params": [one], "old_params": [one + 2], "seed": 5, "scale": 0.1, "distribution": "normal"}
+    functional.random_perturb_(**{**given, **changes})
+
+
+def direction(one: Tensor, **changes: Any) -> Tensor:
+    return functional.direction_norm_(**{"grads": [one], "ema": [one + 1], "kind": "vasso", **changes})
+
+
+def into(one: Tensor, **changes: Any) -> None:
+    functional.grad_norm_(**{"norm": one, "grads": [one + 1], **changes})
+
+
+def check(one: Tensor, **changes: Any) -> None:
+    functional.check_finite_(**{"grads": [one], "found_inf": one, **changes})
+
+
 # What a schema can carry is refused when the graph runs, by the operation itself.
 @pytest.mark.parametrize(
     ("call", "changes", "error", "words"),
@@ -261,6 +413,16 @@ def sgd(one: Tensor, **changes: Any) -> None:
         (perturb, {"grads": [torch.ones(4)]}, ValueError, r"perturb_: grads\[0\] has shape \(4,\)"),
         (perturb, {"grads": []}, ValueError, r"perturb_: grads has 0 tensors, params has 1"),
         (perturb, {"grads": [torch.ones(3).int()]}, TypeError, r"perturb_: grads\[0\] has dtype torch.int32"),
+        (perturb, {"ema": [None]}, ValueError, r"perturb_: ema and kind belong together, got only ema"),
+        (perturb, {"kind": "vasso"}, ValueError, r"perturb_: ema and kind belong together, got only kind"),
+        (perturb, {"ema": [None, None], "kind": "vasso"}, ValueError, r"perturb_: ema has 2 tensors, params has 1"),
+        (perturb, {"ema": [None], "kind": "sam"}, ValueError, r"perturb_: kind must be one of 'vasso', 'friendly', got 'sam'"),
+        (random, {"distribution": "uniform"}, ValueError, r"random_perturb_: distribution must be one of"),
+        (random, {"scale": torch.inf}, ValueError, r"random_perturb_: scale must be a finite number"),
+        (direction, {"theta": 0.0}, ValueError, r"direction_norm_: theta must be a finite number in \(0.0, 1.0\], got 0.0"),
+        (direction, {"adaptive": True}, ValueError, r"direction_norm_: adaptive=True needs params"),
+        (into, {}, ValueError, r"grad_norm_: norm must hold one floating-point number"),
+        (check, {}, ValueError, r"check_finite_: found_inf must hold one floating-point number"),
         (sgd, {"max_norm": 1.0}, ValueError, r"sgd_step_: max_norm needs norm"),
         (sgd, {"nesterov": True, "dampening": 0.1}, ValueError, r"sgd_step_: nesterov=True needs"),
     ],
@@ -279,6 +441,16 @@ def test_a_refused_value(call: Callable[..., None], changes: dict[str, Any], err
         (perturb, {"adaptive": 1}, r"perturb_: adaptive must be True or False"),
         (perturb, {"params": torch.ones(3)}, r"perturb_: params must be a list or tuple"),
         (perturb, {"grads": [3.0]}, r"perturb_: grads\[0\] must be a torch.Tensor"),
+        (perturb, {"norm": 1.0}, r"perturb_: norm must be a 0-dim tensor, got 1.0"),
+        (perturb, {"ema": (None,), "kind": "vasso"}, r"perturb_: ema must be a list of tensors or None, got tuple"),
+        (perturb, {"rounding_seed": True}, r"perturb_: rounding_seed must be an integer, got True"),
+        (random, {"seed": 5.0}, r"random_perturb_: seed must be an integer, got 5.0"),
+        (random, {"seed": [0, 5]}, r"random_perturb_: seed must be an integer, got list"),
+        (direction, {"ema": (None,)}, r"direction_norm_: ema must be a list of tensors or None, got tuple"),
+        (direction, {"ema": None}, r"direction_norm_: ema must be a list of tensors or None, got None"),
+        (direction, {"kind": 1}, r"direction_norm_: kind must be one of"),
+        (into, {"norm": 1.0}, r"grad_norm_: norm must be a 0-dim tensor, got 1.0"),
+        (check, {"found_inf": None}, r"check_finite_: found_inf must be a 0-dim tensor, got None"),
         (perturb, {"radius": 1.0}, r"unexpected keyword argument 'radius'"),
         (sgd, {"momentum_buffers": None}, r"sgd_step_: momentum_buffers must be a list"),
         (lambda one: functional.restore_([one]), {}, r"missing 1 required positional argument: 'old_params'"),
@@ -290,6 +462,17 @@ def test_a_refused_type(call: Callable[..., None], changes: dict[str, Any], word
         torch.compile(lambda one: call(one, **changes), backend="aot_eager")(torch.ones(3))
     with pytest.raises(torch._dynamo.exc.Unsupported):
         compiled(lambda one: call(one, **changes))(torch.ones(3))
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")  # the graph breaks
+@pytest.mark.parametrize("seed", [-1, 2**64, 2**100])
+def test_a_refused_seed(seed: int) -> None:
+    words = rf"random_perturb_: seed must be an integer in \[0, 2\^64\), got {seed}"
+    step = torch.compile(lambda one, seed: random(one, seed=seed), backend="aot_eager")
+    for given in (5, 6):  # a constant of the graph, then an input of it
+        step(torch.ones(3), given)
+        with pytest.raises(ValueError, match=words):
+            step(torch.ones(3), seed)
 
 
 class Seen(TorchDispatchMode):
@@ -308,6 +491,13 @@ class Seen(TorchDispatchMode):
 def test_eager_calls_go_past_the_operators(backend: str, name: str) -> None:
     with Seen() as seen:
         run(build(name, "single", "float32", next(iter(OPTIONS[name]))))
+    assert "sam_kernels" not in seen.namespaces
+
+
+def test_eager_variants_of_the_norm_go_past_the_operators(backend: str) -> None:
+    with Seen() as seen:
+        functional.grad_norm_(torch.tensor(0.0), [torch.ones(3)], found_inf=torch.tensor(0.0), skipped=torch.tensor(0.0))
+        functional.check_finite_([torch.ones(3)], torch.tensor(0.0))
     assert "sam_kernels" not in seen.namespaces
 
 

@@ -96,7 +96,8 @@ def norm_roundings(numels: Sequence[int]) -> None:
 
 def check_finite_(grads: Sequence[Tensor], found_inf: Tensor) -> None:
     """Sets found_inf where a gradient is not finite. Reads g."""
-    for norm in torch._foreach_norm(list(grads), ord=torch.inf):
+    filled = [grad for grad in grads if grad.numel() > 0]  # torch knows no largest element of nothing
+    for norm in torch._foreach_norm(filled, ord=torch.inf) if filled else ():
         report_norm(norm, found_inf, None, None)
 
 

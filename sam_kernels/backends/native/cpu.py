@@ -134,16 +134,22 @@ def grad_norms(
 ) -> Tensor:  # (len(group_sizes),) float32, float64 where a gradient is float64
     """Norms of consecutive groups of rows, reported where there is one. Reads g (and p when adaptive)."""
     described = _native(grads)
-    norms = _cpu.grad_norms(
-        grads=described,
-        params=_native(params) if adaptive else None,
+    norms = _norms(described, _native(params) if adaptive else None, group_sizes, adaptive=adaptive, eta=eta)
+    result = torch.tensor(norms, dtype=torch.float64 if described.has_float64 else torch.float32)
+    return result if len(norms) != 1 else report_norm(result[0], found_inf, skipped, out).reshape(1)
+
+
+def _norms(grads: Any, params: Any, group_sizes: Sequence[int], *, adaptive: bool, eta: float) -> list[float]:
+    """Of lists as C++ describes them."""
+    norms: list[float] = _cpu.grad_norms(
+        grads=grads,
+        params=params,
         group_sizes=list(group_sizes),
         adaptive=adaptive,
         eta=eta,
         threads=torch.get_num_threads(),
     )
-    result = torch.tensor(norms, dtype=torch.float64 if described.has_float64 else torch.float32)
-    return result if len(norms) != 1 else report_norm(result[0], found_inf, skipped, out).reshape(1)
+    return norms
 
 
 def norm_roundings(numels: Sequence[int]) -> None:
@@ -151,8 +157,13 @@ def norm_roundings(numels: Sequence[int]) -> None:
 
 
 def check_finite_(grads: Sequence[Tensor], found_inf: Tensor) -> None:
-    """Sets found_inf where a gradient is not finite: float64 sums of float32 squares overflow for nothing else. Reads g."""
-    grad_norms(grads, None, [len(grads)], adaptive=False, eta=0.0, found_inf=found_inf, skipped=None, out=None)
+    """Sets found_inf where a gradient is not finite. Reads g, a second time where a float64 one is very large."""
+    described = _native(grads)
+    if math.isfinite(_norms(described, None, [len(grads)], adaptive=False, eta=0.0)[0]):
+        return
+    # Sums of float32 squares overflow for nothing else. Those of float64 ones do above 1e154.
+    if not described.has_float64 or not all(torch.isfinite(grad).all() for grad in grads):
+        found_inf.fill_(1.0)
 
 
 def perturb_(

@@ -1,0 +1,47 @@
+"""Backends are interchangeable: the same names, taking the same arguments."""
+
+import importlib
+import inspect
+from types import ModuleType
+
+import pytest
+
+from sam_kernels._dispatch import BACKENDS
+
+OWN = {"REASON_MISSING"}  # of a backend that can be imported without what it needs
+PAIRS = [(name, other) for i, name in enumerate(BACKENDS) for other in BACKENDS[i + 1 :]]
+
+
+def module_named(name: str) -> ModuleType:
+    """Also one that has no kernels for this machine's devices."""
+    try:
+        backend = importlib.import_module(f"sam_kernels.backends.{name}")
+    except ImportError as error:
+        pytest.skip(f"backend {name}: {error}")
+    reason = getattr(backend, "REASON_MISSING", None)
+    if reason is not None:
+        pytest.skip(f"backend {name}: {reason}")
+    return backend
+
+
+def arguments_of(backend: ModuleType, name: str) -> list[tuple[str, str, object]] | None:
+    """None where it is no function. Annotations are not compared: the numbers of their shapes are comments."""
+    function = getattr(backend, name)
+    if not inspect.isfunction(function):
+        return None
+    return [(argument.name, str(argument.kind), argument.default) for argument in inspect.signature(function).parameters.values()]
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS)
+def test_backends_offer_the_same_names(one: str, other: str) -> None:
+    first, second = module_named(one), module_named(other)
+    assert set(first.__all__) - OWN == set(second.__all__) - OWN
+    for backend in (first, second):
+        assert [name for name in backend.__all__ if not hasattr(backend, name)] == []
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS)
+def test_functions_take_the_same_arguments(one: str, other: str) -> None:
+    first, second = module_named(one), module_named(other)
+    for name in sorted(set(first.__all__) & set(second.__all__) - OWN):
+        assert arguments_of(first, name) == arguments_of(second, name), name
