@@ -93,12 +93,12 @@ def is_red(outcome: Outcome) -> bool:
     return outcome.phase.name in ("reference", "device") and outcome.code not in (0, 5)
 
 
-def closing(out: Path, lines: Sequence[str]) -> list[str]:
+def closing(out: Path, results: Sequence[str], lines: Sequence[str]) -> list[str]:
     """The tables of what was measured now, and a line a phase."""
     found: list[str] = []
     for name, table in (("default", bench_lines), ("sweep", lambda result: sweep.short_lines(result["rows"]))):
         path = out / f"{name}.json"
-        if path.exists():
+        if name in results and path.exists():
             found += table(json.loads(path.read_text()))
     return [*found, *lines]
 
@@ -144,7 +144,7 @@ def main(phases: tuple[str, ...], out: Path | None, with_gate: bool) -> None:
             go([bench_phase(name, out, [*arguments, *extra])])
     if not tests:
         lines.append("tests      not asked for")
-    for line in closing(out, lines):
+    for line in closing(out, _results(chosen), lines):
         say(line)
     say(f"{'RED' if red else 'green'}; results in {_shown(out)}")
     raise SystemExit(1 if red else 0)

@@ -79,7 +79,7 @@ def _calls(workload: Workload, base: Base, dtype: torch.dtype, device: str, say:
     if device != "cpu" and REFERENCE in calls:
         try:
             calls[GRAPH] = _graph_of(calls[REFERENCE])
-        except RuntimeError as error:
+        except Exception as error:
             say(f"left out: {GRAPH} {workload.name}: {str(error)[:200]}")
     return calls
 

@@ -9,10 +9,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from sam_kernels._dispatch import reason_missing
 from sam_kernels.cli._cases import DTYPES, MIXED_NARROW
 from sam_kernels.cli._check import AUTOMATIC, dtypes_of
+from sam_kernels.cli.validate import validate
 from tests.helpers.cases import OPTIONS, check, combinations
 
 pytestmark = pytest.mark.cuda
@@ -41,3 +43,10 @@ def test_matches_the_reference(
                     if not worst.passed:
                         wrong.append(f"{dtype}, case {case}, option {other}: {worst}")
     assert not wrong, f"{len(wrong)} of {checked} wrong:\n" + "\n".join(wrong[:20])
+
+
+@pytest.mark.only_cuda
+def test_validate_on_the_device(device: str) -> None:
+    result = CliRunner().invoke(validate, ["--device", device, "--op", "restore_"])
+    assert result.exit_code == 0, result.output
+    assert "triton" in result.output
