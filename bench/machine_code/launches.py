@@ -19,12 +19,13 @@ import sam_kernels
 from bench import op_calls
 from bench.byte_model import OPS
 from sam_kernels import functional
-from sam_kernels.cli._check import Problem, build, run
+from sam_kernels.cli._cases import MIXED_NARROW
+from sam_kernels.cli._check import build, concerns, run
 from sam_kernels.cli._options import OPTIONS
 
 __all__ = ["DTYPES", "Variant", "covering", "recorded", "records_of", "timed_call"]
 
-DTYPES = ("float32", "bfloat16", "float16", "mixed")
+DTYPES = ("float32", "bfloat16", "float16", MIXED_NARROW)
 _POINTERS = {torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
 
 
@@ -127,20 +128,12 @@ def records_of(*calls: Callable[[], object]) -> list[Variant]:
     return notes
 
 
-def _without_doubles(problem: Problem) -> Problem:
-    """A problem without the rows that have a float64 tensor, for which there are no kernels."""
-    rows = zip(*problem.lists.values(), strict=True)
-    kept = [all(tensor is None or tensor.dtype is not torch.float64 for tensor in row) for row in rows]
-    lists = {name: list(itertools.compress(tensors, kept)) for name, tensors in problem.lists.items()}
-    kwargs = {name: value.float() if isinstance(value, Tensor) else value for name, value in problem.kwargs.items()}
-    return Problem(problem.op, lists, kwargs)
-
-
 def _operations() -> Iterator[Callable[[], object]]:
     for op, options in OPTIONS.items():
         for option, dtype in itertools.product(options, DTYPES):
-            problem = _without_doubles(build(op, "single", dtype, option))
-            yield lambda problem=problem: run(problem)
+            if concerns(op, option, dtype):
+                problem = build(op, "single", dtype, option)
+                yield lambda problem=problem: run(problem)
 
 
 def _checks() -> Iterator[Callable[[], object]]:
@@ -148,7 +141,7 @@ def _checks() -> Iterator[Callable[[], object]]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         grads, flag = [torch.ones(128, dtype=dtype)], torch.zeros(())
         yield lambda grads=grads, flag=flag: functional.check_finite_(grads, flag)
-        yield lambda grads=grads, flag=flag: functional.grad_norm(grads, found_inf=flag, skipped=torch.zeros(()), out=torch.zeros(()))
+        yield lambda grads=grads, flag=flag: functional.grad_norm_(torch.zeros(()), grads, found_inf=flag, skipped=torch.zeros(()))
 
 
 def _optimizer_steps() -> Iterator[Callable[[], object]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sam_kernels.backends.triton._requirements import IS_INTERPRETED
 
-__all__ = ["launch", "warps_of", "written"]
+__all__ = ["launch", "single", "warps_of", "written"]
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -43,6 +43,11 @@ def launch(kernel: Any, programs: int, device: torch.device, *args: Any, num_war
     options = {} if IS_INTERPRETED else {"num_warps": warps_of(num_warps, _warp_size(device)), "enable_fp_fusion": False}
     with _on(device):
         kernel[(programs,)](*args, **constants, **options)
+
+
+def single(scalar: Tensor | None) -> Tensor | None:
+    """A number that a kernel reads, as float32: others are rare, and each type would compile a kernel of its own."""
+    return scalar if scalar is None or scalar.dtype is torch.float32 else scalar.to(torch.float32)
 
 
 def written(params: Sequence[Tensor]) -> None:

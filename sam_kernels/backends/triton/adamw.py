@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sam_kernels.backends.triton._blocks import copy_chunk, full_blocks, grad_multiplier, is_skipped, load_float, locate, operand, store
-from sam_kernels.backends.triton._launch import launch, written
+from sam_kernels.backends.triton._launch import launch, single, written
 from sam_kernels.backends.triton._table import table_of
 
 __all__ = ["adamw_step_"]
@@ -217,9 +217,9 @@ def adamw_step_(
             group.rows,
             group.chunk_indices,
             *corrections,
-            norm,
-            grad_scale,
-            found_inf,
+            single(norm),
+            single(grad_scale),
+            single(found_inf),
             max_norm,
             1.0 - betas[0],
             betas[1],
@@ -256,8 +256,8 @@ def _advance(
         *table.pointers("state_steps"),
         step_sizes,
         inv_sqrt_corrections,
-        norm,
-        found_inf,
+        single(norm),
+        single(found_inf),
         table.count,
         lr,
         *_two_floats(betas[0]),

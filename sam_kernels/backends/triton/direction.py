@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sam_kernels.backends.triton._blocks import full_blocks, inverse_of, load_float, locate, operand, store
-from sam_kernels.backends.triton._launch import launch
+from sam_kernels.backends.triton._launch import launch, single
 from sam_kernels.backends.triton._table import table_of
 from sam_kernels.backends.triton.norm import GROW, GROWN, IN_RANGE, SHRINK, SHRUNK, finish
 
@@ -139,7 +139,7 @@ def direction_norm_(
             group.chunk_indices,
             group.slots,
             *table.sums,
-            grad_scale,
+            single(grad_scale),
             lmbda if is_friendly else 1.0 - theta,
             1.0 - lmbda if is_friendly else theta,
             sigma,

@@ -27,7 +27,7 @@ from sam_kernels.backends.triton._blocks import (
     operand,
     store,
 )
-from sam_kernels.backends.triton._launch import launch, written
+from sam_kernels.backends.triton._launch import launch, single, written
 from sam_kernels.backends.triton._random import ROUNDING_STREAM, seed_key, tile_offsets, tile_words
 from sam_kernels.backends.triton._table import table_of
 
@@ -221,9 +221,9 @@ def perturb_(
             group.rows,
             group.chunk_indices,
             None if rounding_seed is None else table.row_indices(row_indices),
-            norm,
-            grad_scale,
-            found_inf,
+            single(norm),
+            single(grad_scale),
+            single(found_inf),
             rho,
             1.0 - lambd,  # in double: it cancels for the lambd close to 1 of the schedule 1 - 1/t
             lambd,

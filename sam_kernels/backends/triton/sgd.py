@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sam_kernels.backends.triton._blocks import copy_chunk, full_blocks, grad_multiplier, is_skipped, load_float, locate, operand, store
-from sam_kernels.backends.triton._launch import launch, written
+from sam_kernels.backends.triton._launch import launch, single, written
 from sam_kernels.backends.triton._table import table_of
 
 __all__ = ["sgd_step_"]
@@ -135,9 +135,9 @@ def sgd_step_(
             table.numels,
             group.rows,
             group.chunk_indices,
-            norm,
-            grad_scale,
-            found_inf,
+            single(norm),
+            single(grad_scale),
+            single(found_inf),
             max_norm,
             lr,
             momentum,
