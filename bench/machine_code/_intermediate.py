@@ -92,6 +92,7 @@ def address_violations(ttir: str) -> list[str]:
     The index of a chunk is the one 32-bit number that grows with the size of a tensor: no arithmetic in 32 bits may be done on it (or on
     what is made of it) before it is extended, and every block that is loaded or stored must lie at a 64-bit distance that comes from it.
     """
+    table: set[str] = {"%work_chunks"}  # pointers to the indices of chunks
     index: set[str] = set()  # 32-bit values made of a chunk's index
     start: set[str] = set()  # 64-bit values made of one that was extended in time
     based: set[str] = set()  # pointers at such a distance, and pointers made of them
@@ -101,13 +102,15 @@ def address_violations(ttir: str) -> list[str]:
         if not names or "tt.func" in line:
             continue
         results, operands = (names[:1], names[1:]) if re.match(r"\s*%", line) else ([], names)
-        if re.search(r"= tt\.load .* : !tt\.ptr<i32>$", line):
+        if "tt.load" in line and table.intersection(operands[:1]):
             index.update(results)
         elif "arith.extsi" in line and index.intersection(operands):
             start.update(results)
         elif index.intersection(operands) and _NARROW_ARITHMETIC.search(line):
             found.append(f"32-bit arithmetic on the index of a chunk: {line.strip()}")
             index.update(results)
+        elif "tt.addptr" in line and table.intersection(operands[:1]):
+            table.update(results)
         elif "tt.addptr" in line:
             wide = line.endswith(", i64") and start.intersection(operands[1:])
             if wide or based.intersection(operands[:1]):

@@ -42,6 +42,11 @@ class Variant:
     fp_fusion: bool
 
     @property
+    def draws(self) -> bool:
+        """Whether it makes random numbers."""
+        return self.kernel == "_random_kernel" or ("STOCHASTIC", True) in self.constants
+
+    @property
     def dtypes(self) -> tuple[tuple[str, str], ...]:
         """Storage type of each operand, in the order of the kernel's arguments."""
         return tuple((name, str(value)) for name, value in self.constants if type(value).__name__ == "dtype")
@@ -82,14 +87,16 @@ def _is_multiple(value: Any) -> bool:
 def _variant(kernel: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Variant:
     options = {name: kwargs.pop(name) for name in ("num_warps", "enable_fp_fusion")}
     given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-    # What Triton compiles in: arguments that say so, None, and the integer one.
-    known = {p.name for p in kernel.params if p.is_constexpr} | {n for n, v in given.items() if v is None or (type(v) is int and v == 1)}
+    # What Triton compiles in: arguments that say so, None, and the integer one (unless it was told not to look at the value).
+    known = {p.name for p in kernel.params if p.is_constexpr} | {name for name, value in given.items() if value is None}
+    known |= {p.name for p in kernel.params if not p.do_not_specialize and type(given[p.name]) is int and given[p.name] == 1}
+    unseen = {p.name for p in kernel.params if p.do_not_specialize}
     return Variant(
         kernel.fn.__module__,
         kernel.fn.__name__,
         tuple((name, "constexpr" if name in known else _type_of(given[name])) for name in kernel.arg_names),
         tuple((name, given[name]) for name in kernel.arg_names if name in known),
-        tuple(name for name in kernel.arg_names if name not in known and _is_multiple(given[name])),
+        tuple(name for name in kernel.arg_names if name not in known | unseen and _is_multiple(given[name])),
         options["num_warps"],
         options["enable_fp_fusion"],
     )

@@ -33,7 +33,7 @@ def prepare() -> None:
 
     for name, config in _config.CONFIGS.items():
         if config.chunk > CHUNK:
-            small = (2 * TILE, TILE) if name == "random" else (CHUNK, BLOCK)
+            small = (4 * TILE, 2 * TILE) if name == "random" else (CHUNK, BLOCK)
             _config.CONFIGS[name] = dataclasses.replace(config, chunk=small[0], block=small[1])
     _cases.CHUNK = CHUNK
     _cases.CASES["chunk_edges"] = _cases._uniform((CHUNK - 1,), (CHUNK,), (CHUNK + 1,))

@@ -162,7 +162,7 @@ def with_constants(variant: Variant, **values: Any) -> Variant:
     [
         ("nothing_is_contracted", lambda variant: replace(variant, fp_fusion=True)),
         ("nothing_is_spilled", lambda variant: with_constants(replace(variant, num_warps=1), BLOCK_SIZE=4096)),
-        ("half_of_the_threads_fit", lambda variant: with_constants(variant, BLOCK_SIZE=8192)),
+        ("enough_threads_fit", lambda variant: with_constants(variant, BLOCK_SIZE=8192)),
         ("no_element_changes_hands", lambda variant: with_constants(variant, BLOCK_SIZE=2048)),
         ("full_blocks_are_wide", lambda variant: with_constants(variant, BLOCK_SIZE=256)),
     ],

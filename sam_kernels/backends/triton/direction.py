@@ -53,6 +53,23 @@ def _direction_block(
 
 
 @triton.jit
+def _direction_sums(
+    grad, ema, param, begin, end, count, inverse, decay, gain, sigma, eta,
+    FRIENDLY: tl.constexpr, FIRST_STEP: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    offsets = tl.arange(0, BLOCK_SIZE)
+    medium = tl.zeros([BLOCK_SIZE], tl.float32)
+    big = tl.zeros([BLOCK_SIZE], tl.float32)
+    small = tl.zeros([BLOCK_SIZE], tl.float32)
+    for block in range(begin, end, BLOCK_SIZE):
+        medium, big, small = _direction_block(
+            grad, ema, param, block + offsets, count, inverse, decay, gain, sigma, eta, medium, big, small,
+            FRIENDLY, FIRST_STEP, ADAPTIVE, MASKED,
+        )  # fmt: skip
+    return tl.sum(medium), tl.sum(big), tl.sum(small)
+
+
+@triton.jit
 def _direction_kernel(
     grad_pointers,  # (R,) int64
     ema_pointers,  # (R,) int64
@@ -87,21 +104,15 @@ def _direction_kernel(
         addresses = addresses | param_address
     full = full_blocks(addresses, count, BLOCK_SIZE)
     inverse = inverse_of(grad_scale)
-    offsets = tl.arange(0, BLOCK_SIZE)
-    medium = tl.zeros([BLOCK_SIZE], tl.float32)
-    big = tl.zeros([BLOCK_SIZE], tl.float32)
-    small = tl.zeros([BLOCK_SIZE], tl.float32)
-    for block in range(0, full, BLOCK_SIZE):
-        medium, big, small = _direction_block(
-            aligned_grad, aligned_ema, aligned_param, block + offsets, count, inverse, decay, gain, sigma, eta, medium, big, small,
-            FRIENDLY, FIRST_STEP, ADAPTIVE, False,
-        )  # fmt: skip
-    for block in range(full, count, BLOCK_SIZE):
-        medium, big, small = _direction_block(
-            grad, ema, param, block + offsets, count, inverse, decay, gain, sigma, eta, medium, big, small,
-            FRIENDLY, FIRST_STEP, ADAPTIVE, True,
-        )  # fmt: skip
-    medium_sum, big_sum, small_sum = tl.sum(medium), tl.sum(big), tl.sum(small)
+    HALF: tl.constexpr = BLOCK_SIZE // 2  # of the masked blocks: see _blocks.py
+    medium_sum, big_sum, small_sum = _direction_sums(
+        aligned_grad, aligned_ema, aligned_param, 0, full, count, inverse, decay, gain, sigma, eta,
+        FRIENDLY, FIRST_STEP, ADAPTIVE, BLOCK_SIZE, False,
+    )  # fmt: skip
+    medium_rest, big_rest, small_rest = _direction_sums(
+        grad, ema, param, full, count, count, inverse, decay, gain, sigma, eta, FRIENDLY, FIRST_STEP, ADAPTIVE, HALF, True
+    )
+    medium_sum, big_sum, small_sum = medium_sum + medium_rest, big_sum + big_rest, small_sum + small_rest
     with_big = big_sum + medium_sum * SHRINK * SHRINK
     with_medium = medium_sum + small_sum * (1.0 / GROW) * (1.0 / GROW)
     kind = tl.where(big_sum != 0.0, SHRUNK, tl.where(medium_sum != 0.0, IN_RANGE, GROWN))

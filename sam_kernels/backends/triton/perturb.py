@@ -27,6 +27,7 @@ from sam_kernels.backends.triton._blocks import (
     operand,
     store,
 )
+from sam_kernels.backends.triton._config import CONFIGS
 from sam_kernels.backends.triton._launch import launch, single, written
 from sam_kernels.backends.triton._random import ROUNDING_STREAM, seed_key, tile_offsets, tile_words
 from sam_kernels.backends.triton._table import table_of
@@ -159,11 +160,11 @@ def _perturb_kernel(
                 aligned_param, aligned_grad, aligned_old_param, aligned_ema, start, block, count, index, key_low, key_high, scale, eta,
                 grad_weight * inverse, ema_weight, USES_GRAD, USES_EMA, FROM_OLD, ADAPTIVE, STOCHASTIC, BLOCK_SIZE, False,
             )  # fmt: skip
-        REST: tl.constexpr = BLOCK_SIZE if STOCHASTIC else BLOCK_SIZE // 2  # masked blocks are half as long: see _blocks.py
-        for block in range(full, count, REST):
+        HALF: tl.constexpr = BLOCK_SIZE // 2  # of the masked blocks: see _blocks.py
+        for block in range(full, count, HALF):
             _perturb_blocks(
                 param, grad, old_param, ema, start, block, count, index, key_low, key_high, scale, eta,
-                grad_weight * inverse, ema_weight, USES_GRAD, USES_EMA, FROM_OLD, ADAPTIVE, STOCHASTIC, REST, True,
+                grad_weight * inverse, ema_weight, USES_GRAD, USES_EMA, FROM_OLD, ADAPTIVE, STOCHASTIC, HALF, True,
             )  # fmt: skip
 
 
@@ -212,6 +213,9 @@ def perturb_(
     lists = {"params": params, "grads": used_grads, "old_params": old_params, "ema": ema}
     table = table_of(lists, "perturb" if rounding_seed is None else "random")
     for group in table.groups:
+        stochastic = rounding_seed is not None and group.dtypes["params"] == tl.bfloat16
+        # Only the rows that are rounded so need blocks of whole random tiles.
+        block = group.constants["BLOCK_SIZE"] if stochastic else min(group.constants["BLOCK_SIZE"], CONFIGS["perturb"].block)
         launch(
             _perturb_kernel,
             group.chunks,
@@ -238,8 +242,8 @@ def perturb_(
             EMA=group.dtypes["ema"],
             FROM_OLD=from_old,
             ADAPTIVE=adaptive,
-            STOCHASTIC=rounding_seed is not None and group.dtypes["params"] == tl.bfloat16,
-            **group.constants,
+            STOCHASTIC=stochastic,
+            **{**group.constants, "BLOCK_SIZE": block},
         )
     written(params)
 

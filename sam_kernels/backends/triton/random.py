@@ -76,8 +76,9 @@ def _random_kernel(
         _move_tiles(
             aligned_param, aligned_old_param, start, block, count, index, key_low, key_high, scale, NORMAL, FROM_OLD, BLOCK_SIZE, False
         )
-    for block in range(full, count, BLOCK_SIZE):
-        _move_tiles(param, old_param, start, block, count, index, key_low, key_high, scale, NORMAL, FROM_OLD, BLOCK_SIZE, True)
+    HALF: tl.constexpr = BLOCK_SIZE // 2  # of the masked blocks: see _blocks.py
+    for block in range(full, count, HALF):
+        _move_tiles(param, old_param, start, block, count, index, key_low, key_high, scale, NORMAL, FROM_OLD, HALF, True)
 
 
 def random_perturb_(
