@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from sam_kernels import SAM, _dispatch, functional, use_backend
 from sam_kernels.cli._options import FOR_LAYOUT_CASES
-from tests.helpers.cases import OPTIONS, build, run
+from tests.helpers.backends import module_of
+from tests.helpers.cases import MIXED_NARROW, OPTIONS, build, run
 from tests.helpers.compare import assert_same_bits
 
 SCHEMAS = {
@@ -146,7 +147,8 @@ def test_every_keyword_set(backend: str, name: str) -> None:
 @pytest.mark.parametrize("name", FOR_LAYOUT_CASES)
 def test_mixed_dtypes_and_layouts(backend: str, name: str) -> None:
     """Functionalized, with rows whose tensors differ in layout, strided and expanded ones among them."""
-    assert_compiles_to_eager_bits(name, "mixed_layouts", "mixed", FOR_LAYOUT_CASES[name][0], "aot_eager")
+    dtypes = "mixed" if module_of(backend).DTYPES is None else MIXED_NARROW
+    assert_compiles_to_eager_bits(name, "mixed_layouts", dtypes, FOR_LAYOUT_CASES[name][0], "aot_eager")
 
 
 def step_arguments() -> dict[str, Any]:
@@ -259,6 +261,8 @@ def assert_step_along_directions(compiler: str, kind: str, seeds: list[int]) -> 
     step = torch.compile(step_along_directions, backend=counter, fullgraph=True)
     for seed in seeds:
         eager = direction_arguments()
+        if compiler == "inductor":  # computes with a 0-dim CPU tensor only when the result is needed, of what was written to it since
+            eager |= {name: eager[name].reshape(1) for name in ("norm", "found_inf", "skipped")}
         traced = clone(eager)
         expected, actual = step_along_directions(**eager, kind=kind, seed=seed), step(**traced, kind=kind, seed=seed)
         assert_same(f"seed {seed}: results", actual, expected)
