@@ -1,4 +1,4 @@
-# Every target makes its own environment in .venv, once; a changed pyproject.toml, constraints.txt, setup.py or csrc/ brings it up to date.
+# Every target but gpu makes its own .venv, once; a changed pyproject.toml, constraints.txt, setup.py or csrc/ brings it up to date.
 # PYTHON=python3.12 chooses the interpreter, ARGS="..." is passed on to the command, SAM_KERNELS_BUILD=none leaves the native core out.
 # On a machine where pip would bring torch with CUDA and CPU is enough: PIP_EXTRA_INDEX_URL=<PyTorch's CPU index> make test
 PYTHON ?= python3
@@ -12,7 +12,7 @@ SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test lint format sanitize bench wheel clean distclean
+.PHONY: help install demo test interpreted lint format sanitize bench gpu wheel clean distclean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -23,6 +23,10 @@ demo: $(VENV)/.installed-demo $(VENV)/.native  ## train on real data and print t
 
 test: lint  ## lint, then every test
 	$(BIN)/python -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/ops tests/interpreted
+
+interpreted: install  ## only the tests of the Triton kernels, run by Triton's interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/ops tests/interpreted $(ARGS)
 
 install: $(VENV)/.installed-test $(VENV)/.native  ## only make the environment, with everything in it
 
@@ -45,6 +49,10 @@ sanitize: install  ## the operation tests on a build with the address and undefi
 
 bench: install  ## the benchmarks (ARGS="--help" tells the options)
 	$(BIN)/python -m bench $(ARGS)
+
+# No environment of its own: what is to be measured is the torch and the triton that this machine's Python has for its device.
+gpu:  ## the tests and benchmarks on a GPU, with PYTHON as it is (ARGS="tests": only those; OUT=folder for the results)
+	$(PYTHON) -m bench.gpu.run $(if $(OUT),--out $(OUT)) $(ARGS)
 
 wheel: install  ## a wheel and a source distribution in dist/
 	$(BIN)/python -m build

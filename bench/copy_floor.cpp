@@ -50,17 +50,18 @@ void for_each_chunk(int64_t n, int threads, int flags, Body body) {
   }
 }
 
-template <int kReads, int kUpdates, bool kAhead, bool kStreamW, bool kStreamU>
+template <int kReads, int kUpdates, int kWrites, bool kAhead, bool kStreamW, bool kStreamU>
 void mix_chunk(float* const* lists, int64_t begin, int64_t end) {
   float* const* reads = lists;
   float* const* updates = lists + kReads;
-  float* out = lists[kReads + kUpdates];
+  [[maybe_unused]] float* out = kWrites == 1 ? lists[kReads + kUpdates] : nullptr;
 #pragma GCC unroll 4
   for (int64_t i = begin; i < end; i += kLanes) {
     if constexpr (kAhead) {
       for (int j = 0; j < kReads + kUpdates; ++j) __builtin_prefetch(lists[j] + i + kPrefetchFloats);
     }
-    Vec sum = *reinterpret_cast<const Vec*>(reads[0] + i);
+    Vec sum = {};
+    if constexpr (kReads > 0) sum = *reinterpret_cast<const Vec*>(reads[0] + i);
     for (int j = 1; j < kReads; ++j) sum += *reinterpret_cast<const Vec*>(reads[j] + i);
     Vec result = sum;
     for (int j = 0; j < kUpdates; ++j) {
@@ -68,27 +69,27 @@ void mix_chunk(float* const* lists, int64_t begin, int64_t end) {
       put(updates[j] + i, (old + sum) * 0.5f, kStreamU);  // stays finite however often it runs
       result += old;
     }
-    put(out + i, result, kStreamW);
+    if constexpr (kWrites == 1) put(out + i, result, kStreamW);
   }
   fence();
 }
 
-template <int kReads, int kUpdates, bool kAhead, bool kStreamW>
+template <int kReads, int kUpdates, int kWrites, bool kAhead, bool kStreamW>
 void mix_updates(float* const* lists, int64_t n, int threads, int flags) {
   for_each_chunk(n, threads, flags, [&](int64_t begin, int64_t end) {
-    flags& kStreamUpdates ? mix_chunk<kReads, kUpdates, kAhead, kStreamW, true>(lists, begin, end)
-                          : mix_chunk<kReads, kUpdates, kAhead, kStreamW, false>(lists, begin, end);
+    flags& kStreamUpdates ? mix_chunk<kReads, kUpdates, kWrites, kAhead, kStreamW, true>(lists, begin, end)
+                          : mix_chunk<kReads, kUpdates, kWrites, kAhead, kStreamW, false>(lists, begin, end);
   });
 }
 
-template <int kReads, int kUpdates>
+template <int kReads, int kUpdates, int kWrites>
 void mix(float* const* lists, int64_t n, int threads, int flags) {
   if (flags & kPrefetch) {
-    flags& kStreamWrites ? mix_updates<kReads, kUpdates, true, true>(lists, n, threads, flags)
-                         : mix_updates<kReads, kUpdates, true, false>(lists, n, threads, flags);
+    flags& kStreamWrites ? mix_updates<kReads, kUpdates, kWrites, true, true>(lists, n, threads, flags)
+                         : mix_updates<kReads, kUpdates, kWrites, true, false>(lists, n, threads, flags);
   } else {
-    flags& kStreamWrites ? mix_updates<kReads, kUpdates, false, true>(lists, n, threads, flags)
-                         : mix_updates<kReads, kUpdates, false, false>(lists, n, threads, flags);
+    flags& kStreamWrites ? mix_updates<kReads, kUpdates, kWrites, false, true>(lists, n, threads, flags)
+                         : mix_updates<kReads, kUpdates, kWrites, false, false>(lists, n, threads, flags);
   }
 }
 
@@ -124,19 +125,17 @@ extern "C" float read_sum(const float* in, int64_t n, int threads, int flags) {
   return total;
 }
 
-// One pass over lists = {reads..., updates..., one write}, n floats each: 4 n (reads + 2 updates + 1) bytes. Returns 0, or 1 for a mix that
-// is not here.
-extern "C" int mix_pass(float* const* lists, int reads, int updates, int64_t n, int threads, int flags) {
-  if (reads == 1 && updates == 0) {
-    mix<1, 0>(lists, n, threads, flags);
-  } else if (reads == 1 && updates == 1) {
-    mix<1, 1>(lists, n, threads, flags);
-  } else if (reads == 2 && updates == 1) {
-    mix<2, 1>(lists, n, threads, flags);
-  } else if (reads == 2 && updates == 2) {
-    mix<2, 2>(lists, n, threads, flags);
-  } else {
-    return 1;
+// One pass over lists = {reads..., updates..., at most one write}, n floats each: 4 n (reads + 2 updates + writes) bytes. Returns 0, or 1
+// for a mix that is not here.
+extern "C" int mix_pass(float* const* lists, int reads, int updates, int writes, int64_t n, int threads, int flags) {
+  switch (100 * reads + 10 * updates + writes) {
+    case 101: mix<1, 0, 1>(lists, n, threads, flags); break;
+    case 11: mix<0, 1, 1>(lists, n, threads, flags); break;
+    case 110: mix<1, 1, 0>(lists, n, threads, flags); break;
+    case 111: mix<1, 1, 1>(lists, n, threads, flags); break;
+    case 211: mix<2, 1, 1>(lists, n, threads, flags); break;
+    case 221: mix<2, 2, 1>(lists, n, threads, flags); break;
+    default: return 1;
   }
   return 0;
 }

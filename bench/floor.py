@@ -54,7 +54,7 @@ def library() -> ctypes.CDLL | str:
     loaded.read_sum.restype = ctypes.c_float
     loaded.read_sum.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
     loaded.mix_pass.restype = ctypes.c_int
-    loaded.mix_pass.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
+    loaded.mix_pass.argtypes = [ctypes.c_void_p, *[ctypes.c_int] * 3, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
     return loaded
 
 
@@ -66,7 +66,7 @@ def flat_buffers(traffic: Traffic, nbytes: int) -> list[Tensor]:
 
 def candidates(traffic: Traffic) -> dict[str, Pass]:
     """Plain passes with this mix, by name, each taking the buffers of :func:`flat_buffers`."""
-    if not traffic.writes:
+    if not traffic.writes and not traffic.updates:
         return {**_compiled_sums(), **_library_sums()}
     passes = _compiled_mixes(traffic)
     if traffic.passes == 2:
@@ -113,17 +113,17 @@ def _compiled_mixes(traffic: Traffic) -> dict[str, Pass]:
     compiled = library()
     if isinstance(compiled, str):
         return {}
-    reads, updates = len(traffic.reads), len(traffic.updates)
+    reads, updates, writes = len(traffic.reads), len(traffic.updates), len(traffic.writes)
 
     def mix_with(flags: int) -> Pass:
         def run(buffers: list[Tensor]) -> None:
             pointers = (ctypes.c_void_p * len(buffers))(*(buffer.data_ptr() for buffer in buffers))
-            if compiled.mix_pass(pointers, reads, updates, buffers[0].numel(), torch.get_num_threads(), flags):
+            if compiled.mix_pass(pointers, reads, updates, writes, buffers[0].numel(), torch.get_num_threads(), flags):
                 raise ValueError(f"copy_floor.cpp has no pass for {traffic}")
 
         return run
 
-    choices = [(0, PREFETCH), (0, DYNAMIC), (0, STREAM_WRITES), (0, STREAM_UPDATES) if updates else (0,)]
+    choices = [(0, PREFETCH), (0, DYNAMIC), (0, STREAM_WRITES) if writes else (0,), (0, STREAM_UPDATES) if updates else (0,)]
     kind = "C++ copy" if updates == 0 else "C++ pass"
     return {_label(kind, sum(choice)): mix_with(sum(choice)) for choice in itertools.product(*choices)}
 

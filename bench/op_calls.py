@@ -22,13 +22,13 @@ SGD = {"lr": 0.1, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.0, "neste
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "maximize": False}
 
 
-def make_lists(op: str, shapes: tuple[Shape, ...], dtype: torch.dtype) -> Lists:
+def make_lists(op: str, shapes: tuple[Shape, ...], dtype: torch.dtype, device: str = "cpu") -> Lists:
     """What the operation touches, positive everywhere (second moments must be), plus the scalars it needs."""
-    lists = {name: [torch.rand(shape).to(dtype) for shape in shapes] for name in OPS[op].lists}
+    lists = {name: [torch.rand(shape, device=device).to(dtype) for shape in shapes] for name in OPS[op].lists}
     if op == "perturb_":
-        lists["norm"] = [torch.tensor(3.0)]
+        lists["norm"] = [torch.tensor(3.0, device=device)]
     if op == "adamw_step_":
-        lists["state_steps"] = [torch.tensor(1.0) for _ in shapes]
+        lists["state_steps"] = [torch.tensor(1.0, device=device) for _ in shapes]
     return lists
 
 

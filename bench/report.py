@@ -1,4 +1,7 @@
-"""``python -m bench.report FILES``: tables in README and docs, and the chart, from result files. ``--check``: are they up to date?"""
+"""``python -m bench.report FILES``: tables in README and docs, and the chart, from result files. ``--check``: are they up to date?
+
+Results of GPUs come after those of the CPU; there is a chart of the latter.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ import click
 
 from bench.chart import draw
 from bench.environment import SCHEMA
+from bench.gpu import markdown as gpu_markdown
+from bench.gpu.markdown import is_of_a_gpu
 from bench.markdown import docs_section, readme_section
 
 __all__ = ["BEGIN", "END", "load", "main", "replace_section"]
@@ -26,7 +31,7 @@ def load(paths: Sequence[Path]) -> list[dict[str, Any]]:
     for path, result in zip(paths, results, strict=True):
         if result.get("schema") != SCHEMA:
             raise click.ClickException(f"{path}: schema {result.get('schema')!r}, this version reads {SCHEMA}")
-    devices = {result["device"] for result in results}
+    devices = {result["device"] for result in results if not is_of_a_gpu(result)}
     if len(devices) > 1:
         raise click.ClickException(f"results of different devices do not go into one table: {', '.join(sorted(devices))}")
     return results
@@ -48,26 +53,34 @@ def replace_section(text: str, section: str, name: str) -> str:
 @click.option("--image", type=click.Path(dir_okay=False, path_type=Path), default=ROOT / "docs/images/bench-steps.png", help="The chart.")
 @click.option("--check", is_flag=True, help="Write nothing; exit with 1 where a file would change.")
 def main(files: tuple[Path, ...], readme: Path, docs: Path, image: Path, check: bool) -> None:
-    """Regenerates the section between the markers of README and docs, and the chart. FILES: runs of one device, one for each allocator."""
+    """Regenerates the section between the markers of README and docs, and the chart. FILES: runs of one CPU, one for each allocator, and
+    of any GPUs."""
     results = load(files)
+    of_cpu, of_gpus = [result for result in results if not is_of_a_gpu(result)], [result for result in results if is_of_a_gpu(result)]
     stale = []
-    for path, section in ((readme, readme_section), (docs, docs_section)):
+    for path, section, gpu_section in (
+        (readme, readme_section, gpu_markdown.readme_section),
+        (docs, docs_section, gpu_markdown.docs_section),
+    ):
         text = path.read_text() if path.exists() else EMPTY_DOCS if path == docs else ""
-        wanted = replace_section(text, section(results, Path(os.path.relpath(image, path.parent)).as_posix()), path.name)
+        parts = [section(of_cpu, Path(os.path.relpath(image, path.parent)).as_posix())] if of_cpu else []
+        wanted = replace_section(text, "\n\n".join(filter(None, [*parts, gpu_section(of_gpus)])), path.name)
         if not path.exists() or text != wanted:
             stale.append(path)
             if not check:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(wanted)
     if check:
-        stale += [] if image.exists() else [image]  # its pixels depend on matplotlib's version
+        stale += [] if image.exists() or not of_cpu else [image]  # its pixels depend on matplotlib's version
         if stale:
             click.echo(f"out of date: {', '.join(path.name for path in stale)}")
             raise SystemExit(1)
         click.echo("up to date")
     else:
-        draw(results, image)
-        click.echo(f"written: {', '.join(path.name for path in (*stale, image))}")
+        if of_cpu:
+            draw(of_cpu, image)
+            stale.append(image)
+        click.echo(f"written: {', '.join(path.name for path in stale)}")
 
 
 if __name__ == "__main__":

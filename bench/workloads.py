@@ -67,9 +67,9 @@ WORKLOADS = {
 }
 
 
-def make_grads(shapes: Sequence[Shape], dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+def make_grads(shapes: Sequence[Shape], dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> list[Tensor]:
+    generator = torch.Generator(device).manual_seed(seed)
+    return [torch.randn(shape, generator=generator, device=device).to(dtype) for shape in shapes]
 
 
 def make_params(grads: Sequence[Tensor]) -> list[torch.nn.Parameter]:

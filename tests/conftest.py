@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterator
 
@@ -14,13 +15,16 @@ from tests.helpers import interpreter
 INTERPRETED = interpreter.is_interpreted()
 if INTERPRETED:
     interpreter.prepare()
+if os.environ.get("TRITON_INTERPRET") == "1" and not INTERPRETED:
+    pytest.exit("TRITON_INTERPRET=1, and no triton that could interpret: nothing to test", returncode=0)
 collect_ignore = [] if INTERPRETED else ["interpreted"]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A process that interprets kernels tests those alone: everything else has a process of its own."""
     if INTERPRETED:
-        kept = [item for item in items if "interpreted" in item.path.parts or {"backend", "backends"} & set(item.fixturenames)]
+        mine = {"interpreted", "gpu"}  # gpu: a dry run of the device tests
+        kept = [item for item in items if mine & set(item.path.parts) or {"backend", "backends"} & set(item.fixturenames)]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
 

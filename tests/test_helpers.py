@@ -202,3 +202,19 @@ def test_outputs_are_poisoned_and_inputs_are_reproducible() -> None:
     assert all(t is not None and bool(t.isnan().all()) for t in step.lists["params"])
     run(step)
     assert not any(t is None or bool(t.isnan().any()) for t in step.lists["params"])
+
+
+def test_a_clone_keeps_layouts_guards_and_shared_memory() -> None:
+    """Which is how a problem gets to a device."""
+    problem = build("perturb_", "mixed_layouts", "float32", "unified")
+    problem.lists["grads"][0] = problem.lists["params"][0][:1]
+    copy = problem.clone()
+    for name, tensors in problem.lists.items():
+        for tensor, twin in zip(tensors, copy.lists[name], strict=True):
+            assert (twin.shape, twin.stride(), twin.storage_offset()) == (tensor.shape, tensor.stride(), tensor.storage_offset())
+            assert twin.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr()
+            assert twin.untyped_storage().nbytes() == tensor.untyped_storage().nbytes()
+    assert copy.lists["grads"][0].untyped_storage().data_ptr() == copy.lists["params"][0].untyped_storage().data_ptr()
+    assert all(guards_intact(tensor) for tensor in copy.lists["params"][1:])
+    copy.lists["params"][1]._base.fill_(0.0)
+    assert not guards_intact(copy.lists["params"][1])

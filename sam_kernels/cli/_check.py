@@ -1,4 +1,7 @@
-"""One operation on one backend against the float64 reference: builds the inputs a case and an option describe, runs both, compares."""
+"""One operation on one backend against the float64 reference: builds the inputs a case and an option describe, runs both, compares.
+
+On a device the inputs are those of the CPU, moved there; the reference stays on the CPU, and so does the comparison.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,15 @@ from torch import Tensor
 from sam_kernels import _dispatch, functional, reference
 from sam_kernels._dispatch import use_backend
 from sam_kernels.cli._bounds import bounds_of
-from sam_kernels.cli._cases import CASES, LAYOUT_CASES, Row, guards_intact, make_tensor, rows_of
+from sam_kernels.cli._cases import CASES, LAYOUT_CASES, MIXED_NARROW, Row, dtypes_for, guards_intact, make_tensor, rows_of
 from sam_kernels.cli._compare import Worst, compare
 from sam_kernels.cli._options import FOR_LAYOUT_CASES, OPTIONS
 from sam_kernels.cli._tolerance import norm_bound
 
-__all__ = ["Problem", "build", "check", "combinations", "run", "seed_of"]
+__all__ = ["AUTOMATIC", "Problem", "build", "check", "combinations", "concerns", "dtypes_of", "run", "seed_of"]
 
-ROUNDING = "rounding_seed"
+AUTOMATIC = "automatic"  # no backend is forced: rows go where there are kernels for their dtypes
+
 NORMS = ("grad_norm", "grad_norms", "direction_norm_")
 SAVES = ("perturb_", "random_perturb_")  # write old_params
 ABOUT_OTHERS = {  # cases about gradients that an operation does not read
@@ -40,9 +44,12 @@ class Problem:
     lists: dict[str, list[Tensor | None]]
     kwargs: dict[str, Any]
 
-    def clone(self) -> Problem:
-        """The same bits in memory of its own, laid out alike."""
-        return Problem(self.op, {name: [_clone(t) for t in tensors] for name, tensors in self.lists.items()}, _clone_kwargs(self.kwargs))
+    def clone(self, device: str = "cpu") -> Problem:
+        """The same bits in memory of its own on a device, laid out alike: guards stay guards, shared memory stays shared."""
+        copies: dict[int, Tensor] = {}
+        lists = {name: [_clone(t, device, copies) for t in tensors] for name, tensors in self.lists.items()}
+        kwargs = {name: value.to(device, copy=True) if isinstance(value, Tensor) else value for name, value in self.kwargs.items()}
+        return Problem(self.op, lists, kwargs)
 
     def double(self) -> Problem:
         """Everything in float64, contiguous."""
@@ -50,14 +57,26 @@ class Problem:
         return Problem(self.op, lists, {k: v.to(torch.float64).clone() if isinstance(v, Tensor) else v for k, v in self.kwargs.items()})
 
 
-def _clone(tensor: Tensor | None) -> Tensor | None:
-    if tensor is None or tensor._base is None:
-        return None if tensor is None else tensor.clone()
-    return tensor._base.clone().as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+def _clone(tensor: Tensor | None, device: str, copies: dict[int, Tensor]) -> Tensor | None:
+    """``copies``: of the allocations met so far."""
+    if tensor is None:
+        return None
+    whole = tensor if tensor._base is None else tensor._base
+    if whole._cdata not in copies:
+        copies[whole._cdata] = whole.to(device, copy=True)
+    copy = copies[whole._cdata]
+    return copy if tensor._base is None else copy.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
-def _clone_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+def _module_of(backend: str, device: str) -> ModuleType:
+    """The backend itself; the preferred one where none is forced."""
+    with use_backend(None if backend == AUTOMATIC else backend):
+        return _dispatch.select(torch.device(device).type)
+
+
+def dtypes_of(backend: str, device: str = "cpu") -> list[str]:
+    """The dtypes to check a backend with. What is chosen automatically is of interest where it depends on the row."""
+    return ["mixed"] if backend == AUTOMATIC else dtypes_for(_module_of(backend, device).DTYPES)
 
 
 def seed_of(*names: object) -> int:
@@ -65,16 +84,21 @@ def seed_of(*names: object) -> int:
     return zlib.crc32("/".join(map(str, names)).encode())
 
 
+def concerns(op: str, option: str, dtype: str) -> bool:
+    """Whether a keyword set says something about a dtype: stochastic rounding is for bfloat16 parameters, and refuses float16 ones."""
+    return dtype == "bfloat16" or "rounding_seed" not in OPTIONS[op][option]
+
+
 def combinations(op: str, dtype: str) -> Iterator[tuple[str, str]]:
     """(case, option) pairs that say something about an operation in a dtype."""
     for case in CASES:
         if case in ABOUT_OTHERS.get(op, ()):
             continue
-        if dtype == "mixed" and case == "chunk_edges" and op.startswith("grad_norm"):
-            continue  # one list: a dtype a row is covered by the others
+        if dtype in ("mixed", MIXED_NARROW) and case == "chunk_edges" and (op.startswith("grad_norm") or op == "random_perturb_"):
+            continue  # a dtype a row is covered by the others
         options = FOR_LAYOUT_CASES[op] if case in LAYOUT_CASES else tuple(OPTIONS[op])
         for option in options[:1] if case == "many_tiny" else options:
-            if not (ROUNDING in OPTIONS[op][option] and dtype in ("float16", "mixed")):  # float16 parameters are refused
+            if concerns(op, option, dtype):
                 yield case, option
 
 
@@ -166,7 +190,7 @@ def run(problem: Problem, module: Any = functional) -> Any:
     return op(*positional, old_params=lists.get("old_params"), **kwargs)
 
 
-def check(op: str, backends: Sequence[str], dtype: str, case: str, option: str, seed: int = 0) -> dict[str, Worst]:
+def check(op: str, backends: Sequence[str], dtype: str, case: str, option: str, seed: int = 0, device: str = "cpu") -> dict[str, Worst]:
     """For each backend the worst element of everything the operation could have written, inputs and surrounding memory included."""
     before = build(op, case, dtype, option, seed)
     exact = before.double()
@@ -180,26 +204,31 @@ def check(op: str, backends: Sequence[str], dtype: str, case: str, option: str, 
         bounds.setdefault(name, [torch.zeros(0 if t is None else t.numel(), dtype=torch.float64) for t in tensors])
     found = {}
     for backend in backends:
-        problem = before.clone()
-        pointers = _pointers(problem)
-        with use_backend(backend):
-            result = run(problem)
-            module = _dispatch.select("cpu")
-        if not module.KNOWS_SKIPS:
+        module = _module_of(backend, device)
+        there = before.clone(device)
+        pointers = _pointers(there)
+        with use_backend(None if backend == AUTOMATIC else backend):
+            result = run(there)
+        moved = _moved(there, pointers)
+        problem = there.clone()
+        if not module.KNOWS_SKIPS or device != "cpu":
             _drop_untouched_buffers(problem, exact)
-        worst = _compare_results(result, exact_result, problem, directions, module) if op in NORMS else Worst()
+        worst = _compare_results(result.cpu(), exact_result, problem, directions, module) if op in NORMS else Worst()
         for name, tensors in problem.lists.items():
             worst = max(worst, compare(name, tensors, exact.lists[name], bounds[name], starts[name]), key=Worst.badness)
-        found[backend] = _side_effects(problem, pointers) or worst
+        found[backend] = moved or _side_effects(problem) or worst
     return found
 
 
-def _side_effects(problem: Problem, pointers: dict[tuple[str, int], int]) -> Worst | None:
-    """What must never happen: a tensor that moved, a write outside of one."""
+def _moved(problem: Problem, pointers: dict[tuple[str, int], int]) -> Worst | None:
     now = _pointers(problem)
     for (name, i), pointer in pointers.items():
         if now[name, i] != pointer:
             return Worst(name, i, passed=False, reason="the data pointer changed")
+    return None
+
+
+def _side_effects(problem: Problem) -> Worst | None:
     for name, tensors in problem.lists.items():
         for i, tensor in enumerate(tensors):
             if tensor is not None and not guards_intact(tensor):

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sam_kernels._dispatch import BACKENDS, available, reason_missing
-from sam_kernels.cli._cases import DTYPES
-from sam_kernels.cli._check import check, combinations
+from sam_kernels.cli._cases import DTYPES, MIXED_NARROW
+from sam_kernels.cli._check import AUTOMATIC, check, combinations, dtypes_of
 from sam_kernels.cli._compare import Worst
 from sam_kernels.cli._options import OPTIONS
 
@@ -39,21 +39,30 @@ class ValidationRow:
 
 
 def validate_rows(
-    backends: Sequence[str], ops: Sequence[str] = tuple(OPTIONS), *, seed: int = 0, dtypes: Sequence[str] = tuple(DTYPES)
+    backends: Sequence[str],
+    ops: Sequence[str] = tuple(OPTIONS),
+    *,
+    seed: int = 0,
+    dtypes: Sequence[str] = (*DTYPES, MIXED_NARROW),
+    device: str = "cpu",
 ) -> Iterator[ValidationRow]:
-    """Rows as they are found. Raises nothing for a wrong result; an operation that raises is a failed row."""
+    """Rows as they are found, for the dtypes a backend has kernels for. Raises nothing for a wrong result; an operation that raises is a
+    failed row."""
+    taken = {backend: dtypes_of(backend, device) for backend in backends}
     for op in ops:
         for dtype in dtypes:
-            yield from _validate_op(op, dtype, backends, seed)
+            takers = [backend for backend in backends if dtype in taken[backend]]
+            if takers:
+                yield from _validate_op(op, dtype, takers, seed, device)
 
 
-def _validate_op(op: str, dtype: str, backends: Sequence[str], seed: int) -> list[ValidationRow]:
+def _validate_op(op: str, dtype: str, backends: Sequence[str], seed: int, device: str) -> list[ValidationRow]:
     worst = dict.fromkeys(backends, Worst())
     where = dict.fromkeys(backends, ("", ""))
     count = 0
     for case, option in combinations(op, dtype):
         count += 1
-        for backend, found in _guarded(partial(check, op, backends, dtype, case, option, seed), backends).items():
+        for backend, found in _guarded(partial(check, op, backends, dtype, case, option, seed, device), backends).items():
             if where[backend] == ("", "") or found.badness() > worst[backend].badness():
                 worst[backend], where[backend] = found, (case, option)
     return [_row(op, name, dtype, count, worst[name], *where[name]) for name in backends]
@@ -89,36 +98,49 @@ def _table(rows: Sequence[ValidationRow]) -> Table:
     return table
 
 
+def _device_type(device: str) -> str:
+    """Raises click's error for a device that is not there."""
+    try:
+        kind = torch.device(device).type
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
+        raise click.UsageError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return kind
+
+
 @click.command()
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, allow_dash=True), help="Write the rows as JSON; - for stdout, alone.")
 @click.option("--backend", "backends", multiple=True, type=click.Choice(BACKENDS), help="Only this backend; may be repeated.")
 @click.option("--op", "ops", multiple=True, type=click.Choice(list(OPTIONS)), help="Only this operation; may be repeated.")
+@click.option("--device", default="cpu", show_default=True, help="Where the operations run: cpu, cuda, cuda:1.")
 @click.option("--seed", default=0, show_default=True, help="Of the inputs.")
-def validate(json_path: str | None, backends: tuple[str, ...], ops: tuple[str, ...], seed: int) -> None:
+def validate(json_path: str | None, backends: tuple[str, ...], ops: tuple[str, ...], device: str, seed: int) -> None:
     """Check every operation on every backend against the float64 reference.
 
     The bound of each element is derived from the roundings that lead to it; shown is the element that used most of its bound. The exit code
     is 1 if any element exceeds its bound.
     """
+    device_type = _device_type(device)
     for name in backends:
-        if (reason := reason_missing(name)) is not None:
+        if (reason := reason_missing(name, device_type)) is not None:
             raise click.UsageError(f"backend {name!r} cannot be used: {reason}")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # thousands of small calls: waking threads would cost more than it saves
     try:
-        rows = list(validate_rows(backends or available(), ops or tuple(OPTIONS), seed=seed))
+        chosen = backends or (*available(device_type), *([] if device_type == "cpu" else [AUTOMATIC]))
+        rows = list(validate_rows(chosen, ops or tuple(OPTIONS), seed=seed, device=device))
     finally:
         torch.set_num_threads(threads)
     if json_path is not None:
         with click.open_file(json_path, "w") as file:
-            json.dump({"torch": torch.__version__, "seed": seed, "rows": [asdict(row) for row in rows]}, file, indent=1)
+            json.dump({"torch": torch.__version__, "device": device, "seed": seed, "rows": [asdict(row) for row in rows]}, file, indent=1)
             file.write("\n")
     failures = [row for row in rows if not row.passed]
     if json_path != "-":
         console = Console()
         console.print(_table(rows))
         for name in BACKENDS:
-            if (reason := reason_missing(name)) is not None:
+            if (reason := reason_missing(name, device_type)) is not None:
                 console.print(f"{name}: not checked, {reason}", markup=False, highlight=False)
         for row in failures:
             console.print(f"FAIL {row.op} {row.backend} {row.dtype}: {row.worst}", markup=False, highlight=False, soft_wrap=True)

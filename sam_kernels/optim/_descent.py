@@ -91,6 +91,8 @@ def _adam_step(
             state["step"] = _zero_step(group, param)
             state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        elif not param.is_cpu and state["step"].is_cpu:  # from a checkpoint of torch's own loop
+            state["step"] = state["step"].to(param.device, torch.float32)
     functional.adamw_step_(
         lists.params,
         grads,
@@ -109,8 +111,10 @@ def _adam_step(
 
 
 def _zero_step(group: dict[str, Any], param: Tensor) -> Tensor:
-    dtype = torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32
-    return torch.zeros((), dtype=torch.float32 if group.get("fused") else dtype, device=param.device if group.get("fused") else "cpu")
+    """On the parameter's device: only there is it known whether a step is skipped. (torch keeps it on the CPU unless fused or capturable,
+    and takes it either way.)"""
+    is_double = param.is_cpu and not group.get("fused") and torch.get_default_dtype() is torch.float64
+    return torch.zeros((), dtype=torch.float64 if is_double else torch.float32, device=param.device)
 
 
 def plain_step(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Sequence
 from itertools import repeat
@@ -16,12 +15,18 @@ from sam_kernels import _dispatch
 from sam_kernels._tensor_list import TensorList
 from sam_kernels._validate import SUPPORTED_DTYPES
 
-__all__ = ["Backups", "GroupLists", "check_params", "param_name", "same_tensors", "with_grads"]
+__all__ = ["Backups", "GroupLists", "check_params", "param_name", "same_bits", "same_tensors", "with_grads"]
 
 
 def same_tensors(left: Sequence[Any] | None, right: Sequence[Any]) -> bool:
     """The same objects in the same order."""
     return left is not None and len(left) == len(right) and all(map(operator.is_, left, right))
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    """Of one dtype and shape, and equal to the last bit. Waits for the device."""
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[left.element_size()]
+    return left.dtype is right.dtype and torch.equal(left.detach().view(kind), right.detach().view(kind))
 
 
 def param_name(group: dict[str, Any], group_index: int, index: int) -> str:
@@ -75,7 +80,7 @@ class GroupLists:
         self.params: list[Tensor] = list(params) if vouched is None else vouched
         self._backups = backups
         self._old_params: list[Tensor] | None = None
-        self._mark: Tensor | None = None  # (1,) the first element of the backups
+        self._norm: Tensor | None = None
         self._state_tensors: dict[str, list[Tensor]] = {}
         self._states: list[dict[str, Any]] = []
         self._all_states: list[dict[str, Any]] | None = None
@@ -113,16 +118,13 @@ class GroupLists:
             self._old_params = self._list(self._backups.of(self.params))
         return self._old_params
 
-    def mark_unsaved(self) -> None:
-        """Notes in the backups that they are not this step's: saving the parameters erases the note."""
-        if self._mark is None:
-            first = next((old for old in self.old_params if old.numel() > 0), torch.empty(1))  # all empty: nothing to save or restore
-            self._mark = first.as_strided((1,), (1,))
-        self._mark.fill_(math.nan)
-
-    def is_saved(self) -> bool:
-        """Whether the parameters were saved since :meth:`mark_unsaved`. Waits for the device."""
-        return self._mark is not None and not bool(self._mark.isnan())
+    @property
+    def norm(self) -> Tensor:
+        """() where the norm of the gradients goes, step after step."""
+        if self._norm is None:
+            is_double = any(param.dtype is torch.float64 for param in self.params)
+            self._norm = torch.zeros((), dtype=torch.float64 if is_double else torch.float32, device=self.params[0].device)
+        return self._norm
 
     def grads(self, grads: list[Tensor]) -> list[Tensor]:
         """The gradients as operations take them; they move at every backward pass."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +12,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sam_kernels import functional
+from sam_kernels._tensor_list import TensorList
 from sam_kernels.optim._descent import can_fuse, fused_step, plain_step
-from sam_kernels.optim._group import Backups, GroupLists, param_name, same_tensors, with_grads
+from sam_kernels.optim._group import Backups, GroupLists, param_name, same_bits, same_tensors, with_grads
 from sam_kernels.optim._schedules import lambd_at, rho_at
 
 __all__ = ["Passes"]
@@ -27,11 +30,33 @@ class _Current:
     grads: list[Tensor]
 
 
+@dataclass
+class _Unsure:
+    """A group whose perturbation was asked for and not yet heard of: Ctrl-C may come before it, after it, or between two launches."""
+
+    lists: GroupLists
+    perturb_: Callable[..., None]
+
+    def saved_rows(self) -> list[int]:
+        """The rows whose backup is this step's: they lie where the backup is, or exactly where a perturbation from it leads.
+
+        Every perturbation has the same bits, so this asks what would otherwise have to be noted at every step. Waits for the device.
+        """
+        params, old_params = self.lists.params, self.lists.old_params
+        moved = [torch.empty_like(param) for param in params]
+        self.perturb_(moved, old_params=old_params, from_old=True)
+        return [
+            i
+            for i, (param, old, there) in enumerate(zip(params, old_params, moved, strict=True))
+            if same_bits(param, old) or same_bits(param, there)
+        ]
+
+
 class Passes:
     """What a step under way knows, and what is kept between steps: backups and lists.
 
-    ``found_inf`` () float32 is set once a gradient of either pass was not finite; ``skipped`` () int64 counts such steps. Both live on the
-    device.
+    ``found_inf`` () float32 is set once a gradient of either pass was not finite; ``skipped`` () float32 counts such steps before the
+    last. Both live on the device.
     """
 
     def __init__(self, base: Optimizer, own_hooks: set[int]) -> None:
@@ -39,23 +64,37 @@ class Passes:
         self.own_hooks = own_hooks  # of the base's step hooks, those that do not count as somebody listening
         self.backups = Backups()
         self.found_inf = torch.zeros(())
-        self.skipped = torch.zeros((), dtype=torch.int64)
+        self.skipped = torch.zeros(())
         self.is_perturbed = False
         self._lists: dict[int, GroupLists] = {}
         self._perturbed: dict[int, GroupLists] = {}
-        self._unsure: GroupLists | None = None  # the group whose perturbation has been asked for and not yet been heard of
+        self._joint: tuple[list[GroupLists], GroupLists] | None = None  # several groups' lists, and those of all their parameters
+        self._unsure: _Unsure | None = None
+        self._begins = False  # found_inf is still the last step's
 
     def begin(self, device: torch.device) -> None:
         """A new step: nothing is known to be wrong with it."""
         if self.found_inf.device != device:
-            self.found_inf = torch.zeros((), device=device)
-            self.skipped = self.skipped.to(device)
-        self.found_inf.zero_()
+            self.found_inf, self.skipped = self.found_inf.to(device), self.skipped.to(device)
+        self._begins = True
+
+    @property
+    def skipped_steps(self) -> int:
+        """Waits for the device."""
+        return int((self.skipped + self.found_inf).item())
+
+    def _forget_last_step(self) -> None:
+        """Where no norm did it in passing."""
+        if self._begins:
+            self.skipped.add_(self.found_inf)
+            self.found_inf.zero_()
+            self._begins = False
 
     def release(self) -> None:
         """Frees the backups."""
         self.backups = Backups()
         self._lists = {}
+        self._joint = None
 
     def ascend(self, groups: list[dict[str, Any]], *, eps: float, grad_scale: Tensor | None) -> None:
         """Saves and perturbs the parameters of the groups with ρ > 0, along their gradients as they are."""
@@ -66,13 +105,10 @@ class Passes:
         self.is_perturbed = True
         for current in taking_part:
             group = current.group
-            self._perturbed[current.index] = self._unsure = current.lists
-            current.lists.mark_unsaved()
-            functional.perturb_(
-                current.lists.params,
-                current.grads,
-                current.lists.old_params,
-                norm,
+            perturb_: Callable[..., None] = partial(
+                functional.perturb_,
+                grads=current.grads,
+                norm=norm,
                 rho=radii[current.index],
                 lambd=mixes[current.index],
                 adaptive=group["adaptive"],
@@ -81,15 +117,23 @@ class Passes:
                 grad_scale=grad_scale,
                 found_inf=self.found_inf,
             )
+            self._perturbed[current.index], self._unsure = current.lists, _Unsure(current.lists, perturb_)
+            perturb_(current.lists.params, old_params=current.lists.old_params)
             self._unsure = None
 
     def descend(self, groups: list[dict[str, Any]], *, max_norm: float | None, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Restores the parameters and makes the base's step along the gradients as they are, unless something was not finite."""
         currents = self._current(groups)
-        norm = self._norm(currents, normalised=False)
+        norm = None
+        if max_norm is not None:
+            norm = self._norm(currents, normalised=False)
+        self._forget_last_step()
+        if max_norm is None:
+            for _, grads, *_ in self._joined(currents, normalised=False):
+                functional.check_finite_(grads, self.found_inf)
         if found_inf is not None:
             self.found_inf.logical_or_(found_inf.to(self.found_inf.device))
-        amp: dict[str, Any] = {"grad_scale": grad_scale, "found_inf": self.found_inf, "norm": None if max_norm is None else norm}
+        amp: dict[str, Any] = {"grad_scale": grad_scale, "found_inf": self.found_inf, "norm": norm}
         # With nothing perturbed the step is the base's own, bit for bit; so is one that somebody listens to.
         if self._perturbed and can_fuse(self.base, self.own_hooks):
             by_index = {current.index: current for current in currents}
@@ -102,16 +146,15 @@ class Passes:
             self.restore()
             plain_step(self.base, [grad for current in currents for grad in current.grads], max_norm=max_norm, **amp)
         self.is_perturbed = False
-        self.skipped.add_(self.found_inf.to(torch.int64))
 
     def restore(self) -> None:
-        """Back to the weights of before the ascent, bit for bit; nothing to do when there was none.
-
-        Ctrl-C may have come while a group was being perturbed: Python raises it before or after, never within, and the mark tells which.
-        """
+        """Back to the weights of before the ascent, bit for bit; nothing to do when there was none."""
         for lists in self._perturbed.values():
-            if lists is not self._unsure or lists.is_saved():
+            if self._unsure is None or lists is not self._unsure.lists:
                 functional.restore_(lists.params, lists.old_params)
+            else:
+                rows = self._unsure.saved_rows()
+                functional.restore_([lists.params[i] for i in rows], [lists.old_params[i] for i in rows])
         self._perturbed = {}
         self._unsure = None
         self.is_perturbed = False
@@ -138,16 +181,30 @@ class Passes:
     def _norm(self, currents: list[_Current], *, normalised: bool) -> Tensor:
         """Global norm over the groups, each with its own adaptive normalisation where ``normalised``; marks ``found_inf``."""
         norms = []
-        for current in currents:
-            adaptive = normalised and current.group["adaptive"]
-            params = current.lists.params if adaptive else None
-            eta = current.group["eta"] if adaptive else 0.0
-            norms.append(functional.grad_norm(current.grads, params, adaptive=adaptive, eta=eta, found_inf=self.found_inf))
+        for lists, grads, adaptive, eta in self._joined(currents, normalised=normalised):
+            params = lists.params if adaptive else None
+            skipped = self.skipped if self._begins else None
+            functional.grad_norm_(lists.norm, grads, params, adaptive=adaptive, eta=eta, found_inf=self.found_inf, skipped=skipped)
+            self._begins = False
+            norms.append(lists.norm)
         if len(norms) == 1:
             return norms[0]
         if not norms:
             return torch.zeros(())
         return functional.combine_norms(norms)
+
+    def _joined(self, currents: list[_Current], *, normalised: bool) -> list[tuple[GroupLists, list[Tensor], bool, float]]:
+        """Lists, gradients, adaptive and eta of the norms to take: one norm of all groups where they agree and one call can take them."""
+        kinds = [(bool(c.group["adaptive"]), float(c.group["eta"])) if normalised else (False, 0.0) for c in currents]
+        if len(currents) > 1 and len(set(kinds)) == 1:
+            members = [current.lists for current in currents]
+            if self._joint is None or not same_tensors(self._joint[0], members):
+                self._joint = members, GroupLists([param for lists in members for param in lists.params], self.backups)
+            joint = self._joint[1]
+            grads = joint.grads([grad for current in currents for grad in current.grads])
+            if isinstance(grads, TensorList):
+                return [(joint, grads, *kinds[0])]
+        return [(current.lists, current.grads, *kind) for current, kind in zip(currents, kinds, strict=True)]
 
     def _parts(self, i: int, current: _Current | None) -> list[tuple[GroupLists, list[Tensor], list[Tensor] | None]]:
         """The parameters of group i by what their step starts from; those without a gradient now are restored here."""

@@ -148,7 +148,7 @@ class SAM(Optimizer):
     @property
     def skipped_steps(self) -> int:
         """Steps skipped for non-finite gradients. Reading it waits for the device."""
-        return int(self._passes.skipped.item())
+        return self._passes.skipped_steps
 
     @torch.no_grad()
     def step(self, closure: Closure | Sequence[Closure] | None = None, *, grad_scaler: GradScaler | None = None) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from sam_kernels._dispatch import available
@@ -69,3 +70,12 @@ def test_a_missing_backend_says_why() -> None:
 def test_another_seed_gives_other_inputs() -> None:
     errors = [[row.error_ulp for row in validate_rows(["foreach"], ["grad_norms"], seed=seed, dtypes=["float32"])] for seed in (0, 1, 0)]
     assert errors[0] == errors[2] != errors[1]
+
+
+def test_a_device_that_is_not_there_says_why() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a device")
+    result = CliRunner().invoke(validate, ["--device", "cuda"])
+    assert result.exit_code == 2
+    assert "device 'cuda' cannot be used: " in result.output
+    assert CliRunner().invoke(validate, ["--device", "nonsense"]).exit_code == 2

@@ -27,21 +27,21 @@ def deciding_floats(dtype: torch.dtype) -> Tensor:  # (k,) float32
     return torch.cat([exact, torch.nextafter(exact, up), torch.nextafter(exact, down), torch.tensor([-0.0, 1e38, -1e38, 1e-45, -1e-45])])
 
 
-def widened(dtype: torch.dtype) -> Tensor:  # (65536,) float32
+def widened(dtype: torch.dtype, device: str = "cpu") -> Tensor:  # (65536,) float32
     """Every half as the kernels read it: a float32 parameter moved from it by nothing (-0.0, which leaves every number as it is)."""
-    old = all_halves(dtype)
-    param = torch.full(old.shape, torch.nan)
-    grad = torch.full(old.shape, -0.0)
-    functional.perturb_([param], [grad], [old], torch.tensor(1.0), rho=1.0, from_old=True)
-    return param
+    old = all_halves(dtype).to(device)
+    param = torch.full(old.shape, torch.nan, device=device)
+    grad = torch.full(old.shape, -0.0, device=device)
+    functional.perturb_([param], [grad], [old], torch.ones((), device=device), rho=1.0, from_old=True)
+    return param.cpu()
 
 
-def narrowed(dtype: torch.dtype, path: str) -> Tensor:  # (k,) dtype
+def narrowed(dtype: torch.dtype, path: str, device: str = "cpu") -> Tensor:  # (k,) dtype
     """The deciding floats as the kernels round them, by a step that moves nothing or by a plain copy."""
-    old = deciding_floats(dtype)
-    param = torch.full(old.shape, torch.nan, dtype=dtype)
+    old = deciding_floats(dtype).to(device)
+    param = torch.full(old.shape, torch.nan, dtype=dtype, device=device)
     if path == "copy":
         functional.restore_([param], [old])
     else:
-        functional.perturb_([param], [torch.full_like(old, -0.0)], [old], torch.tensor(1.0), rho=1.0, from_old=True)
-    return param
+        functional.perturb_([param], [torch.full_like(old, -0.0)], [old], torch.ones((), device=device), rho=1.0, from_old=True)
+    return param.cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 import warnings
 from collections.abc import Callable
@@ -33,7 +34,7 @@ def prepare() -> None:
     for name, config in _config.CONFIGS.items():
         if config.chunk > CHUNK:
             small = (2 * TILE, TILE) if name == "random" else (CHUNK, BLOCK)
-            _config.CONFIGS[name] = _config.Config(*small)
+            _config.CONFIGS[name] = dataclasses.replace(config, chunk=small[0], block=small[1])
     _cases.CHUNK = CHUNK
     _cases.CASES["chunk_edges"] = _cases._uniform((CHUNK - 1,), (CHUNK,), (CHUNK + 1,))
     _cases.CASES["many_tiny"] = _cases._uniform(*[(3,)] * MANY)

@@ -39,7 +39,7 @@ def threads() -> Iterator[None]:
 def outcome(op: str, dtype: str, case: str) -> list[Tensor | None]:
     problem = build(op, case, dtype, OPTION.get(op, op.rstrip("_")))
     result = run(problem)
-    return [result] if isinstance(result, Tensor) else [tensor for tensors in problem.lists.values() for tensor in tensors]
+    return [*([result] if isinstance(result, Tensor) else []), *(tensor for tensors in problem.lists.values() for tensor in tensors)]
 
 
 @pytest.mark.usefixtures("threads")

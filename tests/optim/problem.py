@@ -27,7 +27,8 @@ def make_batch(dtype: torch.dtype = torch.float32, seed: int = 5) -> tuple[Tenso
 
 
 def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return nn.functional.mse_loss(model(batch[0]), batch[1])
+    inputs, targets = (tensor.to(next(model.parameters()).device) for tensor in batch)
+    return nn.functional.mse_loss(model(inputs), targets)
 
 
 def closure_of(optimizer: Any, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:

@@ -24,21 +24,7 @@ from sam_kernels.backends.native.cpu import (
 )
 
 __all__ = [
-    "DEVICE_TYPES",
-    "DTYPES",
-    "IS_AUTOMATIC",
-    "KNOWS_SKIPS",
-    "adamw_step_",
-    "check_finite_",
-    "current_grads",
-    "describe",
-    "direction_norm_",
-    "grad_norms",
-    "is_current",
-    "norm_roundings",
-    "perturb_",
-    "random_perturb_",
-    "restore_",
-    "sgd_step_",
+    "DEVICE_TYPES", "DTYPES", "IS_AUTOMATIC", "KNOWS_SKIPS", "adamw_step_", "check_finite_", "current_grads", "describe",
+    "direction_norm_", "grad_norms", "is_current", "norm_roundings", "perturb_", "random_perturb_", "restore_", "sgd_step_",
     "vouch",
-]
+]  # fmt: skip

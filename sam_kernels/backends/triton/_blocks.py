@@ -2,7 +2,9 @@
 
 Pointers come as int64 from a table, so alignment is known only at run time: a chunk whose operands all start at a multiple of 16 bytes
 takes the path without a mask, whose accesses are 16 bytes wide; whatever is left of it, or lies askew, is masked. (A mask against a loaded
-size makes every access scalar.)
+size makes every access scalar.) Masked blocks are half as long: Triton lays blocks of one shape out alike, and a scalar access in the
+layout of a 16-byte one is scattered, costs registers, and goes to a store through shared memory. (Norms keep one sum an element of a
+block, so theirs are whole.)
 """
 
 from __future__ import annotations
@@ -124,11 +126,12 @@ def _copy_block(destination, source, offsets, count, MASKED: tl.constexpr):
 @triton.jit
 def copy_chunk(destination, aligned_destination, source, aligned_source, count, full, BLOCK_SIZE: tl.constexpr):
     """A chunk without arithmetic, bit for bit where the types agree."""
-    offsets = tl.arange(0, BLOCK_SIZE)
+    HALF: tl.constexpr = BLOCK_SIZE // 2  # without a mask whole blocks, with one half blocks: see above
+    offsets, half = tl.arange(0, BLOCK_SIZE), tl.arange(0, HALF)
     for block in range(0, full, BLOCK_SIZE):
         _copy_block(aligned_destination, aligned_source, block + offsets, count, False)
-    for block in range(full, count, BLOCK_SIZE):
-        _copy_block(destination, source, block + offsets, count, True)
+    for block in range(full, count, HALF):
+        _copy_block(destination, source, block + half, count, True)
 
 
 @triton.jit

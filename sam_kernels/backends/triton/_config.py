@@ -13,25 +13,33 @@ __all__ = ["CONFIGS", "FINISH_BLOCK", "Config"]
 @dataclass(frozen=True)
 class Config:
     """Of one kernel. ``chunk`` is a multiple of ``block``, both are multiples of 8 elements (16 bytes of a 16-bit type); ``block`` is a
-    power of two."""
+    power of two. ``num_warps`` is of 32 threads, wherever a warp has more (AMD's have 64) there are fewer. ``words``: elements that share
+    a counter of random numbers, each in a run of its own."""
 
     chunk: int
     block: int
     num_warps: int = 4
+    words: int = 1
+
+    @property
+    def mixed_block(self) -> int:
+        """Elements a block where sizes of elements differ: four a thread and run. With the eight of a 16-byte access of a 16-bit type,
+        each store of float32 would go through shared memory, with two barriers, and adamw would have 72 registers instead of 32."""
+        return min(self.block, self.num_warps * 32 * 4 * self.words)
 
 
 # A block of 2048 and four warps: 16 elements a thread, so four 16-byte loads of float32 (two of a 16-bit type) in flight for each operand.
-# adamw has four operands and two results: half of that, or registers would cost occupancy. Chunks of 16384 make 6,000 programs of 10^8
+# sgd has three operands and adamw four: half of that, or registers would cost occupancy. Chunks of 16384 make 6,000 programs of 10^8
 # elements (eleven waves on 132 processors with four programs each) and keep the finishing stage of the norm below 1 % of it.
 CONFIGS = {
     "norm": Config(16384, 2048),
     "perturb": Config(16384, 2048),
     "copy": Config(16384, 2048),
-    "sgd": Config(16384, 2048),
+    "sgd": Config(16384, 1024),
     "adamw": Config(16384, 1024),
     "steps": Config(1, 1),  # counters of one element: only their addresses are of interest
     "direction": Config(16384, 2048),
-    "random": Config(16384, 1024),  # block: elements, four a counter; a multiple of a random tile (1024)
+    "random": Config(16384, 4096, words=4),  # 1024 counters of four elements: eight a thread; a multiple of a random tile (1024)
 }
 
 FINISH_BLOCK = 1024  # sums of chunks that the finishing stage of a norm takes at a time

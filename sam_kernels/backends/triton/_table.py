@@ -35,6 +35,7 @@ class LaunchGroup:
     rows: Tensor  # (chunks,) int32
     chunk_indices: Tensor  # (chunks,) int32: which chunk of its row
     slots: Tensor  # (chunks,) int32: its place among all chunks, in the order of rows
+    constants: Mapping[str, int]  # as ChunkTable.constants, for kernels that compute every element by itself
 
 
 class ChunkTable:
@@ -45,7 +46,8 @@ class ChunkTable:
         first = next(iter(given.values()))
         if any(description.numels != first.numels for description in given.values()):
             raise ValueError("tensor lists of different sizes")
-        self.constants = {"CHUNK_SIZE": config.chunk, "BLOCK_SIZE": config.block, "num_warps": config.num_warps}
+        self._config = config
+        self.constants = _constants(config, config.block)
         self.device = first.device
         self.count = len(first.numels)
         self._roles = list(described)
@@ -64,6 +66,7 @@ class ChunkTable:
         self.groups = self._make_groups(given)
         self._sums: tuple[Tensor, Tensor] | None = None
         self._corrections: tuple[Tensor, Tensor] | None = None
+        self._row_indices: dict[tuple[int, ...], Tensor] = {}
         self._bounds: dict[tuple[int, ...], Tensor] = {}
 
     def _make_groups(self, given: Mapping[str, Description]) -> list[LaunchGroup]:
@@ -82,8 +85,11 @@ class ChunkTable:
                 chosen = slots[belongs[rows]]
             mine = rows[chosen]
             named = dict(zip(given, (TRITON_DTYPES[dtype] for dtype in dtypes), strict=True))
-            parts = [upload(part.to(torch.int32), self.device) for part in (mine, chosen - first_slots[mine], chosen)]
-            groups.append(LaunchGroup({role: named.get(role) for role in self._roles}, len(mine), *parts))
+            row_of, chunk_of, slot_of = (upload(part.to(torch.int32), self.device) for part in (mine, chosen - first_slots[mine], chosen))
+            block = self._config.block if len({dtype.itemsize for dtype in dtypes}) == 1 else self._config.mixed_block
+            constants = _constants(self._config, block)
+            roles = {role: named.get(role) for role in self._roles}
+            groups.append(LaunchGroup(roles, len(mine), row_of, chunk_of, slot_of, constants))
         return groups
 
     def pointers(self, *roles: str) -> list[Tensor | None]:
@@ -128,6 +134,15 @@ class ChunkTable:
             self._corrections = first, second
         return self._corrections
 
+    def row_indices(self, indices: Sequence[int]) -> Tensor | None:  # (R,) int32
+        """The caller's numbers of the rows; None where they are the table's."""
+        if isinstance(indices, range) and indices == range(self.count):
+            return None
+        key = tuple(indices)
+        if key not in self._row_indices:
+            self._row_indices[key] = upload(torch.tensor(key, dtype=torch.int32), self.device)
+        return self._row_indices[key]
+
     def bounds(self, group_sizes: tuple[int, ...]) -> Tensor:  # (M + 1,) int32
         """Where the chunks of each of M consecutive groups of rows begin, and where the last ends."""
         known = self._bounds.get(group_sizes)
@@ -136,6 +151,10 @@ class ChunkTable:
             rows = torch.tensor([0, *group_sizes], dtype=torch.int64).cumsum(0)
             known = self._bounds[group_sizes] = upload(before[rows].to(torch.int32), self.device)
         return known
+
+
+def _constants(config: Config, block: int) -> dict[str, int]:
+    return {"CHUNK_SIZE": config.chunk, "BLOCK_SIZE": block, "num_warps": config.num_warps}
 
 
 def table_of(lists: Mapping[str, Sequence[Tensor] | None], kernel: str) -> ChunkTable:

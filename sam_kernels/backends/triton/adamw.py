@@ -164,16 +164,17 @@ def _adamw_kernel(
         multiplier = grad_multiplier(grad_scale, norm, max_norm, MAXIMIZE)
         step_size = tl.load(step_sizes + row)
         inv_sqrt_correction = tl.load(inv_sqrt_corrections + row)
-        offsets = tl.arange(0, BLOCK_SIZE)
+        HALF: tl.constexpr = BLOCK_SIZE // 2  # of the masked blocks: see _blocks.py
+        offsets, half = tl.arange(0, BLOCK_SIZE), tl.arange(0, HALF)
         for block in range(0, full, BLOCK_SIZE):
             _adamw_block(
                 aligned_param, aligned_grad, aligned_source, aligned_exp_avg, aligned_exp_avg_sq, block + offsets, count,
                 step_size, inv_sqrt_correction, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay_factor, multiplier,
                 DECAY, False,
             )  # fmt: skip
-        for block in range(full, count, BLOCK_SIZE):
+        for block in range(full, count, HALF):
             _adamw_block(
-                param, grad, source, exp_avg, exp_avg_sq, block + offsets, count,
+                param, grad, source, exp_avg, exp_avg_sq, block + half, count,
                 step_size, inv_sqrt_correction, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay_factor, multiplier,
                 DECAY, True,
             )  # fmt: skip
@@ -233,7 +234,7 @@ def adamw_step_(
             EXP_AVG_SQ=group.dtypes["exp_avg_sqs"],
             DECAY=decay,
             MAXIMIZE=maximize,
-            **table.constants,
+            **group.constants,
         )
     written(params)
     if steps is not state_steps:

@@ -24,13 +24,13 @@ from sam_kernels.backends.triton._config import CONFIGS, FINISH_BLOCK
 from sam_kernels.backends.triton._launch import launch
 from sam_kernels.backends.triton._table import ChunkTable, table_of
 
-__all__ = ["check_finite_", "grad_norms", "norm_roundings"]
+__all__ = ["GROW", "GROWN", "IN_RANGE", "SHRINK", "SHRUNK", "check_finite_", "finish", "grad_norms", "norm_roundings"]
 
 _HIGH = tl.constexpr(2.0**100)
 _LOW = tl.constexpr(2.0**-100)
-_SHRINK = tl.constexpr(2.0**-80)
-_GROW = tl.constexpr(2.0**100)
-_IN_RANGE, _SHRUNK, _GROWN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+SHRINK = tl.constexpr(2.0**-80)
+GROW = tl.constexpr(2.0**100)
+IN_RANGE, SHRUNK, GROWN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
@@ -82,11 +82,11 @@ def _norm_kernel(
         param_address, param, aligned_param = operand(param_pointers, row, start, PARAM)
         address = address | param_address
     full = full_blocks(address, count, BLOCK_SIZE)
-    kind = _IN_RANGE
+    kind = IN_RANGE
     total = _chunk_sum(grad, aligned_grad, param, aligned_param, count, full, eta, 1.0, ADAPTIVE, False, BLOCK_SIZE)
     if (total >= _HIGH) | (total < _LOW):
-        factor = tl.where(total < _LOW, _GROW, _SHRINK)
-        kind = tl.where(total < _LOW, _GROWN, _SHRUNK)
+        factor = tl.where(total < _LOW, GROW, SHRINK)
+        kind = tl.where(total < _LOW, GROWN, SHRUNK)
         total = _chunk_sum(grad, aligned_grad, param, aligned_param, count, full, eta, factor, ADAPTIVE, True, BLOCK_SIZE)
     slot = tl.load(work_slots + tl.program_id(0))
     tl.store(sums + slot, total)
@@ -101,7 +101,7 @@ def _finish_kernel(
     sums,  # (C,) float32
     kinds,  # (C,) int32
     bounds,  # (M + 1,) int32: the sums of each norm
-    norms,  # (M,) float32
+    norms,  # (M,) floating point
     found_inf,  # () float32 or None: set where the norm is not finite
     skipped,  # () float32 or None: what found_inf was is added to it, and found_inf starts anew
     BLOCK_SIZE: tl.constexpr,
@@ -115,14 +115,14 @@ def _finish_kernel(
         slots = block + tl.arange(0, BLOCK_SIZE)
         part = tl.load(sums + slots, mask=slots < end, other=0.0)
         kind = tl.load(kinds + slots, mask=slots < end, other=0)
-        in_range += tl.where(kind == _IN_RANGE, part, 0.0)
-        shrunk += tl.where(kind == _SHRUNK, part, 0.0)
-        grown += tl.where(kind == _GROWN, part, 0.0)
+        in_range += tl.where(kind == IN_RANGE, part, 0.0)
+        shrunk += tl.where(kind == SHRUNK, part, 0.0)
+        grown += tl.where(kind == GROWN, part, 0.0)
     medium, big, small = tl.sum(in_range), tl.sum(shrunk), tl.sum(grown)
     # 1 / factor, twice: its square would not fit float32.
-    from_big = tl.sqrt_rn(big + medium * _SHRINK * _SHRINK) * (1.0 / _SHRINK)
-    from_medium = tl.sqrt_rn(medium + small * (1.0 / _GROW) * (1.0 / _GROW))
-    from_small = tl.sqrt_rn(small) * (1.0 / _GROW)
+    from_big = tl.sqrt_rn(big + medium * SHRINK * SHRINK) * (1.0 / SHRINK)
+    from_medium = tl.sqrt_rn(medium + small * (1.0 / GROW) * (1.0 / GROW))
+    from_small = tl.sqrt_rn(small) * (1.0 / GROW)
     norm = tl.where(big != 0.0, from_big, tl.where(medium != 0.0, from_medium, from_small))
     tl.store(norms + group, norm)
     if found_inf is not None:
@@ -149,18 +149,29 @@ def grad_norms(
     table = table_of({"grads": grads, "params": params if adaptive else None}, "norm")
     norms = torch.empty(len(group_sizes), dtype=torch.float32, device=table.device) if out is None else out.reshape(1)
     _launch_sums(table, eta, None)
+    finish(table, tuple(group_sizes), norms, found_inf, skipped)
+    return norms
+
+
+def finish(
+    table: ChunkTable,
+    group_sizes: tuple[int, ...],
+    norms: Tensor,  # (M,)
+    found_inf: Tensor | None,
+    skipped: Tensor | None,
+) -> None:
+    """The second stage: norms of consecutive groups of rows from the sums of their chunks."""
     launch(
         _finish_kernel,
         len(group_sizes),
         table.device,
         *table.sums,
-        table.bounds(tuple(group_sizes)),
+        table.bounds(group_sizes),
         norms,
         found_inf,
         skipped,
         BLOCK_SIZE=FINISH_BLOCK,
     )
-    return norms
 
 
 def check_finite_(grads: Sequence[Tensor], found_inf: Tensor) -> None:

@@ -2,8 +2,9 @@
 
 Specification: ``sam_kernels.reference.perturb_``; twin: ``csrc/cpu/perturb.cpp``. float32, bfloat16 and float16 storage in any mix, float32
 arithmetic, one rounding. The scale s = rho (1 - lambd + lambd / (norm / grad_scale + eps)) / grad_scale is computed by every program from
-scalars in device memory, so the host never waits. Where the step is skipped parameters are only saved (from_old: restored).
-Reads p, g; writes old_p, p: 4 N s bytes (from_old: reads old_p, g; writes p: 3 N s). Restoring: 2 N s.
+scalars in device memory, so the host never waits. Where the step is skipped parameters are only saved (from_old: restored). Few ask for a
+direction made with a moving average m, or for stochastic rounding of bfloat16 parameters: both are compiled only then.
+Reads p, g; writes old_p, p: 4 N s bytes (from_old: reads old_p, g; writes p: 3 N s), and m. Restoring: 2 N s.
 """
 
 from __future__ import annotations
@@ -27,16 +28,35 @@ from sam_kernels.backends.triton._blocks import (
     store,
 )
 from sam_kernels.backends.triton._launch import launch, written
+from sam_kernels.backends.triton._random import ROUNDING_STREAM, seed_key, tile_offsets, tile_words
 from sam_kernels.backends.triton._table import table_of
 
 __all__ = ["perturb_", "restore_"]
 
 
 @triton.jit
+def _direction(grad, ema, offsets, count, grad_weight, ema_weight, USES_GRAD: tl.constexpr, USES_EMA: tl.constexpr, MASKED: tl.constexpr):
+    if not USES_EMA:
+        return load_float(grad, offsets, count, MASKED)
+    elif not USES_GRAD:  # not multiplied by 0: it may not be finite
+        return load_float(ema, offsets, count, MASKED) * ema_weight
+    else:
+        return load_float(grad, offsets, count, MASKED) * grad_weight + load_float(ema, offsets, count, MASKED) * ema_weight
+
+
+@triton.jit
+def _stochastic_bfloat16(value, word):
+    """Random bits below the last one that is kept, then truncated: the expectation of what is stored is the value."""
+    bits = (value.to(tl.uint32, bitcast=True) + (word >> 16)) >> 16
+    moved = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return tl.where(tl.abs(value) <= 3.4028234663852886e38, moved, convert(value, tl.bfloat16))
+
+
+@triton.jit
 def _perturb_block(
-    param, grad, old_param, offsets, count, scale, eta, FROM_OLD: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr
-):
-    g = load_float(grad, offsets, count, MASKED)
+    param, old_param, d, offsets, count, scale, eta, word,
+    FROM_OLD: tl.constexpr, ADAPTIVE: tl.constexpr, STOCHASTIC: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     if FROM_OLD:
         p = load_float(old_param, offsets, count, MASKED)
     else:
@@ -45,18 +65,42 @@ def _perturb_block(
         p = convert(stored, tl.float32)
     if ADAPTIVE:
         weight = tl.abs(p) + eta
-        g = weight * weight * g
-    store(param, offsets, count, p + g * scale, MASKED)
+        d = weight * weight * d
+    moved = p + d * scale
+    if STOCHASTIC:
+        moved = _stochastic_bfloat16(moved, word)
+    store(param, offsets, count, moved, MASKED)
 
 
 @triton.jit
+def _perturb_blocks(
+    param, grad, old_param, ema, start, block, count, row, key_low, key_high, scale, eta, grad_weight, ema_weight,
+    USES_GRAD: tl.constexpr, USES_EMA: tl.constexpr, FROM_OLD: tl.constexpr, ADAPTIVE: tl.constexpr, STOCHASTIC: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    if STOCHASTIC:
+        LANES: tl.constexpr = BLOCK_SIZE // 4
+        words = tile_words(start + block, row, key_low, key_high, ROUNDING_STREAM, LANES)
+        for word in tl.static_range(4):
+            offsets = block + tile_offsets(word, LANES)
+            d = _direction(grad, ema, offsets, count, grad_weight, ema_weight, USES_GRAD, USES_EMA, MASKED)
+            _perturb_block(param, old_param, d, offsets, count, scale, eta, words[word], FROM_OLD, ADAPTIVE, True, MASKED)
+    else:
+        offsets = block + tl.arange(0, BLOCK_SIZE)
+        d = _direction(grad, ema, offsets, count, grad_weight, ema_weight, USES_GRAD, USES_EMA, MASKED)
+        _perturb_block(param, old_param, d, offsets, count, scale, eta, None, FROM_OLD, ADAPTIVE, False, MASKED)
+
+
+@triton.jit(do_not_specialize=["key_low", "key_high"])
 def _perturb_kernel(
     param_pointers,  # (R,) int64
-    grad_pointers,  # (R,) int64
+    grad_pointers,  # (R,) int64, None where the direction does without
     old_param_pointers,  # (R,) int64
+    ema_pointers,  # (R,) int64, None where the direction is the gradient
     numels,  # (R,) int64
     work_rows,  # (C,) int32
     work_chunks,  # (C,) int32
+    row_indices,  # (R,) int32: the caller's numbers of the rows, None where they are the same
     norm,  # () float32
     grad_scale,  # () float32 or None
     found_inf,  # () float32 or None
@@ -65,17 +109,24 @@ def _perturb_kernel(
     lambd,
     eps,
     eta,
+    grad_weight,
+    ema_weight,
+    key_low,
+    key_high,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     OLD_PARAM: tl.constexpr,
+    EMA: tl.constexpr,
     FROM_OLD: tl.constexpr,
     ADAPTIVE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     CHUNK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
+    USES_GRAD: tl.constexpr = grad_pointers is not None
+    USES_EMA: tl.constexpr = ema_pointers is not None
     row, start, count = locate(work_rows, work_chunks, numels, CHUNK_SIZE)
     param_address, param, aligned_param = operand(param_pointers, row, start, PARAM)
-    grad_address, grad, aligned_grad = operand(grad_pointers, row, start, GRAD)
     old_address, old_param, aligned_old_param = operand(old_param_pointers, row, start, OLD_PARAM)
     if is_skipped(norm, found_inf):
         full = full_blocks(param_address | old_address, count, BLOCK_SIZE)
@@ -84,15 +135,36 @@ def _perturb_kernel(
         else:
             copy_chunk(old_param, aligned_old_param, param, aligned_param, count, full, BLOCK_SIZE)
     else:
+        addresses = param_address | old_address
+        grad, aligned_grad = param, aligned_param
+        if USES_GRAD:
+            grad_address, grad, aligned_grad = operand(grad_pointers, row, start, GRAD)
+            addresses = addresses | grad_address
+        ema, aligned_ema = param, aligned_param
+        if USES_EMA:
+            ema_address, ema, aligned_ema = operand(ema_pointers, row, start, EMA)
+            addresses = addresses | ema_address
         inverse = inverse_of(grad_scale)
-        unscaled = tl.load(norm).to(tl.float32) * inverse
-        scale = rho * (one_minus_lambd + tl.div_rn(lambd, unscaled + eps)) * inverse
-        full = full_blocks(param_address | grad_address | old_address, count, BLOCK_SIZE)
-        offsets = tl.arange(0, BLOCK_SIZE)
+        scale = tl.load(norm).to(tl.float32)
+        if USES_EMA:  # a direction is unscaled, and so is its norm
+            scale = rho * (one_minus_lambd + tl.div_rn(lambd, scale + eps))
+        else:
+            scale = rho * (one_minus_lambd + tl.div_rn(lambd, scale * inverse + eps)) * inverse
+        index = row
+        if row_indices is not None:
+            index = tl.load(row_indices + row)
+        full = full_blocks(addresses, count, BLOCK_SIZE)
         for block in range(0, full, BLOCK_SIZE):
-            _perturb_block(aligned_param, aligned_grad, aligned_old_param, block + offsets, count, scale, eta, FROM_OLD, ADAPTIVE, False)
-        for block in range(full, count, BLOCK_SIZE):
-            _perturb_block(param, grad, old_param, block + offsets, count, scale, eta, FROM_OLD, ADAPTIVE, True)
+            _perturb_blocks(
+                aligned_param, aligned_grad, aligned_old_param, aligned_ema, start, block, count, index, key_low, key_high, scale, eta,
+                grad_weight * inverse, ema_weight, USES_GRAD, USES_EMA, FROM_OLD, ADAPTIVE, STOCHASTIC, BLOCK_SIZE, False,
+            )  # fmt: skip
+        REST: tl.constexpr = BLOCK_SIZE if STOCHASTIC else BLOCK_SIZE // 2  # masked blocks are half as long: see _blocks.py
+        for block in range(full, count, REST):
+            _perturb_blocks(
+                param, grad, old_param, ema, start, block, count, index, key_low, key_high, scale, eta,
+                grad_weight * inverse, ema_weight, USES_GRAD, USES_EMA, FROM_OLD, ADAPTIVE, STOCHASTIC, REST, True,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -128,18 +200,27 @@ def perturb_(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     from_old: bool,
+    ema: Sequence[Tensor] | None,
+    grad_weight: float,
+    ema_weight: float,
+    rounding_seed: int | None,
+    row_indices: Sequence[int],
 ) -> None:
-    """See :func:`sam_kernels.functional.perturb_`."""
-    table = table_of({"params": params, "grads": grads, "old_params": old_params}, "perturb")
+    """See :func:`sam_kernels.functional.perturb_`. With ``ema``, m, the direction is grad_weight g / grad_scale + ema_weight m (without g
+    where its weight is 0) and ``norm`` is its own."""
+    used_grads = None if ema is not None and grad_weight == 0.0 else grads
+    lists = {"params": params, "grads": used_grads, "old_params": old_params, "ema": ema}
+    table = table_of(lists, "perturb" if rounding_seed is None else "random")
     for group in table.groups:
         launch(
             _perturb_kernel,
             group.chunks,
             table.device,
-            *table.pointers("params", "grads", "old_params"),
+            *table.pointers("params", "grads", "old_params", "ema"),
             table.numels,
             group.rows,
             group.chunk_indices,
+            None if rounding_seed is None else table.row_indices(row_indices),
             norm,
             grad_scale,
             found_inf,
@@ -148,12 +229,17 @@ def perturb_(
             lambd,
             eps,
             eta,
+            grad_weight,
+            ema_weight,
+            *seed_key(rounding_seed or 0),
             PARAM=group.dtypes["params"],
             GRAD=group.dtypes["grads"],
             OLD_PARAM=group.dtypes["old_params"],
+            EMA=group.dtypes["ema"],
             FROM_OLD=from_old,
             ADAPTIVE=adaptive,
-            **table.constants,
+            STOCHASTIC=rounding_seed is not None and group.dtypes["params"] == tl.bfloat16,
+            **group.constants,
         )
     written(params)
 
@@ -172,6 +258,6 @@ def restore_(params: Sequence[Tensor], old_params: Sequence[Tensor]) -> None:
             group.chunk_indices,
             DESTINATION=group.dtypes["params"],
             SOURCE=group.dtypes["old_params"],
-            **table.constants,
+            **group.constants,
         )
     written(params)

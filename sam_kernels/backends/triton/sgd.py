@@ -91,15 +91,16 @@ def _sgd_kernel(
             copy_chunk(param, aligned_param, source, aligned_source, count, full, BLOCK_SIZE)
     else:
         multiplier = grad_multiplier(grad_scale, norm, max_norm, MAXIMIZE)
-        offsets = tl.arange(0, BLOCK_SIZE)
+        HALF: tl.constexpr = BLOCK_SIZE // 2  # of the masked blocks: see _blocks.py
+        offsets, half = tl.arange(0, BLOCK_SIZE), tl.arange(0, HALF)
         for block in range(0, full, BLOCK_SIZE):
             _sgd_block(
                 aligned_param, aligned_grad, aligned_source, aligned_buffer, block + offsets, count,
                 lr, momentum, one_minus_dampening, weight_decay, multiplier, MOMENTUM, FIRST_STEP, NESTEROV, WEIGHT_DECAY, False,
             )  # fmt: skip
-        for block in range(full, count, BLOCK_SIZE):
+        for block in range(full, count, HALF):
             _sgd_block(
-                param, grad, source, buffer, block + offsets, count,
+                param, grad, source, buffer, block + half, count,
                 lr, momentum, one_minus_dampening, weight_decay, multiplier, MOMENTUM, FIRST_STEP, NESTEROV, WEIGHT_DECAY, True,
             )  # fmt: skip
 
@@ -150,7 +151,7 @@ def sgd_step_(
             NESTEROV=nesterov,
             WEIGHT_DECAY=weight_decay != 0.0,
             MAXIMIZE=maximize,
-            **table.constants,
+            **group.constants,
         )
     written(params)
     return True

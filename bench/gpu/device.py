@@ -1,0 +1,84 @@
+"""What is there: the device, its driver and clocks, and the versions that decide what was measured."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import shutil
+import subprocess
+from typing import Any
+
+import torch
+
+from bench.environment import environment
+
+__all__ = ["DEFAULT_L2", "describe", "device_name", "gpu_environment", "l2_bytes", "slug"]
+
+DEFAULT_L2 = 50 << 20  # an H100's, where torch does not tell
+_QUERIES = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit", "temperature.gpu")
+
+
+def device_name() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def l2_bytes() -> int:
+    if not torch.cuda.is_available():
+        return 0
+    return int(getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or DEFAULT_L2)
+
+
+def _smi() -> dict[str, str]:
+    """What nvidia-smi says; nothing where it is missing or silent. Reads only."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return {}
+    command = [tool, f"--query-gpu={','.join(_QUERIES)}", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    values = [value.strip() for value in done.stdout.strip().splitlines()[0].split(",")] if done.stdout.strip() else []
+    return dict(zip(_QUERIES, values, strict=False))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def gpu_environment() -> dict[str, Any]:
+    """As for a run on the CPU, and the device. ``device`` names the folder of its results."""
+    name = device_name()
+    smi = _smi() if name else {}
+    return environment() | {
+        "device": slug(name or "no-device"),
+        "gpu": name or "none: a dry run on the CPU",
+        "gpu_memory_bytes": torch.cuda.get_device_properties(0).total_memory if name else 0,
+        "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count if name else 0,
+        "l2_bytes": l2_bytes(),
+        "driver": smi.pop("driver_version", None),
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+        "clocks": smi,
+        "allocator": "default",
+    }
+
+
+def describe(found: dict[str, Any]) -> list[str]:
+    """Lines for a person."""
+    clocks = ", ".join(f"{name} {value}" for name, value in found["clocks"].items()) or "unknown"
+    memory = f"{found['gpu_memory_bytes'] / 2**30:.0f} GiB, L2 {found['l2_bytes'] / 2**20:.0f} MiB, {found['multiprocessors']} processors"
+    return [
+        f"device   {found['gpu']}" + (f" ({memory})" if found["gpu_memory_bytes"] else ""),
+        f"driver   {found['driver'] or 'unknown'}, CUDA {found['cuda'] or 'none'}",
+        f"clocks   {clocks}",
+        f"versions python {found['python']}, torch {found['torch']}, triton {found['triton'] or 'none'}",
+        f"host     {found['cpu']}, {found['cores']} cores, native CPU module: {found['instruction_set'] or 'not built'}",
+    ]

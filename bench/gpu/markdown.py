@@ -1,0 +1,108 @@
+"""Results of a device as Markdown, below those of the CPU: steps for the README, everything for the docs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from bench.gpu.steps import GRAPH, LOOPS, REFERENCE
+from bench.gpu.summary import launch_rows, op_rows, step_rows
+from bench.gpu.workloads import GPU_WORKLOADS
+from bench.providers import BASES
+from bench.tables import format_ms
+from bench.workloads import DTYPES
+
+__all__ = ["docs_section", "is_of_a_gpu", "readme_section"]
+
+Result = Mapping[str, Any]
+Row = Mapping[str, Any]
+
+
+def is_of_a_gpu(result: Result) -> bool:
+    return "gpu" in result
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _where(result: Result) -> str:
+    bandwidths = ", ".join(f"{kind} {found['gbps']:,.0f} GB/s" for kind, found in result.get("bandwidth", {}).items())
+    commit = f"{result['commit']}{' with local changes' if result['dirty'] else ''}"
+    versions = f"driver {result['driver']}, CUDA {result['cuda']}, torch {result['torch']}, triton {result['triton']}, commit {commit}"
+    return f"{result['gpu']}, {versions}" + (f"; {bandwidths}." if bandwidths else ".")
+
+
+def _case(workload: str, base: str, dtype: str) -> str:
+    return f"{GPU_WORKLOADS[workload].title}, {BASES[base].title}, {dtype}"
+
+
+def _ratio(row: Row | None, reference: Row) -> str:
+    return "–" if row is None else f"{row['ms_50'] / reference['ms_50']:.1f}×"
+
+
+def _ms(row: Row | None) -> str:
+    return "–" if row is None else format_ms(row["ms_50"])
+
+
+def _step_rows(result: Result) -> Iterable[list[str]]:
+    launched = launch_rows(result["rows"])
+    for case, by_provider in step_rows(result["rows"]).items():
+        ours = by_provider.get(REFERENCE)
+        if ours is not None:
+            counted = launched.get(case, {}).get(REFERENCE)
+            kernels = "–" if counted is None else str(counted["kernels"])
+            ratios = [_ratio(by_provider.get(name), ours) for name in LOOPS]
+            yield [_case(*case), _ms(ours), f"{ours['pct_copy']:.0f} %", _ms(by_provider.get(GRAPH)), *ratios, kernels]
+
+
+def _steps(result: Result) -> str:
+    rows = list(_step_rows(result))
+    headings = ["whole step", "sam_kernels", "of copy", "from a graph", "davda54, foreach base", "davda54, fused base", "kernels"]
+    return _table(headings, rows) if rows else ""
+
+
+def _ops(result: Result) -> Iterable[str]:
+    found = op_rows(result["rows"])
+    for workload in GPU_WORKLOADS:
+        for dtype in DTYPES:
+            rows = []
+            for (name, op), by_dtype in found.items():
+                for backend, row in by_dtype.get(dtype, {}).items() if name == workload else ():
+                    spread = f"{format_ms(row['ms_20'])} – {format_ms(row['ms_80'])}"
+                    speed = [f"{row['gbps']:,.0f}", f"{row['pct_copy']:.0f} %", f"{row['host_us']:.0f} µs"]
+                    rows.append([f"`{op}` {backend}", format_ms(row["ms_50"]), spread, *speed])
+            if rows:
+                heading = f"### Operations: {GPU_WORKLOADS[workload].title}, {dtype}, {result['gpu']}"
+                yield heading + "\n\n" + _table(["", "median", "20–80 %", "GB/s", "of copy", "to launch"], rows)
+
+
+def _sweep(result: Result) -> str:
+    rows = []
+    for row in result["rows"]:
+        if row["kind"] == "sweep":
+            cut = f"{row['chunk']:,} / {row['block']:,} / {row['num_warps']}{', the default' if row['is_default'] else ''}"
+            rows.append([f"`{row['kernel']}` {row['dtype']}", cut, format_ms(row["ms_50"]), f"{row['gbps']:,.0f}"])
+    return _table(["kernel", "chunk / block / warps", "median", "GB/s"], rows) if rows else ""
+
+
+def readme_section(results: Sequence[Result]) -> str:
+    """Whole steps on each device."""
+    parts = []
+    for result in results:
+        if table := _steps(result):
+            note = "On a GPU: the median of a whole step in device time, and how many times longer the published loop takes."
+            parts += [note, table, _where(result)]
+    return "\n\n".join(parts)
+
+
+def docs_section(results: Sequence[Result]) -> str:
+    parts = []
+    for result in results:
+        where, steps, ops, sweep = _where(result), _steps(result), list(_ops(result)), _sweep(result)
+        if steps or ops:
+            parts += [f"## {result['gpu']}", where, *([f"### Whole steps, {result['gpu']}\n\n{steps}"] if steps else []), *ops]
+        if sweep:
+            parts.append(f"### How the kernels' work is cut, {result['gpu']}, 10⁸ elements\n\n{sweep}")
+    return "\n\n".join(parts)

@@ -1,0 +1,168 @@
+"""``make gpu``: everything there is to run on a device, in one command: what is there, build, tests, sanitizer, benchmark, sweep.
+
+No network, nothing installed, whatever torch and triton this Python has. What is missing is left out and named. The exit code is that of
+the tests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import click
+
+from bench.gpu import gate, sanitize, sweep
+from bench.gpu.device import describe, device_name, gpu_environment
+from bench.gpu.phases import Outcome, Phase, run_together, xdist_options
+from bench.gpu.summary import bench_lines
+
+__all__ = ["PHASES", "main"]
+
+ROOT = Path(__file__).resolve().parents[2]
+PHASES = ("build", "tests", "sanitizer", "bench", "sweep")
+SECONDS = {"build": 55, "reference": 190, "device": 190, "sanitizer": 120, "bench": 135, "sweep": 85}
+TOTAL = 465.0  # less than eight minutes, with what ending a phase may take
+MARGIN = 12  # what the benchmark gets less than its process: it ends by itself and says what it left out
+FAILURE_LINES = 25
+Say = Callable[[str], None]
+
+
+def _missing(*modules: str) -> list[str]:
+    return [name for name in modules if importlib.util.find_spec(name) is None]
+
+
+def build_phase(say: Say) -> Phase | None:
+    if absent := _missing("setuptools", "pybind11", "ninja"):
+        say(f"left out: building the native CPU module: no {', '.join(absent)}")
+        return None
+    env = {"SAM_KERNELS_BUILD": os.environ.get("SAM_KERNELS_BUILD") or "auto"}
+    return Phase("build", (sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"), SECONDS["build"], env)
+
+
+def test_phases(out: Path) -> list[Phase]:
+    """Values in several processes, because most of that is compiling; graphs, streams and large tensors in one beside them."""
+
+    def pytest(name: str, *options: str) -> Phase:
+        command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={out / name}.xml", *options)
+        return Phase(name, command, SECONDS[name])
+
+    values = (gate.TESTS, "tests/gpu/test_bits.py", "tests/gpu/test_amp.py")
+    ignored = [f"--ignore={name}" for name in values]
+    return [pytest("reference", *xdist_options(), *values), pytest("device", *ignored, "tests/gpu")]
+
+
+def sanitizer_phase(say: Say) -> Phase | None:
+    command = sanitize.command()
+    if command is None or device_name() is None:
+        say(f"left out: sanitizer: {'no device' if command else 'no compute-sanitizer'}")
+        return None
+    return Phase("sanitizer", command, SECONDS["sanitizer"], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
+
+def bench_phase(name: str, out: Path, arguments: Sequence[str]) -> Phase:
+    command = (sys.executable, "-m", "bench.gpu", "--out", str(out), f"--budget={SECONDS[name] - MARGIN}", *arguments)
+    return Phase(name, command, SECONDS[name])
+
+
+def report(outcomes: Sequence[Outcome], say: Say) -> list[str]:
+    """One line a phase; the end of what a failed one said goes out at once."""
+    lines = []
+    for outcome in outcomes:
+        last = outcome.tail(1)[0] if outcome.output.strip() else ""
+        words = last
+        if outcome.phase.name == "sanitizer":
+            words = sanitize.verdict(outcome.code, outcome.output)[0]
+        elif outcome.phase.name in ("bench", "sweep", "build"):
+            words = ""
+        lines.append(f"{outcome.phase.name:<10} {outcome.state}, {outcome.seconds:.0f} s{': ' + words.strip('= ') if words else ''}")
+        if not outcome.is_green:
+            for line in outcome.tail(FAILURE_LINES):
+                say(f"  {outcome.phase.name} | {line[:200]}")
+    return lines
+
+
+def is_red(outcome: Outcome) -> bool:
+    """Whether a phase says that something of ours is wrong. A test run without tests (exit code 5) is none."""
+    if outcome.phase.name == "sanitizer":
+        return sanitize.verdict(outcome.code, outcome.output)[1]
+    return outcome.phase.name in ("reference", "device") and outcome.code not in (0, 5)
+
+
+def closing(out: Path, lines: Sequence[str]) -> list[str]:
+    """The tables of what was measured now, and a line a phase."""
+    found: list[str] = []
+    for name, table in (("default", bench_lines), ("sweep", lambda result: sweep.short_lines(result["rows"]))):
+        path = out / f"{name}.json"
+        if path.exists():
+            found += table(json.loads(path.read_text()))
+    return [*found, *lines]
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("phases", nargs=-1, type=click.Choice(PHASES))
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Default: bench/results/<device>.")
+@click.option("--gate/--no-gate", "with_gate", default=True, help="Measure only what has passed its tests.")
+def main(phases: tuple[str, ...], out: Path | None, with_gate: bool) -> None:
+    """Runs PHASES (default: all of build, tests, sanitizer, bench and sweep) on the device of this machine."""
+    chosen = phases or PHASES
+    until = time.monotonic() + TOTAL
+    found = gpu_environment()
+    say: Say = click.echo
+    for line in describe(found):
+        say(line)
+    out = (out or ROOT / "bench" / "results" / found["device"]).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "log.txt"
+    log.write_text("\n".join(describe(found)) + "\n")
+    lines, red = [], False
+
+    def go(wave: Sequence[Phase | None]) -> None:
+        nonlocal red
+        present = [phase for phase in wave if phase is not None]
+        outcomes = run_together(present, log, say, until=until) if present and time.monotonic() < until else []
+        if len(outcomes) < len(present):
+            say(f"left out: {', '.join(phase.name for phase in present)}: out of time")
+        lines.extend(report(outcomes, say))
+        red |= any(map(is_red, outcomes))
+
+    if "build" in chosen:
+        go([build_phase(say)])
+    tests = test_phases(out) if "tests" in chosen else []
+    for stale in (*(out / f"{phase.name}.xml" for phase in tests), *(out / f"{name}.json" for name in _results(chosen))):
+        stale.unlink(missing_ok=True)
+    go([*tests, sanitizer_phase(say) if "sanitizer" in chosen else None])
+    arguments = _gate_arguments(out, bool(tests), with_gate)
+    for name, extra in (("bench", ()), ("sweep", ("--sweep",))):
+        if name in chosen and device_name() is None:
+            say(f"left out: {name}: no device")
+        elif name in chosen:
+            go([bench_phase(name, out, [*arguments, *extra])])
+    if not tests:
+        lines.append("tests      not asked for")
+    for line in closing(out, lines):
+        say(line)
+    say(f"{'RED' if red else 'green'}; results in {_shown(out)}")
+    raise SystemExit(1 if red else 0)
+
+
+def _results(chosen: Sequence[str]) -> list[str]:
+    return [name for phase, name in (("bench", "default"), ("sweep", "sweep")) if phase in chosen]
+
+
+def _gate_arguments(out: Path, with_tests: bool, with_gate: bool) -> list[str]:
+    if not with_gate:
+        return ["--no-gate"]
+    return [f"--tests={out / 'reference.xml'}"] if with_tests else []
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m bench.gpu.run")

@@ -1,0 +1,200 @@
+"""The specialisations that are compiled, recorded and not listed: every operation runs on small CPU tensors with all its keyword sets and
+dtypes, the optimizers take steps, and launching is replaced by taking notes. A variant that users can reach is then not missed because
+somebody forgot to name it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+import sam_kernels
+from bench import op_calls
+from bench.byte_model import OPS
+from sam_kernels import functional
+from sam_kernels.cli._check import Problem, build, run
+from sam_kernels.cli._options import OPTIONS
+
+__all__ = ["DTYPES", "Variant", "covering", "recorded", "records_of", "timed_call"]
+
+DTYPES = ("float32", "bfloat16", "float16", "mixed")
+_POINTERS = {torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One specialisation of a kernel, as plain data: it travels to other processes and is compiled there."""
+
+    module: str
+    kernel: str
+    signature: tuple[tuple[str, str], ...]  # argument -> type, "constexpr" for what is compiled in
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[str, ...]  # arguments that are multiples of 16
+    num_warps: int  # of 32 threads
+    fp_fusion: bool
+
+    @property
+    def dtypes(self) -> tuple[tuple[str, str], ...]:
+        """Storage type of each operand, in the order of the kernel's arguments."""
+        return tuple((name, str(value)) for name, value in self.constants if type(value).__name__ == "dtype")
+
+    @property
+    def dtype(self) -> str:
+        """The storage type of all operands, or "mixed"; "" for a kernel that is given none."""
+        found = {dtype for _, dtype in self.dtypes}
+        return found.pop() if len(found) == 1 else "mixed" if found else ""
+
+    @property
+    def walks_chunks(self) -> bool:
+        """Whether this is one of the kernels that move the bytes, and not one of those that finish a norm or count steps."""
+        return any(name == "CHUNK_SIZE" for name, _ in self.constants)
+
+    def __str__(self) -> str:
+        switches = (f"{name}={value}" for name, value in self.constants if not name.endswith("_SIZE"))
+        return f"{self.kernel}[{' '.join(switches)}]"
+
+
+def _type_of(value: Any) -> str:
+    """The type Triton gives an argument that is no constant."""
+    if isinstance(value, Tensor):
+        return _POINTERS[value.dtype]
+    if isinstance(value, bool):
+        return "i1"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64" if value < 2**63 else "u64"
+    return "fp32"
+
+
+def _is_multiple(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.data_ptr() % 16 == 0
+    return isinstance(value, int) and not isinstance(value, bool) and value % 16 == 0
+
+
+def _variant(kernel: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Variant:
+    options = {name: kwargs.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+    given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    # What Triton compiles in: arguments that say so, None, and the integer one.
+    known = {p.name for p in kernel.params if p.is_constexpr} | {n for n, v in given.items() if v is None or (type(v) is int and v == 1)}
+    return Variant(
+        kernel.fn.__module__,
+        kernel.fn.__name__,
+        tuple((name, "constexpr" if name in known else _type_of(given[name])) for name in kernel.arg_names),
+        tuple((name, given[name]) for name in kernel.arg_names if name in known),
+        tuple(name for name in kernel.arg_names if name not in known and _is_multiple(given[name])),
+        options["num_warps"],
+        options["enable_fp_fusion"],
+    )
+
+
+@contextlib.contextmanager
+def _notes() -> Iterator[list[Variant]]:
+    """While this is open, the Triton backend takes CPU tensors, and a launch is a note in the list and nothing else."""
+    from triton.runtime.jit import JITFunction
+
+    from sam_kernels.backends import triton as backend
+
+    found: dict[Variant, None] = {}
+    notes: list[Variant] = []
+
+    def note(kernel: Any, grid: Any) -> Callable[..., None]:
+        del grid
+        return lambda *args, **kwargs: found.setdefault(_variant(kernel, args, kwargs))
+
+    cpu = frozenset({"cpu"})
+    with (
+        mock.patch.object(JITFunction, "__getitem__", note),
+        mock.patch.object(backend, "DEVICE_TYPES", cpu),
+        mock.patch.object(backend._lists, "DEVICE_TYPES", cpu),
+        sam_kernels.use_backend("triton"),
+    ):
+        yield notes
+    notes.extend(found)
+
+
+def records_of(*calls: Callable[[], object]) -> list[Variant]:
+    """The specialisations that some calls launch, each once, in the order of their first launch."""
+    with _notes() as notes:
+        for call in calls:
+            call()
+    return notes
+
+
+def _without_doubles(problem: Problem) -> Problem:
+    """A problem without the rows that have a float64 tensor, for which there are no kernels."""
+    rows = zip(*problem.lists.values(), strict=True)
+    kept = [all(tensor is None or tensor.dtype is not torch.float64 for tensor in row) for row in rows]
+    lists = {name: list(itertools.compress(tensors, kept)) for name, tensors in problem.lists.items()}
+    kwargs = {name: value.float() if isinstance(value, Tensor) else value for name, value in problem.kwargs.items()}
+    return Problem(problem.op, lists, kwargs)
+
+
+def _operations() -> Iterator[Callable[[], object]]:
+    for op, options in OPTIONS.items():
+        for option, dtype in itertools.product(options, DTYPES):
+            problem = _without_doubles(build(op, "single", dtype, option))
+            yield lambda problem=problem: run(problem)
+
+
+def _checks() -> Iterator[Callable[[], object]]:
+    """What the keyword sets lack: the check by itself, and the norm that begins a step."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        grads, flag = [torch.ones(128, dtype=dtype)], torch.zeros(())
+        yield lambda grads=grads, flag=flag: functional.check_finite_(grads, flag)
+        yield lambda grads=grads, flag=flag: functional.grad_norm(grads, found_inf=flag, skipped=torch.zeros(()), out=torch.zeros(()))
+
+
+def _optimizer_steps() -> Iterator[Callable[[], object]]:
+    """Steps as users take them."""
+    bases: dict[Any, dict[str, Any]] = {torch.optim.SGD: {"momentum": 0.9}, torch.optim.Adam: {}, torch.optim.AdamW: {}}
+    keywords: tuple[dict[str, Any], ...] = ({}, {"max_grad_norm": 1.0}, {"adaptive": True, "eta": 0.01})
+    for (base, own), given, dtype in itertools.product(bases.items(), keywords, (torch.float32, torch.bfloat16)):
+
+        def two_steps(base: Any = base, own: dict[str, Any] = own, given: dict[str, Any] = given, dtype: torch.dtype = dtype) -> None:
+            model = nn.Linear(8, 4).to(dtype)
+            optimizer = sam_kernels.SAM(model.parameters(), base, lr=0.1, **own, **given)
+
+            def closure() -> Tensor:
+                optimizer.zero_grad()
+                loss = model(torch.ones(2, 8, dtype=dtype)).square().sum()
+                loss.backward()
+                return loss
+
+            for _ in range(2):
+                optimizer.step(closure)
+
+        yield two_steps
+
+
+def timed_call(op: str) -> Callable[[], object]:
+    """The call that ``python -m bench`` times, and whose bytes bench/byte_model.py gives."""
+    lists = op_calls.make_lists(op, ((128,),), torch.float32)
+    return lambda: op_calls.ours(op, "triton")(lists)
+
+
+def recorded() -> list[Variant]:
+    """Every specialisation that the operations and the optimizers launch."""
+    return records_of(*_operations(), *_checks(), *_optimizer_steps(), *(timed_call(op) for op in OPS))
+
+
+def _features(variant: Variant) -> set[tuple[Any, ...]]:
+    constants = {(variant.kernel, name, str(value)) for name, value in variant.constants}
+    return {(variant.kernel, variant.dtype), *constants, *((variant.kernel, *argument) for argument in variant.signature)}
+
+
+def covering(variants: Sequence[Variant]) -> list[Variant]:
+    """A few of them in which every kernel meets every dtype, and every argument every value, at least once. Greedy."""
+    missing = set().union(*map(_features, variants))
+    chosen = []
+    while missing:
+        best = max(variants, key=lambda variant: len(_features(variant) & missing))
+        chosen.append(best)
+        missing -= _features(best)
+    return chosen

@@ -1,0 +1,156 @@
+"""Moving averages of gradients, and the norm of the direction made with them, in one pass.
+
+Specification: ``sam_kernels.reference.direction_norm_``; twin: ``csrc/cpu/direction.cpp``. VaSSO (arXiv 2310.07269) and Friendly SAM (arXiv
+2403.12350). float32, bfloat16 and float16 storage in any mix, float32 arithmetic, one rounding of m; sums as in ``norm.py``, except that a
+chunk cannot be read twice once m is written: each term goes at once into the sum of its size.
+Reads g, m (and p when adaptive); writes m: 3 N s bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sam_kernels.backends.triton._blocks import full_blocks, inverse_of, load_float, locate, operand, store
+from sam_kernels.backends.triton._launch import launch
+from sam_kernels.backends.triton._table import table_of
+from sam_kernels.backends.triton.norm import GROW, GROWN, IN_RANGE, SHRINK, SHRUNK, finish
+
+__all__ = ["direction_norm_"]
+
+# Squares of a chunk of terms between these add up to less than 2^100, as those of larger ones times SHRINK and smaller ones times GROW do.
+_LARGE = tl.constexpr(2.0**40)
+_SMALL = tl.constexpr(2.0**-56)
+
+
+@triton.jit
+def _direction_block(
+    grad, ema, param, offsets, count, inverse, decay, gain, sigma, eta, medium, big, small,
+    FRIENDLY: tl.constexpr, FIRST_STEP: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    g = load_float(grad, offsets, count, MASKED) * inverse
+    if FIRST_STEP:
+        before = tl.zeros_like(g)
+        after = g
+    else:
+        before = load_float(ema, offsets, count, MASKED)
+        after = before * decay + g * gain
+    # One step that is skipped must not poison those after it.
+    store(ema, offsets, count, tl.where(g - g == 0.0, after, before), MASKED)
+    d = after
+    if FRIENDLY:
+        d = g - sigma * before
+    if ADAPTIVE:
+        d = (tl.abs(load_float(param, offsets, count, MASKED)) + eta) * d
+    size = tl.abs(d)
+    is_big, is_small = size >= _LARGE, size < _SMALL
+    down, up, same = tl.where(is_big, d * SHRINK, 0.0), tl.where(is_small, d * GROW, 0.0), tl.where(is_big | is_small, 0.0, d)
+    return tl.fma(same, same, medium), tl.fma(down, down, big), tl.fma(up, up, small)
+
+
+@triton.jit
+def _direction_kernel(
+    grad_pointers,  # (R,) int64
+    ema_pointers,  # (R,) int64
+    param_pointers,  # (R,) int64, None unless adaptive
+    numels,  # (R,) int64
+    work_rows,  # (C,) int32
+    work_chunks,  # (C,) int32
+    work_slots,  # (C,) int32
+    sums,  # (C,) float32
+    kinds,  # (C,) int32: how the sum is scaled
+    grad_scale,  # () float32 or None
+    decay,
+    gain,
+    sigma,
+    eta,
+    GRAD: tl.constexpr,
+    EMA: tl.constexpr,
+    PARAM: tl.constexpr,
+    FRIENDLY: tl.constexpr,
+    FIRST_STEP: tl.constexpr,
+    CHUNK_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    row, start, count = locate(work_rows, work_chunks, numels, CHUNK_SIZE)
+    grad_address, grad, aligned_grad = operand(grad_pointers, row, start, GRAD)
+    ema_address, ema, aligned_ema = operand(ema_pointers, row, start, EMA)
+    addresses = grad_address | ema_address
+    param, aligned_param = grad, aligned_grad
+    ADAPTIVE: tl.constexpr = param_pointers is not None
+    if ADAPTIVE:
+        param_address, param, aligned_param = operand(param_pointers, row, start, PARAM)
+        addresses = addresses | param_address
+    full = full_blocks(addresses, count, BLOCK_SIZE)
+    inverse = inverse_of(grad_scale)
+    offsets = tl.arange(0, BLOCK_SIZE)
+    medium = tl.zeros([BLOCK_SIZE], tl.float32)
+    big = tl.zeros([BLOCK_SIZE], tl.float32)
+    small = tl.zeros([BLOCK_SIZE], tl.float32)
+    for block in range(0, full, BLOCK_SIZE):
+        medium, big, small = _direction_block(
+            aligned_grad, aligned_ema, aligned_param, block + offsets, count, inverse, decay, gain, sigma, eta, medium, big, small,
+            FRIENDLY, FIRST_STEP, ADAPTIVE, False,
+        )  # fmt: skip
+    for block in range(full, count, BLOCK_SIZE):
+        medium, big, small = _direction_block(
+            grad, ema, param, block + offsets, count, inverse, decay, gain, sigma, eta, medium, big, small,
+            FRIENDLY, FIRST_STEP, ADAPTIVE, True,
+        )  # fmt: skip
+    medium_sum, big_sum, small_sum = tl.sum(medium), tl.sum(big), tl.sum(small)
+    with_big = big_sum + medium_sum * SHRINK * SHRINK
+    with_medium = medium_sum + small_sum * (1.0 / GROW) * (1.0 / GROW)
+    kind = tl.where(big_sum != 0.0, SHRUNK, tl.where(medium_sum != 0.0, IN_RANGE, GROWN))
+    total = tl.where(big_sum != 0.0, with_big, tl.where(medium_sum != 0.0, with_medium, small_sum))
+    slot = tl.load(work_slots + tl.program_id(0))
+    tl.store(sums + slot, total)
+    tl.store(kinds + slot, kind)
+
+
+def direction_norm_(
+    grads: Sequence[Tensor],
+    ema: Sequence[Tensor],
+    params: Sequence[Tensor] | None,
+    *,
+    kind: str,
+    first_step: bool,
+    theta: float,
+    sigma: float,
+    lmbda: float,
+    adaptive: bool,
+    eta: float,
+    grad_scale: Tensor | None,
+) -> Tensor:  # () float32
+    """See :func:`sam_kernels.functional.direction_norm_`."""
+    table = table_of({"grads": grads, "ema": ema, "params": params if adaptive else None}, "direction")
+    is_friendly = kind == "friendly"
+    for group in table.groups:
+        launch(
+            _direction_kernel,
+            group.chunks,
+            table.device,
+            *table.pointers("grads", "ema", "params"),
+            table.numels,
+            group.rows,
+            group.chunk_indices,
+            group.slots,
+            *table.sums,
+            grad_scale,
+            lmbda if is_friendly else 1.0 - theta,
+            1.0 - lmbda if is_friendly else theta,
+            sigma,
+            eta,
+            GRAD=group.dtypes["grads"],
+            EMA=group.dtypes["ema"],
+            PARAM=group.dtypes["params"],
+            FRIENDLY=is_friendly and not first_step,
+            FIRST_STEP=first_step,
+            **table.constants,
+        )
+    norm = torch.empty(1, dtype=torch.float32, device=table.device)
+    finish(table, (table.count,), norm, None, None)
+    return norm[0]

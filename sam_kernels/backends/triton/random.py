@@ -1,0 +1,113 @@
+"""The random perturbation: old_p <- p, p <- p + scale z, with z made on the fly and never stored.
+
+Specification: ``sam_kernels.reference.random_perturb_``; twin: ``csrc/cpu/random.cpp``, with the same bits (``_random.py``). float32,
+bfloat16 and float16 storage in any mix, float32 arithmetic, one rounding.
+Reads p; writes old_p, p: 3 N s bytes (from_old: reads old_p; writes p: 2 N s).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sam_kernels.backends.triton._blocks import convert, full_blocks, load, locate, operand, store
+from sam_kernels.backends.triton._launch import launch, written
+from sam_kernels.backends.triton._random import PERTURBATION_STREAM, normal_pair, rademacher, seed_key, tile_offsets, tile_words
+from sam_kernels.backends.triton._table import table_of
+
+__all__ = ["random_perturb_"]
+
+
+@triton.jit
+def _move(param, old_param, offsets, count, z, scale, FROM_OLD: tl.constexpr, MASKED: tl.constexpr):
+    if FROM_OLD:
+        stored = load(old_param, offsets, count, MASKED)
+    else:
+        stored = load(param, offsets, count, MASKED)
+        store(old_param, offsets, count, stored, MASKED)
+    store(param, offsets, count, convert(stored, tl.float32) + z * scale, MASKED)
+
+
+@triton.jit
+def _move_tiles(
+    param, old_param, start, block, count, row, key_low, key_high, scale,
+    NORMAL: tl.constexpr, FROM_OLD: tl.constexpr, BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    LANES: tl.constexpr = BLOCK_SIZE // 4
+    a, b, c, d = tile_words(start + block, row, key_low, key_high, PERTURBATION_STREAM, LANES)
+    if NORMAL:
+        z0, z1 = normal_pair(a, b)
+        z2, z3 = normal_pair(c, d)
+    else:
+        z0, z1, z2, z3 = rademacher(a), rademacher(b), rademacher(c), rademacher(d)
+    _move(param, old_param, block + tile_offsets(0, LANES), count, z0, scale, FROM_OLD, MASKED)
+    _move(param, old_param, block + tile_offsets(1, LANES), count, z1, scale, FROM_OLD, MASKED)
+    _move(param, old_param, block + tile_offsets(2, LANES), count, z2, scale, FROM_OLD, MASKED)
+    _move(param, old_param, block + tile_offsets(3, LANES), count, z3, scale, FROM_OLD, MASKED)
+
+
+@triton.jit(do_not_specialize=["key_low", "key_high"])
+def _random_kernel(
+    param_pointers,  # (R,) int64
+    old_param_pointers,  # (R,) int64
+    numels,  # (R,) int64
+    work_rows,  # (C,) int32
+    work_chunks,  # (C,) int32
+    row_indices,  # (R,) int32: the caller's numbers of the rows, None where they are the same
+    key_low,
+    key_high,
+    scale,
+    PARAM: tl.constexpr,
+    OLD_PARAM: tl.constexpr,
+    NORMAL: tl.constexpr,
+    FROM_OLD: tl.constexpr,
+    CHUNK_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    row, start, count = locate(work_rows, work_chunks, numels, CHUNK_SIZE)
+    param_address, param, aligned_param = operand(param_pointers, row, start, PARAM)
+    old_address, old_param, aligned_old_param = operand(old_param_pointers, row, start, OLD_PARAM)
+    index = row if row_indices is None else tl.load(row_indices + row)
+    full = full_blocks(param_address | old_address, count, BLOCK_SIZE)
+    for block in range(0, full, BLOCK_SIZE):
+        _move_tiles(
+            aligned_param, aligned_old_param, start, block, count, index, key_low, key_high, scale, NORMAL, FROM_OLD, BLOCK_SIZE, False
+        )
+    for block in range(full, count, BLOCK_SIZE):
+        _move_tiles(param, old_param, start, block, count, index, key_low, key_high, scale, NORMAL, FROM_OLD, BLOCK_SIZE, True)
+
+
+def random_perturb_(
+    params: Sequence[Tensor],
+    old_params: Sequence[Tensor],
+    row_indices: Sequence[int],
+    *,
+    seed: int,
+    scale: float,
+    distribution: str,
+    from_old: bool,
+) -> None:
+    """See :func:`sam_kernels.functional.random_perturb_`."""
+    table = table_of({"params": params, "old_params": old_params}, "random")
+    for group in table.groups:
+        launch(
+            _random_kernel,
+            group.chunks,
+            table.device,
+            *table.pointers("params", "old_params"),
+            table.numels,
+            group.rows,
+            group.chunk_indices,
+            table.row_indices(row_indices),
+            *seed_key(seed),
+            scale,
+            PARAM=group.dtypes["params"],
+            OLD_PARAM=group.dtypes["old_params"],
+            NORMAL=distribution == "normal",
+            FROM_OLD=from_old,
+            **group.constants,
+        )
+    written(params)

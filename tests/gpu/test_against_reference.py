@@ -1,0 +1,43 @@
+"""Every operation, backend, dtype, case and keyword set on the device against the float64 reference on the CPU.
+
+The benchmarks look at this file alone: an operation that is red here on a backend has no speed there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from sam_kernels._dispatch import reason_missing
+from sam_kernels.cli._cases import DTYPES, MIXED_NARROW
+from sam_kernels.cli._check import AUTOMATIC, dtypes_of
+from tests.helpers.cases import OPTIONS, check, combinations
+
+pytestmark = pytest.mark.cuda
+EVERY = "every"  # where all is skipped, one line an operation says so
+# A keyword set is a test of its own: most of the time goes into compiling, which processes share.
+PAIRS = [(op, option) for op in OPTIONS for option in (OPTIONS[op] if torch.cuda.is_available() else [EVERY])]
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("backend_name", ["triton", "foreach", AUTOMATIC])
+@pytest.mark.parametrize(("op", "option"), PAIRS)
+def test_matches_the_reference(
+    op: str, option: str, backend_name: str, device: str, record_property: Callable[[str, object], None]
+) -> None:
+    record_property("op", op)
+    record_property("backend", backend_name)
+    if backend_name != AUTOMATIC and (reason := reason_missing(backend_name, device)) is not None:
+        pytest.skip(f"backend {backend_name}: {reason}")
+    wrong, checked = [], 0
+    for dtype in (*DTYPES, MIXED_NARROW):
+        if dtype in dtypes_of(backend_name, device):
+            for case, other in combinations(op, dtype):
+                if option in (other, EVERY):
+                    checked += 1
+                    worst = check(op, [backend_name], dtype, case, other, device=device)[backend_name]
+                    if not worst.passed:
+                        wrong.append(f"{dtype}, case {case}, option {other}: {worst}")
+    assert not wrong, f"{len(wrong)} of {checked} wrong:\n" + "\n".join(wrong[:20])

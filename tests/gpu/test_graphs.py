@@ -1,0 +1,98 @@
+"""Whole steps in CUDA graphs: replayed, they are the eager steps, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.compare import assert_same_bits
+from tests.helpers.training import BASES, closure_of, everything, make
+
+pytestmark = [pytest.mark.cuda, pytest.mark.only_cuda, pytest.mark.usefixtures("triton")]
+
+
+def warm_up(steps: int, step: Callable[[], Any]) -> None:
+    """On a side stream, as torch asks for before a capture."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(steps):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+
+
+def capture(step: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+@pytest.mark.parametrize("options", [{}, {"adaptive": True, "eta": 0.01}, {"max_grad_norm": 0.5}], ids=["sam", "asam", "clipped"])
+@pytest.mark.parametrize("set_to_none", [True, False], ids=["grads_reallocated", "grads_kept"])
+@pytest.mark.parametrize("base", BASES)
+def test_replays_are_eager_steps(base: str, set_to_none: bool, options: dict[str, Any], device: str) -> None:
+    (model, optimizer), (twin, eager) = make(base, device, **options), make(base, device, **options)
+    closure, twin_closure = closure_of(optimizer, model, set_to_none=set_to_none), closure_of(eager, twin, set_to_none=set_to_none)
+    warm_up(3, lambda: optimizer.step(closure))
+    graph = capture(lambda: optimizer.step(closure))
+    for _ in range(3):
+        eager.step(twin_closure)
+    assert_same_bits("after the capture, which runs nothing", everything(model, optimizer), everything(twin, eager))
+    for replays in (1, 20):
+        for _ in range(replays):
+            graph.replay()
+            eager.step(twin_closure)
+        assert_same_bits(f"after {replays} more replays", everything(model, optimizer), everything(twin, eager))
+    # Eager steps in between have gradients of their own: the graph's tables must not follow them, nor theirs the graph's.
+    for _ in range(2):
+        for _ in range(3):
+            optimizer.step(closure)
+            eager.step(twin_closure)
+        assert_same_bits("after eager steps", everything(model, optimizer), everything(twin, eager))
+        graph.replay()
+        graph.replay()
+        eager.step(twin_closure)
+        eager.step(twin_closure)
+        assert_same_bits("after replays again", everything(model, optimizer), everything(twin, eager))
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_update_alone(base: str, device: str) -> None:
+    """Forward and backward eager, the two halves of the step two graphs over gradients that stay where they are."""
+    (model, optimizer), (twin, eager) = make(base, device), make(base, device)
+    closure, twin_closure = closure_of(optimizer, model, set_to_none=False), closure_of(eager, twin, set_to_none=False)
+
+    def halves(first: Callable[[], Any], second: Callable[[], Any]) -> None:
+        closure()
+        first()
+        closure()
+        second()
+
+    warm_up(3, lambda: halves(optimizer.first_step, optimizer.second_step))
+    graphs = [capture(optimizer.first_step), capture(optimizer.second_step)]
+    for _ in range(10):
+        halves(graphs[0].replay, graphs[1].replay)
+    for _ in range(13):
+        eager.step(twin_closure)
+    assert_same_bits("after ten steps", everything(model, optimizer), everything(twin, eager))
+
+
+def test_a_replay_skips_a_step_that_is_not_finite(device: str) -> None:
+    model, optimizer = make("sgd", device)
+    closure = closure_of(optimizer, model)
+    warm_up(2, lambda: optimizer.step(closure))
+    graph = capture(lambda: optimizer.step(closure))
+    graph.replay()
+    before = everything(model, optimizer)
+    model.factor.fill_(torch.inf)
+    graph.replay()
+    assert_same_bits("after an infinite loss", everything(model, optimizer), before)
+    assert optimizer.skipped_steps == 1
+    model.factor.fill_(1.0)
+    graph.replay()
+    assert optimizer.skipped_steps == 1
+    assert not torch.equal(everything(model, optimizer)[0], before[0])

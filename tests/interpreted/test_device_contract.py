@@ -1,0 +1,135 @@
+"""What a step asks of a device, counted without one: kernels launched, other operations of torch, numbers read back.
+
+A twin of tests/gpu/test_no_waiting.py, where the device itself is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sam_kernels import functional, use_backend
+from sam_kernels._tensor_list import TensorList
+from tests.helpers.compare import assert_same_bits
+from tests.helpers.training import closure_of, everything, make
+
+# What makes no work for a device: views, and memory that nobody fills.
+FREE = ("aten.detach", "aten.view", "aten.select", "aten.reshape", "aten.alias", "aten.as_strided", "aten.empty", "aten.slice", "profiler.")
+READS = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero")
+
+
+class Work(TorchDispatchMode):
+    """Names of torch's operations that would be launches, and of those that would wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[str] = []
+        self.reads: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if name.startswith(READS):
+            self.reads.append(name)
+        elif not name.startswith(FREE):
+            self.operations.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of the kernels launched, in order. The interpreter's own operations on tensors are not the caller's."""
+    from triton.runtime.interpreter import GridExecutor
+
+    names: list[str] = []
+    real = GridExecutor.__call__
+
+    def launch(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        names.append(executor.fn.__name__)
+        with torch.utils._python_dispatch._disable_current_modes():
+            return real(executor, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", launch)
+    with use_backend("triton"):
+        yield names
+
+
+def work_of(kernels: list[str], call: Callable[[], object]) -> Work:
+    kernels.clear()
+    with Work() as work:
+        call()
+    return work
+
+
+def halves(optimizer: Any) -> Callable[[], None]:
+    def step() -> None:
+        optimizer.first_step()
+        optimizer.second_step()
+
+    return step
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "most"),
+    [("sgd", {}, 5), ("sgd", {"adaptive": True}, 5), ("sgd", {"max_grad_norm": 1.0}, 6), ("adamw", {}, 6)],
+    ids=["sgd", "sgd_adaptive", "sgd_clipped", "adamw"],
+)
+def test_a_steady_step_launches_a_handful_of_kernels_and_nothing_else(
+    kernels: list[str], base: str, options: dict[str, Any], most: int
+) -> None:
+    """Norm in two stages, ascent, a check of the second gradients (in two stages where it is clipped by their norm), descent; Adam's
+    counters. Nothing is read back: the host never waits."""
+    model, optimizer = make(base, "cpu", **options)
+    closure = closure_of(optimizer, model, set_to_none=False)
+    for _ in range(3):
+        optimizer.step(closure)
+    work = work_of(kernels, halves(optimizer))
+    assert len(kernels) <= most, kernels
+    assert work.operations == [], f"beside {kernels}"
+    assert work.reads == []
+
+
+def lists(count: int) -> list[TensorList]:
+    return [TensorList(torch.rand(size) for size in (3, 700, 1025)) for _ in range(count)]
+
+
+def calls() -> dict[str, Callable[[], object]]:
+    params, grads, old_params, buffers = lists(4)
+    norm, found_inf, skipped = torch.ones(()), torch.zeros(()), torch.zeros(())
+    return {
+        "grad_norm_": lambda: functional.grad_norm_(norm, grads, found_inf=found_inf, skipped=skipped),
+        "check_finite_": lambda: functional.check_finite_(grads, found_inf),
+        "perturb_": lambda: functional.perturb_(params, grads, old_params, norm, rho=0.1, found_inf=found_inf),
+        "restore_": lambda: functional.restore_(params, old_params),
+        "sgd_step_": lambda: functional.sgd_step_(
+            params, grads, buffers, old_params=old_params, lr=0.1, momentum=0.9, norm=norm, max_norm=0.1, found_inf=found_inf
+        ),
+    }
+
+
+@pytest.mark.parametrize("op", calls())
+def test_an_operation_reads_nothing_back(kernels: list[str], op: str) -> None:
+    call = calls()[op]
+    call()
+    work = work_of(kernels, call)
+    assert len(kernels) == (2 if op == "grad_norm_" else 1)
+    assert work.reads == []
+
+
+@pytest.mark.parametrize("bad_pass", [1, 2])
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+def test_a_bad_pass_skips_the_step_without_being_read(kernels: list[str], base: str, bad_pass: int) -> None:
+    model, optimizer = make(base, "cpu")
+    closure = closure_of(optimizer, model, set_to_none=False)
+    for _ in range(2):
+        optimizer.step(closure)
+    before = everything(model, optimizer)
+    for number, half in enumerate((optimizer.first_step, optimizer.second_step), 1):
+        model.factor.fill_(torch.inf if number == bad_pass else 1.0)
+        closure()
+        assert work_of(kernels, half).reads == []
+    assert_same_bits("after a skipped step", everything(model, optimizer), before)
+    assert optimizer.skipped_steps == 1

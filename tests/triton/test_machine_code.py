@@ -1,0 +1,182 @@
+"""What the compilers make of every Triton kernel, on processors that need not be here; and that each rule finds its fault when planted."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.byte_model import OPS
+from sam_kernels.backends import triton as backend
+
+REASON = backend.REASON_MISSING or ("kernels are interpreted here, not compiled" if backend.IS_INTERPRETED else None)
+if REASON is not None:
+    pytest.skip(REASON, allow_module_level=True)
+
+from bench.machine_code import page  # noqa: E402
+from bench.machine_code.compiled import Code, compile_variant  # noqa: E402
+from bench.machine_code.launches import Variant, covering, recorded, records_of, timed_call  # noqa: E402
+from bench.machine_code.rules import RULES, violations  # noqa: E402
+from bench.machine_code.targets import TARGETS, reason_missing  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = "sam_kernels.backends.triton"
+SM_90 = TARGETS["sm_90"]
+
+
+@pytest.fixture(scope="module")
+def codes() -> list[Code]:
+    """The code of every kernel for every target: one to three minutes."""
+    return page.codes_of(name for name in TARGETS if reason_missing(name) is None)
+
+
+@pytest.fixture(scope="module")
+def variants() -> list[Variant]:
+    return recorded()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_keeps(codes: list[Code], rule: str, target: str) -> None:
+    if (reason := reason_missing(target)) is not None:
+        pytest.skip(reason)
+    found = [code for code in codes if code.target.name == target]
+    assert found
+    assert [text for code in found for text in violations(code, rule)] == []
+
+
+@pytest.mark.slow
+def test_the_page_is_up_to_date(codes: list[Code]) -> None:
+    pinned = re.search(r"^triton==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert pinned is not None
+    if pinned[1] != backend.VERSION:
+        pytest.skip(f"the page is about triton {pinned[1]}, this is {backend.VERSION}")
+    written = page.between_markers(page.PAGE.read_text(encoding="utf-8"))
+    assert written == page.tables(codes), f"docs/kernels.md is not what the code gives now; run: {page.COMMAND}"
+
+
+def test_every_kernel_is_recorded(variants: list[Variant]) -> None:
+    sources = (ROOT / "sam_kernels" / "backends" / "triton").glob("*.py")
+    written = {name for path in sources for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(encoding="utf-8"), re.MULTILINE)}
+    assert {variant.kernel for variant in variants} == written
+
+
+def test_a_few_variants_cover_all(variants: list[Variant]) -> None:
+    few = covering(variants)
+    assert len(few) < len(variants) / 4
+    for features_of in (_kernel_and_dtype, _constants, _types):
+        assert set().union(*map(features_of, few)) == set().union(*map(features_of, variants))
+
+
+def _kernel_and_dtype(variant: Variant) -> set[Any]:
+    return {(variant.kernel, variant.dtype)}
+
+
+def _constants(variant: Variant) -> set[Any]:
+    return {(variant.kernel, name, str(value)) for name, value in variant.constants}
+
+
+def _types(variant: Variant) -> set[Any]:
+    return {(variant.kernel, *argument) for argument in variant.signature}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_kernel_moves_the_bytes_of_the_model(op: str) -> None:
+    (variant,) = [variant for variant in records_of(timed_call(op)) if variant.walks_chunks]
+    code = compile_variant(variant, SM_90)
+    assert max(loop.bytes_per_element for loop in code.full_loops) == 4 * OPS[op].passes
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A line of the backend and what it is changed to; a kernel in which that is to be found, and by which rule."""
+
+    file: str
+    old: str
+    new: str
+    kernel: str
+    rule: str
+
+
+_START = "tl.load(work_chunks + program).to(tl.int64) * CHUNK_SIZE"
+_NARROW_START = _START.replace(".to(tl.int64)", "")
+_SAVE = "store(old_param, offsets, count, stored, MASKED)"
+FAULTS = {
+    "no operand is known to be aligned": Fault(
+        "_blocks.py", "tl.multiple_of(address.to(tl.pointer_type(DTYPE)) + start, 16)", "plain", "_perturb_kernel", "full_blocks_are_wide"
+    ),
+    "one operand is not": Fault(
+        "perturb.py", "(aligned_param, aligned_grad,", "(aligned_param, grad,", "_perturb_kernel", "full_blocks_are_wide"
+    ),
+    "full blocks are masked": Fault(
+        "norm.py", "ADAPTIVE, SCALED, False)", "ADAPTIVE, SCALED, True)", "_norm_kernel", "full_blocks_are_wide"
+    ),
+    "full blocks forget an operand": Fault("perturb.py", _SAVE, f"if MASKED: {_SAVE}", "_perturb_kernel", "masked_blocks_do_the_same"),
+    "a start in 32 bits": Fault("_blocks.py", _START, _NARROW_START, "_perturb_kernel", "addresses_are_64_bit"),
+    "extended too late": Fault("_blocks.py", _START, f"({_NARROW_START}).to(tl.int64)", "_sgd_kernel", "addresses_are_64_bit"),
+    "a number in float64": Fault("perturb.py", "p + g * scale", "p + g * scale.to(tl.float64)", "_perturb_kernel", "no_double"),
+}
+
+
+def planted(folder: Path, fault: Fault) -> str:
+    """A copy of the backend under another name, with one fault in it."""
+    name = f"planted_{folder.name}"
+    shutil.copytree(ROOT / "sam_kernels" / "backends" / "triton", folder / name)
+    for path in (folder / name).glob("*.py"):
+        path.write_text(path.read_text(encoding="utf-8").replace(PACKAGE, name), encoding="utf-8")
+    path = folder / name / fault.file
+    text = path.read_text(encoding="utf-8")
+    assert fault.old in text, f"{fault.file} has changed: plant the fault anew"
+    path.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
+    return name
+
+
+def one(variants: list[Variant], kernel: str, dtype: str, **constants: str) -> Variant:
+    """The first variant of a kernel with these storage types."""
+    wanted = constants.items()
+    return next(v for v in variants if (v.kernel, v.dtype) == (kernel, dtype) and wanted <= {n: str(c) for n, c in v.constants}.items())
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found(variants: list[Variant], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault = FAULTS[name]
+    variant = one(variants, fault.kernel, "fp32")
+    assert violations(compile_variant(variant, SM_90, disassemble=True)) == []
+    monkeypatch.syspath_prepend(tmp_path)
+    faulty = replace(variant, module=variant.module.replace(PACKAGE, planted(tmp_path, fault)))
+    assert violations(compile_variant(faulty, SM_90), fault.rule)
+
+
+def with_constants(variant: Variant, **values: Any) -> Variant:
+    return replace(variant, constants=tuple((name, values.get(name, value)) for name, value in variant.constants))
+
+
+@pytest.mark.parametrize(
+    ("rule", "change"),
+    [
+        ("nothing_is_contracted", lambda variant: replace(variant, fp_fusion=True)),
+        ("nothing_is_spilled", lambda variant: with_constants(replace(variant, num_warps=1), BLOCK_SIZE=8192)),
+        ("half_of_the_threads_fit", lambda variant: with_constants(variant, BLOCK_SIZE=8192)),
+        ("no_element_changes_hands", lambda variant: with_constants(variant, BLOCK_SIZE=2048)),
+        ("full_blocks_are_wide", lambda variant: with_constants(variant, BLOCK_SIZE=256)),
+    ],
+)
+def test_a_wrong_setting_is_found(variants: list[Variant], rule: str, change: Callable[[Variant], Variant]) -> None:
+    variant = one(variants, "_adamw_kernel", "mixed", PARAM="fp32", GRAD="bf16")
+    assert violations(compile_variant(variant, SM_90), rule) == []
+    assert violations(compile_variant(change(variant), SM_90), rule)
+
+
+def test_amd_accesses_are_counted(variants: list[Variant]) -> None:
+    """Four elements of a 16-bit type a thread, as with as many wavefronts of 64 threads as there are warps of 32, are too few."""
+    if (reason := reason_missing("gfx942")) is not None:
+        pytest.skip(reason)
+    variant = one(variants, "_adamw_kernel", "bf16")
+    assert violations(compile_variant(variant, TARGETS["gfx942"])) == []
+    assert violations(compile_variant(replace(variant, num_warps=8), TARGETS["gfx942"]), "full_blocks_are_wide")
