@@ -76,8 +76,13 @@ def _enough_threads_fit(code: Code) -> list[str]:
 
 
 def _no_element_changes_hands(code: Code) -> list[str]:
-    """Shared memory is for one number a warp, when sums are put together: no operand goes through it from thread to thread."""
-    most = 4 * code.threads // code.target.warp_size
+    """Shared memory is for one number a warp, when sums are put together: no operand goes through it from thread to thread.
+
+    Random numbers do: Triton makes them one lane a thread, while wide accesses want four or eight neighbours, and it does not lay a whole
+    Philox out anew. One block of words at a time, then.
+    """
+    words = 4 * dict(code.variant.constants)["BLOCK_SIZE"] // 4 if code.variant.draws else 0
+    most = max(words, 4 * code.threads // code.target.warp_size)
     return [f"{code.shared} bytes of shared memory, more than {most}"] if code.shared > most else []
 
 

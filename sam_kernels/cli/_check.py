@@ -257,7 +257,9 @@ def _compare_results(result: Tensor, exact: Tensor, problem: Problem, directions
     if result.shape != exact.shape:
         return Worst("result", passed=False, reason=f"shape {tuple(result.shape)}, expected {tuple(exact.shape)}")
     carried = torch.linalg.vector_norm(torch.cat(list(directions))) if directions else torch.zeros((), dtype=torch.float64)
-    roundings = backend.norm_roundings([0 if t is None else t.numel() for t in groups[0]])
+    roundings = backend.norm_roundings(
+        [0 if t is None else t.numel() for t in groups[0]], "direction" if problem.op == "direction_norm_" else "norm"
+    )
     bound = norm_bound(exact + carried, _terms(groups[0]), roundings) + carried
     worst = compare("result", [result], [exact], [bound.reshape(-1)], [None])
     if "found_inf" in problem.kwargs and bool(problem.kwargs["found_inf"]) == bool(result.isfinite()):

@@ -90,7 +90,7 @@ def grad_norms(
     return stacked if len(result) != 1 else report_norm(stacked[0], found_inf, skipped, out).reshape(1)
 
 
-def norm_roundings(numels: Sequence[int]) -> None:
+def norm_roundings(numels: Sequence[int], kernel: str = "norm") -> None:
     """float32 roundings that a term of a norm passes through: none, sums are in float64."""
 
 

@@ -152,7 +152,7 @@ def _norms(grads: Any, params: Any, group_sizes: Sequence[int], *, adaptive: boo
     return norms
 
 
-def norm_roundings(numels: Sequence[int]) -> None:
+def norm_roundings(numels: Sequence[int], kernel: str = "norm") -> None:
     """float32 roundings that a term of a norm passes through: none, sums are in float64."""
 
 

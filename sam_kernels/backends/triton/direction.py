@@ -160,7 +160,7 @@ def direction_norm_(
             PARAM=group.dtypes["params"],
             FRIENDLY=is_friendly and not first_step,
             FIRST_STEP=first_step,
-            **table.constants,
+            **group.constants,
         )
     norm = torch.empty(1, dtype=torch.float32, device=table.device)
     finish(table, (table.count,), norm, None, None)

@@ -199,11 +199,12 @@ def _launch_sums(table: ChunkTable, eta: float, found_inf: Tensor | None) -> Non
         )
 
 
-def norm_roundings(numels: Sequence[int]) -> int:
+def norm_roundings(numels: Sequence[int], kernel: str = "norm") -> int:
     """float32 roundings that a term of the sum passes through at most: adding it within its thread, the tree over the block, the sums of
-    chunks likewise, and putting the three kinds together."""
-    config = CONFIGS["norm"]
+    chunks likewise, and putting the kinds together. ``kernel``: "norm" or "direction"."""
+    config = CONFIGS[kernel]
+    block = config.block if kernel == "norm" else config.mixed_block // 2  # the smallest: of masked blocks in a row of several types
     chunks = sum(-(-numel // config.chunk) for numel in numels)
-    within = config.chunk // config.block + math.ceil(math.log2(config.block))
+    within = config.chunk // block + math.ceil(math.log2(config.block))
     across = -(-chunks // FINISH_BLOCK) + math.ceil(math.log2(FINISH_BLOCK))
-    return within + across + 2
+    return within + across + 4

@@ -214,8 +214,9 @@ def perturb_(
     table = table_of(lists, "perturb" if rounding_seed is None else "random")
     for group in table.groups:
         stochastic = rounding_seed is not None and group.dtypes["params"] == tl.bfloat16
-        # Only the rows that are rounded so need blocks of whole random tiles.
-        block = group.constants["BLOCK_SIZE"] if stochastic else min(group.constants["BLOCK_SIZE"], CONFIGS["perturb"].block)
+        # Only the rows that are rounded so need blocks of whole random tiles; one more operand, and registers would cost occupancy.
+        block, most = group.constants["BLOCK_SIZE"], CONFIGS["perturb"].block // (1 if ema is None else 2)
+        block = block if stochastic else min(block, most)
         launch(
             _perturb_kernel,
             group.chunks,
