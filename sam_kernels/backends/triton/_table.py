@@ -47,6 +47,7 @@ class ChunkTable:
         if any(description.numels != first.numels for description in given.values()):
             raise ValueError("tensor lists of different sizes")
         self._config = config
+        self.is_recorded = False  # in a CUDA graph
         self.constants = _constants(config, config.block)
         self.device = first.device
         self.count = len(first.numels)
@@ -105,6 +106,11 @@ class ChunkTable:
             if description is None or known is None or description.dtypes != known.dtypes or description.numels != known.numels:
                 return False
         return True
+
+    def is_current(self, described: Mapping[str, Description | None]) -> bool:
+        """Whether lists of these descriptions lie where the table says."""
+        pairs = ((self._known[role], description) for role, description in described.items())
+        return all(known is new or (known is not None and new is not None and known.pointers == new.pointers) for known, new in pairs)
 
     def update(self, described: Mapping[str, Description | None]) -> None:
         """Copies the addresses that are not those of the last call."""
@@ -166,13 +172,15 @@ def table_of(lists: Mapping[str, Sequence[Tensor] | None], kernel: str) -> Chunk
     key = (kernel, config, tuple(role for role, description in described.items() if description is not None))
     table: ChunkTable | None = anchor.tables.get(key)
     capturing = anchor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if table is None or not table.matches(described):
+    if table is None or not table.matches(described) or (table.is_recorded and not (capturing and table.is_current(described))):
         table = ChunkTable(described, config)
         _keep(anchor, key, table)
     else:
         table.update(described)
-    if capturing:  # the graph reads this table at every replay: eager calls get another one
-        _RECORDED.append(anchor.tables.pop(key))
+    if capturing and not table.is_recorded:
+        # The graph reads this table at every replay: it is kept, and whoever needs other addresses gets a table of their own.
+        table.is_recorded = True
+        _RECORDED.append(table)
     return table
 
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sam_kernels.backends.triton._blocks import full_blocks, load_float, locate, operand
+from sam_kernels.backends.triton._blocks import convert, full_blocks, load_float, locate, operand
 from sam_kernels.backends.triton._config import CONFIGS, FINISH_BLOCK
 from sam_kernels.backends.triton._launch import launch
 from sam_kernels.backends.triton._table import ChunkTable, table_of
@@ -124,11 +124,12 @@ def _finish_kernel(
     from_medium = tl.sqrt_rn(medium + small * (1.0 / GROW) * (1.0 / GROW))
     from_small = tl.sqrt_rn(small) * (1.0 / GROW)
     norm = tl.where(big != 0.0, from_big, tl.where(medium != 0.0, from_medium, from_small))
-    tl.store(norms + group, norm)
+    tl.store(norms + group, convert(norm, norms.dtype.element_ty))
     if found_inf is not None:
         is_finite = tl.abs(norm) <= 3.4028234663852886e38
         if skipped is not None:
-            tl.store(skipped, tl.load(skipped) + tl.load(found_inf))
+            count = convert(tl.load(skipped), tl.float32) + convert(tl.load(found_inf), tl.float32)
+            tl.store(skipped, convert(count, skipped.dtype.element_ty))
             tl.store(found_inf, tl.where(is_finite, 0.0, 1.0))
         elif ~is_finite:
             tl.store(found_inf, 1.0)
