@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sam_kernels import functional
+from tests.helpers.backends import widest
 from tests.helpers.compare import assert_same_bits
 
 KINDS: list[dict[str, Any]] = [{"kind": "vasso"}, {"kind": "friendly", "sigma": 0.9, "lmbda": 0.7}]
@@ -86,8 +87,8 @@ def test_the_buffers_are_the_callers(backend: str) -> None:
     torch.testing.assert_close(ema[0], expected[0])
     torch.testing.assert_close(norm, torch.linalg.vector_norm(torch.cat([e.reshape(-1) for e in expected])))
     assert functional.direction_norm_([], [], kind="friendly").item() == 0.0
-    grad64 = [torch.randn(4, dtype=torch.float64)]
-    assert functional.direction_norm_(grad64, [None], kind="friendly").dtype is torch.float64
+    wide = widest(backend)
+    assert functional.direction_norm_([torch.randn(4, dtype=wide)], [None], kind="friendly").dtype is wide
 
 
 def test_lmbda_one_never_updates(backend: str) -> None:
