@@ -112,7 +112,11 @@ FAULTS = {
         "_blocks.py", "tl.multiple_of(address.to(tl.pointer_type(DTYPE)) + start, 16)", "plain", "_perturb_kernel", "full_blocks_are_wide"
     ),
     "one operand is not": Fault(
-        "perturb.py", "(aligned_param, aligned_grad,", "(aligned_param, grad,", "_perturb_kernel", "full_blocks_are_wide"
+        "perturb.py",
+        "aligned_param, aligned_grad, aligned_old",
+        "aligned_param, grad, aligned_old",
+        "_perturb_kernel",
+        "full_blocks_are_wide",
     ),
     "full blocks are masked": Fault(
         "norm.py", "ADAPTIVE, SCALED, False)", "ADAPTIVE, SCALED, True)", "_norm_kernel", "full_blocks_are_wide"
@@ -120,7 +124,7 @@ FAULTS = {
     "full blocks forget an operand": Fault("perturb.py", _SAVE, f"if MASKED: {_SAVE}", "_perturb_kernel", "masked_blocks_do_the_same"),
     "a start in 32 bits": Fault("_blocks.py", _START, _NARROW_START, "_perturb_kernel", "addresses_are_64_bit"),
     "extended too late": Fault("_blocks.py", _START, f"({_NARROW_START}).to(tl.int64)", "_sgd_kernel", "addresses_are_64_bit"),
-    "a number in float64": Fault("perturb.py", "p + g * scale", "p + g * scale.to(tl.float64)", "_perturb_kernel", "no_double"),
+    "a number in float64": Fault("perturb.py", "p + d * scale", "p + d * scale.to(tl.float64)", "_perturb_kernel", "no_double"),
 }
 
 
