@@ -20,6 +20,11 @@ if os.environ.get("TRITON_INTERPRET") == "1" and not INTERPRETED:
 collect_ignore = [] if INTERPRETED else ["interpreted"]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if INTERPRETED:  # overflow is what the kernels are tested with, and numpy says so each time
+        config.addinivalue_line("filterwarnings", "ignore:.*encountered in.*:RuntimeWarning")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A process that interprets kernels tests those alone: everything else has a process of its own."""
     if INTERPRETED:

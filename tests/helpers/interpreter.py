@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import types
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -38,8 +37,6 @@ def prepare() -> None:
     _cases.CHUNK = CHUNK
     _cases.CASES["chunk_edges"] = _cases._uniform((CHUNK - 1,), (CHUNK,), (CHUNK + 1,))
     _cases.CASES["many_tiny"] = _cases._uniform(*[(3,)] * MANY)
-    # Overflow is what the kernels are tested with; numpy says so each time.
-    warnings.filterwarnings("ignore", category=RuntimeWarning, message=".*encountered in.*")
     _patch_once()
 
 

@@ -49,7 +49,7 @@ def test_threads_and_runs(backend: str, op: str) -> None:
         for case in ("chunk_edges", "many_tiny"):
             torch.set_num_threads(1)
             one = outcome(op, dtype, case)
-            for count in (2, 3, 1):
+            for count in (1,) if backend == "triton" else (2, 3, 1):  # whose programs are no threads of ours
                 torch.set_num_threads(count)
                 assert_same_bits(f"{op} {dtype} {case}, {count} threads", outcome(op, dtype, case), one)
 
