@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sam_kernels.cli._problem import Problem
 from sam_kernels.cli._tolerance import Arithmetic, Rounded, ulp
 from sam_kernels.reference import directions, ops, random
-
-if TYPE_CHECKING:
-    from sam_kernels.cli._check import Problem
 
 __all__ = ["bounds_of"]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +20,7 @@ from sam_kernels.cli._bounds import bounds_of
 from sam_kernels.cli._cases import CASES, LAYOUT_CASES, MIXED_NARROW, Row, dtypes_for, guards_intact, make_tensor, rows_of
 from sam_kernels.cli._compare import Worst, compare
 from sam_kernels.cli._options import FOR_LAYOUT_CASES, OPTIONS
+from sam_kernels.cli._problem import Problem
 from sam_kernels.cli._tolerance import norm_bound
 
 __all__ = ["AUTOMATIC", "Problem", "build", "check", "combinations", "concerns", "dtypes_of", "run", "seed_of"]
@@ -34,38 +34,6 @@ ABOUT_OTHERS = {  # cases about gradients that an operation does not read
     "restore_": ("huge_params", "tiny", "zero_grads", "nan", "inf"),
 }
 STEPS = (0.0, 1.0, 9.0, 999.0)
-
-
-@dataclass
-class Problem:
-    """The arguments of one call: ``lists`` in the order of the operation's positional arguments, then keywords."""
-
-    op: str
-    lists: dict[str, list[Tensor | None]]
-    kwargs: dict[str, Any]
-
-    def clone(self, device: str = "cpu") -> Problem:
-        """The same bits in memory of its own on a device, laid out alike: guards stay guards, shared memory stays shared."""
-        copies: dict[int, Tensor] = {}
-        lists = {name: [_clone(t, device, copies) for t in tensors] for name, tensors in self.lists.items()}
-        kwargs = {name: value.to(device, copy=True) if isinstance(value, Tensor) else value for name, value in self.kwargs.items()}
-        return Problem(self.op, lists, kwargs)
-
-    def double(self) -> Problem:
-        """Everything in float64, contiguous."""
-        lists = {name: [None if t is None else t.to(torch.float64).clone() for t in tensors] for name, tensors in self.lists.items()}
-        return Problem(self.op, lists, {k: v.to(torch.float64).clone() if isinstance(v, Tensor) else v for k, v in self.kwargs.items()})
-
-
-def _clone(tensor: Tensor | None, device: str, copies: dict[int, Tensor]) -> Tensor | None:
-    """``copies``: of the allocations met so far."""
-    if tensor is None:
-        return None
-    whole = tensor if tensor._base is None else tensor._base
-    if whole._cdata not in copies:
-        copies[whole._cdata] = whole.to(device, copy=True)
-    copy = copies[whole._cdata]
-    return copy if tensor._base is None else copy.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def _module_of(backend: str, device: str) -> ModuleType:

@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sam_kernels.backends.triton._blocks import full_blocks, inverse_of, load_float, locate, operand, store
+from sam_kernels.backends.triton._finish import GROW, GROWN, IN_RANGE, SHRINK, SHRUNK, finish
 from sam_kernels.backends.triton._launch import launch, single
 from sam_kernels.backends.triton._table import table_of
-from sam_kernels.backends.triton.norm import GROW, GROWN, IN_RANGE, SHRINK, SHRUNK, finish
 
 __all__ = ["direction_norm_"]
 

@@ -19,18 +19,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sam_kernels.backends.triton._blocks import convert, full_blocks, load_float, locate, operand
+from sam_kernels.backends.triton._blocks import full_blocks, load_float, locate, operand
 from sam_kernels.backends.triton._config import CONFIGS, FINISH_BLOCK
+from sam_kernels.backends.triton._finish import GROW, GROWN, IN_RANGE, SHRINK, SHRUNK, finish
 from sam_kernels.backends.triton._launch import launch
 from sam_kernels.backends.triton._table import ChunkTable, table_of
 
-__all__ = ["GROW", "GROWN", "IN_RANGE", "SHRINK", "SHRUNK", "check_finite_", "finish", "grad_norms", "norm_roundings"]
+__all__ = ["check_finite_", "grad_norms", "norm_roundings"]
 
 _HIGH = tl.constexpr(2.0**100)
 _LOW = tl.constexpr(2.0**-100)
-SHRINK = tl.constexpr(2.0**-80)
-GROW = tl.constexpr(2.0**100)
-IN_RANGE, SHRUNK, GROWN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
@@ -96,45 +94,6 @@ def _norm_kernel(
             tl.store(found_inf, 1.0)
 
 
-@triton.jit
-def _finish_kernel(
-    sums,  # (C,) float32
-    kinds,  # (C,) int32
-    bounds,  # (M + 1,) int32: the sums of each norm
-    norms,  # (M,) floating point
-    found_inf,  # () float32 or None: set where the norm is not finite
-    skipped,  # () float32 or None: what found_inf was is added to it, and found_inf starts anew
-    BLOCK_SIZE: tl.constexpr,
-):
-    group = tl.program_id(0)
-    begin, end = tl.load(bounds + group), tl.load(bounds + group + 1)
-    in_range = tl.zeros([BLOCK_SIZE], tl.float32)
-    shrunk = tl.zeros([BLOCK_SIZE], tl.float32)
-    grown = tl.zeros([BLOCK_SIZE], tl.float32)
-    for block in range(begin, end, BLOCK_SIZE):
-        slots = block + tl.arange(0, BLOCK_SIZE)
-        part = tl.load(sums + slots, mask=slots < end, other=0.0)
-        kind = tl.load(kinds + slots, mask=slots < end, other=0)
-        in_range += tl.where(kind == IN_RANGE, part, 0.0)
-        shrunk += tl.where(kind == SHRUNK, part, 0.0)
-        grown += tl.where(kind == GROWN, part, 0.0)
-    medium, big, small = tl.sum(in_range), tl.sum(shrunk), tl.sum(grown)
-    # 1 / factor, twice: its square would not fit float32.
-    from_big = tl.sqrt_rn(big + medium * SHRINK * SHRINK) * (1.0 / SHRINK)
-    from_medium = tl.sqrt_rn(medium + small * (1.0 / GROW) * (1.0 / GROW))
-    from_small = tl.sqrt_rn(small) * (1.0 / GROW)
-    norm = tl.where(big != 0.0, from_big, tl.where(medium != 0.0, from_medium, from_small))
-    tl.store(norms + group, convert(norm, norms.dtype.element_ty))
-    if found_inf is not None:
-        is_finite = tl.abs(norm) <= 3.4028234663852886e38
-        if skipped is not None:
-            count = convert(tl.load(skipped), tl.float32) + convert(tl.load(found_inf), tl.float32)
-            tl.store(skipped, convert(count, skipped.dtype.element_ty))
-            tl.store(found_inf, tl.where(is_finite, 0.0, 1.0))
-        elif ~is_finite:
-            tl.store(found_inf, 1.0)
-
-
 def grad_norms(
     grads: Sequence[Tensor],
     params: Sequence[Tensor] | None,
@@ -152,27 +111,6 @@ def grad_norms(
     _launch_sums(table, eta, None)
     finish(table, tuple(group_sizes), norms, found_inf, skipped)
     return norms
-
-
-def finish(
-    table: ChunkTable,
-    group_sizes: tuple[int, ...],
-    norms: Tensor,  # (M,)
-    found_inf: Tensor | None,
-    skipped: Tensor | None,
-) -> None:
-    """The second stage: norms of consecutive groups of rows from the sums of their chunks."""
-    launch(
-        _finish_kernel,
-        len(group_sizes),
-        table.device,
-        *table.sums,
-        table.bounds(group_sizes),
-        norms,
-        found_inf,
-        skipped,
-        BLOCK_SIZE=FINISH_BLOCK,
-    )
 
 
 def check_finite_(grads: Sequence[Tensor], found_inf: Tensor) -> None:
