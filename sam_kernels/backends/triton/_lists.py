@@ -30,6 +30,7 @@ class Description:
     pointers: list[int]
     numels: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
+    non_contiguous: list[int]  # indices
     owner: Description | None = None
     tables: dict[Any, Any] = field(default_factory=dict)
 
@@ -39,14 +40,20 @@ def describe_list(tensors: Sequence[Tensor]) -> Description:
     known = tensors.native if isinstance(tensors, TensorList) else None
     if isinstance(known, Description):
         return known
-    dtypes = tuple(tensor.dtype for tensor in tensors)
+    dtypes = tuple([tensor.dtype for tensor in tensors])
     if not DTYPES.issuperset(dtypes):
         unknown = next(dtype for dtype in dtypes if dtype not in DTYPES)
         raise TypeError(f"backend 'triton' has no kernels for {unknown}, only for float32, bfloat16 and float16")
     devices = {tensor.device for tensor in tensors}
     if len(devices) != 1 or next(iter(devices)).type not in DEVICE_TYPES:
         raise ValueError(f"backend 'triton' takes tensors of one device of type {sorted(DEVICE_TYPES)}, got {sorted(map(str, devices))}")
-    described = Description(devices.pop(), [tensor.data_ptr() for tensor in tensors], tuple(tensor.numel() for tensor in tensors), dtypes)
+    described = Description(
+        devices.pop(),
+        [tensor.data_ptr() for tensor in tensors],
+        tuple([tensor.numel() for tensor in tensors]),
+        dtypes,
+        [i for i, tensor in enumerate(tensors) if not tensor.is_contiguous()],
+    )
     if isinstance(tensors, TensorList):
         tensors.native = described
     return described
@@ -56,22 +63,22 @@ def vouch(tensors: Sequence[Tensor], like: TensorList | None = None) -> TensorLi
     """A :class:`TensorList` of these tensors if every row is dense and in the memory order of ``like``'s (default: its own), else None."""
     if not all(tensor.layout is torch.strided for tensor in tensors):
         return None
-    result = TensorList(tensors)
-    odd = [i for i, tensor in enumerate(tensors) if not tensor.is_contiguous()]
-    if like is None or all(tensor.dim() == 0 for tensor in tensors):  # the latter: step counters, beside parameters of any layout
-        dense = all(is_dense_row([tensors[i]]) for i in odd)
-    else:
-        odd_like = {i for i, tensor in enumerate(like) if not tensor.is_contiguous()}
-        dense = odd_like == set(odd) and all(tensors[i].stride() == like[i].stride() for i in odd)
-    if not dense or len(tensors) == 0:
+    if len(tensors) == 0:
         return None
+    result = TensorList(tensors)
     try:
-        described = describe_list(result)
-        if like is not None:
-            owner = describe_list(like)
-            described.owner = owner.owner or owner
+        described, other = describe_list(result), None if like is None else describe_list(like)
     except (TypeError, ValueError):  # the caller's checks have the words for it
         return None
+    odd = described.non_contiguous
+    if like is None or other is None or all(tensor.dim() == 0 for tensor in tensors):  # the latter: step counters, beside any parameters
+        dense = all(is_dense_row([tensors[i]]) for i in odd)
+    else:
+        dense = odd == other.non_contiguous and all(tensors[i].stride() == like[i].stride() for i in odd)
+    if not dense:
+        return None
+    if other is not None:
+        described.owner = other.owner or other
     return result
 
 
