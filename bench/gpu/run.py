@@ -49,7 +49,7 @@ def test_phases(out: Path) -> list[Phase]:
 
     def pytest(name: str, *options: str) -> Phase:
         command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={out / name}.xml", *options)
-        return Phase(name, command, SECONDS[name])
+        return Phase(name, command, SECONDS[name], {"OMP_NUM_THREADS": "1"})  # or a dozen processes would each take every core
 
     values = (gate.TESTS, "tests/gpu/test_bits.py", "tests/gpu/test_amp.py")
     ignored = [f"--ignore={name}" for name in values]

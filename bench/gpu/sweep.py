@@ -39,7 +39,7 @@ KERNELS = {  # those of every step first, where time is short
     "direction": "direction_norm_",
     "random": "random_perturb_",
 }
-LEAST_BLOCK = {"random": 1024}  # a tile of random numbers
+LEAST_BLOCK = {"random": 2048}  # a tile of random numbers
 NUMEL = 100_000_000
 FINALISTS, WINNERS = 6, 3
 COMPILE_SHARE = 0.6  # of the time, at most

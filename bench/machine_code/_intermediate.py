@@ -39,10 +39,6 @@ class Loop:
     def masked(self) -> bool:
         return any(access.masked for access in self.accesses)
 
-    @property
-    def bytes_per_element(self) -> float:
-        return sum(access.bits for access in self.accesses) / 8
-
     def counts(self) -> Counter[tuple[str, int]]:
         """How often each kind of access and width of element occurs, whatever the size of the block."""
         return Counter((access.kind, access.bits) for access in self.accesses)

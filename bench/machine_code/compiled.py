@@ -60,6 +60,12 @@ class Code:
     def masked_loops(self) -> list[Loop]:
         return [loop for loop in self.loops if loop.masked]
 
+    @property
+    def bytes_per_element(self) -> float:
+        """What the busiest loop over full blocks loads and stores. (Random numbers: an operand takes several accesses a block.)"""
+        block = dict(self.variant.constants)["BLOCK_SIZE"]
+        return max(sum(access.bytes for access in loop.accesses) for loop in self.full_loops) / block
+
     def wanted(self, kind: str) -> Counter[int]:
         """Bits of an access -> bytes a thread, over all loops without a mask, if each operand had accesses of 16 bytes, or less where a
         thread has less of it."""

@@ -37,7 +37,7 @@ def _span(numbers: Iterable[int]) -> str:
 
 def _bytes(codes: Sequence[Code]) -> str:
     """Bytes an element of the loop that moves most, over the variants."""
-    found = {max(loop.bytes_per_element for loop in code.full_loops) for code in codes if code.full_loops}
+    found = {code.bytes_per_element for code in codes if code.full_loops}
     return "–".join(f"{number:g}" for number in dict.fromkeys((min(found), max(found)))) if found else "–"
 
 

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sam_kernels.backends.triton._device import is_recording, keep, on
 from sam_kernels.backends.triton._requirements import IS_INTERPRETED
 
 __all__ = ["launch", "single", "warps_of", "written"]
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device."""
-    return nullcontext() if device.type != "cuda" or torch.cuda.current_device() == device.index else torch.cuda.device(device)
 
 
 def warps_of(num_warps: int, warp_size: int) -> int:
@@ -41,7 +36,9 @@ def launch(kernel: Any, programs: int, device: torch.device, *args: Any, num_war
         return
     # The interpreter has neither warps nor a compiler.
     options = {} if IS_INTERPRETED else {"num_warps": warps_of(num_warps, _warp_size(device)), "enable_fp_fusion": False}
-    with _on(device):
+    with on(device):
+        if is_recording(device):
+            keep(*args)
         kernel[(programs,)](*args, **constants, **options)
 
 

@@ -18,7 +18,16 @@ __all__ = ["DTYPES", "Description", "current_grads", "describe_list", "is_curren
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
-@dataclass
+@dataclass(eq=False)
+class Contents:
+    """Where the tensors of a list lie, how large they are and of what type."""
+
+    pointers: list[int]
+    numels: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+
+
+@dataclass(eq=False)
 class Description:
     """What a launch needs to know about a list.
 
@@ -27,9 +36,7 @@ class Description:
     """
 
     device: torch.device
-    pointers: list[int]
-    numels: tuple[int, ...]
-    dtypes: tuple[torch.dtype, ...]
+    contents: Contents  # apart: a table that knew its owner would be freed only by the collector of cycles
     non_contiguous: list[int]  # indices
     owner: Description | None = None
     tables: dict[Any, Any] = field(default_factory=dict)
@@ -49,9 +56,7 @@ def describe_list(tensors: Sequence[Tensor]) -> Description:
         raise ValueError(f"backend 'triton' takes tensors of one device of type {sorted(DEVICE_TYPES)}, got {sorted(map(str, devices))}")
     described = Description(
         devices.pop(),
-        [tensor.data_ptr() for tensor in tensors],
-        tuple([tensor.numel() for tensor in tensors]),
-        dtypes,
+        Contents([tensor.data_ptr() for tensor in tensors], tuple([tensor.numel() for tensor in tensors]), dtypes),
         [i for i, tensor in enumerate(tensors) if not tensor.is_contiguous()],
     )
     if isinstance(tensors, TensorList):
@@ -96,4 +101,4 @@ def is_current(known: TensorList, tensors: list[Tensor]) -> bool:
     """Whether ``tensors`` are those of ``known``, still where they lay when it was made."""
     if len(known) != len(tensors) or not all(map(operator.is_, known, tensors)):
         return False
-    return describe_list(known).pointers == [tensor.data_ptr() for tensor in tensors]
+    return describe_list(known).contents.pointers == [tensor.data_ptr() for tensor in tensors]

@@ -56,6 +56,7 @@ def _philox(c0, c1, c2, c3, k0, k1):  # uint32
 @triton.jit
 def tile_words(element, row, key_low, key_high, STREAM: tl.constexpr, LANES: tl.constexpr):  # four blocks (LANES,) uint32
     """The words of LANES counters, for 4 LANES elements from ``element`` (int64, a multiple of 4 LANES, a multiple of TILE)."""
+    tl.static_assert(LANES % 256 == 0, "whole tiles only: half a block of 2048 elements or more")
     counter = element // 4
     zero = tl.zeros([LANES], tl.uint32)
     c0 = counter.to(tl.uint32) + tl.arange(0, LANES).to(tl.uint32)  # no carry: the lanes are the low bits

@@ -7,26 +7,30 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sam_kernels.backends.triton._device import is_recording, keep, on
+
 __all__ = ["Staging", "upload"]
 
-_RECORDED: list[Tensor] = []  # what CUDA graphs copy from at every replay
+_RESERVED = 2  # the norm's table is used twice a step
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
     """``values``, from the host, on the device: without waiting for it."""
     if device.type == "cpu":
         return values
-    pinned = values.pin_memory()
-    if torch.cuda.is_current_stream_capturing():
-        _RECORDED.append(pinned)
-    return pinned.to(device, non_blocking=True)
+    with on(device):
+        pinned = values.pin_memory()
+        if is_recording(device):
+            keep(pinned)
+        return pinned.to(device, non_blocking=True)
 
 
 class Staging:
-    """Writes blocks of ``count`` numbers into ``target`` without waiting for the device.
+    """Writes numbers into ``target``, in the order of the current stream and without waiting. The target's device is the current one.
 
     A ring of pinned buffers, each with an event that says when its copy is done; it grows in the rare case that the host runs so far ahead
-    that all are in use. One buffer is kept for a CUDA graph: pinning memory while one is recorded is not everywhere allowed.
+    that all are in use. Other buffers are kept for CUDA graphs, which copy from them at every replay: pinning memory while one is recorded
+    is not everywhere allowed.
     """
 
     def __init__(
@@ -36,37 +40,38 @@ class Staging:
     ) -> None:
         self._target = target
         self._count = count
-        self._on_host = target.device.type == "cpu"
         self._ring: list[tuple[Tensor, torch.cuda.Event]] = []
         self._next = 0
         self._reserve: list[Tensor] = []
-        if not self._on_host and not torch.cuda.is_current_stream_capturing():
-            self._reserve.append(self._pinned())
+        if target.device.type != "cpu" and not is_recording(target.device):
+            self._reserve = [self._pinned(target.numel()) for _ in range(_RESERVED)]
 
     def write(self, offset: int, values: Sequence[int]) -> None:
-        """target[offset : offset + count] <- values, in the order of the current stream."""
+        """target[offset : offset + count] <- values, (count,)."""
         fresh = torch.tensor(values, dtype=torch.int64)
         destination = self._target[offset : offset + self._count]
-        if self._on_host:
+        if self._target.device.type == "cpu":
             destination.copy_(fresh)
-        elif torch.cuda.is_current_stream_capturing():
-            buffer = self._reserve.pop() if self._reserve else self._pinned()
-            _RECORDED.append(buffer)
-            buffer.copy_(fresh)
-            destination.copy_(buffer, non_blocking=True)
-        else:
-            buffer, event = self._free_buffer()
-            buffer.copy_(fresh)
-            destination.copy_(buffer, non_blocking=True)
-            event.record()
+            return
+        buffer, event = self._free_buffer()
+        buffer.copy_(fresh)
+        destination.copy_(buffer, non_blocking=True)
+        event.record()
+
+    def record(self, values: Sequence[int]) -> None:
+        """target <- values, (n,), at this place of the graph that is being recorded."""
+        buffer = self._reserve.pop() if self._reserve else self._pinned(self._target.numel())
+        buffer.copy_(torch.tensor(values, dtype=torch.int64))
+        self._target.copy_(buffer, non_blocking=True)
+        keep(buffer)
 
     def _free_buffer(self) -> tuple[Tensor, torch.cuda.Event]:
         if self._ring:
             self._next = (self._next + 1) % len(self._ring)
             if self._ring[self._next][1].query():
                 return self._ring[self._next]
-        self._ring.insert(self._next, (self._pinned(), torch.cuda.Event()))
+        self._ring.insert(self._next, (self._pinned(self._count), torch.cuda.Event()))
         return self._ring[self._next]
 
-    def _pinned(self) -> Tensor:
-        return torch.empty(self._count, dtype=torch.int64, pin_memory=True)
+    def _pinned(self, count: int) -> Tensor:
+        return torch.empty(count, dtype=torch.int64, pin_memory=True)

@@ -16,13 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from sam_kernels.backends.triton._config import CONFIGS, Config
-from sam_kernels.backends.triton._lists import Description, describe_list
+from sam_kernels.backends.triton._device import is_recording, keep, on
+from sam_kernels.backends.triton._lists import Contents, Description, describe_list
 from sam_kernels.backends.triton._staging import Staging, upload
 
 __all__ = ["ChunkTable", "LaunchGroup", "table_of"]
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_RECORDED: list[ChunkTable] = []  # in CUDA graphs, which nobody tells us the end of
 _TABLES_KEPT = 16  # a list takes part in a handful of operations; the oldest goes first
 
 
@@ -41,7 +41,7 @@ class LaunchGroup:
 class ChunkTable:
     """The chunks of some lists of equal sizes and the addresses of their tensors, on the device."""
 
-    def __init__(self, described: Mapping[str, Description | None], config: Config) -> None:
+    def __init__(self, described: Mapping[str, Contents | None], config: Config, device: torch.device) -> None:
         given = {role: description for role, description in described.items() if description is not None}
         first = next(iter(given.values()))
         if any(description.numels != first.numels for description in given.values()):
@@ -49,7 +49,7 @@ class ChunkTable:
         self._config = config
         self.is_recorded = False  # in a CUDA graph
         self.constants = _constants(config, config.block)
-        self.device = first.device
+        self.device = device
         self.count = len(first.numels)
         self._roles = list(described)
         self._known = dict(described)
@@ -59,8 +59,11 @@ class ChunkTable:
         self._addresses = torch.zeros(len(given) * self._stride, dtype=torch.int64, device=self.device)
         self._views = {role: self._addresses[i * self._stride : i * self._stride + self.count] for role, i in self._slices.items()}
         self._staging = Staging(self._addresses, self.count)
-        for role, description in given.items():
-            self._staging.write(self._slices[role] * self._stride, description.pointers)
+        if is_recording(self.device):
+            self._record()
+        else:
+            for role, description in given.items():
+                self._staging.write(self._slices[role] * self._stride, description.pointers)
         numels = torch.tensor(first.numels, dtype=torch.int64)
         self.numels = upload(numels, self.device)
         self._chunk_counts = (numels + config.chunk - 1) // config.chunk
@@ -70,7 +73,7 @@ class ChunkTable:
         self._row_indices: dict[tuple[int, ...], Tensor] = {}
         self._bounds: dict[tuple[int, ...], Tensor] = {}
 
-    def _make_groups(self, given: Mapping[str, Description]) -> list[LaunchGroup]:
+    def _make_groups(self, given: Mapping[str, Contents]) -> list[LaunchGroup]:
         rows = torch.repeat_interleave(torch.arange(self.count), self._chunk_counts)
         first_slots = self._chunk_counts.cumsum(0) - self._chunk_counts
         slots = torch.arange(len(rows))
@@ -97,7 +100,7 @@ class ChunkTable:
         """(R,) int64 addresses of each role; None for one that takes no part."""
         return [self._views.get(role) for role in roles]
 
-    def matches(self, described: Mapping[str, Description | None]) -> bool:
+    def matches(self, described: Mapping[str, Contents | None]) -> bool:
         """Whether lists of these descriptions differ from the table's in their addresses alone."""
         for role, description in described.items():
             known = self._known[role]
@@ -107,19 +110,23 @@ class ChunkTable:
                 return False
         return True
 
-    def is_current(self, described: Mapping[str, Description | None]) -> bool:
-        """Whether lists of these descriptions lie where the table says."""
-        pairs = ((self._known[role], description) for role, description in described.items())
-        return all(known is new or (known is not None and new is not None and known.pointers == new.pointers) for known, new in pairs)
-
-    def update(self, described: Mapping[str, Description | None]) -> None:
-        """Copies the addresses that are not those of the last call."""
+    def update(self, described: Mapping[str, Contents | None]) -> None:
+        """Copies the addresses that are not those of the last call; into a CUDA graph that is being recorded, all of them: what others copy
+        here between its replays is then no concern of it."""
+        recording = is_recording(self.device)
         for role, description in described.items():
             known = self._known[role]
             if description is not known and description is not None and known is not None:
-                if description.pointers != known.pointers:
+                if not recording and description.pointers != known.pointers:
                     self._staging.write(self._slices[role] * self._stride, description.pointers)
                 self._known[role] = description
+        if recording:
+            self._record()
+
+    def _record(self) -> None:
+        known = (self._known[role] for role in self._slices)
+        padding = [0] * (self._stride - self.count)
+        self._staging.record([address for description in known if description is not None for address in (*description.pointers, *padding)])
 
     @property
     def sums(self) -> tuple[Tensor, Tensor]:
@@ -171,16 +178,18 @@ def table_of(lists: Mapping[str, Sequence[Tensor] | None], kernel: str) -> Chunk
     config = CONFIGS[kernel]
     key = (kernel, config, tuple(role for role, description in described.items() if description is not None))
     table: ChunkTable | None = anchor.tables.get(key)
-    capturing = anchor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if table is None or not table.matches(described) or (table.is_recorded and not (capturing and table.is_current(described))):
-        table = ChunkTable(described, config)
-        _keep(anchor, key, table)
-    else:
-        table.update(described)
-    if capturing and not table.is_recorded:
-        # The graph reads this table at every replay: it is kept, and whoever needs other addresses gets a table of their own.
-        table.is_recorded = True
-        _RECORDED.append(table)
+    contents = {role: None if description is None else description.contents for role, description in described.items()}
+    with on(anchor.device):
+        recording = is_recording(anchor.device)
+        # What a graph copies into its table at a replay, nobody here is told: eager calls get one of their own.
+        if table is None or not table.matches(contents) or (table.is_recorded and not recording):
+            table = ChunkTable(contents, config, anchor.device)
+            _keep(anchor, key, table)
+        else:
+            table.update(contents)
+        if recording:
+            table.is_recorded = True
+            keep(table, *(tensors for role, tensors in lists.items() if role != "grads"))  # gradients are the graph's own
     return table
 
 
