@@ -19,13 +19,13 @@ _BEGIN, _END = "<!-- machine code: begin -->\n", "<!-- machine code: end -->\n"
 _DTYPES = ("fp32", "bf16", "fp16", "mixed", "")
 
 
-def codes_of(targets: Iterable[str]) -> list[Code]:
-    """The code of all variants on the main target, of some that cover everything on the others."""
+def codes_of(targets: Iterable[str], *, complete: bool = False) -> list[Code]:
+    """The code of all variants on the main target, of some that cover everything on the others (``complete``: of all there too)."""
     variants = recorded()
     few = covering(variants)
     work: list[tuple[Variant, str, bool]] = []
     for target in targets:
-        chosen = variants if target == MAIN else few
+        chosen = variants if complete or target == MAIN else few
         work += [(variant, target, target == MAIN and variant in few) for variant in chosen]
     return compile_all(work)
 
