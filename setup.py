@@ -85,7 +85,7 @@ class NinjaBuild(build_ext):
         shutil.copy2(build / "_cpu.so", fresh)
         fresh.replace(target)
 
-    def write_rules(self, writer, cxx: str, extra: str) -> None:  # type: ignore[no-untyped-def]
+    def write_rules(self, writer, cxx: str, extra: str) -> None:  # type: ignore[no-untyped-def]  # ninja's writer is untyped
         import pybind11
 
         def objects(sources: list[str], suffix: str, flags: str) -> list[str]:

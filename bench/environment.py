@@ -41,7 +41,7 @@ def last_level_cache_bytes() -> int:
     """Of one package. 32 MiB where the system does not tell."""
     sizes = [32 << 20]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        number, unit = re.fullmatch(r"(\d+)([KMG]?)", path.read_text().strip()).groups()  # type: ignore[union-attr]
+        number, unit = re.fullmatch(r"(\d+)([KMG]?)", path.read_text().strip()).groups()  # type: ignore[union-attr]  # sysfs writes no other
         sizes.append(int(number) << {"": 0, "K": 10, "M": 20, "G": 30}[unit])
     return max(sizes[1:] or sizes)
 

@@ -44,7 +44,7 @@ def split(lists: Mapping[str, Sequence[Tensor] | None], *, written: Iterable[str
     if len(first) == 0:
         return []
     if all(isinstance(tensors, TensorList) for tensors in given):
-        return [Rows(_dispatch.select(first[0].device.type), dict(lists), range(len(first)))]  # type: ignore[arg-type]
+        return [Rows(_dispatch.select(first[0].device.type), dict(lists), range(len(first)))]  # type: ignore[arg-type]  # seen above
     chosen: dict[tuple[torch.device, frozenset[torch.dtype]], ModuleType] = {}
     parts: dict[tuple[torch.device, ModuleType], list[int]] = {}
     for i, row in enumerate(zip(*given, strict=True)):
@@ -61,7 +61,7 @@ def _dense_rows(backend: ModuleType, lists: Mapping[str, Sequence[Tensor] | None
     names = [name for name, tensors in picked.items() if tensors is not None]
     rows = Rows(backend, {}, indices)
     for row in range(len(indices)):
-        if is_dense_row([picked[name][row] for name in names]):  # type: ignore[index]
+        if is_dense_row([picked[name][row] for name in names]):  # type: ignore[index]  # names of given lists
             continue
         for name in names:
             tensors = picked[name]

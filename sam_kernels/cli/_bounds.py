@@ -54,7 +54,8 @@ def _flat_bounds(problem: Problem, indices: list[int]) -> dict[str, Tensor]:
     reads_old = kwargs.pop("from_old", problem.op in ("sgd_step_", "adamw_step_") and "old_params" in problem.lists)
     param = operand("old_params" if reads_old else "params")
     if problem.op == "random_perturb_":
-        return {"params": random.randomly_perturbed(param, _random_numbers(problem, arithmetic), kwargs["scale"]).error}  # type: ignore[attr-defined]
+        perturbed: Any = random.randomly_perturbed(param, _random_numbers(problem, arithmetic), kwargs["scale"])
+        return {"params": perturbed.error}
     grad = operand("grads")
     if problem.op == "perturb_":
         rounding_seed, chosen = (
@@ -83,10 +84,11 @@ def _direction_bounds(operand: Any, kwargs: dict[str, Any]) -> dict[str, Tensor]
     chosen = {name: kwargs[name] for name in ("kind", "theta", "sigma", "lmbda") if name in kwargs}
     grad = operand("grads")
     grad = grad / kwargs["grad_scale"] if "grad_scale" in kwargs else grad
-    direction, average = directions.direction_updated(grad, operand("ema"), **chosen)
+    updated: Any = directions.direction_updated(grad, operand("ema"), **chosen)  # of Rounded: formulas take whatever has the operators
+    direction, average = updated
     if kwargs.get("adaptive", False):
         direction = (abs(operand("params")) + kwargs.get("eta", 0.0)) * direction
-    return {"ema": torch.where(grad.value.isfinite(), average.error, 0.0), "directions": direction.error}  # type: ignore[attr-defined]
+    return {"ema": torch.where(grad.value.isfinite(), average.error, 0.0), "directions": direction.error}
 
 
 def _rounding_step(problem: Problem, moved: Rounded, indices: list[int], numels: list[int]) -> Tensor:
@@ -100,8 +102,8 @@ def _random_numbers(problem: Problem, arithmetic: Arithmetic) -> Any:
     """z of every row: signs are exact, normals are off by up to 1e-6 (csrc/common/random.h: the radius by 3.6e-7, cosine and sine by 7e-8
     where the radius is at most 5.77, their product by half an ulp, 2.4e-7)."""
     distribution = problem.kwargs["distribution"]
-    rows = list(zip(problem.lists["params"], problem.lists["old_params"], strict=True))
-    z = torch.cat([z.reshape(-1) for z in random.random_numbers(rows, problem.kwargs["seed"], distribution)])  # type: ignore[arg-type]
+    rows: Any = list(zip(problem.lists["params"], problem.lists["old_params"], strict=True))  # none of them is None
+    z = torch.cat([z.reshape(-1) for z in random.random_numbers(rows, problem.kwargs["seed"], distribution)])
     return Rounded(z, torch.full_like(z, 1e-6 if distribution == "normal" else 0.0), arithmetic)
 
 

@@ -134,10 +134,10 @@ def _tensor(row: Row, role: str, magnitude: float, generator: torch.Generator, *
 
 def _true_norm(problem: Problem) -> Tensor:
     """The norm as grad_norm gives it."""
-    given = problem.double()
+    lists: Any = problem.double().lists  # none of these entries is None
     adaptive = problem.kwargs.get("adaptive", False)
     source = "old_params" if problem.kwargs.get("from_old", False) else "params"
-    norm = reference.grad_norm(given.lists["grads"], given.lists[source], adaptive=adaptive, eta=problem.kwargs.get("eta", 0.0))  # type: ignore[arg-type]
+    norm = reference.grad_norm(lists["grads"], lists[source], adaptive=adaptive, eta=problem.kwargs.get("eta", 0.0))
     return norm.to(torch.float64 if any(g is not None and g.dtype is torch.float64 for g in problem.lists["grads"]) else torch.float32)
 
 

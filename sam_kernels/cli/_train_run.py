@@ -76,7 +76,7 @@ def _timed_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tens
         with clock.gradient():
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(images), labels)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's own is untyped
             return loss.detach()
 
     with clock.step():

@@ -152,4 +152,4 @@ def with_grads(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     if not all(map(operator.is_not, grads, repeat(None))):
         pairs = [(param, grad) for param, grad in zip(params, grads, strict=True) if grad is not None]
         return [param for param, _ in pairs], [grad for _, grad in pairs]
-    return params, grads  # type: ignore[return-value]
+    return params, grads  # type: ignore[return-value]  # none of them is None

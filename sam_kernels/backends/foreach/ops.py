@@ -53,7 +53,7 @@ def current_grads(known: TensorList, params: list[Tensor]) -> TensorList | None:
     grads = [param.grad for param in params]
     if not is_current(known, params) or not all(grad is not None and grad.layout is torch.strided for grad in grads):
         return None
-    return TensorList(grads)  # type: ignore[arg-type]
+    return TensorList(grads)  # type: ignore[arg-type]  # none of them is None
 
 
 def is_current(known: TensorList, tensors: list[Tensor]) -> bool:

@@ -20,6 +20,7 @@ __all__ = [
     "full_blocks",
     "grad_multiplier",
     "inverse_of",
+    "is_finite",
     "is_skipped",
     "load",
     "load_float",
@@ -108,11 +109,17 @@ def convert(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def is_finite(value):
+    """Neither infinite nor NaN, by the largest float32."""
+    return tl.abs(value) <= 3.4028234663852886e38
+
+
+@triton.jit
 def is_skipped(norm, found_inf):  # pointers to () float32, or None
     """Whether a step is skipped: the norm is not finite, or somebody found so before."""
     skipped = False
     if norm is not None:
-        skipped = skipped | ~(tl.abs(tl.load(norm)) <= 3.4028234663852886e38)
+        skipped = skipped | ~is_finite(tl.load(norm))
     if found_inf is not None:
         skipped = skipped | (tl.load(found_inf) != 0.0)
     return skipped

@@ -24,7 +24,7 @@ class Config:
     @property
     def mixed_block(self) -> int:
         """Elements a block where sizes of elements differ: four a thread and run. With the eight of a 16-byte access of a 16-bit type,
-        each store of float32 would go through shared memory, with two barriers, and adamw would have 72 registers instead of 32."""
+        each store of float32 would go through shared memory, with two barriers, and registers would cost occupancy."""
         return min(self.block, self.num_warps * 32 * 4 * self.words)
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sam_kernels.backends.triton._blocks import convert
+from sam_kernels.backends.triton._blocks import convert, is_finite
 from sam_kernels.backends.triton._config import FINISH_BLOCK
 from sam_kernels.backends.triton._launch import launch
 from sam_kernels.backends.triton._table import ChunkTable
@@ -52,12 +52,12 @@ def _finish_kernel(
     norm = tl.where(big != 0.0, from_big, tl.where(medium != 0.0, from_medium, from_small))
     tl.store(norms + group, convert(norm, norms.dtype.element_ty))
     if found_inf is not None:
-        is_finite = tl.abs(norm) <= 3.4028234663852886e38
+        finite = is_finite(norm)
         if skipped is not None:
             count = convert(tl.load(skipped), tl.float32) + convert(tl.load(found_inf), tl.float32)
             tl.store(skipped, convert(count, skipped.dtype.element_ty))
-            tl.store(found_inf, tl.where(is_finite, 0.0, 1.0))
-        elif ~is_finite:
+            tl.store(found_inf, tl.where(finite, 0.0, 1.0))
+        elif ~finite:
             tl.store(found_inf, 1.0)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from sam_kernels._tensor_list import TensorList, is_dense_row
 from sam_kernels.backends.triton._requirements import DEVICE_TYPES
 
-__all__ = ["DTYPES", "Description", "current_grads", "describe_list", "is_current", "vouch"]
+__all__ = ["DTYPES", "Contents", "Description", "current_grads", "describe_list", "is_current", "vouch"]
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -66,9 +66,7 @@ def describe_list(tensors: Sequence[Tensor]) -> Description:
 
 def vouch(tensors: Sequence[Tensor], like: TensorList | None = None) -> TensorList | None:
     """A :class:`TensorList` of these tensors if every row is dense and in the memory order of ``like``'s (default: its own), else None."""
-    if not all(tensor.layout is torch.strided for tensor in tensors):
-        return None
-    if len(tensors) == 0:
+    if len(tensors) == 0 or not all(tensor.layout is torch.strided for tensor in tensors):
         return None
     result = TensorList(tensors)
     try:

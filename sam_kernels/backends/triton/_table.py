@@ -96,6 +96,10 @@ class ChunkTable:
             groups.append(LaunchGroup(roles, len(mine), row_of, chunk_of, slot_of, constants))
         return groups
 
+    def arguments(self, group: LaunchGroup, *roles: str) -> list[Tensor | None]:
+        """What every kernel over chunks takes first: addresses of each role, sizes, rows and chunks."""
+        return [*self.pointers(*roles), self.numels, group.rows, group.chunk_indices]
+
     def pointers(self, *roles: str) -> list[Tensor | None]:
         """(R,) int64 addresses of each role; None for one that takes no part."""
         return [self._views.get(role) for role in roles]

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sam_kernels.backends.triton._blocks import full_blocks, load_float, locate, operand
+from sam_kernels.backends.triton._blocks import full_blocks, is_finite, load_float, locate, operand
 from sam_kernels.backends.triton._config import CONFIGS, FINISH_BLOCK
 from sam_kernels.backends.triton._finish import GROW, GROWN, IN_RANGE, SHRINK, SHRUNK, finish
 from sam_kernels.backends.triton._launch import launch
@@ -90,7 +90,7 @@ def _norm_kernel(
     tl.store(sums + slot, total)
     tl.store(kinds + slot, kind)
     if found_inf is not None:
-        if ~(total <= 3.4028234663852886e38):  # every program that finds one stores the same
+        if ~is_finite(total):  # every program that finds one stores the same
             tl.store(found_inf, 1.0)
 
 
@@ -124,10 +124,7 @@ def _launch_sums(table: ChunkTable, eta: float, found_inf: Tensor | None) -> Non
             _norm_kernel,
             group.chunks,
             table.device,
-            *table.pointers("grads", "params"),
-            table.numels,
-            group.rows,
-            group.chunk_indices,
+            *table.arguments(group, "grads", "params"),
             group.slots,
             *table.sums,
             found_inf,

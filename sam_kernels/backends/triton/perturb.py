@@ -20,6 +20,7 @@ from sam_kernels.backends.triton._blocks import (
     copy_chunk,
     full_blocks,
     inverse_of,
+    is_finite,
     is_skipped,
     load,
     load_float,
@@ -50,7 +51,7 @@ def _stochastic_bfloat16(value, word):
     """Random bits below the last one that is kept, then truncated: the expectation of what is stored is the value."""
     bits = (value.to(tl.uint32, bitcast=True) + (word >> 16)) >> 16
     moved = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return tl.where(tl.abs(value) <= 3.4028234663852886e38, moved, convert(value, tl.bfloat16))
+    return tl.where(is_finite(value), moved, convert(value, tl.bfloat16))
 
 
 @triton.jit
@@ -221,10 +222,7 @@ def perturb_(
             _perturb_kernel,
             group.chunks,
             table.device,
-            *table.pointers("params", "grads", "old_params", "ema"),
-            table.numels,
-            group.rows,
-            group.chunk_indices,
+            *table.arguments(group, "params", "grads", "old_params", "ema"),
             None if rounding_seed is None else table.row_indices(row_indices),
             single(norm),
             single(grad_scale),
@@ -257,10 +255,7 @@ def restore_(params: Sequence[Tensor], old_params: Sequence[Tensor]) -> None:
             _copy_kernel,
             group.chunks,
             table.device,
-            *table.pointers("params", "old_params"),
-            table.numels,
-            group.rows,
-            group.chunk_indices,
+            *table.arguments(group, "params", "old_params"),
             DESTINATION=group.dtypes["params"],
             SOURCE=group.dtypes["old_params"],
             **group.constants,
