@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "common/dlpack.h"
 #include "common/formulas.h"
 #include "common/random.h"
 #include "common/work_list.h"
@@ -49,23 +50,16 @@ std::vector<double> advance_steps(List steps) {
 }  // namespace sam::cpu
 
 PYBIND11_MODULE(_cpu, module) {
+  using namespace sam;
   using namespace sam::cpu;
   using py::arg;
   module.doc() = "CPU kernels of sam_kernels. Use sam_kernels.functional, which checks its arguments.";
 
-  module.def("register_types", &register_types, arg("tensor_type"), arg("parameter_type"), arg("dtypes"));
-  module.def("reads_through_dlpack", &reads_through_dlpack);
+  bind_tensor_list(module, dlpack::kCpu);
   module.def("instruction_set", [] { return kernel_table().name; });
   module.def("grad_multiplier", &grad_multiplier, py::kw_only(), arg("maximize"), arg("inv_grad_scale"), arg("norm"), arg("max_norm"));
   module.def("advance_steps", &advance_steps, arg("steps"));
   module.attr("CHUNK_SIZE") = sam::kChunkSize;
-
-  py::class_<PyTensorList>(module, "TensorList")
-      .def(py::init<const py::list&>(), arg("tensors"))
-      .def("is_current", &PyTensorList::is_current, arg("tensors"))
-      .def("current_grads", &PyTensorList::current_grads, arg("tensors"))
-      .def_readonly("has_float64", &PyTensorList::has_float64)
-      .def_readonly("non_contiguous", &PyTensorList::non_contiguous);
 
   module.def(
       "grad_norms",

@@ -3,28 +3,26 @@
 
 #include <pybind11/pybind11.h>
 
-#include <array>
 #include <cstdint>
 #include <vector>
 
-#include "cpu/engine.h"
+#include "common/work_list.h"
 
-namespace sam::cpu {
+namespace sam {
 
-// torch.Tensor, torch.nn.Parameter and torch.float32, float64, bfloat16, float16 (the order of DType). To be called once, before any list.
-void register_types(const pybind11::type& tensor_type, const pybind11::type& parameter_type, const std::array<pybind11::object, 4>& dtypes);
-
-// Whether tensors are read through torch's DLPack exchange functions (torch >= 2.10) rather than through their Python methods.
-bool reads_through_dlpack();
+// Adds the class TensorList to a module whose tensors lie on devices of one type (a number of dlpack.h), and the function register_types,
+// which that module's Python side calls once, before it makes a list.
+void bind_tensor_list(pybind11::module_& module, int32_t device_type);
 
 // The tensors' pointers, sizes and dtypes as they are now. Holds no reference: whoever keeps it keeps the tensors.
 struct PyTensorList : TensorList {
   std::vector<const PyObject*> objects;  // (n,) which tensors they were; only compared
   std::vector<int64_t> non_contiguous;   // indices of the tensors that are not in C order; Python looks at their strides
   bool has_float64 = false;
+  int32_t device = 0;  // which one of its type; 0 for the CPU
 
   PyTensorList() = default;
-  explicit PyTensorList(const pybind11::list& tensors);  // throws TypeError for a dtype without kernels, what torch throws for no storage
+  explicit PyTensorList(const pybind11::list& tensors);  // throws TypeError for a dtype without kernels or several devices
 
   // Whether these are the same tensors, still where they lay.
   bool is_current(const pybind11::list& tensors) const;
@@ -39,4 +37,4 @@ struct PyTensorList : TensorList {
   bool is_unmoved(std::size_t i, PyObject* tensor) const;
 };
 
-}  // namespace sam::cpu
+}  // namespace sam

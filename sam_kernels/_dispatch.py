@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Collection
 from types import ModuleType, TracebackType
 
 import torch
 
-__all__ = ["BACKENDS", "available", "forced", "reason_missing", "select", "use_backend"]
+__all__ = ["BACKENDS", "CUDA_ON_HOST", "available", "forced", "reason_missing", "select", "use_backend"]
 
 BACKENDS = ("native", "triton", "foreach")
+# The CUDA kernels compiled for the host, in place of the CPU's: how their arithmetic is tested without a device.
+CUDA_ON_HOST = os.environ.get("SAM_KERNELS_CUDA_ON_HOST") == "1"
 
 _forced: str | None = None
 
 
-def _load(name: str) -> ModuleType | str:
+def _path(name: str, device_type: str) -> str:
+    """Native kernels are compiled for one type of device; each of the other backends is one module."""
+    if name != "native":
+        return name
+    return "native.cuda" if device_type == "cuda" or CUDA_ON_HOST else "native.cpu"
+
+
+def _load(path: str) -> ModuleType | str:
     """The backend's module, or the reason it cannot be had."""
     try:
-        backend = importlib.import_module(f"sam_kernels.backends.{name}")
+        backend = importlib.import_module(f"sam_kernels.backends.{path}")
     except ImportError as error:
         return str(error)
     reason: str | None = getattr(backend, "REASON_MISSING", None)
@@ -28,15 +38,16 @@ def _load(name: str) -> ModuleType | str:
 _loaded: dict[str, ModuleType | str] = {}
 
 
-def _backend(name: str) -> ModuleType | str:
-    if name not in _loaded:
-        _loaded[name] = _load(name)
-    return _loaded[name]
+def _backend(name: str, device_type: str = "cpu") -> ModuleType | str:
+    path = _path(name, device_type)
+    if path not in _loaded:
+        _loaded[path] = _load(path)
+    return _loaded[path]
 
 
 def reason_missing(name: str, device_type: str = "cpu") -> str | None:
     """None where backend ``name`` runs on ``device_type``, otherwise why it does not."""
-    backend = _backend(name)
+    backend = _backend(name, device_type)
     if isinstance(backend, str):
         return backend
     supported: frozenset[str] | None = backend.DEVICE_TYPES  # None: every device torch knows
@@ -61,7 +72,7 @@ def select(device_type: str, dtypes: Collection[torch.dtype] = ()) -> ModuleType
     Raises RuntimeError if a forced one has no kernels for the device, TypeError if it has none for a dtype.
     """
     for name in BACKENDS if _forced is None else (_forced,):
-        backend = _backend(name)
+        backend = _backend(name, device_type)
         if isinstance(backend, str) or not (backend.DEVICE_TYPES is None or device_type in backend.DEVICE_TYPES):
             continue
         if _forced is None and not backend.IS_AUTOMATIC:
@@ -87,7 +98,7 @@ class use_backend:  # used like a function, as torch.no_grad is
             if name not in BACKENDS:
                 raise ValueError(f"use_backend: unknown backend {name!r}; the names are {', '.join(BACKENDS)}")
             backend = _backend(name)
-            if isinstance(backend, str):
+            if isinstance(backend, str) and isinstance(_backend(name, "cuda"), str):
                 raise RuntimeError(f"use_backend: backend {name!r} cannot be used: {backend}")
         self._previous = _forced
         _forced = name

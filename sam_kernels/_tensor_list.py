@@ -16,15 +16,15 @@ class TensorList(list[Tensor]):
     The owner promises: every tensor is strided and floating point, all are on one device, and lists given together to one operation have
     equal lengths, equal shapes row by row, and equal dense memory order row by row. The list is not changed after it was made.
 
-    ``native`` is the native backend's description (pointers, sizes, dtypes), made on first use. It is valid while the tensors stay where
-    they are, which the owner watches too.
+    ``descriptions`` holds what backends know of the list (pointers, sizes, dtypes), each under its own name, made on first use. They are
+    valid while the tensors stay where they are, which the owner watches too.
     """
 
-    __slots__ = ("native",)
+    __slots__ = ("descriptions",)
 
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
         super().__init__(tensors)
-        self.native: Any = None
+        self.descriptions: dict[str, Any] = {}
 
 
 def is_dense_row(tensors: Sequence[Tensor]) -> bool:

@@ -5,8 +5,8 @@
 
 namespace sam::dlpack {
 
-constexpr uint32_t kMajorVersion = 1;  // the layouts below hold for every 1.x
-constexpr int32_t kCpu = 1;            // device_type
+constexpr uint32_t kMajorVersion = 1;   // the layouts below hold for every 1.x
+constexpr int32_t kCpu = 1, kCuda = 2;  // device_type
 constexpr uint8_t kFloat = 2, kBFloat = 4;
 
 struct Tensor {

@@ -1,12 +1,19 @@
-// How a list of tensors is cut into pieces of work. Depends on the sizes alone, never on the number of threads: that is what makes the bits
-// of a norm independent of it.
+// Lists of tensors, and how they are cut into pieces of work. That depends on the sizes alone, never on the number of threads: it is what
+// makes the bits of a norm independent of it.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <vector>
 
+#include "common/operand.h"
+
 namespace sam {
+
+struct TensorList {
+  std::vector<Operand> operands;  // (n,)
+  std::vector<int64_t> numels;    // (n,)
+};
 
 // Elements a chunk: 256 KiB of float32, several of which fit a core's L2 cache, and a few thousand chunks for a model of 10^8 parameters.
 constexpr int64_t kChunkSize = 65536;

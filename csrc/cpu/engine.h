@@ -5,14 +5,10 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/work_list.h"
 #include "cpu/kernels.h"
 
 namespace sam::cpu {
-
-struct TensorList {
-  std::vector<Operand> operands;  // (n,)
-  std::vector<int64_t> numels;    // (n,)
-};
 
 struct Lists {
   const TensorList* params = nullptr;

@@ -4,14 +4,9 @@
 
 #include <cstdint>
 
+#include "common/operand.h"
+
 namespace sam::cpu {
-
-enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
-
-struct Operand {
-  void* data = nullptr;  // null: this operand takes no part
-  DType dtype = DType::kFloat32;
-};
 
 // The tensors of one parameter, all dense, of one size and in one memory order.
 struct Row {

@@ -40,7 +40,7 @@ def test_json_has_versions_threads_and_devices() -> None:
 
 
 def test_missing_backend_shows_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_dispatch._loaded, "native", "no compiler was there")
+    monkeypatch.setitem(_dispatch._loaded, "native.cpu", "no compiler was there")
     (line,) = [line for line in run().splitlines() if line.startswith("native backend")]
     assert line.endswith("no: no compiler was there")
 

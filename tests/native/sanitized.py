@@ -14,14 +14,14 @@ from pathlib import Path
 LIAR = """
 import ctypes
 import torch
-from sam_kernels.backends import native
+from sam_kernels.backends.native import cpu
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 def lying(numel, shift=0):
     memory = (ctypes.c_char * (4 * numel)).from_address(libc.malloc(ctypes.c_size_t(4 * 64)) + shift)
     return torch.frombuffer(memory, dtype=torch.float32)
 def norm(tensor):
-    native.grad_norms([tensor], None, [1], adaptive=False, eta=0.0)
+    cpu.grad_norms([tensor], None, [1], adaptive=False, eta=0.0)
 """
 PLANTED = {
     "nothing": ("norm(lying(64))", ""),

@@ -1,7 +1,8 @@
 """The CPU kernels of ``csrc/cpu``. Formulas: ``csrc/common/formulas.h``; specification: ``sam_kernels.reference``.
 
 Arithmetic in float32 (float64 for a row that has a float64 tensor), one rounding to storage; norms are summed in float64 in an order that
-does not depend on the number of threads. Threads are torch's (``torch.set_num_threads``).
+does not depend on the number of threads. Threads are torch's (``torch.set_num_threads``). Every function takes lists that
+:mod:`sam_kernels._grouping` made: checked, dense, on the CPU. Bytes are those of docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sam_kernels._flags import report_norm
-from sam_kernels._tensor_list import TensorList, is_dense_row
+from sam_kernels.backends.native._lists import Lists, written
 
 try:
     from sam_kernels import _cpu
@@ -46,71 +47,13 @@ DTYPES = None  # all that operations take
 IS_AUTOMATIC = True
 KNOWS_SKIPS = True
 
-_cpu.register_types(torch.Tensor, torch.nn.Parameter, (torch.float32, torch.float64, torch.bfloat16, torch.float16))
+_lists = Lists(_cpu)
+vouch, current_grads, is_current = _lists.vouch, _lists.current_grads, _lists.is_current
 
 
 def describe() -> str:
     """One line for ``python -m sam_kernels info``."""
     return f"C++ on {_cpu.instruction_set()}, {torch.get_num_threads()} threads"
-
-
-def _native(tensors: Sequence[Tensor] | None) -> Any:
-    """The C++ side's description of a list, kept with the list where it can be."""
-    if tensors is None:
-        return None
-    if not isinstance(tensors, TensorList):
-        return _cpu.TensorList(list(tensors))
-    if tensors.native is None:
-        tensors.native = _cpu.TensorList(tensors)
-    return tensors.native
-
-
-def vouch(tensors: Sequence[Tensor], like: TensorList | None = None) -> TensorList | None:
-    """A :class:`TensorList` of these tensors if every row is dense and in the memory order of ``like``'s (default: its own), else None.
-
-    For owners who already know that layouts, devices and shapes agree: costs a third of a microsecond a tensor.
-    """
-    try:
-        native = _cpu.TensorList(list(tensors))
-    except (RuntimeError, TypeError):  # a sparse tensor, a dtype without kernels: the caller's checks have the words for it
-        return None
-    return _vouched(tensors, native, like)
-
-
-def _vouched(tensors: Sequence[Tensor], native: Any, like: TensorList | None) -> TensorList | None:
-    odd = native.non_contiguous
-    if like is None:
-        dense = all(is_dense_row([tensors[i]]) for i in odd)
-    else:
-        dense = odd == _native(like).non_contiguous and all(tensors[i].stride() == like[i].stride() for i in odd)
-    if not dense:
-        return None
-    result = TensorList(tensors)
-    result.native = native
-    return result
-
-
-def current_grads(known: TensorList, params: list[Tensor]) -> TensorList | None:
-    """The gradients of ``params``, vouched for; None unless they are the tensors of ``known``, unmoved, each with an ordinary gradient."""
-    try:
-        described = _native(known).current_grads(params)
-    except (RuntimeError, TypeError):
-        return None
-    if described is None:
-        return None
-    grads, native = described
-    return _vouched(grads, native, known)
-
-
-def is_current(known: TensorList, tensors: list[Tensor]) -> bool:
-    """Whether ``tensors`` are those of ``known``, still where they lay when it was made."""
-    current: bool = _native(known).is_current(tensors)
-    return current
-
-
-def _written(params: Sequence[Tensor]) -> None:
-    """Tells autograd, so that a backward pass through a graph from before the write is an error and not a wrong gradient."""
-    torch.autograd.graph.increment_version(params)
 
 
 def _inverse(grad_scale: Tensor | None) -> float:
@@ -133,8 +76,8 @@ def grad_norms(
     out: Tensor | None,
 ) -> Tensor:  # (len(group_sizes),) float32, float64 where a gradient is float64
     """Norms of consecutive groups of rows, reported where there is one. Reads g (and p when adaptive)."""
-    described = _native(grads)
-    norms = _norms(described, _native(params) if adaptive else None, group_sizes, adaptive=adaptive, eta=eta)
+    described = _lists.describe(grads)
+    norms = _norms(described, _lists.describe(params) if adaptive else None, group_sizes, adaptive=adaptive, eta=eta)
     result = torch.tensor(norms, dtype=torch.float64 if described.has_float64 else torch.float32)
     return result if len(norms) != 1 else report_norm(result[0], found_inf, skipped, out).reshape(1)
 
@@ -158,7 +101,7 @@ def norm_roundings(numels: Sequence[int], kernel: str = "norm") -> None:
 
 def check_finite_(grads: Sequence[Tensor], found_inf: Tensor) -> None:
     """Sets found_inf where a gradient is not finite. Reads g, a second time where a float64 one is very large."""
-    described = _native(grads)
+    described = _lists.describe(grads)
     if math.isfinite(_norms(described, None, [len(grads)], adaptive=False, eta=0.0)[0]):
         return
     # Sums of float32 squares overflow for nothing else. Those of float64 ones do above 1e154.
@@ -191,14 +134,14 @@ def perturb_(
     With ``ema``, m, the direction is grad_weight g / grad_scale + ema_weight m (without g where its weight is 0) and ``norm`` is its own.
     """
     threads = torch.get_num_threads()
-    _written(params)
+    written(params)
     if _skips(norm, found_inf):
-        _cpu.copy(params=_native(params), old_params=_native(old_params), save=not from_old, threads=threads)
+        _cpu.copy(params=_lists.describe(params), old_params=_lists.describe(old_params), save=not from_old, threads=threads)
         return
     arguments = {
-        "params": _native(params),
-        "grads": _native(grads),
-        "old_params": _native(old_params),
+        "params": _lists.describe(params),
+        "grads": _lists.describe(grads),
+        "old_params": _lists.describe(old_params),
         "norm": norm.item(),
         "rho": rho,
         "lambd": lambd,
@@ -213,7 +156,12 @@ def perturb_(
         _cpu.perturb(**arguments)
         return
     _cpu.perturb_variant(
-        ema=_native(ema), grad_weight=grad_weight, ema_weight=ema_weight, rounding_seed=rounding_seed, row_indices=row_indices, **arguments
+        ema=_lists.describe(ema),
+        grad_weight=grad_weight,
+        ema_weight=ema_weight,
+        rounding_seed=rounding_seed,
+        row_indices=row_indices,
+        **arguments,
     )
 
 
@@ -233,9 +181,9 @@ def direction_norm_(
 ) -> Tensor:  # () float64
     """Reads g, m (and p when adaptive); writes m. ``first_step``: m is only written."""
     norm = _cpu.direction_norm(
-        params=_native(params) if adaptive else None,
-        grads=_native(grads),
-        ema=_native(ema),
+        params=_lists.describe(params) if adaptive else None,
+        grads=_lists.describe(grads),
+        ema=_lists.describe(ema),
         adaptive=adaptive,
         friendly=kind == "friendly",
         first_step=first_step,
@@ -260,10 +208,10 @@ def random_perturb_(
     from_old: bool,
 ) -> None:
     """Reads p; writes old_p, p. ``from_old``: reads old_p; writes p."""
-    _written(params)
+    written(params)
     _cpu.random_perturb(
-        params=_native(params),
-        old_params=_native(old_params),
+        params=_lists.describe(params),
+        old_params=_lists.describe(old_params),
         row_indices=row_indices,
         seed=seed,
         scale=scale,
@@ -275,8 +223,8 @@ def random_perturb_(
 
 def restore_(params: Sequence[Tensor], old_params: Sequence[Tensor]) -> None:
     """Reads old_p; writes p."""
-    _written(params)
-    _cpu.copy(params=_native(params), old_params=_native(old_params), save=False, threads=torch.get_num_threads())
+    written(params)
+    _cpu.copy(params=_lists.describe(params), old_params=_lists.describe(old_params), save=False, threads=torch.get_num_threads())
 
 
 def sgd_step_(
@@ -302,12 +250,12 @@ def sgd_step_(
         if old_params is not None:
             restore_(params, old_params)
         return False
-    _written(params)
+    written(params)
     _cpu.sgd(
-        params=_native(params),
-        grads=_native(grads),
-        old_params=_native(old_params),
-        momentum_buffers=_native(momentum_buffers),
+        params=_lists.describe(params),
+        grads=_lists.describe(grads),
+        old_params=_lists.describe(old_params),
+        momentum_buffers=_lists.describe(momentum_buffers),
         lr=lr,
         momentum=momentum,
         dampening=dampening,
@@ -344,14 +292,14 @@ def adamw_step_(
         if old_params is not None:
             restore_(params, old_params)
         return False
-    _written(params)
+    written(params)
     _cpu.adamw(
-        params=_native(params),
-        grads=_native(grads),
-        old_params=_native(old_params),
-        exp_avgs=_native(exp_avgs),
-        exp_avg_sqs=_native(exp_avg_sqs),
-        steps=_cpu.advance_steps(_native(state_steps)),
+        params=_lists.describe(params),
+        grads=_lists.describe(grads),
+        old_params=_lists.describe(old_params),
+        exp_avgs=_lists.describe(exp_avgs),
+        exp_avg_sqs=_lists.describe(exp_avg_sqs),
+        steps=_cpu.advance_steps(_lists.describe(state_steps)),
         lr=lr,
         beta1=betas[0],
         beta2=betas[1],

@@ -44,7 +44,7 @@ class Description:
 
 def describe_list(tensors: Sequence[Tensor]) -> Description:
     """The description of a list, kept with it where it can be. Raises TypeError or ValueError for tensors without kernels."""
-    known = tensors.native if isinstance(tensors, TensorList) else None
+    known = tensors.descriptions.get("triton") if isinstance(tensors, TensorList) else None
     if isinstance(known, Description):
         return known
     dtypes = tuple([tensor.dtype for tensor in tensors])
@@ -60,7 +60,7 @@ def describe_list(tensors: Sequence[Tensor]) -> Description:
         [i for i, tensor in enumerate(tensors) if not tensor.is_contiguous()],
     )
     if isinstance(tensors, TensorList):
-        tensors.native = described
+        tensors.descriptions["triton"] = described
     return described
 
 
