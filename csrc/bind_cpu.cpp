@@ -26,10 +26,9 @@ Lists lists_of(List params, List grads, List old_params, List first_state = null
 
 RandomKey key_of(uint64_t seed, uint32_t stream) { return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), stream}; }
 
-// What the gradient is multiplied by before anything else: 1 / grad_scale, the clip factor (with a max_norm) and the sign of maximize.
-double grad_multiplier(bool maximize, double inv_grad_scale, double norm, std::optional<double> max_norm) {
+double multiplier_of(bool maximize, double inv_grad_scale, double norm, std::optional<double> max_norm) {
   const double clip = max_norm ? clip_factor<double>(norm, *max_norm, inv_grad_scale) : 1.0;
-  return (maximize ? -1.0 : 1.0) * inv_grad_scale * clip;
+  return grad_multiplier<double>(maximize, inv_grad_scale, clip);
 }
 
 // Adds one to every step counter, float32 or float64 on the CPU, and returns the new values.
@@ -57,7 +56,7 @@ PYBIND11_MODULE(_cpu, module) {
 
   bind_tensor_list(module, dlpack::kCpu);
   module.def("instruction_set", [] { return kernel_table().name; });
-  module.def("grad_multiplier", &grad_multiplier, py::kw_only(), arg("maximize"), arg("inv_grad_scale"), arg("norm"), arg("max_norm"));
+  module.def("grad_multiplier", &multiplier_of, py::kw_only(), arg("maximize"), arg("inv_grad_scale"), arg("norm"), arg("max_norm"));
   module.def("advance_steps", &advance_steps, arg("steps"));
   module.attr("CHUNK_SIZE") = sam::kChunkSize;
 
@@ -133,7 +132,7 @@ PYBIND11_MODULE(_cpu, module) {
          double grad_multiplier, bool nesterov, bool first_step, int threads) {
         py::gil_scoped_release release;
         sgd(lists_of(params, grads, old_params, momentum_buffers),
-            {lr, momentum, dampening, weight_decay, grad_multiplier, nesterov, first_step, false}, threads);
+            {{lr, momentum, dampening, weight_decay, grad_multiplier}, nesterov, first_step, false}, threads);
       },
       py::kw_only(), arg("params"), arg("grads"), arg("old_params"), arg("momentum_buffers"), arg("lr"), arg("momentum"), arg("dampening"),
       arg("weight_decay"), arg("grad_multiplier"), arg("nesterov"), arg("first_step"), arg("threads"));
@@ -144,7 +143,7 @@ PYBIND11_MODULE(_cpu, module) {
          double beta1, double beta2, double eps, double weight_decay, double grad_multiplier, bool decoupled, int threads) {
         py::gil_scoped_release release;
         adamw(lists_of(params, grads, old_params, exp_avgs, exp_avg_sqs),
-              {lr, beta1, beta2, eps, weight_decay, grad_multiplier, decoupled, false}, steps, threads);
+              {{lr, beta1, beta2, eps, weight_decay, grad_multiplier}, decoupled, false}, steps, threads);
       },
       py::kw_only(), arg("params"), arg("grads"), arg("old_params"), arg("exp_avgs"), arg("exp_avg_sqs"), arg("steps"), arg("lr"),
       arg("beta1"), arg("beta2"), arg("eps"), arg("weight_decay"), arg("grad_multiplier"), arg("decoupled"), arg("threads"));

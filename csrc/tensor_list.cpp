@@ -158,6 +158,7 @@ void bind_tensor_list(py::module_& module, int32_t device_type) {
       .def("is_current", &PyTensorList::is_current, arg("tensors"))
       .def("current_grads", &PyTensorList::current_grads, arg("tensors"))
       .def_readonly("has_float64", &PyTensorList::has_float64)
+      .def_readonly("only_float32", &PyTensorList::only_float32)
       .def_readonly("non_contiguous", &PyTensorList::non_contiguous);
 }
 
@@ -179,6 +180,7 @@ void PyTensorList::append(PyObject* tensor) {
   objects.push_back(tensor);
   if (!view.contiguous) non_contiguous.push_back(static_cast<int64_t>(numels.size()));
   has_float64 = has_float64 || view.dtype == DType::kFloat64;
+  only_float32 = only_float32 && view.dtype == DType::kFloat32;
   operands.push_back({view.data, view.dtype});
   numels.push_back(view.numel);
 }

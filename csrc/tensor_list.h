@@ -18,7 +18,7 @@ void bind_tensor_list(pybind11::module_& module, int32_t device_type);
 struct PyTensorList : TensorList {
   std::vector<const PyObject*> objects;  // (n,) which tensors they were; only compared
   std::vector<int64_t> non_contiguous;   // indices of the tensors that are not in C order; Python looks at their strides
-  bool has_float64 = false;
+  bool has_float64 = false, only_float32 = true;
   int32_t device = 0;  // which one of its type; 0 for the CPU
 
   PyTensorList() = default;

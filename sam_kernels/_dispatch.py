@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Collection
 from types import ModuleType, TracebackType
 
 import torch
 
-__all__ = ["BACKENDS", "CUDA_ON_HOST", "available", "forced", "reason_missing", "select", "use_backend"]
+from sam_kernels.backends.native import CUDA_ON_HOST
+
+__all__ = ["BACKENDS", "available", "forced", "reason_missing", "select", "use_backend"]
 
 BACKENDS = ("native", "triton", "foreach")
-# The CUDA kernels compiled for the host, in place of the CPU's: how their arithmetic is tested without a device.
-CUDA_ON_HOST = os.environ.get("SAM_KERNELS_CUDA_ON_HOST") == "1"
 
 _forced: str | None = None
 

@@ -6,10 +6,14 @@
 
 #if defined(__CUDACC__)
 #define SAM_INLINE __host__ __device__ __forceinline__
+#define SAM_UNROLL _Pragma("unroll")
+#define SAM_NO_UNROLL _Pragma("unroll 1")
 #else
 // always_inline, not just inline: these headers are compiled once per instruction set, and an out-of-line copy of one set could be the one
 // the linker keeps for all of them.
 #define SAM_INLINE inline __attribute__((always_inline))
+#define SAM_UNROLL _Pragma("GCC unroll 16")
+#define SAM_NO_UNROLL
 #endif
 
 namespace sam {

@@ -75,6 +75,12 @@ SAM_INLINE T clip_factor(T norm, T max_norm, T inv_grad_scale) {
   return factor < T(1) ? factor : T(1);
 }
 
+// What the gradient is multiplied by before anything else: 1 / grad_scale, the clip factor (where there is one) and the sign of maximize.
+template <class T>
+SAM_INLINE T grad_multiplier(bool maximize, T inv_grad_scale, T clip) {
+  return (maximize ? T(-1) : T(1)) * inv_grad_scale * clip;
+}
+
 enum class Momentum { kNone, kFirst, kPlain, kNesterov, kFirstNesterov };
 
 // torch.optim.SGD. grad_multiplier carries 1 / grad_scale, the clip factor and the sign of maximize.
@@ -82,6 +88,16 @@ template <class T>
 struct SgdConstants {
   T lr, momentum, one_minus_dampening, weight_decay, grad_multiplier;
 };
+
+struct SgdOptions {
+  double lr, momentum, dampening, weight_decay;
+  double grad_multiplier;
+};
+
+template <class T>
+SAM_INLINE SgdConstants<T> sgd_constants(const SgdOptions& o) {
+  return {T(o.lr), T(o.momentum), T(1.0 - o.dampening), T(o.weight_decay), T(o.grad_multiplier)};
+}
 
 // Returns the new parameter; buffer is read (unless this is its first step) and written.
 template <Momentum kMomentum, bool kWeightDecay, class T>
@@ -103,16 +119,46 @@ SAM_INLINE T sgd_step(T param, T grad, T& buffer, const SgdConstants<T>& c) {
 
 enum class Decay { kNone, kL2, kDecoupled };
 
+struct AdamOptions {
+  double lr, beta1, beta2, eps, weight_decay;
+  double grad_multiplier;  // 1 / grad_scale, the clip factor and the sign of maximize
+};
+
+// In double whatever the storage, as torch computes them on the host.
+struct BiasCorrections {
+  double step_size;            // lr / (1 - beta1^t)
+  double inv_sqrt_correction;  // 1 / sqrt(1 - beta2^t)
+};
+
+// step: t, 1 on the first.
+SAM_INLINE BiasCorrections bias_corrections(double lr, double beta1, double beta2, double step) {
+  return {lr / (1.0 - std::pow(beta1, step)), 1.0 / std::sqrt(1.0 - std::pow(beta2, step))};
+}
+
 // torch.optim.Adam (kL2) and AdamW (kDecoupled); bias corrections are those of the step being made.
 template <class T>
 struct AdamConstants {
-  T step_size;            // lr / (1 - beta1^t)
-  T inv_sqrt_correction;  // 1 / sqrt(1 - beta2^t)
+  T step_size, inv_sqrt_correction;
   T one_minus_beta1, beta2, one_minus_beta2, eps;
-  T weight_decay;     // kL2: added to the gradient
-  T decay_factor;     // kDecoupled: 1 - lr * weight_decay
-  T grad_multiplier;  // 1 / grad_scale, the clip factor and the sign of maximize
+  T weight_decay;  // kL2: added to the gradient
+  T decay_factor;  // kDecoupled: 1 - lr * weight_decay
+  T grad_multiplier;
 };
+
+template <class T>
+SAM_INLINE AdamConstants<T> adam_constants(const AdamOptions& o, const BiasCorrections& corrections) {
+  AdamConstants<T> constants;
+  constants.step_size = T(corrections.step_size);
+  constants.inv_sqrt_correction = T(corrections.inv_sqrt_correction);
+  constants.one_minus_beta1 = T(1.0 - o.beta1);
+  constants.beta2 = T(o.beta2);
+  constants.one_minus_beta2 = T(1.0 - o.beta2);
+  constants.eps = T(o.eps);
+  constants.weight_decay = T(o.weight_decay);
+  constants.decay_factor = T(1.0 - o.lr * o.weight_decay);
+  constants.grad_multiplier = T(o.grad_multiplier);
+  return constants;
+}
 
 // Returns the new parameter; both moments are read and written.
 template <Decay kDecay, class T>

@@ -32,7 +32,7 @@ struct Words {
 template <class V, class Product>
 SAM_INLINE Words<V> philox(const Words<V>& counter, uint32_t key0, uint32_t key1, Product product) {
   V c0 = counter.word[0], c1 = counter.word[1], c2 = counter.word[2], c3 = counter.word[3];
-#pragma GCC unroll 10
+  SAM_UNROLL
   for (uint32_t round = 0; round < 10; ++round) {
     const V product0 = product(c0, 0xD2511F53u), product1 = product(c2, 0xCD9E8D57u);
     c0 = (product1 >> 32) ^ c1 ^ uint64_t{key0 + round * 0x9E3779B9u};

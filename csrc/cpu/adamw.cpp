@@ -4,27 +4,9 @@
 namespace sam::cpu {
 inline namespace SAM_ISA {
 
-// Bias corrections in double whatever the storage, as torch computes them on the host.
-template <class T>
-static AdamConstants<T> adam_constants(const AdamArgs& args, double step) {
-  const double correction1 = 1.0 - std::pow(args.beta1, step);
-  const double correction2 = 1.0 - std::pow(args.beta2, step);
-  AdamConstants<T> constants;
-  constants.step_size = T(args.lr / correction1);
-  constants.inv_sqrt_correction = T(1.0 / std::sqrt(correction2));
-  constants.one_minus_beta1 = T(1.0 - args.beta1);
-  constants.beta2 = T(args.beta2);
-  constants.one_minus_beta2 = T(1.0 - args.beta2);
-  constants.eps = T(args.eps);
-  constants.weight_decay = T(args.weight_decay);
-  constants.decay_factor = T(1.0 - args.lr * args.weight_decay);
-  constants.grad_multiplier = T(args.grad_multiplier);
-  return constants;
-}
-
 template <Decay kDecay, class T>
 static void adamw_chunk(const Row& row, Span span, const AdamArgs& args, double step) {
-  const AdamConstants<T> constants = adam_constants<T>(args, step);
+  const AdamConstants<T> constants = adam_constants<T>(args, bias_corrections(args.lr, args.beta1, args.beta2, step));
   const bool restores = row.old_param.data != nullptr;
   const Operand& source = restores ? row.old_param : row.param;
   for_each_block(span, [&](int64_t begin, int count) {

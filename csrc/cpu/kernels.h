@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/formulas.h"
 #include "common/operand.h"
 
 namespace sam::cpu {
@@ -59,15 +60,11 @@ struct RandomPerturbArgs {
   bool streaming;  // write-only outputs bypass the caches
 };
 
-struct SgdArgs {
-  double lr, momentum, dampening, weight_decay;
-  double grad_multiplier;
+struct SgdArgs : SgdOptions {
   bool nesterov, first_step, streaming;
 };
 
-struct AdamArgs {
-  double lr, beta1, beta2, eps, weight_decay;
-  double grad_multiplier;
+struct AdamArgs : AdamOptions {
   bool decoupled, streaming;
 };
 

@@ -6,7 +6,7 @@ inline namespace SAM_ISA {
 
 template <Momentum kMomentum, bool kWeightDecay, class T>
 static void sgd_chunk(const Row& row, Span span, const SgdArgs& args) {
-  const SgdConstants<T> constants{T(args.lr), T(args.momentum), T(1.0 - args.dampening), T(args.weight_decay), T(args.grad_multiplier)};
+  const SgdConstants<T> constants = sgd_constants<T>(args);
   const bool restores = row.old_param.data != nullptr;
   const Operand& source = restores ? row.old_param : row.param;
   const Operand& momentum = row.state[0];

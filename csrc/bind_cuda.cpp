@@ -1,0 +1,277 @@
+// The Python module sam_kernels._cuda (for the tests: _cuda_on_host). Arguments are checked in Python (sam_kernels/_validate.py); what is
+// checked again here is what would otherwise read or write out of bounds.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "common/dlpack.h"
+#include "cuda/config.h"
+#include "cuda/operations.h"
+#include "tensor_list.h"
+
+namespace py = pybind11;
+
+namespace sam::cuda {
+namespace {
+
+#if defined(SAM_CUDA_ON_HOST)
+constexpr bool kOnHost = true;
+constexpr int32_t kDeviceType = dlpack::kCpu;
+constexpr const char* kArchitectures = "";
+#else
+constexpr bool kOnHost = false;
+constexpr int32_t kDeviceType = dlpack::kCuda;
+constexpr const char* kArchitectures = SAM_CUDA_ARCHITECTURES;
+#endif
+
+using List = const PyTensorList*;
+// A number, or (address, whether it is float64) of one on the device.
+using Number = std::variant<double, std::pair<uintptr_t, bool>>;
+using OptionalNumber = std::optional<Number>;
+
+Scalar scalar_of(const OptionalNumber& number, double otherwise = 0.0) {
+  if (!number) return {otherwise};
+  if (const double* value = std::get_if<double>(&*number)) return {*value};
+  const auto& [address, is_double] = std::get<std::pair<uintptr_t, bool>>(*number);
+  return {0.0, reinterpret_cast<const void*>(address), is_double};
+}
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void* stream_of(uintptr_t stream) { return pointer<void>(stream); }
+
+// The place of an operation on the list's device, made the current one; other threads may run while the launch waits for room.
+struct Launch {
+  Launch(const char* op, List list, uintptr_t stream) : place{op, list->device, stream_of(stream)}, guard(place) {}
+
+  Place place;
+  py::gil_scoped_release release;
+  DeviceGuard guard;
+};
+
+Multiplier multiplier_of(const OptionalNumber& norm, const OptionalNumber& grad_scale, std::optional<double> max_norm, bool maximize) {
+  return {scalar_of(norm), scalar_of(grad_scale, 1.0), max_norm.value_or(-1.0), maximize};
+}
+
+uint32_t low(uint64_t seed) { return static_cast<uint32_t>(seed); }
+uint32_t high(uint64_t seed) { return static_cast<uint32_t>(seed >> 32); }
+
+// The first of each row's partial sums, and how many there are.
+std::pair<std::vector<uint32_t>, uint32_t> first_sums(List list) {
+  std::vector<uint32_t> firsts = chunk_counts(list->numels);
+  uint32_t total = 0;
+  for (uint32_t& first : firsts) {
+    const uint32_t count = first;
+    first = total;
+    total += count;
+  }
+  return {std::move(firsts), total};
+}
+
+// The sums of each group of consecutive rows. group_sizes: (M,) rows.
+std::vector<uint32_t> bounds_of(const std::vector<uint32_t>& firsts, uint32_t total, const std::vector<std::size_t>& group_sizes) {
+  std::vector<uint32_t> bounds = {0};
+  std::size_t row = 0;
+  for (const std::size_t size : group_sizes) {
+    row += size;
+    if (row > firsts.size()) throw std::invalid_argument("groups of more rows than there are");
+    bounds.push_back(row == firsts.size() ? total : firsts[row]);
+  }
+  return bounds;
+}
+
+#if defined(SAM_CUDA_ON_HOST)
+
+// The launches of a list of these sizes, for the tests: no pointer is ever read.
+template <int kBytes>
+struct Split {
+  using Launch = Table<kSgdRoles, kBytes>;
+
+  Split(std::vector<int64_t> numels, int chunk_size) {
+    TensorList list{std::vector<Operand>(numels.size()), std::move(numels)};
+    for (std::size_t i = 0; i < list.operands.size(); ++i) list.operands[i].data = pointer<void>(16 * (i + 1));
+    for_each_table<Launch>(RowLists<kSgdRoles>{{&list, &list, &list, &list}}, nullptr, chunk_size,
+                           [&](const Launch& launch) { launches.push_back(launch); });
+  }
+
+  // (row, first element, elements) of one chunk of one launch.
+  std::tuple<uint32_t, int64_t, int> locate(std::size_t launch, uint32_t chunk) const {
+    const Location found = launches.at(launch).locate(chunk);
+    return {launches[launch].tags[found.row], found.begin, found.count};
+  }
+
+  std::vector<uint32_t> chunks() const {
+    std::vector<uint32_t> counts;
+    for (const Launch& launch : launches) counts.push_back(launch.chunks());
+    return counts;
+  }
+
+  std::vector<Launch> launches;
+};
+
+template <int kBytes>
+void bind_split(py::module_& module, const char* name) {
+  using Splitting = Split<kBytes>;
+  py::class_<Splitting>(module, name)
+      .def(py::init<std::vector<int64_t>, int>(), py::arg("numels"), py::arg("chunk_size"))
+      .def("locate", &Splitting::locate)
+      .def("chunks", &Splitting::chunks)
+      .def_property_readonly_static("CAPACITY", [](const py::object&) { return Splitting::Launch::kCapacity; });
+}
+
+#endif
+
+}  // namespace
+}  // namespace sam::cuda
+
+PYBIND11_MODULE(SAM_CUDA_MODULE, module) {
+  using namespace sam;
+  using namespace sam::cuda;
+  using py::arg;
+  module.doc() = "CUDA kernels of sam_kernels. Use sam_kernels.functional, which checks its arguments.";
+
+  bind_tensor_list(module, kDeviceType);
+  module.attr("ON_HOST") = kOnHost;
+  module.attr("ARCHITECTURES") = kArchitectures;
+#if defined(SAM_CUDA_ON_HOST)
+  bind_split<kSmallArguments>(module, "SmallSplit");
+  bind_split<kLargeArguments>(module, "LargeSplit");
+#endif
+  module.def("reason_missing", &reason_missing);
+  module.def("capability", &capability, arg("device"));
+  module.def("chunk_size", [] { return cut().chunk_size; });
+  // For benchmarks that look for the best cut; 0 blocks: as many as there is room for. The bits of a norm depend on the size of chunks.
+  module.def(
+      "set_cut",
+      [](int chunk_size, int blocks_per_processor) {
+        if (chunk_size < 1024 || chunk_size % 1024 != 0) throw py::value_error("chunk_size must be a multiple of 1024");
+        if (blocks_per_processor < 0) throw py::value_error("blocks_per_processor must not be negative");
+        cut() = {chunk_size, blocks_per_processor};
+      },
+      py::kw_only(), arg("chunk_size"), arg("blocks_per_processor"));
+
+  // Partial sums a list needs: float64 numbers.
+  module.def("count_sums", [](List list) { return first_sums(list).second; }, arg("list"));
+
+  module.def(
+      "grad_norms",
+      [](List grads, List params, const std::vector<std::size_t>& group_sizes, bool adaptive, double eta, uintptr_t sums, uintptr_t norms,
+         bool is_double, uintptr_t found_inf, uintptr_t skipped, uintptr_t stream) {
+        const auto [firsts, total] = first_sums(grads);
+        const auto bounds = bounds_of(firsts, total, group_sizes);
+        const Launch launch("grad_norms", grads, stream);
+        sum_squares({{grads, params}, &firsts}, {eta, adaptive, pointer<double>(sums)}, launch.place);
+        finish_norms({pointer<double>(sums), pointer<void>(norms), is_double, pointer<float>(found_inf), pointer<float>(skipped)}, bounds,
+                     launch.place);
+      },
+      py::kw_only(), arg("grads"), arg("params"), arg("group_sizes"), arg("adaptive"), arg("eta"), arg("sums"), arg("norms"),
+      arg("is_double"), arg("found_inf"), arg("skipped"), arg("stream"));
+
+  module.def(
+      "direction_norm",
+      [](List grads, List ema, List params, bool adaptive, bool friendly, bool first_step, double eta, const OptionalNumber& grad_scale,
+         double decay, double gain, double sigma, uintptr_t sums, uintptr_t norm, uintptr_t stream) {
+        const auto [firsts, total] = first_sums(grads);
+        const auto bounds = bounds_of(firsts, total, {firsts.size()});
+        const Launch launch("direction_norm_", grads, stream);
+        sum_direction({{grads, ema, params}, &firsts},
+                      {scalar_of(grad_scale, 1.0), decay, gain, sigma, eta, adaptive, friendly, first_step, pointer<double>(sums)},
+                      launch.place);
+        finish_norms({pointer<double>(sums), pointer<void>(norm), true, nullptr, nullptr}, bounds, launch.place);
+      },
+      py::kw_only(), arg("grads"), arg("ema"), arg("params"), arg("adaptive"), arg("friendly"), arg("first_step"), arg("eta"),
+      arg("grad_scale"), arg("decay"), arg("gain"), arg("sigma"), arg("sums"), arg("norm"), arg("stream"));
+
+  module.def(
+      "check_finite",
+      [](List grads, uintptr_t found_inf, uintptr_t stream) {
+        const Launch launch("check_finite_", grads, stream);
+        check_finite({{grads}}, {pointer<float>(found_inf)}, launch.place);
+      },
+      py::kw_only(), arg("grads"), arg("found_inf"), arg("stream"));
+
+  module.def(
+      "perturb",
+      [](List params, List grads, List old_params, List ema, const std::optional<std::vector<uint32_t>>& row_indices, const Number& norm,
+         const Number& rho, const Number& lambd, double eps, double eta, const OptionalNumber& grad_scale, const OptionalNumber& found_inf,
+         bool adaptive, bool from_old, double grad_weight, double ema_weight, std::optional<uint64_t> rounding_seed, uintptr_t stream) {
+        const PerturbOptions options{scalar_of(norm), scalar_of(rho), scalar_of(lambd), scalar_of(grad_scale, 1.0), scalar_of(found_inf),
+                                     eps,             eta,            adaptive,         from_old};
+        const Launch launch("perturb_", params, stream);
+        if (ema == nullptr && !rounding_seed) {
+          perturb({{params, grads, old_params}}, options, launch.place);
+          return;
+        }
+        const uint64_t seed = rounding_seed.value_or(0);
+        perturb_variant({{params, grads, old_params, ema}, row_indices ? &*row_indices : nullptr},
+                        {options, grad_weight, ema_weight, rounding_seed.has_value(), low(seed), high(seed)}, launch.place);
+      },
+      py::kw_only(), arg("params"), arg("grads"), arg("old_params"), arg("ema"), arg("row_indices"), arg("norm"), arg("rho"), arg("lambd"),
+      arg("eps"), arg("eta"), arg("grad_scale"), arg("found_inf"), arg("adaptive"), arg("from_old"), arg("grad_weight"), arg("ema_weight"),
+      arg("rounding_seed"), arg("stream"));
+
+  module.def(
+      "random_perturb",
+      [](List params, List old_params, const std::vector<uint32_t>& row_indices, uint64_t seed, const Number& scale, bool normal,
+         bool from_old, uintptr_t stream) {
+        const Launch launch("random_perturb_", params, stream);
+        random_perturb({{params, old_params}, &row_indices}, {scalar_of(scale), low(seed), high(seed), normal, from_old}, launch.place);
+      },
+      py::kw_only(), arg("params"), arg("old_params"), arg("row_indices"), arg("seed"), arg("scale"), arg("normal"), arg("from_old"),
+      arg("stream"));
+
+  module.def(
+      "copy",
+      [](List destination, List source, uintptr_t stream) {
+        const Launch launch("restore_", destination, stream);
+        copy({{destination, source}}, {}, launch.place);
+      },
+      py::kw_only(), arg("destination"), arg("source"), arg("stream"));
+
+  module.def(
+      "sgd",
+      [](List params, List grads, List old_params, List momentum_buffers, const Number& lr, double momentum, double dampening,
+         double weight_decay, bool nesterov, bool maximize, bool first_step, const OptionalNumber& grad_scale,
+         const OptionalNumber& found_inf, const OptionalNumber& norm, std::optional<double> max_norm, uintptr_t stream) {
+        const Launch launch("sgd_step_", params, stream);
+        sgd({{params, grads, old_params, momentum_buffers}},
+            {scalar_of(lr), scalar_of(found_inf), multiplier_of(norm, grad_scale, max_norm, maximize), momentum, dampening, weight_decay,
+             nesterov, first_step},
+            launch.place);
+      },
+      py::kw_only(), arg("params"), arg("grads"), arg("old_params"), arg("momentum_buffers"), arg("lr"), arg("momentum"), arg("dampening"),
+      arg("weight_decay"), arg("nesterov"), arg("maximize"), arg("first_step"), arg("grad_scale"), arg("found_inf"), arg("norm"),
+      arg("max_norm"), arg("stream"));
+
+  // corrections: the address of (n, 2) float64. state_steps: float32, advanced here.
+  module.def(
+      "adamw",
+      [](List params, List grads, List old_params, List exp_avgs, List exp_avg_sqs, List state_steps, uintptr_t corrections,
+         const Number& lr, double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool maximize,
+         const OptionalNumber& grad_scale, const OptionalNumber& found_inf, const OptionalNumber& norm, std::optional<double> max_norm,
+         uintptr_t stream) {
+        if (state_steps->operands.size() != params->operands.size()) throw std::invalid_argument("one step counter a tensor");
+        if (!state_steps->only_float32) throw py::type_error("step counters must be float32");
+        const RowLists<kAdamRoles> lists{{params, grads, old_params, exp_avgs, exp_avg_sqs}};
+        const Launch launch("adamw_step_", params, stream);
+        lists.check();
+        advance({{state_steps}}, {scalar_of(lr), scalar_of(norm), scalar_of(found_inf), beta1, beta2, pointer<double>(corrections)},
+                launch.place);
+        adamw(lists,
+              {scalar_of(lr), scalar_of(found_inf), multiplier_of(norm, grad_scale, max_norm, maximize), beta1, beta2, eps, weight_decay,
+               decoupled, pointer<double>(corrections)},
+              launch.place);
+      },
+      py::kw_only(), arg("params"), arg("grads"), arg("old_params"), arg("exp_avgs"), arg("exp_avg_sqs"), arg("state_steps"),
+      arg("corrections"), arg("lr"), arg("beta1"), arg("beta2"), arg("eps"), arg("weight_decay"), arg("decoupled"), arg("maximize"),
+      arg("grad_scale"), arg("found_inf"), arg("norm"), arg("max_norm"), arg("stream"));
+}

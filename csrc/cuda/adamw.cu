@@ -1,0 +1,66 @@
+// Restore and torch.optim.Adam / AdamW in one pass. Reads old_p, g, m, v; writes p, m, v: 7 N s bytes. Without old_param: in place. Where it
+// is skipped parameters are restored and nothing else happens.
+#include "cuda/launch.cuh"
+#include "cuda/operations.h"
+
+namespace sam::cuda {
+namespace {
+
+template <class A>
+struct Adam {
+  using Access = A;
+  using T = typename A::Arithmetic;
+  using Options = AdamLaunch;
+  static constexpr int kRoles = kAdamRoles, kBlocks = std::is_same_v<T, double> ? 1 : 2;
+  static constexpr bool kSums = false;
+
+  bool skipped;
+  Decay decay;
+  const double* corrections;
+  AdamConstants<T> constants;  // but for the corrections, which are each row's own
+
+  SAM_INLINE explicit Adam(const Options& o)
+      : skipped(is_skipped(o.multiplier.norm, o.found_inf)),
+        decay(o.weight_decay == 0.0 ? Decay::kNone : o.decoupled ? Decay::kDecoupled : Decay::kL2),
+        corrections(o.corrections),
+        constants(adam_constants<T>({read(o.lr), o.beta1, o.beta2, o.eps, o.weight_decay, read(o.multiplier)}, {})) {}
+
+  SAM_INLINE void apply(const Piece<kRoles>& piece, int thread) const {
+    if (skipped) {
+      if (piece.operands[kOldParam].data != nullptr) copy_chunk<A>(piece, piece.operands[kOldParam], piece.operands[kParam], thread);
+      return;
+    }
+    AdamConstants<T> mine = constants;
+    mine.step_size = T(corrections[2 * piece.tag]);
+    mine.inv_sqrt_correction = T(corrections[2 * piece.tag + 1]);
+    switch (decay) {
+      case Decay::kNone: update<Decay::kNone>(piece, thread, mine); break;
+      case Decay::kL2: update<Decay::kL2>(piece, thread, mine); break;
+      case Decay::kDecoupled: update<Decay::kDecoupled>(piece, thread, mine); break;
+    }
+  }
+
+ private:
+  template <Decay kDecay>
+  SAM_INLINE static void update(const Piece<kRoles>& piece, int thread, const AdamConstants<T>& mine) {
+    const Operand param = piece.operands[kParam], grad = piece.operands[kGrad];
+    const Operand exp_avg = piece.operands[kExpAvg], exp_avg_sq = piece.operands[kExpAvgSq];
+    const Operand source = choose(piece.operands[kOldParam].data != nullptr, piece.operands[kOldParam], param);
+    for_each_pack<A>(piece, thread, [&](auto width, int i) {
+      constexpr int kCount = decltype(width)::value;
+      const auto g = load<A, kCount>(grad, i);
+      auto p = load<A, kCount>(source, i), m = load<A, kCount>(exp_avg, i), v = load<A, kCount>(exp_avg_sq, i);
+      SAM_UNROLL
+      for (int j = 0; j < kCount; ++j) p.data[j] = adamw_step<kDecay>(p.data[j], g.data[j], m.data[j], v.data[j], mine);
+      store<A, kCount>(exp_avg, i, m);
+      store<A, kCount>(exp_avg_sq, i, v);
+      store<A, kCount>(param, i, p);
+    });
+  }
+};
+
+}  // namespace
+
+void adamw(const RowLists<kAdamRoles>& lists, const AdamLaunch& options, const Place& place) { run<Adam>(lists, options, place); }
+
+}  // namespace sam::cuda

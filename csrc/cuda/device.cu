@@ -1,0 +1,112 @@
+#include "cuda/device.h"
+
+#include "cuda/config.h"
+
+namespace sam::cuda {
+
+Cut& cut() {
+  static Cut instance;
+  return instance;
+}
+
+}  // namespace sam::cuda
+
+#if !defined(SAM_CUDA_ON_HOST)
+
+#include <cuda_runtime_api.h>
+
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <tuple>
+
+namespace sam::cuda {
+namespace {
+
+// The first toolkit and driver with arguments of more than 4 KB.
+constexpr int kLargeArgumentsVersion = 12010;
+
+}  // namespace
+
+void check(int code, const Place& place, const char* doing) {
+  const auto error = static_cast<cudaError_t>(code);
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // or the next call of anybody would be told about it again
+  std::string words = std::string("sam_kernels: ") + place.op + " on cuda:" + std::to_string(place.device) + ": " + doing +
+                      " failed: " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")";
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction || error == cudaErrorUnsupportedPtxVersion) {
+    words += "; this binary was built for " SAM_CUDA_ARCHITECTURES ": reinstall with TORCH_CUDA_ARCH_LIST set to this device's";
+  }
+  throw std::runtime_error(words);
+}
+
+DeviceGuard::DeviceGuard(const Place& place) {
+  check(cudaGetDevice(&previous_), place, "asking for the current device");
+  changed_ = previous_ != place.device;
+  if (changed_) check(cudaSetDevice(place.device), place, "choosing the device");
+}
+
+DeviceGuard::~DeviceGuard() {
+  if (changed_) (void)cudaSetDevice(previous_);  // a destructor has nobody to tell; it was the current device a moment ago
+}
+
+unsigned resident_blocks(const void* kernel, const Place& place) {
+  static std::mutex mutex;
+  static std::map<std::tuple<const void*, int, int>, unsigned> known;
+  const int wanted = cut().blocks_per_processor;
+  const std::lock_guard<std::mutex> lock(mutex);
+  unsigned& blocks = known[{kernel, place.device, wanted}];
+  if (blocks == 0) {
+    int processors = 0, fitting = 0;
+    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, place.device), place, "looking at the device");
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fitting, kernel, kThreads, 0), place, "looking for the kernel");
+    blocks = static_cast<unsigned>(processors * (wanted > 0 ? wanted : fitting));
+  }
+  return blocks;
+}
+
+bool takes_large_arguments() {
+  static const bool takes = [] {
+    int driver = 0;
+    return CUDART_VERSION >= kLargeArgumentsVersion && cudaDriverGetVersion(&driver) == cudaSuccess && driver >= kLargeArgumentsVersion;
+  }();
+  return takes;
+}
+
+void launch_kernel(const void* kernel, unsigned blocks, unsigned threads, void** arguments, const Place& place) {
+  const auto stream = static_cast<cudaStream_t>(place.stream);
+  check(cudaLaunchKernel(kernel, dim3(blocks), dim3(threads), arguments, 0, stream), place, "launching");
+}
+
+std::string reason_missing() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaSuccess && count > 0) return "";
+  (void)cudaGetLastError();
+  return std::string("no CUDA device: ") + cudaGetErrorString(error == cudaSuccess ? cudaErrorNoDevice : error);
+}
+
+int capability(int device) {
+  const Place place{"capability", device, nullptr};
+  int major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), place, "looking at the device");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), place, "looking at the device");
+  return 10 * major + minor;
+}
+
+}  // namespace sam::cuda
+
+#else
+
+namespace sam::cuda {
+
+DeviceGuard::DeviceGuard(const Place&) : previous_(0), changed_(false) {}
+DeviceGuard::~DeviceGuard() = default;
+
+std::string reason_missing() { return ""; }
+
+int capability(int) { return 0; }
+
+}  // namespace sam::cuda
+
+#endif

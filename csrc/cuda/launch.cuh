@@ -1,0 +1,163 @@
+// Running an operation over lists: rows by how they are accessed, tables, kernels; on the host, the same code thread by thread.
+//
+// An operation is a struct Op<Access> with kRoles, Options (trivially copyable), a constructor from these, and either
+// apply(piece, thread), or, where kSums, sum(piece, thread) and finish(piece, total).
+#pragma once
+
+#include <cstddef>
+#include <new>
+
+#include "cuda/access.cuh"
+#include "cuda/device.h"
+#include "cuda/reduce.cuh"
+#include "cuda/split.h"
+
+#if defined(SAM_CUDA_ON_HOST)
+#include <algorithm>
+#endif
+
+namespace sam::cuda {
+
+template <class Op, class Table>
+SAM_INLINE Piece<Op::kRoles> piece_of(const Table& table, uint32_t chunk) {
+  const Location location = table.locate(chunk);
+  Piece<Op::kRoles> piece;
+  SAM_UNROLL
+  for (int role = 0; role < Op::kRoles; ++role) {
+    Operand& operand = piece.operands[role];
+    operand.dtype = table.dtypes[role][location.row];
+    char* data = table.pointers[role][location.row];
+    operand.data = data == nullptr ? nullptr : data + location.begin * Op::Access::size_of(operand);
+  }
+  piece.begin = location.begin;
+  piece.chunk = location.chunk;
+  piece.tag = table.tags[location.row];
+  piece.count = location.count;
+  return piece;
+}
+
+#if defined(SAM_CUDA_ON_HOST)
+
+template <class Op, class Table>
+void launch_table(const Table& table, const typename Op::Options& options, const Place&) {
+  const Op op(options);
+  for (uint32_t chunk = 0; chunk < table.chunks(); ++chunk) {
+    const auto piece = piece_of<Op>(table, chunk);
+    // More threads than elements have nothing to do: most tensors of the tests are small.
+    const int threads = static_cast<int>(std::min<int64_t>(kThreads, piece.count));
+    if constexpr (Op::kSums) {
+      double partials[kThreads] = {};
+      for (int thread = 0; thread < threads; ++thread) partials[thread] = op.sum(piece, thread);
+      op.finish(piece, block_sum_on_host(partials));
+    } else {
+      for (int thread = 0; thread < threads; ++thread) op.apply(piece, thread);
+    }
+  }
+}
+
+inline bool large_arguments() { return true; }
+
+#else
+
+// Blocks stay and take chunk after chunk. The operation, with the scalars it has read, is made once a block and lies in shared memory: in
+// each thread's registers it would cost occupancy (measured: sgd would need 37 of the 32 registers that let all threads run).
+template <class Op, class Table>
+__global__ void __launch_bounds__(kThreads, Op::kBlocks)
+    chunk_kernel(const __grid_constant__ Table table, const __grid_constant__ typename Op::Options options) {
+  __shared__ alignas(16) unsigned char storage[sizeof(Op)];
+  if (threadIdx.x == 0) new (storage) Op(options);
+  __syncthreads();
+  const Op& op = *reinterpret_cast<const Op*>(storage);
+SAM_NO_UNROLL
+  for (uint32_t chunk = blockIdx.x; chunk < table.chunks(); chunk += gridDim.x) {
+    const auto piece = piece_of<Op>(table, chunk);
+    if constexpr (Op::kSums) {
+      const double total = block_sum(op.sum(piece, static_cast<int>(threadIdx.x)));
+      if (threadIdx.x == 0) op.finish(piece, total);
+    } else {
+      op.apply(piece, static_cast<int>(threadIdx.x));
+    }
+  }
+}
+
+template <class Op, class Table>
+void launch_table(const Table& table, const typename Op::Options& options, const Place& place) {
+  static_assert(sizeof(typename Op::Options) <= kOptionBytes);
+  const auto* kernel = reinterpret_cast<const void*>(&chunk_kernel<Op, Table>);
+  const unsigned resident = resident_blocks(kernel, place);
+  void* arguments[] = {const_cast<Table*>(&table), const_cast<typename Op::Options*>(&options)};
+  launch_kernel(kernel, resident < table.chunks() ? resident : table.chunks(), kThreads, arguments, place);
+}
+
+inline bool large_arguments() { return takes_large_arguments(); }
+
+#endif
+
+template <class Op>
+void launch(const RowLists<Op::kRoles>& lists, const std::vector<uint32_t>* members, const typename Op::Options& options,
+            const Place& place) {
+  using Small = Table<Op::kRoles, kSmallArguments>;
+  using Large = Table<Op::kRoles, kLargeArguments>;
+  const auto launch_one = [&](const auto& table) { launch_table<Op>(table, options, place); };
+  const std::size_t count = members == nullptr ? lists.numels().size() : members->size();
+  if (count <= static_cast<std::size_t>(Small::kCapacity) || !large_arguments()) {
+    for_each_table<Small>(lists, members, cut().chunk_size, launch_one);
+  } else {
+    for_each_table<Large>(lists, members, cut().chunk_size, launch_one);
+  }
+}
+
+enum class Kind { kFloat32, kBFloat16, kFloat16, kMixed, kDouble };
+constexpr int kKinds = 5;
+
+template <int kRoles>
+Kind kind_of(const RowLists<kRoles>& lists, std::size_t row) {
+  const DType first = lists.roles[0]->operands[row].dtype;
+  bool same = true, is_double = false;
+  for (const TensorList* list : lists.roles) {
+    if (list == nullptr) continue;
+    const DType dtype = list->operands[row].dtype;
+    same = same && dtype == first;
+    is_double = is_double || dtype == DType::kFloat64;
+  }
+  if (is_double) return Kind::kDouble;
+  if (!same) return Kind::kMixed;
+  return first == DType::kFloat32 ? Kind::kFloat32 : first == DType::kBFloat16 ? Kind::kBFloat16 : Kind::kFloat16;
+}
+
+template <template <class> class Op, int kRoles, class Options>
+void launch_kind(Kind kind, const RowLists<kRoles>& lists, const std::vector<uint32_t>* members, const Options& options,
+                 const Place& place) {
+  switch (kind) {
+    case Kind::kFloat32: launch<Op<Uniform<float>>>(lists, members, options, place); break;
+    case Kind::kBFloat16: launch<Op<Uniform<BFloat16>>>(lists, members, options, place); break;
+    case Kind::kFloat16: launch<Op<Uniform<Float16>>>(lists, members, options, place); break;
+    case Kind::kMixed: launch<Op<Mixed<float>>>(lists, members, options, place); break;
+    case Kind::kDouble: launch<Op<Mixed<double>>>(lists, members, options, place); break;
+  }
+}
+
+// The operation over all rows: one launch for each kind of row there is, unless the rows are too many for one.
+template <template <class> class Op, int kRoles, class Options>
+void run(const RowLists<kRoles>& lists, const Options& options, const Place& place) {
+  lists.check();
+  const std::size_t count = lists.numels().size();
+  std::vector<Kind> kinds(count);
+  bool alike = true;
+  for (std::size_t row = 0; row < count; ++row) {
+    kinds[row] = kind_of(lists, row);
+    alike = alike && kinds[row] == kinds[0];
+  }
+  if (count == 0) return;
+  if (alike) {
+    launch_kind<Op>(kinds[0], lists, nullptr, options, place);
+    return;
+  }
+  std::vector<uint32_t> members[kKinds];
+  for (std::size_t row = 0; row < count; ++row) members[static_cast<std::size_t>(kinds[row])].push_back(static_cast<uint32_t>(row));
+  for (int kind = 0; kind < kKinds; ++kind) {
+    if (!members[kind].empty()) launch_kind<Op>(static_cast<Kind>(kind), lists, &members[kind], options, place);
+  }
+}
+
+}  // namespace sam::cuda

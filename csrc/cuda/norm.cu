@@ -1,0 +1,95 @@
+// Sum of squares of each chunk of a gradient, |g|^2 or |T_w g|^2. Reads g (and p when adaptive): 1 N s bytes.
+//
+// A thread adds its squares in float32, sums of threads and of chunks are float64. float32 squares overflow above 1.8e19 and vanish below
+// 3.7e-23: a thread whose sum leaves [2^-100, 2^100) reads its elements again, in float64 (in practice never). So only a norm that its
+// type cannot hold is infinite.
+#include "cuda/launch.cuh"
+#include "cuda/operations.h"
+
+namespace sam::cuda {
+namespace {
+
+constexpr float kHigh = 0x1p100f, kLow = 0x1p-100f;
+constexpr int kUnrolled = 2;  // packs in flight: with one operand, one would leave the memory idle
+
+template <class A>
+struct SumSquares {
+  using Access = A;
+  using T = typename A::Arithmetic;
+  using Options = NormOptions;
+  static constexpr int kRoles = kNormRoles, kBlocks = A::kBlocks;
+  static constexpr bool kSums = true;
+
+  Options options;
+
+  SAM_INLINE explicit SumSquares(const Options& o) : options(o) {}
+
+  SAM_INLINE double sum(const Piece<kRoles>& piece, int thread) const {
+    if constexpr (std::is_same_v<T, double>) {
+      return exact_sum(piece, thread);
+    } else {
+      const Sum found = options.adaptive ? fast_sum<true>(piece, thread) : fast_sum<false>(piece, thread);
+      const bool in_range = found.total >= kLow && found.total < kHigh;
+      return in_range || found.largest == 0.0f ? static_cast<double>(found.total) : exact_sum(piece, thread);
+    }
+  }
+
+  SAM_INLINE void finish(const Piece<kRoles>& piece, double total) const { options.sums[piece.tag + piece.chunk] = total; }
+
+ private:
+  struct Sum {
+    float total, largest;  // largest: of the magnitudes
+  };
+
+  template <bool kAdaptive>
+  SAM_INLINE Sum fast_sum(const Piece<kRoles>& piece, int thread) const {
+    constexpr int kWidth = A::kWidth;
+    const Operand grad = piece.operands[kNormGrad], param = piece.operands[kNormParam];
+    const float eta = static_cast<float>(options.eta);
+    float sums[kWidth] = {}, largest = 0.0f;
+    const auto add = [&](auto width, int i) {
+      constexpr int kCount = decltype(width)::value;
+      const auto g = load<A, kCount>(grad, i);
+      typename A::template Values<kCount> p{};
+      if constexpr (kAdaptive) p = load<A, kCount>(param, i);
+      SAM_UNROLL
+      for (int j = 0; j < kCount; ++j) {
+        float x = g.data[j];
+        if constexpr (kAdaptive) x = adaptive_weight(p.data[j], eta) * x;
+        sums[j] = fmaf(x, x, sums[j]);
+        largest = fmaxf(largest, fabsf(x));
+      }
+    };
+    const int whole = is_aligned<A>(piece) ? piece.count / kWidth * kWidth : 0;
+#pragma unroll kUnrolled
+    for (int i = thread * kWidth; i < whole; i += kThreads * kWidth) add(Width<kWidth>{}, i);
+SAM_NO_UNROLL
+    for (int i = whole + thread; i < piece.count; i += kThreads) add(Width<1>{}, i);
+    SAM_UNROLL
+    for (int half = kWidth / 2; half > 0; half /= 2) {
+      SAM_UNROLL
+      for (int j = 0; j < half; ++j) sums[j] += sums[j + half];
+    }
+    return {sums[0], largest};
+  }
+
+  SAM_INLINE double exact_sum(const Piece<kRoles>& piece, int thread) const {
+    double total = 0.0;
+SAM_NO_UNROLL
+    for (int i = thread; i < piece.count; i += kThreads) {
+      const double grad = load<A, 1>(piece.operands[kNormGrad], i).data[0];
+      if (options.adaptive) {
+        total += norm_term_adaptive(load<A, 1>(piece.operands[kNormParam], i).data[0], grad, options.eta);
+      } else {
+        total += norm_term(grad);
+      }
+    }
+    return total;
+  }
+};
+
+}  // namespace
+
+void sum_squares(const RowLists<kNormRoles>& lists, const NormOptions& options, const Place& place) { run<SumSquares>(lists, options, place); }
+
+}  // namespace sam::cuda

@@ -1,0 +1,116 @@
+// The ascent as few ask for it: along a direction made with a moving average m, stored with stochastic rounding, or both. Reads p, g, m;
+// writes old_p, p. Beside the ordinary pass, not in it, so that one keeps its registers.
+#include "cuda/launch.cuh"
+#include "cuda/operations.h"
+#include "cuda/tiles.cuh"
+
+namespace sam::cuda {
+namespace {
+
+// Adds random bits below the last one that is kept and truncates: the expectation of what is stored is the value. NaN and infinities have
+// none, and are rounded as usual.
+SAM_INLINE uint16_t stochastic_bfloat16(float value, uint32_t word) {
+  const uint32_t bits = float_bits(value);
+  const bool finite = (bits & 0x7FFFFFFFu) < 0x7F800000u;
+  return static_cast<uint16_t>(finite ? (bits + (word >> 16)) >> 16 : narrow_pair({value, 0.0f}, BFloat16{}));
+}
+
+template <class A>
+struct PerturbAlong {
+  using Access = A;
+  using T = typename A::Arithmetic;
+  using Options = PerturbVariantOptions;
+  static constexpr int kRoles = kPerturbVariantRoles, kBlocks = 1;  // as random.cu
+  static constexpr bool kSums = false;
+
+  bool skipped, adaptive, from_old, stochastic;
+  T scale, direction_scale, eta, grad_weight, ema_weight;  // direction_scale: where there is an m, which is unscaled, and so is its norm
+  uint32_t key_low, key_high;
+
+  SAM_INLINE explicit PerturbAlong(const Options& o)
+      : skipped(is_skipped(o.norm, o.found_inf)),
+        adaptive(o.adaptive),
+        from_old(o.from_old),
+        stochastic(o.stochastic),
+        scale(T(perturb_scale<double>(read(o.norm), read(o.rho), read(o.lambd), o.eps, inverse_of(o.grad_scale)))),
+        direction_scale(T(perturb_scale<double>(read(o.norm), read(o.rho), read(o.lambd), o.eps, 1.0))),
+        eta(T(o.eta)),
+        grad_weight(T(o.grad_weight * inverse_of(o.grad_scale))),
+        ema_weight(T(o.ema_weight)),
+        key_low(o.key_low),
+        key_high(o.key_high) {}
+
+  SAM_INLINE void apply(const Piece<kRoles>& piece, int thread) const {
+    const Operand param = piece.operands[kParam], old_param = piece.operands[kOldParam];
+    const Operand source = choose(from_old, old_param, param);
+    if (skipped) {
+      copy_chunk<A>(piece, source, choose(from_old, param, old_param), thread);
+    } else if (stochastic && param.dtype == DType::kBFloat16) {
+      for_each_tile<A>(piece, thread, [&](auto width, int begin, int lane, int count) {
+        move_tile<decltype(width)::value>(piece, source, begin, lane, count);
+      });
+    } else {
+      for_each_pack<A>(piece, thread, [&](auto width, int i) {
+        constexpr int kCount = decltype(width)::value;
+        store<A, kCount>(param, i, moved<kCount>(piece, source, i));
+      });
+    }
+  }
+
+ private:
+  // Saves the parameter and returns where it goes.
+  template <int kCount>
+  SAM_INLINE typename A::template Values<kCount> moved(const Piece<kRoles>& piece, const Operand& source, int i) const {
+    const Operand grad = piece.operands[kGrad], ema = piece.operands[kEma];
+    typename A::template Values<kCount> d, m;
+    if (grad.data != nullptr) d = load<A, kCount>(grad, i);
+    if (ema.data != nullptr) {
+      m = load<A, kCount>(ema, i);
+      SAM_UNROLL
+      for (int j = 0; j < kCount; ++j) {
+        const T along_ema = m.data[j] * ema_weight;
+        d.data[j] = grad.data != nullptr ? d.data[j] * grad_weight + along_ema : along_ema;  // not multiplied by 0: it may not be finite
+      }
+    }
+    const auto stored = A::template load_raw<kCount>(source, i);
+    if (!from_old) A::template copy<kCount>(piece.operands[kParam], piece.operands[kOldParam], i, stored);
+    auto p = A::template values<kCount>(stored);
+    const T s = ema.data != nullptr ? direction_scale : scale;
+    SAM_UNROLL
+    for (int j = 0; j < kCount; ++j) {
+      p.data[j] = adaptive ? perturb_adaptive(p.data[j], d.data[j], s, eta) : sam::perturb(p.data[j], d.data[j], s);
+    }
+    return p;
+  }
+
+  template <int kCount>
+  SAM_INLINE void move_tile(const Piece<kRoles>& piece, const Operand& source, int begin, int lane, int count) const {
+    const Key key{key_low, key_high, piece.tag, kRoundingStream};
+    const uint64_t counter = first_counter(piece.begin + begin) + static_cast<uint64_t>(lane);
+    uint32_t words[kWords][kCount];
+    SAM_UNROLL
+    for (int j = 0; j < kCount; ++j) {
+      const Words<uint64_t> found = random_words(counter + static_cast<uint64_t>(j), key);
+      SAM_UNROLL
+      for (int word = 0; word < kWords; ++word) words[word][j] = static_cast<uint32_t>(found.word[word]);
+    }
+    SAM_UNROLL
+    for (int word = 0; word < kWords; ++word) {
+      const int i = begin + lane + word * kTileLanes;
+      if (kCount == 1 && i >= count) break;
+      const auto p = moved<kCount>(piece, source, i);
+      Pack<BFloat16, kCount> rounded;
+      SAM_UNROLL
+      for (int j = 0; j < kCount; ++j) rounded.data[j].bits = stochastic_bfloat16(static_cast<float>(p.data[j]), words[word][j]);
+      *at<Pack<BFloat16, kCount>, BFloat16>(piece.operands[kParam], i) = rounded;
+    }
+  }
+};
+
+}  // namespace
+
+void perturb_variant(const RowLists<kPerturbVariantRoles>& lists, const PerturbVariantOptions& options, const Place& place) {
+  run<PerturbAlong>(lists, options, place);
+}
+
+}  // namespace sam::cuda

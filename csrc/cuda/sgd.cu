@@ -1,0 +1,75 @@
+// Restore and torch.optim.SGD in one pass. Reads old_p, g, m; writes p, m: 5 N s bytes. Without old_param the step is made in place. Where
+// it is skipped parameters are restored and nothing else happens.
+#include "cuda/launch.cuh"
+#include "cuda/operations.h"
+
+namespace sam::cuda {
+namespace {
+
+template <class A>
+struct Sgd {
+  using Access = A;
+  using T = typename A::Arithmetic;
+  using Options = SgdLaunch;
+  static constexpr int kRoles = kSgdRoles;
+  // 1536 threads where two results of eight elements are float until they are paired, or the architecture needs more registers for the
+  // same: with fewer they would spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  static constexpr int kBlocks = A::kBlocks == 4 ? 3 : A::kBlocks;
+#else
+  static constexpr int kBlocks = A::kWidth == 8 ? 3 : A::kBlocks;
+#endif
+  static constexpr bool kSums = false;
+
+  bool skipped, nesterov, first_step, decays;
+  SgdConstants<T> constants;
+
+  SAM_INLINE explicit Sgd(const Options& o)
+      : skipped(is_skipped(o.multiplier.norm, o.found_inf)),
+        nesterov(o.nesterov),
+        first_step(o.first_step),
+        decays(o.weight_decay != 0.0),
+        constants(sgd_constants<T>({read(o.lr), o.momentum, o.dampening, o.weight_decay, read(o.multiplier)})) {}
+
+  SAM_INLINE void apply(const Piece<kRoles>& piece, int thread) const {
+    if (skipped) {
+      if (piece.operands[kOldParam].data != nullptr) copy_chunk<A>(piece, piece.operands[kOldParam], piece.operands[kParam], thread);
+    } else if (piece.operands[kBuffer].data == nullptr) {
+      choose_decay<Momentum::kNone>(piece, thread);
+    } else if (nesterov) {
+      first_step ? choose_decay<Momentum::kFirstNesterov>(piece, thread) : choose_decay<Momentum::kNesterov>(piece, thread);
+    } else {
+      first_step ? choose_decay<Momentum::kFirst>(piece, thread) : choose_decay<Momentum::kPlain>(piece, thread);
+    }
+  }
+
+ private:
+  template <Momentum kMomentum>
+  SAM_INLINE void choose_decay(const Piece<kRoles>& piece, int thread) const {
+    decays ? update<kMomentum, true>(piece, thread) : update<kMomentum, false>(piece, thread);
+  }
+
+  template <Momentum kMomentum, bool kDecays>
+  SAM_INLINE void update(const Piece<kRoles>& piece, int thread) const {
+    constexpr bool kReads = kMomentum == Momentum::kPlain || kMomentum == Momentum::kNesterov;
+    const Operand param = piece.operands[kParam], grad = piece.operands[kGrad], buffer = piece.operands[kBuffer];
+    const Operand source = choose(piece.operands[kOldParam].data != nullptr, piece.operands[kOldParam], param);
+    for_each_pack<A>(piece, thread, [&](auto width, int i) {
+      constexpr int kCount = decltype(width)::value;
+      const auto g = load<A, kCount>(grad, i);
+      auto p = load<A, kCount>(source, i);
+      typename A::template Values<kCount> m{};
+      if constexpr (kReads) m = load<A, kCount>(buffer, i);
+      SAM_UNROLL
+      for (int j = 0; j < kCount; ++j) p.data[j] = sgd_step<kMomentum, kDecays>(p.data[j], g.data[j], m.data[j], constants);
+      if constexpr (kMomentum != Momentum::kNone) store<A, kCount>(buffer, i, m);
+      store<A, kCount>(param, i, p);
+    });
+  }
+};
+
+}  // namespace
+
+void sgd(const RowLists<kSgdRoles>& lists, const SgdLaunch& options, const Place& place) { run<Sgd>(lists, options, place); }
+
+}  // namespace sam::cuda

@@ -1,0 +1,68 @@
+// Lists of tensors to launches: as many rows as the arguments of one hold, in order, empty ones left out.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#include "common/work_list.h"
+#include "cuda/config.h"
+#include "cuda/multi_tensor.cuh"
+
+namespace sam::cuda {
+
+// Chunks of a launch at most: their numbers are counted up in 32 bits by the number of blocks.
+constexpr uint32_t kMostChunks = 0x7FFFFFFF;
+
+template <int kRoles>
+struct RowLists {
+  const TensorList* roles[kRoles] = {};          // null: takes no part; the first never is
+  const std::vector<uint32_t>* tags = nullptr;   // (n,); null: the rows' numbers
+
+  const std::vector<int64_t>& numels() const { return roles[0]->numels; }
+
+  // Throws std::invalid_argument unless every list that takes part has the same sizes. Called before any memory is touched.
+  void check() const {
+    for (const TensorList* list : roles) {
+      if (list != nullptr && list->numels != numels()) throw std::invalid_argument("tensor lists of different sizes");
+    }
+    if (tags != nullptr && tags->size() != numels().size()) throw std::invalid_argument("one tag a tensor");
+  }
+};
+
+// Calls launch(table) for each launch. members: the rows to take, null for all.
+template <class Table, int kRoles, class Launch>
+void for_each_table(const RowLists<kRoles>& lists, const std::vector<uint32_t>* members, int chunk_size, Launch launch) {
+  const std::vector<int64_t>& numels = lists.numels();
+  const std::size_t count = members == nullptr ? numels.size() : members->size();
+  const auto table = std::make_unique<Table>();
+  table->rows = 0;
+  table->chunk_size = chunk_size;
+  uint32_t chunks = 0;
+  const auto flush = [&] {
+    if (table->rows > 0) launch(*table);
+    table->rows = 0;
+    chunks = 0;
+  };
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::size_t row = members == nullptr ? i : (*members)[i];
+    if (numels[row] == 0) continue;
+    const int64_t wanted = (numels[row] - 1) / chunk_size + 1;
+    if (wanted > kMostChunks) throw std::length_error("a tensor of more than 2^31 chunks");
+    if (table->rows == Table::kCapacity || wanted > kMostChunks - chunks) flush();
+    chunks += static_cast<uint32_t>(wanted);
+    const int32_t slot = table->rows++;
+    for (int role = 0; role < kRoles; ++role) {
+      const Operand operand = lists.roles[role] == nullptr ? Operand{} : lists.roles[role]->operands[row];
+      table->pointers[role][slot] = static_cast<char*>(operand.data);
+      table->dtypes[role][slot] = operand.dtype;
+    }
+    table->numels[slot] = numels[row];
+    table->chunk_ends[slot] = chunks;
+    table->tags[slot] = lists.tags == nullptr ? static_cast<uint32_t>(row) : (*lists.tags)[row];
+  }
+  flush();
+}
+
+}  // namespace sam::cuda
