@@ -82,6 +82,7 @@ def write_rules(writer, folder: str, modules: Sequence[str], toolkit: Toolkit | 
 
     rules = Rules(writer, folder)
     extra = setting("SAM_KERNELS_CXXFLAGS")  # appended, so that it can also undo a flag
+    writer.variable("builddir", folder)  # where ninja keeps what it remembers
     writer.variable("cxx", setting("CXX"))
     compiling = f"$cxx -MMD -MF $out.d {CXX_FLAGS} -Icsrc $local {extra} -c $in -o $out"
     writer.rule("compile", compiling, depfile="$out.d", deps="gcc", description="$in $local")
