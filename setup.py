@@ -89,8 +89,11 @@ class NinjaBuild(build_ext):
         command = [str(Path(ninja.BIN_DIR) / "ninja"), "-f", str(folder / "build.ninja"), "-j", jobs]
         if subprocess.run(command, cwd=ROOT).returncode != 0:
             raise SystemExit("sam_kernels: compiling the native backend failed; the compiler's words are above")
-        for ext, module in zip(self.extensions, modules, strict=True):
-            target = Path(self.get_ext_fullpath(ext.name))
+        for module in ninja_build.BINDING:
+            target = Path(self.get_ext_fullpath(f"sam_kernels.{module}"))
+            if module not in modules:  # what an earlier build left here would get into a wheel
+                target.unlink(missing_ok=True)
+                continue
             target.parent.mkdir(parents=True, exist_ok=True)
             fresh = target.with_suffix(".new")  # moved into place: a process that has the old module loaded keeps it
             shutil.copy2(ROOT / folder / f"{module}.so", fresh)

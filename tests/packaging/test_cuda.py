@@ -11,6 +11,7 @@ import re
 import runpy
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -306,6 +307,15 @@ def test_cuda_builds_are_incremental_and_a_failing_compile_shows_the_compilers_w
     assert "#error planted" in said
     assert "compiling the native backend failed" in said
     assert (tree / "sam_kernels" / f"_cuda{SUFFIX}").read_bytes() == before
+
+
+def test_modules_of_an_earlier_build_do_not_get_into_a_wheel(built, tmp_path):
+    tree = shutil.copytree(built, tmp_path / "tree")
+    wheel = (sys.executable, "setup.py", "--quiet", "bdist_wheel")
+    run(*wheel, cwd=tree, env={**ENV, "SAM_KERNELS_BUILD": "cpu", "SAM_KERNELS_CUDA_ON_HOST": None})
+    (path,) = (tree / "dist").iterdir()
+    with zipfile.ZipFile(path) as archive:
+        assert [name for name in archive.namelist() if name.endswith(".so")] == [f"sam_kernels/_cpu{SUFFIX}"]
 
 
 def test_flags_for_nvcc_are_appended(built, tmp_path):
