@@ -1,21 +1,24 @@
 # Every target but gpu makes its own .venv, once; a changed pyproject.toml, constraints.txt, setup.py or csrc/ brings it up to date.
-# PYTHON=python3.12 chooses the interpreter, ARGS="..." is passed on to the command, SAM_KERNELS_BUILD=none leaves the native core out.
+# PYTHON=python3.12 chooses the interpreter, ARGS="..." is passed on to the command, SAM_KERNELS_BUILD=none or cpu builds no native core, or only the CPU's.
 # On a machine where pip would bring torch with CUDA and CPU is enough: PIP_EXTRA_INDEX_URL=<PyTorch's CPU index> make test
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+BUILD := setup.py $(wildcard csrc/*.py)
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CPP_FILES := $(CSRC) $(wildcard bench/*.cpp)
+# A checkout has the CUDA kernels compiled as plain C++ too, for the tests. A command's own: at run time the variable chooses them.
+WITH_HOST_KERNELS := SAM_KERNELS_CUDA_ON_HOST=1
 SANITIZED := build/sanitize
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test interpreted lint format sanitize bench gpu wheel clean distclean
+.PHONY: help install demo test interpreted on-host lint format sanitize bench gpu wheel clean distclean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 	@sed -n 's/^# \(.*\)/  \1/p' $(MAKEFILE_LIST) | head -3
 
 demo: $(VENV)/.installed-demo $(VENV)/.native  ## train on real data and print the table
@@ -24,9 +27,13 @@ demo: $(VENV)/.installed-demo $(VENV)/.native  ## train on real data and print t
 test: lint  ## lint, then every test
 	$(BIN)/python -m pytest $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/ops tests/interpreted
+	SAM_KERNELS_CUDA_ON_HOST=1 $(BIN)/python -m pytest -n auto tests/ops tests/optim
 
 interpreted: install  ## only the tests of the Triton kernels, run by Triton's interpreter
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/ops tests/interpreted $(ARGS)
+
+on-host: install  ## only the tests of the CUDA kernels, compiled for the CPU
+	SAM_KERNELS_CUDA_ON_HOST=1 $(BIN)/python -m pytest -n auto tests/ops tests/optim $(ARGS)
 
 install: $(VENV)/.installed-test $(VENV)/.native  ## only make the environment, with everything in it
 
@@ -59,7 +66,7 @@ wheel: install  ## a wheel and a source distribution in dist/
 
 clean:  ## remove what was built
 	rm -rf build dist sam_kernels.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks sam_kernels/*.so $(VENV)/.installed-* $(VENV)/.native
-	find sam_kernels tests bench -name __pycache__ -prune -exec rm -rf {} +
+	find sam_kernels csrc tests bench -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean  ## and the environment
 	rm -rf $(VENV)
@@ -73,15 +80,15 @@ $(VENV)/.build-tools: constraints.txt pyproject.toml | $(BIN)/python
 	$(PIP) setuptools wheel pybind11 ninja
 	@touch $@
 
-$(VENV)/.installed-demo: pyproject.toml constraints.txt setup.py $(VENV)/.build-tools
-	$(PIP) --no-build-isolation --editable '.[train]'
+$(VENV)/.installed-demo: pyproject.toml constraints.txt $(BUILD) $(VENV)/.build-tools
+	$(WITH_HOST_KERNELS) $(PIP) --no-build-isolation --editable '.[train]'
 	@touch $@
 
-$(VENV)/.installed-test: pyproject.toml constraints.txt setup.py $(VENV)/.build-tools
-	$(PIP) --no-build-isolation --editable '.[train,bench,test,lint]'
+$(VENV)/.installed-test: pyproject.toml constraints.txt $(BUILD) $(VENV)/.build-tools
+	$(WITH_HOST_KERNELS) $(PIP) --no-build-isolation --editable '.[train,bench,test,lint]'
 	@touch $@ $(VENV)/.installed-demo
 
 # After an installation nothing is left to compile here; after a change in csrc, only what depends on it.
-$(VENV)/.native: setup.py $(CSRC) | $(VENV)/.build-tools
-	$(BIN)/python setup.py --quiet build_ext --inplace
+$(VENV)/.native: $(BUILD) $(CSRC) | $(VENV)/.build-tools
+	$(WITH_HOST_KERNELS) $(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@

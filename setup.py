@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -15,19 +14,12 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).resolve().parent
-BINDING = ["bind_cpu", "tensor_list"]  # knows Python, compiled once
-ENGINE = ["cpu/engine", "cpu/dispatch"]  # compiled once, for the oldest processor
-# csrc/cpu/<op>.cpp, compiled once per instruction set; the slowest to compile first
-CHUNK_KERNELS = ["adamw", "sgd", "perturb_variant", "direction", "random", "perturb", "norm"]
-# No fast-math: only what does not change a result (errno and traps are not results). No contraction: see csrc/common/formulas.h.
-CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math"
-CXX_FLAGS += " -Wall -Wextra -Wno-psabi"
-INSTRUCTION_SETS = {"baseline": ""}
-if platform.machine().lower() in ("x86_64", "amd64"):
-    CXX_FLAGS += " -DSAM_X86_KERNELS"
-    INSTRUCTION_SETS["avx2"] = "-mavx2 -mf16c"
-    INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mf16c -mprefer-vector-width=512"
+sys.path.append(str(Path(__file__).resolve().parent / "csrc"))
+import cuda_toolkit
+import ninja_build
+from ninja_build import ROOT
+
+MODE = os.environ.get("SAM_KERNELS_BUILD") or "auto"
 
 
 def missing_toolchain() -> str | None:
@@ -41,76 +33,72 @@ def missing_toolchain() -> str | None:
     return None if header.exists() else f"no Python headers: {header} not found (Debian: python3-dev)"
 
 
-def wanted_extensions() -> list[Extension]:
-    """The extensions SAM_KERNELS_BUILD asks for: auto (what this machine can build), none, cpu or cuda."""
-    mode = os.environ.get("SAM_KERNELS_BUILD") or "auto"
-    if mode not in ("auto", "none", "cpu", "cuda"):
-        raise SystemExit(f"SAM_KERNELS_BUILD={mode}: expected auto, none, cpu or cuda")
-    if mode == "cuda":
-        raise SystemExit("SAM_KERNELS_BUILD=cuda: this version has no CUDA backend; use auto, cpu or none")
-    if mode == "none":
-        return []
-    missing = missing_toolchain()
-    if missing is None:
-        return [Extension("sam_kernels._cpu", sources=[])]
-    if mode == "cpu":
-        raise SystemExit(f"sam_kernels: {missing}, and SAM_KERNELS_BUILD=cpu asks for the native backend")
+def leave_out(backend: str, missing: str, instead: str) -> None:
+    """An error where the backend was asked for; under auto one line."""
+    if MODE != "auto":
+        raise SystemExit(f"sam_kernels: {missing}, and SAM_KERNELS_BUILD={MODE} asks for the {backend} backend")
     if not {"egg_info", "dist_info", "sdist"} & set(sys.argv):  # an installer runs this file several times: one line, when it builds
-        print(f"sam_kernels: {missing}; installing without the native backend, the foreach backend is used", file=sys.stderr)
-    return []
+        print(f"sam_kernels: {missing}; installing without the {backend} backend, {instead}", file=sys.stderr)
+
+
+@functools.cache
+def usable_toolkit() -> cuda_toolkit.Toolkit | None:
+    """What compiles the CUDA backend. Most machines have no nvcc, which is no news under auto; one that cannot be used is."""
+    nvcc = cuda_toolkit.find_nvcc(os.environ)
+    if nvcc is None:
+        if MODE == "cuda":
+            raise SystemExit(f"sam_kernels: {cuda_toolkit.NOT_FOUND}, and SAM_KERNELS_BUILD=cuda asks for the CUDA backend")
+        return None
+    try:
+        return cuda_toolkit.inspect(nvcc, [*ninja_build.host_options(), *shlex.split(ninja_build.setting("SAM_KERNELS_NVCCFLAGS"))])
+    except cuda_toolkit.Unusable as reason:
+        leave_out("CUDA", str(reason), "CUDA tensors get the triton backend")
+        return None
+
+
+def wanted_modules() -> list[str]:
+    """The modules SAM_KERNELS_BUILD asks for: auto (what this machine can build), none, cpu, or cuda (which includes cpu)."""
+    if MODE not in ("auto", "none", "cpu", "cuda"):
+        raise SystemExit(f"SAM_KERNELS_BUILD={MODE}: expected auto, none, cpu or cuda")
+    if MODE == "none":
+        return []
+    if (missing := missing_toolchain()) is not None:
+        leave_out("native", missing, "the foreach backend is used")
+        return []
+    with_cuda = MODE != "cpu" and usable_toolkit() is not None
+    on_host = os.environ.get("SAM_KERNELS_CUDA_ON_HOST") == "1"  # for the tests: the CUDA kernels as plain C++
+    return ["_cpu", *(["_cuda"] if with_cuda else []), *(["_cuda_on_host"] if on_host else [])]
 
 
 class NinjaBuild(build_ext):
-    """Writes build.ninja and runs it: every source in parallel, and only those that changed."""
+    """Writes build.ninja and runs it: every source of every module in parallel, and only those that changed."""
 
-    def build_extension(self, ext: Extension) -> None:
+    def build_extensions(self) -> None:
         import ninja
 
-        cxx = os.environ.get("CXX") or "c++"
-        extra = os.environ.get("SAM_KERNELS_CXXFLAGS", "")  # e.g. sanitizers; appended, so that it can also undo a flag
-        # A folder for each Python and each way of compiling. Not self.build_temp, which is a new folder at each editable install.
-        name = "ninja" + sysconfig.get_config_var("EXT_SUFFIX").removesuffix(".so")
-        if (cxx, extra) != ("c++", ""):
-            name += "." + hashlib.sha256(f"{cxx} {extra}".encode()).hexdigest()[:8]
-        build = ROOT / "build" / name
-        build.mkdir(parents=True, exist_ok=True)
-        with (build / "build.ninja").open("w", encoding="utf-8") as file:
-            self.write_rules(ninja.ninja_syntax.Writer(file, width=10_000), cxx, extra)
+        modules = [ext.name.rpartition(".")[2] for ext in self.extensions]
+        folder = Path("build") / ninja_build.folder_name()  # not self.build_temp, which is a new folder at each editable install
+        (ROOT / folder).mkdir(parents=True, exist_ok=True)
+        with (ROOT / folder / "build.ninja").open("w", encoding="utf-8") as file:
+            writer = ninja.ninja_syntax.Writer(file, width=10_000)
+            try:
+                ninja_build.write_rules(writer, str(folder), modules, usable_toolkit() if "_cuda" in modules else None)
+            except cuda_toolkit.Unusable as reason:
+                raise SystemExit(f"sam_kernels: {reason}") from None
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-        if subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build), "-j", jobs]).returncode != 0:
+        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-f", str(folder / "build.ninja"), "-j", jobs]
+        if subprocess.run(command, cwd=ROOT).returncode != 0:
             raise SystemExit("sam_kernels: compiling the native backend failed; the compiler's words are above")
-        target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        fresh = target.with_suffix(".new")  # moved into place: a process that has the old module loaded keeps it
-        shutil.copy2(build / "_cpu.so", fresh)
-        fresh.replace(target)
-
-    def write_rules(self, writer, cxx: str, extra: str) -> None:  # type: ignore[no-untyped-def]  # ninja's writer is untyped
-        import pybind11
-
-        def objects(sources: list[str], suffix: str, flags: str) -> list[str]:
-            for source in sources:
-                path = str(ROOT / "csrc" / f"{source}.cpp").replace("$", "$$")  # the writer escapes spaces, not dollars
-                writer.build(f"{source}{suffix}", "compile", path, variables={"local": flags})
-            return [f"{source}{suffix}" for source in sources]
-
-        def include(path: object) -> str:
-            return "-I" + shlex.quote(str(path)).replace("$", "$$")
-
-        strip = "" if extra else "-Wl,-s"  # who adds flags debugs
-        writer.variable("cxx", cxx)
-        writer.variable("flags", f"{CXX_FLAGS} {include(ROOT / 'csrc')} {extra}")
-        writer.rule("compile", "$cxx -MMD -MF $out.d $flags $local -c $in -o $out", depfile="$out.d", deps="gcc", description="$in $local")
-        writer.rule("link", f"$cxx -shared $in -o $out -fopenmp {extra} {strip}", description="$out")
-        # Python's headers only where they are used: an isolated build has them in a new place each time, and the kernels need no rebuild.
-        # -O1: the binding is the longest to compile and calls into Python all the time; optimising it further gains nothing (measured).
-        linked = objects(BINDING, ".o", f"-O1 {include(pybind11.get_include())} {include(sysconfig.get_paths()['include'])}")
-        for isa in reversed(INSTRUCTION_SETS):
-            linked += objects([f"cpu/{name}" for name in CHUNK_KERNELS], f".{isa}.o", f"-DSAM_ISA={isa} {INSTRUCTION_SETS[isa]}")
-        linked += objects(ENGINE, ".o", "")
-        writer.build("_cpu.so", "link", linked)
-        writer.default("_cpu.so")
+        for module in ninja_build.BINDING:
+            target = Path(self.get_ext_fullpath(f"sam_kernels.{module}"))
+            if module not in modules:  # what an earlier build left here would get into a wheel
+                target.unlink(missing_ok=True)
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            fresh = target.with_suffix(".new")  # moved into place: a process that has the old module loaded keeps it
+            shutil.copy2(ROOT / folder / f"{module}.so", fresh)
+            fresh.replace(target)
 
 
 if __name__ == "__main__":
-    setup(ext_modules=wanted_extensions(), cmdclass={"build_ext": NinjaBuild})
+    setup(ext_modules=[Extension(f"sam_kernels.{name}", sources=[]) for name in wanted_modules()], cmdclass={"build_ext": NinjaBuild})

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Layer -> what its modules may import from inside the package. "own" is the same layer; backends and their kind are told apart below.
 USERS = ("optim", "per_sample", "sampling", "theory", "schedules", "integrations")
+COMPILED = ("_cpu", "_cuda", "_cuda_on_host")
 CORE = ("_dispatch", "_grouping", "_validate")
 ALLOWED: dict[str, set[str]] = {
     "bottom": {"own"},  # _tensor_list, _flags: depend on nothing, everyone may use them
@@ -39,6 +40,17 @@ THIRD_PARTY: dict[str, set[str]] = {layer: {"torch"} for layer in ALLOWED} | {
 # Headers that a file compiled once per instruction set may see. Anything with function templates that are not always inlined would leave a
 # weak copy in that file's instruction set, which the linker could keep for all (tests/native/test_objects.py looks at the objects).
 KERNEL_HEADERS = {"cmath", "cstddef", "cstdint", "cstring", "type_traits", "immintrin.h", "arm_neon.h"}
+# What csrc/ may include beside the standard library: by folder, or by name for the files at its top. Nothing includes torch; CUDA's headers
+# stay with the CUDA kernels and their binding, which needs the types of the runtime alone.
+INCLUDES = {
+    "common": ("common/",),
+    "cpu": ("cpu/", "common/", "immintrin.h", "arm_neon.h"),
+    "cuda": ("cuda/", "common/", "cuda_"),
+    "bind_cpu.cpp": ("cpu/", "common/", "tensor_list.h", "pybind11/"),
+    "bind_cuda.cpp": ("cuda/", "common/", "tensor_list.h", "pybind11/", "cuda_runtime_api.h"),
+    "tensor_list.cpp": ("common/", "tensor_list.h", "pybind11/"),
+    "tensor_list.h": ("common/", "pybind11/"),
+}
 LINE_BUDGETS = {"setup.py": 120, "sam_kernels": 400, "csrc": 400, "tests": 400, "bench": 400}
 INIT_BUDGET = 40
 SOURCES = {".py", ".pyi", ".cpp", ".h", ".cu", ".cuh"}
@@ -50,7 +62,7 @@ def layer_of(module: str) -> str:
     if len(parts) == 1:
         return "package"
     head = parts[1]
-    fixed = {"_tensor_list": "bottom", "_flags": "bottom", "_cpu": "compiled", "_cuda": "compiled", "__main__": "main"}
+    fixed = {"_tensor_list": "bottom", "_flags": "bottom", "__main__": "main"} | dict.fromkeys(COMPILED, "compiled")
     if head in fixed:
         return fixed[head]
     if head in USERS:
@@ -81,7 +93,7 @@ def imports_of(path: Path, root: Path) -> Iterator[tuple[int, str]]:
             for alias in node.names:
                 full = f"{base}.{alias.name}"
                 # `from sam_kernels import functional` names a module, `from sam_kernels.functional import perturb_` does not.
-                yield node.lineno, full if full in known or (base == "sam_kernels" and alias.name in ("_cpu", "_cuda")) else base
+                yield node.lineno, full if full in known or (base == "sam_kernels" and alias.name in COMPILED) else base
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")) and node.args:
             name = node.args[0].values[0] if isinstance(node.args[0], ast.JoinedStr) else node.args[0]
             if isinstance(name, ast.Constant):
@@ -147,19 +159,13 @@ def included_by_kernels(root: Path) -> Iterator[tuple[Path, str]]:
 
 def include_violations(root: Path) -> list[str]:
     found = []
-    for path in sorted(path for path in (root / "csrc").rglob("*") if path.suffix in SOURCES):
-        folder = path.relative_to(root / "csrc").parts[0]
-        for header in includes_of(path):
-            top = header.partition("/")[0] if "/" in header else ""
-            allowed = top not in ("torch", "ATen", "c10", "caffe2")
-            if folder == "common":
-                allowed = is_standard(header) or top == "common"
-            elif folder == "cpu":
-                allowed = is_standard(header) or header in KERNEL_HEADERS or top in ("cpu", "common")
-            elif folder == "cuda":
-                allowed = is_standard(header) or header.startswith("cuda") or top in ("cuda", "common")
-            if not allowed:
-                found.append(f"{path.relative_to(root)} includes {header}")
+    for path in sorted(path for path in (root / "csrc").rglob("*") if path.suffix in SOURCES - {".py"}):
+        allowed = INCLUDES.get(path.relative_to(root / "csrc").parts[0], ())
+        found += [
+            f"{path.relative_to(root)} includes {header}"
+            for header in includes_of(path)
+            if not is_standard(header) and not header.startswith(allowed)
+        ]
     for path, header in included_by_kernels(root):
         if header not in KERNEL_HEADERS and not header.startswith(("cpu/", "common/")):
             found.append(f"{path.relative_to(root)} is compiled per instruction set and includes {header}")
@@ -179,16 +185,17 @@ def size_violations(root: Path) -> list[str]:
 
 
 def unlisted_sources(root: Path) -> list[str]:
-    """Every csrc/*.cpp and csrc/cpu/*.cpp is in exactly one of setup.py's lists."""
-    text = (root / "setup.py").read_text(encoding="utf-8")
+    """Every source in csrc/ is in exactly one of the lists of csrc/ninja_build.py, but for csrc/cuda/*.cu, all of which are compiled."""
+    text = (root / "csrc" / "ninja_build.py").read_text(encoding="utf-8")
     tree = {
         node.targets[0].id: node.value for node in ast.parse(text).body if isinstance(node, ast.Assign) and hasattr(node.targets[0], "id")
     }
-    lists = {name: ast.literal_eval(tree[name]) for name in ("BINDING", "ENGINE", "CHUNK_KERNELS")}
-    listed = sorted([*lists["BINDING"], *lists["ENGINE"], *(f"cpu/{name}" for name in lists["CHUNK_KERNELS"])])
-    sources = [*(root / "csrc").glob("*.cpp"), *(root / "csrc" / "cpu").glob("*.cpp")]
-    present = sorted(str(path.relative_to(root / "csrc").with_suffix("")) for path in sources)
-    return [] if listed == present else [f"setup.py compiles {listed}, csrc has {present}"]
+    lists = {name: ast.literal_eval(tree[name]) for name in ("BINDING", "SHARED", "ENGINE", "CHUNK_KERNELS")}
+    kernels = [f"cpu/{name}" for name in lists["CHUNK_KERNELS"]]
+    listed = sorted(f"{name}.cpp" for name in [*set(lists["BINDING"].values()), *lists["SHARED"], *lists["ENGINE"], *kernels])
+    sources = {path for path in (root / "csrc").rglob("*") if path.suffix in (".cpp", ".cu")} - {*(root / "csrc" / "cuda").glob("*.cu")}
+    present = sorted(str(path.relative_to(root / "csrc")) for path in sources)
+    return [] if listed == present else [f"csrc/ninja_build.py compiles {listed}, csrc has {present}"]
 
 
 RULES = [import_violations, include_violations, size_violations, unlisted_sources]
@@ -222,7 +229,13 @@ def plant(root: Path, files: dict[str, str]) -> Path:
         "csrc/cpu/sgd.cpp": '#include "cpu/block.h"\ninline namespace SAM_ISA {}\n',
         "csrc/cpu/block.h": "#include <cstring>\n#include <immintrin.h>\n",
         "csrc/bind_cpu.cpp": '#include <pybind11/pybind11.h>\n#include "cpu/engine.h"\n',
-        "setup.py": 'BINDING = ["bind_cpu"]\nENGINE = ["cpu/engine"]\nCHUNK_KERNELS = ["sgd"]\n',
+        "csrc/tensor_list.cpp": '#include "tensor_list.h"\n',
+        "csrc/tensor_list.h": '#include <pybind11/pybind11.h>\n#include "common/formulas.h"\n',
+        "csrc/cuda/sgd.cu": '#include <cuda_runtime.h>\n#include "cuda/chunk.cuh"\n',
+        "csrc/cuda/chunk.cuh": '#include <cstdint>\n#include "common/formulas.h"\n',
+        "csrc/bind_cuda.cpp": '#include <cuda_runtime_api.h>\n#include <pybind11/stl.h>\n#include "cuda/sgd.h"\n#include "tensor_list.h"\n',
+        "csrc/ninja_build.py": 'BINDING = {"_cpu": "bind_cpu", "_cuda": "bind_cuda", "_cuda_on_host": "bind_cuda"}\n'
+        'SHARED = ["tensor_list"]\nENGINE = ["cpu/engine"]\nCHUNK_KERNELS = ["sgd"]\n',
     }
     for name, text in {**sound, **files}.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -259,6 +272,8 @@ def test_a_sound_package_passes(rule, tmp_path):
         ("sam_kernels/reference/__init__.py", "import numpy\n"),
         ("sam_kernels/__init__.py", "from sam_kernels.cli import main\n"),
         ("sam_kernels/__main__.py", "from sam_kernels import functional\n"),
+        ("sam_kernels/functional.py", "from sam_kernels import _cuda\n"),
+        ("sam_kernels/_dispatch.py", "from sam_kernels import _cuda_on_host\n"),
         ("sam_kernels/surprise.py", "import torch\n"),
     ],
 )
@@ -276,6 +291,22 @@ def test_a_planted_import_is_found(name, text, tmp_path):
         ("csrc/cpu/engine.cpp", "#include <pybind11/pybind11.h>\n"),
         ("csrc/bind_cpu.cpp", "#include <ATen/ATen.h>\n"),
         ("csrc/bind_cpu.cpp", "  #  include <c10/util/Half.h>\n"),
+        ("csrc/common/formulas.h", '#include "cuda/chunk.cuh"\n'),
+        ("csrc/cpu/engine.cpp", '#include "cuda/chunk.cuh"\n'),
+        ("csrc/cpu/engine.cpp", "#include <cuda_runtime_api.h>\n"),
+        ("csrc/cuda/sgd.cu", '#include "cpu/block.h"\n'),
+        ("csrc/cuda/sgd.cu", "#include <torch/extension.h>\n"),
+        ("csrc/cuda/sgd.cu", '#include "tensor_list.h"\n'),
+        ("csrc/cuda/chunk.cuh", '#include "cpu/block.h"\n'),
+        ("csrc/cuda/chunk.cuh", "#include <ATen/cuda/CUDAContext.h>\n"),
+        ("csrc/cuda/chunk.cuh", "#include <pybind11/pybind11.h>\n"),
+        ("csrc/bind_cuda.cpp", '#include "cpu/engine.h"\n'),
+        ("csrc/bind_cuda.cpp", "#include <cuda_runtime.h>\n"),
+        ("csrc/bind_cpu.cpp", '#include "cuda/chunk.cuh"\n'),
+        ("csrc/bind_cpu.cpp", "#include <cuda_runtime_api.h>\n"),
+        ("csrc/tensor_list.h", "#include <cuda_runtime_api.h>\n"),
+        ("csrc/tensor_list.cpp", '#include "cpu/engine.h"\n'),
+        ("csrc/surprise.cpp", '#include "common/formulas.h"\n'),
         ("csrc/cpu/block.h", "#include <vector>\n"),
         ("csrc/common/formulas.h", "#include <algorithm>\n"),
     ],
@@ -292,6 +323,9 @@ def test_a_planted_include_is_found(name, text, tmp_path):
     [
         ("sam_kernels/functional.py", 401),
         ("csrc/cpu/block.h", 401),
+        ("csrc/cuda/sgd.cu", 401),
+        ("csrc/cuda/chunk.cuh", 401),
+        ("csrc/ninja_build.py", 401),
         ("tests/ops/test_x.py", 401),
         ("setup.py", 121),
         ("sam_kernels/__init__.py", 41),
@@ -302,5 +336,10 @@ def test_a_file_over_its_budget_is_found(name, lines, tmp_path):
     assert size_violations(root) == [f"{name} has {lines} lines, more than {lines - 1}"]
 
 
-def test_a_source_that_is_not_compiled_is_found(tmp_path):
-    assert unlisted_sources(plant(tmp_path, {"csrc/cpu/adamw.cpp": ""})) != []
+@pytest.mark.parametrize("name", ["csrc/cpu/adamw.cpp", "csrc/cuda/engine.cpp", "csrc/cuda/more/norm.cu", "csrc/norm.cu", "csrc/more.cpp"])
+def test_a_source_that_is_not_compiled_is_found(name, tmp_path):
+    assert unlisted_sources(plant(tmp_path, {name: ""})) != []
+
+
+def test_a_new_cuda_kernel_needs_no_list(tmp_path):
+    assert unlisted_sources(plant(tmp_path, {"csrc/cuda/adamw.cu": ""})) == []

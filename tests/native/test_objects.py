@@ -14,8 +14,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
-CHUNK_KERNELS: list[str] = SETUP["CHUNK_KERNELS"]
-INSTRUCTION_SETS: dict[str, str] = SETUP["INSTRUCTION_SETS"]
+BUILD = SETUP["ninja_build"]
+CHUNK_KERNELS: list[str] = BUILD.CHUNK_KERNELS
+INSTRUCTION_SETS: dict[str, str] = BUILD.INSTRUCTION_SETS
 FUSED_MULTIPLY_ADD = re.compile(r"\bv?fn?m(?:add|sub|addsub|subadd)[0-9]*[sp][sdh]?\b|\bfn?m(?:la|ls)\b")
 
 pytestmark = pytest.mark.skipif(shutil.which("nm") is None or shutil.which("objdump") is None, reason="needs binutils (nm, objdump)")
@@ -26,14 +27,17 @@ def run(*command: str | Path) -> str:
 
 
 def built_folder() -> Path | None:
-    """The installed build's object files, if they are those of the sources as they are."""
+    """The installed build's object files, if they are those of the sources as they are, and of the flags that ship."""
     import ninja
 
-    folder = ROOT / "build" / f"ninja{SETUP['sysconfig'].get_config_var('EXT_SUFFIX').removesuffix('.so')}"
-    rules = folder / "build.ninja"
-    if not rules.exists() or rules.stat().st_mtime < (ROOT / "setup.py").stat().st_mtime:
+    if (BUILD.setting("CXX"), BUILD.setting("SAM_KERNELS_CXXFLAGS")) != ("c++", ""):
         return None
-    return folder if "no work to do" in run(Path(ninja.BIN_DIR) / "ninja", "-C", folder, "-n") else None
+    folder = ROOT / "build" / BUILD.folder_name()
+    rules = folder / "build.ninja"
+    if not rules.exists() or rules.stat().st_mtime < max(path.stat().st_mtime for path in (ROOT / "setup.py", Path(BUILD.__file__))):
+        return None
+    module = folder.relative_to(ROOT) / "_cpu.so"
+    return folder if "no work to do" in run(Path(ninja.BIN_DIR) / "ninja", "-C", ROOT, "-f", rules, "-n", module) else None
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +86,7 @@ def test_a_kernel_object_defines_symbols_only_in_its_own_namespace(objects, name
 @pytest.mark.slow
 @pytest.mark.skipif("avx2" not in INSTRUCTION_SETS, reason="x86-64 registers")
 def test_only_the_newer_instruction_sets_use_wide_registers(objects):
-    for path in [*objects_of(objects, "baseline"), *(objects / f"{name}.o" for name in SETUP["BINDING"] + SETUP["ENGINE"])]:
+    for path in [*objects_of(objects, "baseline"), *(objects / f"{name}.o" for name in ["bind_cpu", *BUILD.SHARED, *BUILD.ENGINE])]:
         assert set(re.findall(r"%[yz]mm", disassembly(path))) == set(), path.name
     for path in objects_of(objects, "avx2"):
         assert set(re.findall(r"%[yz]mm|%k[1-7]", disassembly(path))) == {"%ymm"}, path.name
@@ -119,7 +123,7 @@ def test_the_checks_find_planted_faults(tmp_path):
     source = tmp_path / "planted.cpp"
     source.write_text(PLANTED)
     fma = ["-mfma", "-ffp-contract=fast"] if "avx2" in INSTRUCTION_SETS else ["-ffp-contract=fast"]
-    flags = SETUP["CXX_FLAGS"].replace("-ffp-contract=off", "").split()
+    flags = BUILD.CXX_FLAGS.replace("-ffp-contract=off", "").split()
     run("c++", *flags, "-DSAM_ISA=avx2", *fma, "-c", source, "-o", tmp_path / "planted.o")
     leaked = leaked_symbols(tmp_path / "planted.o", "avx2")
     assert sum("leaks" in symbol for symbol in leaked) == 1

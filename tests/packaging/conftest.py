@@ -41,9 +41,9 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def wheel(source, tmp_path_factory, needs_compiler, needs_index) -> Path:
-    """The wheel with the native core, built in isolation with the flags that ship."""
+    """The wheel with the native core, built in isolation with the flags that ship. For the CPU: test_cuda.py looks at the other module."""
     target = tmp_path_factory.mktemp("wheel") / "dist"
-    pip_wheel(source, target, isolated=True)
+    pip_wheel(source, target, isolated=True, SAM_KERNELS_BUILD="cpu")
     (path,) = target.iterdir()
     return path
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+NOT_PASSED_ON = ("SAM_KERNELS_", "PYTHONPATH", "CXX", "MAKE", "TORCH_CUDA_ARCH_LIST")  # what would change a build
 BUILT = ("build", "dist", ".venv", ".git", "__pycache__", "*.egg-info", "*.so", ".*_cache", ".benchmarks", "out", "results")
 
 
@@ -24,7 +25,7 @@ def copy_tree(target: Path) -> Path:
 
 def run(*command: str | Path, cwd: Path, env: Mapping[str, str | None] = {}, succeeds: bool | None = True) -> str:
     """Runs a command and returns all it printed. ``env`` is added to the environment (None removes); ``succeeds`` None: either way."""
-    whole = {name: value for name, value in os.environ.items() if not name.startswith(("SAM_KERNELS_", "PYTHONPATH", "CXX", "MAKE"))}
+    whole = {name: value for name, value in os.environ.items() if not name.startswith(NOT_PASSED_ON)}
     whole |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
     for name, value in env.items():
         whole.pop(name, None)

@@ -1,0 +1,126 @@
+"""What is compiled, how, and into which module, as rules for ninja. setup.py writes and runs them.
+
+Sources, objects and modules are named relative to the root, where ninja runs: nvcc does not survive every character a path may have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+from cuda_toolkit import Toolkit, architectures, code_options, host_compiler_options
+
+ROOT = Path(__file__).resolve().parents[1]
+BINDING = {"_cpu": "bind_cpu", "_cuda": "bind_cuda", "_cuda_on_host": "bind_cuda"}  # each module's own source
+SHARED = ["tensor_list"]  # in every module, compiled once
+ENGINE = ["cpu/engine", "cpu/dispatch"]  # compiled once, for the oldest processor
+# csrc/cpu/<op>.cpp, compiled once per instruction set; the slowest to compile first
+CHUNK_KERNELS = ["adamw", "sgd", "perturb_variant", "direction", "random", "perturb", "norm"]
+# No fast-math: only what does not change a result (errno and traps are not results). No contraction: see csrc/common/formulas.h.
+CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math"
+CXX_FLAGS += " -Wall -Wextra -Wno-psabi"
+INSTRUCTION_SETS = {"baseline": ""}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    CXX_FLAGS += " -DSAM_X86_KERNELS"
+    INSTRUCTION_SETS["avx2"] = "-mavx2 -mf16c"
+    INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mf16c -mprefer-vector-width=512"
+# -lineinfo: profilers show source lines; it changes no code.
+NVCC_FLAGS = "-std=c++17 -O3 -lineinfo --fmad=false -Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off -I csrc"
+# The same sources as plain C++. Nobody waits for these kernels, so less time goes into compiling them; pragmas are for nvcc.
+ON_HOST_FLAGS = "-x c++ -DSAM_CUDA_ON_HOST -O2 -Wno-unknown-pragmas"
+# The variables that change how sources are compiled, and what they are where nobody set them.
+SETTINGS = {"CXX": "c++", "SAM_KERNELS_CXXFLAGS": "", "SAM_KERNELS_NVCCFLAGS": "", "TORCH_CUDA_ARCH_LIST": ""}
+
+
+def setting(name: str) -> str:
+    return os.environ.get(name) or SETTINGS[name]
+
+
+def host_options() -> list[str]:
+    """What nvcc is told about its host compiler: nothing, unless CXX names one."""
+    return host_compiler_options(os.environ.get("CXX") or "")
+
+
+def folder_name() -> str:
+    """A folder for each Python and each way of compiling, so that going back and forth between two of them compiles nothing."""
+    name = "ninja" + sysconfig.get_config_var("EXT_SUFFIX").removesuffix(".so")
+    values = [setting(each) for each in SETTINGS]
+    return name if values == list(SETTINGS.values()) else f"{name}.{hashlib.sha256(repr(values).encode()).hexdigest()[:8]}"
+
+
+def quoted(*words: object) -> str:
+    """Words for the shell that ninja calls. Its writer escapes what is special in paths, but not dollars."""
+    return shlex.join(str(word) for word in words).replace("$", "$$")
+
+
+class Rules:
+    """Writes one build.ninja whose targets lie in ``folder``, which is relative to the root."""
+
+    def __init__(self, writer, folder: str) -> None:  # type: ignore[no-untyped-def]  # ninja's writer is untyped
+        self.writer = writer
+        self.folder = folder
+
+    def objects(self, sources: Sequence[str], suffix: str, flags: str, rule: str = "compile") -> list[str]:
+        made = [f"{self.folder}/{os.path.splitext(source)[0]}{suffix}" for source in sources]
+        for source, target in zip(sources, made, strict=True):
+            self.writer.build(target, rule, f"csrc/{source}", variables={"local": flags})
+        return made
+
+    def module(self, name: str, objects: Sequence[str], rule: str = "link") -> None:
+        target = f"{self.folder}/{name}.so"
+        self.writer.build(target, rule, objects)
+        self.writer.default(target)
+
+
+def write_rules(writer, folder: str, modules: Sequence[str], toolkit: Toolkit | None) -> None:  # type: ignore[no-untyped-def]
+    import pybind11
+
+    rules = Rules(writer, folder)
+    extra = setting("SAM_KERNELS_CXXFLAGS")  # appended, so that it can also undo a flag
+    writer.variable("builddir", folder)  # where ninja keeps what it remembers
+    writer.variable("cxx", setting("CXX"))
+    compiling = f"$cxx -MMD -MF $out.d {CXX_FLAGS} -Icsrc $local {extra} -c $in -o $out"
+    writer.rule("compile", compiling, depfile="$out.d", deps="gcc", description="$in $local")
+    strip = "" if extra else "-Wl,-s"  # who adds flags debugs
+    writer.rule("link", f"$cxx -shared $in -o $out -fopenmp {extra} {strip}", description="$out")
+    # Python's headers only where they are used: an isolated build has them in a new place each time, and the kernels need no rebuild.
+    # -O1: the binding is the longest to compile and calls into Python all the time; optimising it further gains nothing (measured).
+    python = f"-O1 {quoted('-I', pybind11.get_include(), '-I', sysconfig.get_paths()['include'])}"
+
+    shared = rules.objects([f"{name}.cpp" for name in SHARED], ".o", python)
+    linked = rules.objects([f"{BINDING['_cpu']}.cpp"], ".o", python)
+    for isa in reversed(INSTRUCTION_SETS):
+        linked += rules.objects([f"cpu/{name}.cpp" for name in CHUNK_KERNELS], f".{isa}.o", f"-DSAM_ISA={isa} {INSTRUCTION_SETS[isa]}")
+    linked += rules.objects([f"{name}.cpp" for name in ENGINE], ".o", "")
+    rules.module("_cpu", shared + linked)
+
+    kernels = sorted(f"cuda/{path.name}" for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+    if toolkit is not None:
+        archs = architectures(setting("TORCH_CUDA_ARCH_LIST"), toolkit)
+        write_nvcc_rules(writer, toolkit, archs)
+        defines = quoted("-DSAM_CUDA_MODULE=_cuda", f'-DSAM_CUDA_ARCHITECTURES="{";".join(archs)}"', "-I", toolkit.include)
+        linked = rules.objects([f"{BINDING['_cuda']}.cpp"], ".o", f"{python} {defines}")
+        linked += rules.objects(kernels, ".device.o", "", "compile_cuda")
+        rules.module("_cuda", shared + linked, "link_cuda")
+    if "_cuda_on_host" in modules:
+        defines = quoted("-DSAM_CUDA_MODULE=_cuda_on_host", '-DSAM_CUDA_ARCHITECTURES="host"', "-DSAM_CUDA_ON_HOST")
+        linked = rules.objects([f"{BINDING['_cuda_on_host']}.cpp"], ".host.o", f"{python} {defines}")
+        linked += rules.objects(kernels, ".host.o", ON_HOST_FLAGS)
+        rules.module("_cuda_on_host", shared + linked)
+
+
+def write_nvcc_rules(writer, toolkit: Toolkit, archs: Sequence[str]) -> None:  # type: ignore[no-untyped-def]
+    host, extra, extra_cxx = quoted(*host_options()), setting("SAM_KERNELS_NVCCFLAGS"), setting("SAM_KERNELS_CXXFLAGS")
+    writer.variable("nvcc", f"{quoted(toolkit.nvcc)} {host}")
+    compiling = f"$nvcc -MMD -MF $out.d {NVCC_FLAGS} {quoted(*code_options(archs))} {extra} -c $in -o $out"
+    writer.rule("compile_cuda", compiling, depfile="$out.d", deps="gcc", description=f"$in for {' '.join(archs)}")
+    # The runtime goes into the module: one binary for every torch, whichever runtime that brings. Nothing is left to link for the device;
+    # without -nodlink nvcc would add an empty program for its oldest architecture. What CXXFLAGS instrument needs them here too.
+    strip = "" if extra or extra_cxx else "-Xlinker=-s"
+    linking = f"$nvcc -shared -cudart static -nodlink -forward-unknown-to-host-compiler {extra_cxx} $in -o $out {strip}"
+    writer.rule("link_cuda", linking, description="$out")
