@@ -204,8 +204,9 @@ PYBIND11_MODULE(SAM_CUDA_MODULE, module) {
       [](List params, List grads, List old_params, List ema, const std::optional<std::vector<uint32_t>>& row_indices, const Number& norm,
          const Number& rho, const Number& lambd, double eps, double eta, const OptionalNumber& grad_scale, const OptionalNumber& found_inf,
          bool adaptive, bool from_old, double grad_weight, double ema_weight, std::optional<uint64_t> rounding_seed, uintptr_t stream) {
-        const PerturbOptions options{scalar_of(norm), scalar_of(rho), scalar_of(lambd), scalar_of(grad_scale, 1.0), scalar_of(found_inf),
-                                     eps,             eta,            adaptive,         from_old};
+        const PerturbOptions options{
+            scalar_of(norm), scalar_of(rho), scalar_of(lambd), scalar_of(grad_scale, 1.0), scalar_of(found_inf), eps, eta,
+            adaptive,        from_old};
         const Launch launch("perturb_", params, stream);
         if (ema == nullptr && !rounding_seed) {
           perturb({{params, grads, old_params}}, options, launch.place);

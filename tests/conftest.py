@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sam_kernels._dispatch import BACKENDS, available, reason_missing, use_backend
+from sam_kernels.backends.native import CUDA_ON_HOST
 from tests.helpers import interpreter
 
 INTERPRETED = interpreter.is_interpreted()
@@ -17,7 +18,11 @@ if INTERPRETED:
     interpreter.prepare()
 if os.environ.get("TRITON_INTERPRET") == "1" and not INTERPRETED:
     pytest.exit("TRITON_INTERPRET=1, and no triton that could interpret: nothing to test", returncode=0)
+if CUDA_ON_HOST and (reason := reason_missing("native")) is not None:
+    pytest.exit(f"SAM_KERNELS_CUDA_ON_HOST=1: {reason}", returncode=1)
 collect_ignore = [] if INTERPRETED else ["interpreted"]
+# A process that interprets Triton's kernels, or runs CUDA's on the host, tests those alone: everything else has a process of its own.
+TESTED = ["triton"] if INTERPRETED else ["native"] if CUDA_ON_HOST else list(BACKENDS)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -26,7 +31,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A process that interprets kernels tests those alone: everything else has a process of its own."""
     if INTERPRETED:
         mine = {"interpreted", "gpu"}  # gpu: a dry run of the device tests
         kept = [item for item in items if mine & set(item.path.parts) or {"backend", "backends"} & set(item.fixturenames)]
@@ -48,7 +52,7 @@ def _seed(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
-@pytest.fixture(params=["triton"] if INTERPRETED else BACKENDS)
+@pytest.fixture(params=TESTED)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend in turn, forced."""
     if (reason := reason_missing(request.param)) is not None:
@@ -60,7 +64,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def backends() -> list[str]:
     """All backends of this machine at once, where the reference is the expensive part."""
-    return ["triton"] if INTERPRETED else available()
+    return [name for name in available() if name in TESTED]
 
 
 @pytest.fixture

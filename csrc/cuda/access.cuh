@@ -12,8 +12,8 @@ namespace sam::cuda {
 
 SAM_INLINE int element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
-// Elements [i, ...) of a chunk. The offset is made in 32 bits: a chunk's first element is the same for all threads, and lies in no register of
-// theirs.
+// Elements [i, ...) of a chunk. The offset is made in 32 bits: a chunk's first element is the same for all threads, and lies in no register
+// of theirs.
 template <class Target, class S>
 SAM_INLINE Target* at(const Operand& operand, int i) {
   return reinterpret_cast<Target*>(static_cast<char*>(operand.data) + static_cast<uint32_t>(i) * static_cast<uint32_t>(sizeof(S)));
@@ -154,9 +154,9 @@ template <class Access, int kRoles, class Body>
 SAM_INLINE void for_each_pack(const Piece<kRoles>& piece, int thread, Body body) {
   constexpr int kWidth = Access::kWidth;
   const int whole = is_aligned<Access>(piece) ? piece.count / kWidth * kWidth : 0;
-SAM_NO_UNROLL
+  SAM_NO_UNROLL
   for (int i = thread * kWidth; i < whole; i += kThreads * kWidth) body(Width<kWidth>{}, i);
-SAM_NO_UNROLL
+  SAM_NO_UNROLL
   for (int i = whole + thread; i < piece.count; i += kThreads) body(Width<1>{}, i);
 }
 

@@ -1,5 +1,5 @@
-// Restore and torch.optim.Adam / AdamW in one pass. Reads old_p, g, m, v; writes p, m, v: 7 N s bytes. Without old_param: in place. Where it
-// is skipped parameters are restored and nothing else happens.
+// Restore and torch.optim.Adam / AdamW in one pass. Reads old_p, g, m, v; writes p, m, v: 7 N s bytes. Without old_param: in place. Where
+// it is skipped parameters are restored and nothing else happens.
 #include "cuda/launch.cuh"
 #include "cuda/operations.h"
 
@@ -21,7 +21,9 @@ struct Adam {
 
   SAM_INLINE explicit Adam(const Options& o)
       : skipped(is_skipped(o.multiplier.norm, o.found_inf)),
-        decay(o.weight_decay == 0.0 ? Decay::kNone : o.decoupled ? Decay::kDecoupled : Decay::kL2),
+        decay(o.weight_decay == 0.0 ? Decay::kNone
+              : o.decoupled         ? Decay::kDecoupled
+                                    : Decay::kL2),
         corrections(o.corrections),
         constants(adam_constants<T>({read(o.lr), o.beta1, o.beta2, o.eps, o.weight_decay, read(o.multiplier)}, {})) {}
 

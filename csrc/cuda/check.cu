@@ -29,7 +29,7 @@ struct CheckFinite {
     const int whole = is_aligned<A>(piece) ? piece.count / kWidth * kWidth : 0;
 #pragma unroll 4
     for (int i = thread * kWidth; i < whole; i += kThreads * kWidth) add(Width<kWidth>{}, i);
-SAM_NO_UNROLL
+    SAM_NO_UNROLL
     for (int i = whole + thread; i < piece.count; i += kThreads) add(Width<1>{}, i);
     T sum = 0;
     SAM_UNROLL

@@ -1,6 +1,5 @@
-#include "cuda/device.h"
-
 #include "cuda/config.h"
+#include "cuda/device.h"
 
 namespace sam::cuda {
 
@@ -35,7 +34,7 @@ void check(int code, const Place& place, const char* doing) {
   std::string words = std::string("sam_kernels: ") + place.op + " on cuda:" + std::to_string(place.device) + ": " + doing +
                       " failed: " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")";
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction || error == cudaErrorUnsupportedPtxVersion) {
-    words += "; this binary was built for " SAM_CUDA_ARCHITECTURES ": reinstall with TORCH_CUDA_ARCH_LIST set to this device's";
+    words += "; this binary was built for other devices: reinstall with TORCH_CUDA_ARCH_LIST set to this one's compute capability";
   }
   throw std::runtime_error(words);
 }

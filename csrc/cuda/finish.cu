@@ -1,5 +1,5 @@
-// The second stage of a norm: a block a norm adds up the sums of its chunks, in a fixed order, and takes the root. And the step's beginning:
-// what the last one's found_inf was is counted.
+// The second stage of a norm: a block a norm adds up the sums of its chunks, in a fixed order, and takes the root. And the step's
+// beginning: what the last one's found_inf was is counted.
 #include "cuda/operations.h"
 #include "cuda/reduce.cuh"
 

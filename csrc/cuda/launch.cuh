@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, Op::kBlocks)
   if (threadIdx.x == 0) new (storage) Op(options);
   __syncthreads();
   const Op& op = *reinterpret_cast<const Op*>(storage);
-SAM_NO_UNROLL
+  SAM_NO_UNROLL
   for (uint32_t chunk = blockIdx.x; chunk < table.chunks(); chunk += gridDim.x) {
     const auto piece = piece_of<Op>(table, chunk);
     if constexpr (Op::kSums) {

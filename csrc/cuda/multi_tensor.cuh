@@ -1,7 +1,7 @@
 // A launch's tensors, by value in its arguments: no table to copy to the device, and nothing that a CUDA graph could find changed or freed.
 //
-// Rows (the tensors of one parameter) are cut into chunks; a block finds its chunk's row by bisection over the numbers of chunks. Chunks are
-// numbered in 32 bits, elements in 64.
+// Rows (the tensors of one parameter) are cut into chunks; a block finds its chunk's row by bisection over the numbers of chunks. Chunks
+// are numbered in 32 bits, elements in 64.
 #pragma once
 
 #include <cstdint>

@@ -63,7 +63,7 @@ struct SumSquares {
     const int whole = is_aligned<A>(piece) ? piece.count / kWidth * kWidth : 0;
 #pragma unroll kUnrolled
     for (int i = thread * kWidth; i < whole; i += kThreads * kWidth) add(Width<kWidth>{}, i);
-SAM_NO_UNROLL
+    SAM_NO_UNROLL
     for (int i = whole + thread; i < piece.count; i += kThreads) add(Width<1>{}, i);
     SAM_UNROLL
     for (int half = kWidth / 2; half > 0; half /= 2) {
@@ -73,23 +73,26 @@ SAM_NO_UNROLL
     return {sums[0], largest};
   }
 
+  // The same elements as in fast_sum.
   SAM_INLINE double exact_sum(const Piece<kRoles>& piece, int thread) const {
+    const Operand grad = piece.operands[kNormGrad], param = piece.operands[kNormParam];
     double total = 0.0;
-SAM_NO_UNROLL
-    for (int i = thread; i < piece.count; i += kThreads) {
-      const double grad = load<A, 1>(piece.operands[kNormGrad], i).data[0];
-      if (options.adaptive) {
-        total += norm_term_adaptive(load<A, 1>(piece.operands[kNormParam], i).data[0], grad, options.eta);
-      } else {
-        total += norm_term(grad);
+    for_each_pack<A>(piece, thread, [&](auto width, int i) {
+      constexpr int kCount = decltype(width)::value;
+      SAM_NO_UNROLL
+      for (int j = i; j < i + kCount; ++j) {
+        const double g = load<A, 1>(grad, j).data[0];
+        total += options.adaptive ? norm_term_adaptive(load<A, 1>(param, j).data[0], g, options.eta) : norm_term(g);
       }
-    }
+    });
     return total;
   }
 };
 
 }  // namespace
 
-void sum_squares(const RowLists<kNormRoles>& lists, const NormOptions& options, const Place& place) { run<SumSquares>(lists, options, place); }
+void sum_squares(const RowLists<kNormRoles>& lists, const NormOptions& options, const Place& place) {
+  run<SumSquares>(lists, options, place);
+}
 
 }  // namespace sam::cuda

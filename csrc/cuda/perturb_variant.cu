@@ -23,7 +23,7 @@ struct PerturbAlong {
   static constexpr int kRoles = kPerturbVariantRoles, kBlocks = 1;  // as random.cu
   static constexpr bool kSums = false;
 
-  bool skipped, adaptive, from_old, stochastic;
+  bool skipped, adaptive, from_old, stochastic, uses_grad;
   T scale, direction_scale, eta, grad_weight, ema_weight;  // direction_scale: where there is an m, which is unscaled, and so is its norm
   uint32_t key_low, key_high;
 
@@ -32,6 +32,7 @@ struct PerturbAlong {
         adaptive(o.adaptive),
         from_old(o.from_old),
         stochastic(o.stochastic),
+        uses_grad(o.grad_weight != 0.0),
         scale(T(perturb_scale<double>(read(o.norm), read(o.rho), read(o.lambd), o.eps, inverse_of(o.grad_scale)))),
         direction_scale(T(perturb_scale<double>(read(o.norm), read(o.rho), read(o.lambd), o.eps, 1.0))),
         eta(T(o.eta)),
@@ -62,20 +63,21 @@ struct PerturbAlong {
   template <int kCount>
   SAM_INLINE typename A::template Values<kCount> moved(const Piece<kRoles>& piece, const Operand& source, int i) const {
     const Operand grad = piece.operands[kGrad], ema = piece.operands[kEma];
-    typename A::template Values<kCount> d, m;
-    if (grad.data != nullptr) d = load<A, kCount>(grad, i);
-    if (ema.data != nullptr) {
+    typename A::template Values<kCount> d{}, m{};
+    const bool has_ema = ema.data != nullptr;
+    if (!has_ema || uses_grad) d = load<A, kCount>(grad, i);
+    if (has_ema) {
       m = load<A, kCount>(ema, i);
       SAM_UNROLL
       for (int j = 0; j < kCount; ++j) {
         const T along_ema = m.data[j] * ema_weight;
-        d.data[j] = grad.data != nullptr ? d.data[j] * grad_weight + along_ema : along_ema;  // not multiplied by 0: it may not be finite
+        d.data[j] = uses_grad ? d.data[j] * grad_weight + along_ema : along_ema;  // not multiplied by 0: it may not be finite
       }
     }
     const auto stored = A::template load_raw<kCount>(source, i);
     if (!from_old) A::template copy<kCount>(piece.operands[kParam], piece.operands[kOldParam], i, stored);
     auto p = A::template values<kCount>(stored);
-    const T s = ema.data != nullptr ? direction_scale : scale;
+    const T s = has_ema ? direction_scale : scale;
     SAM_UNROLL
     for (int j = 0; j < kCount; ++j) {
       p.data[j] = adaptive ? perturb_adaptive(p.data[j], d.data[j], s, eta) : sam::perturb(p.data[j], d.data[j], s);

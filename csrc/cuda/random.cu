@@ -30,7 +30,7 @@ struct RandomPerturb {
     const Key key{key_low, key_high, piece.tag, kPerturbationStream};
     for_each_tile<A>(piece, thread, [&](auto width, int begin, int lane, int count) {
       constexpr int kCount = decltype(width)::value;
-      typename A::template Values<kCount> p[kWords];
+      typename A::template Values<kCount> p[kWords] = {};
       SAM_UNROLL
       for (int word = 0; word < kWords; ++word) {
         const int i = begin + lane + word * kTileLanes;

@@ -17,8 +17,8 @@ constexpr uint32_t kMostChunks = 0x7FFFFFFF;
 
 template <int kRoles>
 struct RowLists {
-  const TensorList* roles[kRoles] = {};          // null: takes no part; the first never is
-  const std::vector<uint32_t>* tags = nullptr;   // (n,); null: the rows' numbers
+  const TensorList* roles[kRoles] = {};         // null: takes no part; the first never is
+  const std::vector<uint32_t>* tags = nullptr;  // (n,); null: the rows' numbers
 
   const std::vector<int64_t>& numels() const { return roles[0]->numels; }
 

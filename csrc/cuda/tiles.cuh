@@ -1,5 +1,5 @@
-// Tiles of 1,024 elements whose random numbers share counters (common/random.h): a thread takes a few lanes of a tile, whose four words each
-// go to elements 256 apart.
+// Tiles of 1,024 elements whose random numbers share counters (common/random.h): a thread takes a few lanes of a tile, whose four words
+// each go to elements 256 apart.
 #pragma once
 
 #include "common/random.h"
@@ -20,8 +20,8 @@ SAM_INLINE Words<uint64_t> random_words(uint64_t counter, const Key& key) {
 // The counter of lane 0 of the tile that begins at an element of the row.
 SAM_INLINE uint64_t first_counter(int64_t element) { return static_cast<uint64_t>(element / kTile) * kTileLanes; }
 
-// Calls body(Width<n>, begin, lane, count) for lanes [lane, lane + n) of each tile of the chunk: elements begin + lane + 256 w + j for words w
-// and j < n, as far as they are below count (for n > 1: all are). Chunks begin where tiles do.
+// Calls body(Width<n>, begin, lane, count) for lanes [lane, lane + n) of each tile of the chunk: elements begin + lane + 256 w + j for
+// words w and j < n, as far as they are below count (for n > 1: all are). Chunks begin where tiles do.
 template <class Access, int kRoles, class Body>
 SAM_INLINE void for_each_tile(const Piece<kRoles>& piece, int thread, Body body) {
   constexpr int kWidth = Access::kWidth, kTakers = kTileLanes / kWidth;

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
 import torch
 
 import sam_kernels
+from tests.helpers.backends import module_of
 from tests.optim.problem import BACKENDS, assert_same_bits, closure_of, loss_of, make_batch, make_model, weights
 
 
@@ -22,7 +22,7 @@ def test_row_07_interrupt_around_a_perturbation(
     model, batch = make_model(), make_batch()
     groups = [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters())}]
     optimizer = sam_kernels.SAM(groups, torch.optim.SGD, rho=0.5, lr=0.1)
-    backend = importlib.import_module(f"sam_kernels.backends.{name}")
+    backend = module_of(name)
     real, calls = backend.perturb_, []
 
     def perturb_(*args: Any, **kwargs: Any) -> None:

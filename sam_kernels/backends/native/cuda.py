@@ -176,7 +176,7 @@ def perturb_(
     written(params)
     _cuda.perturb(
         params=_lists.describe(params),
-        grads=None if ema is not None and grad_weight == 0.0 else _lists.describe(grads),
+        grads=_lists.describe(grads),
         old_params=_lists.describe(old_params),
         ema=_lists.describe(ema),
         row_indices=None if rounding_seed is None else row_indices,
