@@ -9,6 +9,15 @@ namespace sam::cuda {
 
 constexpr int kThreads = 512;  // of a block
 
+// Blocks that a processor has threads for. (On the host's side of a compilation the number is of no interest.)
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 870 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr int kMostBlocks = 1536 / kThreads;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kMostBlocks = 1024 / kThreads;
+#else
+constexpr int kMostBlocks = 2048 / kThreads;
+#endif
+
 // What a sweep on a device varies. The bits of a norm depend on chunk_size.
 struct Cut {
   int chunk_size = static_cast<int>(kChunkSize);
