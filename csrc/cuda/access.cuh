@@ -19,12 +19,28 @@ SAM_INLINE Target* at(const Operand& operand, int i) {
   return reinterpret_cast<Target*>(static_cast<char*>(operand.data) + static_cast<uint32_t>(i) * static_cast<uint32_t>(sizeof(S)));
 }
 
+// The elements as they lie there, in one access: by value, or what takes them apart would read them one by one, and 8 bytes as a number, or
+// they would be read as two words.
+template <class S, int kCount>
+SAM_INLINE Pack<S, kCount> read_pack(const Operand& operand, int i) {
+  using P = Pack<S, kCount>;
+  if constexpr (sizeof(P) == sizeof(uint64_t)) {
+    const uint64_t bits = *at<const uint64_t, S>(operand, i);
+    P pack;
+    std::memcpy(&pack, &bits, sizeof pack);
+    return pack;
+  } else {
+    return *at<const P, S>(operand, i);
+  }
+}
+
 // Every operand is of type S; arithmetic is float.
 template <class S>
 struct Uniform {
   using Arithmetic = float;
   static constexpr int kWidth = 16 / sizeof(S);
   static constexpr int kBlocks = 4;  // resident on a processor, by registers: 2048 threads, all there can be
+  static constexpr bool kHasBFloat16 = std::is_same_v<S, BFloat16>;
 
   template <int kCount>
   using Raw = Pack<S, kCount>;
@@ -36,7 +52,7 @@ struct Uniform {
   // As stored.
   template <int kCount>
   SAM_INLINE static Raw<kCount> load_raw(const Operand& operand, int i) {
-    return *at<const Raw<kCount>, S>(operand, i);
+    return read_pack<S, kCount>(operand, i);
   }
 
   template <int kCount>
@@ -62,6 +78,7 @@ struct Mixed {
   using Arithmetic = T;
   static constexpr int kWidth = 16 / sizeof(T);
   static constexpr int kBlocks = 2;
+  static constexpr bool kHasBFloat16 = true;
 
   template <int kCount>
   using Raw = Pack<T, kCount>;  // what is stored differs from row to row
@@ -73,10 +90,10 @@ struct Mixed {
   template <int kCount>
   SAM_INLINE static Raw<kCount> load_raw(const Operand& operand, int i) {
     switch (operand.dtype) {
-      case DType::kBFloat16: return widen<T>(*at<const Pack<BFloat16, kCount>, BFloat16>(operand, i));
-      case DType::kFloat16: return widen<T>(*at<const Pack<Float16, kCount>, Float16>(operand, i));
-      case DType::kFloat32: return widen<T>(*at<const Pack<float, kCount>, float>(operand, i));
-      default: return *at<const Raw<kCount>, T>(operand, i);  // float64: T is double
+      case DType::kBFloat16: return widen<T>(read_pack<BFloat16, kCount>(operand, i));
+      case DType::kFloat16: return widen<T>(read_pack<Float16, kCount>(operand, i));
+      case DType::kFloat32: return widen<T>(read_pack<float, kCount>(operand, i));
+      default: return read_pack<T, kCount>(operand, i);  // float64: T is double
     }
   }
 
@@ -112,7 +129,7 @@ struct Mixed {
  private:
   template <class Bits, int kCount>
   SAM_INLINE static void copy_bits(const Operand& from, const Operand& to, int i) {
-    *at<Pack<Bits, kCount>, Bits>(to, i) = *at<const Pack<Bits, kCount>, Bits>(from, i);
+    *at<Pack<Bits, kCount>, Bits>(to, i) = read_pack<Bits, kCount>(from, i);
   }
 };
 

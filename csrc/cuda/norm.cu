@@ -10,7 +10,6 @@ namespace sam::cuda {
 namespace {
 
 constexpr float kHigh = 0x1p100f, kLow = 0x1p-100f;
-constexpr int kUnrolled = 2;  // packs in flight: with one operand, one would leave the memory idle
 
 template <class A>
 struct SumSquares {
@@ -21,17 +20,12 @@ struct SumSquares {
   static constexpr bool kSums = true;
 
   Options options;
+  float eta;  // rounded once, not in each thread
 
-  SAM_INLINE explicit SumSquares(const Options& o) : options(o) {}
+  SAM_INLINE explicit SumSquares(const Options& o) : options(o), eta(static_cast<float>(o.eta)) {}
 
   SAM_INLINE double sum(const Piece<kRoles>& piece, int thread) const {
-    if constexpr (std::is_same_v<T, double>) {
-      return exact_sum(piece, thread);
-    } else {
-      const Sum found = options.adaptive ? fast_sum<true>(piece, thread) : fast_sum<false>(piece, thread);
-      const bool in_range = found.total >= kLow && found.total < kHigh;
-      return in_range || found.largest == 0.0f ? static_cast<double>(found.total) : exact_sum(piece, thread);
-    }
+    return options.adaptive ? sum_of<true>(piece, thread) : sum_of<false>(piece, thread);
   }
 
   SAM_INLINE void finish(const Piece<kRoles>& piece, double total) const { options.sums[piece.tag + piece.chunk] = total; }
@@ -42,10 +36,20 @@ struct SumSquares {
   };
 
   template <bool kAdaptive>
+  SAM_INLINE double sum_of(const Piece<kRoles>& piece, int thread) const {
+    if constexpr (std::is_same_v<T, double>) {
+      return exact_sum<kAdaptive>(piece, thread);
+    } else {
+      const Sum found = fast_sum<kAdaptive>(piece, thread);
+      const bool in_range = found.total >= kLow && found.total < kHigh;
+      return in_range || found.largest == 0.0f ? static_cast<double>(found.total) : exact_sum<kAdaptive>(piece, thread);
+    }
+  }
+
+  template <bool kAdaptive>
   SAM_INLINE Sum fast_sum(const Piece<kRoles>& piece, int thread) const {
     constexpr int kWidth = A::kWidth;
     const Operand grad = piece.operands[kNormGrad], param = piece.operands[kNormParam];
-    const float eta = static_cast<float>(options.eta);
     float sums[kWidth] = {}, largest = 0.0f;
     const auto add = [&](auto width, int i) {
       constexpr int kCount = decltype(width)::value;
@@ -61,7 +65,8 @@ struct SumSquares {
       }
     };
     const int whole = is_aligned<A>(piece) ? piece.count / kWidth * kWidth : 0;
-#pragma unroll kUnrolled
+    // Two packs in flight: one would leave the memory idle.
+#pragma unroll(kAdaptive ? 1 : 2)
     for (int i = thread * kWidth; i < whole; i += kThreads * kWidth) add(Width<kWidth>{}, i);
     SAM_NO_UNROLL
     for (int i = whole + thread; i < piece.count; i += kThreads) add(Width<1>{}, i);
@@ -74,15 +79,22 @@ struct SumSquares {
   }
 
   // The same elements as in fast_sum.
+  template <bool kAdaptive>
   SAM_INLINE double exact_sum(const Piece<kRoles>& piece, int thread) const {
     const Operand grad = piece.operands[kNormGrad], param = piece.operands[kNormParam];
+    constexpr bool kRescues = !std::is_same_v<T, double>;  // one element at a time: a path for next to never takes no registers
     double total = 0.0;
     for_each_pack<A>(piece, thread, [&](auto width, int i) {
-      constexpr int kCount = decltype(width)::value;
+      constexpr int kCount = decltype(width)::value, kTogether = kRescues ? 1 : kCount;
       SAM_NO_UNROLL
-      for (int j = i; j < i + kCount; ++j) {
-        const double g = load<A, 1>(grad, j).data[0];
-        total += options.adaptive ? norm_term_adaptive(load<A, 1>(param, j).data[0], g, options.eta) : norm_term(g);
+      for (int j = i; j < i + kCount; j += kTogether) {
+        const auto g = load<A, kTogether>(grad, j);
+        typename A::template Values<kTogether> p{};
+        if constexpr (kAdaptive) p = load<A, kTogether>(param, j);
+        SAM_UNROLL
+        for (int k = 0; k < kTogether; ++k) {
+          total += kAdaptive ? norm_term_adaptive(p.data[k], g.data[k], options.eta) : norm_term(g.data[k]);
+        }
       }
     });
     return total;

@@ -20,7 +20,7 @@ struct PerturbAlong {
   using Access = A;
   using T = typename A::Arithmetic;
   using Options = PerturbVariantOptions;
-  static constexpr int kRoles = kPerturbVariantRoles, kBlocks = 1;  // as random.cu
+  static constexpr int kRoles = kPerturbVariantRoles, kBlocks = A::kHasBFloat16 ? 1 : 2;  // 1: as random.cu
   static constexpr bool kSums = false;
 
   bool skipped, adaptive, from_old, stochastic, uses_grad;
@@ -46,7 +46,7 @@ struct PerturbAlong {
     const Operand source = choose(from_old, old_param, param);
     if (skipped) {
       copy_chunk<A>(piece, source, choose(from_old, param, old_param), thread);
-    } else if (stochastic && param.dtype == DType::kBFloat16) {
+    } else if (A::kHasBFloat16 && stochastic && param.dtype == DType::kBFloat16) {
       for_each_tile<A>(piece, thread, [&](auto width, int begin, int lane, int count) {
         move_tile<decltype(width)::value>(piece, source, begin, lane, count);
       });
