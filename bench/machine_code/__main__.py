@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
-from bench.machine_code import page
+from bench.machine_code import cuda, cuda_page, cuda_rules, generated, page
 from bench.machine_code.rules import violations
 from bench.machine_code.targets import TARGETS, reason_missing
 from sam_kernels.backends.triton import IS_INTERPRETED, REASON_MISSING
@@ -17,8 +18,13 @@ from sam_kernels.backends.triton import IS_INTERPRETED, REASON_MISSING
 @click.option("--target", "targets", type=click.Choice(list(TARGETS)), multiple=True, help="Which processors. Default: all.")
 @click.option("--write", "path", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The page to write the tables into.")
 @click.option("--complete", is_flag=True, help="Every variant on every target, not on sm_90 alone; takes four times as long.")
-def main(targets: tuple[str, ...], path: Path | None, complete: bool) -> None:
+@click.option("--cuda", "of_cuda", is_flag=True, help="The kernels of csrc/cuda instead, by nvcc, for all architectures.")
+def main(targets: tuple[str, ...], path: Path | None, complete: bool, of_cuda: bool) -> None:
     """Compiles every Triton kernel, without a GPU. Exits with 1 where a rule is broken."""
+    if of_cuda:
+        if targets or complete:
+            raise click.UsageError("--cuda compiles all there is")
+        _report(path, *_cuda())
     if REASON_MISSING is not None or IS_INTERPRETED:
         raise click.ClickException(REASON_MISSING or "TRITON_INTERPRET is set: nothing is compiled")
     if path is not None and (targets or complete):
@@ -27,12 +33,21 @@ def main(targets: tuple[str, ...], path: Path | None, complete: bool) -> None:
         if (reason := reason_missing(target)) is not None:
             raise click.ClickException(f"{target}: {reason}")
     codes = page.codes_of(targets or TARGETS, complete=complete)
-    generated = page.tables(codes)
+    _report(path, page.PART, page.tables(codes), [text for code in codes for text in violations(code)])
+
+
+def _cuda() -> tuple[str, str, list[str]]:
+    if (reason := cuda.reason_missing()) is not None:
+        raise click.ClickException(reason)
+    kernels = cuda.compile_all(cuda.toolkit()[2])
+    return cuda_page.PART, cuda_page.table(kernels), [text for kernel in kernels for text in cuda_rules.violations(kernel)]
+
+
+def _report(path: Path | None, part: str, tables: str, wrong: list[str]) -> NoReturn:
     if path is None:
-        click.echo(generated)
+        click.echo(tables)
     else:
-        page.write(path, generated)
-    wrong = [text for code in codes for text in violations(code)]
+        generated.write(path, part, tables)
     for text in wrong:
         click.echo(text, err=True)
     sys.exit(bool(wrong))

@@ -1,21 +1,19 @@
-"""The tables of docs/kernels.md: made of the code of every kernel, put between two markers."""
+"""The tables of docs/kernels.md about the Triton kernels: made of the code of every one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from bench.machine_code.compiled import Code, compile_all
 from bench.machine_code.launches import Variant, covering, recorded
 from bench.machine_code.rules import violations
 from bench.machine_code.targets import TARGETS
 
-__all__ = ["COMMAND", "PAGE", "between_markers", "codes_of", "tables", "write"]
+__all__ = ["COMMAND", "PART", "codes_of", "tables"]
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
+PART = "machine code"
 COMMAND = "python -m bench.machine_code --write docs/kernels.md"
 MAIN = "sm_90"  # the target that every variant is compiled for
-_BEGIN, _END = "<!-- machine code: begin -->\n", "<!-- machine code: end -->\n"
 _DTYPES = ("fp32", "bf16", "fp16", "mixed", "")
 
 
@@ -91,17 +89,5 @@ def tables(codes: Sequence[Code]) -> str:
         found = [code for code in codes if code.target.name == name]
         if found:
             which = "all" if name == MAIN else "some that cover every kernel with every storage type and every value of every argument"
-            parts.append(f"### {name}: {len(found)} variants ({which})\n\n{_table(found)}")
+            parts.append(f"#### {name}: {len(found)} variants ({which})\n\n{_table(found)}")
     return "\n\n".join(parts) + "\n"
-
-
-def between_markers(text: str) -> str:
-    """What is generated in a page."""
-    return text.split(_BEGIN)[1].split(_END)[0].strip("\n") + "\n"
-
-
-def write(path: Path, generated: str) -> None:
-    """Replaces what is generated in a page."""
-    text = path.read_text(encoding="utf-8")
-    head, tail = text.split(_BEGIN)[0], text.split(_END)[1]
-    path.write_text(f"{head}{_BEGIN}\n{generated}\n{_END}{tail}", encoding="utf-8")

@@ -18,7 +18,7 @@ REASON = backend.REASON_MISSING or ("kernels are interpreted here, not compiled"
 if REASON is not None:
     pytest.skip(REASON, allow_module_level=True)
 
-from bench.machine_code import page  # noqa: E402
+from bench.machine_code import generated, page  # noqa: E402
 from bench.machine_code.compiled import Code, compile_variant  # noqa: E402
 from bench.machine_code.launches import Variant, covering, recorded, records_of, timed_call  # noqa: E402
 from bench.machine_code.rules import RULES, violations  # noqa: E402
@@ -57,7 +57,7 @@ def test_the_page_is_up_to_date(codes: list[Code]) -> None:
     assert pinned is not None
     if pinned[1] != backend.VERSION:
         pytest.skip(f"the page is about triton {pinned[1]}, this is {backend.VERSION}")
-    written = page.between_markers(page.PAGE.read_text(encoding="utf-8"))
+    written = generated.between_markers(generated.PAGE.read_text(encoding="utf-8"), page.PART)
     assert written == page.tables(codes), f"docs/kernels.md is not what the code gives now; run: {page.COMMAND}"
 
 
