@@ -27,13 +27,13 @@ demo: $(VENV)/.installed-demo $(VENV)/.native  ## train on real data and print t
 test: lint  ## lint, then every test
 	$(BIN)/python -m pytest $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/ops tests/interpreted
-	SAM_KERNELS_CUDA_ON_HOST=1 $(BIN)/python -m pytest -n auto tests/ops tests/optim
+	SAM_KERNELS_CUDA_ON_HOST=1 $(BIN)/python -m pytest -n auto tests/ops tests/optim tests/on_host
 
 interpreted: install  ## only the tests of the Triton kernels, run by Triton's interpreter
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/ops tests/interpreted $(ARGS)
 
 on-host: install  ## only the tests of the CUDA kernels, compiled for the CPU
-	SAM_KERNELS_CUDA_ON_HOST=1 $(BIN)/python -m pytest -n auto tests/ops tests/optim $(ARGS)
+	SAM_KERNELS_CUDA_ON_HOST=1 $(BIN)/python -m pytest -n auto tests/ops tests/optim tests/on_host $(ARGS)
 
 install: $(VENV)/.installed-test $(VENV)/.native  ## only make the environment, with everything in it
 

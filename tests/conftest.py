@@ -20,7 +20,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" and not INTERPRETED:
     pytest.exit("TRITON_INTERPRET=1, and no triton that could interpret: nothing to test", returncode=0)
 if CUDA_ON_HOST and (reason := reason_missing("native")) is not None:
     pytest.exit(f"SAM_KERNELS_CUDA_ON_HOST=1: {reason}", returncode=1)
-collect_ignore = [] if INTERPRETED else ["interpreted"]
+collect_ignore = [*([] if INTERPRETED else ["interpreted"]), *([] if CUDA_ON_HOST else ["on_host"])]
 # A process that interprets Triton's kernels, or runs CUDA's on the host, tests those alone: everything else has a process of its own.
 TESTED = ["triton"] if INTERPRETED else ["native"] if CUDA_ON_HOST else list(BACKENDS)
 

@@ -1,0 +1,166 @@
+"""The CUDA kernels compiled for the host beside the CPU's: the same formulas in the same order, so the same bits."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sam_kernels import _dispatch
+from sam_kernels.backends.native import cpu, cuda
+from tests.helpers.bits import RANDOM, assert_same_perturbation, compare_written
+from tests.helpers.cases import DTYPES, MIXED_NARROW, build, combinations, run
+from tests.helpers.compare import assert_same_bits
+from tests.helpers.tolerance import norm_bound, ulp
+
+ELEMENTWISE = ("perturb_", "random_perturb_", "restore_", "sgd_step_", "adamw_step_")
+ROWS = [3, 5, 64, 0, 1030]  # again and again, in lists of more rows than a launch takes
+
+
+@contextmanager
+def cpu_kernels() -> Iterator[None]:
+    """CPU tensors go to the CPU's kernels, as in a process of users."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(_dispatch._loaded, "native.cuda", cpu)
+        yield
+
+
+@contextmanager
+def cuda_kernels() -> Iterator[None]:
+    assert _dispatch.select("cpu") is cuda
+    yield
+
+
+def test_there_are_two() -> None:
+    assert cuda._cuda.ON_HOST
+    with cpu_kernels():
+        assert _dispatch.select("cpu") is cpu
+    with cuda_kernels():
+        pass
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, MIXED_NARROW])
+@pytest.mark.parametrize("op", ELEMENTWISE)
+def test_same_bits_as_the_cpu_kernels(op: str, dtype: str) -> None:
+    """Scalars too: both make them in double. (A first step that is skipped leaves zeros in new buffers on a device, none on the CPU.)"""
+    assert compare_written(op, dtype, cuda_kernels, cpu_kernels, options_left_out=("found_inf_first",)) >= 10
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_directions_have_the_bits_of_the_cpu_kernels(dtype: str) -> None:
+    """The moving average; its norm is summed in another order."""
+    assert compare_written("direction_norm_", dtype, cuda_kernels, cpu_kernels) >= 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("distribution", RANDOM)
+def test_random_numbers_across_chunks(distribution: str, dtype: torch.dtype) -> None:
+    if distribution == "rounding" and dtype is torch.float16:
+        pytest.skip("stochastic rounding is for bfloat16, and refuses float16")
+    assert_same_perturbation(distribution, dtype, (150_000, 65_536, 65_539, 1023), cuda_kernels, cpu_kernels)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", ["grad_norm", "grad_norms", "direction_norm_"])
+def test_norms_agree_within_their_roundings(op: str, dtype: str) -> None:
+    """Sums of float64 on the CPU; here a term passes through as many float32 additions as the module says."""
+    for case, option in combinations(op, dtype):
+        (found, numels), (expected, _) = (norm_of(op, case, dtype, option, choose) for choose in (cuda_kernels, cpu_kernels))
+        roundings = cuda.norm_roundings(numels, "direction" if op == "direction_norm_" else "norm")
+        bound = norm_bound(expected.double(), sum(numels), roundings) + ulp(expected, expected.dtype)  # both are rounded to it
+        near = (found.double() - expected.double()).abs() <= bound
+        same = found.eq(expected) | (found.isnan() & expected.isnan())
+        assert (near | same).all(), f"{case}, {option}: {found}, expected {expected} within {bound}"
+
+
+def norm_of(op: str, case: str, dtype: str, option: str, choose: Callable[[], Any]) -> tuple[Tensor, list[int]]:
+    """The norm, or norms, and the sizes of the rows."""
+    problem = build(op, case, dtype, option)
+    with choose():
+        result = run(problem)
+    grads = next(tensors for name, tensors in problem.lists.items() if name.startswith("grads"))
+    return result, [0 if grad is None else grad.numel() for grad in grads]
+
+
+def gradients(count: int) -> list[Tensor]:
+    return [torch.randn(size) for size, _ in zip(itertools.cycle(ROWS), range(count), strict=False)]
+
+
+@pytest.mark.parametrize("adaptive", [False, True], ids=["plain", "adaptive"])
+def test_a_norm_does_not_depend_on_how_rows_are_split_into_launches(adaptive: bool) -> None:
+    """A group of rows alone, in a small launch, and behind as many others that it lies across the border of two large ones."""
+    capacity = cuda._cuda.LargeSplit.CAPACITY  # of a table for four operands; one for two holds more rows
+    group, before = gradients(90), gradients(2 * capacity)
+    kwargs = {"adaptive": adaptive, "eta": 0.01 if adaptive else 0.0}
+    (alone,) = norms_of([group], **kwargs)
+    for count in (1, capacity // 2, *range(capacity, 2 * capacity, capacity // 12)):
+        assert_same_bits(f"behind {count} rows", [norms_of([before[:count], group], **kwargs)[1]], [alone])
+
+
+def norms_of(groups: list[list[Tensor]], **kwargs: Any) -> Tensor:
+    """The norm of each group, in as many launches as all rows together need. A parameter is the cosine of its gradient."""
+    rows = [row for group in groups for row in group]
+    params = [row.cos() for row in rows]
+    sizes = [len(group) for group in groups]
+    return cuda.grad_norms(rows, params, sizes, found_inf=None, skipped=None, out=None, **kwargs)
+
+
+def rows(seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, generator=generator) for size in (3, 70)]
+
+
+def perturb(make: Callable[[float], Any]) -> list[Tensor]:
+    params = rows(1)
+    flags: dict[str, Any] = {
+        "adaptive": False,
+        "eta": 0.0,
+        "eps": 1e-12,
+        "grad_scale": make(4.0),
+        "found_inf": make(0.0),
+        "from_old": False,
+    }
+    direction: dict[str, Any] = {"ema": None, "grad_weight": 1.0, "ema_weight": 0.0, "rounding_seed": None, "row_indices": [0, 1]}
+    cuda.perturb_(params, rows(2), rows(3), make(1.5), rho=make(0.125), lambd=make(0.375), **flags, **direction)
+    return params
+
+
+def random_perturb(make: Callable[[float], Any]) -> list[Tensor]:
+    params = rows(1)
+    cuda.random_perturb_(params, rows(2), [0, 1], seed=5, scale=make(0.625), distribution="normal", from_old=False)
+    return params
+
+
+def sgd(make: Callable[[float], Any]) -> list[Tensor]:
+    params, buffers = rows(1), rows(2)
+    momentum: dict[str, Any] = {"momentum": 0.9, "dampening": 0.1, "nesterov": False, "first_step": False}
+    clipping: dict[str, Any] = {"grad_scale": make(4.0), "found_inf": make(0.0), "norm": make(8.0), "max_norm": 0.5, "maximize": False}
+    cuda.sgd_step_(params, rows(3), buffers, old_params=None, lr=make(0.0625), weight_decay=0.1, **momentum, **clipping)
+    return params + buffers
+
+
+def adamw(make: Callable[[float], Any]) -> list[Tensor]:
+    params, firsts, seconds, steps = rows(1), rows(2), [row.square() for row in rows(3)], [torch.tensor(4.0), torch.tensor(0.0)]
+    options: dict[str, Any] = {
+        "betas": (0.9, 0.99),
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+        "decoupled": True,
+        "maximize": True,
+        "old_params": None,
+    }
+    clipping: dict[str, Any] = {"grad_scale": make(4.0), "found_inf": make(0.0), "norm": make(8.0), "max_norm": 0.5}
+    cuda.adamw_step_(params, rows(4), firsts, seconds, steps, lr=make(0.0625), **options, **clipping)
+    return params + firsts + seconds + steps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("call", [perturb, random_perturb, sgd, adamw])
+def test_scalars_on_the_device_are_the_numbers(call: Callable[[Callable[[float], Any]], list[Tensor]], dtype: torch.dtype) -> None:
+    found = call(lambda value: torch.tensor(value, dtype=dtype))
+    assert_same_bits(call.__name__, found, call(float))
