@@ -1,8 +1,8 @@
 """The CUDA kernels of ``csrc/cuda``. Formulas: ``csrc/common/formulas.h``; specification: ``sam_kernels.reference``.
 
 Arithmetic in float32 (float64 for a row that has a float64 tensor), one rounding to storage; norms are summed in a fixed order. A launch
-takes its tensors' addresses by value: nothing is copied to the device beforehand, and a CUDA graph can record everything. The host waits for
-nothing. Every function takes lists that :mod:`sam_kernels._grouping` made: checked, dense, on one device.
+takes its tensors' addresses by value: nothing is copied to the device beforehand, and a CUDA graph can record everything. The host waits
+for nothing. Every function takes lists that :mod:`sam_kernels._grouping` made: checked, dense, on one device.
 
 ``SAM_KERNELS_CUDA_ON_HOST=1``: the same code compiled for the host runs on CPU tensors, for the tests.
 """
