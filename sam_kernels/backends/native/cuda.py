@@ -25,7 +25,7 @@ try:
     if CUDA_ON_HOST:
         from sam_kernels import _cuda_on_host as _cuda
     else:
-        from sam_kernels import _cuda
+        from sam_kernels import _cuda  # type: ignore[no-redef]  # the same functions
 except ImportError as error:
     raise ImportError(f"the compiled CUDA module of sam_kernels cannot be imported ({error}); reinstall with CUDA's nvcc") from error
 
