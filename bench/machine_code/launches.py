@@ -26,7 +26,7 @@ from sam_kernels.cli._options import OPTIONS
 __all__ = ["DTYPES", "Variant", "covering", "recorded", "records_of", "timed_call"]
 
 DTYPES = ("float32", "bfloat16", "float16", MIXED_NARROW)
-_POINTERS = {torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+_POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32", torch.int64: "*i64"}
 
 
 @dataclass(frozen=True)

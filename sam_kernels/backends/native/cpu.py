@@ -113,6 +113,10 @@ def _written(params: Sequence[Tensor]) -> None:
     torch.autograd.graph.increment_version(params)
 
 
+def _number(value: float | Tensor) -> float:
+    return value.item() if isinstance(value, Tensor) else value
+
+
 def _inverse(grad_scale: Tensor | None) -> float:
     return 1.0 if grad_scale is None else 1.0 / grad_scale.item()
 
@@ -172,8 +176,8 @@ def perturb_(
     old_params: Sequence[Tensor],
     norm: Tensor,  # ()
     *,
-    rho: float,
-    lambd: float,
+    rho: float | Tensor,  # ()
+    lambd: float | Tensor,  # ()
     adaptive: bool,
     eta: float,
     eps: float,
@@ -200,8 +204,8 @@ def perturb_(
         "grads": _native(grads),
         "old_params": _native(old_params),
         "norm": norm.item(),
-        "rho": rho,
-        "lambd": lambd,
+        "rho": _number(rho),
+        "lambd": _number(lambd),
         "eps": eps,
         "eta": eta,
         "inv_grad_scale": _inverse(grad_scale),
@@ -255,7 +259,7 @@ def random_perturb_(
     row_indices: Sequence[int],
     *,
     seed: int,
-    scale: float,
+    scale: float | Tensor,  # ()
     distribution: str,
     from_old: bool,
 ) -> None:
@@ -266,7 +270,7 @@ def random_perturb_(
         old_params=_native(old_params),
         row_indices=row_indices,
         seed=seed,
-        scale=scale,
+        scale=_number(scale),
         normal=distribution == "normal",
         from_old=from_old,
         threads=torch.get_num_threads(),
@@ -285,7 +289,7 @@ def sgd_step_(
     momentum_buffers: Sequence[Tensor] | None,
     *,
     old_params: Sequence[Tensor] | None,
-    lr: float,
+    lr: float | Tensor,  # ()
     momentum: float,
     dampening: float,
     weight_decay: float,
@@ -308,7 +312,7 @@ def sgd_step_(
         grads=_native(grads),
         old_params=_native(old_params),
         momentum_buffers=_native(momentum_buffers),
-        lr=lr,
+        lr=_number(lr),
         momentum=momentum,
         dampening=dampening,
         weight_decay=weight_decay,
@@ -328,7 +332,7 @@ def adamw_step_(
     state_steps: Sequence[Tensor],
     *,
     old_params: Sequence[Tensor] | None,
-    lr: float,
+    lr: float | Tensor,  # ()
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
@@ -352,7 +356,7 @@ def adamw_step_(
         exp_avgs=_native(exp_avgs),
         exp_avg_sqs=_native(exp_avg_sqs),
         steps=_cpu.advance_steps(_native(state_steps)),
-        lr=lr,
+        lr=_number(lr),
         beta1=betas[0],
         beta2=betas[1],
         eps=eps,
