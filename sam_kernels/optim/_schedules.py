@@ -12,13 +12,15 @@ import re
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from sam_kernels._validate import check_number, check_number_or_tensor, describe
 
-__all__ = ["Schedule", "Step", "check_schedule", "lambd_at", "rho_at", "takes_part"]
+__all__ = ["FIRST_STEP", "Schedule", "Step", "check_schedule", "lambd_at", "rho_at", "takes_part"]
 
 Step = int | Tensor
+FIRST_STEP = torch.ones((), dtype=torch.float64)
 Schedule = float | Tensor | str | Callable[[Any], float | Tensor]
 
 _LAMBDS: dict[str, Callable[[Any], float | Tensor]] = {"1/t": lambda t: 1.0 / t, "1-1/t": lambda t: 1.0 - 1.0 / t}

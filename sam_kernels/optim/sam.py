@@ -19,7 +19,7 @@ from sam_kernels.optim._group import check_params
 from sam_kernels.optim._held_still import BufferGuard, RandomState
 from sam_kernels.optim._micro_batches import GradientMean, mean_loss
 from sam_kernels.optim._passes import Passes
-from sam_kernels.optim._schedules import Schedule, check_schedule, takes_part
+from sam_kernels.optim._schedules import FIRST_STEP, Schedule, check_schedule, takes_part
 
 __all__ = ["SAM"]
 
@@ -39,8 +39,8 @@ class SAM(Optimizer):
         params: parameters or parameter groups, as for ``torch.optim``; groups may set ``rho``, ``lambd``, ``adaptive`` and ``eta`` of their
             own. float32, float64, bfloat16 or float16; arithmetic is float32 or better. With a base instance: that instance's parameters.
         base_optimizer: an optimizer class, made with ``base_kwargs``, or an instance. Its ``param_groups`` and ``state`` are shared.
-        rho: radius ≥ 0: a number, a 0-dim tensor, ``'C/k^p'`` or a callable t → ρ. A group with ρ = 0 takes no part in the ascent. With ρ = 0 everywhere
-            the closure runs once and the step is the base optimizer's, bit for bit.
+        rho: radius ≥ 0: a number, a 0-dim tensor, ``'C/k^p'`` or a callable t → ρ. A group with ρ = 0 takes no part in the ascent. With
+            ρ = 0 everywhere the closure runs once and the step is the base optimizer's, bit for bit.
         lambd: mix of SAM (1) and USAM (0): a number in [0, 1], a 0-dim tensor, ``'1/t'``, ``'1-1/t'`` or a callable t → λ.
         adaptive, eta: ASAM's normalisation T = |w| + eta.
         eps: added to the norm. (The base's own ``eps``, such as Adam's, is set through a base instance.)
@@ -54,13 +54,13 @@ class SAM(Optimizer):
 
     A step whose gradients are not finite, in either pass, changes nothing and is counted in :attr:`skipped_steps`.
 
-    With ``capturable`` ρ, λ and the step t (``sam_step``) are 0-dim tensors on the device, kept in ``param_groups`` (numbers become float64),
-    and schedules are computed from them there; a callable is given t as a tensor and makes a tensor of it. Change ρ and λ between replays
-    with ``group["rho"].fill_(0.1)``, and give ``lr`` as a tensor, which schedulers fill. A number put in the place of a tensor is followed
-    by eager steps only; all other options are constants of the graph. One tensor given for several groups is shared by them. A radius that
-    is the number 0 leaves its group out of the ascent for good; one in a tensor does not move the weights but stays in the norm, and
-    makes the closure run twice. Before the capture make at least one eager step on a side stream, as torch asks for, and capture anew after
-    ``load_state_dict``. The base must be one that is fused: ``SGD``, ``Adam`` or ``AdamW``.
+    With ``capturable`` ρ, λ and the step t (``sam_step``) are 0-dim tensors on the device, kept in ``param_groups`` (numbers become
+    float64), and schedules are computed from them there; a callable is given t as a tensor and makes a tensor of it. Change ρ and λ between
+    replays with ``group["rho"].fill_(0.1)``, and give ``lr`` as a tensor, which schedulers fill. A number put in the place of a tensor is
+    followed by eager steps only; all other options are constants of the graph. One tensor given for several groups is shared by them. A
+    radius that is the number 0 leaves its group out of the ascent; 0 in a tensor does not move the weights, but their gradients stay in the
+    norm and the closure runs twice. Before the capture make at least one eager step on a side stream, as torch asks for, and capture anew
+    after ``load_state_dict``. The base must be one that is fused: ``SGD``, ``Adam`` or ``AdamW``.
 
     Memory: one copy of the parameters, allocated at the first step, freed by :meth:`release_buffers`. Bytes moved for N parameters of
     s bytes with SGD and momentum: norm 1, perturb 4, norm (to check) 1, restore and update 5: 11 N s.
@@ -305,7 +305,7 @@ class SAM(Optimizer):
             raise RuntimeError(f"SAM: {what} between first_step and second_step, while the weights are perturbed")
 
     def _check_group_values(self, values: dict[str, Any]) -> None:
-        first_step = torch.ones((), dtype=torch.float64) if self.capturable else 1
+        first_step = FIRST_STEP if self.capturable else 1
         for name in ("rho", "lambd"):
             if name in values:
                 check_schedule(name, values[name], first_step)
