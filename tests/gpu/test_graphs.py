@@ -153,10 +153,14 @@ def test_a_replay_follows_schedules(base: str, schedule: str, device: str) -> No
 def test_what_cannot_be_recorded_is_refused(base: str, capturable: bool, steps: int, message: str, device: str) -> None:
     model, optimizer = make(base, device, capturable=capturable)
     closure = closure_of(optimizer, model)
-    closure()  # the libraries of torch are there
+
+    def attempt() -> None:
+        model.factor.fill_(1.0)  # torch warns of an empty graph
+        optimizer.step(closure)
+
     warm_up(steps, lambda: optimizer.step(closure))
     before = everything(model, optimizer)
     with pytest.raises(RuntimeError, match=message):
-        capture(lambda: optimizer.step(closure))
+        capture(attempt)
     assert_same_bits("after the attempt", everything(model, optimizer), before)
     optimizer.step(closure)
