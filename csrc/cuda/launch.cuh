@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, Op::kBlocks < kMostBlocks ? Op::kBlo
 
 template <class Op, class Table>
 void launch_table(const Table& table, const typename Op::Options& options, const Place& place) {
-  static_assert(sizeof(typename Op::Options) <= kOptionBytes);
+  static_assert(sizeof(Table) + kOptionBytes <= Table::kBytes && sizeof(typename Op::Options) <= kOptionBytes);
   const auto* kernel = reinterpret_cast<const void*>(&chunk_kernel<Op, Table>);
   const unsigned resident = resident_blocks(kernel, place);
   void* arguments[] = {const_cast<Table*>(&table), const_cast<typename Op::Options*>(&options)};

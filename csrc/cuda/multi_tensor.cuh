@@ -23,8 +23,9 @@ struct Location {
   int count;
 };
 
-template <int kRoles, int kBytes>
+template <int kRoles, int kArgumentBytes>
 struct Table {
+  static constexpr int kBytes = kArgumentBytes;
   static constexpr int kRowBytes = kRoles * static_cast<int>(sizeof(char*) + sizeof(DType)) + 8 + 4 + 4;
   static constexpr int kCapacity = (kBytes - kOptionBytes - 16) / kRowBytes;
 
