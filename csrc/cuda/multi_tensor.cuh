@@ -36,6 +36,7 @@ struct Table {
   DType dtypes[kRoles][kCapacity];
   int32_t rows;
   int32_t chunk_size;
+  bool backwards;  // the order of chunks
 
   SAM_INLINE uint32_t chunks() const { return chunk_ends[rows - 1]; }  // a table has at least one row
 
