@@ -60,7 +60,8 @@ struct SumSquares {
       }
     };
     const int whole = is_aligned<A>(piece) ? piece.count / kWidth * kWidth : 0;
-    constexpr int kInFlight = kAdaptive ? 1 : 2;  // packs of each operand: with one operand, one would leave the memory idle
+    [[maybe_unused]] constexpr int kInFlight =
+        kAdaptive ? 1 : 2;  // packs of each operand: with one operand, one would leave the memory idle
 #pragma unroll kInFlight
     for (int i = thread * kWidth; i < whole; i += kThreads * kWidth) add(Width<kWidth>{}, i);
     SAM_NO_UNROLL
