@@ -16,6 +16,7 @@ __all__ = [
     "check_flag",
     "check_lists",
     "check_number",
+    "check_number_or_tensor",
     "check_scalar_tensor",
     "check_seed",
     "check_tensor",
@@ -106,7 +107,7 @@ def check_number(
 ) -> float:
     """``value`` is a finite real number in [low, high], without the ends that are ``open``. Raises TypeError or ValueError otherwise."""
     if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()  # a learning rate given as a tensor, which torch allows
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{op}: {name} must be a number, got {describe(value)}")
     above = high is not None and (value >= high if open_high else value > high)
@@ -116,6 +117,22 @@ def check_number(
         bounds = f"{left}{'-inf' if low is None else low}, {'inf' if high is None else high}{right}"
         raise ValueError(f"{op}: {name} must be a finite number in {bounds}, got {value!r}")
     return float(value)
+
+
+def check_number_or_tensor(
+    op: str, name: str, value: Any, *, low: float | None = None, high: float | None = None
+) -> float | Tensor:  # () or one element, float32 or float64
+    """A number, as :func:`check_number` wants it, or a tensor that holds one. Reading that of a device would wait for it: only one on the
+    CPU is held to the bounds. Raises TypeError or ValueError otherwise."""
+    if not isinstance(value, Tensor):
+        return check_number(op, name, value, low=low, high=high)
+    if value.numel() != 1:
+        raise ValueError(f"{op}: {name} must be a number or a tensor that holds one, got {describe(value)}")
+    if value.layout is not torch.strided or value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{op}: {name} must be a number or a dense float32 or float64 tensor that holds one, got {describe(value)}")
+    if value.is_cpu:
+        check_number(op, name, value.item(), low=low, high=high)
+    return value
 
 
 def check_seed(op: str, name: str, value: object) -> int:

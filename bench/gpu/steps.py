@@ -22,7 +22,7 @@ __all__ = ["COMBINATIONS", "GRAPH", "LOOPS", "REFERENCE", "allowed", "measure", 
 
 COMBINATIONS = (("sgd", "fp32"), ("adamw", "fp32"), ("adamw", "bf16"))
 REFERENCE = "sam_kernels/triton"
-GRAPH = "sam_kernels/triton, graph"  # the same optimizer, its step recorded once
+GRAPH = "sam_kernels/triton, graph"  # the same, capturable, its step recorded once
 LOOPS = ("davda54/foreach", "davda54/fused")
 
 
@@ -32,15 +32,16 @@ def allowed(gate: Gate, base: str) -> bool:
 
 
 def memory_needed(workload: Workload, base: str, dtype_name: str) -> int:
-    """Bytes: parameters, backups and state of each of three optimizers, the gradients they share, and a loop's temporaries."""
-    copies = 3 * (2 + sum(key != "step" for key in BASES[base].state_keys)) + 1 + 4
+    """Bytes: parameters, backups and state of each of four optimizers, the gradients they share, and a loop's temporaries."""
+    copies = 4 * (2 + sum(key != "step" for key in BASES[base].state_keys)) + 1 + 4
     return workload.numel * DTYPES[dtype_name].itemsize * copies
 
 
-def _ours(params: Sequence[torch.nn.Parameter], base: Base, device: str) -> Stepper:
+def _ours(params: Sequence[torch.nn.Parameter], base: Base, device: str, *, capturable: bool = False) -> Stepper:
     """AdamW's counters lie on the device where it is fused, as a user of one would have them. A dry run takes what the CPU has."""
     kwargs = {**base.kwargs, **({"fused": True} if "step" in base.state_keys and device != "cpu" else {})}
-    return OnBackend(SAM(params, base.optimizer, rho=RHO, **kwargs), "foreach" if device == "cpu" else REFERENCE.partition("/")[2])
+    optimizer = SAM(params, base.optimizer, rho=RHO, capturable=capturable, **kwargs)
+    return OnBackend(optimizer, "foreach" if device == "cpu" else REFERENCE.partition("/")[2])
 
 
 def _call(stepper: Stepper) -> Call:
@@ -52,7 +53,7 @@ def _call(stepper: Stepper) -> Call:
 
 
 def _graph_of(call: Call) -> Call:
-    """A replay of one call, recorded after warm-up on a side stream."""
+    """A replay of one call, recorded after warm-up on a side stream, in which state and tables are made."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -78,7 +79,7 @@ def _calls(workload: Workload, base: Base, dtype: torch.dtype, device: str, say:
             say(f"left out: {name} {workload.name}: {type(error).__name__}: {str(error)[:200]}")
     if device != "cpu" and REFERENCE in calls:
         try:
-            calls[GRAPH] = _graph_of(calls[REFERENCE])
+            calls[GRAPH] = _graph_of(_call(_ours(make_params(grads), base, device, capturable=True)))
         except Exception as error:
             say(f"left out: {GRAPH} {workload.name}: {str(error)[:200]}")
     return calls

@@ -80,7 +80,7 @@ def _operands_are_wide(kernel: Kernel) -> list[str]:
 
 
 def _no_double_in_main_loops(kernel: Kernel) -> list[str]:
-    """Where no operand is float64: scalars are made in it once a block, and so are sums of threads. A direction's sum is float64 all the way."""
+    """Where no operand is float64. Scalars are made in it once a block, and so are sums of threads; sums of directions are all the way."""
     if kernel.op == "direction" or kernel.storage == "fp64":
         return []
     doubles = sum(loop.doubles for loop in kernel.wide_loops)

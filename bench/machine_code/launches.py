@@ -26,7 +26,7 @@ from sam_kernels.cli._options import OPTIONS
 __all__ = ["DTYPES", "Variant", "covering", "recorded", "records_of", "timed_call"]
 
 DTYPES = ("float32", "bfloat16", "float16", MIXED_NARROW)
-_POINTERS = {torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+_POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32", torch.int64: "*i64"}
 
 
 @dataclass(frozen=True)
@@ -154,12 +154,13 @@ def _checks() -> Iterator[Callable[[], object]]:
 def _optimizer_steps() -> Iterator[Callable[[], object]]:
     """Steps as users take them."""
     bases: dict[Any, dict[str, Any]] = {torch.optim.SGD: {"momentum": 0.9}, torch.optim.Adam: {}, torch.optim.AdamW: {}}
-    keywords: tuple[dict[str, Any], ...] = ({}, {"max_grad_norm": 1.0}, {"adaptive": True, "eta": 0.01})
+    capturable = {"capturable": True, "lr": torch.tensor(0.1)}
+    keywords: tuple[dict[str, Any], ...] = ({}, {"max_grad_norm": 1.0}, {"adaptive": True, "eta": 0.01}, capturable)
     for (base, own), given, dtype in itertools.product(bases.items(), keywords, (torch.float32, torch.bfloat16)):
 
         def two_steps(base: Any = base, own: dict[str, Any] = own, given: dict[str, Any] = given, dtype: torch.dtype = dtype) -> None:
             model = nn.Linear(8, 4).to(dtype)
-            optimizer = sam_kernels.SAM(model.parameters(), base, lr=0.1, **own, **given)
+            optimizer = sam_kernels.SAM(model.parameters(), base, **{"lr": 0.1, **own, **given})
 
             def closure() -> Tensor:
                 optimizer.zero_grad()

@@ -9,6 +9,7 @@ from bench.machine_code.compiled import Code
 __all__ = ["RULES", "violations"]
 
 _WAITING = 16  # bytes of an address or two
+_SCALARS = 4  # instructions: of perturb, whose rho and lambd are read, lambd is taken from 1, and all three are rounded
 
 
 def _full_blocks_are_wide(code: Code) -> list[str]:
@@ -46,7 +47,9 @@ def _addresses_are_64_bit(code: Code) -> list[str]:
 
 
 def _no_double(code: Code) -> list[str]:
-    return [f"{code.doubles} instructions in float64"] if code.doubles else []
+    """None, but for hyperparameters that lie in memory as float64: once a program, far from any element."""
+    most = _SCALARS if any(kind == "*fp64" for _, kind in code.variant.signature) else 0
+    return [f"{code.doubles} instructions in float64, more than {most}"] if code.doubles > most else []
 
 
 def _nothing_is_contracted(code: Code) -> list[str]:

@@ -17,7 +17,7 @@ struct SumSquares {
   using T = typename A::Arithmetic;
   using Options = NormOptions;
   static constexpr int kRoles = kNormRoles, kBlocks = A::kBlocks;
-  static constexpr bool kSums = true;
+  static constexpr bool kSums = true, kBackwards = false;
 
   Options options;
   float eta;  // rounded once, not in each thread

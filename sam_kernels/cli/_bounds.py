@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sam_kernels.cli._options import SCHEDULED
 from sam_kernels.cli._problem import Problem
 from sam_kernels.cli._tolerance import Arithmetic, Rounded, ulp
 from sam_kernels.reference import directions, ops, random
@@ -34,7 +35,7 @@ def bounds_of(problem: Problem) -> dict[str, list[Tensor]]:
 
 def _flat_bounds(problem: Problem, indices: list[int]) -> dict[str, Tensor]:
     """Bounds of the rows' elements, one after the other."""
-    kwargs = dict(problem.kwargs)
+    kwargs: dict[str, Any] = {name: float(value) if name in SCHEDULED else value for name, value in problem.kwargs.items()}
     numels = [_numel(problem.lists["params"][i]) for i in indices]
     is_double = [any(t is not None and t.dtype is torch.float64 for t in _row(problem, i)) for i in indices]
     arithmetic = Arithmetic.of(_spread(torch.tensor(is_double), numels))

@@ -19,7 +19,7 @@ from sam_kernels._dispatch import use_backend
 from sam_kernels.cli._bounds import bounds_of
 from sam_kernels.cli._cases import CASES, LAYOUT_CASES, MIXED_NARROW, Row, dtypes_for, guards_intact, make_tensor, rows_of
 from sam_kernels.cli._compare import Worst, compare
-from sam_kernels.cli._options import FOR_LAYOUT_CASES, OPTIONS
+from sam_kernels.cli._options import FOR_LAYOUT_CASES, OPTIONS, SCHEDULED
 from sam_kernels.cli._problem import Problem
 from sam_kernels.cli._tolerance import norm_bound
 
@@ -111,6 +111,9 @@ def build(op: str, case: str, dtype: str, option: str, seed: int = 0) -> Problem
     for name in ("grad_scale", "found_inf"):
         if name in spec:
             spec[name] = torch.tensor(spec[name])
+    if (dtype_of_numbers := spec.pop("tensors", None)) is not None:
+        numbers = {name: spec[name] for name in SCHEDULED if name in spec}
+        spec |= {name: torch.tensor(value, dtype=getattr(torch, dtype_of_numbers)) for name, value in numbers.items()}
     problem = Problem(op, lists, spec)
     if asked_norm is not None:
         spec["norm"] = torch.tensor(math.nan if asked_norm == "nan" else math.inf) if asked_norm != "true" else _true_norm(problem)

@@ -1,15 +1,17 @@
 """The keyword sets every operation is checked with, as data: never the neutral values, under which a forgotten term does not show.
 
 Keys that are no keywords of the operation describe its inputs: ``old`` (an ``old_params`` list is given), ``first`` (which momentum or
-average entries are None: "all" or "mixed") and ``norm`` ("true", "nan", "inf"). A ``kind`` of ``perturb_`` comes with an ``ema`` list.
+average entries are None: "all" or "mixed"), ``norm`` ("true", "nan", "inf") and ``tensors`` (the dtype of ``SCHEDULED`` numbers that are
+given as tensors). A ``kind`` of ``perturb_`` comes with an ``ema`` list.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["FOR_LAYOUT_CASES", "OPTIONS"]
+__all__ = ["FOR_LAYOUT_CASES", "OPTIONS", "SCHEDULED"]
 
+SCHEDULED = ("rho", "lambd", "lr", "scale")  # numbers that may change with every step
 Options = dict[str, dict[str, Any]]
 
 _VASSO = {"kind": "vasso", "theta": 0.3}
@@ -63,12 +65,16 @@ OPTIONS: dict[str, Options] = {
         "friendly": {**_UNIFIED, **_FRIENDLY, "grad_scale": 1000.0, "found_inf": 0.0},
         "friendly_adaptive": {"rho": 0.5, "lambd": 0.3, **_FRIENDLY, "adaptive": True, "eta": 0.01, "first": "mixed"},
         "friendly_rounding": {**_UNIFIED, **_FRIENDLY, "rounding_seed": 5},
+        "tensors": {"rho": 0.05, "lambd": 0.999, "grad_scale": 1024.0, "tensors": "float64"},
+        "tensors_float32": {**_UNIFIED, "kind": "vasso", "from_old": True, "tensors": "float32"},
     },
     "random_perturb_": {
         "rademacher": {"seed": 1, "scale": 0.05, "distribution": "rademacher"},
         "normal": {"seed": 0x9E3779B97F4A7C15, "scale": -0.3, "distribution": "normal"},
         "rademacher_from_old": {"seed": 2**64 - 1, "scale": 0.05, "distribution": "rademacher", "from_old": True},
         "normal_from_old": {"seed": 2**32, "scale": 0.05, "distribution": "normal", "from_old": True},
+        "tensors": {"seed": 7, "scale": 0.05, "distribution": "rademacher", "tensors": "float64"},
+        "tensors_float32": {"seed": 8, "scale": -0.3, "distribution": "normal", "from_old": True, "tensors": "float32"},
     },
     "restore_": {"restore": {}},
     "sgd_step_": {
@@ -92,6 +98,8 @@ OPTIONS: dict[str, Options] = {
         "found_inf_first": {**_SGD, "found_inf": 1.0, "first": "mixed", "old": True},
         "norm_nan": {**_SGD, "norm": "nan"},
         "norm_inf_old": {**_SGD, "norm": "inf", "max_norm": 0.01, "old": True},
+        "tensors": {**_SGD, "old": True, "tensors": "float64"},
+        "tensors_float32": {"lr": 0.1, "weight_decay": 0.1, "tensors": "float32"},
     },
     "adamw_step_": {
         "adamw": _ADAM,
@@ -107,6 +115,8 @@ OPTIONS: dict[str, Options] = {
         "found_inf_old": {**_ADAM, "found_inf": 1.0, "old": True},
         "norm_nan": {**_ADAM, "norm": "nan"},
         "norm_inf_old": {**_ADAM, "norm": "inf", "max_norm": 0.01, "old": True},
+        "tensors": {**_ADAM, "old": True, "tensors": "float64"},
+        "tensors_float32": {**_ADAM, "decoupled": False, "tensors": "float32"},
     },
 }
 

@@ -32,6 +32,7 @@ def info(as_json: bool) -> None:
     for name, version in facts["versions"].items():
         click.echo(f"{name:<18}{version or 'not installed'}")
     click.echo(f"{'instruction set':<18}{facts['instruction_set'] or 'none: no compiled CPU kernels'} ({facts['machine']})")
+    click.echo(f"{'CUDA kernels':<18}{facts['cuda_kernels']}")
     click.echo(f"{'threads':<18}{facts['threads']}")
     click.echo(f"{'OpenMP runtime':<18}{facts['openmp']}")
     for i, device in enumerate(facts["devices"]):
@@ -49,6 +50,7 @@ def _collect() -> dict[str, Any]:
             "triton": _version("triton"),
         },
         "instruction_set": _instruction_set(),
+        "cuda_kernels": _cuda_kernels(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "openmp": _openmp.summary(_openmp.loaded_runtimes()),
@@ -63,9 +65,19 @@ def _backend(name: str, device_types: list[str]) -> dict[str, Any]:
     if not devices:
         return {"devices": [], "detail": None, "reason": reasons[device_types[-1]]}
     with _dispatch.use_backend(name):
-        detail = _dispatch.select(devices[0]).describe()
+        detail = "; ".join(dict.fromkeys(_dispatch.select(device).describe() for device in devices))
     missing = [f"{device}: {reason}" for device, reason in reasons.items() if reason is not None]
     return {"devices": devices, "detail": detail, "reason": "; ".join(missing) or None}
+
+
+def _cuda_kernels() -> str:
+    """What the CUDA module was built for, and why it cannot be used where that is so."""
+    try:
+        built: str = importlib.import_module("sam_kernels._cuda").ARCHITECTURES
+    except ImportError:
+        return "not built (that takes nvcc)"
+    reason = _dispatch.reason_missing("native", "cuda")
+    return f"built for compute capabilities {built}" + ("" if reason is None else f"; {reason}")
 
 
 def _instruction_set() -> str | None:

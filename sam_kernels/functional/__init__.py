@@ -4,6 +4,10 @@ Lists hold one tensor per parameter; ``N`` is their total number of elements, ``
 float16, mixed freely between lists and rows. Arithmetic is float32 (float64 for a row that has a float64 tensor) with one rounding to
 storage. Tensors may be non-contiguous, unaligned or empty. A trailing ``_`` means in place: data pointers never change.
 
+Numbers that change from step to step, ``rho``, ``lambd``, ``lr`` and ``scale``, may be given as tensors of one float32 or float64 element,
+on the CPU or on the device of the tensors beside them. On a device they are read where they are used and nobody waits for them, so that a
+CUDA graph follows them; their range is then not checked.
+
 Errors, common to all: ``TypeError`` for a wrong type, layout (sparse) or dtype (complex, integer), ``ValueError`` for lists whose lengths,
 shapes or devices do not fit, for a tensor written twice, and for a number out of range. They name the operation, the list and the index,
 and are raised before any memory is touched.

@@ -21,13 +21,14 @@ __all__ = [
     "checked",
     "device_of",
     "first_and_later",
+    "number_on",
     "on",
     "pick",
 ]
 
 Tensors = Sequence[Tensor]
 TensorsOrNone = list[Tensor | None] | TensorList  # None: a row's first step
-Number = float | Tensor
+Number = float | Tensor  # () or one element, float32 or float64, on the CPU or the device of the tensors beside it
 
 
 def checked(op: str, lists: dict[str, Tensors | None], *, written: tuple[str, ...]) -> list[Rows]:
@@ -86,6 +87,16 @@ def device_of(rows: Rows) -> torch.device:
     params = rows.lists["params"]
     assert params is not None
     return params[0].device
+
+
+def number_on(number: Number, device: torch.device) -> Number:
+    """As backends take it: a number, or a () tensor on their device. One on the CPU beside tensors of a device is a number: reading it
+    waits for nobody."""
+    if not isinstance(number, Tensor):
+        return number
+    if number.is_cpu and device.type != "cpu":
+        return number.item()
+    return number.reshape(()).to(device)
 
 
 def on(tensor: Tensor | None, device: torch.device) -> Tensor | None:

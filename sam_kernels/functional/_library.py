@@ -44,7 +44,7 @@ _KINDS: dict[object, str] = {
     str: "str",
     str | None: "str?",
 }
-_SCHEDULED: dict[object, str] = {float: "Number", int: "Seed", int | None: "Seed?"}
+_SCHEDULED: dict[object, str] = {int: "Seed", int | None: "Seed?"}
 # Tuples, not unions: dynamo of torch 2.6 knows no union.
 _PYTHON_TYPES: dict[str, tuple[type, ...]] = {
     "Tensor": (Tensor,),
@@ -82,8 +82,8 @@ def operation(
     """Makes a public function run without autograd, and traced by ``torch.compile`` as the operator of its name.
 
     The schema follows from the annotations (``_KINDS``). ``written`` names what the operation writes: tensors, tensors that may be
-    None, and lists that may not. ``scheduled`` numbers, as all that are annotated ``Number``, go into the graph as tensors, and
-    ``scheduled`` seeds as symbolic integers: a new value then is no new graph. ``fake`` takes the operator's arguments by name and makes
+    None, and lists that may not. What is annotated ``Number`` goes into the graph as a tensor, and ``scheduled`` seeds as symbolic
+    integers: a new value then is no new graph. ``fake`` takes the operator's arguments by name and makes
     the result without its values; None where nothing is returned. A result shares no memory with an argument.
     """
 

@@ -11,6 +11,7 @@ from sam_kernels import _validate
 from sam_kernels._grouping import split
 from sam_kernels._tensor_list import TensorList
 from sam_kernels.functional._common import (
+    Number,
     Tensors,
     TensorsOrNone,
     check_amp,
@@ -18,6 +19,7 @@ from sam_kernels.functional._common import (
     checked,
     device_of,
     first_and_later,
+    number_on,
     on,
     pick,
 )
@@ -27,15 +29,15 @@ from sam_kernels.functional.directions import DIRECTIONS
 __all__ = ["perturb_", "restore_"]
 
 
-@operation(written=("params", "old_params"), scheduled=("rho", "lambd", "rounding_seed"))
+@operation(written=("params", "old_params"), scheduled=("rounding_seed",))
 def perturb_(
     params: Tensors,  # n tensors
     grads: Tensors,  # n tensors
     old_params: Tensors,  # n tensors
     norm: Tensor,  # () norm of the gradients as given
     *,
-    rho: float,
-    lambd: float = 1.0,
+    rho: Number,
+    lambd: Number = 1.0,
     adaptive: bool = False,
     eta: float = 0.0,
     eps: float = 1e-12,
@@ -65,8 +67,8 @@ def perturb_(
     Reads p, g; writes old_p, p: 4 N s bytes (``from_old``: reads old_p, g; writes p: 3 N s; ``ema``: reads m too).
     """
     op = "perturb_"
-    rho = _validate.check_number(op, "rho", rho, low=0.0)
-    lambd = _validate.check_number(op, "lambd", lambd, low=0.0, high=1.0)
+    rho = _validate.check_number_or_tensor(op, "rho", rho, low=0.0)
+    lambd = _validate.check_number_or_tensor(op, "lambd", lambd, low=0.0, high=1.0)
     eta = _validate.check_number(op, "eta", eta, low=0.0)
     eps = _validate.check_number(op, "eps", eps, low=0.0)
     _validate.check_flag(op, "adaptive", adaptive)
@@ -94,8 +96,8 @@ def perturb_(
                 rows.lists["grads"],
                 rows.lists["old_params"],
                 (scaled_norm if first_step else norm).to(device),
-                rho=rho,
-                lambd=lambd,
+                rho=number_on(rho, device),
+                lambd=number_on(lambd, device),
                 adaptive=adaptive,
                 eta=eta,
                 eps=eps,

@@ -20,6 +20,7 @@ from sam_kernels.functional._common import (
     checked,
     device_of,
     first_and_later,
+    number_on,
     on,
     pick,
 )
@@ -57,7 +58,7 @@ def sgd_step_(
     else happens. Reads old_p (else p), g, m; writes p, m: 5 N s bytes.
     """
     op = "sgd_step_"
-    lr = _validate.check_number(op, "lr", lr, low=0.0)
+    lr = _validate.check_number_or_tensor(op, "lr", lr, low=0.0)
     momentum = _validate.check_number(op, "momentum", momentum, low=0.0)
     dampening = _validate.check_number(op, "dampening", dampening)
     weight_decay = _validate.check_number(op, "weight_decay", weight_decay, low=0.0)
@@ -96,7 +97,7 @@ def sgd_step_(
                 rows.lists["grads"],
                 rows.lists["momentum_buffers"],
                 old_params=rows.lists["old_params"],
-                lr=lr,
+                lr=number_on(lr, device),
                 momentum=momentum,
                 dampening=dampening,
                 weight_decay=weight_decay,
@@ -140,7 +141,7 @@ def adamw_step_(
     Reads old_p (else p), g, m, v; writes p, m, v: 7 N s bytes.
     """
     op = "adamw_step_"
-    lr = _validate.check_number(op, "lr", lr, low=0.0)
+    lr = _validate.check_number_or_tensor(op, "lr", lr, low=0.0)
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         raise TypeError(f"{op}: betas must be a pair of numbers, got {_validate.describe(betas)}")
     checked_betas = tuple(
@@ -171,7 +172,7 @@ def adamw_step_(
             rows.lists["exp_avg_sqs"],
             state_steps if len(rows.indices) == len(params) else [state_steps[i] for i in rows.indices],
             old_params=rows.lists["old_params"],
-            lr=lr,
+            lr=number_on(lr, device),
             betas=checked_betas,
             eps=eps,
             weight_decay=weight_decay,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sam_kernels import _validate
-from sam_kernels.functional._common import Tensors, checked
+from sam_kernels.functional._common import Number, Tensors, checked, device_of, number_on
 from sam_kernels.functional._library import operation
 
 __all__ = ["random_perturb_"]
@@ -11,13 +11,13 @@ __all__ = ["random_perturb_"]
 DISTRIBUTIONS = ("rademacher", "normal")
 
 
-@operation(written=("params", "old_params"), scheduled=("seed", "scale"))
+@operation(written=("params", "old_params"), scheduled=("seed",))
 def random_perturb_(
     params: Tensors,  # n tensors
     old_params: Tensors,  # n tensors
     *,
     seed: int,
-    scale: float,
+    scale: Number,
     distribution: str,
     from_old: bool = False,
 ) -> None:
@@ -36,7 +36,7 @@ def random_perturb_(
     """
     op = "random_perturb_"
     _validate.check_seed(op, "seed", seed)
-    scale = _validate.check_number(op, "scale", scale)
+    scale = _validate.check_number_or_tensor(op, "scale", scale)
     _validate.check_choice(op, "distribution", distribution, DISTRIBUTIONS)
     _validate.check_flag(op, "from_old", from_old)
     for rows in checked(op, {"params": params, "old_params": old_params}, written=("params", "old_params")):
@@ -45,7 +45,7 @@ def random_perturb_(
             rows.lists["old_params"],
             rows.indices,
             seed=seed,
-            scale=scale,
+            scale=number_on(scale, device_of(rows)),
             distribution=distribution,
             from_old=from_old,
         )

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from sam_kernels import functional
+from sam_kernels.optim._capturable import is_recording, not_recordable
 from sam_kernels.optim._group import GroupLists
 
 __all__ = ["can_fuse", "fused_step", "plain_step"]
@@ -28,7 +29,7 @@ def can_fuse(base: Optimizer, own_hook_ids: set[int]) -> bool:
 
 
 def _group_can_fuse(group: dict[str, Any]) -> bool:
-    if group.get("amsgrad") or group.get("differentiable") or group.get("capturable"):
+    if group.get("amsgrad") or group.get("differentiable"):
         return False
     return not any(isinstance(beta, Tensor) for beta in group.get("betas", ()))
 
@@ -62,7 +63,10 @@ def _sgd_step(
         states = lists.states(base.state)
         buffers = [state.get("momentum_buffer") for state in states]
         is_first = not all(map(operator.is_not, buffers, repeat(None)))
-        buffers = buffers if is_first else lists.state("momentum_buffer", buffers)
+        if is_first:
+            _require_eager(lists.params)  # a graph would begin anew at every replay
+        else:
+            buffers = lists.state("momentum_buffer", buffers)
     functional.sgd_step_(
         lists.params,
         grads,
@@ -88,10 +92,12 @@ def _adam_step(
     states = lists.states(base.state)
     for param, state in zip(lists.params, states, strict=True):
         if len(state) == 0:  # as torch initialises: lazily, and only when there is nothing
+            _require_eager([param])
             state["step"] = _zero_step(group, param)
             state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
         elif not param.is_cpu and state["step"].is_cpu:  # from a checkpoint of torch's own loop
+            _require_eager([param])
             state["step"] = state["step"].to(param.device, torch.float32)
     functional.adamw_step_(
         lists.params,
@@ -108,6 +114,11 @@ def _adam_step(
         maximize=group["maximize"],
         **amp,
     )
+
+
+def _require_eager(params: list[Tensor]) -> None:
+    if is_recording(params[0].device):
+        raise not_recordable("the base optimizer's state is not there yet; make an eager step with all gradients first")
 
 
 def _zero_step(group: dict[str, Any], param: Tensor) -> Tensor:

@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 
 from sam_kernels import functional
 from sam_kernels._tensor_list import TensorList
+from sam_kernels.optim._capturable import is_recording, not_recordable
 from sam_kernels.optim._descent import can_fuse, fused_step, plain_step
 from sam_kernels.optim._group import Backups, GroupLists, param_name, same_bits, same_tensors, with_grads
-from sam_kernels.optim._schedules import lambd_at, rho_at
+from sam_kernels.optim._schedules import lambd_at, rho_at, takes_part
 
 __all__ = ["Passes"]
 
@@ -75,6 +76,8 @@ class Passes:
     def begin(self, device: torch.device) -> None:
         """A new step: nothing is known to be wrong with it."""
         if self.found_inf.device != device:
+            if is_recording(device):
+                raise not_recordable("no step was made before; make an eager one first, as torch asks for")
             self.found_inf, self.skipped = self.found_inf.to(device), self.skipped.to(device)
         self._begins = True
 
@@ -100,7 +103,7 @@ class Passes:
         """Saves and perturbs the parameters of the groups with ρ > 0, along their gradients as they are."""
         radii = [rho_at(group["rho"], group["sam_step"]) for group in groups]
         mixes = [lambd_at(group["lambd"], group["sam_step"]) for group in groups]
-        taking_part = [current for current in self._current(groups) if radii[current.index] > 0]
+        taking_part = [current for current in self._current(groups) if takes_part(current.group["rho"], current.group["sam_step"])]
         norm = self._norm(taking_part, normalised=True)
         self.is_perturbed = True
         for current in taking_part:
@@ -121,14 +124,22 @@ class Passes:
             perturb_(current.lists.params, old_params=current.lists.old_params)
             self._unsure = None
 
-    def descend(self, groups: list[dict[str, Any]], *, max_norm: float | None, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def descend(
+        self,
+        groups: list[dict[str, Any]],
+        *,
+        max_norm: float | None,
+        check_finite: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
         """Restores the parameters and makes the base's step along the gradients as they are, unless something was not finite."""
         currents = self._current(groups)
         norm = None
         if max_norm is not None:
             norm = self._norm(currents, normalised=False)
         self._forget_last_step()
-        if max_norm is None:
+        if max_norm is None and check_finite:
             for _, grads, *_ in self._joined(currents, normalised=False):
                 functional.check_finite_(grads, self.found_inf)
         if found_inf is not None:
@@ -143,6 +154,11 @@ class Passes:
             self._perturbed = {}
             self.base._opt_called = True  # type: ignore[attr-defined]  # or a scheduler on the base would warn
         else:
+            if is_recording(self.found_inf.device):
+                raise not_recordable(
+                    f"the step of {type(self.base).__name__} is made by its own step(), after waiting to know whether it is skipped; what "
+                    "can be recorded is an ascent and a descent with SGD, Adam or AdamW, without step hooks, amsgrad or betas in tensors"
+                )
             self.restore()
             plain_step(self.base, [grad for current in currents for grad in current.grads], max_norm=max_norm, **amp)
         self.is_perturbed = False

@@ -1,6 +1,9 @@
-"""λ and ρ as numbers, strings or functions of the step t = 1, 2, …
+"""λ and ρ as numbers, tensors, strings or functions of the step t = 1, 2, …
 
 Sources: Unified SAM (arXiv 2503.02225) for λ_t, almost constant radii (arXiv 2401.08060) for ρ_k = C/k^p.
+
+t is a number, or, where a CUDA graph must be able to go on counting, a () float64 tensor on the parameters' device. Of a tensor nothing is
+read here that would wait for a device, and what is made of it is one.
 """
 
 from __future__ import annotations
@@ -9,42 +12,64 @@ import re
 from collections.abc import Callable
 from typing import Any, cast
 
-from sam_kernels._validate import check_number, describe
+import torch
+from torch import Tensor
 
-__all__ = ["Schedule", "check_schedule", "lambd_at", "rho_at"]
+from sam_kernels._validate import check_number, check_number_or_tensor, describe
 
-Schedule = float | str | Callable[[int], float]
+__all__ = ["FIRST_STEP", "Schedule", "Step", "check_schedule", "lambd_at", "rho_at", "takes_part"]
 
-_LAMBDS: dict[str, Callable[[int], float]] = {"1/t": lambda t: 1.0 / t, "1-1/t": lambda t: 1.0 - 1.0 / t}
+Step = int | Tensor
+FIRST_STEP = torch.ones((), dtype=torch.float64)
+Schedule = float | Tensor | str | Callable[[Any], float | Tensor]
+
+_LAMBDS: dict[str, Callable[[Any], float | Tensor]] = {"1/t": lambda t: 1.0 / t, "1-1/t": lambda t: 1.0 - 1.0 / t}
 _NUMBER = r"\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?"
 _DECREASING_RADIUS = re.compile(rf"\s*(?P<c>{_NUMBER})\s*/\s*k\s*\^\s*(?P<p>{_NUMBER})\s*")
 
 
-def lambd_at(value: Schedule, t: int) -> float:
+def lambd_at(value: Schedule, t: Step) -> float | Tensor:
     """λ_t in [0, 1]: a number, ``'1/t'`` (SAM → USAM), ``'1-1/t'`` (USAM → SAM) or a callable t → λ."""
     if isinstance(value, str):
         if value.replace(" ", "") not in _LAMBDS:
             raise ValueError(f"SAM: lambd must be a number, '1/t', '1-1/t' or a callable t -> lambda, got {value!r}")
         return _LAMBDS[value.replace(" ", "")](t)
-    return check_number("SAM", "lambd" if not callable(value) else f"lambd({t})", _evaluate(value, t), low=0.0, high=1.0)
+    return _evaluated("lambd", value, t, low=0.0, high=1.0)
 
 
-def rho_at(value: Schedule, t: int) -> float:
+def rho_at(value: Schedule, t: Step) -> float | Tensor:
     """ρ_t ≥ 0: a number, ``'C/k^p'`` such as ``'0.1/k^0.001'`` (k is the step) or a callable t → ρ."""
     if isinstance(value, str):
         match = _DECREASING_RADIUS.fullmatch(value)
         if match is None:
             raise ValueError(f"SAM: rho must be a number, 'C/k^p' (such as '0.1/k^0.001') or a callable t -> rho, got {value!r}")
-        return float(match["c"]) / float(t ** float(match["p"]))
-    return check_number("SAM", "rho" if not callable(value) else f"rho({t})", _evaluate(value, t), low=0.0)
+        return cast("float | Tensor", float(match["c"]) / t ** float(match["p"]))
+    return _evaluated("rho", value, t, low=0.0)
 
 
-def check_schedule(name: str, value: Any) -> None:
-    """``value`` is usable as ``rho`` or ``lambd``; a callable is tried at t = 1. Raises TypeError or ValueError."""
-    if isinstance(value, bool) or not (isinstance(value, int | float | str) or callable(value) or hasattr(value, "item")):
-        raise TypeError(f"SAM: {name} must be a number, a string or a callable, got {describe(value)}")
-    (lambd_at if name == "lambd" else rho_at)(cast(Schedule, value), 1)
+def takes_part(rho: Schedule, t: Step) -> bool:
+    """Whether a group ascends: ρ_t > 0. Where t is a tensor only a number says no; anything else may change while nobody here looks."""
+    if isinstance(t, Tensor) and not isinstance(rho, int | float):
+        return True
+    return bool(rho_at(rho, t) > 0)
 
 
-def _evaluate(value: Schedule, t: int) -> Any:
-    return value(t) if callable(value) else value
+def check_schedule(name: str, value: Any, t: Step) -> None:
+    """``value`` is usable as ``rho`` or ``lambd``; a callable is tried at t, the first step. Raises TypeError or ValueError."""
+    if isinstance(value, bool) or not (isinstance(value, int | float | str | Tensor) or callable(value)):
+        raise TypeError(f"SAM: {name} must be a number, a tensor, a string or a callable, got {describe(value)}")
+    (lambd_at if name == "lambd" else rho_at)(cast(Schedule, value), t)
+
+
+def _evaluated(name: str, value: Any, t: Step, *, low: float, high: float | None = None) -> float | Tensor:
+    if not callable(value):
+        check = check_number_or_tensor if isinstance(t, Tensor) else check_number
+        return check("SAM", name, value, low=low, high=high)
+    result = value(t)
+    if not isinstance(t, Tensor):
+        return check_number("SAM", f"{name}({t})", result, low=low, high=high)
+    if not isinstance(result, Tensor):
+        raise TypeError(
+            f"SAM: with capturable=True {name} is called with the step t as a tensor and must make a tensor of it, got {describe(result)}"
+        )
+    return check_number_or_tensor("SAM", f"{name}(t)", result, low=low, high=high)

@@ -13,13 +13,13 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from sam_kernels._validate import check_flag, check_number
-from sam_kernels.optim import _amp, _checkpoint
+from sam_kernels.optim import _amp, _capturable, _checkpoint
 from sam_kernels.optim._descent import can_fuse
 from sam_kernels.optim._group import check_params
 from sam_kernels.optim._held_still import BufferGuard, RandomState
 from sam_kernels.optim._micro_batches import GradientMean, mean_loss
 from sam_kernels.optim._passes import Passes
-from sam_kernels.optim._schedules import Schedule, check_schedule, rho_at
+from sam_kernels.optim._schedules import FIRST_STEP, Schedule, check_schedule, takes_part
 
 __all__ = ["SAM"]
 
@@ -39,9 +39,9 @@ class SAM(Optimizer):
         params: parameters or parameter groups, as for ``torch.optim``; groups may set ``rho``, ``lambd``, ``adaptive`` and ``eta`` of their
             own. float32, float64, bfloat16 or float16; arithmetic is float32 or better. With a base instance: that instance's parameters.
         base_optimizer: an optimizer class, made with ``base_kwargs``, or an instance. Its ``param_groups`` and ``state`` are shared.
-        rho: radius ≥ 0: a number, ``'C/k^p'`` or a callable t → ρ. A group with ρ = 0 takes no part in the ascent. With ρ = 0 everywhere
-            the closure runs once and the step is the base optimizer's, bit for bit.
-        lambd: mix of SAM (1) and USAM (0): a number in [0, 1], ``'1/t'``, ``'1-1/t'`` or a callable t → λ.
+        rho: radius ≥ 0: a number, a 0-dim tensor, ``'C/k^p'`` or a callable t → ρ. A group with ρ = 0 takes no part in the ascent. With
+            ρ = 0 everywhere the closure runs once and the step is the base optimizer's, bit for bit.
+        lambd: mix of SAM (1) and USAM (0): a number in [0, 1], a 0-dim tensor, ``'1/t'``, ``'1-1/t'`` or a callable t → λ.
         adaptive, eta: ASAM's normalisation T = |w| + eta.
         eps: added to the norm. (The base's own ``eps``, such as Adam's, is set through a base instance.)
         max_grad_norm: clips the descent gradient to this norm, as ``torch.nn.utils.clip_grad_norm_``, inside the fused step.
@@ -49,12 +49,24 @@ class SAM(Optimizer):
             buffers are kept.
         preserve_rng_state: both passes see the same random numbers (dropout masks). With the two-step API call
             :meth:`record_rng_state` before the first forward pass.
+        check_finite: the descent gradients are looked at before anything is updated: one more read of them, 1 of 11 N s. False is for those
+            who would rather have the time than the net: a gradient of the second pass that is not finite is then stepped along. (One of
+            the first pass still skips the step; so does either where a ``GradScaler`` or ``max_grad_norm`` needs the look anyway.)
+        capturable: steps can be recorded into a CUDA graph, and a graph that is replayed follows its schedules; see below.
         base_kwargs: passed to the base optimizer's class.
 
     A step whose gradients are not finite, in either pass, changes nothing and is counted in :attr:`skipped_steps`.
 
+    With ``capturable`` ρ, λ and the step t (``sam_step``) are 0-dim tensors on the device, kept in ``param_groups`` (numbers become
+    float64), and schedules are computed from them there; a callable is given t as a tensor and makes a tensor of it. Change ρ and λ between
+    replays with ``group["rho"].fill_(0.1)``, and give ``lr`` as a tensor, which schedulers fill. A number put in the place of a tensor is
+    followed by eager steps only; all other options are constants of the graph. One tensor given for several groups is shared by them. A
+    radius that is the number 0 leaves its group out of the ascent; 0 in a tensor does not move the weights, but their gradients stay in the
+    norm and the closure runs twice. Before the capture make at least one eager step on a side stream, as torch asks for, and capture anew
+    after ``load_state_dict``. The base must be one that is fused: ``SGD``, ``Adam`` or ``AdamW``.
+
     Memory: one copy of the parameters, allocated at the first step, freed by :meth:`release_buffers`. Bytes moved for N parameters of
-    s bytes with SGD and momentum: norm 1, perturb 4, norm (to check) 1, restore and update 5: 11 N s.
+    s bytes with SGD and momentum: norm 1, perturb 4, check 1, restore and update 5: 11 N s.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong type or out of range, sparse or complex parameters, an empty parameter list.
@@ -75,13 +87,17 @@ class SAM(Optimizer):
         max_grad_norm: float | None = None,
         model: nn.Module | Iterable[nn.Module] | None = None,
         preserve_rng_state: bool = False,
+        check_finite: bool = True,
+        capturable: bool = False,
         **base_kwargs: Any,
     ) -> None:
         self.eps = check_number("SAM", "eps", eps, low=0.0)
         self.max_grad_norm = None if max_grad_norm is None else check_number("SAM", "max_grad_norm", max_grad_norm, low=0.0)
         self.preserve_rng_state = check_flag("SAM", "preserve_rng_state", preserve_rng_state)
+        self.check_finite = check_flag("SAM", "check_finite", check_finite)
+        self.capturable = check_flag("SAM", "capturable", capturable)
         own = {"rho": rho, "lambd": lambd, "adaptive": adaptive, "eta": eta}
-        _check_group_values(own)
+        self._check_group_values(own)
         self._guard = BufferGuard(model)
         self.base_optimizer = _make_base(params, base_optimizer, base_kwargs)
         super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **own, "sam_step": 0})
@@ -98,13 +114,15 @@ class SAM(Optimizer):
         try:
             for key in _GROUP_KEYS:
                 param_group.setdefault(key, self.defaults[key])
-            param_group.setdefault("sam_step", max(group.get("sam_step", 0) for group in groups))
-            _check_group_values(param_group)
+            param_group.setdefault("sam_step", max(int(group.get("sam_step", 0)) for group in groups))
+            self._check_group_values(param_group)
             check_params(param_group, next(i for i, group in enumerate(groups) if group is param_group))
         except (TypeError, ValueError):
             if is_new:
                 groups.pop()
             raise
+        if self.capturable:
+            _capturable.to_tensors(param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state and the groups, with ρ, λ and the step t. Callables are not saved: give them to the constructor."""
@@ -116,10 +134,12 @@ class SAM(Optimizer):
         super().load_state_dict(_checkpoint.with_group_values(state_dict, self.param_groups, (*_GROUP_KEYS, "sam_step")))
         if can_fuse(self.base_optimizer, self._passes.own_hooks):
             _checkpoint.keep_wide_state(self.state, self.param_groups, state_dict)
+        for group in self.param_groups:
+            (_capturable.to_tensors if self.capturable else _capturable.to_numbers)(group)
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_unperturbed("copying or pickling the optimizer")
-        kept = ("base_optimizer", "eps", "max_grad_norm", "preserve_rng_state", "_guard")
+        kept = ("base_optimizer", "eps", "max_grad_norm", "preserve_rng_state", "check_finite", "capturable", "_guard")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -182,7 +202,7 @@ class SAM(Optimizer):
         self._begin()
         mean = GradientMean(len(closures)) if len(closures) > 1 else None
         losses = []
-        ascends = any(rho_at(group["rho"], group["sam_step"]) > 0 for group in self.param_groups)
+        ascends = any(takes_part(group["rho"], group["sam_step"]) for group in self.param_groups)
         for last, closure in ((i == len(closures) - 1, function) for i, function in enumerate(closures)):
             random_state = RandomState(self._devices()) if self.preserve_rng_state else None
             with torch.enable_grad():
@@ -246,11 +266,19 @@ class SAM(Optimizer):
         self._guard.release()
 
     def _begin(self, *, counts: bool = True) -> None:
+        device = next(param for group in self.param_groups for param in group["params"]).device
+        if _capturable.is_recording(device):
+            if not self.capturable:
+                raise _capturable.not_recordable("the optimizer was made without capturable=True: rho, lambd and t would be constants")
+            if self.preserve_rng_state:
+                raise _capturable.not_recordable("preserve_rng_state=True reads the states of random generators, which waits")
         for group in self.param_groups:
-            _check_group_values({key: group[key] for key in _GROUP_KEYS if not callable(group[key])})
-            group["sam_step"] += counts
-        first = next(param for group in self.param_groups for param in group["params"])
-        self._passes.begin(first.device)
+            self._check_group_values({key: group[key] for key in _GROUP_KEYS if not callable(group[key])})
+            if self.capturable:
+                _capturable.to_tensors(group)
+            if counts:
+                group["sam_step"] += 1  # a tensor in place
+        self._passes.begin(device)
 
     def _finish(self, scaler: GradScaler | None) -> None:
         """``step()`` without a closure: the descent after :meth:`first_step`, otherwise a plain step of the base."""
@@ -267,7 +295,13 @@ class SAM(Optimizer):
     def _descend(self, grad_scale: Tensor | None, found_inf: Tensor | None, scaler: GradScaler | None) -> None:
         if self._passes.is_perturbed:
             self._guard.restore()
-        self._passes.descend(self.param_groups, max_norm=self.max_grad_norm, grad_scale=grad_scale, found_inf=found_inf)
+        self._passes.descend(
+            self.param_groups,
+            max_norm=self.max_grad_norm,
+            check_finite=self.check_finite or grad_scale is not None,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+        )
         _amp.report_step(scaler, self, self._passes.found_inf)
 
     @torch.no_grad()
@@ -280,6 +314,16 @@ class SAM(Optimizer):
     def _require_unperturbed(self, what: str) -> None:
         if self._passes.is_perturbed:
             raise RuntimeError(f"SAM: {what} between first_step and second_step, while the weights are perturbed")
+
+    def _check_group_values(self, values: dict[str, Any]) -> None:
+        first_step = FIRST_STEP if self.capturable else 1
+        for name in ("rho", "lambd"):
+            if name in values:
+                check_schedule(name, values[name], first_step)
+        if "adaptive" in values:
+            check_flag("SAM", "adaptive", values["adaptive"])
+        if "eta" in values:
+            check_number("SAM", "eta", values["eta"], low=0.0)
 
     def _all_params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
@@ -296,16 +340,6 @@ def _hide_grad_scaler(step: Any) -> None:
 
 
 _hide_grad_scaler(SAM.step)
-
-
-def _check_group_values(values: dict[str, Any]) -> None:
-    for name in ("rho", "lambd"):
-        if name in values:
-            check_schedule(name, values[name])
-    if "adaptive" in values:
-        check_flag("SAM", "adaptive", values["adaptive"])
-    if "eta" in values:
-        check_number("SAM", "eta", values["eta"], low=0.0)
 
 
 def _make_base(params: Any, base: Any, kwargs: dict[str, Any]) -> Optimizer:

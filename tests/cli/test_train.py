@@ -177,7 +177,7 @@ def test_bad_options_name_the_option(tmp_path: Path, arguments: list[str], messa
 def test_missing_backend_is_a_usage_error_with_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from sam_kernels import _dispatch
 
-    monkeypatch.setitem(_dispatch._loaded, "native", "no compiler was there")
+    monkeypatch.setitem(_dispatch._loaded, "native.cpu", "no compiler was there")
     result = invoke(tmp_path, "--backend", "native")
     assert result.exit_code == 2
     assert "no compiler was there" in result.output

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sam_kernels import functional, use_backend
+from sam_kernels import _validate, functional, use_backend
 from sam_kernels._tensor_list import TensorList
+from sam_kernels.optim import _schedules
 from tests.helpers.compare import assert_same_bits
 from tests.helpers.training import closure_of, everything, make
 
@@ -92,6 +93,42 @@ def test_a_steady_step_launches_a_handful_of_kernels_and_nothing_else(
     assert work.reads == []
 
 
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hyperparameters in tensors are taken as those of a device are, whose values are not looked at."""
+    real = _validate.check_number_or_tensor
+
+    def without_a_look(op: str, name: str, value: Any, **bounds: Any) -> Any:
+        return value if isinstance(value, torch.Tensor) else real(op, name, value, **bounds)
+
+    for module in (_validate, _schedules):
+        monkeypatch.setattr(module, "check_number_or_tensor", without_a_look)
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize(("base", "most"), [("sgd", 5), ("adamw", 6)])
+def test_a_capturable_step_counts_itself_and_does_nothing_else_more(kernels: list[str], base: str, most: int) -> None:
+    model, optimizer = make(base, "cpu", capturable=True)
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
+    closure = closure_of(optimizer, model, set_to_none=False)
+    for _ in range(3):
+        optimizer.step(closure)
+    work = work_of(kernels, halves(optimizer))
+    assert len(kernels) <= most, kernels
+    assert work.operations == ["aten.add_.Tensor"], f"beside {kernels}"
+    assert work.reads == []
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize("schedule", [{"lambd": "1/t"}, {"lambd": "1-1/t"}, {"rho": "0.1/k^0.5"}], ids=str)
+def test_a_schedule_reads_nothing_back(kernels: list[str], schedule: dict[str, str]) -> None:
+    model, optimizer = make("sgd", "cpu", capturable=True, **schedule)
+    closure = closure_of(optimizer, model, set_to_none=False)
+    for _ in range(2):
+        optimizer.step(closure)
+    assert work_of(kernels, halves(optimizer)).reads == []
+
+
 def lists(count: int) -> list[TensorList]:
     return [TensorList(torch.rand(size) for size in (3, 700, 1025)) for _ in range(count)]
 
@@ -99,10 +136,16 @@ def lists(count: int) -> list[TensorList]:
 def calls() -> dict[str, Callable[[], object]]:
     params, grads, old_params, buffers = lists(4)
     norm, found_inf, skipped = torch.ones(()), torch.zeros(()), torch.zeros(())
+    single, double = torch.tensor(0.1), torch.tensor(0.1, dtype=torch.float64)
     return {
         "grad_norm_": lambda: functional.grad_norm_(norm, grads, found_inf=found_inf, skipped=skipped),
         "check_finite_": lambda: functional.check_finite_(grads, found_inf),
         "perturb_": lambda: functional.perturb_(params, grads, old_params, norm, rho=0.1, found_inf=found_inf),
+        "perturb_ by tensors": lambda: functional.perturb_(params, grads, old_params, norm, rho=single, lambd=double),
+        "random_perturb_ by tensors": lambda: functional.random_perturb_(
+            params, old_params, seed=1, scale=double, distribution="rademacher"
+        ),
+        "sgd_step_ by tensors": lambda: functional.sgd_step_(params, grads, buffers, lr=double, momentum=0.9),
         "restore_": lambda: functional.restore_(params, old_params),
         "sgd_step_": lambda: functional.sgd_step_(
             params, grads, buffers, old_params=old_params, lr=0.1, momentum=0.9, norm=norm, max_norm=0.1, found_inf=found_inf
@@ -110,6 +153,7 @@ def calls() -> dict[str, Callable[[], object]]:
     }
 
 
+@pytest.mark.usefixtures("unread")
 @pytest.mark.parametrize("op", calls())
 def test_an_operation_reads_nothing_back(kernels: list[str], op: str) -> None:
     call = calls()[op]

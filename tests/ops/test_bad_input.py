@@ -200,6 +200,24 @@ TABLE: list[tuple[str, Change, type[Exception], str]] = [
         for bad, error in [(math.nan, ValueError), (math.inf, ValueError), (-0.1, ValueError), ("0.1", TypeError), (None, TypeError)]
     ],
     *[
+        (op, keyword(name, bad), error, rf"{op}: {name} must be .*{words}")
+        for op, name in [
+            ("perturb_", "rho"), ("perturb_", "lambd"), ("sgd_step_", "lr"), ("adamw_step_", "lr"), ("random_perturb_", "scale"),
+        ]
+        for bad, error, words in [
+            (torch.tensor(1), TypeError, r"float32 or float64 tensor .*got a torch.int64 tensor of shape \(\) on cpu"),
+            (torch.tensor(0.1, dtype=torch.bfloat16), TypeError, r"float32 or float64 tensor .*got a torch.bfloat16 tensor"),
+            (torch.tensor(0.1 + 0j), TypeError, r"float32 or float64 tensor .*got a torch.complex64 tensor"),
+            (torch.full((3,), 0.1), ValueError, r"a tensor that holds one, got a torch.float32 tensor of shape \(3,\)"),
+            (torch.ones(0), ValueError, r"a tensor that holds one, got a torch.float32 tensor of shape \(0,\)"),
+            (torch.ones(1).to_sparse(), TypeError, r"a dense float32 or float64 tensor"),
+            (torch.tensor(math.nan), ValueError, r"a finite number .*got nan"),
+            (torch.tensor([math.inf]), ValueError, r"a finite number .*got inf"),
+        ]
+    ],
+    ("perturb_", keyword("lambd", torch.tensor(1.5)), ValueError, r"perturb_: lambd must be a finite number in \[0.0, 1.0\], got 1.5"),
+    ("sgd_step_", keyword("lr", torch.tensor(-0.5)), ValueError, r"sgd_step_: lr must be a finite number in \[0.0, inf\), got -0.5"),
+    *[
         ("random_perturb_", keyword(name, bad), error, rf"random_perturb_: {name} must be .*{words}")
         for name, bad, error, words in [
             ("seed", 1.0, TypeError, r"an integer, got 1.0"), ("seed", True, TypeError, r"an integer, got True"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,7 @@ class Fault:
     new: str
     kernel: str
     rule: str
+    constants: dict[str, str] = field(default_factory=dict)  # of the variant
 
 
 _START = "tl.load(work_chunks + program).to(tl.int64) * CHUNK_SIZE"
@@ -125,6 +126,9 @@ FAULTS = {
     "a start in 32 bits": Fault("_blocks.py", _START, _NARROW_START, "_perturb_kernel", "addresses_are_64_bit"),
     "extended too late": Fault("_blocks.py", _START, f"({_NARROW_START}).to(tl.int64)", "_sgd_kernel", "addresses_are_64_bit"),
     "a number in float64": Fault("perturb.py", "p + d * scale", "p + d * scale.to(tl.float64)", "_perturb_kernel", "no_double"),
+    "a number read as float64 and left so": Fault(
+        "perturb.py", "load_number(rho).to(tl.float32)", "load_number(rho)", "_perturb_kernel", "no_double", {"one_minus_lambd": "None"}
+    ),
 }
 
 
@@ -150,7 +154,7 @@ def one(variants: list[Variant], kernel: str, dtype: str, **constants: str) -> V
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_found(variants: list[Variant], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fault = FAULTS[name]
-    variant = one(variants, fault.kernel, "fp32")
+    variant = one(variants, fault.kernel, "fp32", **fault.constants)
     assert violations(compile_variant(variant, SM_90, disassemble=True)) == []
     monkeypatch.syspath_prepend(tmp_path)
     faulty = replace(variant, module=variant.module.replace(PACKAGE, planted(tmp_path, fault)))

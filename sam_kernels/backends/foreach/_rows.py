@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["arithmetic_dtypes", "is_host", "number_of", "scale_", "skip_of", "start", "widen", "write"]
+__all__ = ["add_scaled_", "arithmetic_dtypes", "exact", "is_host", "number_of", "scale_", "skip_of", "start", "widen", "write"]
 
 
 def arithmetic_dtypes(*lists: Sequence[Tensor] | None) -> list[torch.dtype]:
@@ -52,6 +52,19 @@ def skip_of(norm: Tensor | None, found_inf: Tensor | None) -> Tensor | Literal[T
 
 def number_of(scalar: Tensor) -> Tensor | float:
     return float(scalar) if is_host(scalar) else scalar
+
+
+def exact(number: Tensor | float) -> Tensor | float:
+    """A hyperparameter to calculate with: a number, or () float64 where reading it would wait for a device."""
+    return number_of(number.to(torch.float64)) if isinstance(number, Tensor) else number
+
+
+def add_scaled_(tensors: Sequence[Tensor], others: Sequence[Tensor], factor: Tensor | float) -> None:
+    """tensors <- tensors + factor others."""
+    if isinstance(factor, float):
+        torch._foreach_add_(list(tensors), list(others), alpha=factor)
+    else:
+        torch._foreach_add_(list(tensors), [other * factor.to(other.dtype) for other in others])
 
 
 def scale_(tensors: Sequence[Tensor], factor: Tensor | float) -> None:

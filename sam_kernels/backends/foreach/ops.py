@@ -10,7 +10,18 @@ from torch import Tensor
 
 from sam_kernels._flags import report_norm
 from sam_kernels._tensor_list import TensorList
-from sam_kernels.backends.foreach._rows import arithmetic_dtypes, is_host, number_of, scale_, skip_of, start, widen, write
+from sam_kernels.backends.foreach._rows import (
+    add_scaled_,
+    arithmetic_dtypes,
+    exact,
+    is_host,
+    number_of,
+    scale_,
+    skip_of,
+    start,
+    widen,
+    write,
+)
 from sam_kernels.backends.foreach.directions import weighted_directions
 from sam_kernels.backends.foreach.random import rounded_stochastically
 
@@ -107,8 +118,8 @@ def perturb_(
     old_params: Sequence[Tensor],
     norm: Tensor,  # ()
     *,
-    rho: float,
-    lambd: float,
+    rho: float | Tensor,  # ()
+    lambd: float | Tensor,  # ()
     adaptive: bool,
     eta: float,
     eps: float,
@@ -131,6 +142,7 @@ def perturb_(
         return
     dtypes = arithmetic_dtypes(params, grads, old_params, ema)
     # Scalars in float64 whatever they are given in: a float64 row takes part in that precision.
+    rho, lambd = exact(rho), exact(lambd)
     inverse = 1.0 if grad_scale is None else 1.0 / grad_scale.reshape(()).to(torch.float64)
     if ema is not None:  # the direction and its norm are unscaled
         steps, inverse = weighted_directions(grads, ema, dtypes, inverse, grad_weight, ema_weight), 1.0
@@ -145,10 +157,8 @@ def perturb_(
         torch._foreach_mul_(weights, steps)
         scale_(weights, scale)
         torch._foreach_add_(results, weights)
-    elif isinstance(scale, float):
-        torch._foreach_add_(results, steps, alpha=scale)
     else:
-        torch._foreach_add_(results, [step * scale.to(step.dtype) for step in steps])
+        add_scaled_(results, steps, scale)
     if rounding_seed is not None:
         rows = list(zip(*(tensors for tensors in (params, grads, old_params, ema) if tensors is not None), strict=True))
         results = rounded_stochastically(results, rows, row_indices, rounding_seed)
@@ -191,7 +201,7 @@ def sgd_step_(
     momentum_buffers: Sequence[Tensor] | None,
     *,
     old_params: Sequence[Tensor] | None,
-    lr: float,
+    lr: float | Tensor,  # ()
     momentum: float,
     dampening: float,
     weight_decay: float,
@@ -209,6 +219,7 @@ def sgd_step_(
         if old_params is not None:
             restore_(params, old_params)
         return False
+    lr = exact(lr)
     dtypes = arithmetic_dtypes(params, grads, old_params, momentum_buffers)
     results = start(params, old_params, dtypes, skip)
     updates = _grad_updates(grads, dtypes, maximize=maximize, grad_scale=grad_scale, norm=norm, max_norm=max_norm)
@@ -222,10 +233,10 @@ def sgd_step_(
             torch._foreach_mul_(buffers, momentum)
             torch._foreach_add_(buffers, updates, alpha=1.0 - dampening)
         updates = list(torch._foreach_add(updates, buffers, alpha=momentum)) if nesterov else buffers
-        torch._foreach_add_(results, updates, alpha=-lr)
+        add_scaled_(results, updates, -lr)
         write(momentum_buffers, buffers, skip)
     else:
-        torch._foreach_add_(results, updates, alpha=-lr)
+        add_scaled_(results, updates, -lr)
     write(params, results, skip)
     return True
 
@@ -238,7 +249,7 @@ def adamw_step_(
     state_steps: Sequence[Tensor],
     *,
     old_params: Sequence[Tensor] | None,
-    lr: float,
+    lr: float | Tensor,  # ()
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
@@ -255,12 +266,13 @@ def adamw_step_(
         if old_params is not None:
             restore_(params, old_params)
         return False
+    lr = exact(lr)
     dtypes = arithmetic_dtypes(params, grads, old_params, exp_avgs, exp_avg_sqs)
     results = start(params, old_params, dtypes, skip)
     updates = _grad_updates(grads, dtypes, maximize=maximize, grad_scale=grad_scale, norm=norm, max_norm=max_norm)
     if weight_decay != 0:
         if decoupled:
-            torch._foreach_mul_(results, 1.0 - lr * weight_decay)
+            scale_(results, 1.0 - lr * weight_decay)
         else:
             updates = list(torch._foreach_add(updates, results, alpha=weight_decay))
     beta1, beta2 = betas
@@ -273,7 +285,7 @@ def adamw_step_(
     torch._foreach_addcmul_(new_exp_avg_sqs, updates, updates, 1.0 - beta2)
     denominators = torch._foreach_sqrt(new_exp_avg_sqs)
     times = [step.to(torch.float64).reshape(()) for step in steps]
-    if all(is_host(t) for t in times):
+    if not isinstance(lr, Tensor) and all(is_host(t) for t in times):
         numbers = [t.item() for t in times]
         torch._foreach_div_(denominators, [(1.0 - beta2**t) ** 0.5 for t in numbers])
         torch._foreach_add_(denominators, eps)

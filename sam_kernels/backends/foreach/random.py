@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sam_kernels._tensor_list import is_dense_row
-from sam_kernels.backends.foreach._rows import arithmetic_dtypes, start, write
+from sam_kernels.backends.foreach._rows import arithmetic_dtypes, exact, start, write
 
 __all__ = ["random_perturb_", "rounded_stochastically"]
 
@@ -99,7 +99,7 @@ def random_perturb_(
     row_indices: Sequence[int],
     *,
     seed: int,
-    scale: float,
+    scale: float | Tensor,  # ()
     distribution: str,
     from_old: bool,
 ) -> None:
@@ -108,9 +108,11 @@ def random_perturb_(
         torch._foreach_copy_(list(old_params), list(params))
     dtypes = arithmetic_dtypes(params, old_params)
     results = start(params, old_params if from_old else None, dtypes, None)
+    scale = exact(scale)
     numbers_of = _normals if distribution == "normal" else _rademachers
     row_words = _words(params, row_indices, seed=seed, stream=PERTURBATION_STREAM)
     for result, param, old_param, word in zip(results, params, old_params, row_words, strict=True):
         # z is exact in either arithmetic; scale z is rounded before it is added, as in the kernels.
-        result.add_(_in_memory_order(numbers_of(word).reshape(-1), [param, old_param]).to(result.dtype) * scale)
+        factor = scale.to(result.dtype) if isinstance(scale, Tensor) else scale
+        result.add_(_in_memory_order(numbers_of(word).reshape(-1), [param, old_param]).to(result.dtype) * factor)
     write(params, results, None)

@@ -56,6 +56,10 @@ def describe() -> str:
     return f"C++ on {_cpu.instruction_set()}, {torch.get_num_threads()} threads"
 
 
+def _number(value: float | Tensor) -> float:
+    return value.item() if isinstance(value, Tensor) else value
+
+
 def _inverse(grad_scale: Tensor | None) -> float:
     return 1.0 if grad_scale is None else 1.0 / grad_scale.item()
 
@@ -115,8 +119,8 @@ def perturb_(
     old_params: Sequence[Tensor],
     norm: Tensor,  # ()
     *,
-    rho: float,
-    lambd: float,
+    rho: float | Tensor,  # ()
+    lambd: float | Tensor,  # ()
     adaptive: bool,
     eta: float,
     eps: float,
@@ -143,8 +147,8 @@ def perturb_(
         "grads": _lists.describe(grads),
         "old_params": _lists.describe(old_params),
         "norm": norm.item(),
-        "rho": rho,
-        "lambd": lambd,
+        "rho": _number(rho),
+        "lambd": _number(lambd),
         "eps": eps,
         "eta": eta,
         "inv_grad_scale": _inverse(grad_scale),
@@ -203,7 +207,7 @@ def random_perturb_(
     row_indices: Sequence[int],
     *,
     seed: int,
-    scale: float,
+    scale: float | Tensor,  # ()
     distribution: str,
     from_old: bool,
 ) -> None:
@@ -214,7 +218,7 @@ def random_perturb_(
         old_params=_lists.describe(old_params),
         row_indices=row_indices,
         seed=seed,
-        scale=scale,
+        scale=_number(scale),
         normal=distribution == "normal",
         from_old=from_old,
         threads=torch.get_num_threads(),
@@ -233,7 +237,7 @@ def sgd_step_(
     momentum_buffers: Sequence[Tensor] | None,
     *,
     old_params: Sequence[Tensor] | None,
-    lr: float,
+    lr: float | Tensor,  # ()
     momentum: float,
     dampening: float,
     weight_decay: float,
@@ -256,7 +260,7 @@ def sgd_step_(
         grads=_lists.describe(grads),
         old_params=_lists.describe(old_params),
         momentum_buffers=_lists.describe(momentum_buffers),
-        lr=lr,
+        lr=_number(lr),
         momentum=momentum,
         dampening=dampening,
         weight_decay=weight_decay,
@@ -276,7 +280,7 @@ def adamw_step_(
     state_steps: Sequence[Tensor],
     *,
     old_params: Sequence[Tensor] | None,
-    lr: float,
+    lr: float | Tensor,  # ()
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
@@ -300,7 +304,7 @@ def adamw_step_(
         exp_avgs=_lists.describe(exp_avgs),
         exp_avg_sqs=_lists.describe(exp_avg_sqs),
         steps=_cpu.advance_steps(_lists.describe(state_steps)),
-        lr=lr,
+        lr=_number(lr),
         beta1=betas[0],
         beta2=betas[1],
         eps=eps,

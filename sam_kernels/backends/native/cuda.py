@@ -1,15 +1,14 @@
 """The CUDA kernels of ``csrc/cuda``. Formulas: ``csrc/common/formulas.h``; specification: ``sam_kernels.reference``.
 
 Arithmetic in float32 (float64 for a row that has a float64 tensor), one rounding to storage; norms are summed in a fixed order. A launch
-takes its tensors' addresses by value: nothing is copied to the device beforehand, and a CUDA graph can record everything. The host waits for
-nothing. Every function takes lists that :mod:`sam_kernels._grouping` made: checked, dense, on one device.
+takes its tensors' addresses by value: nothing is copied to the device beforehand, and a CUDA graph can record everything. The host waits
+for nothing. Every function takes lists that :mod:`sam_kernels._grouping` made: checked, dense, on one device.
 
 ``SAM_KERNELS_CUDA_ON_HOST=1``: the same code compiled for the host runs on CPU tensors, for the tests.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +20,14 @@ from sam_kernels.backends.native import CUDA_ON_HOST
 from sam_kernels.backends.native._architectures import runs_on
 from sam_kernels.backends.native._arguments import address, flag_of, number_of, write_back
 from sam_kernels.backends.native._lists import Lists, written
+
+try:
+    if CUDA_ON_HOST:
+        from sam_kernels import _cuda_on_host as _cuda
+    else:
+        from sam_kernels import _cuda  # type: ignore[no-redef]  # the same functions
+except ImportError as error:
+    raise ImportError(f"the compiled CUDA module of sam_kernels cannot be imported ({error}); reinstall with CUDA's nvcc") from error
 
 __all__ = [
     "DEVICE_TYPES",
@@ -47,12 +54,6 @@ DEVICE_TYPES = frozenset({"cpu" if CUDA_ON_HOST else "cuda"})
 DTYPES = None  # all that operations take
 IS_AUTOMATIC = True
 KNOWS_SKIPS = False  # that would mean to wait for the device
-
-_NAME = "_cuda_on_host" if CUDA_ON_HOST else "_cuda"
-try:
-    _cuda: Any = importlib.import_module(f"sam_kernels.{_NAME}")
-except ImportError as error:
-    raise ImportError(f"the compiled module sam_kernels.{_NAME} cannot be imported ({error}); reinstall with CUDA's nvcc") from error
 
 _THREADS = 512  # of a block, csrc/cuda/config.h
 
@@ -138,7 +139,7 @@ def norm_roundings(numels: Sequence[int], kernel: str = "norm") -> int:
     and so are those of directions) and with those of the same pack."""
     if kernel != "norm":
         return 0
-    longest = min(max(numels, default=0), _cuda.chunk_size())
+    longest: int = min(max(numels, default=0), _cuda.chunk_size())
     return -(-longest // _THREADS) + 3  # unaligned: all of a thread's elements in one sum
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "is_skipped",
     "load",
     "load_float",
+    "load_number",
     "locate",
     "operand",
     "store",
@@ -81,6 +82,16 @@ def load(pointer, offsets, count, MASKED: tl.constexpr):
 def load_float(pointer, offsets, count, MASKED: tl.constexpr):
     """A block as float32."""
     return convert(load(pointer, offsets, count, MASKED), tl.float32)
+
+
+@triton.jit
+def load_number(number):  # float32, or a pointer to () float32 or float64
+    """A hyperparameter: an argument of the launch, or read from memory in its own precision."""
+    number = tl.to_tensor(number)  # the interpreter hands on a number of Python's
+    if number.dtype.is_ptr():
+        return tl.load(number)
+    else:
+        return number
 
 
 @triton.jit

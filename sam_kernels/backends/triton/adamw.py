@@ -16,7 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sam_kernels.backends.triton._blocks import copy_chunk, full_blocks, grad_multiplier, is_skipped, load_float, locate, operand, store
+from sam_kernels.backends.triton._blocks import (
+    copy_chunk,
+    full_blocks,
+    grad_multiplier,
+    is_skipped,
+    load_float,
+    load_number,
+    locate,
+    operand,
+    store,
+)
 from sam_kernels.backends.triton._launch import launch, single, written
 from sam_kernels.backends.triton._table import table_of
 
@@ -67,7 +77,7 @@ def _advance_kernel(
     norm,  # () float32 or None
     found_inf,  # () float32 or None
     count,  # R
-    lr,
+    lr,  # number or () floating point
     beta1_high,
     beta1_low,
     beta2_high,
@@ -88,7 +98,7 @@ def _advance_kernel(
             left = left // 2
         correction1 = _one_minus_power(beta1_high, beta1_low, t, bits)
         correction2 = _one_minus_power(beta2_high, beta2_low, t, bits)
-        tl.store(step_sizes + rows, tl.div_rn(tl.zeros_like(t) + lr, correction1), mask=mask)
+        tl.store(step_sizes + rows, tl.div_rn(tl.zeros_like(t) + load_number(lr).to(tl.float32), correction1), mask=mask)
         tl.store(inv_sqrt_corrections + rows, tl.div_rn(tl.zeros_like(t) + 1.0, tl.sqrt_rn(correction2)), mask=mask)
 
 
@@ -134,7 +144,8 @@ def _adamw_kernel(
     one_minus_beta2,
     eps,
     weight_decay,
-    decay_factor,  # 1 - lr weight_decay
+    decay_factor,  # number: 1 - lr weight_decay; None: lr is no number
+    lr,  # () floating point, None: a number
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     OLD_PARAM: tl.constexpr,
@@ -162,6 +173,9 @@ def _adamw_kernel(
             copy_chunk(param, aligned_param, source, aligned_source, count, full, BLOCK_SIZE)
     else:
         multiplier = grad_multiplier(grad_scale, norm, max_norm, MAXIMIZE)
+        factor = decay_factor
+        if decay_factor is None:
+            factor = (1.0 - load_number(lr) * weight_decay).to(tl.float32)
         step_size = tl.load(step_sizes + row)
         inv_sqrt_correction = tl.load(inv_sqrt_corrections + row)
         HALF: tl.constexpr = BLOCK_SIZE // 2  # of the masked blocks: see _blocks.py
@@ -169,13 +183,13 @@ def _adamw_kernel(
         for block in range(0, full, BLOCK_SIZE):
             _adamw_block(
                 aligned_param, aligned_grad, aligned_source, aligned_exp_avg, aligned_exp_avg_sq, block + offsets, count,
-                step_size, inv_sqrt_correction, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay_factor, multiplier,
+                step_size, inv_sqrt_correction, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, factor, multiplier,
                 DECAY, False,
             )  # fmt: skip
         for block in range(full, count, HALF):
             _adamw_block(
                 param, grad, source, exp_avg, exp_avg_sq, block + half, count,
-                step_size, inv_sqrt_correction, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay_factor, multiplier,
+                step_size, inv_sqrt_correction, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, factor, multiplier,
                 DECAY, True,
             )  # fmt: skip
 
@@ -188,7 +202,7 @@ def adamw_step_(
     state_steps: Sequence[Tensor],
     *,
     old_params: Sequence[Tensor] | None,
-    lr: float,
+    lr: float | Tensor,  # ()
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
@@ -223,7 +237,8 @@ def adamw_step_(
             1.0 - betas[1],
             eps,
             weight_decay,
-            1.0 - lr * weight_decay,
+            None if isinstance(lr, Tensor) else 1.0 - lr * weight_decay,
+            lr if isinstance(lr, Tensor) else None,
             PARAM=group.dtypes["params"],
             GRAD=group.dtypes["grads"],
             OLD_PARAM=group.dtypes["old_params"],
@@ -241,7 +256,7 @@ def adamw_step_(
 
 
 def _advance(
-    steps: Sequence[Tensor], lr: float, betas: tuple[float, float], norm: Tensor | None, found_inf: Tensor | None
+    steps: Sequence[Tensor], lr: float | Tensor, betas: tuple[float, float], norm: Tensor | None, found_inf: Tensor | None
 ) -> tuple[Tensor, Tensor]:  # (R,), (R,) float32
     """Adds one to every step counter, unless skipped: step sizes and corrections of each row."""
     table = table_of({"state_steps": steps}, "steps")

@@ -2,8 +2,9 @@
 
 Specification: ``sam_kernels.reference.perturb_``; twin: ``csrc/cpu/perturb.cpp``. float32, bfloat16 and float16 storage in any mix, float32
 arithmetic, one rounding. The scale s = rho (1 - lambd + lambd / (norm / grad_scale + eps)) / grad_scale is computed by every program from
-scalars in device memory, so the host never waits. Where the step is skipped parameters are only saved (from_old: restored). Few ask for a
-direction made with a moving average m, or for stochastic rounding of bfloat16 parameters: both are compiled only then.
+scalars in device memory, so the host never waits; rho and lambd are numbers or lie there too. Where the step is skipped parameters are only
+saved (from_old: restored). Few ask for a direction made with a moving average m, or for stochastic rounding of bfloat16 parameters: both
+are compiled only then.
 Reads p, g; writes old_p, p: 4 N s bytes (from_old: reads old_p, g; writes p: 3 N s), and m. Restoring: 2 N s.
 """
 
@@ -24,6 +25,7 @@ from sam_kernels.backends.triton._blocks import (
     is_skipped,
     load,
     load_float,
+    load_number,
     locate,
     operand,
     store,
@@ -106,9 +108,9 @@ def _perturb_kernel(
     norm,  # () float32
     grad_scale,  # () float32 or None
     found_inf,  # () float32 or None
-    rho,
-    one_minus_lambd,
-    lambd,
+    rho,  # number or () floating point
+    one_minus_lambd,  # number, None: lambd is no number
+    lambd,  # number or () floating point
     eps,
     eta,
     grad_weight,
@@ -147,11 +149,16 @@ def _perturb_kernel(
             ema_address, ema, aligned_ema = operand(ema_pointers, row, start, EMA)
             addresses = addresses | ema_address
         inverse = inverse_of(grad_scale)
+        mix = load_number(lambd)
+        rest = one_minus_lambd
+        if one_minus_lambd is None:
+            rest = (1.0 - mix).to(tl.float32)  # in the precision of lambd, for it cancels
+        radius, mix = load_number(rho).to(tl.float32), mix.to(tl.float32)
         scale = tl.load(norm).to(tl.float32)
         if USES_EMA:  # a direction is unscaled, and so is its norm
-            scale = rho * (one_minus_lambd + tl.div_rn(lambd, scale + eps))
+            scale = radius * (rest + tl.div_rn(mix, scale + eps))
         else:
-            scale = rho * (one_minus_lambd + tl.div_rn(lambd, scale * inverse + eps)) * inverse
+            scale = radius * (rest + tl.div_rn(mix, scale * inverse + eps)) * inverse
         index = row
         if row_indices is not None:
             index = tl.load(row_indices + row)
@@ -194,8 +201,8 @@ def perturb_(
     old_params: Sequence[Tensor],
     norm: Tensor,  # ()
     *,
-    rho: float,
-    lambd: float,
+    rho: float | Tensor,  # ()
+    lambd: float | Tensor,  # ()
     adaptive: bool,
     eta: float,
     eps: float,
@@ -228,7 +235,7 @@ def perturb_(
             single(grad_scale),
             single(found_inf),
             rho,
-            1.0 - lambd,  # in double: it cancels for the lambd close to 1 of the schedule 1 - 1/t
+            None if isinstance(lambd, Tensor) else 1.0 - lambd,  # in double: it cancels for the lambd close to 1 of the schedule 1 - 1/t
             lambd,
             eps,
             eta,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sam_kernels.backends.triton._blocks import convert, full_blocks, load, locate, operand, store
+from sam_kernels.backends.triton._blocks import convert, full_blocks, load, load_number, locate, operand, store
 from sam_kernels.backends.triton._launch import launch, written
 from sam_kernels.backends.triton._random import PERTURBATION_STREAM, normal_pair, rademacher, seed_key, tile_offsets, tile_words
 from sam_kernels.backends.triton._table import table_of
@@ -59,7 +59,7 @@ def _random_kernel(
     row_indices,  # (R,) int32: the caller's numbers of the rows, None where they are the same
     key_low,
     key_high,
-    scale,
+    scale,  # number or () floating point
     PARAM: tl.constexpr,
     OLD_PARAM: tl.constexpr,
     NORMAL: tl.constexpr,
@@ -72,13 +72,14 @@ def _random_kernel(
     old_address, old_param, aligned_old_param = operand(old_param_pointers, row, start, OLD_PARAM)
     index = row if row_indices is None else tl.load(row_indices + row)
     full = full_blocks(param_address | old_address, count, BLOCK_SIZE)
+    factor = load_number(scale).to(tl.float32)
     for block in range(0, full, BLOCK_SIZE):
         _move_tiles(
-            aligned_param, aligned_old_param, start, block, count, index, key_low, key_high, scale, NORMAL, FROM_OLD, BLOCK_SIZE, False
+            aligned_param, aligned_old_param, start, block, count, index, key_low, key_high, factor, NORMAL, FROM_OLD, BLOCK_SIZE, False
         )
     HALF: tl.constexpr = BLOCK_SIZE // 2  # of the masked blocks: see _blocks.py
     for block in range(full, count, HALF):
-        _move_tiles(param, old_param, start, block, count, index, key_low, key_high, scale, NORMAL, FROM_OLD, HALF, True)
+        _move_tiles(param, old_param, start, block, count, index, key_low, key_high, factor, NORMAL, FROM_OLD, HALF, True)
 
 
 def random_perturb_(
@@ -87,7 +88,7 @@ def random_perturb_(
     row_indices: Sequence[int],
     *,
     seed: int,
-    scale: float,
+    scale: float | Tensor,  # ()
     distribution: str,
     from_old: bool,
 ) -> None:

@@ -2,7 +2,8 @@
 
 Specification: ``sam_kernels.reference.sgd_step_``; twin: ``csrc/cpu/sgd.cpp``. float32, bfloat16 and float16 storage in any mix, float32
 arithmetic in the order of ``csrc/common/formulas.h``, one rounding. 1 / grad_scale, the clip factor and the sign of maximize multiply the
-gradient; all come from device memory. Where the step is skipped parameters are restored and nothing else happens.
+gradient; all come from device memory, and lr does where it is no number. Where the step is skipped parameters are restored and nothing else
+happens.
 Reads old_p (else p), g, m; writes p, m: 5 N s bytes.
 """
 
@@ -14,7 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sam_kernels.backends.triton._blocks import copy_chunk, full_blocks, grad_multiplier, is_skipped, load_float, locate, operand, store
+from sam_kernels.backends.triton._blocks import (
+    copy_chunk,
+    full_blocks,
+    grad_multiplier,
+    is_skipped,
+    load_float,
+    load_number,
+    locate,
+    operand,
+    store,
+)
 from sam_kernels.backends.triton._launch import launch, single, written
 from sam_kernels.backends.triton._table import table_of
 
@@ -56,7 +67,7 @@ def _sgd_kernel(
     grad_scale,  # () float32 or None
     found_inf,  # () float32 or None
     max_norm,  # number or None
-    lr,
+    lr,  # number or () floating point
     momentum,
     one_minus_dampening,
     weight_decay,
@@ -91,17 +102,18 @@ def _sgd_kernel(
             copy_chunk(param, aligned_param, source, aligned_source, count, full, BLOCK_SIZE)
     else:
         multiplier = grad_multiplier(grad_scale, norm, max_norm, MAXIMIZE)
+        rate = load_number(lr).to(tl.float32)
         HALF: tl.constexpr = BLOCK_SIZE // 2  # of the masked blocks: see _blocks.py
         offsets, half = tl.arange(0, BLOCK_SIZE), tl.arange(0, HALF)
         for block in range(0, full, BLOCK_SIZE):
             _sgd_block(
                 aligned_param, aligned_grad, aligned_source, aligned_buffer, block + offsets, count,
-                lr, momentum, one_minus_dampening, weight_decay, multiplier, MOMENTUM, FIRST_STEP, NESTEROV, WEIGHT_DECAY, False,
+                rate, momentum, one_minus_dampening, weight_decay, multiplier, MOMENTUM, FIRST_STEP, NESTEROV, WEIGHT_DECAY, False,
             )  # fmt: skip
         for block in range(full, count, HALF):
             _sgd_block(
                 param, grad, source, buffer, block + half, count,
-                lr, momentum, one_minus_dampening, weight_decay, multiplier, MOMENTUM, FIRST_STEP, NESTEROV, WEIGHT_DECAY, True,
+                rate, momentum, one_minus_dampening, weight_decay, multiplier, MOMENTUM, FIRST_STEP, NESTEROV, WEIGHT_DECAY, True,
             )  # fmt: skip
 
 
@@ -111,7 +123,7 @@ def sgd_step_(
     momentum_buffers: Sequence[Tensor] | None,
     *,
     old_params: Sequence[Tensor] | None,
-    lr: float,
+    lr: float | Tensor,  # ()
     momentum: float,
     dampening: float,
     weight_decay: float,
