@@ -12,6 +12,9 @@ CPP_FILES := $(CSRC) $(wildcard bench/*.cpp)
 WITH_HOST_KERNELS := SAM_KERNELS_CUDA_ON_HOST=1
 SANITIZED := build/sanitize
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1
+RUN_SANITIZED = LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/$(SANITIZED) \
+	$(BIN)/python tests/native/sanitized.py $(CURDIR)/$(SANITIZED)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -48,11 +51,10 @@ format: install  ## let ruff and clang-format rewrite the files
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_FILES)
 
-sanitize: install  ## the operation tests on a build with the address and undefined-behaviour sanitizers
-	SAM_KERNELS_BUILD=cpu SAM_KERNELS_CXXFLAGS="$(SANITIZERS)" $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
-	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/$(SANITIZED) \
-	$(BIN)/python tests/native/sanitized.py $(CURDIR)/$(SANITIZED) $(or $(ARGS),tests/ops)
+sanitize: install  ## the operation tests on builds with the address and undefined-behaviour sanitizers: CPU kernels, CUDA kernels on the host
+	$(WITH_HOST_KERNELS) SAM_KERNELS_BUILD=cpu SAM_KERNELS_CXXFLAGS="$(SANITIZERS)" $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
+	$(RUN_SANITIZED) $(or $(ARGS),tests/ops)
+	$(WITH_HOST_KERNELS) $(RUN_SANITIZED) $(or $(ARGS),tests/ops/test_against_reference.py tests/ops/test_random.py)
 
 bench: install  ## the benchmarks (ARGS="--help" tells the options)
 	$(BIN)/python -m bench $(ARGS)

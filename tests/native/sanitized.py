@@ -1,11 +1,12 @@
-"""Runs tests on the module that `make sanitize` built: python tests/native/sanitized.py FOLDER [pytest arguments].
+"""Runs tests on a module that `make sanitize` built: python tests/native/sanitized.py FOLDER [pytest arguments].
 
-First it makes sure that the sanitizers see: a read past the end and a misaligned one, planted in calls of the module itself, must each end
+The CPU's kernels, or with SAM_KERNELS_CUDA_ON_HOST=1 CUDA's, compiled for the host. First it makes sure that the sanitizers see: a read past the end and a misaligned one, planted in calls of the module itself, must each end
 the process with the sanitizer's report. Otherwise green tests would say nothing.
 """
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -14,14 +15,15 @@ from pathlib import Path
 LIAR = """
 import ctypes
 import torch
-from sam_kernels.backends.native import cpu
+from sam_kernels import functional, use_backend
+use_backend("native")
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 def lying(numel, shift=0):
     memory = (ctypes.c_char * (4 * numel)).from_address(libc.malloc(ctypes.c_size_t(4 * 64)) + shift)
     return torch.frombuffer(memory, dtype=torch.float32)
 def norm(tensor):
-    cpu.grad_norms([tensor], None, [1], adaptive=False, eta=0.0)
+    functional.grad_norm([tensor])
 """
 PLANTED = {
     "nothing": ("norm(lying(64))", ""),
@@ -42,9 +44,10 @@ def check_the_sanitizers_see(folder: str) -> None:
 def main(folder: str, *arguments: str) -> int:
     sys.path.insert(0, folder)
     import sam_kernels
-    from sam_kernels import _cpu
+    from sam_kernels.backends.native import CUDA_ON_HOST
 
-    for module in (sam_kernels, _cpu):  # and from now on in sys.modules: no test can import another
+    compiled = importlib.import_module("sam_kernels._cuda_on_host" if CUDA_ON_HOST else "sam_kernels._cpu")
+    for module in (sam_kernels, compiled):  # and from now on in sys.modules: no test can import another
         if not Path(module.__file__).is_relative_to(folder):
             sys.exit(f"{module.__name__} is {module.__file__}, not in {folder}")
     check_the_sanitizers_see(folder)
