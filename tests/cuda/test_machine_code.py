@@ -96,7 +96,9 @@ class Fault:
 
 
 FAULTS = {
-    "more threads than there are registers for": Fault("sgd.cu", "A::kWidth == 8 ? 3 : A::kBlocks", "4", "sgd", "nothing_is_spilled"),
+    "more threads than there are registers for": Fault(
+        "launch.cuh", "Op::kBlocks < kMostBlocks ? Op::kBlocks : kMostBlocks", "4", "norm", "nothing_is_spilled"
+    ),
     "fewer threads than could be": Fault(
         "launch.cuh", "Op::kBlocks < kMostBlocks ? Op::kBlocks : kMostBlocks", "1", "check", "enough_threads_fit"
     ),
@@ -110,7 +112,7 @@ FAULTS = {
         "perturb",
         "operands_are_wide",
     ),
-    "an operand is forgotten": Fault("adamw.cu", "store<A, kCount>(exp_avg_sq, i, v);", "", "adamw", "operands_are_wide"),
+    "an operand is forgotten": Fault("direction.cu", "store<A, kCount>(ema, i, m);", "", "direction", "operands_are_wide"),
     "packs of mixed rows taken apart by reference": Fault(
         "access.cuh",
         "widen<T>(read_pack<BFloat16, kCount>(operand, i))",
