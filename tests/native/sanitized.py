@@ -1,8 +1,9 @@
 """Runs tests on a module that `make sanitize` built: python tests/native/sanitized.py FOLDER [pytest arguments].
 
-The CPU's kernels, or with SAM_KERNELS_CUDA_ON_HOST=1 CUDA's, compiled for the host. First it makes sure that the sanitizers see: a read past
-the end and a misaligned one, planted in calls of the module itself, must each end the process with the sanitizer's report. Otherwise green
-tests would say nothing.
+The CPU's kernels, or with SAM_KERNELS_CUDA_ON_HOST=1 CUDA's, compiled for the host.
+
+First it makes sure that the sanitizers see: a read past the end and a misaligned one, planted in calls of the module itself, must each end
+the process with the sanitizer's report. Otherwise green tests would say nothing.
 """
 
 from __future__ import annotations
