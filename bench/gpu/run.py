@@ -26,7 +26,7 @@ __all__ = ["PHASES", "main"]
 ROOT = Path(__file__).resolve().parents[2]
 PHASES = ("build", "tests", "sanitizer", "bench", "sweep")
 # Each phase's own limit; those up to the sanitizers run side by side, as far as one does not wait for another, and share one.
-SECONDS = {"triton": 210, "native": 100, "values": 110, "device": 130, "memcheck": 60, "racecheck": 60, "initcheck": 60}
+SECONDS = {"triton": 210, "native": 110, "values": 110, "device": 180, "memcheck": 60, "racecheck": 60, "initcheck": 60}
 SECONDS |= {"bench": 140, "sweep": 90}
 TOGETHER = 225
 TOTAL = 465.0  # less than eight minutes, with what ending a phase may take
@@ -49,7 +49,7 @@ def test_phases(out: Path) -> list[Phase]:
     ignored = [f"--ignore={name}" for name in (gate.TESTS, *values)]
     return [
         pytest("triton", *xdist_options(), "-k", "triton or foreach", gate.TESTS, after=""),
-        pytest("native", *xdist_options(most=4), "-k", "not (triton or foreach)", gate.TESTS),
+        pytest("native", *xdist_options(most=6), "-k", "not (triton or foreach)", gate.TESTS),
         pytest("values", *xdist_options(most=6), *values, after="native"),
         pytest("device", *ignored, "tests/gpu"),
     ]
