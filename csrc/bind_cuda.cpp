@@ -99,7 +99,7 @@ struct Split {
   Split(std::vector<int64_t> numels, int chunk_size) {
     TensorList list{std::vector<Operand>(numels.size()), std::move(numels)};
     for (std::size_t i = 0; i < list.operands.size(); ++i) list.operands[i].data = pointer<void>(16 * (i + 1));
-    for_each_table<Launch>(RowLists<kSgdRoles>{{&list, &list, &list, &list}}, nullptr, chunk_size,
+    for_each_table<Launch>(RowLists<kSgdRoles>{{&list, &list, &list, &list}}, nullptr, chunk_size, false,
                            [&](const Launch& launch) { launches.push_back(launch); });
   }
 
@@ -149,15 +149,15 @@ PYBIND11_MODULE(SAM_CUDA_MODULE, module) {
   module.def("reason_missing", &reason_missing);
   module.def("capability", &capability, arg("device"));
   module.def("chunk_size", [] { return cut().chunk_size; });
-  // For benchmarks that look for the best cut; 0 blocks: as many as there is room for. The bits of a norm depend on the size of chunks.
+  // For benchmarks that look for the best cut; without arguments: the usual one. The bits of a norm depend on the size of chunks.
   module.def(
       "set_cut",
-      [](int chunk_size, int blocks_per_processor) {
+      [](int chunk_size, int blocks_per_processor, bool backwards) {
         if (chunk_size < 1024 || chunk_size % 1024 != 0) throw py::value_error("chunk_size must be a multiple of 1024");
         if (blocks_per_processor < 0) throw py::value_error("blocks_per_processor must not be negative");
-        cut() = {chunk_size, blocks_per_processor};
+        cut() = {chunk_size, blocks_per_processor, backwards};
       },
-      py::kw_only(), arg("chunk_size"), arg("blocks_per_processor"));
+      py::kw_only(), arg("chunk_size") = cut().chunk_size, arg("blocks_per_processor") = 0, arg("backwards") = true);
 
   // Partial sums a list needs: float64 numbers.
   module.def("count_sums", [](List list) { return first_sums(list).second; }, arg("list"));

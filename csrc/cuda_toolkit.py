@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-OLDEST = (11, 4)
+OLDEST = (11, 7)  # the first with __grid_constant__
 NOT_FOUND = "no nvcc in $CUDA_HOME/bin, in $CUDA_PATH/bin, on PATH or in /usr/local/cuda/bin"
 # Machine code for compute capability x.y runs on every device x.z with z >= y, so one entry a major version serves them all, and PTX of the
 # last serves the devices to come. Each entry adds its share to the time to compile and to the size of the module. Turing (7.5) is left out:

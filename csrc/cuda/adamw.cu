@@ -12,7 +12,7 @@ struct Adam {
   using T = typename A::Arithmetic;
   using Options = AdamLaunch;
   static constexpr int kRoles = kAdamRoles, kBlocks = std::is_same_v<T, double> ? 1 : 2;
-  static constexpr bool kSums = false;
+  static constexpr bool kSums = false, kBackwards = true;
 
   bool skipped;
   Decay decay;

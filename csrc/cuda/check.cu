@@ -11,7 +11,7 @@ struct CheckFinite {
   using T = typename A::Arithmetic;
   using Options = CheckOptions;
   static constexpr int kRoles = 1, kBlocks = A::kBlocks;
-  static constexpr bool kSums = false;
+  static constexpr bool kSums = false, kBackwards = false;
 
   float* found_inf;
 

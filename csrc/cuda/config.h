@@ -22,6 +22,7 @@ constexpr int kMostBlocks = 2048 / kThreads;
 struct Cut {
   int chunk_size = static_cast<int>(kChunkSize);
   int blocks_per_processor = 0;  // resident at a time; 0: as many as there is room for
+  bool backwards = true;         // passes that follow a read of the same gradients begin where that one ended, in the second-level cache
 };
 
 Cut& cut();

@@ -10,7 +10,7 @@ struct Copy {
   using Access = A;
   using Options = CopyOptions;
   static constexpr int kRoles = kCopyRoles, kBlocks = A::kBlocks;
-  static constexpr bool kSums = false;
+  static constexpr bool kSums = false, kBackwards = false;
 
   SAM_INLINE explicit Copy(const Options&) {}
 

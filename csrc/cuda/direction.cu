@@ -12,7 +12,7 @@ struct SumDirection {
   using T = typename A::Arithmetic;
   using Options = DirectionOptions;
   static constexpr int kRoles = kDirectionRoles, kBlocks = 2;
-  static constexpr bool kSums = true;
+  static constexpr bool kSums = true, kBackwards = false;
 
   Options options;
   DirectionConstants<T> constants;

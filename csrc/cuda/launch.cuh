@@ -1,7 +1,8 @@
 // Running an operation over lists: rows by how they are accessed, tables, kernels; on the host, the same code thread by thread.
 //
-// An operation is a struct Op<Access> with kRoles, Options (trivially copyable), a constructor from these, and either
-// apply(piece, thread), or, where kSums, sum(piece, thread) and finish(piece, total).
+// An operation is a struct Op<Access> with kRoles, kBlocks (resident on a processor), Options (trivially copyable), a constructor from
+// these, and either apply(piece, thread), or, where kSums, sum(piece, thread) and finish(piece, total). kBackwards: it follows a read of
+// the same gradients.
 #pragma once
 
 #include <cstddef>
@@ -18,9 +19,10 @@
 
 namespace sam::cuda {
 
+// The chunk whose turn it is.
 template <class Op, class Table>
-SAM_INLINE Piece<Op::kRoles> piece_of(const Table& table, uint32_t chunk) {
-  const Location location = table.locate(chunk);
+SAM_INLINE Piece<Op::kRoles> piece_of(const Table& table, uint32_t turn) {
+  const Location location = table.locate(Op::kBackwards && table.backwards ? table.chunks() - 1 - turn : turn);
   Piece<Op::kRoles> piece;
   SAM_UNROLL
   for (int role = 0; role < Op::kRoles; ++role) {
@@ -82,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, Op::kBlocks < kMostBlocks ? Op::kBlo
 
 template <class Op, class Table>
 void launch_table(const Table& table, const typename Op::Options& options, const Place& place) {
-  static_assert(sizeof(typename Op::Options) <= kOptionBytes);
+  static_assert(sizeof(Table) + kOptionBytes <= Table::kBytes && sizeof(typename Op::Options) <= kOptionBytes);
   const auto* kernel = reinterpret_cast<const void*>(&chunk_kernel<Op, Table>);
   const unsigned resident = resident_blocks(kernel, place);
   void* arguments[] = {const_cast<Table*>(&table), const_cast<typename Op::Options*>(&options)};
@@ -101,9 +103,9 @@ void launch(const RowLists<Op::kRoles>& lists, const std::vector<uint32_t>* memb
   const auto launch_one = [&](const auto& table) { launch_table<Op>(table, options, place); };
   const std::size_t count = members == nullptr ? lists.numels().size() : members->size();
   if (count <= static_cast<std::size_t>(Small::kCapacity) || !large_arguments()) {
-    for_each_table<Small>(lists, members, cut().chunk_size, launch_one);
+    for_each_table<Small>(lists, members, cut().chunk_size, cut().backwards, launch_one);
   } else {
-    for_each_table<Large>(lists, members, cut().chunk_size, launch_one);
+    for_each_table<Large>(lists, members, cut().chunk_size, cut().backwards, launch_one);
   }
 }
 

@@ -23,8 +23,9 @@ struct Location {
   int count;
 };
 
-template <int kRoles, int kBytes>
+template <int kRoles, int kArgumentBytes>
 struct Table {
+  static constexpr int kBytes = kArgumentBytes;
   static constexpr int kRowBytes = kRoles * static_cast<int>(sizeof(char*) + sizeof(DType)) + 8 + 4 + 4;
   static constexpr int kCapacity = (kBytes - kOptionBytes - 16) / kRowBytes;
 
@@ -35,6 +36,7 @@ struct Table {
   DType dtypes[kRoles][kCapacity];
   int32_t rows;
   int32_t chunk_size;
+  bool backwards;  // the order of chunks
 
   SAM_INLINE uint32_t chunks() const { return chunk_ends[rows - 1]; }  // a table has at least one row
 

@@ -10,7 +10,6 @@ namespace sam::cuda {
 namespace {
 
 constexpr float kHigh = 0x1p100f, kLow = 0x1p-100f;
-constexpr int kUnrolled = 2;  // packs in flight: with one operand, one would leave the memory idle
 
 template <class A>
 struct SumSquares {
@@ -18,7 +17,7 @@ struct SumSquares {
   using T = typename A::Arithmetic;
   using Options = NormOptions;
   static constexpr int kRoles = kNormRoles, kBlocks = A::kBlocks;
-  static constexpr bool kSums = true;
+  static constexpr bool kSums = true, kBackwards = false;
 
   Options options;
 
@@ -61,7 +60,9 @@ struct SumSquares {
       }
     };
     const int whole = is_aligned<A>(piece) ? piece.count / kWidth * kWidth : 0;
-#pragma unroll kUnrolled
+    [[maybe_unused]] constexpr int kInFlight =
+        kAdaptive ? 1 : 2;  // packs of each operand: with one operand, one would leave the memory idle
+#pragma unroll kInFlight
     for (int i = thread * kWidth; i < whole; i += kThreads * kWidth) add(Width<kWidth>{}, i);
     SAM_NO_UNROLL
     for (int i = whole + thread; i < piece.count; i += kThreads) add(Width<1>{}, i);

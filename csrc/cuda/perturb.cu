@@ -12,7 +12,7 @@ struct Perturb {
   using T = typename A::Arithmetic;
   using Options = PerturbOptions;
   static constexpr int kRoles = kPerturbRoles, kBlocks = A::kBlocks;
-  static constexpr bool kSums = false;
+  static constexpr bool kSums = false, kBackwards = true;
 
   bool skipped, adaptive, from_old;
   T scale, eta;

@@ -21,7 +21,7 @@ struct PerturbAlong {
   using T = typename A::Arithmetic;
   using Options = PerturbVariantOptions;
   static constexpr int kRoles = kPerturbVariantRoles, kBlocks = 1;  // as random.cu
-  static constexpr bool kSums = false;
+  static constexpr bool kSums = false, kBackwards = true;
 
   bool skipped, adaptive, from_old, stochastic, uses_grad;
   T scale, direction_scale, eta, grad_weight, ema_weight;  // direction_scale: where there is an m, which is unscaled, and so is its norm

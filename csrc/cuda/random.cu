@@ -15,7 +15,7 @@ struct RandomPerturb {
   static constexpr int kRoles = kRandomRoles;
   // A thread has the words of 16 or 32 elements at hand: 512 or 1024 threads.
   static constexpr int kBlocks = kNormal || A::kWidth != 4 ? 1 : 2;
-  static constexpr bool kSums = false;
+  static constexpr bool kSums = false, kBackwards = false;
 
   uint32_t key_low, key_high;
   bool from_old;

@@ -19,7 +19,7 @@ struct Sgd {
 #else
   static constexpr int kBlocks = A::kWidth == 8 ? 3 : A::kBlocks;
 #endif
-  static constexpr bool kSums = false;
+  static constexpr bool kSums = false, kBackwards = true;
 
   bool skipped, nesterov, first_step, decays;
   SgdConstants<T> constants;

@@ -33,12 +33,13 @@ struct RowLists {
 
 // Calls launch(table) for each launch. members: the rows to take, null for all.
 template <class Table, int kRoles, class Launch>
-void for_each_table(const RowLists<kRoles>& lists, const std::vector<uint32_t>* members, int chunk_size, Launch launch) {
+void for_each_table(const RowLists<kRoles>& lists, const std::vector<uint32_t>* members, int chunk_size, bool backwards, Launch launch) {
   const std::vector<int64_t>& numels = lists.numels();
   const std::size_t count = members == nullptr ? numels.size() : members->size();
   const std::unique_ptr<Table> table(new Table);  // not zeroed: 32 KB, of which a launch reads what is written here
   table->rows = 0;
   table->chunk_size = chunk_size;
+  table->backwards = backwards;
   uint32_t chunks = 0;
   const auto flush = [&] {
     if (table->rows > 0) launch(*table);

@@ -124,14 +124,22 @@ class Passes:
             perturb_(current.lists.params, old_params=current.lists.old_params)
             self._unsure = None
 
-    def descend(self, groups: list[dict[str, Any]], *, max_norm: float | None, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def descend(
+        self,
+        groups: list[dict[str, Any]],
+        *,
+        max_norm: float | None,
+        check_finite: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
         """Restores the parameters and makes the base's step along the gradients as they are, unless something was not finite."""
         currents = self._current(groups)
         norm = None
         if max_norm is not None:
             norm = self._norm(currents, normalised=False)
         self._forget_last_step()
-        if max_norm is None:
+        if max_norm is None and check_finite:
             for _, grads, *_ in self._joined(currents, normalised=False):
                 functional.check_finite_(grads, self.found_inf)
         if found_inf is not None:

@@ -6,12 +6,20 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from sam_kernels._dispatch import available
 
 BACKENDS = available()  # what is missing, and why, stands at the top of the test run; .ci/run insists on native
+BASES = [
+    pytest.param(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, id="sgd-momentum"),
+    pytest.param(torch.optim.AdamW, {"lr": 0.01}, id="adamw"),
+    pytest.param(torch.optim.RMSprop, {"lr": 0.01}, id="rmsprop-not-fused"),
+]
+every_base = pytest.mark.parametrize(("base", "kwargs"), BASES)
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def make_model(dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Rows 6–14 of the behaviours in docs/architecture.md."""
+"""Rows 6, 7 and 9–14 of the behaviours in docs/architecture.md; test_non_finite.py has row 8."""
 
 from __future__ import annotations
 
@@ -10,16 +10,7 @@ from torch import Tensor, nn
 
 import sam_kernels
 from sam_kernels import functional
-from sam_kernels.backends.native import CUDA_ON_HOST
-from tests.optim.problem import BACKENDS, assert_same_bits, closure_of, loss_of, make_batch, make_model, twin, weights
-
-BASES = [
-    pytest.param(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, id="sgd-momentum"),
-    pytest.param(torch.optim.AdamW, {"lr": 0.01}, id="adamw"),
-    pytest.param(torch.optim.RMSprop, {"lr": 0.01}, id="rmsprop-not-fused"),
-]
-every_base = pytest.mark.parametrize(("base", "kwargs"), BASES)
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
+from tests.optim.problem import assert_same_bits, closure_of, every_backend, every_base, loss_of, make_batch, make_model, twin, weights
 
 
 @every_backend
@@ -84,49 +75,6 @@ def test_row_07_an_iteration_given_up_after_first_step_is_undone_by_the_next() -
     optimizer.step(closure_of(optimizer, model, batch))
     expected.step(closure_of(expected, other, batch))
     assert_same_bits(weights(model), weights(other))
-
-
-@every_backend
-@every_base
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("bad_pass", [1, 2])
-def test_row_08_non_finite_gradients_skip_the_step(backend: str, base: Any, kwargs: dict[str, Any], bad: float, bad_pass: int) -> None:
-    model, batch = make_model(), make_batch()
-    with sam_kernels.use_backend(backend):
-        optimizer = sam_kernels.SAM(model.parameters(), base, **kwargs)
-        optimizer.step(closure_of(optimizer, model, batch))
-        before = weights(model)
-        state = [value.clone() for s in optimizer.state.values() for value in s.values() if isinstance(value, Tensor)]
-        passes = 0
-
-        def closure() -> Tensor:
-            nonlocal passes
-            passes += 1
-            loss = closure_of(optimizer, model, batch)()
-            if passes == bad_pass:
-                model[2].bias.grad[1] = bad  # type: ignore[index, union-attr]
-            return loss
-
-        optimizer.step(closure)
-        assert_same_bits(weights(model), before)
-        assert_same_bits([value for s in optimizer.state.values() for value in s.values() if isinstance(value, Tensor)], state)
-        assert optimizer.skipped_steps == 1
-        optimizer.step(closure)
-        assert optimizer.skipped_steps == 1
-        assert not torch.equal(weights(model)[0], before[0])
-
-
-@pytest.mark.skipif(CUDA_ON_HOST, reason="kernels that wait for nothing leave a momentum of zeros")
-def test_row_08_a_skipped_first_step_leaves_no_momentum() -> None:
-    param = nn.Parameter(torch.ones(4))
-    optimizer = sam_kernels.SAM([param], torch.optim.SGD, lr=0.1, momentum=0.9, dampening=0.5)
-    for grad in (float("nan"), 1.0):
-        param.grad = torch.full((4,), grad)
-        optimizer.first_step()
-        optimizer.second_step()
-    assert optimizer.skipped_steps == 1
-    assert torch.equal(optimizer.state[param]["momentum_buffer"], torch.ones(4))  # a first step: no dampening
-    assert torch.equal(param.detach(), torch.full((4,), 1.0) - 0.1)
 
 
 @every_backend

@@ -22,7 +22,7 @@ SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
 TOOLKIT = SETUP["cuda_toolkit"]
 BUILD = SETUP["ninja_build"]
 KNOWN = {  # nvcc --list-gpu-arch of some releases
-    "11.4": "3.5 3.7 5.0 5.2 5.3 6.0 6.1 6.2 7.0 7.2 7.5 8.0 8.6 8.7",
+    "11.7": "3.5 3.7 5.0 5.2 5.3 6.0 6.1 6.2 7.0 7.2 7.5 8.0 8.6 8.7",
     "12.4": "5.0 5.2 5.3 6.0 6.1 6.2 7.0 7.2 7.5 8.0 8.6 8.7 8.9 9.0",
     "12.8": "5.0 5.2 5.3 6.0 6.1 6.2 7.0 7.2 7.5 8.0 8.6 8.7 8.9 9.0 10.0 10.1 12.0",
     "13.0": "7.5 8.0 8.6 8.7 8.8 8.9 9.0 10.0 11.0 10.3 12.0 12.1",
@@ -65,7 +65,7 @@ def test_an_architecture_that_nvcc_does_not_know_is_refused_with_those_it_knows(
 
 @pytest.mark.parametrize(
     ("version", "expected"),
-    [("11.4", "8.0+PTX"), ("12.4", "8.0;9.0+PTX"), ("12.8", "8.0;9.0;10.0;12.0+PTX"), ("13.0", "8.0;9.0;10.0;12.0+PTX")],
+    [("11.7", "8.0+PTX"), ("12.4", "8.0;9.0+PTX"), ("12.8", "8.0;9.0;10.0;12.0+PTX"), ("13.0", "8.0;9.0;10.0;12.0+PTX")],
 )
 def test_without_a_list_each_major_version_that_nvcc_knows_is_compiled_for(version, expected):
     assert TOOLKIT.architectures("", toolkit(version)) == expected.split(";")
@@ -121,7 +121,7 @@ def test_an_nvcc_tells_what_it_is(tmp_path):
 
 
 UNUSABLE = {
-    "too old": ({"release": "11.3"}, "is release 11.3; 11.4 or newer is needed"),
+    "too old": ({"release": "11.3"}, "is release 11.3; 11.7 or newer is needed"),
     "refuses its host compiler": ({"refuses": "unsupported GNU version"}, "unsupported GNU version"),
     "no release": ({"release": "none"}, "names no release"),
 }
