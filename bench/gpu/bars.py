@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.byte_model import OPS
-from bench.gpu.steps import BACKENDS, BASE_ALONE, LOOPS, graph_of, provider
+from bench.gpu.steps import BACKENDS, BASE_ALONE, FORWARDS, LOOPS, graph_of, provider
 from bench.workloads import DTYPES
 
 __all__ = ["Bar", "bars", "lines"]
@@ -25,6 +25,8 @@ SPEEDUPS = {
 }
 # The host's time for a whole step, in units of what torch's fused optimizer takes for its one pass. Told, without a bar.
 LAUNCHES = (("gpt2_124m", "sgd", "fp32"), ("gpt2_124m", "adamw", "fp32"))
+# Steps of native whose passes all run forwards, in units of the usual ones, which begin in what the last pass left in the cache. Told.
+ORDERS = (("one_1e8", "sgd", "fp32"), ("gpt2_124m", "sgd", "fp32"), ("resnet50", "sgd", "fp32"))
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,10 @@ def bars(rows: Sequence[Row], backend: str) -> Iterator[Bar]:
         ours, alone = (_step(measured, workload, base, dtype, name) for name in (provider(backend), BASE_ALONE))
         ratio = None if ours is None or alone is None else ours["launch_us"] / alone["launch_us"]
         yield Bar(f"{workload} {base} {dtype}, launching beside fused base", None, ratio, "x longer")
+    for workload, base, dtype in ORDERS if backend == "native" else ():
+        forwards, ours = (_step(measured, workload, base, dtype, name) for name in (FORWARDS, provider(backend)))
+        ratio = None if forwards is None or ours is None else forwards["ms_50"] / ours["ms_50"]
+        yield Bar(f"{workload} {base} {dtype}, all passes forwards", None, ratio, "x longer")
 
 
 def lines(rows: Sequence[Row]) -> list[str]:

@@ -46,10 +46,11 @@ class Tool:
     kernels: str = ""
 
 
+OURS = r"sam::cuda|sam4cuda|\bat _\w+_kernel"  # CUDA's, with or without their names made readable, and Triton's
 TOOLS = {  # in the order they run
     "memcheck": Tool("Invalid __", "ERROR SUMMARY: 0 errors", ("--report-api-errors", "no")),
-    "racecheck": Tool("Race reported between", "0 hazards displayed"),
-    "initcheck": Tool("Uninitialized __global__ memory read", "ERROR SUMMARY: 0 errors", kernels=r"sam::cuda|\bat _\w+_kernel"),
+    "racecheck": Tool("Error: Race reported between", "0 hazards displayed", kernels=OURS),
+    "initcheck": Tool("Uninitialized __global__ memory read", "ERROR SUMMARY: 0 errors", kernels=OURS),
 }
 
 

@@ -3,6 +3,7 @@ loop, and the base optimizer's own step, which no SAM can be cheaper than to lau
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,12 +20,13 @@ from bench.workloads import DTYPES, Workload, make_grads, make_params
 from sam_kernels import SAM
 from sam_kernels._dispatch import reason_missing
 
-__all__ = ["BACKENDS", "BASE_ALONE", "COMBINATIONS", "LOOPS", "allowed", "graph_of", "measure", "memory_needed", "provider"]
+__all__ = ["BACKENDS", "BASE_ALONE", "COMBINATIONS", "FORWARDS", "LOOPS", "allowed", "graph_of", "measure", "memory_needed", "provider"]
 
 COMBINATIONS = (("sgd", "fp32"), ("adamw", "fp32"), ("adamw", "bf16"))
 BACKENDS = ("native", "triton")  # those with kernels of their own for a device
 LOOPS = ("davda54/foreach", "davda54/fused")
 BASE_ALONE = "torch, fused base alone"
+FORWARDS = "sam_kernels/native, forwards"  # its passes do not begin where the last one ended, in the second-level cache
 
 
 def provider(backend: str) -> str:
@@ -95,6 +97,19 @@ def _replay(params: Sequence[torch.nn.Parameter], base: Base, device: str, backe
     return graph.replay
 
 
+def _forwards(call: Call) -> Call:
+    set_cut: Callable[..., None] = importlib.import_module("sam_kernels.backends.native.cuda")._cuda.set_cut
+
+    def run() -> None:
+        set_cut(backwards=False)
+        try:
+            call()
+        finally:
+            set_cut()
+
+    return run
+
+
 def _calls(
     workload: Workload, base: Base, dtype: torch.dtype, device: str, backends: Sequence[str], say: Callable[[str], None]
 ) -> dict[str, Call]:
@@ -114,6 +129,8 @@ def _calls(
             calls[name] = _ready(make())
         except Exception as error:  # the others are still of interest
             say(f"left out: {name} {workload.name}: {type(error).__name__}: {str(error)[:200]}")
+    if device != "cpu" and provider("native") in calls:
+        calls[FORWARDS] = _forwards(calls[provider("native")])
     return calls
 
 

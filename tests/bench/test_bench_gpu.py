@@ -18,7 +18,7 @@ from bench.byte_model import OPS
 from bench.gpu import gate, sanitize, sweep, sweep_native, sweep_triton, timing
 from bench.gpu.__main__ import main
 from bench.gpu.launches import activity_of
-from bench.gpu.steps import BACKENDS, BASE_ALONE, LOOPS, memory_needed, provider
+from bench.gpu.steps import BACKENDS, BASE_ALONE, LOOPS, _forwards, memory_needed, provider
 from bench.gpu.timing import Timed
 from bench.gpu.workloads import GPU_WORKLOADS
 from tests.bench.test_bench_cli import ROW_KEYS
@@ -203,7 +203,7 @@ UNINITIALIZED = "========= Uninitialized __global__ memory read of size 4 bytes\
         ("memcheck", 1, "========= Error: Device not supported\n", False),
         ("memcheck", None, "", False),
         ("racecheck", 0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", False),
-        ("racecheck", FOUND, "========= Error: Race reported between Write access at x\n", True),
+        ("racecheck", FOUND, "========= Error: Race reported between Write access at void sam::cuda::chunk_kernel<\n", True),
         (
             "initcheck",
             FOUND,
@@ -311,6 +311,14 @@ def test_dry_run_end_to_end(tmp_path: Path) -> None:
     assert all(row["loops"][name] == steps[base, name]["wall_ms"] for (base, _), row in steps.items() for name in LOOPS)
     assert {(row["op"], row["base"]) for row in result["rows"] if row["kind"] == "dispatch"} >= {("step", "sgd"), ("step", "adamw")}
     assert run.output.count("not measured") > len(OPS)  # the bars come last, whatever was measured
+
+
+def test_a_step_forwards_leaves_the_usual_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, bool]] = []
+    backend = SimpleNamespace(_cuda=SimpleNamespace(set_cut=lambda **given: told.append(given)))
+    monkeypatch.setitem(sys.modules, "sam_kernels.backends.native.cuda", backend)
+    _forwards(lambda: told.append({"step": True}))()
+    assert told == [{"backwards": False}, {"step": True}, {}]
 
 
 def test_the_largest_step_fits_an_h100() -> None:

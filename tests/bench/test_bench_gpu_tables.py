@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from bench.byte_model import OPS
 from bench.gpu import bars, dispatch, run, summary, sweep
-from bench.gpu.steps import BACKENDS, BASE_ALONE, COMBINATIONS, LOOPS, graph_of, provider
+from bench.gpu.steps import BACKENDS, BASE_ALONE, COMBINATIONS, FORWARDS, LOOPS, graph_of, provider
 from bench.gpu.workloads import GPU_WORKLOADS
 from bench.report import BEGIN, END
 from bench.report import main as report
@@ -34,7 +34,7 @@ def full_result() -> dict[str, Any]:
             loops = {LOOPS[0]: 8.0, LOOPS[1]: 5.0}
             walls = {"native": 2.0, "triton": 4.0}
             found = {provider(name): ms for name, ms in walls.items()} | {graph_of(name): ms / 10 for name, ms in walls.items()}
-            for name, ms in (found | loops | {BASE_ALONE: 1.0}).items():
+            for name, ms in (found | loops | {BASE_ALONE: 1.0, FORWARDS: 2.2}).items():
                 measured = times | {"ms_50": ms, "wall_ms": ms, "launch_us": 50 * ms, "loops": loops}
                 rows.append({"kind": "step"} | case | measured | {"backend": name})
             counts = {"kernels": 5, "copies": 0, "fills": 1, "names": "5 kernels: _norm_kernel × 2"}
@@ -79,6 +79,8 @@ def test_a_bar_is_reached_or_not_or_was_not_measured() -> None:
     measured = {bar.figure: bar.measured for bar in bars.bars(rows, "native")}
     assert measured["gpt2_124m adamw fp32, launching beside fused base"] == pytest.approx(2.0)
     assert measured["perturb_, 10^8: fp32 93.0, bf16 93.0"] == 93.0
+    assert measured["resnet50 sgd fp32, all passes forwards"] == pytest.approx(1.1)
+    assert all("forwards" not in bar.figure for bar in bars.bars(rows, "triton"))
     slow = [row | ({"pct_copy": 91.9} if row.get("dtype") == "bf16" and row["op"] == "perturb_" else {}) for row in rows]
     assert {bar.figure: bar.state for bar in bars.bars(slow, "native")}["perturb_, 10^8: fp32 93.0, bf16 91.9"] == "FAIL"
     half = [row for row in rows if row.get("dtype") != "bf16"]
