@@ -26,7 +26,7 @@ __all__ = ["PHASES", "main"]
 ROOT = Path(__file__).resolve().parents[2]
 PHASES = ("build", "tests", "sanitizer", "bench", "sweep")
 # Each phase's own limit; those up to the sanitizers run side by side, as far as one does not wait for another, and share one.
-SECONDS = {"triton": 210, "native": 110, "values": 110, "device": 180, "memcheck": 60, "racecheck": 60, "initcheck": 60}
+SECONDS = {"triton": 210, "native": 110, "values": 110, "device": 180, "memcheck": 80, "racecheck": 50, "initcheck": 50}
 SECONDS |= {"bench": 140, "sweep": 90}
 TOGETHER = 225
 TOTAL = 465.0  # less than eight minutes, with what ending a phase may take
@@ -37,8 +37,8 @@ Say = Callable[[str], None]
 
 
 def test_phases(out: Path) -> list[Phase]:
-    """Triton's values need nothing built and most of their time is compiling: they begin at once, in many processes. Values on the CUDA
-    kernels wait for these, all others too; graphs, streams and large tensors are in one process beside them."""
+    """Triton's values need nothing built and most of their time is compiling: they begin at once, in many processes. All else waits for
+    the build: values on the CUDA kernels, then bits and loss scaling on both; graphs, streams and large tensors in one process beside."""
 
     def pytest(name: str, *options: str, after: str = "build") -> Phase:
         command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={out / name}.xml", *options)
