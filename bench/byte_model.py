@@ -34,8 +34,9 @@ OPS = {
     "adamw_step_": Traffic(reads=("old_params", "grads"), updates=("exp_avgs", "exp_avg_sqs"), writes=("params",)),
 }
 
-# A whole step: norm, ascent, then restore and descent in one pass.
+# A whole step: norm, ascent, then restore and descent in one pass. Before that the second gradients are read to see that they are finite.
 STEP_OPS = {"sgd": ("grad_norm", "perturb_", "sgd_step_"), "adamw": ("grad_norm", "perturb_", "adamw_step_")}
+CHECK = Traffic(reads=("grads",))
 
 
 def op_bytes(op: str, numel: int, itemsize: int) -> int:
@@ -43,4 +44,4 @@ def op_bytes(op: str, numel: int, itemsize: int) -> int:
 
 
 def step_bytes(base: str, numel: int, itemsize: int) -> int:
-    return sum(op_bytes(op, numel, itemsize) for op in STEP_OPS[base])
+    return sum(op_bytes(op, numel, itemsize) for op in STEP_OPS[base]) + CHECK.passes * numel * itemsize

@@ -8,7 +8,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ import click
 import torch
 
 from bench.byte_model import OPS
-from bench.gpu import bandwidth, gate, ops, steps, sweep
+from bench.gpu import bandwidth, dispatch, gate, ops, steps, sweep
 from bench.gpu.device import device_name, gpu_environment
 from bench.gpu.phases import xdist_options
-from bench.gpu.summary import bench_lines
+from bench.gpu.summary import bench_lines, verdict_lines
 from bench.gpu.timing import Clock, DeviceClock, HostClock
 from bench.gpu.workloads import GPU_WORKLOADS
 from bench.workloads import DTYPES, Workload
@@ -46,7 +46,7 @@ def _names(known: Any) -> Any:
 @click.option("--dtype", default=",".join(DTYPES), callback=_names(DTYPES), show_default=True, help="Of everything an operation touches.")
 @click.option("--ops", "op_names", default=",".join(OPS), callback=_names(OPS), show_default=True, help="'' for none.")
 @click.option("--steps/--no-steps", "with_steps", default=True, help="Whole steps.")
-@click.option("--tests", type=click.Path(dir_okay=False, path_type=Path), help="JUnit file of the tests of this run. Default: run them.")
+@click.option("--tests", multiple=True, type=click.Path(dir_okay=False, path_type=Path), help="JUnit files of this run. Default: run them.")
 @click.option("--gate/--no-gate", "with_gate", default=True, help="Measure only what has passed its tests.")
 @click.option("--sweep", "with_sweep", is_flag=True, help="Sizes of chunks and blocks and warps instead, for every kernel.")
 @click.option("--dry-run", is_flag=True, help="On the CPU, with tiny inputs and a host clock: does the tool work?")
@@ -57,7 +57,7 @@ def main(
     dtype: list[str],
     op_names: list[str],
     with_steps: bool,
-    tests: Path | None,
+    tests: tuple[Path, ...],
     with_gate: bool,
     with_sweep: bool,
     dry_run: bool,
@@ -74,8 +74,10 @@ def main(
     found |= {"quick": dry_run, "gate": checked.line}
     clock, device = (HostClock(), "cpu") if dry_run else (DeviceClock(), "cuda")
     if with_sweep:
-        found["rows"] = sweep.run(clock, device, checked, deadline, dtypes=dtype)
-        _write(out / "sweep.json", found)
+        found["rows"] = []
+        for row in sweep.run(clock, device, checked, deadline, dtypes=dtype):
+            found["rows"].append(row)
+            _write(out / "sweep.json", found)
         click.echo("\n".join(sweep.lines(found["rows"])))
         return
     found["bandwidth"] = bandwidth.measure(clock, device, **({"nbytes": 1 << 20, "seconds": 0.05} if dry_run else {}))
@@ -86,14 +88,15 @@ def main(
             found["rows"].append(row)
             _write(out / "default.json", found)  # after every row: a run that is cut off keeps what it measured
     finally:
+        found["rows"] += dispatch.rows(found["rows"])
         _write(out / "default.json", found)
-    click.echo("\n".join(bench_lines(found)))
+    click.echo("\n".join([*bench_lines(found), *verdict_lines(found)]))
 
 
-def _gate(tests: Path | None, with_gate: bool, dry_run: bool) -> gate.Gate:
+def _gate(tests: Sequence[Path], with_gate: bool, dry_run: bool) -> gate.Gate:
     if not with_gate or dry_run:
         return gate.Gate("skipped", is_off=True)
-    if tests is not None:
+    if tests:
         return gate.read(tests)
     with tempfile.TemporaryDirectory() as folder:
         return gate.run(Path(folder) / "tests.xml", xdist_options())
@@ -139,13 +142,14 @@ def _rows(
     copy_gbps: float,
     deadline: float,
 ) -> Iterator[dict[str, Any]]:
-    """Workload by workload, the most telling first: whoever runs out of time has those."""
+    """The most telling first, whoever runs out of time has those: operations on tensors that no cache holds, whole steps, the rest."""
     seconds = 0.02 if device == "cpu" else 0.25
     common: dict[str, Any] = {"clock": clock, "device": device, "copy_gbps": copy_gbps, "seconds": seconds, "say": click.echo}
     backends = ops.backends_on(device, click.echo)
     for refused in checked.refused(op_names, backends):
         click.echo(f"left out: {refused}: no green test")
-    for workload in workloads:
+
+    def of_ops(workload: Workload) -> Iterator[dict[str, Any]]:
         for dtype, op in itertools.product(dtypes, op_names):
             what = f"{op} {workload.name} {dtype}"
             if time.monotonic() > deadline:
@@ -153,14 +157,27 @@ def _rows(
             elif _fits(ops.memory_needed(op, workload, dtype), what, device):
                 mine = [backend for backend in backends if checked.allows(op, backend)]
                 yield from _guarded(ops.measure(workload, op, dtype, mine, **common), what)
-        for base, dtype in steps.COMBINATIONS if with_steps else ():
-            what = f"steps of {base} {workload.name} {dtype}"
-            if dtype not in dtypes or not steps.allowed(checked, base):
-                click.echo(f"left out: {what}: {'not asked for' if dtype not in dtypes else 'no green test of one of its operations'}")
-            elif time.monotonic() > deadline:
-                click.echo(f"left out: {what}: out of time")
-            elif _fits(steps.memory_needed(workload, base, dtype), what, device):
-                yield from _guarded(steps.measure(workload, base, dtype, **common), what)
+
+    def of_steps(workload: Workload, base: str, dtype: str) -> Iterator[dict[str, Any]]:
+        what = f"steps of {base} {workload.name} {dtype}"
+        mine = steps.allowed(checked, base, device)
+        if dtype not in dtypes or not mine:
+            click.echo(f"left out: {what}: {'not asked for' if dtype not in dtypes else 'no green test of one of its operations'}")
+        elif time.monotonic() > deadline:
+            click.echo(f"left out: {what}: out of time")
+        else:
+            together = _fits(steps.memory_needed(workload, base, dtype, mine), f"{what}, all at a time", device)
+            for few in [mine] if together else [[backend] for backend in mine]:
+                alone = f"{what} on {' and '.join(few)}"
+                if together or _fits(steps.memory_needed(workload, base, dtype, few), alone, device):
+                    yield from _guarded(steps.measure(workload, base, dtype, few, **common), alone)
+
+    yield from of_ops(workloads[0])
+    for workload in workloads if with_steps else ():
+        for base, dtype in steps.COMBINATIONS:
+            yield from of_steps(workload, base, dtype)
+    for workload in workloads[1:]:
+        yield from of_ops(workload)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from bench.gpu.steps import GRAPH, LOOPS, REFERENCE
+from bench.gpu.bars import bars
+from bench.gpu.steps import BACKENDS, LOOPS, graph_of, provider
 from bench.gpu.summary import launch_rows, op_rows, step_rows
 from bench.gpu.workloads import GPU_WORKLOADS
 from bench.providers import BASES
@@ -38,29 +39,55 @@ def _case(workload: str, base: str, dtype: str) -> str:
     return f"{GPU_WORKLOADS[workload].title}, {BASES[base].title}, {dtype}"
 
 
-def _ratio(row: Row | None, reference: Row) -> str:
-    return "–" if row is None else f"{row['ms_50'] / reference['ms_50']:.1f}×"
-
-
-def _ms(row: Row | None) -> str:
-    return "–" if row is None else format_ms(row["ms_50"])
+def _ratio(row: Row, loop: str) -> str:
+    return f"{row['loops'][loop] / row['wall_ms']:.1f}×" if loop in row["loops"] else "–"
 
 
 def _step_rows(result: Result) -> Iterable[list[str]]:
     launched = launch_rows(result["rows"])
     for case, by_provider in step_rows(result["rows"]).items():
-        ours = by_provider.get(REFERENCE)
-        if ours is not None:
-            counted = launched.get(case, {}).get(REFERENCE)
-            kernels = "–" if counted is None else str(counted["kernels"])
-            ratios = [_ratio(by_provider.get(name), ours) for name in LOOPS]
-            yield [_case(*case), _ms(ours), f"{ours['pct_copy']:.0f} %", _ms(by_provider.get(GRAPH)), *ratios, kernels]
+        for backend in BACKENDS:
+            ours, graph = by_provider.get(provider(backend)), by_provider.get(graph_of(backend))
+            if ours is not None:
+                counted = launched.get(case, {}).get(provider(backend))
+                kernels = "–" if counted is None else str(counted["kernels"])
+                times = [format_ms(ours["wall_ms"]), f"{ours['pct_copy']:.0f} %", f"{ours['launch_us']:,.0f} µs"]
+                replayed = "–" if graph is None else format_ms(graph["wall_ms"])
+                yield [f"{_case(*case)}, {backend}", *times, replayed, *(_ratio(ours, name) for name in LOOPS), kernels]
 
 
 def _steps(result: Result) -> str:
     rows = list(_step_rows(result))
-    headings = ["whole step", "sam_kernels", "of copy", "from a graph", "davda54, foreach base", "davda54, fused base", "kernels"]
+    headings = [
+        "whole step",
+        "sam_kernels",
+        "of copy",
+        "to launch",
+        "from a graph",
+        "davda54, foreach base",
+        "davda54, fused base",
+        "kernels",
+    ]
     return _table(headings, rows) if rows else ""
+
+
+def _bars(result: Result) -> str:
+    rows = []
+    for backend in BACKENDS:
+        for bar in bars(result["rows"], backend):
+            shown = ["–" if value is None else f"{value:.2f} {bar.unit}" for value in (bar.bar, bar.measured)]
+            rows.append([f"{bar.figure}, {backend}", *shown, bar.state])
+    return _table(["figure", "bar", "measured", ""], rows)
+
+
+def _winners(result: Result) -> str:
+    rows = []
+    for row in result["rows"]:
+        if row["kind"] == "dispatch":
+            what = f"`{row['op']}` {row['dtype']}" if row["base"] is None else f"step, {BASES[row['base']].title}, {row['dtype']}"
+            times = [format_ms(row["ms"][backend]) for backend in BACKENDS]
+            rows.append([f"{GPU_WORKLOADS[row['workload']].title}, {what}", *times, row["winner"], f"{row['factor']:.2f}×"])
+    return _table(["", *BACKENDS, "faster", "by"], rows) if rows else ""
 
 
 def _ops(result: Result) -> Iterable[str]:
@@ -82,9 +109,9 @@ def _sweep(result: Result) -> str:
     rows = []
     for row in result["rows"]:
         if row["kind"] == "sweep":
-            cut = f"{row['chunk']:,} / {row['block']:,} / {row['num_warps']}{', the default' if row['is_default'] else ''}"
-            rows.append([f"`{row['kernel']}` {row['dtype']}", cut, format_ms(row["ms_50"]), f"{row['gbps']:,.0f}"])
-    return _table(["kernel", "chunk / block / warps", "median", "GB/s"], rows) if rows else ""
+            cut = f"{row['cut']}{', the default' if row['is_default'] else ''}"
+            rows.append([f"`{row['kernel']}` {row['dtype']}, {row['backend']}", cut, format_ms(row["ms_50"]), f"{row['gbps']:,.0f}"])
+    return _table(["kernel", "cut", "median", "GB/s"], rows) if rows else ""
 
 
 def readme_section(results: Sequence[Result]) -> str:
@@ -92,7 +119,7 @@ def readme_section(results: Sequence[Result]) -> str:
     parts = []
     for result in results:
         if table := _steps(result):
-            note = "On a GPU: the median of a whole step in device time, and how many times longer the published loop takes."
+            note = "On a GPU: the time of a whole step in a loop of steps, and how many times longer the published loop takes."
             parts += [note, table, _where(result)]
     return "\n\n".join(parts)
 
@@ -102,7 +129,10 @@ def docs_section(results: Sequence[Result]) -> str:
     for result in results:
         where, steps, ops, sweep = _where(result), _steps(result), list(_ops(result)), _sweep(result)
         if steps or ops:
-            parts += [f"## {result['gpu']}", where, *([f"### Whole steps, {result['gpu']}\n\n{steps}"] if steps else []), *ops]
+            parts += [f"## {result['gpu']}", where, f"### What was asked for, {result['gpu']}\n\n{_bars(result)}"]
+            parts += [*([f"### Whole steps, {result['gpu']}\n\n{steps}"] if steps else []), *ops]
+            if winners := _winners(result):
+                parts.append(f"### The faster backend, {result['gpu']}\n\n{winners}")
         if sweep:
             parts.append(f"### How the kernels' work is cut, {result['gpu']}, 10⁸ elements\n\n{sweep}")
     return "\n\n".join(parts)

@@ -26,6 +26,7 @@ class Phase:
     command: tuple[str, ...]
     seconds: float
     env: Mapping[str, str] = field(default_factory=dict)
+    after: str | None = None  # the phase beside it whose end it waits for, however that went
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,12 @@ class Outcome:
         return self.output.rstrip().splitlines()[-count:]
 
 
-def xdist_options(cores: int | None = None) -> list[str]:
+def xdist_options(cores: int | None = None, *, most: int = MOST_WORKERS) -> list[str]:
     """pytest in several processes where pytest-xdist is there: kernels are compiled side by side."""
     cores = cores or os.cpu_count() or 1
     if importlib.util.find_spec("xdist") is None or cores < 4:
         return []
-    return ["-n", str(max(2, min(MOST_WORKERS, cores - SPARE_CORES)))]
+    return ["-n", str(max(2, min(most, cores - SPARE_CORES)))]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -70,38 +71,47 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
+def _start(phase: Phase, part: Path) -> subprocess.Popen[bytes]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **phase.env}
+    with part.open("wb") as file:
+        return subprocess.Popen(phase.command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+
+
 def run_together(phases: Sequence[Phase], log: Path, say: Callable[[str], None], *, until: float) -> list[Outcome]:
-    """Runs phases side by side. Their output goes, one after the other, to the end of ``log``; ``until``: nobody runs past it."""
-    started, parts = time.monotonic(), [log.with_name(f"{log.stem}.{phase.name}.part") for phase in phases]
-    processes = []
-    for phase, part in zip(phases, parts, strict=True):
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **phase.env}
-        with part.open("wb") as file:
-            processes.append(
-                subprocess.Popen(phase.command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-            )
+    """Runs phases side by side, or ``after`` each other. Their output goes, one after the other, to the end of ``log``; ``until``: nobody
+    runs past it. The outcomes are those of the phases that were begun."""
+    names = {phase.name for phase in phases}
+    parts = {phase.name: log.with_name(f"{log.stem}.{phase.name}.part") for phase in phases}
+    running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
     found: dict[str, Outcome] = {}
     try:
         while len(found) < len(phases):
-            for phase, part, process in zip(phases, parts, processes, strict=True):
-                if phase.name in found:
+            for phase in phases:
+                now = time.monotonic()
+                if phase.name in found or (phase.after in names and phase.after not in found):
                     continue
-                code, now = process.poll(), time.monotonic()
+                if phase.name not in running:
+                    if now >= until:
+                        return list(found.values())
+                    running[phase.name] = _start(phase, parts[phase.name]), now
+                process, started = running[phase.name]
+                code = process.poll()
                 if code is None and now < min(started + phase.seconds, until):
                     continue
                 if code is None:
                     _end(process)
-                found[phase.name] = Outcome(phase, code, now - started, _clean(part.read_text(errors="replace")))
+                found[phase.name] = Outcome(phase, code, now - started, _clean(parts[phase.name].read_text(errors="replace")))
                 say(f"{phase.name}: {found[phase.name].state}, {now - started:.0f} s")
             time.sleep(0.05)
     finally:
-        for process in processes:
+        for process, _ in running.values():
             if process.poll() is None:
                 _end(process)
         with log.open("a") as file:
-            for phase, part in zip(phases, parts, strict=True):
-                file.write(f"===== {phase.name}: {' '.join(phase.command)}\n{_clean(part.read_text(errors='replace'))}\n")
-                part.unlink()
+            for phase in phases:
+                if phase.name in running:
+                    file.write(f"===== {phase.name}: {' '.join(phase.command)}\n{_clean(parts[phase.name].read_text(errors='replace'))}\n")
+                    parts[phase.name].unlink()
     return [found[phase.name] for phase in phases]
 
 

@@ -6,17 +6,17 @@ the tests.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
-from bench.gpu import gate, sanitize, sweep
+from bench.gpu import bars, dispatch, gate, sanitize, sweep
+from bench.gpu.build import build_phases
 from bench.gpu.device import describe, device_name, gpu_environment
 from bench.gpu.phases import Outcome, Phase, run_together, xdist_options
 from bench.gpu.summary import bench_lines
@@ -25,43 +25,47 @@ __all__ = ["PHASES", "main"]
 
 ROOT = Path(__file__).resolve().parents[2]
 PHASES = ("build", "tests", "sanitizer", "bench", "sweep")
-SECONDS = {"build": 55, "reference": 190, "device": 190, "sanitizer": 120, "bench": 135, "sweep": 85}
+# Each phase's own limit; those up to the sanitizers run side by side, as far as one does not wait for another, and share one.
+SECONDS = {"triton": 210, "native": 110, "values": 110, "device": 180, "memcheck": 80, "racecheck": 50, "initcheck": 50}
+SECONDS |= {"bench": 140, "sweep": 90}
+TOGETHER = 225
 TOTAL = 465.0  # less than eight minutes, with what ending a phase may take
+TESTS = ("triton", "native", "values", "device")
 MARGIN = 12  # what the benchmark gets less than its process: it ends by itself and says what it left out
 FAILURE_LINES = 25
 Say = Callable[[str], None]
 
 
-def _missing(*modules: str) -> list[str]:
-    return [name for name in modules if importlib.util.find_spec(name) is None]
-
-
-def build_phase(say: Say) -> Phase | None:
-    if absent := _missing("setuptools", "pybind11", "ninja"):
-        say(f"left out: building the native CPU module: no {', '.join(absent)}")
-        return None
-    env = {"SAM_KERNELS_BUILD": os.environ.get("SAM_KERNELS_BUILD") or "auto"}
-    return Phase("build", (sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"), SECONDS["build"], env)
-
-
 def test_phases(out: Path) -> list[Phase]:
-    """Values in several processes, because most of that is compiling; graphs, streams and large tensors in one beside them."""
+    """Triton's values need nothing built and most of their time is compiling: they begin at once, in many processes. All else waits for
+    the build: values on the CUDA kernels, then bits and loss scaling on both; graphs, streams and large tensors in one process beside."""
 
-    def pytest(name: str, *options: str) -> Phase:
+    def pytest(name: str, *options: str, after: str = "build") -> Phase:
         command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={out / name}.xml", *options)
-        return Phase(name, command, SECONDS[name], {"OMP_NUM_THREADS": "1"})  # or a dozen processes would each take every core
+        # One thread each, or a dozen processes would each take every core.
+        return Phase(name, command, SECONDS[name], {"OMP_NUM_THREADS": "1"}, after)
 
-    values = (gate.TESTS, "tests/gpu/test_bits.py", "tests/gpu/test_amp.py")
-    ignored = [f"--ignore={name}" for name in values]
-    return [pytest("reference", *xdist_options(), *values), pytest("device", *ignored, "tests/gpu")]
+    values = ("tests/gpu/test_bits.py", "tests/gpu/test_amp.py")
+    ignored = [f"--ignore={name}" for name in (gate.TESTS, *values)]
+    return [
+        pytest("triton", *xdist_options(), "-k", "triton or foreach", gate.TESTS, after=""),
+        pytest("native", *xdist_options(most=6), "-k", "not (triton or foreach)", gate.TESTS),
+        pytest("values", *xdist_options(most=6), *values, after="native"),
+        pytest("device", *ignored, "tests/gpu"),
+    ]
 
 
-def sanitizer_phase(say: Say) -> Phase | None:
-    command = sanitize.command()
-    if command is None or device_name() is None:
-        say(f"left out: sanitizer: {'no device' if command else 'no compute-sanitizer'}")
-        return None
-    return Phase("sanitizer", command, SECONDS["sanitizer"], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+def sanitizer_phases(say: Say) -> list[Phase]:
+    """One after the other: each slows the device down for all."""
+    found, after = [], "build"
+    for tool in sanitize.TOOLS:
+        command = sanitize.command(tool)
+        if command is None or device_name() is None:
+            say(f"left out: {tool}: {'no device' if command else 'no compute-sanitizer'}")
+            continue
+        found.append(Phase(tool, command, SECONDS[tool], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, after))
+        after = tool
+    return found
 
 
 def bench_phase(name: str, out: Path, arguments: Sequence[str]) -> Phase:
@@ -75,8 +79,10 @@ def report(outcomes: Sequence[Outcome], say: Say) -> list[str]:
     for outcome in outcomes:
         last = outcome.tail(1)[0] if outcome.output.strip() else ""
         words = last
-        if outcome.phase.name == "sanitizer":
-            words = sanitize.verdict(outcome.code, outcome.output)[0]
+        if outcome.phase.name in sanitize.TOOLS:
+            words = sanitize.verdict(outcome.phase.name, outcome.code, outcome.output)[0]
+        elif outcome.phase.name == "build" and not outcome.is_green:
+            words = "the CUDA kernels are not built, native is left out"
         elif outcome.phase.name in ("bench", "sweep", "build"):
             words = ""
         lines.append(f"{outcome.phase.name:<10} {outcome.state}, {outcome.seconds:.0f} s{': ' + words.strip('= ') if words else ''}")
@@ -88,19 +94,22 @@ def report(outcomes: Sequence[Outcome], say: Say) -> list[str]:
 
 def is_red(outcome: Outcome) -> bool:
     """Whether a phase says that something of ours is wrong. A test run without tests (exit code 5) is none."""
-    if outcome.phase.name == "sanitizer":
-        return sanitize.verdict(outcome.code, outcome.output)[1]
-    return outcome.phase.name in ("reference", "device") and outcome.code not in (0, 5)
+    if outcome.phase.name in sanitize.TOOLS:
+        return sanitize.verdict(outcome.phase.name, outcome.code, outcome.output)[1]
+    return outcome.phase.name in TESTS and outcome.code not in (0, 5)
 
 
 def closing(out: Path, results: Sequence[str], lines: Sequence[str]) -> list[str]:
-    """The tables of what was measured now, and a line a phase."""
+    """The tables of what was measured now, a line a phase, and at the very end what was asked for."""
     found: list[str] = []
+    measured: list[Any] = []
     for name, table in (("default", bench_lines), ("sweep", lambda result: sweep.short_lines(result["rows"]))):
         path = out / f"{name}.json"
         if name in results and path.exists():
-            found += table(json.loads(path.read_text()))
-    return [*found, *lines]
+            result = json.loads(path.read_text())
+            found += table(result)
+            measured += result["rows"]
+    return [*found, *dispatch.lines(measured), *lines, *(bars.lines(measured) if "default" in results and measured else [])]
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -121,27 +130,26 @@ def main(phases: tuple[str, ...], out: Path | None, with_gate: bool) -> None:
     log.write_text("\n".join(describe(found)) + "\n")
     lines, red = [], False
 
-    def go(wave: Sequence[Phase | None]) -> None:
+    def go(wave: Sequence[Phase], seconds: float) -> None:
         nonlocal red
-        present = [phase for phase in wave if phase is not None]
-        outcomes = run_together(present, log, say, until=until) if present and time.monotonic() < until else []
-        if len(outcomes) < len(present):
-            say(f"left out: {', '.join(phase.name for phase in present)}: out of time")
+        outcomes = run_together(wave, log, say, until=min(until, time.monotonic() + seconds)) if wave and time.monotonic() < until else []
+        begun = {outcome.phase.name for outcome in outcomes}
+        if late := [phase.name for phase in wave if phase.name not in begun]:
+            say(f"left out: {', '.join(late)}: out of time")
         lines.extend(report(outcomes, say))
         red |= any(map(is_red, outcomes))
 
-    if "build" in chosen:
-        go([build_phase(say)])
     tests = test_phases(out) if "tests" in chosen else []
     for stale in (*(out / f"{phase.name}.xml" for phase in tests), *(out / f"{name}.json" for name in _results(chosen))):
         stale.unlink(missing_ok=True)
-    go([*tests, sanitizer_phase(say) if "sanitizer" in chosen else None])
+    built = build_phases(say) if "build" in chosen else []
+    go([*built, *tests, *(sanitizer_phases(say) if "sanitizer" in chosen else [])], TOGETHER)
     arguments = _gate_arguments(out, bool(tests), with_gate)
     for name, extra in (("bench", ()), ("sweep", ("--sweep",))):
         if name in chosen and device_name() is None:
             say(f"left out: {name}: no device")
         elif name in chosen:
-            go([bench_phase(name, out, [*arguments, *extra])])
+            go([bench_phase(name, out, [*arguments, *extra])], SECONDS[name])
     if not tests:
         lines.append("tests      not asked for")
     for line in closing(out, _results(chosen), lines):
@@ -157,7 +165,7 @@ def _results(chosen: Sequence[str]) -> list[str]:
 def _gate_arguments(out: Path, with_tests: bool, with_gate: bool) -> list[str]:
     if not with_gate:
         return ["--no-gate"]
-    return [f"--tests={out / 'reference.xml'}"] if with_tests else []
+    return [f"--tests={out / name}.xml" for name in ("native", "triton")] if with_tests else []
 
 
 def _shown(path: Path) -> str:

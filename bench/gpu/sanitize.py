@@ -1,16 +1,22 @@
-"""A small run of the triton kernels, to be made under ``compute-sanitizer``: every kernel, sizes and addresses that end within a block."""
+"""A small run of the kernels, to be made under ``compute-sanitizer``: every kernel, sizes and addresses that end within a block.
+
+memcheck looks for accesses out of bounds, racecheck for threads that meet in shared memory without a barrier, initcheck for reads of
+what nobody wrote.
+"""
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
+from dataclasses import dataclass
 
 import torch
 
-from sam_kernels._dispatch import use_backend
+from sam_kernels._dispatch import reason_missing, use_backend
 from sam_kernels.cli._check import build, run
 
-__all__ = ["command", "verdict"]
+__all__ = ["ERRORS_FOUND", "TOOLS", "Tool", "command", "verdict"]
 
 CALLS = (
     ("grad_norm", "adaptive"),
@@ -30,34 +36,65 @@ CASES = ("odd_sizes", "unaligned_views", "chunk_edges")
 ERRORS_FOUND = 77  # the tool's exit code
 
 
-def command() -> tuple[str, ...] | None:
+@dataclass(frozen=True)
+class Tool:
+    """``finding``: what it says of an error in a kernel. ``kernels``: of whose, where those of torch are no concern of ours."""
+
+    finding: str
+    clean: str
+    options: tuple[str, ...] = ()
+    kernels: str = ""
+
+
+OURS = r"sam::cuda|sam4cuda|\bat _\w+_kernel"  # CUDA's, with or without their names made readable, and Triton's
+TOOLS = {  # in the order they run
+    "memcheck": Tool("Invalid __", "ERROR SUMMARY: 0 errors", ("--report-api-errors", "no")),
+    "racecheck": Tool("Error: Race reported between", "0 hazards displayed", kernels=OURS),
+    "initcheck": Tool("Uninitialized __global__ memory read", "ERROR SUMMARY: 0 errors", kernels=OURS),
+}
+
+
+def command(tool: str) -> tuple[str, ...] | None:
     """None where there is no such tool."""
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
+    path = shutil.which("compute-sanitizer")
+    if path is None:
         return None
-    options = ("--tool", "memcheck", "--target-processes", "application-only", "--error-exitcode", str(ERRORS_FOUND), "--print-limit", "20")
-    return (tool, *options, sys.executable, "-m", "bench.gpu.sanitize")
+    options = ("--target-processes", "application-only", "--error-exitcode", str(ERRORS_FOUND), "--print-limit", "20")
+    return (path, "--tool", tool, *options, *TOOLS[tool].options, sys.executable, "-m", "bench.gpu.sanitize")
 
 
-def verdict(code: int | None, output: str) -> tuple[str, bool]:
+def verdict(name: str, code: int | None, output: str) -> tuple[str, bool]:
     """What it came to, and whether that is an error of ours: a tool that refuses the device or takes too long found none."""
+    tool = TOOLS[name]
+    if _findings(tool, output):
+        return "errors: see the log", True
     if code is None:
         return "cut off: nothing was found until then", False
-    if "ERROR SUMMARY: 0 errors" in output and code == 0:
+    if tool.clean in output and code == 0:
         return "clean", False
-    if code == ERRORS_FOUND and "Invalid __" in output:
-        return "memory errors: see the log", True
+    if tool.finding in output:
+        return "errors in other kernels than ours: see the log", False
     last = output.strip().splitlines()[-1] if output.strip() else "no output"
     return f"the tool did not work here (exit code {code}): {last[:120]}", False
 
 
+def _findings(tool: Tool, output: str) -> bool:
+    """Of kernels that are ours: named in the line of a finding or the one below it."""
+    lines = output.splitlines()
+    return any(tool.finding in line and re.search(tool.kernels, " ".join(lines[i : i + 2])) for i, line in enumerate(lines))
+
+
 def main() -> None:
-    with use_backend("triton"):
-        for op, option in CALLS:
-            for dtype, case in zip(("float32", "bfloat16", "float32"), CASES, strict=True):
-                run(build(op, case, dtype, option).clone("cuda"))
-                torch.cuda.synchronize()
-    print(f"{len(CALLS) * len(CASES)} calls")
+    for backend in ("native", "triton"):
+        if (reason := reason_missing(backend, "cuda")) is not None:
+            print(f"left out: backend {backend}: {reason}")
+            continue
+        with use_backend(backend):
+            for op, option in CALLS:
+                for dtype, case in zip(("float32", "bfloat16", "float32"), CASES, strict=True):
+                    run(build(op, case, dtype, option).clone("cuda"))
+                    torch.cuda.synchronize()
+        print(f"{backend}: {len(CALLS) * len(CASES)} calls", flush=True)
 
 
 if __name__ == "__main__":

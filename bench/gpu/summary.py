@@ -6,16 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.byte_model import OPS, STEP_OPS
+from bench.gpu import bars, dispatch
 from bench.gpu.ops import TORCH
-from bench.gpu.steps import COMBINATIONS, GRAPH, LOOPS, REFERENCE
+from bench.gpu.steps import BACKENDS, COMBINATIONS, LOOPS, graph_of, provider
 from bench.gpu.workloads import GPU_WORKLOADS
 from bench.workloads import DTYPES
 
-__all__ = ["bandwidth_line", "bench_lines", "launch_rows", "op_rows", "step_rows"]
+__all__ = ["bandwidth_line", "bench_lines", "launch_rows", "op_rows", "step_rows", "verdict_lines"]
 
 Row = Mapping[str, Any]
-OURS = REFERENCE.partition("/")[2]
 FULL = next(iter(GPU_WORKLOADS))  # with every operation; the others with those of a step
+LIKE_FULL = "one_1e9"  # whose operations are those again
+OURS = [provider(backend) for backend in BACKENDS]
 OF_STEPS = {op for ops in STEP_OPS.values() for op in ops}
 
 
@@ -58,37 +60,45 @@ def _times(slower: Row | None, faster: Row | None) -> str:
 
 
 def _op_cell(by_backend: Mapping[str, Row]) -> str:
-    mine = by_backend.get(OURS)
+    """Of each of ours; then how many times longer torch takes than the faster one."""
+    mine = {backend: by_backend[backend] for backend in BACKENDS if backend in by_backend}
+    cells = [
+        f"{row['ms_50']:>8.4f} {row['pct_copy']:>3.0f}% {row['host_us']:>3.0f}" if (row := mine.get(backend)) else f"{'–':>17}"
+        for backend in BACKENDS
+    ]
+    best = min(mine.values(), key=lambda row: row["ms_50"], default=None)
+    return "  ".join([*cells, f"{_times(by_backend.get(TORCH), best):>5}"])
+
+
+def _step_cell(by_provider: Mapping[str, Row], backend: str) -> str:
+    mine, graph = by_provider.get(provider(backend)), by_provider.get(graph_of(backend))
     if mine is None:
-        return f"{'–':>31}"
-    beside = f"{_times(by_backend.get(TORCH), mine):>6} {_times(by_backend.get('foreach'), mine):>6}"
-    return f"{mine['ms_50']:>8.4f} {mine['gbps']:>5.0f} {mine['pct_copy']:>3.0f}% {mine['host_us']:>4.0f} {beside}"
+        return f"{'–':>47}"
+    replayed = "–" if graph is None else f"{graph['wall_ms']:.4f}"
+    ratios = [f"{mine['loops'][name] / mine['wall_ms']:.2f}×" if name in mine["loops"] else "–" for name in LOOPS]
+    return f"{mine['ms_50']:>8.4f} {mine['pct_copy']:>3.0f}% {mine['launch_us']:>5.0f} {replayed:>8} {ratios[0]:>7} {ratios[1]:>7}"
 
 
 def bench_lines(found: Mapping[str, Any]) -> list[str]:
     """Operations, then steps: a line a workload and operation, a line a workload and base."""
     rows = found["rows"]
     result = [f"{found['gpu']}: {bandwidth_line(found['bandwidth'])}; gate {found['gate'].partition(':')[0]}"]
-    heads = "  ".join(f"{dtype}: ms GB/s copy host-µs torch foreach".rjust(38) for dtype in DTYPES)
-    result.append(f"{'operation (' + OURS + ')':<24}{heads}")
+    result.append(f"operations: {' and '.join(BACKENDS)}, each: ms, of copy, host µs; torch's best takes longer by; {' | '.join(DTYPES)}")
     for (workload, op), by_dtype in op_rows(rows).items():
-        if workload != FULL and op not in OF_STEPS:
+        if workload == LIKE_FULL or (workload != FULL and op not in OF_STEPS):
             continue
-        result.append(f"{workload:<10} {op:<12} " + "  ".join(f"{_op_cell(by_dtype.get(dtype, {})):>38}" for dtype in DTYPES))
-    launched = launch_rows(rows)
-    heads = f"{'ms':>8} {'host-µs':>8} {'graph ms':>9} {'loop foreach':>13} {'fused':>7} {'kernels':>8} copies fills"
-    result.append(f"{'whole step':<24} {heads}")
+        result.append(f"{workload:<9} {op:<15} " + " | ".join(_op_cell(by_dtype.get(dtype, {})) for dtype in DTYPES))
+    heads = f"ms, of copy, µs to launch, ms of a replay, how much longer take {' and '.join(LOOPS)}"
+    result.append(f"steps: {' | '.join(BACKENDS)}, each: {heads}")
     for case, by_provider in step_rows(rows).items():
-        mine, graph = by_provider.get(REFERENCE), by_provider.get(GRAPH)
-        if mine is None:
-            continue
-        counted = launched.get(case, {}).get(REFERENCE)
-        counts = f"{counted['kernels']:>8} {counted['copies']:>6} {counted['fills']:>5}" if counted else f"{'–':>8}"
-        ratios = [_times(by_provider.get(name), mine) for name in LOOPS]
-        replayed = "–" if graph is None else f"{graph['ms_50']:.4f}"
-        times = f"{mine['ms_50']:>8.4f} {mine['host_us']:>8.0f} {replayed:>9} {ratios[0]:>13} {ratios[1]:>7}"
-        result.append(f"{case[0]:<10} {case[1]:<6} {case[2]:<6} {times} {counts}")
-    tiny = launched.get(("many_tiny", "sgd", "fp32"), {}).get(REFERENCE)
-    if tiny is not None:
-        result.append(f"many_tiny, SGD: {tiny['names'][:300]}")
+        cells = [_step_cell(by_provider, backend) for backend in BACKENDS]
+        result.append(f"{case[0]:<9} {case[1]:<5} {case[2]:<4} " + " | ".join(cells))
+    for (workload, base, dtype), by_provider in launch_rows(rows).items():
+        if (workload, base, dtype) == ("many_tiny", "sgd", "fp32"):
+            result += [f"many_tiny, SGD, {name}: {row['names'][:160]}" for name, row in by_provider.items() if name in OURS]
     return result
+
+
+def verdict_lines(found: Mapping[str, Any]) -> list[str]:
+    """Who wins, and the bars."""
+    return [*dispatch.lines(found["rows"]), *bars.lines(found["rows"])]

@@ -21,13 +21,15 @@ import torch
 
 from bench.timing import Quantiles, quantiles
 
-__all__ = ["Clock", "DeviceClock", "HostClock", "Timed", "interleave", "settle"]
+__all__ = ["Clock", "DeviceClock", "HostClock", "Timed", "interleave", "launch_us", "settle", "wall_ms"]
 
 Call = Callable[[], object]
 SLEEP_LIMIT = 0.04  # seconds
 CYCLES_PER_SECOND = 1.9e9  # of the device's sleep; only the order of magnitude matters
 SAMPLE_MS = 0.3  # a sample is at least this long where up to MAX_INNER calls can make it so
 MAX_INNER = 20
+WALL_SECONDS = 0.02  # that a turn by the wall clock is at least to take
+MOST_CALLS = 200  # of one
 
 
 @dataclass
@@ -51,6 +53,10 @@ class Timed:
 
 
 class Clock(Protocol):
+    def wait(self) -> None:
+        """Until all work is done."""
+        ...
+
     def turn(self, call: Call, samples: int, inner: int, host_seconds: float) -> Timed:
         """Some samples in a row. ``host_seconds``: what launching all of them is expected to take."""
         ...
@@ -58,6 +64,9 @@ class Clock(Protocol):
 
 class DeviceClock:
     """By CUDA events."""
+
+    def wait(self) -> None:
+        torch.cuda.synchronize()
 
     def turn(self, call: Call, samples: int, inner: int, host_seconds: float) -> Timed:
         events = [torch.cuda.Event(enable_timing=True) for _ in range(samples + 1)]
@@ -76,6 +85,9 @@ class DeviceClock:
 
 class HostClock:
     """For a dry run without a device."""
+
+    def wait(self) -> None:
+        pass
 
     def turn(self, call: Call, samples: int, inner: int, host_seconds: float) -> Timed:
         timed = Timed()
@@ -120,3 +132,47 @@ def interleave(clock: Clock, calls: Mapping[str, Call], *, seconds: float, round
     finally:
         gc.enable()
     return found
+
+
+def _rounds(calls: Mapping[str, Call], count: int, turn: Callable[[str], float]) -> dict[str, float]:
+    """The median of each call's turns, taken in an order drawn anew each round."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    order, shuffle = list(calls), random.Random(0).shuffle
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(count):
+            shuffle(order)
+            for name in order:
+                found[name].append(turn(name))
+    finally:
+        gc.enable()
+    return {name: float(np.median(values)) for name, values in found.items()}
+
+
+def wall_ms(clock: Clock, calls: Mapping[str, Call], expected: Mapping[str, Timed], *, rounds: int = 5) -> dict[str, float]:
+    """Milliseconds of a call after another by the host's clock: what a loop of them takes, whoever is the slower of host and device."""
+
+    def turn(name: str) -> float:
+        once = max(expected[name].device.ms_50 / 1000, expected[name].host_us * 1e-6, 1e-6)
+        count = max(2, min(MOST_CALLS, math.ceil(WALL_SECONDS / once)))
+        clock.wait()
+        start = perf_counter()
+        for _ in range(count):
+            calls[name]()
+        clock.wait()
+        return (perf_counter() - start) * 1000 / count
+
+    return _rounds(calls, rounds, turn)
+
+
+def launch_us(clock: Clock, calls: Mapping[str, Call], *, rounds: int = 30) -> dict[str, float]:
+    """Microseconds until a call returns that finds the device idle: the host's work alone, as its queue is never full."""
+
+    def turn(name: str) -> float:
+        clock.wait()
+        start = perf_counter()
+        calls[name]()
+        return (perf_counter() - start) * 1e6
+
+    return _rounds(calls, rounds, turn)

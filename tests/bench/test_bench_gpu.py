@@ -1,4 +1,4 @@
-"""The benchmark for a device, without one: clocks, the gate, what is measured and written, and the tables it ends up in."""
+"""The benchmark for a device, without one: clocks, the gate, what is measured and written. Its tables: test_bench_gpu_tables.py."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ import torch
 from click.testing import CliRunner
 
 from bench.byte_model import OPS
-from bench.gpu import gate, sanitize, summary, sweep, timing
+from bench.gpu import gate, sanitize, sweep, sweep_native, sweep_triton, timing
 from bench.gpu.__main__ import main
 from bench.gpu.launches import activity_of
-from bench.gpu.steps import COMBINATIONS, GRAPH, LOOPS, REFERENCE
+from bench.gpu.steps import BACKENDS, BASE_ALONE, LOOPS, _forwards, memory_needed, provider
 from bench.gpu.timing import Timed
 from bench.gpu.workloads import GPU_WORKLOADS
-from bench.report import BEGIN, END
-from bench.report import main as report
 from tests.bench.test_bench_cli import ROW_KEYS
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +32,9 @@ class FakeClock:
     def __init__(self, milliseconds: Callable[[], float]) -> None:
         self.milliseconds = milliseconds
         self.turns: list[tuple[int, int]] = []
+
+    def wait(self) -> None:
+        pass
 
     def turn(self, call: Callable[[], object], samples: int, inner: int, host_seconds: float) -> Timed:
         call()
@@ -98,6 +99,35 @@ def test_the_device_clock_fills_the_queue_and_reads_events_after_waiting(monkeyp
     assert log == ["synchronize", "sleep", "record", *(["call", "call", "record"] * 3), "synchronize"]
 
 
+class Device:
+    """A host with a queue: a call takes ``host`` seconds of it, the work that it leaves behind ``device`` seconds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = self.busy_until = 0.0
+        monkeypatch.setattr(timing, "perf_counter", lambda: self.now)
+
+    def call(self, host: float, device: float) -> Callable[[], None]:
+        def run() -> None:
+            self.now += host
+            self.busy_until = max(self.busy_until, self.now) + device
+
+        return run
+
+    def wait(self) -> None:
+        self.now = max(self.now, self.busy_until)
+
+
+def test_a_loop_takes_as_long_as_the_slower_of_host_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Device(monkeypatch)
+    clock: Any = SimpleNamespace(wait=machine.wait)
+    calls = {"host-bound": machine.call(0.010, 0.001), "device-bound": machine.call(0.001, 0.010)}
+    expected = {"host-bound": Timed([1.0], [10.0]), "device-bound": Timed([10.0], [1.0])}
+    found = timing.wall_ms(clock, calls, expected)
+    assert found["host-bound"] == pytest.approx(10.0 + 1.0 / 2)  # two calls a turn: the device's last work is waited for
+    assert found["device-bound"] == pytest.approx(10.0 + 1.0 / 2)
+    assert timing.launch_us(clock, calls) == {"host-bound": pytest.approx(10_000), "device-bound": pytest.approx(1_000)}
+
+
 # --- launches ---
 
 
@@ -134,7 +164,7 @@ def test_the_gate_opens_operation_by_operation(tmp_path: Path) -> None:
         name.format("sgd_step_-momentum-triton"): "<skipped/>",
         "test_every_half_is_read_exactly[bf16]": "<failure/>",
     }
-    found = gate.read(junit(tmp_path / "tests.xml", cases))
+    found = gate.read([junit(tmp_path / "tests.xml", cases)])
     assert found.green == {("perturb_", "foreach"), ("restore_", "triton")}
     assert found.line == f"failed: {gate.TESTS}: 3 passed, 1 failed"
     assert found.allows("perturb_", "torch")
@@ -143,68 +173,113 @@ def test_the_gate_opens_operation_by_operation(tmp_path: Path) -> None:
         "sgd_step_ on triton",
         "sgd_step_ on foreach",
     ]
-    assert not gate.read(tmp_path / "missing.xml").allows("restore_", "triton")
+    assert not gate.read([tmp_path / "missing.xml"]).allows("restore_", "triton")
     del cases[name.format("perturb_-usam-triton")]
-    assert gate.read(junit(tmp_path / "tests.xml", cases)).line.startswith("passed")
+    green = junit(tmp_path / "tests.xml", cases)
+    assert gate.read([green]).line.startswith("passed")
+    both = gate.read([green, tmp_path / "missing.xml"])
+    assert both.line.startswith("failed")
+    assert both.line.endswith("missing.xml not written")
+    assert both.allows("restore_", "triton")
 
 
 def test_the_gate_knows_the_names_of_the_tests() -> None:
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", gate.TESTS]
     names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
     found = {(match["op"], match["backend"]) for match in map(gate._ID.search, names) if match}
-    assert found >= {(op, backend) for op in OPS for backend in ("triton", "foreach")}
+    assert found >= {(op, backend) for op in OPS for backend in (*BACKENDS, "foreach")}
+
+
+FOUND = sanitize.ERRORS_FOUND
+UNINITIALIZED = "========= Uninitialized __global__ memory read of size 4 bytes\n=========   at "
 
 
 @pytest.mark.parametrize(
-    ("code", "output", "is_error"),
+    ("tool", "code", "output", "is_error"),
     [
-        (0, "24 calls\n========= ERROR SUMMARY: 0 errors\n", False),
-        (sanitize.ERRORS_FOUND, "Invalid __global__ write of size 4\n========= ERROR SUMMARY: 3 errors\n", True),
-        (1, "========= Error: Device not supported\n", False),
-        (None, "", False),
+        ("memcheck", 0, "24 calls\n========= ERROR SUMMARY: 0 errors\n", False),
+        ("memcheck", FOUND, "Invalid __global__ write of size 4\n========= ERROR SUMMARY: 3 errors\n", True),
+        ("memcheck", None, "Invalid __global__ write of size 4\n", True),
+        ("memcheck", 1, "========= Error: Device not supported\n", False),
+        ("memcheck", None, "", False),
+        ("racecheck", 0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", False),
+        ("racecheck", FOUND, "========= Error: Race reported between Write access at void sam::cuda::chunk_kernel<\n", True),
+        (
+            "initcheck",
+            FOUND,
+            UNINITIALIZED + "void sam::cuda::chunk_kernel<\n",
+            True,
+        ),
+        ("initcheck", FOUND, UNINITIALIZED + "_sgd_kernel+0x80\n", True),
+        (
+            "initcheck",
+            FOUND,
+            UNINITIALIZED + "void at::native::a_kernel<\n",
+            False,
+        ),
     ],
 )
-def test_only_errors_found_count_against_us(code: int | None, output: str, is_error: bool) -> None:
-    words, found = sanitize.verdict(code, output)
+def test_only_errors_found_in_our_kernels_count_against_us(tool: str, code: int | None, output: str, is_error: bool) -> None:
+    words, found = sanitize.verdict(tool, code, output)
     assert found is is_error
-    assert words
+    assert (words == "clean") == (code == 0)
 
 
 # --- the sweep ---
 
 
 def test_the_fastest_cut_wins_and_a_lucky_sample_does_not() -> None:
-    winner, lucky = sweep.Choice(16384, 2048, 8), sweep.Choice(4096, 512, 4)
+    winner, lucky = sweep_triton.Choice(16384, 2048, 8), sweep_triton.Choice(8192, 512, 4)
 
-    def times(choice: sweep.Choice, samples: int) -> float:
+    def times(choice: sweep_triton.Choice, samples: int) -> float:
         if choice == lucky:
             return 0.1 if samples == 5 else 9.0
         return 1.0 if choice == winner else 2.0 + choice.chunk / 1e6
 
-    ranked = sweep.best(times, sweep.choices(), lambda: False)
+    choices = sweep_triton.choices("norm")
+    ranked = sweep.best(times, choices, lambda: False)
     assert ranked[0] == (winner, 1.0)
     assert len(ranked) == sweep.WINNERS
     assert lucky not in dict(ranked)
-    assert sweep.best(times, sweep.choices(), lambda: True) == []
+    assert sweep.best(times, choices, lambda: True) == []
 
 
 def test_choices_are_what_the_kernels_take() -> None:
-    assert len(set(sweep.choices())) == len(sweep.choices()) == 40
-    assert all(choice.chunk % choice.block == 0 for choice in sweep.choices())
+    for kernel, count in (("norm", 24), ("random", 12)):
+        found = sweep_triton.choices(kernel)
+        assert len(set(found)) == len(found) == count
+        assert all(choice.chunk % choice.block == 0 for choice in found)
+    found_native = sweep_native.choices("norm")
+    assert len(set(found_native)) == len(found_native) == 20
+    assert all(choice.chunk_size % 1024 == 0 for choice in found_native)  # set_cut refuses others
 
 
-def test_a_sweep_leaves_the_configuration_as_it_was() -> None:
+def test_a_sweep_leaves_the_configuration_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    configs = sweep._configs()
+    configs = sweep_triton._configs()
     before = dict(configs)
     clock = FakeClock(lambda: 1.0 + abs(configs["perturb"].chunk - 32768) + configs["perturb"].block / 1e6)
-    rows = sweep.run(clock, "cpu", gate.Gate("", frozenset({("perturb_", "triton")})), 1e18, dtypes=["fp32"])
+    monkeypatch.setattr(sweep, "tuners", lambda: [sweep_triton])
+    rows = list(sweep.run(clock, "cpu", gate.Gate("", frozenset({("perturb_", "triton")})), 1e18, dtypes=["fp32"]))
     assert configs == before
     assert {row["kernel"] for row in rows} == {"perturb"}
-    assert (rows[0]["chunk"], rows[0]["block"]) == (32768, 512)
+    assert (rows[0]["cut"], rows[0]["chunk"], rows[0]["block"]) == ("32k/512/4", 32768, 512)
     assert [row["rank"] for row in rows] == list(range(1, len(rows) + 1))
     assert sum(row["is_default"] for row in rows) == 1
     assert len(sweep.lines(rows)) == 2
+
+
+def test_a_sweep_of_the_cuda_kernels_sets_their_cut_and_resets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = {"chunk_size": 65536, "blocks_per_processor": 0}
+    module = SimpleNamespace(chunk_size=lambda: cut["chunk_size"], set_cut=lambda **given: cut.update(given))
+    monkeypatch.setattr(sweep_native, "_module", lambda: module)
+    monkeypatch.setattr(sweep, "tuners", lambda: [sweep_native])
+    clock = FakeClock(lambda: 1.0 + abs(cut["chunk_size"] - 32768) + abs(cut["blocks_per_processor"] - 4))
+    rows = list(sweep.run(clock, "cpu", gate.Gate("", is_off=True), 1e18, dtypes=["fp32", "bf16"]))
+    assert {(row["kernel"], row["dtype"]) for row in rows} == {(kernel, dtype) for kernel in sweep.KERNELS for dtype in ("fp32", "bf16")}
+    assert {row["cut"] for row in rows if row["rank"] == 1} == {"32k/4"}
+    assert {row["cut"] for row in rows if row["is_default"]} == {"64k/all"}
+    assert cut == {"chunk_size": 65536, "blocks_per_processor": 0}
 
 
 # --- what is written, and the tables ---
@@ -227,11 +302,34 @@ def test_dry_run_end_to_end(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "default.json").read_text())
     assert {"schema", "gpu", "driver", "cuda", "torch", "triton", "clocks", "device", "gate", "bandwidth"} <= set(result)
     assert set(result["bandwidth"]) == {"copy", "read", "write"}
-    assert all(set(row) >= ROW_KEYS | {"host_us", "pct_copy"} for row in result["rows"])
+    assert all(set(row) >= ROW_KEYS | {"host_us", "pct_copy"} for row in result["rows"] if row["kind"] != "dispatch")
     assert {row["op"] for row in result["rows"] if row["kind"] == "op"} == {"restore_", "grad_norm"}
     steps = {(row["base"], row["backend"]): row for row in result["rows"] if row["kind"] == "step"}
-    assert set(steps) == {(base, name) for base in ("sgd", "adamw") for name in (REFERENCE, *LOOPS)}
-    assert steps["sgd", LOOPS[0]]["reference_ms_50"] == steps["sgd", REFERENCE]["ms_50"]
+    ours = [provider(backend) for backend in BACKENDS]
+    assert set(steps) == {(base, name) for base in ("sgd", "adamw") for name in (*ours, *LOOPS, BASE_ALONE)}
+    assert steps["sgd", LOOPS[0]]["reference_ms_50"] == steps["sgd", ours[0]]["ms_50"]
+    assert all(row["loops"][name] == steps[base, name]["wall_ms"] for (base, _), row in steps.items() for name in LOOPS)
+    assert {(row["op"], row["base"]) for row in result["rows"] if row["kind"] == "dispatch"} >= {("step", "sgd"), ("step", "adamw")}
+    assert run.output.count("not measured") > len(OPS)  # the bars come last, whatever was measured
+
+
+def test_a_step_forwards_leaves_the_usual_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, bool]] = []
+    backend = SimpleNamespace(_cuda=SimpleNamespace(set_cut=lambda **given: told.append(given)))
+    monkeypatch.setitem(sys.modules, "sam_kernels.backends.native.cuda", backend)
+    _forwards(lambda: told.append({"step": True}))()
+    assert told == [{"backwards": False}, {"step": True}, {}]
+
+
+def test_the_largest_step_fits_an_h100() -> None:
+    """78 GiB, with room for the context. AdamW's only with one of our optimizers at a time."""
+    room = 0.92 * 77 * 2**30
+    needed = {
+        (base, len(few)): memory_needed(GPU_WORKLOADS["one_1e9"], base, "fp32", few)
+        for base in ("sgd", "adamw")
+        for few in (["native"], BACKENDS)
+    }
+    assert [case for case, nbytes in needed.items() if nbytes > room] == [("adamw", 2)]
 
 
 def test_what_does_not_fit_the_time_is_named(tmp_path: Path) -> None:
@@ -249,67 +347,3 @@ def test_without_a_device_nothing_is_measured(tmp_path: Path) -> None:
     assert run.exit_code == 1
     assert "no CUDA device" in run.output
     assert CliRunner().invoke(main, ["--workload", "resnet19"]).exit_code == 2
-
-
-def full_result() -> dict[str, Any]:
-    """As a device with every backend would give."""
-    rows: list[dict[str, Any]] = []
-    times = {"ms_20": 0.9, "ms_80": 1.1, "host_us": 80.0, "gbps": 2700.0, "pct_copy": 90.0}
-    for workload in GPU_WORKLOADS:
-        for dtype in ("fp32", "bf16"):
-            for op in OPS:
-                case = {"kind": "op", "op": op, "workload": workload, "dtype": dtype, "base": None}
-                rows += [case | times | {"backend": name, "ms_50": ms} for name, ms in (("triton", 1.0), ("foreach", 3.0), ("torch", 1.5))]
-        for base, dtype in COMBINATIONS:
-            case = {"op": "step", "workload": workload, "dtype": dtype, "base": base}
-            providers = ((REFERENCE, 2.0), (GRAPH, 1.9), (LOOPS[0], 8.0), (LOOPS[1], 5.0))
-            rows += [{"kind": "step"} | case | times | {"backend": name, "ms_50": ms} for name, ms in providers]
-            counts = {"kernels": 5, "copies": 0, "fills": 1, "names": "5 kernels: _norm_kernel × 2"}
-            rows.append({"kind": "launches"} | case | {"backend": REFERENCE} | counts)
-    bandwidth = {kind: {"gbps": 3000.0, "by": "x"} for kind in ("copy", "read", "write")}
-    where = {"schema": 1, "device": "some-gpu", "gpu": "Some GPU", "driver": "1", "cuda": "13.0", "torch": "2.11", "triton": "3.6"}
-    return where | {"commit": "abc", "dirty": False, "gate": "passed: all", "bandwidth": bandwidth, "rows": rows}
-
-
-def test_the_last_tables_are_short_and_complete() -> None:
-    result = full_result()
-    rows = [
-        {"kernel": k, "dtype": d, "chunk": 16384, "block": 2048, "num_warps": 4, "ms_50": 1.0 + i, "gbps": 2.0, "is_default": i == 0}
-        for k in sweep.KERNELS for d in ("fp32", "bf16") for i in range(4)
-    ]  # fmt: skip
-    lines = [*summary.bench_lines(result), *sweep.short_lines(rows)]
-    assert len(lines) < 60 - 7  # a line a phase
-    assert len(sweep.lines(rows)) == 1 + 2 * len(sweep.KERNELS)
-    assert sum(map(len, lines)) < 9000
-    shown = [(workload, op) for workload in GPU_WORKLOADS for op in OPS if workload == summary.FULL or op in summary.OF_STEPS]
-    assert all(any(line.startswith(f"{workload:<10} {op}") for line in lines) for workload, op in shown)
-    step = next(line for line in lines if line.startswith("many_tiny  sgd  "))
-    assert step.split()[3:] == ["2.0000", "80", "1.9000", "4.0×", "2.5×", "5", "0", "1"]
-
-
-def test_reports_take_results_of_a_gpu(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text(f"{BEGIN}\n{END}\n")
-    (tmp_path / "default.json").write_text(json.dumps(full_result()))
-    swept = {
-        "kind": "sweep",
-        "op": "grad_norm",
-        "kernel": "norm",
-        "dtype": "fp32",
-        "chunk": 16384,
-        "block": 2048,
-        "num_warps": 4,
-        "is_default": True,
-    }
-    (tmp_path / "sweep.json").write_text(json.dumps(full_result() | {"rows": [swept | {"ms_50": 0.2, "gbps": 2000.0}]}))
-    files = [str(tmp_path / name) for name in ("default.json", "sweep.json")]
-    targets = ["--readme", tmp_path / "README.md", "--docs", tmp_path / "docs.md", "--image", tmp_path / "a.png"]
-    run = CliRunner().invoke(report, [*files, *map(str, targets)])
-    assert run.exit_code == 0, run.output
-    readme, docs = (tmp_path / "README.md").read_text(), (tmp_path / "docs.md").read_text()
-    assert "| ResNet-50, SGD-momentum, fp32 | 2 ms | 90 % | 1.9 ms | 4.0× | 2.5× | 5 |" in readme
-    assert readme.count("Some GPU") == 1
-    assert "### Operations: 1 × 10⁸, bf16, Some GPU" in docs
-    assert "| `sgd_step_` triton | 1 ms | 900 µs – 1.1 ms | 2,700 | 90 % | 80 µs |" in docs
-    assert "16,384 / 2,048 / 4, the default" in docs
-    assert not (tmp_path / "a.png").exists()
-    assert CliRunner().invoke(report, [*files, *map(str, targets), "--check"]).exit_code == 0

@@ -1,6 +1,7 @@
 """Tests on a device: skipped, with the reason, where there is none.
 
-``SAM_KERNELS_TEST_DEVICE=cpu TRITON_INTERPRET=1`` is a dry run of those that need no CUDA of their own: are the tests themselves right?
+``SAM_KERNELS_TEST_DEVICE=cpu`` with ``TRITON_INTERPRET=1``, ``SAM_KERNELS_CUDA_ON_HOST=1`` or both is a dry run of those that need no CUDA
+of their own: are the tests themselves right?
 """
 
 from __future__ import annotations
@@ -12,30 +13,24 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from sam_kernels._dispatch import reason_missing, use_backend
-
-DEVICE = os.environ.get("SAM_KERNELS_TEST_DEVICE", "cuda")
-
-
-def _reason_to_skip() -> str | None:
-    if DEVICE == "cuda" and not torch.cuda.is_available():
-        return "no CUDA device"
-    return reason_missing("triton", DEVICE)
+from sam_kernels._dispatch import use_backend
+from tests.helpers.devices import DEVICE, KERNELS, reason_without, reason_without_device
 
 
 def pytest_report_header() -> list[str]:
-    reason = _reason_to_skip()
-    if reason is not None or DEVICE != "cuda":
-        return [f"device tests: {reason or f'dry run on {DEVICE}'}"]
-    return [f"device tests: {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, {torch.cuda.device_count()} device(s)"]
+    if (reason := reason_without_device()) is not None:
+        return [f"device tests: {reason}"]
+    missing = [f"device tests without {backend}: {reason}" for backend in KERNELS if (reason := reason_without(backend)) is not None]
+    if DEVICE != "cuda":
+        return [f"device tests: dry run on {DEVICE}", *missing]
+    return [f"device tests: {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, {torch.cuda.device_count()} device(s)", *missing]
 
 
 @pytest.fixture(autouse=True)
 def _on_a_device(request: pytest.FixtureRequest) -> Iterator[None]:
     """Errors of kernels come late: waiting here charges them to their own test. A process whose context is broken ends, so that the
     remaining tests run in another (with pytest-xdist)."""
-    reason = _reason_to_skip()
-    if reason is not None:
+    if (reason := reason_without_device()) is not None:
         pytest.skip(reason)
     if DEVICE != "cuda" and request.node.get_closest_marker("only_cuda"):
         pytest.skip("about CUDA itself: nothing to run on the CPU")
@@ -55,7 +50,10 @@ def device() -> str:
     return DEVICE
 
 
-@pytest.fixture
-def triton() -> Iterator[None]:
-    with use_backend("triton"):
-        yield
+@pytest.fixture(params=KERNELS)
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend with kernels for the device in turn, forced."""
+    if (reason := reason_without(request.param)) is not None:
+        pytest.skip(f"backend {request.param}: {reason}")
+    with use_backend(request.param):
+        yield request.param

@@ -11,11 +11,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from sam_kernels._dispatch import reason_missing
+from sam_kernels._dispatch import available
 from sam_kernels.cli._cases import DTYPES, MIXED_NARROW
 from sam_kernels.cli._check import AUTOMATIC, dtypes_of
 from sam_kernels.cli.validate import validate
 from tests.helpers.cases import OPTIONS, check, combinations
+from tests.helpers.devices import KERNELS, reason_without
 
 pytestmark = pytest.mark.cuda
 EVERY = "every"  # where all is skipped, one line an operation says so
@@ -24,14 +25,14 @@ PAIRS = [(op, option) for op in OPTIONS for option in (OPTIONS[op] if torch.cuda
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("backend_name", ["triton", "foreach", AUTOMATIC])
+@pytest.mark.parametrize("backend_name", [*KERNELS, "foreach", AUTOMATIC])
 @pytest.mark.parametrize(("op", "option"), PAIRS)
 def test_matches_the_reference(
     op: str, option: str, backend_name: str, device: str, record_property: Callable[[str, object], None]
 ) -> None:
     record_property("op", op)
     record_property("backend", backend_name)
-    if backend_name != AUTOMATIC and (reason := reason_missing(backend_name, device)) is not None:
+    if backend_name in KERNELS and (reason := reason_without(backend_name)) is not None:
         pytest.skip(f"backend {backend_name}: {reason}")
     wrong, checked = [], 0
     for dtype in (*DTYPES, MIXED_NARROW):
@@ -49,4 +50,4 @@ def test_matches_the_reference(
 def test_validate_on_the_device(device: str) -> None:
     result = CliRunner().invoke(validate, ["--device", device, "--op", "restore_"])
     assert result.exit_code == 0, result.output
-    assert "triton" in result.output
+    assert all(f" {name} " in result.output for name in (*available(device), AUTOMATIC))

@@ -14,7 +14,7 @@ from tests.helpers.training import closure_of, everything, make
 from tests.optim.problem import make_model, twin, weights
 from tests.optim.scaler_flows import FLOWS, SCALE, step_with
 
-pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("triton")]
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("kernels")]
 BASES = [
     pytest.param(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, id="sgd-momentum"),
     pytest.param(torch.optim.AdamW, {"lr": 0.01, "fused": True}, id="adamw-fused"),

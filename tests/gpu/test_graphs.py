@@ -11,7 +11,7 @@ import torch
 from tests.helpers.compare import assert_same_bits
 from tests.helpers.training import BASES, closure_of, everything, make
 
-pytestmark = [pytest.mark.cuda, pytest.mark.only_cuda, pytest.mark.usefixtures("triton")]
+pytestmark = [pytest.mark.cuda, pytest.mark.only_cuda, pytest.mark.usefixtures("kernels")]
 
 
 def warm_up(steps: int, step: Callable[[], Any]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sam_kernels import functional as F
 
-pytestmark = [pytest.mark.cuda, pytest.mark.only_cuda, pytest.mark.usefixtures("triton")]
+pytestmark = [pytest.mark.cuda, pytest.mark.only_cuda, pytest.mark.usefixtures("kernels")]
 NUMEL = 2**31 + 2**20 + 3
 LISTS = {"perturb_": 3, "restore_": 2, "sgd_step_": 4, "adamw_step_": 5}
 # The beginning, both sides of 2^31 (an index in int32 would come out negative there), and the end with its masked block.

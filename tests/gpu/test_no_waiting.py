@@ -19,11 +19,17 @@ from bench.workloads import WORKLOADS, make_grads, make_params
 from sam_kernels import SAM, functional
 from tests.helpers.training import BASES, closure_of, make
 
-pytestmark = [pytest.mark.cuda, pytest.mark.only_cuda, pytest.mark.usefixtures("triton")]
+pytestmark = [pytest.mark.cuda, pytest.mark.only_cuda, pytest.mark.usefixtures("kernels")]
 SHAPES = ((1000,), (33, 17), (3,), ())
-MOST_LAUNCHES = 5  # of a whole step with SGD and momentum: norm in two stages, ascent, check of the second gradients, descent
-MOST_ALLOCATIONS = 0  # of a whole step
-RETURNS_A_NORM = ("direction_norm_",)  # a number of its own at each call
+# Of a whole step. SGD with momentum: norm in two stages, ascent, check of the second gradients, descent. AdamW has one more, which advances
+# the counters. What does not fit one launch's arguments takes another, native's counters of a thousand tensors seven.
+MOST_LAUNCHES = {"sgd": 5, "adamw": 6}
+MOST_OF_MANY = {"sgd": 8, "adamw": 15}  # native, a thousand tensors
+# direction_norm_ returns a number of its own at each call. Native's scratch is made anew: sums of chunks, bias corrections.
+ALLOCATIONS = {
+    "native": {"grad_norm": 1, "direction_norm_": 2, "adamw_step_": 1, "sgd": 1, "adamw": 2},
+    "triton": {"direction_norm_": 1},
+}
 
 
 @contextmanager
@@ -40,17 +46,17 @@ def allocations() -> int:
     return int(torch.cuda.memory_stats()["allocation.all.allocated"])
 
 
-def call_of(op: str, device: str) -> Callable[[], object]:
+def call_of(op: str, backend: str, device: str) -> Callable[[], object]:
     lists: Lists = describe_once(make_lists(op, SHAPES, torch.float32, device))
     if op == "grad_norm":  # as a caller does who does not want the result allocated
         norm, found_inf, skipped = (torch.zeros((), device=device) for _ in range(3))
         return lambda: functional.grad_norm_(norm, lists["grads"], found_inf=found_inf, skipped=skipped)
-    return functools.partial(ours(op, "triton"), lists)
+    return functools.partial(ours(op, backend), lists)
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_an_operation_on_vouched_lists_neither_waits_nor_allocates(op: str, device: str) -> None:
-    call = call_of(op, device)
+def test_an_operation_on_vouched_lists_neither_waits_nor_allocates(op: str, kernels: str, device: str) -> None:
+    call = call_of(op, kernels, device)
     for _ in range(3):
         call()
     torch.cuda.synchronize()
@@ -58,7 +64,7 @@ def test_an_operation_on_vouched_lists_neither_waits_nor_allocates(op: str, devi
     with no_waiting():
         for _ in range(10):
             call()
-    assert allocations() - before == 10 * (op in RETURNS_A_NORM)
+    assert allocations() - before == 10 * ALLOCATIONS[kernels].get(op, 0)
 
 
 def test_checking_for_infinities_neither_waits_nor_allocates(device: str) -> None:
@@ -87,7 +93,7 @@ def test_a_step_does_not_wait(base: str, options: dict[str, Any], set_to_none: b
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_a_step_allocates_nothing(base: str, device: str) -> None:
+def test_a_step_allocates_next_to_nothing(base: str, kernels: str, device: str) -> None:
     model, optimizer = make(base, device)
     closure = closure_of(optimizer, model, set_to_none=False)
     for _ in range(4):
@@ -99,7 +105,7 @@ def test_a_step_allocates_nothing(base: str, device: str) -> None:
         optimizer.first_step()
         optimizer.second_step()
         counts.append(allocations() - before)
-    assert max(counts) <= MOST_ALLOCATIONS, f"{counts} allocations a step"
+    assert max(counts) <= ALLOCATIONS[kernels].get(base, 0), f"{counts} allocations a step"
 
 
 def steady_step(base: str, workload: str, device: str) -> Callable[[], None]:
@@ -117,10 +123,11 @@ def steady_step(base: str, workload: str, device: str) -> Callable[[], None]:
     return step
 
 
-@pytest.mark.parametrize(("base", "most"), [("sgd", MOST_LAUNCHES), ("adamw", MOST_LAUNCHES + 1)])
+@pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("workload", ["many_tiny", "resnet18"])
-def test_launches_of_a_step(base: str, most: int, workload: str, device: str, record_property: Callable[[str, object], None]) -> None:
-    """AdamW has one more, which advances the counters. Gradients that stay where they are cost no copy; nothing is filled."""
+def test_launches_of_a_step(base: str, workload: str, kernels: str, device: str, record_property: Callable[[str, object], None]) -> None:
+    """Gradients that stay where they are cost no copy; nothing is filled."""
+    most = (MOST_OF_MANY if (kernels, workload) == ("native", "many_tiny") else MOST_LAUNCHES)[base]
     activity = record(steady_step(base, workload, device))
     if activity is None:
         pytest.skip("the profiler sees nothing of this device")
@@ -130,8 +137,8 @@ def test_launches_of_a_step(base: str, most: int, workload: str, device: str, re
     assert not activity.fills, str(activity)
 
 
-def test_moved_gradients_cost_one_copy_an_operation(device: str) -> None:
-    """Their addresses, from pinned memory."""
+def test_moved_gradients_cost_one_copy_an_operation_or_none(kernels: str, device: str) -> None:
+    """Their addresses, from pinned memory; native's travel in the launch."""
     lists = make_lists("restore_", SHAPES, torch.float32, device)
     params, norm = describe_once(lists)["params"], torch.ones((), device=device)
     old_params = describe_once(lists)["old_params"]
@@ -141,4 +148,4 @@ def test_moved_gradients_cost_one_copy_an_operation(device: str) -> None:
     activity = record(lambda: functional.perturb_(params, grads[3], old_params, norm, rho=0.1))
     if activity is None:
         pytest.skip("the profiler sees nothing of this device")
-    assert (len(activity.kernels), len(activity.copies)) == (1, 1), str(activity)
+    assert (len(activity.kernels), len(activity.copies)) == (1, int(kernels == "triton")), str(activity)

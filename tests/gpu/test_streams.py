@@ -28,45 +28,44 @@ def written(result: object, lists: Lists) -> list[Tensor]:
     return [tensor.cpu() for tensors in lists.values() for tensor in tensors] + ([result.cpu()] if isinstance(result, Tensor) else [])
 
 
-def call_of(op: str) -> Callable[[Lists], object]:
+def call_of(op: str, backend: str) -> Callable[[Lists], object]:
     if op == "grad_norm":
         return lambda lists: functional.grad_norm(lists["grads"])
-    return ours(op, "triton")
+    return ours(op, backend)
 
 
 @pytest.mark.only_cuda
-@pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("is_known", [True, False], ids=["second_call", "first_call"])
 @pytest.mark.parametrize("op", OPS)
-def test_an_operation_waits_for_its_stream(op: str, is_known: bool, device: str) -> None:
+def test_an_operation_waits_for_its_stream(op: str, is_known: bool, kernels: str, device: str) -> None:
     """The inputs arrive on a side stream, late. An operation on another stream would see what was there before."""
+    call = call_of(op, kernels)
     expected_lists = lists_of(op, device)
     values = {name: [tensor.clone() for tensor in tensors] for name, tensors in expected_lists.items()}
-    expected = written(call_of(op)(expected_lists), expected_lists)
+    expected = written(call(expected_lists), expected_lists)
     lists = describe_once({name: [torch.full_like(tensor, 7.0) for tensor in tensors] for name, tensors in values.items()})
     if is_known:  # tables and kernels are there
-        call_of(op)(lists)
+        call(lists)
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         torch.cuda._sleep(CYCLES)
         for name, tensors in lists.items():
             torch._foreach_copy_(list(tensors), values[name])
-        result = call_of(op)(lists)
+        result = call(lists)
     side.synchronize()
     assert_same_bits(op, written(result, lists), expected)
 
 
 @pytest.mark.only_cuda
-@pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("op", OPS)
-def test_tensors_on_the_second_device(op: str) -> None:
+def test_tensors_on_the_second_device(op: str, kernels: str) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("one device")
     first = lists_of(op, "cuda:0")
     second = {name: [tensor.to("cuda:1") for tensor in tensors] for name, tensors in first.items()}
     assert torch.cuda.current_device() == 0
-    results = [written(call_of(op)(lists), lists) for lists in (first, second)]
+    results = [written(call_of(op, kernels)(lists), lists) for lists in (first, second)]
     assert_same_bits(op, results[1], results[0])
     assert torch.cuda.current_device() == 0
 
@@ -79,9 +78,10 @@ WRONG: dict[str, tuple[Callable[[str], dict[str, Tensor]], type[Exception], str]
 }
 
 
-@pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("what", WRONG)
-def test_a_wrong_gradient_is_refused_before_anything_is_written(what: str, device: str) -> None:
+def test_a_wrong_gradient_is_refused_before_anything_is_written(what: str, kernels: str, device: str) -> None:
+    if what == "float64" and kernels == "native":
+        pytest.skip("it has kernels for float64")
     if what == "on the CPU" and device == "cpu":
         pytest.skip("it is where it should be in a dry run")
     make, error, words = WRONG[what]
@@ -109,7 +109,7 @@ def test_tensors_of_the_cpu_are_refused_with_the_reason() -> None:
 
 @pytest.mark.only_cuda
 def test_rows_on_both_kinds_of_device_go_where_they_belong(device: str) -> None:
-    """Nothing forced: native or foreach for those of the CPU."""
+    """Nothing forced."""
     params, old_params = [torch.ones(5), torch.ones(7, device=device)], [torch.full((5,), 2.0), torch.full((7,), 3.0, device=device)]
     functional.restore_(params, old_params)
     assert [tensor.flatten()[0].item() for tensor in params] == [2.0, 3.0]

@@ -1,0 +1,118 @@
+"""What a run on a device ends up in: the short tables, the bars, who wins, and the reports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from bench.byte_model import OPS
+from bench.gpu import bars, dispatch, run, summary, sweep
+from bench.gpu.steps import BACKENDS, BASE_ALONE, COMBINATIONS, FORWARDS, LOOPS, graph_of, provider
+from bench.gpu.workloads import GPU_WORKLOADS
+from bench.report import BEGIN, END
+from bench.report import main as report
+
+SHOWN = 12_000  # characters of a run's end that a terminal may be left with
+
+
+def full_result() -> dict[str, Any]:
+    """As a device with every backend would give."""
+    rows: list[dict[str, Any]] = []
+    times = {"ms_20": 0.9, "ms_80": 1.1, "host_us": 80.0, "gbps": 2700.0, "pct_copy": 93.0}
+    for workload in GPU_WORKLOADS:
+        for dtype in ("fp32", "bf16"):
+            for op in OPS:
+                case = {"kind": "op", "op": op, "workload": workload, "dtype": dtype, "base": None}
+                milliseconds = {"native": 1.0, "triton": 1.2, "foreach": 3.0, "torch": 1.5}
+                rows += [case | times | {"backend": name, "ms_50": ms} for name, ms in milliseconds.items()]
+        for base, dtype in COMBINATIONS:
+            case = {"op": "step", "workload": workload, "dtype": dtype, "base": base}
+            loops = {LOOPS[0]: 8.0, LOOPS[1]: 5.0}
+            walls = {"native": 2.0, "triton": 4.0}
+            found = {provider(name): ms for name, ms in walls.items()} | {graph_of(name): ms / 10 for name, ms in walls.items()}
+            for name, ms in (found | loops | {BASE_ALONE: 1.0, FORWARDS: 2.2}).items():
+                measured = times | {"ms_50": ms, "wall_ms": ms, "launch_us": 50 * ms, "loops": loops}
+                rows.append({"kind": "step"} | case | measured | {"backend": name})
+            counts = {"kernels": 5, "copies": 0, "fills": 1, "names": "5 kernels: _norm_kernel × 2"}
+            rows += [{"kind": "launches"} | case | {"backend": provider(backend)} | counts for backend in BACKENDS]
+    rows += dispatch.rows(rows)
+    bandwidth = {kind: {"gbps": 3000.0, "by": "x"} for kind in ("copy", "read", "write")}
+    where = {"schema": 1, "device": "some-gpu", "gpu": "Some GPU", "driver": "1", "cuda": "13.0", "torch": "2.11", "triton": "3.6"}
+    return where | {"commit": "abc", "dirty": False, "gate": "passed: all", "bandwidth": bandwidth, "rows": rows}
+
+
+def swept() -> list[dict[str, Any]]:
+    where = [(backend, kernel, dtype) for backend in BACKENDS for kernel in sweep.KERNELS for dtype in ("fp32", "bf16")]
+    what = [{"kind": "sweep", "backend": backend, "op": "grad_norm", "kernel": kernel, "dtype": dtype} for backend, kernel, dtype in where]
+    return [row | {"cut": "16k/2048/4", "ms_50": 1.0 + i, "gbps": 2.0, "is_default": i == 1} for row in what for i in range(4)]
+
+
+def test_the_last_tables_are_short_and_complete(tmp_path: Path) -> None:
+    result = full_result()
+    (tmp_path / "default.json").write_text(json.dumps(result))
+    (tmp_path / "sweep.json").write_text(json.dumps(result | {"rows": swept()}))
+    phases = [f"phase {i:<10} ok, 100 s: 100 passed, 3 skipped in 100.00s" for i in range(10)]
+    lines = run.closing(tmp_path, ["default", "sweep"], phases)
+    assert sum(len(line.encode()) + 1 for line in lines) < SHOWN
+    shown = [(workload, op) for workload in GPU_WORKLOADS for op in OPS if workload == summary.FULL or op in summary.OF_STEPS]
+    shown = [pair for pair in shown if pair[0] != summary.LIKE_FULL]
+    assert all(any(line.startswith(f"{workload:<9} {op}") for line in lines) for workload, op in shown)
+    step = next(line for line in lines if line.startswith("many_tiny sgd  "))
+    assert step.split("|")[0].split()[3:] == ["2.0000", "93%", "100", "0.2000", "4.00×", "2.50×"]
+    assert len(sweep.lines(swept())) == 1 + len(BACKENDS) * 2 * len(sweep.KERNELS)
+    assert any("default +100.0 %" in line for line in lines)
+    assert lines.index(phases[-1]) < next(i for i, line in enumerate(lines) if line.startswith("native: "))  # the bars come last
+
+
+def test_a_bar_is_reached_or_not_or_was_not_measured() -> None:
+    rows = full_result()["rows"]
+    states = {backend: {bar.figure: bar.state for bar in bars.bars(rows, backend)} for backend in BACKENDS}
+    assert states["native"]["one_1e9 sgd fp32 beside davda54/foreach"] == "pass"  # 8 ms : 2 ms
+    assert states["native"]["resnet50 sgd fp32 beside davda54/foreach"] == "FAIL"
+    assert states["native"]["many_tiny sgd fp32, graph, beside davda54/foreach"] == "pass"  # 8 ms : 0.2 ms
+    assert states["triton"]["many_tiny sgd fp32, graph, beside davda54/foreach"] == "FAIL"
+    assert states["triton"]["gpt2_124m sgd fp32 beside davda54/foreach"] == "FAIL"
+    measured = {bar.figure: bar.measured for bar in bars.bars(rows, "native")}
+    assert measured["gpt2_124m adamw fp32, launching beside fused base"] == pytest.approx(2.0)
+    assert measured["perturb_, 10^8: fp32 93.0, bf16 93.0"] == 93.0
+    assert measured["resnet50 sgd fp32, all passes forwards"] == pytest.approx(1.1)
+    assert all("forwards" not in bar.figure for bar in bars.bars(rows, "triton"))
+    slow = [row | ({"pct_copy": 91.9} if row.get("dtype") == "bf16" and row["op"] == "perturb_" else {}) for row in rows]
+    assert {bar.figure: bar.state for bar in bars.bars(slow, "native")}["perturb_, 10^8: fp32 93.0, bf16 91.9"] == "FAIL"
+    half = [row for row in rows if row.get("dtype") != "bf16"]
+    assert {bar.figure: bar.state for bar in bars.bars(half, "native")}["perturb_, 10^8: fp32 93.0, bf16 –"] == "not measured"
+    assert {bar.state for bar in bars.bars([], "native")} == {"not measured"}
+
+
+def test_who_wins_counts_the_host_and_needs_every_backend() -> None:
+    case = {"kind": "op", "op": "restore_", "workload": "many_tiny", "dtype": "fp32", "base": None, "host_us": 10.0}
+    rows = [case | {"backend": "native", "ms_50": 0.004}, case | {"backend": "triton", "ms_50": 0.002, "host_us": 40.0}]
+    (found,) = dispatch.rows(rows)
+    assert (found["winner"], found["factor"]) == ("native", pytest.approx(4.0))
+    assert dispatch.rows(rows[:1]) == []
+    assert dispatch.lines([found])[1].split() == ["many_tiny", "native", "1", "of", "1:", "restore_", "fp32", "4.00"]
+    assert dispatch.lines([]) == []
+
+
+def test_reports_take_results_of_a_gpu(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"{BEGIN}\n{END}\n")
+    (tmp_path / "default.json").write_text(json.dumps(full_result()))
+    (tmp_path / "sweep.json").write_text(json.dumps(full_result() | {"rows": swept()}))
+    files = [str(tmp_path / name) for name in ("default.json", "sweep.json")]
+    targets = ["--readme", tmp_path / "README.md", "--docs", tmp_path / "docs.md", "--image", tmp_path / "a.png"]
+    made = CliRunner().invoke(report, [*files, *map(str, targets)])
+    assert made.exit_code == 0, made.output
+    readme, docs = (tmp_path / "README.md").read_text(), (tmp_path / "docs.md").read_text()
+    assert "| ResNet-50, SGD-momentum, fp32, native | 2 ms | 93 % | 100 µs | 200 µs | 4.0× | 2.5× | 5 |" in readme
+    assert readme.count("Some GPU") == 1
+    assert "### Operations: 1 × 10⁸, bf16, Some GPU" in docs
+    assert "| `sgd_step_` triton | 1.2 ms | 900 µs – 1.1 ms | 2,700 | 93 % | 80 µs |" in docs
+    assert "| resnet50 sgd fp32 beside davda54/foreach, native | 6.00 x | 4.00 x | FAIL |" in docs
+    assert "| GPT-2 124M, step, AdamW, bf16 | 2 ms | 4 ms | native | 2.00× |" in docs
+    assert "16k/2048/4, the default" in docs
+    assert not (tmp_path / "a.png").exists()
+    assert CliRunner().invoke(report, [*files, *map(str, targets), "--check"]).exit_code == 0
