@@ -31,8 +31,10 @@ void check(int code, const Place& place, const char* doing) {
   const auto error = static_cast<cudaError_t>(code);
   if (error == cudaSuccess) return;
   (void)cudaGetLastError();  // or the next call of anybody would be told about it again
-  std::string words = std::string("sam_kernels: ") + place.op + " on cuda:" + std::to_string(place.device) + ": " + doing +
-                      " failed: " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")";
+  const bool no_device = error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver;
+  std::string words = std::string("sam_kernels: ") + place.op + " on cuda:" + std::to_string(place.device) + ": " +
+                      (no_device ? "no CUDA device" : doing + std::string(" failed")) + ": " + cudaGetErrorString(error) + " (" +
+                      cudaGetErrorName(error) + ")";
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction || error == cudaErrorUnsupportedPtxVersion) {
     words += "; this binary was built for other devices: reinstall with TORCH_CUDA_ARCH_LIST set to this one's compute capability";
   }
