@@ -142,6 +142,7 @@ PYBIND11_MODULE(SAM_CUDA_MODULE, module) {
   bind_tensor_list(module, kDeviceType);
   module.attr("ON_HOST") = kOnHost;
   module.attr("ARCHITECTURES") = kArchitectures;
+  module.attr("THREADS") = kThreads;
 #if defined(SAM_CUDA_ON_HOST)
   bind_split<kSmallArguments>(module, "SmallSplit");
   bind_split<kLargeArguments>(module, "LargeSplit");

@@ -79,7 +79,7 @@ def _build() -> tuple[ModuleType, ModuleType]:
 
 
 def flags() -> list[str]:
-    return _build()[1].NVCC_FLAGS.split()  # type: ignore[no-any-return]
+    return _build()[1].NVCC_FLAGS.split()  # type: ignore[no-any-return]  # a module loaded by its path
 
 
 @cache

@@ -62,7 +62,7 @@ inline bool large_arguments() { return true; }
 #else
 
 // Blocks stay and take chunk after chunk. The operation, with the scalars it has read, is made once a block and lies in shared memory: in
-// each thread's registers it would cost occupancy (measured: sgd would need 37 of the 32 registers that let all threads run).
+// each thread's registers it would cost occupancy (sgd in fp32 then spills at the 32 registers that let all threads run).
 template <class Op, class Table>
 __global__ void __launch_bounds__(kThreads, Op::kBlocks < kMostBlocks ? Op::kBlocks : kMostBlocks)
     chunk_kernel(const __grid_constant__ Table table, const __grid_constant__ typename Op::Options options) {

@@ -64,7 +64,7 @@ def _sgd_step(
         buffers = [state.get("momentum_buffer") for state in states]
         is_first = not all(map(operator.is_not, buffers, repeat(None)))
         if is_first:
-            _require_eager(lists.params)  # a graph would begin anew at every replay
+            _require_state(lists.params)  # a graph would begin anew at every replay
         else:
             buffers = lists.state("momentum_buffer", buffers)
     functional.sgd_step_(
@@ -92,12 +92,12 @@ def _adam_step(
     states = lists.states(base.state)
     for param, state in zip(lists.params, states, strict=True):
         if len(state) == 0:  # as torch initialises: lazily, and only when there is nothing
-            _require_eager([param])
+            _require_state([param])
             state["step"] = _zero_step(group, param)
             state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
         elif not param.is_cpu and state["step"].is_cpu:  # from a checkpoint of torch's own loop
-            _require_eager([param])
+            _require_state([param])
             state["step"] = state["step"].to(param.device, torch.float32)
     functional.adamw_step_(
         lists.params,
@@ -116,7 +116,7 @@ def _adam_step(
     )
 
 
-def _require_eager(params: list[Tensor]) -> None:
+def _require_state(params: list[Tensor]) -> None:
     if is_recording(params[0].device):
         raise not_recordable("the base optimizer's state is not there yet; make an eager step with all gradients first")
 

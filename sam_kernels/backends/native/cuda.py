@@ -55,8 +55,6 @@ DTYPES = None  # all that operations take
 IS_AUTOMATIC = True
 KNOWS_SKIPS = False  # that would mean to wait for the device
 
-_THREADS = 512  # of a block, csrc/cuda/config.h
-
 _lists = Lists(_cuda)
 vouch, current_grads, is_current = _lists.vouch, _lists.current_grads, _lists.is_current
 
@@ -140,7 +138,8 @@ def norm_roundings(numels: Sequence[int], kernel: str = "norm") -> int:
     if kernel != "norm":
         return 0
     longest: int = min(max(numels, default=0), _cuda.chunk_size())
-    return -(-longest // _THREADS) + 3  # unaligned: all of a thread's elements in one sum
+    threads: int = _cuda.THREADS
+    return -(-longest // threads) + 3  # unaligned: all of a thread's elements in one sum
 
 
 def check_finite_(grads: Sequence[Tensor], found_inf: Tensor) -> None:
