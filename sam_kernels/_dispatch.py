@@ -10,7 +10,7 @@ import torch
 
 from sam_kernels.backends.native import CUDA_ON_HOST
 
-__all__ = ["BACKENDS", "available", "forced", "reason_missing", "select", "use_backend"]
+__all__ = ["BACKENDS", "available", "forced", "reason_missing", "select", "select_per_sample", "use_backend"]
 
 BACKENDS = ("native", "triton", "foreach")
 
@@ -82,6 +82,32 @@ def select(device_type: str, dtypes: Collection[torch.dtype] = ()) -> ModuleType
             missing = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in set(dtypes) - backend.DTYPES))
             raise TypeError(f"backend {_forced!r} was asked for and has no kernels for {missing}")
     raise RuntimeError(f"backend {_forced!r} was asked for and cannot be used: {reason_missing(_forced or 'foreach', device_type)}")
+
+
+def _per_sample_path(name: str, device_type: str) -> str:
+    path = _path(name, device_type)
+    return {"native.cpu": "native.per_sample", "native.cuda": ""}.get(path, f"{path}.per_sample")
+
+
+def select_per_sample(device_type: str, dtypes: Collection[torch.dtype] = ()) -> ModuleType:
+    """The backend's module of gradient norms per sample, for tensors on ``device_type`` of these ``dtypes``.
+
+    As :func:`select`; the ahead-of-time kernels for NVIDIA devices have none of these operations, so that ``triton`` comes first there.
+    """
+    for name in BACKENDS if _forced is None else (_forced,):
+        backend = _backend(name, device_type)
+        path = _per_sample_path(name, device_type)
+        if isinstance(backend, str) or not path or not (backend.DEVICE_TYPES is None or device_type in backend.DEVICE_TYPES):
+            continue
+        if not (backend.DTYPES is None or backend.DTYPES.issuperset(dtypes)) or (_forced is None and not backend.IS_AUTOMATIC):
+            continue
+        if path not in _loaded:
+            _loaded[path] = _load(path)
+        module = _loaded[path]
+        if not isinstance(module, str):
+            return module
+    select(device_type, dtypes)  # has the words for a backend or a dtype that is missing
+    raise RuntimeError(f"backend {_forced!r} was asked for and has no gradient norms per sample for {device_type!r} tensors")
 
 
 class use_backend:  # used like a function, as torch.no_grad is

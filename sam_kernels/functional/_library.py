@@ -38,6 +38,7 @@ _KINDS: dict[object, str] = {
     float: "float",
     float | None: "float?",
     tuple[float, float]: "float[]",
+    tuple[int, ...]: "int[]",
     int: "int",
     int | None: "int?",
     bool: "bool",

@@ -1,0 +1,62 @@
+"""Linear layers, and whatever has been unfolded into one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sam_kernels import _dispatch
+from sam_kernels.functional._library import operation
+from sam_kernels.functional.per_sample._checks import arithmetic_of, backend_for, check_how, check_on, check_output, check_shape
+
+__all__ = ["linear_method", "linear_square_norms_"]
+
+
+def linear_method(tokens: int, in_features: int, out_features: int, device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> str:
+    """``"gram"`` or ``"direct"``: what ``method="auto"`` does for such a layer with this device's kernels."""
+    method: str = _dispatch.select_per_sample(device_type, {dtype}).linear_method(tokens, in_features, out_features)
+    return method
+
+
+@operation(written=("square_norms", "products"))
+def linear_square_norms_(
+    square_norms: Tensor,  # (M,) float64
+    inputs: Tensor,  # (M, T, d)
+    grad_outputs: Tensor,  # (M, T, p)
+    products: Tensor | None = None,  # (M, p, d) float32, float64 where an operand is float64
+    *,
+    method: str = "auto",
+    precision: str = "ieee",
+) -> None:
+    """Adds |G'A|^2, the squared norm of each group's weight gradient, to ``square_norms``. Never stores a (p, d) gradient.
+
+    ``method="gram"``: the sum over s, t of (AA')_st (GG')_st, from the symmetric halves of both: T^2 (d + p) flops a group.
+    ``method="direct"``: the gradient's tiles, each squared in registers and dropped: 2 T d p flops a group. With ``products`` the tiles are
+    stored there too, M p d elements written: a weighted gradient is then a weighted sum of them.
+    ``method="auto"`` takes the one with less to do (:func:`linear_method`).
+    ``precision`` of float32 operands on a device with tensor cores: ``"ieee"`` float32, or rounded first to ``"tf32"`` or ``"bf16"``.
+
+    Sums of T or d float32 products lose about the square root of their number in ulp; a group whose gradient is much smaller than its
+    terms |a||g| loses that many digits more by the Gram form. Reads A and G: M T (d + p) s bytes. Goodfellow, arXiv 1510.01799.
+    """
+    op = "linear_square_norms_"
+    check_shape(op, "grad_outputs", grad_outputs, 3, "(groups, tokens, out_features)")
+    check_shape(op, "inputs", inputs, 3, "(groups, tokens, in_features)")
+    m, tokens, out_features = grad_outputs.shape
+    if inputs.shape[:2] != (m, tokens):
+        raise ValueError(
+            f"{op}: inputs has shape {tuple(inputs.shape)}, grad_outputs {tuple(grad_outputs.shape)}: groups and tokens differ"
+        )
+    check_output(op, "square_norms", square_norms, (m,), torch.float64)
+    if products is not None:
+        check_output(op, "products", products, (m, out_features, inputs.shape[2]), arithmetic_of(inputs, grad_outputs))
+    check_how(op, method, precision, products)
+    check_on(op, grad_outputs.device, {"square_norms": square_norms, "inputs": inputs, "products": products})
+    if 0 in inputs.shape or 0 in grad_outputs.shape:
+        if products is not None:
+            products.zero_()
+        return
+    backend = backend_for(grad_outputs, inputs)
+    if method == "auto":
+        method = "direct" if products is not None else backend.linear_method(tokens, inputs.shape[2], out_features)
+    backend.linear_square_norms_(square_norms, inputs.contiguous(), grad_outputs.contiguous(), products, method=method, precision=precision)
