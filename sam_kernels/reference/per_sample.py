@@ -1,4 +1,4 @@
-"""Gradients of single groups of samples, formed one after the other and then squared: what :mod:`sam_kernels.functional.per_sample` never forms.
+"""Gradients of single groups of samples, formed one after the other: what :mod:`sam_kernels.functional.per_sample` never forms.
 
 A group is a sample or a micro-batch of consecutive samples. ``grad_outputs`` is the gradient of the sum of all samples' losses towards a
 layer's output. Formulas: Goodfellow, arXiv 1510.01799; Rochette, Manoel, Tramel, arXiv 1912.06015 (convolutions).
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 __all__ = [
     "affine_grads_",
@@ -21,7 +22,7 @@ __all__ = [
     "linear_square_norms_",
 ]
 
-_CONV_WEIGHT = {1: torch.nn.grad.conv1d_weight, 2: torch.nn.grad.conv2d_weight, 3: torch.nn.grad.conv3d_weight}
+_CONV_WEIGHT: dict[int, Any] = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
 
 def linear_sample_grads(inputs: Tensor, grad_outputs: Tensor) -> Tensor:  # (M, T, d), (M, T, p) -> (M, p, d)
@@ -42,7 +43,7 @@ def conv_sample_grads(
 ) -> Tensor:  # (M, p, C / groups, *kernel_size)
     """The gradient of a convolution's weight, for every group of samples."""
     shape = (grad_outputs.shape[1], inputs.shape[1] // groups, *kernel_size)
-    weight_grad: Any = _CONV_WEIGHT[len(kernel_size)]
+    weight_grad = _CONV_WEIGHT[len(kernel_size)]
     pairs = zip(inputs.chunk(groups_of_samples), grad_outputs.chunk(groups_of_samples), strict=True)
     return torch.stack([weight_grad(a, shape, g, stride, padding, dilation, groups) for a, g in pairs])
 
