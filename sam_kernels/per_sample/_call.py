@@ -1,0 +1,136 @@
+"""What is remembered of one call of a layer: what it was given, and where in autograd's graph the gradient of its output will come by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from sam_kernels.per_sample._registry import Rule
+
+__all__ = ["Call", "Saved"]
+
+
+class _Keep(torch.autograd.Function):
+    """Saves tensors as autograd does: under checkpointing they are recomputed when they are asked for, under offloading fetched."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return anchor.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise AssertionError("nothing depends on this")
+
+
+# Whether somebody (checkpoint, save_on_cpu) wants to be asked before a tensor is kept. Not public; without it, always by way of autograd.
+_saved_tensors_hooks: Callable[[bool], Any] = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
+
+
+class Saved:
+    """Tensors kept for the backward pass. ``anchor`` is any tensor that wants a gradient."""
+
+    def __init__(self, tensors: Sequence[Tensor], anchor: Tensor) -> None:
+        hooks = _saved_tensors_hooks(False)
+        keep: Any = _Keep.apply
+        self._node = None if hooks is None else keep(anchor, *tensors).grad_fn
+        self._tensors = [tensor.detach() for tensor in tensors] if hooks is None else []
+        self._versions = [tensor._version for tensor in self._tensors]
+
+    def tensors(self, name: str) -> list[Tensor]:
+        """Raises RuntimeError if one of them has been written to since."""
+        if self._node is not None:
+            return list(self._node.saved_tensors)
+        if any(tensor._version != version for tensor, version in zip(self._tensors, self._versions, strict=True)):
+            raise RuntimeError(f"GradNorms: an input of {name} has been modified by an inplace operation after the layer read it")
+        return self._tensors
+
+
+class Call:
+    """One call of a module that owns trainable parameters, or of a function in it that reads one."""
+
+    def __init__(
+        self,
+        name: str,  # for messages
+        module: nn.Module,
+        rule: Rule,
+        params: dict[str, nn.Parameter],  # trainable, by the names that the rule uses
+        arguments: tuple[Any, ...],
+        keywords: dict[str, Any],
+        output: Any,
+        *,
+        rows: dict[str, slice] | None = None,  # of the parameters, where a function read only those
+        batch_dim: int = 0,
+        merged: bool = False,  # dimension 0 is (positions, batch) flattened, or those two are dimensions 0 and 1
+    ) -> None:
+        self.name, self.module, self.rule, self.params = name, module, rule, params
+        self.rows = rows or {}
+        self.batch_dim, self.merged = batch_dim, merged
+        leaves, self._arguments = pytree.tree_flatten((arguments, keywords))
+        self._leaves: list[Any] = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self._saved = Saved([leaves[i] for i in self._places], next(iter(params.values())))
+        outputs, self._output = pytree.tree_flatten(output)
+        tensors = [leaf for leaf in outputs if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        if len(tensors) < len(outputs):
+            outputs, self._output = pytree.tree_flatten(tuple(tensors))
+        if not any(tensor.requires_grad for tensor in tensors):
+            raise RuntimeError(
+                f"GradNorms: {name} ran under torch.no_grad (or in a reentrant checkpoint: use_reentrant=False is supported); its "
+                "parameters want a gradient, freeze them with requires_grad_(False) if they should have none"
+            )
+        # Nodes rather than tensors: they stay what they are when the output is modified in place by the layer that follows.
+        self.nodes: list[Any] = [tensor.grad_fn for tensor in tensors]
+        self.output_nrs = [tensor.output_nr for tensor in tensors]
+        self._grads: list[Tensor | None] = [None] * len(tensors)
+        self._awaited = 0
+
+    def expect(self, reached: Collection[Any]) -> bool:
+        """Whether the losses depend on an output: on those whose nodes were ``reached``."""
+        self._awaited = sum(node in reached for node in self.nodes)
+        return self._awaited > 0
+
+    def receive(self, position: int, grad: Tensor | None) -> bool:
+        """The gradient of one of the outputs. Whether it was the last to come."""
+        self._grads[position] = grad
+        self._awaited -= 1
+        return self._awaited == 0
+
+    @property
+    def has_gradient(self) -> bool:
+        return any(grad is not None for grad in self._grads)
+
+    def operands(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+        """Arguments, keywords and the output's gradient, with the batch in dimension 0. Frees what was kept."""
+        self._check_batch([grad for grad in self._grads if grad is not None], batch)
+        for i, tensor in zip(self._places, self._saved.tensors(self.name), strict=True):
+            self._leaves[i] = self._batch_first(tensor, batch)
+        arguments, keywords = pytree.tree_unflatten(self._leaves, self._arguments)
+        grads = pytree.tree_unflatten([None if grad is None else self._batch_first(grad, batch) for grad in self._grads], self._output)
+        del self._saved, self._leaves
+        self._grads = []
+        return arguments, keywords, grads
+
+    def _check_batch(self, outputs: Sequence[Tensor], batch: int) -> None:
+        for tensor in outputs:
+            if self.merged:
+                if tensor.shape[:-1].numel() % batch == 0:
+                    continue
+            elif tensor.dim() > self.batch_dim and tensor.shape[self.batch_dim] == batch:
+                continue
+            raise ValueError(
+                f"GradNorms: the output of {self.name} has shape {tuple(tensor.shape)}: dimension {self.batch_dim} is not the batch of "
+                f"{batch} losses. A layer whose output all samples share (positions, say) needs its input expanded to the batch; "
+                "GradNorms(batch_first=False) is for models whose batch is in dimension 1"
+            )
+
+    def _batch_first(self, tensor: Tensor, batch: int) -> Tensor:
+        if self.merged:
+            return tensor.reshape(-1, batch, tensor.shape[-1]).transpose(0, 1)
+        if self.batch_dim and tensor.dim() > self.batch_dim and tensor.shape[self.batch_dim] == batch:
+            return tensor.movedim(self.batch_dim, 0)
+        return tensor

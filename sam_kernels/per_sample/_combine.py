@@ -1,0 +1,115 @@
+"""A parameter that several calls share: tied weights, a cell called step after step. Their gradients add up before the norm is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sam_kernels.per_sample._terms import Convolution, Dense, Outer, Rows, Term
+
+__all__ = ["combined"]
+
+_TEMPORARY = 1 << 24  # elements of gradients multiplied out at a time, or one group's
+
+
+def combined(terms: Sequence[Term], shape: torch.Size) -> Term:
+    """One term for the sum of several of one parameter of this ``shape``, cross terms included."""
+    if len(terms) == 1:
+        return terms[0]
+    outers, rows = [t for t in terms if isinstance(t, Outer)], [t for t in terms if isinstance(t, Rows)]
+    dense, convolutions = [t for t in terms if isinstance(t, Dense)], [t for t in terms if isinstance(t, Convolution)]
+    if len(outers) == len(terms):
+        return _joined_outers(outers)
+    if len(rows) == len(terms) and len({t.padding_idx for t in rows}) == 1:
+        return Rows(torch.cat([t.indices for t in rows], 1), torch.cat([t.values for t in rows], 1), rows[0].padding_idx)
+    if len(dense) == len(terms):
+        return Dense(torch.stack([t.grads.reshape(len(t.grads), -1) for t in dense]).sum(0))
+    if len(convolutions) == len(terms) and len({_sizes(t) for t in convolutions}) == 1:
+        return _joined_convolutions(convolutions)
+    if len(rows) == 1 and len(outers) == len(terms) - 1:
+        return Tied(rows[0], _joined_outers(outers), shape)
+    return Mixed(tuple(terms), shape)
+
+
+def _joined_outers(terms: Sequence[Outer]) -> Outer:
+    """One sequence after the other: T1 + T2 + ... positions."""
+    if len(terms) == 1:
+        return terms[0]
+    return Outer(torch.cat([t.left for t in terms], 1), torch.cat([t.right for t in terms], 1))
+
+
+def _sizes(term: Convolution) -> tuple[object, ...]:
+    sizes = (term.kernel_size, term.stride, term.padding, term.dilation, term.groups)
+    return (*sizes, term.inputs.shape, term.grad_outputs.shape)
+
+
+def _joined_convolutions(terms: Sequence[Convolution]) -> Convolution:
+    """A sample's calls as consecutive samples of its group."""
+    inputs = torch.stack([t.inputs for t in terms], 1).flatten(0, 1)
+    grad_outputs = torch.stack([t.grad_outputs for t in terms], 1).flatten(0, 1)
+    first = terms[0]
+    return Convolution(inputs, grad_outputs, first.kernel_size, first.stride, first.padding, first.dilation, first.groups)
+
+
+@dataclass
+class Tied:
+    """An embedding whose matrix is a linear layer's weight too: |E + W|^2 = |E|^2 + |W|^2 + 2 <E, W>."""
+
+    rows: Rows
+    outer: Outer
+    shape: torch.Size
+
+    def add_square_norms_(self, square_norms: Tensor, *, keep: bool) -> None:
+        self.rows.add_square_norms_(square_norms, keep=keep)
+        self.outer.add_square_norms_(square_norms, keep=keep)
+        m = len(square_norms)
+        ids, values = self.rows.indices.reshape(m, -1), self.rows.values.reshape(m, -1, self.shape[1])
+        left, right = self.outer.left.reshape(m, -1, self.shape[0]), self.outer.right.reshape(m, -1, self.shape[1])
+        dtype = torch.promote_types(torch.promote_types(values.dtype, right.dtype), torch.float32)
+        for i in range(m):  # one group's (T, S) products at a time
+            # <E, W> = sum over s, t of left_t[id_s] <values_s, right_t>
+            products = torch.mm(right[i].to(dtype), values[i].to(dtype).mT)
+            if self.rows.padding_idx is not None:
+                products = products.masked_fill(ids[i] == self.rows.padding_idx, 0.0)
+            square_norms[i] += 2 * (products * left[i][:, ids[i]]).sum().to(square_norms.dtype)
+
+    def weighted(self, weights: Tensor, shape: torch.Size) -> Tensor:
+        return self.rows.weighted(weights, shape) + self.outer.weighted(weights, shape)
+
+    def sample_grads(self, part: slice, shape: torch.Size) -> Tensor:
+        return self.rows.sample_grads(part, shape) + self.outer.sample_grads(part, shape)
+
+
+@dataclass
+class Mixed:
+    """Uses of different kinds: the gradients of some groups at a time are multiplied out and added."""
+
+    terms: tuple[Term, ...]
+    shape: torch.Size
+
+    def add_square_norms_(self, square_norms: Tensor, *, keep: bool) -> None:
+        m = len(square_norms)
+        samples = _samples(self.terms[0]) // m
+        step = max(1, _TEMPORARY // max(1, samples * self.shape.numel()))
+        for start in range(0, m, step):
+            stop = min(m, start + step)
+            grads = self.sample_grads(slice(start * samples, stop * samples), self.shape)
+            Dense(grads).add_square_norms_(square_norms[start:stop], keep=keep)
+
+    def weighted(self, weights: Tensor, shape: torch.Size) -> Tensor:
+        return torch.stack([term.weighted(weights, shape).reshape(shape) for term in self.terms]).sum(0)
+
+    def sample_grads(self, part: slice, shape: torch.Size) -> Tensor:
+        return torch.stack([term.sample_grads(part, shape) for term in self.terms]).sum(0)
+
+
+def _samples(term: Term) -> int:
+    """B."""
+    if isinstance(term, Dense):
+        return len(term.grads)
+    if isinstance(term, Convolution):
+        return len(term.inputs)
+    return len(term.indices if isinstance(term, Rows) else term.left)  # type: ignore[attr-defined]  # what is left is Outer

@@ -1,0 +1,113 @@
+"""What the calls of one forward pass say about each parameter: its norms as soon as the last of them has come by, then its gradient."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sam_kernels.per_sample._call import Call
+from sam_kernels.per_sample._combine import combined
+from sam_kernels.per_sample._terms import Dense, Term
+
+__all__ = ["Gathered"]
+
+Place = tuple[int, int]  # rows of a parameter
+
+
+class Gathered:
+    """Squared norms of ``m`` groups of ``batch`` samples; with ``keep`` the terms stay for weighted gradients."""
+
+    def __init__(self, calls: Sequence[Call], batch: int, m: int, device: torch.device, *, keep: bool) -> None:
+        self.m = m
+        self._batch, self._device, self._keep = batch, device, keep
+        self._open = set(calls)
+        self._awaited = Counter(param for call in calls for param in call.params.values())
+        self._terms: dict[nn.Parameter, list[tuple[Place | None, Term]]] = {}
+        self._kept: list[tuple[nn.Parameter, Place | None, Term]] = []
+        self._square_norms: dict[torch.device, Tensor] = {}  # (M,) each
+
+    def add(self, call: Call) -> None:
+        """A call all of whose gradients are there."""
+        self._open.discard(call)
+        if call.has_gradient:
+            terms = self._terms_of(call)
+            for name, param in call.params.items():
+                rows = call.rows.get(name)
+                whole = rows is None or rows == slice(0, len(param))
+                self._terms.setdefault(param, []).append((None if whole or rows is None else (rows.start, rows.stop), terms[name]))
+        for param in call.params.values():
+            self._awaited[param] -= 1
+            if self._awaited[param] == 0:
+                self._close(param)
+
+    def finish(self, calls: Sequence[Call]) -> None:
+        """The calls by which no gradient came, or not all, because some are zero."""
+        for call in calls:
+            if call in self._open:
+                self.add(call)
+
+    def square_norms(self) -> Tensor:  # (M,) float64
+        total = torch.zeros(self.m, dtype=torch.float64, device=self._device)
+        for square_norms in self._square_norms.values():
+            total += square_norms.to(self._device)
+        return total
+
+    def add_weighted_grads(self, weights: Tensor) -> None:  # (M,)
+        """Of every parameter, freeing its terms."""
+        while self._kept:
+            param, place, term = self._kept.pop()
+            shape = param.shape if place is None else torch.Size((place[1] - place[0], *param.shape[1:]))
+            grad = term.weighted(weights.to(param.device), shape).to(param.dtype)
+            if place is not None:
+                if param.grad is None:
+                    param.grad = torch.zeros_like(param)
+                param.grad[slice(*place)] += grad
+            elif param.grad is None:
+                param.grad = grad.contiguous()
+            else:
+                param.grad += grad
+
+    def _terms_of(self, call: Call) -> dict[str, Term]:
+        arguments, keywords, grads = call.operands(self._batch)
+        try:
+            found = call.rule(call.module, arguments, keywords, grads)
+        except NotImplementedError as error:
+            raise NotImplementedError(f"GradNorms: {call.name}: {error}") from error
+        missing = [name for name in call.params if name not in found]
+        if missing:
+            raise NotImplementedError(f"GradNorms: the rule for {call.name} gives no gradient for {', '.join(missing)}")
+        return {name: self._checked(call, name, found[name]) for name in call.params}
+
+    def _checked(self, call: Call, name: str, term: Tensor | Term) -> Term:
+        if not isinstance(term, Tensor | Dense):
+            return term
+        grads = term if isinstance(term, Tensor) else term.grads
+        rows = call.rows.get(name)
+        param = call.params[name]
+        shape = param.shape if rows is None else torch.Size((rows.stop - rows.start, *param.shape[1:]))
+        if len(grads) != self._batch or grads.numel() != self._batch * shape.numel():
+            raise ValueError(
+                f"GradNorms: the rule for {call.name} gives a gradient of shape {tuple(grads.shape)} for {name}, expected "
+                f"{(self._batch, *shape)}"
+            )
+        return Dense(grads)
+
+    def _close(self, param: nn.Parameter) -> None:
+        """All that is to come for a parameter has come."""
+        by_place: dict[Place | None, list[Term]] = {}
+        for place, term in self._terms.pop(param, []):
+            by_place.setdefault(place, []).append(term)
+        if None in by_place and len(by_place) > 1:
+            raise NotImplementedError("GradNorms: a parameter is used as a whole and in parts in one forward pass")
+        square_norms = self._square_norms.get(param.device)
+        if square_norms is None:
+            square_norms = self._square_norms[param.device] = torch.zeros(self.m, dtype=torch.float64, device=param.device)
+        for place, terms in by_place.items():
+            shape = param.shape if place is None else torch.Size((place[1] - place[0], *param.shape[1:]))
+            term = combined(terms, shape)
+            term.add_square_norms_(square_norms, keep=self._keep)
+            if self._keep:
+                self._kept.append((param, place, term))

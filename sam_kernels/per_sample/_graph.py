@@ -1,0 +1,37 @@
+"""Where in autograd's graph a backward pass may stop."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+__all__ = ["ends_of"]
+
+
+def ends_of(root: Any, nodes: Collection[Any]) -> tuple[set[Any], set[Any]]:
+    """Of ``nodes``: those that ``root`` leads to, and of these the ones that lead to no other.
+
+    A backward pass towards the latter runs through all the others, and hands over only the latter's gradients: what comes by at the others
+    is gone once it has been used.
+    """
+    reached: set[Any] = set()
+    leads: dict[Any, bool] = {}  # whether a node is one of ``nodes`` or leads to one
+    ends: set[Any] = set()
+    stack = [(root, False)]
+    while stack:
+        node, expanded = stack.pop()
+        children = [child for child, _ in node.next_functions if child is not None]
+        if not expanded:
+            if node in leads:
+                continue
+            leads[node] = False  # there are no cycles: only keeps the node from being expanded twice
+            stack.append((node, True))
+            stack.extend((child, False) for child in children if child not in leads)
+            continue
+        below = any(leads[child] for child in children)
+        leads[node] = below or node in nodes
+        if node in nodes:
+            reached.add(node)
+            if not below:
+                ends.add(node)
+    return reached, ends

@@ -1,0 +1,193 @@
+"""Listens to one forward pass of a model, and leaves nothing behind on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from sam_kernels.per_sample._attention import LinearCalls, attention_params, rows_of
+from sam_kernels.per_sample._call import Call
+from sam_kernels.per_sample._registry import Rule, rule_for
+from sam_kernels.per_sample._rules import linear_terms
+from sam_kernels.per_sample._vmap import by_vmap
+
+__all__ = ["Recorder"]
+
+
+@dataclass
+class _Watched:
+    """A module that owns trainable parameters."""
+
+    name: str
+    module: nn.Module
+    batch_dim: int
+    params: dict[str, nn.Parameter]
+    rule: Rule | None  # None: nn.MultiheadAttention
+
+
+class Recorder:
+    """``calls`` are those of the layers that own trainable parameters, in the order in which they were made."""
+
+    def __init__(self, model: nn.Module, *, batch_first: bool, unsupported: str) -> None:
+        self.calls: list[Call] = []
+        self._model = model
+        self._batch_dim = 0 if batch_first else 1
+        self._unsupported = unsupported
+        self._handles: list[RemovableHandle] = []
+        self._listens = self._records = False
+
+    @property
+    def is_on(self) -> bool:
+        return self._listens
+
+    def start(self) -> None:
+        """Raises NotImplementedError for a module that owns trainable parameters and has no rule."""
+        watched = list(self._watched())
+        self.calls = []
+        self._listens = self._records = True
+        self._listen(watched)
+
+    def stop(self) -> None:
+        self._listens = self._records = False
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """For the backward pass, in which checkpoints run parts of the model again: they must save what they saved the first time."""
+        self._listens = True
+        self._listen(list(self._watched()))
+        try:
+            yield
+        finally:
+            self.stop()
+
+    @contextmanager
+    def deaf(self) -> Iterator[None]:
+        """While a rule calls modules itself."""
+        self._listens, before = False, self._listens
+        try:
+            yield
+        finally:
+            self._listens = before
+
+    def _listen(self, watched: list[_Watched]) -> None:
+        for each in watched:
+            if each.rule is not None:
+                self._handles.append(each.module.register_forward_hook(partial(self._on_call, each), with_kwargs=True))
+                continue
+            modes: list[Any] = []
+            self._handles.append(each.module.register_forward_pre_hook(partial(self._enter_attention, each, modes)))
+            self._handles.append(each.module.register_forward_hook(partial(self._leave_attention, modes), always_call=True))
+
+    def _on_call(self, watched: _Watched, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not self._listens:
+            return
+        assert watched.rule is not None
+        call = Call(watched.name, module, watched.rule, watched.params, args, kwargs, output, batch_dim=watched.batch_dim)
+        if self._records:
+            self.calls.append(call)
+
+    def _enter_attention(self, watched: _Watched, modes: list[Any], module: nn.Module, args: Any) -> None:
+        if self._listens:
+            mode: Any = LinearCalls(partial(self._on_linear, watched))
+            modes.append(mode.__enter__())
+
+    def _leave_attention(self, modes: list[Any], module: nn.Module, args: Any, output: Any) -> None:
+        if modes:
+            modes.pop().__exit__(None, None, None)
+
+    def _on_linear(self, watched: _Watched, x: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor) -> None:
+        found = {"weight": rows_of(weight, watched.params), "bias": rows_of(bias, watched.params)}
+        used = {name: each for name, each in found.items() if each is not None}
+        if not used:
+            return
+        call = Call(
+            watched.name,
+            watched.module,
+            partial(_linear_rule, "weight" in used, "bias" in used),
+            {name: param for name, (param, _) in used.items()},
+            (x,),
+            {},
+            output,
+            rows={name: rows for name, (_, rows) in used.items()},
+            merged=True,  # attention works on (positions, batch, features), whatever it is given
+        )
+        if self._records:
+            self.calls.append(call)
+
+    def _watched(self) -> Iterator[_Watched]:
+        seen: set[nn.Module] = set()
+        stack = [("", self._model, self._batch_dim)]
+        while stack:
+            name, module, batch_dim = stack.pop()
+            if module in seen:
+                continue
+            seen.add(module)
+            batch_dim = _batch_dim_within(module, batch_dim)
+            if type(module).forward is nn.MultiheadAttention.forward:
+                seen.update(module.children())  # out_proj is not called
+                yield from self._attention(name, module)
+                continue
+            params = {each: param for each, param in module.named_parameters(recurse=False) if param.requires_grad}
+            if params:
+                rule = rule_for(module) or self._without_rule(name, module, params, batch_dim)
+                yield _Watched(_described(name, module), module, batch_dim, params, rule)
+            prefix = f"{name}." if name else ""
+            stack.extend((prefix + child_name, child, batch_dim) for child_name, child in module.named_children())
+
+    def _attention(self, name: str, module: Any) -> Iterator[_Watched]:
+        params = attention_params(module)
+        added = {each: param for each, param in params.items() if each in ("bias_k", "bias_v")}
+        if not added:
+            if params:
+                yield _Watched(_described(name, module), module, 0, params, None)
+            return
+        if self._unsupported != "vmap":
+            raise _no_rule(name, module, added)
+        raise NotImplementedError(f"GradNorms: {_described(name, module)}: add_bias_kv=True is not supported")
+
+    def _without_rule(self, name: str, module: nn.Module, params: dict[str, nn.Parameter], batch_dim: int) -> Rule:
+        if self._unsupported != "vmap":
+            raise _no_rule(name, module, params)
+
+        def rule(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grad_output: Any) -> Any:
+            with self.deaf():
+                return by_vmap(module, args, kwargs, grad_output, batch_dim=batch_dim)
+
+        return rule
+
+
+def _linear_rule(weight: bool, bias: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grad_output: Tensor) -> Any:
+    return linear_terms(args[0], grad_output, weight=weight, bias=bias)
+
+
+def _batch_dim_within(module: Any, batch_dim: int) -> int:
+    """torch's transformers say where their batch is."""
+    if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        return 0 if module.self_attn.batch_first else 1
+    if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder) and len(module.layers):
+        return _batch_dim_within(module.layers[0], batch_dim)
+    return batch_dim
+
+
+def _described(name: str, module: nn.Module) -> str:
+    return f"{name or 'the model'} ({type(module).__name__})"
+
+
+def _no_rule(name: str, module: nn.Module, params: dict[str, nn.Parameter]) -> NotImplementedError:
+    kind = type(module).__name__
+    shapes = ", ".join(f'"{each}": (B, {", ".join(map(str, param.shape))})' for each, param in params.items())
+    return NotImplementedError(
+        f"GradNorms: {_described(name, module)} owns trainable parameters and has no rule. Write one with "
+        f"@sam_kernels.per_sample.register_rule({kind}) that returns {{{shapes}}}, the gradients of every sample, from the module's inputs "
+        "and the gradient of its output (where that is not enough, move the parameters into a small module of their own); or freeze them; "
+        'or ask for unsupported="vmap", which runs the module once more for every sample'
+    )

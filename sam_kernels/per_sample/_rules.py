@@ -1,0 +1,180 @@
+"""The rules of torch's own layers. Formulas: docs/architecture.md, "Gradient norms per sample"."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sam_kernels.functional.per_sample import affine_grads_
+from sam_kernels.per_sample._registry import register_rule
+from sam_kernels.per_sample._terms import Convolution, Dense, Outer, Rows, Term
+
+__all__ = ["is_trainable", "linear_terms"]
+
+Terms = dict[str, Tensor | Term]
+
+
+def is_trainable(module: nn.Module, name: str) -> bool:
+    """Whether the module has such a parameter, and it wants a gradient."""
+    param = getattr(module, name, None)
+    return isinstance(param, Tensor) and param.requires_grad
+
+
+def linear_terms(x: Tensor, grad_output: Tensor, *, weight: bool, bias: bool) -> Terms:
+    """Of y = x weight' + bias, with x (B, ..., d) and the gradient of y (B, ..., p)."""
+    x, g = _sequence(x), _sequence(grad_output)
+    terms: Terms = {}
+    if weight:
+        terms["weight"] = Outer(g, x)
+    if bias:
+        terms["bias"] = Dense(g[:, 0] if g.shape[1] == 1 else affine_grads(g.unsqueeze(3))[1])
+    return terms
+
+
+def affine_grads(grad_output: Tensor, normalized: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(B, S, C, L) -> (B, C) gradients of the scale, where there are ``normalized`` values, and of the shift."""
+    dtype = torch.promote_types(grad_output.dtype, torch.float32)
+    if normalized is not None:
+        dtype = torch.promote_types(dtype, normalized.dtype)
+    weight_grads, bias_grads = (grad_output.new_empty(grad_output.shape[0], grad_output.shape[2], dtype=dtype) for _ in range(2))
+    affine_grads_(None if normalized is None else weight_grads, bias_grads, normalized, grad_output)
+    return weight_grads, bias_grads
+
+
+def _sequence(tensor: Tensor) -> Tensor:  # (B, ..., n) -> (B, T, n)
+    if tensor.dim() == 3:
+        return tensor
+    return tensor.reshape(len(tensor), -1, tensor.shape[-1])
+
+
+@register_rule(nn.Linear)
+def _linear(module: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], grad_output: Tensor) -> Terms:
+    return linear_terms(_input(args, kwargs), grad_output, weight=is_trainable(module, "weight"), bias=is_trainable(module, "bias"))
+
+
+@register_rule(nn.Conv1d)
+@register_rule(nn.Conv2d)
+@register_rule(nn.Conv3d)
+def _conv(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], grad_output: Tensor) -> Terms:
+    terms: Terms = {}
+    if is_trainable(module, "weight"):
+        x, padding = _padded(module, _input(args, kwargs))
+        terms["weight"] = Convolution(x, grad_output, module.kernel_size, module.stride, padding, module.dilation, module.groups)
+    if is_trainable(module, "bias"):
+        terms["bias"] = Dense(affine_grads(_planes(grad_output))[1])
+    return terms
+
+
+def _padded(module: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The input with its padding, where that is not one of zeros, the same on both sides; and what is left to pad."""
+    none = (0,) * len(module.kernel_size)
+    if module.padding_mode != "zeros":
+        return F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), none
+    if module.padding == "valid":
+        return x, none
+    if module.padding == "same":
+        return F.pad(x, module._reversed_padding_repeated_twice), none
+    return x, module.padding
+
+
+@register_rule(nn.ConvTranspose1d)
+@register_rule(nn.ConvTranspose2d)
+@register_rule(nn.ConvTranspose3d)
+def _transposed_conv(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], grad_output: Tensor) -> Terms:
+    """The convolution whose transpose this is takes the output's gradient to the input: they change places."""
+    terms: Terms = {}
+    if is_trainable(module, "weight"):
+        x = _input(args, kwargs)
+        terms["weight"] = Convolution(grad_output, x, module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
+    if is_trainable(module, "bias"):
+        terms["bias"] = Dense(affine_grads(_planes(grad_output))[1])
+    return terms
+
+
+@register_rule(nn.Embedding)
+def _embedding(module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any], grad_output: Tensor) -> Terms:
+    if module.scale_grad_by_freq:
+        raise NotImplementedError("scale_grad_by_freq divides by counts over the whole batch: no sample has a gradient of its own")
+    indices = _input(args, kwargs)
+    return {"weight": Rows(indices.reshape(len(indices), -1), _sequence(grad_output), module.padding_idx)}
+
+
+@register_rule(nn.LayerNorm)
+@register_rule(nn.RMSNorm)
+def _layer_norm(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], grad_output: Tensor) -> Terms:
+    x = _arithmetic(_input(args, kwargs))
+    size = math.prod(module.normalized_shape)
+
+    def normalized() -> Tensor:
+        if isinstance(module, nn.RMSNorm):
+            return F.rms_norm(x, module.normalized_shape, eps=module.eps)
+        return F.layer_norm(x, module.normalized_shape, eps=module.eps)
+
+    return _affine(module, grad_output.reshape(len(x), -1, size, 1), normalized)
+
+
+@register_rule(nn.GroupNorm)
+def _group_norm(module: nn.GroupNorm, args: tuple[Any, ...], kwargs: dict[str, Any], grad_output: Tensor) -> Terms:
+    x = _arithmetic(_input(args, kwargs))
+    return _affine(module, _planes(grad_output), lambda: F.group_norm(x, module.num_groups, eps=module.eps))
+
+
+@register_rule(nn.InstanceNorm1d)
+@register_rule(nn.InstanceNorm2d)
+@register_rule(nn.InstanceNorm3d)
+def _instance_norm(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], grad_output: Tensor) -> Terms:
+    x = _arithmetic(_input(args, kwargs))
+    own = module.training or not module.track_running_stats
+    mean, var = (None, None) if own else (module.running_mean, module.running_var)
+    return _affine(module, _planes(grad_output), lambda: F.instance_norm(x, mean, var, use_input_stats=own, momentum=0.0, eps=module.eps))
+
+
+@register_rule(nn.BatchNorm1d)
+@register_rule(nn.BatchNorm2d)
+@register_rule(nn.BatchNorm3d)
+def _batch_norm(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], grad_output: Tensor) -> Terms:
+    """In training the statistics are the batch's: what is found is each sample's part of the sum that is the batch's gradient."""
+    x = _arithmetic(_input(args, kwargs))
+    own = module.training or module.running_mean is None
+    mean, var = (None, None) if own else (module.running_mean, module.running_var)
+    return _affine(module, _planes(grad_output), lambda: F.batch_norm(x, mean, var, training=own, momentum=0.0, eps=module.eps))
+
+
+@register_rule(nn.PReLU)
+def _prelu(module: nn.PReLU, args: tuple[Any, ...], kwargs: dict[str, Any], grad_output: Tensor) -> Terms:
+    """y = max(x, 0) + weight min(x, 0), with a weight for each channel or one for all."""
+    x = _input(args, kwargs)
+    per_channel = module.num_parameters > 1
+    g, low = (_planes(each) if per_channel else each.reshape(len(each), 1, 1, -1) for each in (grad_output, x.clamp(max=0.0)))
+    return {"weight": Dense(affine_grads(g, low)[0])}
+
+
+def _affine(module: Any, grad_output: Tensor, normalized: Any) -> Terms:  # (B, S, C, L)
+    weight, bias = is_trainable(module, "weight"), is_trainable(module, "bias")
+    values = normalized().reshape(grad_output.shape) if weight else None
+    weight_grads, bias_grads = affine_grads(grad_output, values)
+    terms: Terms = {}
+    if weight:
+        terms["weight"] = Dense(weight_grads.view(-1, *module.weight.shape))
+    if bias:
+        terms["bias"] = Dense(bias_grads.view(-1, *module.bias.shape))
+    return terms
+
+
+def _planes(tensor: Tensor) -> Tensor:  # (B, C, *positions) -> (B, 1, C, L)
+    return tensor.reshape(len(tensor), 1, tensor.shape[1], -1)
+
+
+def _arithmetic(x: Tensor) -> Tensor:
+    """Normalised in float32 at least, as under autocast."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """A layer's one tensor, by whichever name it was given."""
+    tensor: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return tensor

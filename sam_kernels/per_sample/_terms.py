@@ -1,0 +1,185 @@
+"""What a layer's rule says about a parameter: the gradient of every sample, in a form that need not be multiplied out.
+
+B samples; a group is a sample or a micro-batch of consecutive ones. All terms belong to the gradient of the sum of the samples' losses.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sam_kernels.functional.per_sample import conv_square_norms_, embedding_square_norms_, linear_square_norms_
+
+__all__ = ["Convolution", "Dense", "Outer", "Rows", "Term"]
+
+
+class Term(Protocol):
+    """One parameter's gradients, of every sample."""
+
+    def add_square_norms_(self, square_norms: Tensor, *, keep: bool) -> None:  # (M,) float64
+        """Adds the squared norm of each group's gradient. With ``keep`` :meth:`weighted` follows, and may use what was formed."""
+
+    def weighted(self, weights: Tensor, shape: torch.Size) -> Tensor:  # (M,) -> the parameter's shape
+        """The sum over the groups of weight times gradient."""
+
+    def sample_grads(self, part: slice, shape: torch.Size) -> Tensor:  # -> (samples of part, *shape)
+        """The gradients of some samples, multiplied out."""
+
+
+@dataclass
+class Dense:
+    """The gradients themselves: (B, *shape). For parameters as small as a bias."""
+
+    grads: Tensor
+
+    def add_square_norms_(self, square_norms: Tensor, *, keep: bool) -> None:
+        grads = self._of_groups(len(square_norms))
+        square_norms += torch.linalg.vecdot(grads, grads).to(square_norms.dtype)
+
+    def weighted(self, weights: Tensor, shape: torch.Size) -> Tensor:
+        grads = self._of_groups(len(weights))
+        return torch.mv(grads.mT, weights.to(grads.dtype)).view(shape)
+
+    def sample_grads(self, part: slice, shape: torch.Size) -> Tensor:
+        return self.grads[part].reshape(-1, *shape)
+
+    def _of_groups(self, m: int) -> Tensor:  # (M, numel) in the arithmetic type
+        grads = self.grads.reshape(len(self.grads), -1)
+        grads = grads.to(torch.promote_types(grads.dtype, torch.float32))
+        return grads if len(grads) == m else grads.view(m, len(grads) // m, -1).sum(1)
+
+
+@dataclass
+class Outer:
+    """The sum over t of left_t right_t': (B, T, p) and (B, T, d) for a parameter of shape (p, d), as of a linear layer.
+
+    Either may lie in memory with T before B.
+    """
+
+    left: Tensor
+    right: Tensor
+    _products: Tensor | None = field(default=None, init=False)  # (M, p, d), kept
+
+    def add_square_norms_(self, square_norms: Tensor, *, keep: bool) -> None:
+        m = len(square_norms)
+        left, right = (each.reshape(m, -1, each.shape[2]) for each in (self.left, self.right))
+        if keep and _worth_keeping(m, left.shape[1], left.shape[2], right.shape[2]):
+            dtype = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
+            self._products = left.new_empty((m, left.shape[2], right.shape[2]), dtype=dtype)
+        linear_square_norms_(square_norms, right, left, self._products)
+
+    def weighted(self, weights: Tensor, shape: torch.Size) -> Tensor:
+        if self._products is not None:
+            return _weighted_sum(weights, self._products).view(shape)
+        left, right = self.left, self.right
+        dtype = torch.promote_types(left.dtype, right.dtype)
+        each = weights.to(dtype).repeat_interleave(len(left) // len(weights))[:, None, None]
+        if left.shape[2] < right.shape[2]:
+            left = left * each
+        else:
+            right = right * each
+        if left.stride(0) < left.stride(1):  # T before B: the larger tensor need not be copied, and a sum has no order
+            left, right = left.transpose(0, 1), right.transpose(0, 1)
+        return (left.to(dtype).flatten(0, 1).mT @ right.to(dtype).flatten(0, 1)).view(shape)
+
+    def sample_grads(self, part: slice, shape: torch.Size) -> Tensor:
+        left, right = self.left[part], self.right[part]
+        dtype = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
+        return torch.bmm(left.mT.to(dtype), right.to(dtype)).reshape(-1, *shape)
+
+
+@dataclass
+class Convolution:
+    """The gradient of a convolution's weight from its input (B, C, *positions) and the gradient of its output (B, p, *positions)."""
+
+    inputs: Tensor
+    grad_outputs: Tensor
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+    _products: Tensor | None = field(default=None, init=False)  # (M, *weight), kept
+
+    def add_square_norms_(self, square_norms: Tensor, *, keep: bool) -> None:
+        m, x, g = len(square_norms), self.inputs, self.grad_outputs
+        weight = (g.shape[1], x.shape[1] // self.groups, *self.kernel_size)
+        tokens = len(x) // m * math.prod(g.shape[2:])
+        if keep and _worth_keeping(m, tokens, weight[0], math.prod(weight[1:]), x.numel() + g.numel()):
+            self._products = g.new_empty((m, *weight), dtype=torch.promote_types(torch.promote_types(x.dtype, g.dtype), torch.float32))
+        conv_square_norms_(square_norms, x, g, self._products, **self._options())
+
+    def weighted(self, weights: Tensor, shape: torch.Size) -> Tensor:
+        if self._products is not None:
+            return _weighted_sum(weights, self._products).view(shape)
+        g = self.grad_outputs
+        each = weights.to(g.dtype).repeat_interleave(len(g) // len(weights))
+        return self._weight_grad(self.inputs, g * each.view(-1, *(1,) * (g.dim() - 1)), shape)
+
+    def sample_grads(self, part: slice, shape: torch.Size) -> Tensor:
+        pairs = zip(self.inputs[part], self.grad_outputs[part], strict=True)
+        return torch.stack([self._weight_grad(x[None], g[None], shape) for x, g in pairs])
+
+    def _weight_grad(self, x: Tensor, g: Tensor, shape: torch.Size) -> Tensor:
+        x = x.to(g.dtype)
+        like = g.new_empty(1).expand(shape)  # only its shape is read
+        none = [0] * len(self.kernel_size)
+        grads: Any = torch.ops.aten.convolution_backward(
+            g, x, like, None, self.stride, self.padding, self.dilation, False, none, self.groups, (False, True, False)
+        )
+        weight_grad: Tensor = grads[1]
+        return weight_grad
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("kernel_size", "stride", "padding", "dilation", "groups")}
+
+
+@dataclass
+class Rows:
+    """Row indices_t collects values_t: (B, T) integers and (B, T, D) for a parameter of shape (rows, D), as of an embedding."""
+
+    indices: Tensor
+    values: Tensor
+    padding_idx: int | None = None
+
+    def add_square_norms_(self, square_norms: Tensor, *, keep: bool) -> None:
+        m = len(square_norms)
+        indices, values = self.indices.reshape(m, -1), self.values.reshape(m, -1, self.values.shape[2])
+        embedding_square_norms_(square_norms, indices, values, padding_idx=self.padding_idx)
+
+    def weighted(self, weights: Tensor, shape: torch.Size) -> Tensor:
+        each = weights.to(self.values.dtype).repeat_interleave(len(self.values) // len(weights))
+        return self._grad(self.values * each[:, None, None], self.indices, shape)
+
+    def sample_grads(self, part: slice, shape: torch.Size) -> Tensor:
+        pairs = zip(self.values[part], self.indices[part], strict=True)
+        return torch.stack([self._grad(values, indices, shape) for values, indices in pairs])
+
+    def _grad(self, values: Tensor, indices: Tensor, shape: torch.Size) -> Tensor:
+        padding = -1 if self.padding_idx is None else self.padding_idx
+        grad: Tensor = torch.ops.aten.embedding_dense_backward(values, indices, shape[0], padding, False)
+        return grad
+
+
+def _worth_keeping(m: int, tokens: int, out_features: int, in_features: int, activations: int | None = None) -> bool:
+    """Whether to form every group's product once and keep it, so that a weighted gradient is a weighted sum of them.
+
+    It saves the other method's work and costs M p d elements of memory, written and read.
+    """
+    activations = m * tokens * (in_features + out_features) if activations is None else activations
+    if m * out_features * in_features > _KEPT_PER_ACTIVATION * activations:
+        return False
+    return tokens * tokens * (in_features + out_features) > _FLOPS_PER_KEPT * out_features * in_features
+
+
+_KEPT_PER_ACTIVATION = 4
+# A kept element is written and read again: 8 bytes, the time of so many flops.
+_FLOPS_PER_KEPT = 80
+
+
+def _weighted_sum(weights: Tensor, products: Tensor) -> Tensor:  # (M,), (M, ...) -> (elements,)
+    return torch.mv(products.flatten(1).mT, weights.to(products.dtype))

@@ -1,0 +1,197 @@
+"""Gradient norms of every sample out of one forward and one backward pass, in which no weight's gradient is formed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from sam_kernels._validate import check_choice, check_flag, describe
+from sam_kernels.per_sample._call import Call
+from sam_kernels.per_sample._gathered import Gathered
+from sam_kernels.per_sample._graph import ends_of
+from sam_kernels.per_sample._recorder import Recorder
+
+__all__ = ["GradNorms"]
+
+
+class GradNorms:
+    r"""The gradient norm of every sample, or micro-batch, of one forward pass::
+
+        engine = GradNorms(model)
+        with engine:
+            losses = F.cross_entropy(model(inputs), labels, reduction="none")  # (B,)
+        norms = engine(losses)                          # (B,), without autograd
+        engine.weighted_grads_(norms.softmax(0))        # .grad += sum over b of weight_b times the gradient of sample b
+
+    The backward pass asks for the gradients of the layers' outputs alone: the products with the inputs that make a weight's gradient are
+    formed once, by :meth:`weighted_grads_`, or never. Nothing of the model is changed and no hook stays on it. Modules may be shared,
+    called several times and nested, parameters tied or frozen, blocks checkpointed (``use_reentrant=False``), the forward pass run under
+    autocast. Layers: Linear, Conv and ConvTranspose 1d to 3d, Embedding, LayerNorm, RMSNorm, GroupNorm, InstanceNorm, BatchNorm, PReLU,
+    MultiheadAttention and torch's transformers; others by :func:`register_rule`. Formulas: docs/architecture.md.
+
+    Where samples depend on each other (BatchNorm in training) the norm is that of the sample's *contribution*: its terms of the sum that is
+    the batch's gradient. Contributions add up to that gradient; they are not the gradients of the sample's own loss.
+
+    Args:
+        model: whose trainable parameters the norms are over. The batch is dimension 0 of every layer's input and output, but inside torch's
+            transformers, which say themselves where it is.
+        micro_batch: m, the number of consecutive samples whose gradients are added up before the norm is taken.
+        reduction: of a micro-batch's gradients: ``"sum"`` or ``"mean"``. Also that of its loss in :meth:`weighted_grads_`.
+        unsupported: what happens with a module that owns trainable parameters and has no rule: ``"error"`` when the forward pass begins, or
+            ``"vmap"``: its part is computed by ``torch.func``, slowly, with every sample's gradient in memory.
+        batch_first: False for a model whose batch is dimension 1.
+
+    Memory: with ``keep=True`` (see :meth:`__call__`) the inputs of layers, which autograd holds anyway, and the gradients of their outputs
+    stay until :meth:`weighted_grads_`; without, a layer's are dropped as soon as its norm is known.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        micro_batch: int = 1,
+        reduction: str = "sum",
+        unsupported: str = "error",
+        batch_first: bool = True,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"GradNorms: model must be a torch.nn.Module, got {describe(model)}")
+        if isinstance(micro_batch, bool) or not isinstance(micro_batch, int):
+            raise TypeError(f"GradNorms: micro_batch must be an integer, got {describe(micro_batch)}")
+        if micro_batch < 1:
+            raise ValueError(f"GradNorms: micro_batch must be at least 1, got {micro_batch}")
+        self.micro_batch = micro_batch
+        self.reduction = check_choice("GradNorms", "reduction", reduction, ("sum", "mean"))
+        check_choice("GradNorms", "unsupported", unsupported, ("error", "vmap"))
+        check_flag("GradNorms", "batch_first", batch_first)
+        if any(isinstance(module, torch._dynamo.OptimizedModule) for module in model.modules()):
+            raise TypeError("GradNorms: the model is compiled, and its layers cannot be listened to; pass the module it was compiled from")
+        self._recorder = Recorder(model, batch_first=batch_first, unsupported=unsupported)
+        self._gathered: Gathered | None = None
+
+    def __enter__(self) -> GradNorms:
+        if self._recorder.is_on:
+            raise RuntimeError("GradNorms: this engine is already around a forward pass; use one engine for each")
+        self._gathered = None
+        self._recorder.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._recorder.stop()
+        if error is not None:
+            self._recorder.calls = []
+
+    def __call__(
+        self,
+        losses: Tensor,  # (B,)
+        *,
+        keep: bool = True,
+        retain_graph: bool = False,
+    ) -> Tensor:  # (B / m,) float32, float64 for float64 losses
+        """Norms of the gradients of the losses of the forward pass before, over all trainable parameters of the model.
+
+        ``keep``: whether :meth:`weighted_grads_` may follow. ``retain_graph``: as ``torch.autograd.grad``.
+
+        Raises RuntimeError where there is no forward pass to differentiate, it has been used already, or the losses do not depend on a
+        layer that was called; ValueError for losses that are not one-dimensional, or whose number m does not divide, and where a layer's
+        output has another batch; NotImplementedError where a rule does not cover a module.
+        """
+        self._check(losses)
+        calls, self._recorder.calls = self._recorder.calls, []
+        self._recorder.stop()
+        nodes: dict[Any, list[tuple[Call, int]]] = {}
+        for call in calls:
+            for position, node in enumerate(call.nodes):
+                if node is not None:
+                    nodes.setdefault(node, []).append((call, position))
+        reached, ends = ends_of(losses.grad_fn, nodes)
+        _require_reached(calls, reached)
+        gathered = Gathered(calls, len(losses), len(losses) // self.micro_batch, losses.device, keep=keep)
+
+        def pass_by(node: Any, grads: Sequence[Tensor | None]) -> None:
+            for call, position in nodes[node]:
+                if call.receive(position, grads[call.output_nrs[position]]):
+                    gathered.add(call)
+
+        handles = [node.register_prehook(partial(pass_by, node)) for node in reached - ends]
+        edges = [GradientEdge(node, nr) for node in ends for nr in sorted({call.output_nrs[i] for call, i in nodes[node]})]
+        try:
+            with self._recorder.replaying():
+                found = torch.autograd.grad(losses, edges, torch.ones_like(losses), retain_graph=retain_graph, allow_unused=True)
+                with torch.no_grad():
+                    by_edge: dict[Any, Tensor | None] = {(edge.node, edge.output_nr): grad for edge, grad in zip(edges, found, strict=True)}
+                    for node in ends:
+                        pass_by(node, _Lookup(by_edge, node))
+                    gathered.finish(calls)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._gathered = gathered if keep else None
+        norms = gathered.square_norms().clamp(min=0.0).sqrt()
+        if self.reduction == "mean":
+            norms /= self.micro_batch
+        return norms.to(torch.float64 if losses.dtype is torch.float64 else torch.float32)
+
+    @torch.no_grad()
+    def weighted_grads_(self, weights: Tensor) -> None:  # (B / m,)
+        """Adds the sum of weight times gradient over the micro-batches to the parameters' ``.grad``, without another backward pass.
+
+        A micro-batch's gradient is that of the sum (``reduction="mean"``: the mean) of its losses. With all weights 1 this is what
+        ``losses.sum().backward()`` does, to rounding. Frees what the engine kept.
+
+        Raises RuntimeError where there is nothing kept, TypeError or ValueError for weights that are not a floating-point tensor (B / m,).
+        """
+        if self._gathered is None:
+            raise RuntimeError("GradNorms.weighted_grads_: call the engine with losses first, with keep=True; what it keeps is used once")
+        if not isinstance(weights, Tensor) or not weights.is_floating_point():
+            raise TypeError(f"GradNorms.weighted_grads_: weights must be a floating-point tensor, got {describe(weights)}")
+        if weights.shape != (self._gathered.m,):
+            raise ValueError(f"GradNorms.weighted_grads_: weights must have shape ({self._gathered.m},), got {tuple(weights.shape)}")
+        gathered, self._gathered = self._gathered, None
+        gathered.add_weighted_grads(weights / self.micro_batch if self.reduction == "mean" else weights)
+
+    def _check(self, losses: object) -> None:
+        if not isinstance(losses, Tensor) or not losses.is_floating_point():
+            raise TypeError(f"GradNorms: losses must be a floating-point tensor, got {describe(losses)}")
+        if losses.dim() != 1 or losses.numel() == 0:
+            raise ValueError(
+                f"GradNorms: losses must have shape (B,), one for each sample, got {tuple(losses.shape)}; use reduction='none' and "
+                "add up, or average, over everything but the batch"
+            )
+        if len(losses) % self.micro_batch:
+            raise ValueError(f"GradNorms: {len(losses)} losses cannot be cut into micro-batches of {self.micro_batch}")
+        if not self._recorder.calls:
+            raise RuntimeError(
+                "GradNorms: no call of a layer with trainable parameters was seen: run the forward pass inside `with engine:`, "
+                "once for each call of the engine"
+            )
+        if losses.grad_fn is None:
+            raise RuntimeError("GradNorms: losses have no graph: they were detached, or computed under torch.no_grad")
+
+
+class _Lookup(Sequence[Tensor | None]):
+    """The gradients of a node's outputs by their number, of which only some were asked for."""
+
+    def __init__(self, by_edge: dict[Any, Tensor | None], node: Any) -> None:
+        self._by_edge, self._node = by_edge, node
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._by_edge.get((self._node, index))
+
+    def __len__(self) -> int:
+        return len(self._by_edge)
+
+
+def _require_reached(calls: Sequence[Call], reached: set[Any]) -> None:
+    for call in calls:
+        if not call.expect(reached):
+            raise RuntimeError(
+                f"GradNorms: the losses do not depend on the output of {call.name}; freeze its parameters, or leave its call out of the "
+                "`with` block"
+            )
