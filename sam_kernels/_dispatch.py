@@ -84,20 +84,30 @@ def select(device_type: str, dtypes: Collection[torch.dtype] = ()) -> ModuleType
     raise RuntimeError(f"backend {_forced!r} was asked for and cannot be used: {reason_missing(_forced or 'foreach', device_type)}")
 
 
-def _per_sample_path(name: str, device_type: str) -> str:
+def _per_sample_path(name: str, device_type: str) -> str | None:
     path = _path(name, device_type)
-    return {"native.cpu": "native.per_sample", "native.cuda": ""}.get(path, f"{path}.per_sample")
+    return {"native.cpu": "native.per_sample", "native.cuda": None}.get(path, f"{path}.per_sample")
 
 
-def select_per_sample(device_type: str, dtypes: Collection[torch.dtype] = ()) -> ModuleType:
+_selected: dict[tuple[str | None, str, frozenset[torch.dtype]], ModuleType] = {}  # a layer's backward pass asks several times
+
+
+def select_per_sample(device_type: str, dtypes: frozenset[torch.dtype] = frozenset()) -> ModuleType:
     """The backend's module of gradient norms per sample, for tensors on ``device_type`` of these ``dtypes``.
 
     As :func:`select`; the ahead-of-time kernels for NVIDIA devices have none of these operations, so that ``triton`` comes first there.
     """
+    key = (_forced, device_type, dtypes)
+    if key not in _selected:
+        _selected[key] = _find_per_sample(device_type, dtypes)
+    return _selected[key]
+
+
+def _find_per_sample(device_type: str, dtypes: Collection[torch.dtype]) -> ModuleType:
     for name in BACKENDS if _forced is None else (_forced,):
         backend = _backend(name, device_type)
         path = _per_sample_path(name, device_type)
-        if isinstance(backend, str) or not path or not (backend.DEVICE_TYPES is None or device_type in backend.DEVICE_TYPES):
+        if isinstance(backend, str) or path is None or not (backend.DEVICE_TYPES is None or device_type in backend.DEVICE_TYPES):
             continue
         if not (backend.DTYPES is None or backend.DTYPES.issuperset(dtypes)) or (_forced is None and not backend.IS_AUTOMATIC):
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -41,7 +42,9 @@ class Transformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, vocabulary, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:  # (B, T) -> (B, T, vocabulary)
-        positions = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)  # every sample its own: contiguous, as Opacus wants it
+        positions = torch.arange(ids.shape[1], device=ids.device).repeat(
+            len(ids), 1
+        )  # every sample its own: contiguous, as Opacus wants it
         return self.head(self.norm(self.blocks(self.token(ids) + self.position(positions))))
 
 
@@ -67,7 +70,7 @@ def resnet18() -> nn.Module:
 
 def mlp() -> nn.Module:
     sizes = (784, 1024, 1024, 1024)
-    layers = [layer for d, p in zip(sizes[:-1], sizes[1:], strict=True) for layer in (nn.Linear(d, p), nn.ReLU())]
+    layers = [layer for d, p in pairwise(sizes) for layer in (nn.Linear(d, p), nn.ReLU())]
     return nn.Sequential(*layers, nn.Linear(1024, 10))
 
 
@@ -91,7 +94,12 @@ MODELS = {
     ),
     "mlp": Kind("MLP 784-1024-1024-1024-10, B 256", mlp, 256, lambda b: torch.randn(b, 784), lambda b: torch.randint(0, 10, (b,))),
     "resnet18": Kind(
-        "ResNet-18, 32×32, B 32", resnet18, 32, lambda b: torch.randn(b, 3, 32, 32), lambda b: torch.randint(0, 10, (b,)), has_batch_norm=True
+        "ResNet-18, 32×32, B 32",
+        resnet18,
+        32,
+        lambda b: torch.randn(b, 3, 32, 32),
+        lambda b: torch.randint(0, 10, (b,)),
+        has_batch_norm=True,
     ),
 }
 

@@ -37,6 +37,7 @@ class Saved:
     def __init__(self, tensors: Sequence[Tensor], anchor: Tensor) -> None:
         hooks = _saved_tensors_hooks(False)
         keep: Any = _Keep.apply
+        self.is_recomputed = hooks is not None
         self._node = None if hooks is None else keep(anchor, *tensors).grad_fn
         self._tensors = [tensor.detach() for tensor in tensors] if hooks is None else []
         self._versions = [tensor._version for tensor in self._tensors]
@@ -70,14 +71,16 @@ class Call:
         self.name, self.module, self.rule, self.params = name, module, rule, params
         self.rows = rows or {}
         self.batch_dim, self.merged = batch_dim, merged
-        leaves, self._arguments = pytree.tree_flatten((arguments, keywords))
+        self._arguments: pytree.TreeSpec | None = None  # None: one tensor, the usual case
+        leaves: list[Any] = list(arguments)
+        if len(arguments) != 1 or keywords or not isinstance(arguments[0], Tensor):
+            leaves, self._arguments = pytree.tree_flatten((arguments, keywords))
         self._leaves: list[Any] = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self._saved = Saved([leaves[i] for i in self._places], next(iter(params.values())))
-        outputs, self._output = pytree.tree_flatten(output)
+        self._is_one = isinstance(output, Tensor)
+        outputs = [output] if self._is_one else pytree.tree_leaves(output)
         tensors = [leaf for leaf in outputs if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        if len(tensors) < len(outputs):
-            outputs, self._output = pytree.tree_flatten(tuple(tensors))
         if not any(tensor.requires_grad for tensor in tensors):
             raise RuntimeError(
                 f"GradNorms: {name} ran under torch.no_grad (or in a reentrant checkpoint: use_reentrant=False is supported); its "
@@ -88,6 +91,11 @@ class Call:
         self.output_nrs = [tensor.output_nr for tensor in tensors]
         self._grads: list[Tensor | None] = [None] * len(tensors)
         self._awaited = 0
+
+    @property
+    def is_recomputed(self) -> bool:
+        """Whether the backward pass may call the module once more, to have its inputs."""
+        return self._saved.is_recomputed
 
     def expect(self, reached: Collection[Any]) -> bool:
         """Whether the losses depend on an output: on those whose nodes were ``reached``."""
@@ -109,11 +117,11 @@ class Call:
         self._check_batch([grad for grad in self._grads if grad is not None], batch)
         for i, tensor in zip(self._places, self._saved.tensors(self.name), strict=True):
             self._leaves[i] = self._batch_first(tensor, batch)
-        arguments, keywords = pytree.tree_unflatten(self._leaves, self._arguments)
-        grads = pytree.tree_unflatten([None if grad is None else self._batch_first(grad, batch) for grad in self._grads], self._output)
+        arguments, keywords = (tuple(self._leaves), {}) if self._arguments is None else pytree.tree_unflatten(self._leaves, self._arguments)
+        grads = tuple(None if grad is None else self._batch_first(grad, batch) for grad in self._grads)
         del self._saved, self._leaves
         self._grads = []
-        return arguments, keywords, grads
+        return arguments, keywords, grads[0] if self._is_one else grads
 
     def _check_batch(self, outputs: Sequence[Tensor], batch: int) -> None:
         for tensor in outputs:

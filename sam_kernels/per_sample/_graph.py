@@ -17,16 +17,16 @@ def ends_of(root: Any, nodes: Collection[Any]) -> tuple[set[Any], set[Any]]:
     reached: set[Any] = set()
     leads: dict[Any, bool] = {}  # whether a node is one of ``nodes`` or leads to one
     ends: set[Any] = set()
-    stack = [(root, False)]
+    stack: list[tuple[Any, list[Any] | None]] = [(root, None)]
     while stack:
-        node, expanded = stack.pop()
-        children = [child for child, _ in node.next_functions if child is not None]
-        if not expanded:
+        node, children = stack.pop()
+        if children is None:
             if node in leads:
                 continue
             leads[node] = False  # there are no cycles: only keeps the node from being expanded twice
-            stack.append((node, True))
-            stack.extend((child, False) for child in children if child not in leads)
+            children = [child for child, _ in node.next_functions if child is not None]
+            stack.append((node, children))
+            stack += [(child, None) for child in children if child not in leads]
             continue
         below = any(leads[child] for child in children)
         leads[node] = below or node in nodes

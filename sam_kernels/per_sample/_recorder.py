@@ -40,6 +40,7 @@ class Recorder:
         self._batch_dim = 0 if batch_first else 1
         self._unsupported = unsupported
         self._handles: list[RemovableHandle] = []
+        self._layers: list[_Watched] = []
         self._listens = self._records = False
 
     @property
@@ -48,10 +49,10 @@ class Recorder:
 
     def start(self) -> None:
         """Raises NotImplementedError for a module that owns trainable parameters and has no rule."""
-        watched = list(self._watched())
+        self._layers = list(self._watched())
         self.calls = []
         self._listens = self._records = True
-        self._listen(watched)
+        self._listen()
 
     def stop(self) -> None:
         self._listens = self._records = False
@@ -61,9 +62,9 @@ class Recorder:
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
-        """For the backward pass, in which checkpoints run parts of the model again: they must save what they saved the first time."""
+        """For a backward pass in which checkpoints run parts of the model again: they must save what they saved the first time."""
         self._listens = True
-        self._listen(list(self._watched()))
+        self._listen()
         try:
             yield
         finally:
@@ -78,8 +79,8 @@ class Recorder:
         finally:
             self._listens = before
 
-    def _listen(self, watched: list[_Watched]) -> None:
-        for each in watched:
+    def _listen(self) -> None:
+        for each in self._layers:
             if each.rule is not None:
                 self._handles.append(each.module.register_forward_hook(partial(self._on_call, each), with_kwargs=True))
                 continue

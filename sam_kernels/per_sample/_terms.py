@@ -37,20 +37,22 @@ class Dense:
     grads: Tensor
 
     def add_square_norms_(self, square_norms: Tensor, *, keep: bool) -> None:
-        grads = self._of_groups(len(square_norms))
-        square_norms += torch.linalg.vecdot(grads, grads).to(square_norms.dtype)
+        grads = self._of_groups(square_norms.shape[0])
+        one = grads.new_ones(1).expand(len(grads), 1, 1)
+        linear_square_norms_(square_norms, one, grads.unsqueeze(1))  # one read, no temporary
 
     def weighted(self, weights: Tensor, shape: torch.Size) -> Tensor:
-        grads = self._of_groups(len(weights))
-        return torch.mv(grads.mT, weights.to(grads.dtype)).view(shape)
+        grads = self._of_groups(weights.shape[0])
+        dtype = torch.promote_types(grads.dtype, torch.float32)
+        return torch.mv(grads.to(dtype).mT, weights.to(dtype)).view(shape)
 
     def sample_grads(self, part: slice, shape: torch.Size) -> Tensor:
         return self.grads[part].reshape(-1, *shape)
 
     def _of_groups(self, m: int) -> Tensor:  # (M, numel) in the arithmetic type
-        grads = self.grads.reshape(len(self.grads), -1)
-        grads = grads.to(torch.promote_types(grads.dtype, torch.float32))
-        return grads if len(grads) == m else grads.view(m, len(grads) // m, -1).sum(1)
+        samples = self.grads.shape[0]
+        grads = self.grads.reshape(samples, -1)
+        return grads if samples == m else grads.view(m, samples // m, -1).sum(1, dtype=torch.promote_types(grads.dtype, torch.float32))
 
 
 @dataclass
@@ -65,7 +67,7 @@ class Outer:
     _products: Tensor | None = field(default=None, init=False)  # (M, p, d), kept
 
     def add_square_norms_(self, square_norms: Tensor, *, keep: bool) -> None:
-        m = len(square_norms)
+        m = square_norms.shape[0]
         left, right = (each.reshape(m, -1, each.shape[2]) for each in (self.left, self.right))
         if keep and _worth_keeping(m, left.shape[1], left.shape[2], right.shape[2]):
             dtype = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
@@ -77,7 +79,7 @@ class Outer:
             return _weighted_sum(weights, self._products).view(shape)
         left, right = self.left, self.right
         dtype = torch.promote_types(left.dtype, right.dtype)
-        each = weights.to(dtype).repeat_interleave(len(left) // len(weights))[:, None, None]
+        each = weights.to(dtype).repeat_interleave(left.shape[0] // weights.shape[0])[:, None, None]
         if left.shape[2] < right.shape[2]:
             left = left * each
         else:
@@ -106,7 +108,7 @@ class Convolution:
     _products: Tensor | None = field(default=None, init=False)  # (M, *weight), kept
 
     def add_square_norms_(self, square_norms: Tensor, *, keep: bool) -> None:
-        m, x, g = len(square_norms), self.inputs, self.grad_outputs
+        m, x, g = square_norms.shape[0], self.inputs, self.grad_outputs
         weight = (g.shape[1], x.shape[1] // self.groups, *self.kernel_size)
         tokens = len(x) // m * math.prod(g.shape[2:])
         if keep and _worth_keeping(m, tokens, weight[0], math.prod(weight[1:]), x.numel() + g.numel()):
@@ -117,7 +119,7 @@ class Convolution:
         if self._products is not None:
             return _weighted_sum(weights, self._products).view(shape)
         g = self.grad_outputs
-        each = weights.to(g.dtype).repeat_interleave(len(g) // len(weights))
+        each = weights.to(g.dtype).repeat_interleave(g.shape[0] // weights.shape[0])
         return self._weight_grad(self.inputs, g * each.view(-1, *(1,) * (g.dim() - 1)), shape)
 
     def sample_grads(self, part: slice, shape: torch.Size) -> Tensor:
@@ -147,12 +149,12 @@ class Rows:
     padding_idx: int | None = None
 
     def add_square_norms_(self, square_norms: Tensor, *, keep: bool) -> None:
-        m = len(square_norms)
+        m = square_norms.shape[0]
         indices, values = self.indices.reshape(m, -1), self.values.reshape(m, -1, self.values.shape[2])
         embedding_square_norms_(square_norms, indices, values, padding_idx=self.padding_idx)
 
     def weighted(self, weights: Tensor, shape: torch.Size) -> Tensor:
-        each = weights.to(self.values.dtype).repeat_interleave(len(self.values) // len(weights))
+        each = weights.to(self.values.dtype).repeat_interleave(self.values.shape[0] // weights.shape[0])
         return self._grad(self.values * each[:, None, None], self.indices, shape)
 
     def sample_grads(self, part: slice, shape: torch.Size) -> Tensor:

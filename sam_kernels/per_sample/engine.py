@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -112,7 +113,7 @@ class GradNorms:
                     nodes.setdefault(node, []).append((call, position))
         reached, ends = ends_of(losses.grad_fn, nodes)
         _require_reached(calls, reached)
-        gathered = Gathered(calls, len(losses), len(losses) // self.micro_batch, losses.device, keep=keep)
+        gathered = Gathered(calls, losses.shape[0], losses.shape[0] // self.micro_batch, losses.device, keep=keep)
 
         def pass_by(node: Any, grads: Sequence[Tensor | None]) -> None:
             for call, position in nodes[node]:
@@ -122,7 +123,7 @@ class GradNorms:
         handles = [node.register_prehook(partial(pass_by, node)) for node in reached - ends]
         edges = [GradientEdge(node, nr) for node in ends for nr in sorted({call.output_nrs[i] for call, i in nodes[node]})]
         try:
-            with self._recorder.replaying():
+            with self._recorder.replaying() if any(call.is_recomputed for call in calls) else nullcontext():
                 found = torch.autograd.grad(losses, edges, torch.ones_like(losses), retain_graph=retain_graph, allow_unused=True)
                 with torch.no_grad():
                     by_edge: dict[Any, Tensor | None] = {(edge.node, edge.output_nr): grad for edge, grad in zip(edges, found, strict=True)}

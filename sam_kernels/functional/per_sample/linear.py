@@ -14,7 +14,7 @@ __all__ = ["linear_method", "linear_square_norms_"]
 
 def linear_method(tokens: int, in_features: int, out_features: int, device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> str:
     """``"gram"`` or ``"direct"``: what ``method="auto"`` does for such a layer with this device's kernels."""
-    method: str = _dispatch.select_per_sample(device_type, {dtype}).linear_method(tokens, in_features, out_features)
+    method: str = _dispatch.select_per_sample(device_type, frozenset([dtype])).linear_method(tokens, in_features, out_features)
     return method
 
 
