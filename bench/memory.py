@@ -21,7 +21,7 @@ from bench.allocator import REGIMES
 from bench.providers import BASES, PROVIDERS, Base, Stepper
 from bench.workloads import DTYPES, WORKLOADS, Workload, make_grads, make_params
 
-__all__ = ["held_bytes", "measure", "reachable_tensors"]
+__all__ = ["held_bytes", "measure", "reachable_tensors", "resident_rise"]
 
 TIME_LIMIT = 600
 
@@ -66,16 +66,23 @@ def _status(field: str) -> int:
     raise KeyError(field)
 
 
-def _transient_bytes(stepper: Stepper) -> int | None:
-    """How far the resident set rises during a step. None where the system does not let us reset its high-water mark."""
+def resident_rise(run: Callable[[], object]) -> int | None:
+    """How far the resident set rises during a run. None where the system does not let us reset its high-water mark."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
-        stepper.first_step()
-        stepper.second_step()
+        run()
         return max(0, _status("VmHWM") - before)
     except (OSError, KeyError):
         return None
+
+
+def _transient_bytes(stepper: Stepper) -> int | None:
+    def step() -> None:
+        stepper.first_step()
+        stepper.second_step()
+
+    return resident_rise(step)
 
 
 def _measure_here(provider: str, workload: str, dtype: str, base_name: str) -> dict[str, Any]:

@@ -1,0 +1,117 @@
+"""``python -m bench.per_sample``: gradient norms per sample, whole passes in turns in one process; memory in a process each."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench import allocator, gate
+from bench.__main__ import BUSY, RESULTS, Names
+from bench.environment import environment
+from bench.per_sample import memory
+from bench.per_sample.bars import judged
+from bench.per_sample.models import MODELS, make_problem
+from bench.per_sample.providers import PROVIDERS
+from bench.timing import interleave, quantiles
+
+__all__ = ["main", "measure"]
+
+
+def measure(model: str, names: list[str], rounds: int, *, with_memory: bool, console: Console) -> Iterator[dict[str, Any]]:
+    runs = {}
+    for name in names:
+        problem = make_problem(model)  # one each: gradients and hooks of its own
+        reason = PROVIDERS[name].missing(problem)
+        if reason is not None:
+            console.print(f"skipped {name}: {reason}", style="dim", highlight=False)
+            continue
+        runs[name] = PROVIDERS[name].make(problem)
+    norms = {name: result.double() for name, run in runs.items() if (result := run()) is not None}
+    exact = norms.get("norms")
+    samples = interleave(runs, rounds=rounds, warmup=1)
+    peaks = {name: memory.peak_bytes(model, name) for name in runs} if with_memory else {}
+    for name in runs:
+        q = quantiles(samples[name])
+        row = {
+            "kind": "per_sample",
+            "model": model,
+            "provider": name,
+            "rounds": rounds,
+            "ms_20": q.ms_20,
+            "ms_50": q.ms_50,
+            "ms_80": q.ms_80,
+        }
+        if exact is not None and name in norms:
+            row["norms_differ"] = ((norms[name] - exact).abs() / exact).max().item()
+        peak, plain = peaks.get(name), peaks.get("plain")
+        if peak is not None:
+            row["peak_bytes"] = peak
+            if plain is not None:
+                row["extra_bytes"] = max(0, peak - plain)
+        yield row
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--model", "models", type=Names(list(MODELS)), default=",".join(MODELS), show_default=True, help="Which passes.")
+@click.option("--providers", type=Names(list(PROVIDERS)), default=",".join(PROVIDERS), show_default=True, help="Whose.")
+@click.option("--rounds", type=click.IntRange(min=1), default=12, show_default=True, help="Turns of each.")
+@click.option("--threads", type=click.IntRange(min=1), help="Default: torch's.")
+@click.option("--memory/--no-memory", "with_memory", default=True, help="How far the resident set rises, in processes of their own.")
+@click.option("--gate/--no-gate", "with_gate", default=True, help="Run the tests of the operations first.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Where to write the result file.")
+@click.option("--store", is_flag=True, help="Write it as bench/results/<device>/per_sample.json.")
+def main(
+    models: list[str],
+    providers: list[str],
+    rounds: int,
+    threads: int | None,
+    with_memory: bool,
+    with_gate: bool,
+    json_path: Path | None,
+    store: bool,
+) -> None:
+    """Gradient norms of every sample, with and without the batch's gradient, against a plain pass, Opacus and torch.func."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)
+    if os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
+        console.print(BUSY.format(load=os.getloadavg()[0], cores=os.cpu_count()), style="bold yellow", highlight=False)
+    result = environment() | {"allocator": allocator.current(os.environ), "gate": gate.run() if with_gate else "skipped", "rows": []}
+    for model in models:
+        result["rows"] += measure(model, providers, rounds, with_memory=with_memory, console=console)
+    _print(result["rows"], console)
+    for path in [path for path in (json_path, RESULTS / result["device"] / "per_sample.json" if store else None) if path is not None]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _print(rows: list[dict[str, Any]], console: Console) -> None:
+    table = Table("pass", "provider", "ms (20/50/80 %)", "over a plain pass", "memory", "beyond a plain pass")
+    for row in rows:
+        plain = next((other["ms_50"] for other in rows if other["provider"] == "plain" and other["model"] == row["model"]), None)
+        table.add_row(
+            MODELS[row["model"]].title,
+            PROVIDERS[row["provider"]].title,
+            f"{row['ms_20']:.1f} / {row['ms_50']:.1f} / {row['ms_80']:.1f}",
+            "" if plain is None else f"{row['ms_50'] / plain:.2f}",
+            f"{row['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in row else "",
+            f"{row['extra_bytes'] / 2**20:.0f} MiB" if "extra_bytes" in row else "",
+        )
+    console.print(table)
+    for bar, ratio, reached in judged(rows):
+        sign = "≤" if bar.at_most else "≥"
+        console.print(f"{'pass' if reached else 'FAIL'}  {bar.model}: {bar.title}: {ratio:.3f} ({sign} {bar.limit:.3g})", highlight=False)
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m bench.per_sample")
