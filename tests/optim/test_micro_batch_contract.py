@@ -59,9 +59,10 @@ def test_row_07_a_closure_that_raises_leaves_the_weights(
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("done", [False, True])
-@pytest.mark.parametrize("interrupted_call", range(6))
-def test_row_07_interrupt_around_a_perturbation(monkeypatch: pytest.MonkeyPatch, name: str, done: bool, interrupted_call: int) -> None:
+@pytest.mark.parametrize(
+    ("done", "interrupted_call"), [(0.0, 0), (1.0, 0), (0.0, 1), (1.0, 1), *((d, i) for d in (0.0, 0.5, 1.0) for i in range(2, 6))]
+)
+def test_row_07_interrupt_around_a_perturbation(monkeypatch: pytest.MonkeyPatch, name: str, done: float, interrupted_call: int) -> None:
     """Of three micro-batches and two groups: the backups hold this step's weights in the later ones, an older step's in the first."""
     model, batches = make_model(), [make_batch(seed=seed) for seed in range(3)]
     groups = [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters())}]
@@ -74,6 +75,8 @@ def test_row_07_interrupt_around_a_perturbation(monkeypatch: pytest.MonkeyPatch,
         if len(calls) != 7 + interrupted_call or done:
             real(*args, **kwargs)
         if len(calls) == 7 + interrupted_call:
+            if done == 0.5:  # in the middle of a tensor
+                args[0][0].detach().flatten()[1::2] = args[2][0].flatten()[1::2]
             raise KeyboardInterrupt
 
     monkeypatch.setattr(backend, "perturb_", perturb_)
@@ -261,6 +264,21 @@ def test_row_10_without_a_radius_the_base_optimizer_sees_the_mean(base: Any, kwa
         plain.step()
         for got, expected in zip(weights(model), weights(other), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13, msg=f"step {step}")
+
+
+@every_base
+def test_row_10_without_a_radius_a_mean_that_is_not_finite_skips_the_step(base: Any, kwargs: dict[str, Any]) -> None:
+    param = nn.Parameter(torch.ones(3))
+    optimizer = sam_kernels.SAM([param], base, rho=0.0, **kwargs)
+    for skipped, values in enumerate([(1.0, float("nan")), (float("inf"), 1.0)], 1):
+        given = iter(values)
+
+        def closure(given: Any = given) -> None:
+            param.grad = torch.full((3,), next(given))
+
+        optimizer.step([closure] * 2)
+        assert torch.equal(param.detach(), torch.ones(3))
+        assert optimizer.skipped_steps == skipped
 
 
 @every_backend
