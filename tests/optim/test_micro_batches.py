@@ -316,7 +316,7 @@ def test_gradients_that_somebody_else_has_are_not_written(backend: str, layout: 
 def test_a_parameter_without_a_gradient_in_some_micro_batches_counts_as_zero_there(
     backend: str, base: Any, kwargs: dict[str, Any], anywhere: bool
 ) -> None:
-    """All ways of being absent from either pass of three micro-batches (or from the first alone in the second pass), at once; and with clipping."""
+    """All ways of being absent from the passes of three micro-batches (or, of second passes, from the first alone); clipped too."""
     masks = [[(i >> bit) & 1 for bit in range(6)] for i in range(64) if anywhere or i & 0b101000 == 0b101000]
     for max_grad_norm in (None, 0.5):
         params = [nn.Parameter(torch.full((3,), 1.0 + i, dtype=torch.float64)) for i in range(len(masks))]
