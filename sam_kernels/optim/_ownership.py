@@ -22,7 +22,7 @@ def _references(tensors: Sequence[Tensor]) -> list[tuple[int, int, int]]:
 def _references_of_one() -> tuple[int, int, int] | None:
     """What is counted for a tensor that only a list holds; None where this torch or this Python does not count."""
     try:
-        return _references([torch.empty(1)])[0]
+        return _references([torch.empty(1, device="cpu")])[0]
     except AttributeError:
         return None
 
