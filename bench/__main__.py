@@ -66,6 +66,7 @@ def _names_option(flag: str, known: Any, default: Any, text: str) -> Any:
 @click.option("--allocator", "regime", type=click.Choice(list(allocator.REGIMES)), default="default", help="glibc's, by a new process.")
 @click.option("--memory-budget", type=click.FloatRange(min=1), default=14.0, show_default=True, help="GiB; providers are split to fit.")
 @click.option("--steps/--no-steps", "with_steps", default=True, help="Whole steps.")
+@click.option("--micro-batches", type=click.IntRange(min=0), default=8, show_default=True, help="Steps of m-SAM with so many; 0 for none.")
 @click.option("--memory/--no-memory", "with_memory", default=True, help="Memory, in a process for each provider.")
 @click.option("--gate/--no-gate", "with_gate", default=True, help="Run the tests of the operations first.")
 @click.option("--quick", is_flag=True, help="Three rounds, no torch.compile, no memory: does the tool work?")
@@ -83,6 +84,7 @@ def main(
     regime: str,
     memory_budget: float,
     with_steps: bool,
+    micro_batches: int,
     with_memory: bool,
     with_gate: bool,
     quick: bool,
@@ -108,7 +110,7 @@ def main(
     result = environment() | {"allocator": allocator.current(os.environ), "quick": quick, "gate": gate.run() if with_gate else "skipped"}
     rows = []
     budget = int(memory_budget * 2**30)
-    for row in _rows(workload, dtype, base, names, op_names, repeats, budget, with_steps, with_memory, console):
+    for row in _rows(workload, dtype, base, names, op_names, repeats, budget, with_steps, micro_batches, with_memory, console):
         rows.append(row)
         result["rows"] = rows
         for path in _targets(json_path, name, result["device"]):  # after every row: a run that is cut off keeps what it measured
@@ -130,6 +132,7 @@ def _rows(
     repeats: int | None,
     budget: int,
     with_steps: bool,
+    micro_batches: int,
     with_memory: bool,
     console: Console,
 ) -> Iterator[dict[str, Any]]:
@@ -144,6 +147,11 @@ def _rows(
     if with_steps:
         for workload, (base, dtype) in itertools.product(chosen, combinations):
             yield from steps.measure(workload, base, dtype, names, rounds=repeats, budget=budget, say=say)
+    if micro_batches > 1:
+        common: dict[str, Any] = {"rounds": repeats, "budget": budget, "say": say, "micro_batches": micro_batches}
+        for workload, (base, dtype) in itertools.product(chosen, combinations):
+            if (base, dtype) in steps.MICRO_BATCH_COMBINATIONS:
+                yield from steps.measure(workload, base, dtype, names, **common)
     backends = ops.available_backends(say) if op_names else []
     for workload, dtype, op in itertools.product(chosen, dtypes, op_names):
         yield from ops.measure(workload, op, dtype, backends, rounds=repeats, budget=budget, say=say)

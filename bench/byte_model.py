@@ -38,10 +38,22 @@ OPS = {
 STEP_OPS = {"sgd": ("grad_norm", "perturb_", "sgd_step_"), "adamw": ("grad_norm", "perturb_", "adamw_step_")}
 CHECK = Traffic(reads=("grads",))
 
+# m-SAM: what is saved once is perturbed again, and the gradients found there are averaged.
+PERTURB_AGAIN = Traffic(reads=("old_params", "grads"), writes=("params",))
+COPY = Traffic(reads=("grads",), writes=("mean_grads",))
+ADD_TO_MEAN = Traffic(reads=("grads",), updates=("mean_grads",))
+
 
 def op_bytes(op: str, numel: int, itemsize: int) -> int:
     return OPS[op].passes * numel * itemsize
 
 
-def step_bytes(base: str, numel: int, itemsize: int) -> int:
+def step_bytes(base: str, numel: int, itemsize: int, micro_batches: int = 1) -> int:
+    """``micro_batches`` > 1: a step of m-SAM, from gradients that somebody keeps. (Those of a backward pass are taken over, not copied.)"""
+    if micro_batches > 1:
+        first = OPS["perturb_"].passes + COPY.passes
+        later = PERTURB_AGAIN.passes + ADD_TO_MEAN.passes + OPS["restore_"].passes  # the restoring is that of the micro-batch before
+        descent = OPS[STEP_OPS[base][-1]].passes  # adding to the mean has told whether it is finite
+        passes = micro_batches * OPS["grad_norm"].passes + first + (micro_batches - 1) * later + descent
+        return passes * numel * itemsize
     return sum(op_bytes(op, numel, itemsize) for op in STEP_OPS[base]) + CHECK.passes * numel * itemsize

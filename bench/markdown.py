@@ -40,18 +40,24 @@ def _ratio(cell: Cell) -> str:
 
 
 def readme_section(results: Sequence[Result], image: str) -> str:
-    """Speed-ups only: a column a case, a row a provider."""
+    """Speed-ups only: a table of ordinary steps, and one of m-SAM's where there are any."""
     found = cases(results)
-    columns = {case: speedups(results, case) for case in found}
-    present = [name for name in PROVIDERS if name != REFERENCE and any(name in cells for cells in columns.values())]
-    rows = [[f"**{title(REFERENCE)}**", *(format_ms(columns[case][REFERENCE].ms) if REFERENCE in columns[case] else "–" for case in found)]]
-    rows += [[title(name), *(_ratio(columns[case][name]) if name in columns[case] else "–" for case in found)] for name in present]
+    ordinary, of_micro_batches = ([case for case in found if (case.micro_batches > 1) is wanted] for wanted in (False, True))
     note = (
         "Whole optimizer step (ascent and descent, without forward and backward): its median, and how many times longer the others take. "
         "In brackets: against the other's best allocator regime, where that is not the default."
     )
-    parts = [note, _table(["", *(case.title for case in found)], rows), f"![Speed-up over each alternative]({image})", _where(results)]
-    return "\n\n".join(parts)
+    parts = [note, *(_speedup_table(results, some) for some in (ordinary, of_micro_batches) if some)]
+    return "\n\n".join([*parts, f"![Speed-up over each alternative]({image})", _where(results)])
+
+
+def _speedup_table(results: Sequence[Result], found: Sequence[Case]) -> str:
+    """A column a case, a row a provider."""
+    columns = {case: speedups(results, case) for case in found}
+    present = [name for name in PROVIDERS if name != REFERENCE and any(name in cells for cells in columns.values())]
+    rows = [[f"**{title(REFERENCE)}**", *(format_ms(columns[case][REFERENCE].ms) if REFERENCE in columns[case] else "–" for case in found)]]
+    rows += [[title(name), *(_ratio(columns[case][name]) if name in columns[case] else "–" for case in found)] for name in present]
+    return _table(["", *(case.title for case in found)], rows)
 
 
 def _step_table(results: Sequence[Result], case: Case) -> str:

@@ -1,4 +1,5 @@
-"""Whole steps: ``first_step`` and ``second_step`` without forward and backward, every provider on parameters and state of its own."""
+"""Whole steps without forward and backward, every provider on parameters and state of its own: ``first_step`` and ``second_step``, or a
+step of m-SAM from closures that only put a gradient in place."""
 
 from __future__ import annotations
 
@@ -6,22 +7,24 @@ import ctypes
 import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 from torch import Tensor
 
 from bench.byte_model import step_bytes
 from bench.environment import last_level_cache_bytes
-from bench.providers import BASES, PROVIDERS, REFERENCE, Base, Provider, Stepper
+from bench.providers import BASES, PROVIDERS, REFERENCE, Base, MicroBatchStepper, Provider, Stepper
 from bench.timing import interleave, quantiles
 from bench.workloads import DTYPES, Workload, make_grads, make_params
 
-__all__ = ["COMBINATIONS", "batches", "measure", "participants", "takes"]
+__all__ = ["COMBINATIONS", "MICRO_BATCH_COMBINATIONS", "batches", "measure", "participants", "takes"]
 
 Say = Callable[[str], None]
 
 # 16-bit parameters are trained with Adam; SGD there would only repeat the table.
 COMBINATIONS = (("sgd", "fp32"), ("adamw", "fp32"), ("adamw", "bf16"))
+MICRO_BATCH_COMBINATIONS = (("sgd", "fp32"),)  # the base's share of such a step is small
 
 
 def takes(numel: int, rounds: int | None) -> int:
@@ -47,26 +50,33 @@ def batches(providers: Sequence[Provider], bytes_each: int, bytes_shared: int, b
     return [reference + others[i : i + size] for i in range(0, max(1, len(others)), size)]
 
 
-def _step(stepper: Stepper) -> Callable[[], None]:
+def _step(stepper: Stepper, params: Sequence[Tensor], grads: Sequence[Tensor], micro_batches: int) -> Callable[[], None]:
     def run() -> None:
         stepper.first_step()
         stepper.second_step()
 
-    return run
+    def closure() -> None:
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+
+    return run if micro_batches == 1 else partial(cast(MicroBatchStepper, stepper).micro_batch_step, [closure] * micro_batches)
 
 
-def _time(providers: Sequence[Provider], base: Base, grads: list[Tensor], rounds: int, regime: str, say: Say) -> dict[str, list[float]]:
+def _time(
+    providers: Sequence[Provider], base: Base, grads: list[Tensor], rounds: int, regime: str, say: Say, micro_batches: int
+) -> dict[str, list[float]]:
     calls = {}
     for provider in providers:
-        stepper = provider.make(make_params(grads), base)
+        params = make_params(grads)
+        step = _step(provider.make(params, base), params, grads, micro_batches)
         try:
-            _step(stepper)()  # compiles, where there is something to compile
+            step()  # compiles, where there is something to compile
         except Exception as error:  # a peer that fails here must not take the others' results along
             if provider.name == REFERENCE:
                 raise
             say(f"skipped {provider.name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             continue
-        calls[provider.name] = _step(stepper)
+        calls[provider.name] = step
     return interleave(calls, rounds=rounds, warmup=2, settle=1 if regime == "cached" else 0)
 
 
@@ -80,22 +90,35 @@ def _release_memory() -> None:
 
 
 def measure(
-    workload: Workload, base_name: str, dtype_name: str, names: Sequence[str], *, rounds: int | None, budget: int, say: Say
+    workload: Workload,
+    base_name: str,
+    dtype_name: str,
+    names: Sequence[str],
+    *,
+    rounds: int | None,
+    budget: int,
+    say: Say,
+    micro_batches: int = 1,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the result file. ``reference_ms_50``: the median of ``REFERENCE`` in the same rounds, so speed-ups are pairs."""
+    """Rows of the result file. ``reference_ms_50``: the median of ``REFERENCE`` in the same rounds, so speed-ups are pairs.
+
+    ``micro_batches`` > 1: steps of m-SAM, of the providers that take them.
+    """
     base, dtype = BASES[base_name], DTYPES[dtype_name]
+    names = [name for name in names if micro_batches == 1 or PROVIDERS[name].takes_micro_batches]
     providers, _ = participants(names, workload.n_tensors, say)
     rounds = takes(workload.numel, rounds)
     one_list = workload.numel * dtype.itemsize
-    held = one_list * (2 + sum(key != "step" for key in base.state_keys))
+    held = one_list * (2 + (micro_batches > 1) + sum(key != "step" for key in base.state_keys))
     # State is used again at every step, as in training; whether it is still cached then is the workload's size, not our choice.
     regime = "cached" if held + one_list < last_level_cache_bytes() else "memory"
     grads = make_grads(workload.shapes, dtype)
-    nbytes = step_bytes(base_name, workload.numel, dtype.itemsize)
+    nbytes = step_bytes(base_name, workload.numel, dtype.itemsize, micro_batches)
     seen_reference = False
     for number, group in enumerate(batches(providers, held, 3 * one_list, budget)):
-        say(f"{workload.name} {dtype_name} {base_name}: {', '.join(provider.name for provider in group)}")
-        samples = _time(group, base, grads, rounds, regime, say)
+        kind = f"{workload.name} {dtype_name} {base_name}" + (f", {micro_batches} micro-batches" if micro_batches > 1 else "")
+        say(f"{kind}: {', '.join(provider.name for provider in group)}")
+        samples = _time(group, base, grads, rounds, regime, say, micro_batches)
         _release_memory()
         reference = quantiles(samples[REFERENCE]).ms_50 if REFERENCE in samples else None
         for name, values in samples.items():
@@ -109,6 +132,7 @@ def measure(
                 "workload": workload.name,
                 "dtype": dtype_name,
                 "base": base_name,
+                "micro_batches": micro_batches,
                 "backend": name,
                 "n_tensors": workload.n_tensors,
                 "numel": workload.numel,

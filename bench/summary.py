@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.tables import cases, format_ms, format_speedup, op_rows, speedups, title
+from bench.tables import Case, cases, format_ms, format_speedup, op_rows, speedups, title
 from bench.workloads import DTYPES, WORKLOADS
 
 __all__ = ["print_summary"]
@@ -20,7 +20,7 @@ def print_summary(result: dict[str, Any], console: Console) -> None:
         table.add_column("whole step")
         for heading in ("median", "20–80 %", "GB/s", "sam_kernels is faster by"):
             table.add_column(heading, justify="right")
-        gbps = {row["backend"]: row["gbps"] for row in result["rows"] if row["kind"] == "step" and _is_of(row, case)}
+        gbps = {row["backend"]: row["gbps"] for row in result["rows"] if row["kind"] == "step" and Case.of(row) == case}
         for provider, cell in speedups([result], case).items():
             spread = f"{format_ms(cell.ms_20)} – {format_ms(cell.ms_80)}"
             table.add_row(title(provider), format_ms(cell.ms), spread, f"{gbps[provider]:.1f}", format_speedup(cell.speedup))
@@ -39,10 +39,6 @@ def print_summary(result: dict[str, Any], console: Console) -> None:
             shown = ("–" if row[key] is None else f"{row[key] / size:.2f}" for key in ("held_bytes", "peak_bytes"))
             table.add_row(title(row["backend"]), f"{row['workload']} {row['base']} {row['dtype']}", *shown)
         console.print(table)
-
-
-def _is_of(row: dict[str, Any], case: Any) -> bool:
-    return (row["workload"], row["dtype"], row["base"]) == (case.workload, case.dtype, case.base)
 
 
 def _op_table(workload: str, dtype: str, rows: dict[str, dict[str, dict[str, Any]]]) -> Table:

@@ -20,10 +20,16 @@ class Case:
     workload: str
     dtype: str
     base: str
+    micro_batches: int = 1
+
+    @classmethod
+    def of(cls, row: Row) -> Case:
+        return cls(row["workload"], row["dtype"], row["base"], row.get("micro_batches", 1))
 
     @property
     def title(self) -> str:
-        return f"{WORKLOADS[self.workload].title}, {BASES[self.base].title}, {self.dtype}"
+        title = f"{WORKLOADS[self.workload].title}, {BASES[self.base].title}, {self.dtype}"
+        return title if self.micro_batches == 1 else f"{title}, m-SAM of {self.micro_batches} micro-batches"
 
 
 @dataclass(frozen=True)
@@ -56,9 +62,10 @@ def _step_rows(result: Result) -> Iterable[Row]:
 
 
 def cases(results: Sequence[Result]) -> list[Case]:
-    found = {Case(row["workload"], row["dtype"], row["base"]) for result in results for row in _step_rows(result)}
+    found = {Case.of(row) for result in results for row in _step_rows(result)}
     order = [*WORKLOADS], [*BASES], ["fp32", "bf16"]
-    return sorted(found, key=lambda case: (order[0].index(case.workload), order[1].index(case.base), order[2].index(case.dtype)))
+    places = {case: (order[0].index(case.workload), order[1].index(case.base), order[2].index(case.dtype)) for case in found}
+    return sorted(found, key=lambda case: (case.micro_batches, *places[case]))
 
 
 def _ratio(row: Row) -> float | None:
@@ -70,7 +77,7 @@ def speedups(results: Sequence[Result], case: Case) -> dict[str, Cell]:
     by_provider: dict[str, dict[str, Row]] = {}
     for result in results:
         for row in _step_rows(result):
-            if Case(row["workload"], row["dtype"], row["base"]) == case:
+            if Case.of(row) == case:
                 by_provider.setdefault(row["backend"], {})[result["allocator"]] = row
     cells = {}
     for provider, regimes in by_provider.items():

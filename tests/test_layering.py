@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Layer -> what its modules may import from inside the package. "own" is the same layer; backends and their kind are told apart below.
-USERS = ("optim", "per_sample", "sampling", "theory", "schedules", "integrations")
+USERS = ("optim", "monitors", "per_sample", "sampling", "theory", "schedules", "integrations")
 COMPILED = ("_cpu", "_cuda", "_cuda_on_host")
 CORE = ("_dispatch", "_grouping", "_validate")
 ALLOWED: dict[str, set[str]] = {

@@ -1,10 +1,10 @@
 """Who takes part in the comparison of whole steps."""
 
 from bench.providers import compiled, davda54, lean, ours, packages
-from bench.providers.base import BASES, RHO, Base, Provider, Stepper
+from bench.providers.base import BASES, RHO, Base, Closure, MicroBatchStepper, Provider, Stepper
 from bench.providers.ours import REFERENCE
 
-__all__ = ["BASES", "PROVIDERS", "REFERENCE", "RHO", "Base", "Provider", "Stepper"]
+__all__ = ["BASES", "PROVIDERS", "REFERENCE", "RHO", "Base", "Closure", "MicroBatchStepper", "Provider", "Stepper"]
 
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider for module in (ours, davda54, packages, lean, compiled) for provider in module.PROVIDERS

@@ -8,9 +8,11 @@ from typing import Any, Protocol
 
 import torch
 
-__all__ = ["BASES", "RHO", "Base", "Provider", "Stepper", "fused_or_foreach"]
+__all__ = ["BASES", "RHO", "Base", "Closure", "MicroBatchStepper", "Provider", "Stepper", "fused_or_foreach"]
 
 RHO = 0.05
+
+Closure = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,15 @@ class Stepper(Protocol):
     def second_step(self) -> object: ...
 
 
+class MicroBatchStepper(Stepper, Protocol):
+    """One that takes steps of m-SAM too. Each closure puts a gradient in place, once for the ascent and once for the descent."""
+
+    def micro_batch_step(self, closures: Sequence[Closure]) -> object: ...
+
+
 @dataclass(frozen=True)
 class Provider:
-    """``missing`` tells why it cannot run a workload of so many tensors here, or None."""
+    """``missing`` tells why it cannot run a workload of so many tensors here, or None. ``takes_micro_batches``: a MicroBatchStepper."""
 
     name: str
     title: str
@@ -54,6 +62,7 @@ class Provider:
     missing: Callable[[int], str | None] = lambda n_tensors: None
     is_python_loop: bool = True
     note: str = ""
+    takes_micro_batches: bool = False
 
 
 def fused_or_foreach(implementation: str) -> dict[str, bool]:

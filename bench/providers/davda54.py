@@ -1,4 +1,4 @@
-"""The published davda54/sam loop (MIT, github.com/davda54/sam), written anew, operation for operation."""
+"""The published davda54/sam loop (MIT, github.com/davda54/sam), written anew, operation for operation; and m-SAM made of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.providers.base import RHO, Base, Provider, Stepper, fused_or_foreach
+from bench.providers.base import RHO, Base, Closure, Provider, Stepper, fused_or_foreach
 
 __all__ = ["PROVIDERS", "PublishedSAM"]
 
@@ -22,6 +22,7 @@ class PublishedSAM(torch.optim.Optimizer):
         self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
         self.param_groups = self.base_optimizer.param_groups
         self.defaults.update(self.base_optimizer.defaults)
+        self._mean_grads: list[Tensor] = []
 
     @torch.no_grad()
     def first_step(self) -> None:
@@ -44,6 +45,25 @@ class PublishedSAM(torch.optim.Optimizer):
                 p.data = self.state[p]["old_p"]
         self.base_optimizer.step()
 
+    @torch.no_grad()
+    def micro_batch_step(self, closures: Sequence[Closure]) -> None:
+        """The steps as above, around an accumulator that is kept: the gradients themselves are gone with the next backward pass."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        if not self._mean_grads:
+            self._mean_grads = [torch.empty_like(p, requires_grad=False) for p in params]
+        for mean_grad in self._mean_grads:
+            mean_grad.zero_()
+        for closure in closures:
+            closure()
+            self.first_step()
+            closure()
+            for p, mean_grad in zip(params, self._mean_grads, strict=True):
+                mean_grad.add_(p.grad, alpha=1 / len(closures))
+                p.data = self.state[p]["old_p"]
+        for p, mean_grad in zip(params, self._mean_grads, strict=True):
+            p.grad = mean_grad
+        self.base_optimizer.step()
+
     def _grad_norm(self) -> Tensor:
         shared_device = self.param_groups[0]["params"][0].device
         norms = [
@@ -60,6 +80,6 @@ def _make(implementation: str, params: Sequence[torch.nn.Parameter], base: Base)
 
 
 PROVIDERS = tuple(
-    Provider(f"davda54/{implementation}", f"davda54 loop, {implementation} base", partial(_make, implementation))
+    Provider(f"davda54/{implementation}", f"davda54 loop, {implementation} base", partial(_make, implementation), takes_micro_batches=True)
     for implementation in ("foreach", "fused")
 )

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 import sam_kernels
-from bench.providers.base import RHO, Base, Provider, Stepper
+from bench.providers.base import RHO, Base, Closure, Provider, Stepper
 from sam_kernels._dispatch import reason_missing
 
 __all__ = ["PROVIDERS", "REFERENCE"]
@@ -19,9 +19,9 @@ BACKENDS = ("native", "foreach")
 
 
 class OnBackend:
-    """Runs an optimizer's halves on one backend, though others are used in the same process."""
+    """Runs an optimizer's steps on one backend, though others are used in the same process."""
 
-    def __init__(self, optimizer: Stepper, backend: str) -> None:
+    def __init__(self, optimizer: sam_kernels.SAM, backend: str) -> None:
         self.optimizer = optimizer
         self.backend = backend
 
@@ -33,6 +33,10 @@ class OnBackend:
         with sam_kernels.use_backend(self.backend):
             self.optimizer.second_step()
 
+    def micro_batch_step(self, closures: Sequence[Closure]) -> None:
+        with sam_kernels.use_backend(self.backend):
+            self.optimizer.step(list(closures))
+
 
 def _make(backend: str, params: Sequence[torch.nn.Parameter], base: Base) -> Stepper:
     return OnBackend(sam_kernels.SAM(params, base.optimizer, rho=RHO, **base.kwargs), backend)
@@ -43,6 +47,13 @@ def _missing(backend: str) -> Callable[[int], str | None]:
 
 
 PROVIDERS = tuple(
-    Provider(f"sam_kernels/{backend}", f"sam_kernels, {backend}", partial(_make, backend), _missing(backend), is_python_loop=False)
+    Provider(
+        f"sam_kernels/{backend}",
+        f"sam_kernels, {backend}",
+        partial(_make, backend),
+        _missing(backend),
+        is_python_loop=False,
+        takes_micro_batches=True,
+    )
     for backend in BACKENDS
 )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
-__all__ = ["check_scaler", "report_step", "scale_of"]
+__all__ = ["check_scaler", "hide_grad_scaler", "report_step", "scale_of"]
 
 
 def check_scaler(grad_scaler: Any) -> GradScaler | None:
@@ -37,3 +38,10 @@ def report_step(grad_scaler: GradScaler | None, optimizer: Optimizer, found_inf:
     state = grad_scaler._per_optimizer_states[id(optimizer)]
     state["found_inf_per_device"] = {found_inf.device: found_inf.clone()}
     state["stage"] = OptState.STEPPED
+
+
+def hide_grad_scaler(step: Any) -> None:
+    """GradScaler.step passes itself, with a deprecation warning, to a step whose signature names ``grad_scaler``: hide it."""
+    signature = inspect.signature(step)
+    kept = [parameter for name, parameter in signature.parameters.items() if name != "grad_scaler"]
+    step.__signature__ = signature.replace(parameters=kept)

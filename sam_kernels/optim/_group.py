@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
 
@@ -15,7 +16,7 @@ from sam_kernels import _dispatch
 from sam_kernels._tensor_list import TensorList
 from sam_kernels._validate import SUPPORTED_DTYPES
 
-__all__ = ["Backups", "GroupLists", "check_params", "param_name", "same_bits", "same_tensors", "with_grads"]
+__all__ = ["Backups", "Current", "GroupLists", "check_params", "param_name", "same_bits", "same_tensors", "with_grads"]
 
 
 def same_tensors(left: Sequence[Any] | None, right: Sequence[Any]) -> bool:
@@ -144,6 +145,16 @@ class GroupLists:
         if known is None or not self._describes(known, tensors):
             known = self._state_tensors[key] = self._list(tensors)
         return known
+
+
+@dataclass
+class Current:
+    """A group's parameters that have a gradient now, and those gradients."""
+
+    index: int
+    group: dict[str, Any]
+    lists: GroupLists
+    grads: list[Tensor]
 
 
 def with_grads(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

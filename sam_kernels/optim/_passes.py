@@ -15,20 +15,10 @@ from sam_kernels import functional
 from sam_kernels._tensor_list import TensorList
 from sam_kernels.optim._capturable import is_recording, not_recordable
 from sam_kernels.optim._descent import can_fuse, fused_step, plain_step
-from sam_kernels.optim._group import Backups, GroupLists, param_name, same_bits, same_tensors, with_grads
+from sam_kernels.optim._group import Backups, Current, GroupLists, param_name, same_bits, same_tensors, with_grads
 from sam_kernels.optim._schedules import lambd_at, rho_at, takes_part
 
 __all__ = ["Passes"]
-
-
-@dataclass
-class _Current:
-    """A group's parameters that have a gradient now, and those gradients."""
-
-    index: int
-    group: dict[str, Any]
-    lists: GroupLists
-    grads: list[Tensor]
 
 
 @dataclass
@@ -71,6 +61,7 @@ class Passes:
         self._perturbed: dict[int, GroupLists] = {}
         self._joint: tuple[list[GroupLists], GroupLists] | None = None  # several groups' lists, and those of all their parameters
         self._unsure: _Unsure | None = None
+        self._saved: dict[int, GroupLists] = {}  # by group: what has been saved in this step
         self._begins = False  # found_inf is still the last step's
 
     def begin(self, device: torch.device) -> None:
@@ -80,14 +71,15 @@ class Passes:
                 raise not_recordable("no step was made before; make an eager one first, as torch asks for")
             self.found_inf, self.skipped = self.found_inf.to(device), self.skipped.to(device)
         self._begins = True
+        self._saved = {}
 
     @property
     def skipped_steps(self) -> int:
         """Waits for the device."""
         return int((self.skipped + self.found_inf).item())
 
-    def _forget_last_step(self) -> None:
-        """Where no norm did it in passing."""
+    def forget_last_step(self) -> None:
+        """``found_inf`` is this step's from now on; where no norm has seen to that in passing."""
         if self._begins:
             self.skipped.add_(self.found_inf)
             self.found_inf.zero_()
@@ -97,13 +89,17 @@ class Passes:
         """Frees the backups."""
         self.backups = Backups()
         self._lists = {}
+        self._saved = {}
         self._joint = None
 
     def ascend(self, groups: list[dict[str, Any]], *, eps: float, grad_scale: Tensor | None) -> None:
-        """Saves and perturbs the parameters of the groups with ρ > 0, along their gradients as they are."""
+        """Saves and perturbs the parameters of the groups with ρ > 0, along their gradients as they are: 4 N s bytes.
+
+        Later in a step (m-SAM's second micro-batch) they are the same weights again, which are not saved a second time: 3 N s.
+        """
         radii = [rho_at(group["rho"], group["sam_step"]) for group in groups]
         mixes = [lambd_at(group["lambd"], group["sam_step"]) for group in groups]
-        taking_part = [current for current in self._current(groups) if takes_part(current.group["rho"], current.group["sam_step"])]
+        taking_part = [current for current in self.current(groups) if takes_part(current.group["rho"], current.group["sam_step"])]
         norm = self._norm(taking_part, normalised=True)
         self.is_perturbed = True
         for current in taking_part:
@@ -120,9 +116,13 @@ class Passes:
                 grad_scale=grad_scale,
                 found_inf=self.found_inf,
             )
-            self._perturbed[current.index], self._unsure = current.lists, _Unsure(current.lists, perturb_)
-            perturb_(current.lists.params, old_params=current.lists.old_params)
+            # Other lists than those saved: other parameters have a gradient now, or some have moved. Saving all of them is right as well.
+            is_saved = self._saved.get(current.index) is current.lists
+            self._perturbed[current.index] = current.lists
+            self._unsure = None if is_saved else _Unsure(current.lists, perturb_)
+            perturb_(current.lists.params, old_params=current.lists.old_params, from_old=is_saved)
             self._unsure = None
+            self._saved[current.index] = current.lists
 
     def descend(
         self,
@@ -132,14 +132,18 @@ class Passes:
         check_finite: bool,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        known_norm: Tensor | None = None,
     ) -> None:
-        """Restores the parameters and makes the base's step along the gradients as they are, unless something was not finite."""
-        currents = self._current(groups)
+        """Restores the parameters and makes the base's step along the gradients as they are, unless something was not finite.
+
+        ``known_norm``: () their norm, which has told ``found_inf`` already.
+        """
+        currents = self.current(groups)
         norm = None
         if max_norm is not None:
-            norm = self._norm(currents, normalised=False)
-        self._forget_last_step()
-        if max_norm is None and check_finite:
+            norm = self._norm(currents, normalised=False) if known_norm is None else known_norm
+        self.forget_last_step()
+        if max_norm is None and known_norm is None and check_finite:
             for _, grads, *_ in self._joined(currents, normalised=False):
                 functional.check_finite_(grads, self.found_inf)
         if found_inf is not None:
@@ -175,13 +179,13 @@ class Passes:
         self._unsure = None
         self.is_perturbed = False
 
-    def _current(self, groups: list[dict[str, Any]]) -> list[_Current]:
+    def current(self, groups: list[dict[str, Any]]) -> list[Current]:
         found = []
         for i, group in enumerate(groups):
             lists = self._lists.get(i)
             vouched = None if lists is None else lists.current_grads(group["params"])
             if lists is not None and vouched is not None:  # the usual case: nothing moved, every parameter has a gradient
-                found.append(_Current(i, group, lists, vouched))
+                found.append(Current(i, group, lists, vouched))
                 continue
             params, grads = with_grads(group["params"])
             if not params:
@@ -191,10 +195,10 @@ class Passes:
             described = lists.grads(grads)
             if described is grads:  # not vouched for: perhaps one of them is no dense tensor
                 _check_grads(group, i)
-            found.append(_Current(i, group, lists, described))
+            found.append(Current(i, group, lists, described))
         return found
 
-    def _norm(self, currents: list[_Current], *, normalised: bool) -> Tensor:
+    def _norm(self, currents: list[Current], *, normalised: bool) -> Tensor:
         """Global norm over the groups, each with its own adaptive normalisation where ``normalised``; marks ``found_inf``."""
         norms = []
         for lists, grads, adaptive, eta in self._joined(currents, normalised=normalised):
@@ -209,7 +213,7 @@ class Passes:
             return torch.zeros(())
         return functional.combine_norms(norms)
 
-    def _joined(self, currents: list[_Current], *, normalised: bool) -> list[tuple[GroupLists, list[Tensor], bool, float]]:
+    def _joined(self, currents: list[Current], *, normalised: bool) -> list[tuple[GroupLists, list[Tensor], bool, float]]:
         """Lists, gradients, adaptive and eta of the norms to take: one norm of all groups where they agree and one call can take them."""
         kinds = [(bool(c.group["adaptive"]), float(c.group["eta"])) if normalised else (False, 0.0) for c in currents]
         if len(currents) > 1 and len(set(kinds)) == 1:
@@ -222,7 +226,7 @@ class Passes:
                 return [(joint, grads, *kinds[0])]
         return [(current.lists, current.grads, *kind) for current, kind in zip(currents, kinds, strict=True)]
 
-    def _parts(self, i: int, current: _Current | None) -> list[tuple[GroupLists, list[Tensor], list[Tensor] | None]]:
+    def _parts(self, i: int, current: Current | None) -> list[tuple[GroupLists, list[Tensor], list[Tensor] | None]]:
         """The parameters of group i by what their step starts from; those without a gradient now are restored here."""
         perturbed = self._perturbed.get(i)
         if perturbed is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -14,6 +13,8 @@ from torch.optim import Optimizer
 
 from sam_kernels._validate import check_flag, check_number
 from sam_kernels.optim import _amp, _capturable, _checkpoint
+from sam_kernels.optim._base import make_base
+from sam_kernels.optim._closures import Closure, TwoPasses, passes_of
 from sam_kernels.optim._descent import can_fuse
 from sam_kernels.optim._group import check_params
 from sam_kernels.optim._held_still import BufferGuard, RandomState
@@ -23,7 +24,6 @@ from sam_kernels.optim._schedules import FIRST_STEP, Schedule, check_schedule, t
 
 __all__ = ["SAM"]
 
-Closure = Callable[[], Any]
 _GROUP_KEYS = ("rho", "lambd", "adaptive", "eta")
 
 
@@ -99,7 +99,7 @@ class SAM(Optimizer):
         own = {"rho": rho, "lambd": lambd, "adaptive": adaptive, "eta": eta}
         self._check_group_values(own)
         self._guard = BufferGuard(model)
-        self.base_optimizer = _make_base(params, base_optimizer, base_kwargs)
+        self.base_optimizer = make_base(params, base_optimizer, base_kwargs)
         super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **own, "sam_step": 0})
         self._link()
 
@@ -171,55 +171,79 @@ class SAM(Optimizer):
         return self._passes.skipped_steps
 
     @torch.no_grad()
-    def step(self, closure: Closure | Sequence[Closure] | None = None, *, grad_scaler: GradScaler | None = None) -> Any:
-        """One step. Returns the loss of the first pass (of a list: the mean of the first losses), None without a closure.
+    def step(
+        self,
+        closure: Callable[..., Any] | Sequence[Closure] | None = None,
+        *,
+        grad_scaler: GradScaler | None = None,
+        batch: Sequence[Any] | None = None,
+        micro_batches: int | None = None,
+        ascent_closure: Closure | None = None,
+    ) -> Any:
+        """One step. Returns the loss of the first pass (of several micro-batches: the mean of the first losses), None without a closure.
+
+        m-SAM (arXiv 2509.18001) perturbs each micro-batch by its own gradient and descends along the mean of the gradients found there: a
+        list of closures, or ``batch`` and ``micro_batches``. For each, the closure is called at the weights and at the perturbed point, and
+        the weights are restored between micro-batches: the next ascent gradient is taken at the weights themselves, and taking all of
+        them beforehand would cost as many copies of the gradients. Memory is one mean gradient beside the gradients in use. Bytes
+        for k > 1 micro-batches with SGD and momentum: norm 1, perturb 3 (4 once), mean 3 (0 once), restore 2 (not after the last), update
+        5: 9 k + 1 N s; no pass over the mean is needed to see that it is finite. Between micro-batches ``param.grad`` may be None.
+        Buffers that ``model=`` names are updated in the first pass of every micro-batch and in no second pass.
 
         Args:
-            closure: zeroes the gradients, runs forward and backward and returns the loss; called twice. A list of closures is m-SAM: one
-                perturbation per closure (micro-batch), descent along the mean of their second gradients. None: the second half of the
-                two-step API after :meth:`first_step`, otherwise a plain step of the base optimizer.
+            closure: zeroes the gradients, runs forward and backward and returns the loss; called twice. A list of closures: one for each
+                micro-batch. None: the second half of the two-step API after :meth:`first_step`, otherwise a plain step of the base
+                optimizer.
             grad_scaler: the scaler whose ``scale(loss).backward()`` the closure calls. Call ``grad_scaler.update()`` afterwards, as usual.
+            batch: tuple or list of what the closure is called with. Every tensor in it (in tuples, lists and dicts too) is cut along
+                dimension 0 into ``micro_batches`` equal pieces (views), anything else is passed on as it is. Equal pieces and losses that
+                are means over samples make the mean of the gradients the one over all samples.
+            micro_batches: how many pieces, at least 1 (the default), which is SAM on the whole batch.
+            ascent_closure: n-SAM, the same paper's limit of one perturbation for all data: as ``closure``, called in its place in the first
+                pass, typically for the gradient over all data; ``closure`` is then called once, in the second pass. The loss returned is
+                that of ``ascent_closure``. With ρ = 0 everywhere only ``closure`` is called.
+
+        Raises:
+            TypeError, ValueError: before anything is called, for a closure that is none, for a batch without tensors or whose tensors have
+                no dimension 0, differ in its size or cannot be cut into equal pieces, for arguments that do not go together.
         """
         scaler = _amp.check_scaler(grad_scaler)
-        if closure is None:
+        passes = passes_of(closure, batch, micro_batches, ascent_closure)
+        if passes is None:
             return self._finish(scaler)
         if hasattr(self, "found_inf"):
             raise RuntimeError(
                 "SAM.step was given a closure by GradScaler.step, which cannot tell the scaler about gradients computed inside it; "
                 "call optimizer.step(closure, grad_scaler=scaler) and scaler.update()"
             )
-        closures: list[Any] = list(closure) if isinstance(closure, list | tuple) else [closure]
-        if not closures or not all(callable(function) for function in closures):
-            raise TypeError(f"SAM.step: closure must be a callable or a non-empty list of callables, got {closure!r}")
         self._restore()
         try:
-            return self._step_with_closures(closures, scaler)
+            return self._step_with_closures(passes, scaler)
         except BaseException:  # out of memory, Ctrl-C: whatever it was, the weights must be the caller's
             self._restore()
             raise
 
-    def _step_with_closures(self, closures: list[Closure], scaler: GradScaler | None) -> Any:
+    def _step_with_closures(self, passes: list[TwoPasses], scaler: GradScaler | None) -> Any:
         self._begin()
-        mean = GradientMean(len(closures)) if len(closures) > 1 else None
+        mean = GradientMean(len(passes), self._passes) if len(passes) > 1 else None
         losses = []
         ascends = any(takes_part(group["rho"], group["sam_step"]) for group in self.param_groups)
-        for last, closure in ((i == len(closures) - 1, function) for i, function in enumerate(closures)):
+        for i, (ascent, descent) in enumerate(passes):
             random_state = RandomState(self._devices()) if self.preserve_rng_state else None
             with torch.enable_grad():
-                losses.append(closure())
+                losses.append(ascent() if ascends else descent())
             if ascends:
                 self._ascend(_amp.scale_of(scaler))
                 if random_state is not None:
                     random_state.replay()
                 with torch.enable_grad():
-                    closure()
+                    descent()
             if mean is not None:
-                mean.add(self._all_params())
-                if last:
-                    mean.put(self._all_params())
-                else:
+                mean.add(self.param_groups)
+                if i < len(passes) - 1:  # the last time the descent does it
                     self._restore()
-        self._descend(_amp.scale_of(scaler), None, scaler)
+        norm = None if mean is None else mean.put(self.param_groups)
+        self._descend(_amp.scale_of(scaler), None, scaler, norm)
         return losses[0] if len(losses) == 1 else mean_loss(losses)
 
     @torch.no_grad()
@@ -292,7 +316,9 @@ class SAM(Optimizer):
         self._guard.save()
         self._passes.ascend(self.param_groups, eps=self.eps, grad_scale=grad_scale)
 
-    def _descend(self, grad_scale: Tensor | None, found_inf: Tensor | None, scaler: GradScaler | None) -> None:
+    def _descend(
+        self, grad_scale: Tensor | None, found_inf: Tensor | None, scaler: GradScaler | None, known_norm: Tensor | None = None
+    ) -> None:
         if self._passes.is_perturbed:
             self._guard.restore()
         self._passes.descend(
@@ -301,6 +327,7 @@ class SAM(Optimizer):
             check_finite=self.check_finite or grad_scale is not None,
             grad_scale=grad_scale,
             found_inf=found_inf,
+            known_norm=known_norm,
         )
         _amp.report_step(scaler, self, self._passes.found_inf)
 
@@ -332,33 +359,4 @@ class SAM(Optimizer):
         return list(dict.fromkeys(param.device for param in self._all_params()))
 
 
-def _hide_grad_scaler(step: Any) -> None:
-    """GradScaler.step passes itself, with a deprecation warning, to a step whose signature names ``grad_scaler``: hide it."""
-    signature = inspect.signature(step)
-    kept = [parameter for name, parameter in signature.parameters.items() if name != "grad_scaler"]
-    step.__signature__ = signature.replace(parameters=kept)
-
-
-_hide_grad_scaler(SAM.step)
-
-
-def _make_base(params: Any, base: Any, kwargs: dict[str, Any]) -> Optimizer:
-    if not isinstance(base, Optimizer):
-        if not callable(base):
-            raise TypeError(f"SAM: base_optimizer must be an optimizer class or instance, got {base!r}")
-        made = base(params, **kwargs)
-        if not isinstance(made, Optimizer):
-            raise TypeError(f"SAM: base_optimizer made a {type(made).__name__}, expected a torch.optim.Optimizer")
-        return made
-    if kwargs:
-        raise TypeError(f"SAM: {sorted(kwargs)} given beside an instance of {type(base).__name__}; set them on the instance")
-    given = params if isinstance(params, Iterable) and not isinstance(params, Tensor) else [params]
-    flat: list[Any] = []
-    for item in given:
-        inner = item["params"] if isinstance(item, dict) else item[1] if isinstance(item, tuple) else item
-        flat.extend([inner] if isinstance(inner, Tensor) else inner)
-    flat = [item[1] if isinstance(item, tuple) else item for item in flat]
-    held = [param for group in base.param_groups for param in group["params"]]
-    if {id(param) for param in flat} != {id(param) for param in held}:
-        raise ValueError(f"SAM: params ({len(flat)}) are not the parameters of the given {type(base).__name__} ({len(held)})")
-    return base
+_amp.hide_grad_scaler(SAM.step)

@@ -1,0 +1,42 @@
+"""Whether a gradient's memory belongs to nobody but the parameter that is asked for it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["nobody_else_has"]
+
+
+def _references(tensors: Sequence[Tensor]) -> list[tuple[int, int, int]]:
+    """Of each tensor: references from Python, from C++, and to its memory."""
+    return [
+        (sys.getrefcount(tensor), tensor._use_count(), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))  # type: ignore[attr-defined]
+        for tensor in tensors
+    ]
+
+
+def _references_of_one() -> tuple[int, int, int] | None:
+    """What is counted for a tensor that only a list holds; None where this torch or this Python does not count."""
+    try:
+        return _references([torch.empty(1, device="cpu")])[0]
+    except AttributeError:
+        return None
+
+
+_ALONE = _references_of_one()  # what is counted beside the list depends on the versions of Python and torch
+
+
+def nobody_else_has(tensors: Sequence[Tensor]) -> list[bool]:
+    """For each tensor of a list: whether this list holds the only reference to it and to its memory.
+
+    A gradient that autograd has made passes once ``param.grad`` is None. One that the caller keeps does not, nor a view of a flat buffer
+    (DistributedDataParallel's buckets), nor the fixed memory that a graphed backward pass writes every time: all those may be written
+    again while they are still needed. A doubt counts as no.
+    """
+    if _ALONE is None:
+        return [False] * len(tensors)
+    return [found == _ALONE for found in _references(tensors)]
