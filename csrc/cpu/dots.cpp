@@ -25,7 +25,7 @@ static inline void multiply_rows(const T* x, const T* y, int64_t stride, int64_t
   }
   for (int i = 0; i < kM; ++i) {
     for (int j = 0; j < kN; ++j) {
-      double sum = sum_lanes<T>(sums[i][j]);
+      double sum = sum_lanes(sums[i][j]);
       for (int64_t rest = k; rest < count; ++rest)
         sum += static_cast<double>(x[i * stride + rest]) * static_cast<double>(y[j * stride + rest]);
       out[i * kMaxDotTokens + j] += sum;
@@ -55,7 +55,7 @@ static inline double square(const T* x, int64_t count) {
       sums[v] = multiply_add(a, a, sums[v]);
     }
   }
-  double sum = sum_lanes<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  double sum = sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
   for (; k < count; ++k) sum += static_cast<double>(x[k]) * static_cast<double>(x[k]);
   return sum;
 }

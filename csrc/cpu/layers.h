@@ -36,7 +36,7 @@ constexpr int64_t kDepth = 256;
 constexpr int64_t kSlack = 32;  // a side is padded to whole panels
 constexpr int64_t kTileRows = 32;
 constexpr int64_t kSlab = 8192;        // elements of the part of a padded channel that a tile of patches is made of
-constexpr int64_t kMaxDotTokens = 16;  // at most so many tokens are multiplied row by row
+constexpr int64_t kMaxDotTokens = 24;  // at most so many tokens are multiplied row by row
 
 // One thread's memory, T being float or double.
 template <class T>

@@ -68,14 +68,19 @@ SAM_ALWAYS_INLINE void transpose_square(const float* source, int64_t stride, int
 constexpr int kSquare = 8;
 #endif
 
-// count <= kWidth rows of (count, depth) as columns of one panel.
+// count <= kWidth rows of (count, depth) as columns of one panel. ahead: elements from these rows to those that will be read next. A block
+// that is read across its rows is nothing that the hardware's prefetcher follows.
 template <class T>
-static void pack_rows(Rectangle<T> rows, int64_t count, int64_t depth, T* panel) {
+static void pack_rows(Rectangle<T> rows, int64_t count, int64_t depth, [[maybe_unused]] int64_t ahead, T* panel) {
   constexpr int64_t kPanel = kWidth<T>;
   int64_t done = 0;
 #if defined(__AVX2__)
   if constexpr (std::is_same_v<T, float>) {
     for (; done + kSquare <= depth; done += kSquare) {
+      if (ahead != 0 && done % 16 == 0) {
+        const char* next = reinterpret_cast<const char*>(rows.data) + (ahead + done) * 4;
+        for (int64_t row = 0; row < count; ++row) __builtin_prefetch(next + row * rows.stride * 4, 0, 2);
+      }
       for (int64_t row = 0; row < kPanel; row += kSquare) {
         const int64_t left = count - row;
         const T* source = rows.data + row * rows.stride + done;
@@ -106,8 +111,14 @@ static void pack_columns(Rectangle<T> rows, int64_t count, int64_t depth, T* pan
 #pragma GCC unroll 4
       for (int v = 0; v < kTileVectors; ++v) store_vector(target + v * kLength<T>, load_vector(source + i + v * kLength<T>));
     }
-    if (i < count) {
-      for (int64_t j = 0; j < kPanel; ++j) target[j] = i + j < count ? source[i + j] : T(0);
+    if (i == count) continue;
+    for (int v = 0; v < kTileVectors; ++v, i += kLength<T>) {
+      if (i + kLength<T> <= count) {
+        store_vector(target + v * kLength<T>, load_vector(source + i));
+        continue;
+      }
+      store_vector(target + v * kLength<T>, Vector<T>{});
+      for (int64_t j = i; j < count; ++j) target[v * kLength<T> + j - i] = source[j];
     }
   }
 }
@@ -120,7 +131,9 @@ static void pack(const Matrix& matrix, bool across, Span columns, Span depth, T*
   if (across) {
     for (int64_t begin = columns.begin; begin < columns.end; begin += kPanel, panels += kPanel * deep) {
       const int64_t end = begin + kPanel < columns.end ? begin + kPanel : columns.end;
-      pack_rows(rectangle(matrix, {begin, end}, depth, workspace), end - begin, deep, panels);
+      const Rectangle<T> rows = rectangle(matrix, {begin, end}, depth, workspace);
+      const int64_t next = end < columns.end ? kPanel * rows.stride : deep - (begin - columns.begin) * rows.stride;
+      pack_rows(rows, end - begin, deep, rows.data == workspace.tile ? 0 : next, panels);
     }
     return;
   }

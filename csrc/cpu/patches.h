@@ -74,31 +74,45 @@ struct Box {
   __attribute__((always_inline)) int64_t elements() const { return size[0] * size[1] * size[2]; }
 };
 
-// The box of one channel, zeros outside the input. source: the channel's first element.
+// The part of a box that lies in the input, from there on in the box. What lies outside is zero, for every channel.
+struct Inside {
+  int64_t begin[3], count[3];
+
+  __attribute__((always_inline)) Inside(const Window& w, const Box& box) {
+    for (int i = 0; i < 3; ++i) {
+      const int64_t low = w.padding[i] - box.first[i], high = w.padding[i] + w.in[i] - box.first[i];
+      begin[i] = low > 0 ? low : 0;
+      count[i] = (high < box.size[i] ? high : box.size[i]) - begin[i];
+    }
+  }
+};
+
+// The input's part of the box of one channel. source: the channel's first element.
 template <class T>
-static inline void fill_slab(const Window& w, const Box& box, DType dtype, const char* source, T* slab) {
-  const int64_t x = box.first[2] - w.padding[2];
-  const int64_t before = x < 0 ? (-x < box.size[2] ? -x : box.size[2]) : 0;
-  int64_t inside = w.in[2] - (x + before);
-  if (inside > box.size[2] - before) inside = box.size[2] - before;
-  if (inside < 0) inside = 0;
-  for (int64_t k = 0; k < box.size[0]; ++k) {
-    const int64_t z = box.first[0] + k - w.padding[0];
-    for (int64_t j = 0; j < box.size[1]; ++j, slab += box.size[2]) {
-      const int64_t y = box.first[1] + j - w.padding[1];
-      if (z < 0 || z >= w.in[0] || y < 0 || y >= w.in[1] || inside == 0) {
-        for (int64_t i = 0; i < box.size[2]; ++i) slab[i] = T(0);
+static inline void fill_slab(const Window& w, const Box& box, const Inside& inside, DType dtype, const char* source, T* slab) {
+  const int64_t count = inside.count[2];
+  if (count <= 0) return;
+  for (int64_t k = 0; k < inside.count[0]; ++k) {
+    const int64_t z = box.first[0] + inside.begin[0] + k - w.padding[0];
+    const int64_t y = box.first[1] + inside.begin[1] - w.padding[1], x = box.first[2] + inside.begin[2] - w.padding[2];
+    const char* from = source + ((z * w.in[1] + y) * w.in[2] + x) * bytes_of(dtype);
+    T* to = slab + ((inside.begin[0] + k) * box.size[1] + inside.begin[1]) * box.size[2] + inside.begin[2];
+    for (int64_t j = 0; j < inside.count[1]; ++j, from += w.in[2] * bytes_of(dtype), to += box.size[2]) {
+      if (dtype != kStorage<T>) {
+        convert(dtype, from, count, to);
         continue;
       }
-      const char* line = source + ((z * w.in[1] + y) * w.in[2] + x + before) * bytes_of(dtype);
-      for (int64_t i = 0; i < before; ++i) slab[i] = T(0);
-      if (dtype == kStorage<T>) {
-        const T* values = reinterpret_cast<const T*>(line);
-        for (int64_t i = 0; i < inside; ++i) slab[before + i] = values[i];
-      } else {
-        convert(dtype, line, inside, slab + before);
+      const T* line = reinterpret_cast<const T*>(from);
+      int64_t i = 0;
+      for (; i + kLength<T> <= count; i += kLength<T>) store_vector(to + i, load_vector(line + i));
+#if defined(__AVX512F__)
+      if constexpr (std::is_same_v<T, float>) {
+        const __mmask16 rest = static_cast<__mmask16>((1u << (count - i)) - 1);
+        _mm512_mask_storeu_ps(to + i, rest, _mm512_maskz_loadu_ps(rest, line + i));
+        continue;
       }
-      for (int64_t i = before + inside; i < box.size[2]; ++i) slab[i] = T(0);
+#endif
+      for (; i < count; ++i) to[i] = line[i];
     }
   }
 }
@@ -114,16 +128,40 @@ static inline void copy_positions(const Window& w, const Box& box, const int64_t
     const int64_t count = w.out[2] - x < left ? w.out[2] - x : left;
     const int64_t line = (z * w.stride[0] + moved[0]) * box.size[1] + y * w.stride[1] + moved[1];
     const T* from = slab + line * box.size[2] + x * w.stride[2] + moved[2];
-    if (w.stride[2] == 1) {
-      for (int64_t i = 0; i < count; i += kLength<T>) store_vector(target + i, load_vector(from + i));
-    } else {
-      for (int64_t i = 0; i < count; ++i) target[i] = from[i * w.stride[2]];
-    }
+    for (int64_t i = 0; i < count; i += kLength<T>) store_vector(target + i, load_vector(from + i));
     target += count;
     left -= count;
     x = 0;
     if (++y == w.out[1]) y = 0, ++z;
   }
+}
+
+// Where the windows of the box's positions begin in the slab.
+static inline void find_positions(const Window& w, const Box& box, int32_t* offsets) {
+  int64_t z = box.at[0], y = box.at[1], x = box.at[2];
+  for (int64_t i = 0; i < box.count; ++i) {
+    const int64_t line = (z * w.stride[0] - box.first[0]) * box.size[1] + y * w.stride[1] - box.first[1];
+    offsets[i] = static_cast<int32_t>(line * box.size[2] + x * w.stride[2] - box.first[2]);
+    if (++x == w.out[2]) x = 0, ++y;
+    if (y == w.out[1]) y = 0, ++z;
+  }
+}
+
+// The same as copy_positions, element by element: for lines shorter than a vector, and for strides.
+template <class T>
+static inline void gather_positions(const Window& w, const Box& box, const int64_t (&tap)[3], const int32_t* offsets, const T* slab,
+                                    T* target) {
+  const T* from = slab + (tap[0] * w.dilation[0] * box.size[1] + tap[1] * w.dilation[1]) * box.size[2] + tap[2] * w.dilation[2];
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) {
+    constexpr __mmask16 kAll = 0xFFFF;
+    for (; i + 16 <= box.count; i += 16) {
+      _mm512_storeu_ps(target + i, _mm512_mask_i32gather_ps(_mm512_setzero_ps(), kAll, _mm512_loadu_si512(offsets + i), from, 4));
+    }
+  }
+#endif
+  for (; i < box.count; ++i) target[i] = from[offsets[i]];
 }
 
 // One element of the kernel at one position, where even a single window's box is larger than the slab.
@@ -153,11 +191,20 @@ static void unfold(const Matrix& matrix, Span rows, const char* sample, int64_t 
     const char* source = sample + rows.begin / w.elements * w.plane * bytes_of(dtype);
     const int64_t which = rows.begin % w.elements;
     int64_t tap[3] = {which / (w.kernel[1] * w.kernel[2]), which / w.kernel[2] % w.kernel[1], which % w.kernel[2]};
+    const bool by_lines = w.stride[2] == 1 && w.out[2] >= kLength<T>;
+    int32_t offsets[kDepth];
+    if (fits && !by_lines) find_positions(w, box, offsets);
+    const Inside inside(w, box);
+    if (fits) {
+      for (int64_t i = 0; i < box.elements(); ++i) slab[i] = T(0);
+    }
     bool filled = false;
     for (int64_t row = 0; row < rows.end - rows.begin; ++row) {
-      if (fits && !filled) fill_slab(w, box, dtype, source, slab);
+      if (fits && !filled) fill_slab(w, box, inside, dtype, source, slab);
       filled = true;
-      if (fits) {
+      if (fits && !by_lines) {
+        gather_positions(w, box, tap, offsets, slab, target + row * stride);
+      } else if (fits) {
         copy_positions(w, box, tap, slab, target + row * stride);
       } else {
         target[row * stride] = lone_element<T>(w, box, tap, dtype, source);

@@ -111,14 +111,21 @@ SAM_ALWAYS_INLINE Vector<double> multiply_add(Vector<double> a, Vector<double> b
 #endif
 }
 
-// The lanes added up in double, the first one first.
-template <class T>
-SAM_ALWAYS_INLINE double sum_lanes(Vector<T> value) {
-  T lanes[kLength<T>];
+// The lanes added up in double, in halves.
+SAM_ALWAYS_INLINE double sum_lanes(Vector<double> value) {
+  double lanes[kLength<double>];
   store_vector(lanes, value);
-  double sum = 0;
-  for (int i = 0; i < kLength<T>; ++i) sum += static_cast<double>(lanes[i]);
-  return sum;
+#pragma GCC unroll 4
+  for (int width = kLength<double> / 2; width > 0; width /= 2) {
+#pragma GCC unroll 4
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+SAM_ALWAYS_INLINE double sum_lanes(Vector<float> value) {
+  HalfRegister::type halves[2];
+  std::memcpy(halves, &value, sizeof(value));
+  return sum_lanes(__builtin_convertvector(halves[0], Vector<double>) + __builtin_convertvector(halves[1], Vector<double>));
 }
 
 // Sums of products in double, in one order: four vectors in turn, and what is left of each stretch in a sum of its own.
@@ -150,9 +157,7 @@ struct DoubleSums {
     for (; i < count; ++i) rest += static_cast<double>(x[i]);
   }
 
-  __attribute__((always_inline)) inline double total() const {
-    return sum_lanes<double>((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + rest;
-  }
+  __attribute__((always_inline)) inline double total() const { return sum_lanes((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + rest; }
 };
 
 }  // namespace SAM_ISA
