@@ -101,24 +101,19 @@ void conv(List tensors, int64_t groups, int64_t samples, int64_t in_channels, in
   conv_square_norms(layer, c);
 }
 
-// A list of one tensor, or None.
-Operand only(List tensors, int64_t numel) {
-  if (tensors == nullptr) return {};
-  expect(tensors->operands.size() == 1 && tensors->numels[0] == numel && tensors->non_contiguous.empty(), "size or layout");
-  return tensors->operands[0];
-}
-
-void affine(List weight_grads, List bias_grads, List normalized, List grad_outputs, int64_t groups, int64_t samples, int64_t channels,
-            int64_t length, int threads) {
-  expect((weight_grads == nullptr) == (normalized == nullptr) && grad_outputs != nullptr, "weight_grads and normalized");
+// tensors: weight_grads and normalized where with_weight, bias_grads where with_bias, grad_outputs.
+void affine(List tensors, bool with_weight, bool with_bias, int64_t groups, int64_t samples, int64_t channels, int64_t length,
+            int threads) {
+  const std::vector<Operand>& operands = tensors->operands;
   const int64_t numel = groups * samples * channels * length;
-  expect(numel > 0, "empty");
-  const Operand weight = only(weight_grads, groups * channels), bias = only(bias_grads, groups * channels);
-  const Operand values = only(normalized, numel), grads = only(grad_outputs, numel);
-  const bool is_double = grads.dtype == DType::kFloat64 || (values.data != nullptr && values.dtype == DType::kFloat64);
-  for (const Operand& written : {weight, bias}) {
-    expect(written.data == nullptr || written.dtype == (is_double ? DType::kFloat64 : DType::kFloat32), "of the arithmetic type");
-  }
+  expect(operands.size() == std::size_t{1} + 2 * with_weight + with_bias && numel > 0 && tensors->non_contiguous.empty(), "tensors");
+  const Operand weight = with_weight ? operands[0] : Operand{}, values = with_weight ? operands[1] : Operand{};
+  const Operand bias = with_bias ? operands[with_weight ? 2 : 0] : Operand{}, grads = operands.back();
+  const bool is_double = grads.dtype == DType::kFloat64 || (with_weight && values.dtype == DType::kFloat64);
+  const DType dtype = is_double ? DType::kFloat64 : DType::kFloat32;
+  expect(!with_weight || (weight.dtype == dtype && tensors->numels[0] == groups * channels && tensors->numels[1] == numel), "weight");
+  expect(!with_bias || (bias.dtype == dtype && tensors->numels[with_weight ? 2 : 0] == groups * channels), "bias");
+  expect(tensors->numels.back() == numel, "grad_outputs: size");
   py::gil_scoped_release release;
   affine_grads(weight.data, bias.data, values, grads, is_double, groups, samples, channels, length, threads);
 }
@@ -243,8 +238,8 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("conv_square_norms", &conv, arg("tensors"), arg("groups"), arg("samples"), arg("in_channels"), arg("out_channels"),
              arg("channel_groups"), arg("sizes"), arg("kernel"), arg("stride"), arg("padding"), arg("dilation"), arg("gram"),
              arg("threads"));
-  module.def("affine_grads", &affine, arg("weight_grads"), arg("bias_grads"), arg("normalized"), arg("grad_outputs"), arg("groups"),
-             arg("samples"), arg("channels"), arg("length"), arg("threads"));
+  module.def("affine_grads", &affine, arg("tensors"), arg("with_weight"), arg("with_bias"), arg("groups"), arg("samples"), arg("channels"),
+             arg("length"), arg("threads"));
   module.def("embedding_square_norms", &embedding, arg("tensors"), arg("groups"), arg("tokens"), arg("dim"), arg("padding_idx"),
              arg("threads"));
 }
