@@ -3,7 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <optional>
+#include <stdexcept>
 #include <vector>
 
 #include "common/dlpack.h"
@@ -11,6 +13,7 @@
 #include "common/random.h"
 #include "common/work_list.h"
 #include "cpu/engine.h"
+#include "cpu/per_sample.h"
 #include "tensor_list.h"
 
 namespace py = pybind11;
@@ -43,6 +46,88 @@ std::vector<double> advance_steps(List steps) {
     }
   }
   return values;
+}
+
+using Sizes = std::array<int64_t, 3>;
+
+void expect(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
+// tensors: square_norms, inputs, grad_outputs and, where they are kept, products.
+Layer layer_of(List tensors, int64_t groups, bool gram, int threads) {
+  const std::vector<Operand>& operands = tensors->operands;
+  expect(operands.size() == 3 || operands.size() == 4, "three tensors or four");
+  expect(operands[0].dtype == DType::kFloat64 && tensors->numels[0] == groups && groups > 0, "square_norms: (groups,) float64");
+  const bool is_double = operands[1].dtype == DType::kFloat64 || operands[2].dtype == DType::kFloat64;
+  const bool kept = operands.size() == 4;
+  expect(!kept || (!gram && operands[3].dtype == (is_double ? DType::kFloat64 : DType::kFloat32)), "products: of the arithmetic type");
+  expect(tensors->non_contiguous.empty(), "tensors must be contiguous");
+  void* products = kept ? operands[3].data : nullptr;
+  return {static_cast<double*>(operands[0].data), operands[1], operands[2], products, is_double, groups, gram, threads};
+}
+
+void check_numels(List tensors, int64_t inputs, int64_t grads, int64_t products) {
+  expect(inputs > 0 && grads > 0 && tensors->numels[1] == inputs && tensors->numels[2] == grads, "inputs or grad_outputs: size");
+  expect(tensors->numels.size() == 3 || tensors->numels[3] == products, "products: size");
+}
+
+void linear(List tensors, int64_t groups, int64_t tokens, int64_t in_features, int64_t out_features, bool gram, int threads) {
+  const Layer layer = layer_of(tensors, groups, gram, threads);
+  check_numels(tensors, groups * tokens * in_features, groups * tokens * out_features, groups * in_features * out_features);
+  py::gil_scoped_release release;
+  linear_square_norms(layer, tokens, in_features, out_features);
+}
+
+// sizes, kernel and so on: of three dimensions, the missing ones first and 1 (padding: 0).
+void conv(List tensors, int64_t groups, int64_t samples, int64_t in_channels, int64_t out_channels, int64_t channel_groups,
+          const Sizes& sizes, const Sizes& kernel, const Sizes& stride, const Sizes& padding, const Sizes& dilation, bool gram,
+          int threads) {
+  const Layer layer = layer_of(tensors, groups, gram, threads);
+  Convolution c{samples, in_channels, out_channels, channel_groups, {}, {}, {}, {}, {}, {}};
+  int64_t inputs = groups * samples * in_channels, grads = groups * samples * out_channels;
+  expect(channel_groups > 0 && in_channels % channel_groups == 0 && out_channels % channel_groups == 0, "groups of channels");
+  int64_t products = groups * out_channels * (in_channels / channel_groups);
+  for (std::size_t i = 0; i < 3; ++i) {
+    expect(kernel[i] > 0 && stride[i] > 0 && padding[i] >= 0 && dilation[i] > 0, "kernel, stride, padding or dilation");
+    c.in[i] = sizes[i], c.kernel[i] = kernel[i], c.stride[i] = stride[i], c.padding[i] = padding[i], c.dilation[i] = dilation[i];
+    const int64_t room = sizes[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1;
+    expect(room >= 0, "kernel larger than the input");
+    c.out[i] = room / stride[i] + 1;
+    inputs *= c.in[i], grads *= c.out[i], products *= c.kernel[i];
+  }
+  check_numels(tensors, inputs, grads, products);
+  py::gil_scoped_release release;
+  conv_square_norms(layer, c);
+}
+
+// tensors: weight_grads and normalized where with_weight, bias_grads where with_bias, grad_outputs.
+void affine(List tensors, bool with_weight, bool with_bias, int64_t groups, int64_t samples, int64_t channels, int64_t length,
+            int threads) {
+  const std::vector<Operand>& operands = tensors->operands;
+  const int64_t numel = groups * samples * channels * length;
+  expect(operands.size() == std::size_t{1} + 2 * with_weight + with_bias && numel > 0 && tensors->non_contiguous.empty(), "tensors");
+  const Operand weight = with_weight ? operands[0] : Operand{}, values = with_weight ? operands[1] : Operand{};
+  const Operand bias = with_bias ? operands[with_weight ? 2 : 0] : Operand{}, grads = operands.back();
+  const bool is_double = grads.dtype == DType::kFloat64 || (with_weight && values.dtype == DType::kFloat64);
+  const DType dtype = is_double ? DType::kFloat64 : DType::kFloat32;
+  expect(!with_weight || (weight.dtype == dtype && tensors->numels[0] == groups * channels && tensors->numels[1] == numel), "weight");
+  expect(!with_bias || (bias.dtype == dtype && tensors->numels[with_weight ? 2 : 0] == groups * channels), "bias");
+  expect(tensors->numels.back() == numel, "grad_outputs: size");
+  py::gil_scoped_release release;
+  affine_grads(weight.data, bias.data, values, grads, is_double, groups, samples, channels, length, threads);
+}
+
+// tensors: square_norms, grad_outputs and the int64 indices under the name of float64, the only ones of 64 bits that a list knows.
+void embedding(List tensors, int64_t groups, int64_t tokens, int64_t dim, std::optional<int64_t> padding_idx, int threads) {
+  const std::vector<Operand>& operands = tensors->operands;
+  expect(operands.size() == 3 && tensors->non_contiguous.empty() && groups * tokens * dim > 0, "three tensors");
+  expect(operands[0].dtype == DType::kFloat64 && tensors->numels[0] == groups, "square_norms: (groups,) float64");
+  expect(tensors->numels[1] == groups * tokens * dim, "grad_outputs: size");
+  expect(operands[2].dtype == DType::kFloat64 && tensors->numels[2] == groups * tokens, "indices: (groups, tokens) of 64 bits");
+  py::gil_scoped_release release;
+  embedding_square_norms(static_cast<double*>(operands[0].data), static_cast<const int64_t*>(operands[2].data), operands[1], groups, tokens,
+                         dim, padding_idx ? &*padding_idx : nullptr, threads);
 }
 
 }  // namespace
@@ -147,4 +232,14 @@ PYBIND11_MODULE(_cpu, module) {
       },
       py::kw_only(), arg("params"), arg("grads"), arg("old_params"), arg("exp_avgs"), arg("exp_avg_sqs"), arg("steps"), arg("lr"),
       arg("beta1"), arg("beta2"), arg("eps"), arg("weight_decay"), arg("grad_multiplier"), arg("decoupled"), arg("threads"));
+
+  module.def("linear_square_norms", &linear, arg("tensors"), arg("groups"), arg("tokens"), arg("in_features"), arg("out_features"),
+             arg("gram"), arg("threads"));
+  module.def("conv_square_norms", &conv, arg("tensors"), arg("groups"), arg("samples"), arg("in_channels"), arg("out_channels"),
+             arg("channel_groups"), arg("sizes"), arg("kernel"), arg("stride"), arg("padding"), arg("dilation"), arg("gram"),
+             arg("threads"));
+  module.def("affine_grads", &affine, arg("tensors"), arg("with_weight"), arg("with_bias"), arg("groups"), arg("samples"), arg("channels"),
+             arg("length"), arg("threads"));
+  module.def("embedding_square_norms", &embedding, arg("tensors"), arg("groups"), arg("tokens"), arg("dim"), arg("padding_idx"),
+             arg("threads"));
 }

@@ -18,16 +18,20 @@ from cuda_toolkit import Toolkit, architectures, code_options, host_compiler_opt
 ROOT = Path(__file__).resolve().parents[1]
 BINDING = {"_cpu": "bind_cpu", "_cuda": "bind_cuda", "_cuda_on_host": "bind_cuda"}  # each module's own source
 SHARED = ["tensor_list"]  # in every module, compiled once
-ENGINE = ["cpu/engine", "cpu/dispatch"]  # compiled once, for the oldest processor
+ENGINE = ["cpu/engine", "cpu/per_sample", "cpu/dispatch"]  # compiled once, for the oldest processor
 # csrc/cpu/<op>.cpp, compiled once per instruction set; the slowest to compile first
 CHUNK_KERNELS = ["adamw", "sgd", "perturb_variant", "direction", "random", "perturb", "norm"]
+# The same, with fused multiply-adds where the instruction set has them: their bits differ between instruction sets.
+MATRIX_KERNELS = ["direct", "gram", "dots", "affine", "rows"]
 # No fast-math: only what does not change a result (errno and traps are not results). No contraction: see csrc/common/formulas.h.
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math"
 CXX_FLAGS += " -Wall -Wextra -Wno-psabi"
 INSTRUCTION_SETS = {"baseline": ""}
+FUSED: dict[str, str] = {}
 if platform.machine().lower() in ("x86_64", "amd64"):
     CXX_FLAGS += " -DSAM_X86_KERNELS"
     INSTRUCTION_SETS["avx2"] = "-mavx2 -mf16c"
+    FUSED["avx2"] = " -mfma"  # part of AVX-512
     INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mf16c -mprefer-vector-width=512"
 # -lineinfo: profilers show source lines; it changes no code. Compressed, or the module would be nine times as large (53 MB).
 NVCC_FLAGS = "-std=c++17 -O3 -lineinfo -Xfatbin=-compress-all --fmad=false -Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off -I csrc"
@@ -95,7 +99,9 @@ def write_rules(writer, folder: str, modules: Sequence[str], toolkit: Toolkit | 
     shared = rules.objects([f"{name}.cpp" for name in SHARED], ".o", python)
     linked = rules.objects([f"{BINDING['_cpu']}.cpp"], ".o", python)
     for isa in reversed(INSTRUCTION_SETS):
-        linked += rules.objects([f"cpu/{name}.cpp" for name in CHUNK_KERNELS], f".{isa}.o", f"-DSAM_ISA={isa} {INSTRUCTION_SETS[isa]}")
+        flags = f"-DSAM_ISA={isa} {INSTRUCTION_SETS[isa]}"
+        linked += rules.objects([f"cpu/{name}.cpp" for name in CHUNK_KERNELS], f".{isa}.o", flags)
+        linked += rules.objects([f"cpu/{name}.cpp" for name in MATRIX_KERNELS], f".{isa}.o", flags + FUSED.get(isa, ""))
     linked += rules.objects([f"{name}.cpp" for name in ENGINE], ".o", "")
     rules.module("_cpu", shared + linked)
 

@@ -190,8 +190,8 @@ def unlisted_sources(root: Path) -> list[str]:
     tree = {
         node.targets[0].id: node.value for node in ast.parse(text).body if isinstance(node, ast.Assign) and hasattr(node.targets[0], "id")
     }
-    lists = {name: ast.literal_eval(tree[name]) for name in ("BINDING", "SHARED", "ENGINE", "CHUNK_KERNELS")}
-    kernels = [f"cpu/{name}" for name in lists["CHUNK_KERNELS"]]
+    lists = {name: ast.literal_eval(tree[name]) for name in ("BINDING", "SHARED", "ENGINE", "CHUNK_KERNELS", "MATRIX_KERNELS")}
+    kernels = [f"cpu/{name}" for name in lists["CHUNK_KERNELS"] + lists["MATRIX_KERNELS"]]
     listed = sorted(f"{name}.cpp" for name in [*set(lists["BINDING"].values()), *lists["SHARED"], *lists["ENGINE"], *kernels])
     sources = {path for path in (root / "csrc").rglob("*") if path.suffix in (".cpp", ".cu")} - {*(root / "csrc" / "cuda").glob("*.cu")}
     present = sorted(str(path.relative_to(root / "csrc")) for path in sources)
@@ -235,7 +235,7 @@ def plant(root: Path, files: dict[str, str]) -> Path:
         "csrc/cuda/chunk.cuh": '#include <cstdint>\n#include "common/formulas.h"\n',
         "csrc/bind_cuda.cpp": '#include <cuda_runtime_api.h>\n#include <pybind11/stl.h>\n#include "cuda/sgd.h"\n#include "tensor_list.h"\n',
         "csrc/ninja_build.py": 'BINDING = {"_cpu": "bind_cpu", "_cuda": "bind_cuda", "_cuda_on_host": "bind_cuda"}\n'
-        'SHARED = ["tensor_list"]\nENGINE = ["cpu/engine"]\nCHUNK_KERNELS = ["sgd"]\n',
+        'SHARED = ["tensor_list"]\nENGINE = ["cpu/engine"]\nCHUNK_KERNELS = ["sgd"]\nMATRIX_KERNELS = []\n',
     }
     for name, text in {**sound, **files}.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@
 
 #include "common/formulas.h"
 #include "common/operand.h"
+#include "cpu/layers.h"
 
 namespace sam::cpu {
 
@@ -13,10 +14,6 @@ namespace sam::cpu {
 struct Row {
   Operand param, grad, old_param;
   Operand state[2];  // momentum buffer | exp_avg, exp_avg_sq | ema
-};
-
-struct Span {
-  int64_t begin, end;  // elements
 };
 
 struct NormArgs {
@@ -78,6 +75,13 @@ struct KernelTable {
   void (*copy)(const Row&, Span, const CopyArgs&);
   void (*sgd)(const Row&, Span, const SgdArgs&);
   void (*adamw)(const Row&, Span, const AdamArgs&, double step);  // step: 1 on the first
+  // The squared norm of one group's G'A, or of one block of it. memory: a Workspace<double>, or <float>.
+  double (*gram)(const Matrix& inputs, const Matrix& grads, Span rows, Span cols, bool is_double, void* memory);
+  double (*direct)(const Matrix& inputs, const Matrix& grads, const Product&, bool is_double, void* memory);
+  void (*dots)(const Matrix& inputs, const Matrix& grads, Span groups, int64_t tokens, double* square_norms, bool is_double, void* memory);
+  void (*affine)(const AffineTask&, bool is_double);
+  // The rows of each index added up and squared, for the indices that begin in the span.
+  double (*row_squares)(const Operand& grads, int64_t dim, const Position* sorted, int64_t total, Span, const int64_t* padding_idx);
 };
 
 // The best table this processor can run, or the one named by SAM_KERNELS_ISA. Throws std::runtime_error when that one cannot run here.

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
 BUILD = SETUP["ninja_build"]
 CHUNK_KERNELS: list[str] = BUILD.CHUNK_KERNELS
+MATRIX_KERNELS: list[str] = BUILD.MATRIX_KERNELS
 INSTRUCTION_SETS: dict[str, str] = BUILD.INSTRUCTION_SETS
 FUSED_MULTIPLY_ADD = re.compile(r"\bv?fn?m(?:add|sub|addsub|subadd)[0-9]*[sp][sdh]?\b|\bfn?m(?:la|ls)\b")
 
@@ -59,8 +60,8 @@ def objects(tmp_path_factory) -> Path:
     return folder
 
 
-def objects_of(folder: Path, isa: str) -> list[Path]:
-    return [folder / "cpu" / f"{name}.{isa}.o" for name in CHUNK_KERNELS]
+def objects_of(folder: Path, isa: str, names: list[str] = CHUNK_KERNELS) -> list[Path]:
+    return [folder / "cpu" / f"{name}.{isa}.o" for name in names]
 
 
 def leaked_symbols(path: Path, isa: str) -> list[str]:
@@ -76,7 +77,7 @@ def disassembly(path: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
-@pytest.mark.parametrize("name", CHUNK_KERNELS)
+@pytest.mark.parametrize("name", CHUNK_KERNELS + MATRIX_KERNELS)
 def test_a_kernel_object_defines_symbols_only_in_its_own_namespace(objects, name, isa):
     path = objects / "cpu" / f"{name}.{isa}.o"
     assert leaked_symbols(path, isa) == []
@@ -86,9 +87,10 @@ def test_a_kernel_object_defines_symbols_only_in_its_own_namespace(objects, name
 @pytest.mark.slow
 @pytest.mark.skipif("avx2" not in INSTRUCTION_SETS, reason="x86-64 registers")
 def test_only_the_newer_instruction_sets_use_wide_registers(objects):
-    for path in [*objects_of(objects, "baseline"), *(objects / f"{name}.o" for name in ["bind_cpu", *BUILD.SHARED, *BUILD.ENGINE])]:
+    every = CHUNK_KERNELS + MATRIX_KERNELS
+    for path in [*objects_of(objects, "baseline", every), *(objects / f"{name}.o" for name in ["bind_cpu", *BUILD.SHARED, *BUILD.ENGINE])]:
         assert set(re.findall(r"%[yz]mm", disassembly(path))) == set(), path.name
-    for path in objects_of(objects, "avx2"):
+    for path in objects_of(objects, "avx2", every):
         assert set(re.findall(r"%[yz]mm|%k[1-7]", disassembly(path))) == {"%ymm"}, path.name
 
 
@@ -106,6 +108,14 @@ def test_nothing_is_contracted_into_a_fused_multiply_add(objects):
     for isa in INSTRUCTION_SETS:
         for path in objects_of(objects, isa):
             assert FUSED_MULTIPLY_ADD.findall(disassembly(path)) == [], path.name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("avx2" not in INSTRUCTION_SETS, reason="x86-64 instructions")
+def test_blocks_of_products_use_fused_multiply_adds_where_there_are_any(objects):
+    for name in ("gram", "direct", "dots"):
+        found = {isa: len(FUSED_MULTIPLY_ADD.findall(disassembly(objects / "cpu" / f"{name}.{isa}.o"))) for isa in INSTRUCTION_SETS}
+        assert found["baseline"] == 0 and min(found["avx2"], found["avx512"]) >= 12, (name, found)
 
 
 PLANTED = """

@@ -17,7 +17,7 @@ from tests.helpers.cases import OPTIONS, build, run
 from tests.helpers.compare import assert_same_bits
 
 ROOT = Path(__file__).resolve().parents[2]
-NEEDS = {"baseline": set(), "avx2": {"avx2", "f16c"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "f16c"}}
+NEEDS = {"baseline": set(), "avx2": {"avx2", "fma", "f16c"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "f16c"}}
 OPTION = {
     "grad_norm": "adaptive",
     "grad_norms": "plain",
