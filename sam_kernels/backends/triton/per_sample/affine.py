@@ -24,6 +24,7 @@ _BUSY = 4 * ENOUGH  # programs of 128 threads: eight a multiprocessor, 1024 thre
 _STEPS = 4  # of a program's loop at least, or the second kernel would have more to do than it is worth
 _COLUMNS = 128  # channels a program: 512 bytes of a row of float32
 _LONG_ROW = 512
+_TILE = TILE_ELEMENTS // 2  # of each operand: with 16 a thread of both, registers would cost occupancy
 _BLOCK = 512  # sums that a program of the second kernel adds up
 
 
@@ -144,9 +145,9 @@ def affine_grads_(
     in_columns = length == 1
     block_c = min(_COLUMNS if in_columns else 1 << 30, triton.next_power_of_2(channels))
     block_l = min(_LONG_ROW, triton.next_power_of_2(length))
-    block_c = block_c if in_columns else min(block_c, TILE_ELEMENTS // block_l)
+    block_c = block_c if in_columns else min(block_c, _TILE // block_l)
     programs = m * -(-channels // block_c)
-    block_s = TILE_ELEMENTS // block_c
+    block_s = _TILE // block_c
     units = -(-positions // block_s) if in_columns else positions * -(-length // block_l)
     parts, steps = _split(programs, units)
     found = wanted if parts == 1 else [tensor.new_empty((parts, m, channels)) for tensor in wanted]

@@ -63,7 +63,7 @@ def direct_square_norms_(square_norms: Tensor, inputs: Tensor, grads: Tensor, pr
     m, tokens, in_features = inputs.shape
     out_features = grads.shape[2]
     kind = kind_of(precision, inputs.dtype, grads.dtype)
-    tile = direct_tile(kind, m, tokens, in_features, out_features)
+    tile = direct_tile(kind, m, tokens, in_features, out_features, max(inputs.element_size(), grads.element_size()))
     tiles = -(-out_features // tile.rows) * -(-in_features // tile.columns)
     partials = torch.empty((m, tiles), dtype=torch.float32, device=inputs.device)
     launch(

@@ -5,8 +5,8 @@ that sums have one order), which leaves the rows of each index in a run. A progr
 run begins there, it walks the run and adds up its rows, in float32, else it has nothing to do. Reads g once, and nothing else that grows
 with D: M T D s bytes, 12 M T for indices and their order.
 
-The other way, masked tiles of GG', would put T^2 D flops where these are T D additions: memory-bound beats tensor cores from T = 16 on, and
-a padding index that fills half of a batch would not spare a tile.
+The other way, masked tiles of GG', would do T^2 D flops, nearly all for zeros, where these are T D additions beside one read; and an index
+that fills half of a batch (padding that nobody named) would not spare it a tile.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def gram_square_norms_(square_norms: Tensor, inputs: Tensor, grads: Tensor, prec
     m, tokens, in_features = inputs.shape
     out_features = grads.shape[2]
     kinds = kind_of(precision, inputs.dtype), kind_of(precision, grads.dtype)
-    ours = gram_tile(kinds[0], m, tokens, in_features), gram_tile(kinds[1], m, tokens, out_features)
+    ours = [gram_tile(kind, m, tokens, x.shape[2], x.element_size()) for kind, x in zip(kinds, (inputs, grads), strict=True)]
     tile = min(ours, key=lambda tile: tile.rows)  # one for both: of two precisions the smaller
     sides = -(-tokens // tile.rows)
     pairs = sides * (sides + 1) // 2
