@@ -85,7 +85,9 @@ FAULTS = {
         "affine.py", "(rows < positions)[:, None] & is_column[None, :]", "place < channels * positions - 1", "_columns_kernel",
         "operands_come_16_bytes_at_a_time", {},
     ),
-    "sums in float64": Fault("affine.py", "bias_sums + g\n", "(bias_sums.to(tl.float64) + g).to(tl.float32)\n", "_rows_kernel", "no_double", {}),
+    "a number in float64": Fault(
+        "affine.py", "bias_sums + g\n", "bias_sums + (g.to(tl.float64) * 1.1).to(tl.float32)\n", "_rows_kernel", "no_double", {},
+    ),
 }  # fmt: skip
 
 
