@@ -26,7 +26,14 @@ DTYPES = {
     "bf16_fp16": (torch.bfloat16, torch.float16),
 }
 # Positions, d, p: odd sizes (scalar accesses) and multiples of 16 (16-byte ones), few positions and many, every tile.
-SIZES = [(1, 40, 33), (2, 33, 17), (16, 64, 48), (17, 31, 65), (100, 128, 257), *([(257, 768, 320), (600, 72, 130)] if IS_DEVICE else [])]
+SIZES = [
+    (1, 40, 33),
+    (2, 33, 17),
+    (16, 64, 48),
+    (17, 31, 65),
+    (100, 128, 257),
+    *([(16, 768, 320), (64, 768, 320), (257, 768, 320), (600, 72, 130)] if IS_DEVICE else []),
+]
 LINEAR = [
     f"{method}_{precision}_{dtypes}"
     for method in ("gram", "direct")

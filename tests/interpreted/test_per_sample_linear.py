@@ -117,3 +117,18 @@ def test_the_method_is_the_one_with_fewer_flops() -> None:
     assert per_sample.linear_method(2048, 768, 768) == "direct"
     assert per_sample.linear_method(1024, 64, 10) == "direct"
     assert per_sample.linear_method(1, 3, 2) == "gram"
+
+
+def test_a_sweep_of_tiles_leaves_them_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.gpu import sweep_products
+    from bench.gpu.gate import Gate
+    from bench.gpu.timing import HostClock
+
+    before = dict(_config.GRAM), dict(_config.DIRECT)
+    monkeypatch.setattr(sweep_products, "WARPS", (4,))
+    rows = list(sweep_products.run(HostClock(), "cpu", Gate("", is_off=True), 1e18))
+    assert before == (_config.GRAM, _config.DIRECT)
+    assert {(row["kernel"], row["dtype"]) for row in rows} == {
+        (form, kind) for form in ("gram", "direct") for kind in ("bf16", "tf32", "ieee")
+    }
+    assert all(any(row["is_default"] for row in rows if row["kernel"] == form) for form in ("gram", "direct"))
