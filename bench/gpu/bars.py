@@ -50,7 +50,7 @@ class Bar:
 
     def __str__(self) -> str:
         bar, measured = ("–" if value is None else f"{value:.2f}" for value in (self.bar, self.measured))
-        return f"{self.figure:<50} {bar:>6} {measured:>6} {self.unit:<9} {self.state}"
+        return f"{self.figure:<44} {bar:>6} {measured:>6} {self.unit:<9} {self.state}"
 
 
 def _step(rows: Sequence[Row], workload: str, base: str, dtype: str, name: str) -> Row | None:
@@ -114,5 +114,5 @@ def lines(rows: Sequence[Row]) -> list[str]:
         mine = list(bars(rows, backend))
         states = [bar.state for bar in mine]
         counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-        found += [f"{f'{backend}: {counts}':<52} {'bar':>6} {'measured':>6}", *(f"  {bar}" for bar in mine)]
+        found += [f"{f'{backend}: {counts}':<46} {'bar':>6} {'measured':>6}", *(f"  {bar}" for bar in mine)]
     return found
