@@ -69,10 +69,10 @@ def one(variants: list[Variant], kernel: str, **constants: object) -> Variant:
 GRAM_BF16 = {"INPUTS_KIND": "bf16", "BLOCK_T": 64}
 FAULTS = {
     "tf32 outside of the tensor cores": Fault(
-        "_dots.py", '"ieee" if KIND == "ieee" else "tf32"', '"ieee"', "_direct_kernel", "products_are_where_they_belong", {"KIND": "tf32"}
+        "_dots.py", '"tf32" if KIND == "tf32" else "ieee"', '"ieee"', "_direct_kernel", "products_are_where_they_belong", {"KIND": "tf32"}
     ),
     "ieee on them": Fault(
-        "_dots.py", '"ieee" if KIND == "ieee" else "tf32"', '"tf32"', "_direct_kernel", "products_are_where_they_belong", {"KIND": "ieee"}
+        "_dots.py", '"tf32" if KIND == "tf32" else "ieee"', '"tf32"', "_direct_kernel", "products_are_where_they_belong", {"KIND": "ieee"}
     ),
     "16 bits widened": Fault(
         "_dots.py", "convert(x, tl.bfloat16)", "convert(x, tl.float32)", "_gram_kernel", "products_are_where_they_belong", GRAM_BF16

@@ -53,9 +53,8 @@ def kind_of(precision: str, *dtypes: torch.dtype) -> str:
     """Of a product of operands of these dtypes. bfloat16 and float16 have no 16 bits in common, but both are exact in tf32."""
     of_single = "bf16" if precision == "bf16" else precision
     kinds = {{torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, of_single) for dtype in dtypes}
-    if len(kinds) == 1:
-        return kinds.pop()
-    return "ieee" if "ieee" in kinds else "tf32"
+    kind = kinds.pop() if len(kinds) == 1 else "ieee" if "ieee" in kinds else "tf32"
+    return "ieee" if kind == "tf32" and torch.version.hip else kind  # most of AMD's devices have no tf32
 
 
 def _fit(size: int, most: int) -> int:

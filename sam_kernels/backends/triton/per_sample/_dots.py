@@ -28,5 +28,5 @@ def _rounded(x, KIND: tl.constexpr):
 @triton.jit
 def dot(x, y, sums, KIND: tl.constexpr):
     """sums + x y, accumulated in float32. KIND: one of ``_config.KINDS``."""
-    PRECISION: tl.constexpr = "ieee" if KIND == "ieee" else "tf32"
+    PRECISION: tl.constexpr = "tf32" if KIND == "tf32" else "ieee"
     return tl.dot(_rounded(x, KIND), _rounded(y, KIND), sums, input_precision=PRECISION)
