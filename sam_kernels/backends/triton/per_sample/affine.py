@@ -36,7 +36,7 @@ def _add(weight_sums, bias_sums, normalized, grads, place, mask):
     return weight_sums, bias_sums + g
 
 
-@triton.jit(do_not_specialize=["positions", "steps", "parts"])
+@triton.jit(do_not_specialize=["groups", "positions", "steps", "parts"])
 def _columns_kernel(
     weight_parts,  # (parts, M, C) float32 or None
     bias_parts,  # (parts, M, C) float32 or None
@@ -72,7 +72,7 @@ def _columns_kernel(
         tl.store(bias_parts + target, tl.sum(bias_sums, axis=0), mask=is_column)
 
 
-@triton.jit(do_not_specialize=["blocks", "steps", "parts"])
+@triton.jit(do_not_specialize=["groups", "blocks", "steps", "parts"])
 def _rows_kernel(
     weight_parts,  # (parts, M, C) float32 or None
     bias_parts,  # (parts, M, C) float32 or None
