@@ -16,7 +16,7 @@ import click
 import torch
 
 from bench.byte_model import OPS
-from bench.gpu import bandwidth, dispatch, gate, ops, steps, sweep
+from bench.gpu import bandwidth, dispatch, gate, ops, products, steps, sweep, sweep_products
 from bench.gpu.device import device_name, gpu_environment
 from bench.gpu.phases import xdist_options
 from bench.gpu.summary import bench_lines, verdict_lines
@@ -26,6 +26,8 @@ from bench.workloads import DTYPES, Workload
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 SMALL = 1_000_000  # elements of a dry run's workloads at most
+PRODUCTS_SECONDS = 25  # of a sweep
+PRODUCTS_SHARE = 0.4  # of a benchmark's time, at most
 ROOM = 0.92  # of the device's free memory
 
 
@@ -46,6 +48,7 @@ def _names(known: Any) -> Any:
 @click.option("--dtype", default=",".join(DTYPES), callback=_names(DTYPES), show_default=True, help="Of everything an operation touches.")
 @click.option("--ops", "op_names", default=",".join(OPS), callback=_names(OPS), show_default=True, help="'' for none.")
 @click.option("--steps/--no-steps", "with_steps", default=True, help="Whole steps.")
+@click.option("--products/--no-products", "with_products", default=True, help="Gradient norms per sample.")
 @click.option("--tests", multiple=True, type=click.Path(dir_okay=False, path_type=Path), help="JUnit files of this run. Default: run them.")
 @click.option("--gate/--no-gate", "with_gate", default=True, help="Measure only what has passed its tests.")
 @click.option("--sweep", "with_sweep", is_flag=True, help="Sizes of chunks and blocks and warps instead, for every kernel.")
@@ -57,6 +60,7 @@ def main(
     dtype: list[str],
     op_names: list[str],
     with_steps: bool,
+    with_products: bool,
     tests: tuple[Path, ...],
     with_gate: bool,
     with_sweep: bool,
@@ -75,22 +79,28 @@ def main(
     clock, device = (HostClock(), "cpu") if dry_run else (DeviceClock(), "cuda")
     if with_sweep:
         found["rows"] = []
-        for row in sweep.run(clock, device, checked, deadline, dtypes=dtype):
+        elements = sweep.run(clock, device, checked, deadline - PRODUCTS_SECONDS, dtypes=dtype)
+        for row in itertools.chain(elements, sweep_products.run(clock, device, checked, deadline) if with_products else ()):
             found["rows"].append(row)
             _write(out / "sweep.json", found)
-        click.echo("\n".join(sweep.lines(found["rows"])))
+        click.echo("\n".join([*sweep.lines(found["rows"]), *sweep_products.lines(found["rows"])]))
         return
     found["bandwidth"] = bandwidth.measure(clock, device, **({"nbytes": 1 << 20, "seconds": 0.05} if dry_run else {}))
     found["rows"] = []
     chosen = [_shrunk(GPU_WORKLOADS[name]) if dry_run else GPU_WORKLOADS[name] for name in workload]
     try:
-        for row in _rows(chosen, dtype, op_names, with_steps, checked, clock, device, found["bandwidth"]["copy"]["gbps"], deadline):
+        copy_gbps = found["bandwidth"]["copy"]["gbps"]
+        elements = _rows(chosen, dtype, op_names, with_steps, checked, clock, device, copy_gbps, deadline)
+        # Products first, for a share of the time; the others go on until it is over.
+        until = time.monotonic() + PRODUCTS_SHARE * budget
+        of_products = products.measure(clock, device, checked, until, dtypes=dtype, say=click.echo) if with_products else iter(())
+        for row in itertools.chain(of_products, elements):
             found["rows"].append(row)
             _write(out / "default.json", found)  # after every row: a run that is cut off keeps what it measured
     finally:
         found["rows"] += dispatch.rows(found["rows"])
         _write(out / "default.json", found)
-    click.echo("\n".join([*bench_lines(found), *verdict_lines(found)]))
+    click.echo("\n".join([*bench_lines(found), *products.lines(found["rows"]), *verdict_lines(found)]))
 
 
 def _gate(tests: Sequence[Path], with_gate: bool, dry_run: bool) -> gate.Gate:

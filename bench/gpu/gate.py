@@ -10,10 +10,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["TESTS", "Gate", "read", "run"]
+__all__ = ["PER_SAMPLE_TESTS", "TESTS", "Gate", "read", "run"]
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = "tests/gpu/test_against_reference.py"
+PER_SAMPLE_TESTS = "tests/gpu/test_per_sample.py"
 TIME_LIMIT = 300
 _ID = re.compile(r"test_matches_the_reference\[(?P<op>\w+)-(?P<option>\w+)-(?P<backend>\w+)\]")
 
@@ -54,7 +55,7 @@ def read(paths: Sequence[Path]) -> Gate:
 
 def run(path: Path, workers: list[str]) -> Gate:
     """Runs the reference tests first. ``workers``: options for pytest."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, f"--junitxml={path}", TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, f"--junitxml={path}", TESTS, PER_SAMPLE_TESTS]
     try:
         subprocess.run(command, cwd=ROOT, capture_output=True, timeout=TIME_LIMIT, check=False)
     except subprocess.TimeoutExpired:

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from bench.gpu import bars, dispatch, gate, sanitize, sweep
+from bench.gpu import bars, dispatch, gate, sanitize, sweep, sweep_products
 from bench.gpu.build import build_phases
 from bench.gpu.device import describe, device_name, gpu_environment
 from bench.gpu.phases import Outcome, Phase, run_together, xdist_options
@@ -45,7 +45,7 @@ def test_phases(out: Path) -> list[Phase]:
         # One thread each, or a dozen processes would each take every core.
         return Phase(name, command, SECONDS[name], {"OMP_NUM_THREADS": "1"}, after)
 
-    values = ("tests/gpu/test_bits.py", "tests/gpu/test_amp.py")
+    values = ("tests/gpu/test_bits.py", "tests/gpu/test_amp.py", gate.PER_SAMPLE_TESTS)
     ignored = [f"--ignore={name}" for name in (gate.TESTS, *values)]
     return [
         pytest("triton", *xdist_options(), "-k", "triton or foreach", gate.TESTS, after=""),
@@ -103,7 +103,10 @@ def closing(out: Path, results: Sequence[str], lines: Sequence[str]) -> list[str
     """The tables of what was measured now, a line a phase, and at the very end what was asked for."""
     found: list[str] = []
     measured: list[Any] = []
-    for name, table in (("default", bench_lines), ("sweep", lambda result: sweep.short_lines(result["rows"]))):
+    for name, table in (
+        ("default", bench_lines),
+        ("sweep", lambda result: [*sweep.short_lines(result["rows"]), *sweep_products.lines(result["rows"])]),
+    ):
         path = out / f"{name}.json"
         if name in results and path.exists():
             result = json.loads(path.read_text())
@@ -165,7 +168,7 @@ def _results(chosen: Sequence[str]) -> list[str]:
 def _gate_arguments(out: Path, with_tests: bool, with_gate: bool) -> list[str]:
     if not with_gate:
         return ["--no-gate"]
-    return [f"--tests={out / name}.xml" for name in ("native", "triton")] if with_tests else []
+    return [f"--tests={out / name}.xml" for name in ("native", "triton", "values")] if with_tests else []
 
 
 def _shown(path: Path) -> str:

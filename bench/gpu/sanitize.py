@@ -15,6 +15,7 @@ import torch
 
 from sam_kernels._dispatch import reason_missing, use_backend
 from sam_kernels.cli._check import build, run
+from sam_kernels.functional import per_sample
 
 __all__ = ["ERRORS_FOUND", "TOOLS", "Tool", "command", "verdict"]
 
@@ -84,6 +85,21 @@ def _findings(tool: Tool, output: str) -> bool:
     return any(tool.finding in line and re.search(tool.kernels, " ".join(lines[i : i + 2])) for i, line in enumerate(lines))
 
 
+def _per_sample(dtype: torch.dtype) -> None:
+    """Every kernel of the norms per sample, with sizes that end within a tile."""
+    norms, ids = torch.zeros(3, dtype=torch.float64, device="cuda"), torch.arange(60, device="cuda").view(3, 20) % 7
+    for tokens, precision in ((1, "ieee"), (20, "tf32"), (70, "ieee")):
+        a, g = torch.ones(3, tokens, 40, device="cuda", dtype=dtype), torch.ones(3, tokens, 33, device="cuda", dtype=dtype)
+        products = torch.zeros(3, 33, 40, device="cuda")
+        per_sample.linear_square_norms_(norms, a, g, method="gram", precision=precision)
+        per_sample.linear_square_norms_(norms, a, g, products, method="direct", precision=precision)
+    for shape in ((3, 600, 33, 1), (3, 2, 5, 49)):
+        x, sums = torch.ones(shape, device="cuda", dtype=dtype), torch.zeros(2, shape[0], shape[2], device="cuda")
+        per_sample.affine_grads_(sums[0], sums[1], x, x)
+    per_sample.embedding_square_norms_(norms, ids, torch.ones(3, 20, 33, device="cuda", dtype=dtype), padding_idx=2)
+    torch.cuda.synchronize()
+
+
 def main() -> None:
     for backend in ("native", "triton"):
         if (reason := reason_missing(backend, "cuda")) is not None:
@@ -94,6 +110,8 @@ def main() -> None:
                 for dtype, case in zip(("float32", "bfloat16", "float32"), CASES, strict=True):
                     run(build(op, case, dtype, option).clone("cuda"))
                     torch.cuda.synchronize()
+            for dtype in (torch.float32, torch.bfloat16) if backend == "triton" else ():
+                _per_sample(dtype)
         print(f"{backend}: {len(CALLS) * len(CASES)} calls", flush=True)
 
 

@@ -129,7 +129,7 @@ def _slower(mine: Sequence[Mapping[str, Any]]) -> str:
 def _cases(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, list[Mapping[str, Any]]]]:
     """{(backend, kernel): {dtype: rows, the best first}}"""
     found: dict[tuple[str, str], dict[str, list[Mapping[str, Any]]]] = {}
-    for row in rows:
+    for row in (row for row in rows if row["kind"] == "sweep"):
         found.setdefault((row["backend"], row["kernel"]), {}).setdefault(row["dtype"], []).append(row)
     return found
 

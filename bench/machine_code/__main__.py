@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import click
 
-from bench.machine_code import cuda, cuda_page, cuda_rules, generated, page
+from bench.machine_code import cuda, cuda_page, cuda_rules, generated, page, product_rules, products
 from bench.machine_code.rules import violations
 from bench.machine_code.targets import TARGETS, reason_missing
 from sam_kernels.backends.triton import IS_INTERPRETED, REASON_MISSING
@@ -19,14 +19,19 @@ from sam_kernels.backends.triton import IS_INTERPRETED, REASON_MISSING
 @click.option("--write", "path", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The page to write the tables into.")
 @click.option("--complete", is_flag=True, help="Every variant on every target, not on sm_90 alone; takes four times as long.")
 @click.option("--cuda", "of_cuda", is_flag=True, help="The kernels of csrc/cuda instead, by nvcc, for all architectures.")
-def main(targets: tuple[str, ...], path: Path | None, complete: bool, of_cuda: bool) -> None:
+@click.option("--products", "of_products", is_flag=True, help="Those of gradient norms per sample instead, for NVIDIA alone.")
+def main(targets: tuple[str, ...], path: Path | None, complete: bool, of_cuda: bool, of_products: bool) -> None:
     """Compiles every Triton kernel, without a GPU. Exits with 1 where a rule is broken."""
+    if (of_cuda or of_products) and (targets or complete or of_cuda == of_products):
+        raise click.UsageError("--cuda and --products each compile all there is")
     if of_cuda:
-        if targets or complete:
-            raise click.UsageError("--cuda compiles all there is")
         _report(path, *_cuda())
     if REASON_MISSING is not None or IS_INTERPRETED:
         raise click.ClickException(REASON_MISSING or "TRITON_INTERPRET is set: nothing is compiled")
+    if of_products:
+        found = products.compile_products(products.recorded())
+        wrong = [text for code in found for text in product_rules.violations(code)]
+        _report(path, product_rules.PART, product_rules.table(found), wrong)
     if path is not None and (targets or complete):
         raise click.UsageError("the page is written for all targets, and for some variants of those that are not sm_90")
     for target in targets or TARGETS:

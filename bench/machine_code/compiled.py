@@ -19,7 +19,7 @@ from bench.machine_code.launches import Variant
 from bench.machine_code.targets import TARGETS, Target
 from sam_kernels.backends.triton._launch import warps_of
 
-__all__ = ["Code", "compile_all", "compile_variant"]
+__all__ = ["Code", "build", "compile_all", "compile_variant"]
 
 Widths = Counter[tuple[str, bool, int]]  # (load or store, whether under a predicate, bits a thread) -> how often
 
@@ -88,8 +88,8 @@ class Code:
         return sorted({bits for which, under, bits in self.accesses if which == kind and under == masked and (masked or bits >= 64)})
 
 
-def compile_variant(variant: Variant, target: Target, *, disassemble: bool = False) -> Code:
-    """Compiles afresh, in this process."""
+def build(variant: Variant, target: Target) -> Any:
+    """What Triton made of a variant, compiled afresh in this process."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -98,9 +98,16 @@ def compile_variant(variant: Variant, target: Target, *, disassemble: bool = Fal
     place = {name: i for i, (name, _) in enumerate(variant.signature)}
     attributes = {(place[name],): [["tt.divisibility", 16]] for name in variant.aligned}
     source = ASTSource(kernel, dict(variant.signature), {(place[name],): value for name, value in variant.constants}, attributes)
-    options = {"num_warps": warps_of(variant.num_warps, target.warp_size), "enable_fp_fusion": variant.fp_fusion}
+    options: dict[str, Any] = {"num_warps": warps_of(variant.num_warps, target.warp_size), "enable_fp_fusion": variant.fp_fusion}
+    if variant.num_stages is not None:
+        options["num_stages"] = variant.num_stages
     with _fresh_cache():
-        compiled = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp_size), options=options)
+        return triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp_size), options=options)
+
+
+def compile_variant(variant: Variant, target: Target, *, disassemble: bool = False) -> Code:
+    """Compiles afresh, in this process."""
+    compiled = build(variant, target)
     ttir = compiled.asm["ttir"]
     known = {
         "variant": variant,

@@ -27,6 +27,7 @@ __all__ = ["DTYPES", "Variant", "covering", "recorded", "records_of", "timed_cal
 
 DTYPES = ("float32", "bfloat16", "float16", MIXED_NARROW)
 _POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32", torch.int64: "*i64"}
+_POINTERS |= {torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Variant:
     aligned: tuple[str, ...]  # arguments that are multiples of 16
     num_warps: int  # of 32 threads
     fp_fusion: bool
+    num_stages: int | None = None  # None: Triton's own number of buffers
 
     @property
     def draws(self) -> bool:
@@ -86,6 +88,7 @@ def _is_multiple(value: Any) -> bool:
 
 def _variant(kernel: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Variant:
     options = {name: kwargs.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+    stages = kwargs.pop("num_stages", None)
     given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     # What Triton compiles in: arguments that say so, None, and the integer one (unless it was told not to look at the value).
     known = {p.name for p in kernel.params if p.is_constexpr} | {name for name, value in given.items() if value is None}
@@ -99,6 +102,7 @@ def _variant(kernel: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Varian
         tuple(name for name in kernel.arg_names if name not in known | unseen and _is_multiple(given[name])),
         options["num_warps"],
         options["enable_fp_fusion"],
+        stages,
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 
 from bench.byte_model import OPS
-from bench.gpu import gate, sanitize, sweep, sweep_native, sweep_triton, timing
+from bench.gpu import gate, products, sanitize, sweep, sweep_native, sweep_triton, timing
 from bench.gpu.__main__ import main
 from bench.gpu.launches import activity_of
 from bench.gpu.steps import BACKENDS, BASE_ALONE, LOOPS, _forwards, memory_needed, provider
@@ -302,7 +302,7 @@ def test_dry_run_end_to_end(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "default.json").read_text())
     assert {"schema", "gpu", "driver", "cuda", "torch", "triton", "clocks", "device", "gate", "bandwidth"} <= set(result)
     assert set(result["bandwidth"]) == {"copy", "read", "write"}
-    assert all(set(row) >= ROW_KEYS | {"host_us", "pct_copy"} for row in result["rows"] if row["kind"] != "dispatch")
+    assert all(set(row) >= ROW_KEYS | {"host_us", "pct_copy"} for row in result["rows"] if row["kind"] in ("op", "step"))
     assert {row["op"] for row in result["rows"] if row["kind"] == "op"} == {"restore_", "grad_norm"}
     steps = {(row["base"], row["backend"]): row for row in result["rows"] if row["kind"] == "step"}
     ours = [provider(backend) for backend in BACKENDS]
@@ -310,6 +310,9 @@ def test_dry_run_end_to_end(tmp_path: Path) -> None:
     assert steps["sgd", LOOPS[0]]["reference_ms_50"] == steps["sgd", ours[0]]["ms_50"]
     assert all(row["loops"][name] == steps[base, name]["wall_ms"] for (base, _), row in steps.items() for name in LOOPS)
     assert {(row["op"], row["base"]) for row in result["rows"] if row["kind"] == "dispatch"} >= {("step", "sgd"), ("step", "adamw")}
+    rows = [row for row in result["rows"] if row["kind"] == "product"]
+    assert {row["backend"] for row in rows} == {"triton, gram", "triton, direct", *products.BASELINES}
+    assert {row["dtype"] for row in rows} == {"tf32", "ieee"}  # bf16 was not asked for
     assert run.output.count("not measured") > len(OPS)  # the bars come last, whatever was measured
 
 

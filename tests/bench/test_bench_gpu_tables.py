@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from bench.byte_model import OPS
-from bench.gpu import bars, dispatch, run, summary, sweep
+from bench.gpu import bars, dispatch, products, run, summary, sweep, sweep_products
 from bench.gpu.steps import BACKENDS, BASE_ALONE, COMBINATIONS, FORWARDS, LOOPS, graph_of, provider
 from bench.gpu.workloads import GPU_WORKLOADS
 from bench.report import BEGIN, END
@@ -39,6 +40,13 @@ def full_result() -> dict[str, Any]:
                 rows.append({"kind": "step"} | case | measured | {"backend": name})
             counts = {"kernels": 5, "copies": 0, "fills": 1, "names": "5 kernels: _norm_kernel × 2"}
             rows += [{"kind": "launches"} | case | {"backend": provider(backend)} | counts for backend in BACKENDS]
+    for (d, p), name, tokens in itertools.product(products.SHAPES, products.PRECISIONS, products.TOKENS):
+        layer = {"in_features": d, "out_features": p, "tokens": tokens, "groups": 8, "dtype": name}
+        case = {"kind": "product", "op": products.OP, "base": None} | layer | times | {"tflops": 300.0}
+        ours = {"triton, gram": 0.02, "triton, direct": 0.01 if (name, tokens) != ("ieee", 2048) else 0.025}
+        for backend, ms in (ours | {"baddbmm": 0.035, "einsum": 0.03}).items():
+            peak = 4 * d * p * (40 if backend in products.BASELINES else 1) // 8
+            rows.append(case | {"backend": backend, "ms_50": ms, "is_chosen": backend == "triton, direct", "peak_bytes": peak})
     rows += dispatch.rows(rows)
     bandwidth = {kind: {"gbps": 3000.0, "by": "x"} for kind in ("copy", "read", "write")}
     where = {"schema": 1, "device": "some-gpu", "gpu": "Some GPU", "driver": "1", "cuda": "13.0", "torch": "2.11", "triton": "3.6"}
@@ -57,7 +65,7 @@ def test_the_last_tables_are_short_and_complete(tmp_path: Path) -> None:
     (tmp_path / "sweep.json").write_text(json.dumps(result | {"rows": swept()}))
     phases = [f"phase {i:<10} ok, 100 s: 100 passed, 3 skipped in 100.00s" for i in range(10)]
     lines = run.closing(tmp_path, ["default", "sweep"], phases)
-    assert sum(len(line.encode()) + 1 for line in lines) < SHOWN
+    assert sum(len(line) + 1 for line in lines) < SHOWN
     shown = [(workload, op) for workload in GPU_WORKLOADS for op in OPS if workload == summary.FULL or op in summary.OF_STEPS]
     shown = [pair for pair in shown if pair[0] != summary.LIKE_FULL]
     assert all(any(line.startswith(f"{workload:<9} {op}") for line in lines) for workload, op in shown)
@@ -86,6 +94,35 @@ def test_a_bar_is_reached_or_not_or_was_not_measured() -> None:
     half = [row for row in rows if row.get("dtype") != "bf16"]
     assert {bar.figure: bar.state for bar in bars.bars(half, "native")}["perturb_, 10^8: fp32 93.0, bf16 –"] == "not measured"
     assert {bar.state for bar in bars.bars([], "native")} == {"not measured"}
+
+
+def test_products_are_as_fast_as_their_slowest_length() -> None:
+    rows = full_result()["rows"]
+    found = {bar.figure: bar for bar in bars.bars(rows, "triton") if bar.figure.startswith("per sample")}
+    room = "per sample: a gradient beside what is allocated"
+    good, bad = (
+        "per sample bf16: 16 3.0, 64 3.0, 256 3.0, 1024 3.0, 2048 3.0",
+        "per sample ieee: 16 3.0, 64 3.0, 256 3.0, 1024 3.0, 2048 1.2",
+    )
+    assert set(found) == {good, bad, good.replace("bf16", "tf32"), room}
+    assert (found[good].state, found[good].measured) == ("pass", pytest.approx(3.0))
+    assert (found[bad].state, found[bad].measured) == ("FAIL", pytest.approx(1.2))
+    assert found[room].measured == pytest.approx(8.0)
+    whole = [row | ({"peak_bytes": 10**9} if row.get("backend") == "triton, gram" else {}) for row in rows]
+    assert {bar.figure: bar.state for bar in bars.bars(whole, "triton")}[room] == "FAIL"
+    short = [row for row in rows if (row.get("tokens"), row.get("in_features")) != (256, 1024)]  # of one layer
+    states = {bar.figure: bar.state for bar in bars.bars(short, "triton")}
+    assert states["per sample bf16: 16 3.0, 64 3.0, 256 –, 1024 3.0, 2048 3.0"] == "not measured"
+    assert not any(bar.figure.startswith("per sample") for bar in bars.bars(rows, "native"))
+    assert len(products.lines(rows)) == 1 + 9
+    assert products.lines(rows)[1].startswith("  768 768 bf16; 16: 0.020 [0.010] 0.030 3.0×; 64: ")
+
+
+def test_a_sweep_of_products_is_told_apart() -> None:
+    what = {"kind": "sweep_product", "backend": "triton", "op": products.OP, "kernel": "gram", "dtype": "bf16", "tflops": 500.0}
+    rows = [what | {"rank": i, "cut": f"64×64×{32 * i}/4/3", "ms_50": 0.1 * i, "is_default": i == 2} for i in (1, 2)]
+    assert sweep.lines(rows) == sweep.lines([])
+    assert sweep_products.lines(rows)[1] == "  gram   bf16 64×64×32/4/3 0.1000 (500)  [64×64×64/4/3 0.2000 (500)]"
 
 
 def test_who_wins_counts_the_host_and_needs_every_backend() -> None:

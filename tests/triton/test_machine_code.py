@@ -136,7 +136,7 @@ def planted(folder: Path, fault: Fault) -> str:
     """A copy of the backend under another name, with one fault in it."""
     name = f"planted_{folder.name}"
     shutil.copytree(ROOT / "sam_kernels" / "backends" / "triton", folder / name)
-    for path in (folder / name).glob("*.py"):
+    for path in (folder / name).rglob("*.py"):
         path.write_text(path.read_text(encoding="utf-8").replace(PACKAGE, name), encoding="utf-8")
     path = folder / name / fault.file
     text = path.read_text(encoding="utf-8")

@@ -12,6 +12,8 @@ from sam_kernels._dispatch import reason_missing
 FORCE = "import sam_kernels; sam_kernels.use_backend('triton')"
 REPORT = "from sam_kernels.backends import triton; print(triton.REASON_MISSING)"
 
+PER_SAMPLE = "{torch.float32}"
+
 
 def python(*lines: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
@@ -38,6 +40,9 @@ def test_a_triton_that_cannot_be_used(prepare: str, words: str) -> None:
     assert forced.stderr.strip().splitlines()[-1].startswith(f"RuntimeError: use_backend: backend 'triton' cannot be used: {words}")
     works = python("import torch", prepare, "import sam_kernels; print(sam_kernels.functional.grad_norm([torch.ones(4)]).item())")
     assert works.stdout.strip() == "2.0", works.stderr
+    on_a_device = f"from sam_kernels import _dispatch; print(_dispatch.select_per_sample('cuda', {PER_SAMPLE}).__name__)"
+    chosen = python("import torch", prepare, on_a_device)
+    assert chosen.stdout.strip() == "sam_kernels.backends.foreach.per_sample", chosen.stderr
 
 
 def test_cpu_tensors_are_refused_by_the_compiled_kernels() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from sam_kernels.backends.triton._device import is_recording, keep, on
 from sam_kernels.backends.triton._requirements import IS_INTERPRETED
 
-__all__ = ["launch", "single", "warps_of", "written"]
+__all__ = ["launch", "options_of", "single", "warps_of", "written"]
 
 
 def warps_of(num_warps: int, warp_size: int) -> int:
@@ -26,16 +26,21 @@ def _warp_size(device: torch.device) -> int:
     return size
 
 
-def launch(kernel: Any, programs: int, device: torch.device, *args: Any, num_warps: int = 4, **constants: Any) -> None:
-    """Runs ``programs`` programs of a kernel on the current stream of ``device``; nothing for none.
+def options_of(num_warps: int, device: torch.device) -> dict[str, Any]:
+    """What every kernel is compiled with.
 
     No multiplication and addition is fused unless the kernel says so: the same formula then has the same bits as on the CPU, and a pass
     bound by memory does not notice. (Triton's own default has changed between versions.)
     """
+    # The interpreter has neither warps nor a compiler.
+    return {} if IS_INTERPRETED else {"num_warps": warps_of(num_warps, _warp_size(device)), "enable_fp_fusion": False}
+
+
+def launch(kernel: Any, programs: int, device: torch.device, *args: Any, num_warps: int = 4, **constants: Any) -> None:
+    """Runs ``programs`` programs of a kernel on the current stream of ``device``; nothing for none."""
     if programs == 0:
         return
-    # The interpreter has neither warps nor a compiler.
-    options = {} if IS_INTERPRETED else {"num_warps": warps_of(num_warps, _warp_size(device)), "enable_fp_fusion": False}
+    options = options_of(num_warps, device)
     with on(device):
         if is_recording(device):
             keep(*args)
