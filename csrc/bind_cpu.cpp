@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <initializer_list>
 #include <optional>
 #include <stdexcept>
 #include <vector>
@@ -54,6 +55,10 @@ void expect(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(what);
 }
 
+void expect_positive(std::initializer_list<int64_t> sizes) {
+  for (const int64_t size : sizes) expect(size > 0, "sizes must be positive");
+}
+
 // tensors: square_norms, inputs, grad_outputs and, where they are kept, products.
 Layer layer_of(List tensors, int64_t groups, bool gram, int threads) {
   const std::vector<Operand>& operands = tensors->operands;
@@ -68,12 +73,13 @@ Layer layer_of(List tensors, int64_t groups, bool gram, int threads) {
 }
 
 void check_numels(List tensors, int64_t inputs, int64_t grads, int64_t products) {
-  expect(inputs > 0 && grads > 0 && tensors->numels[1] == inputs && tensors->numels[2] == grads, "inputs or grad_outputs: size");
+  expect(tensors->numels[1] == inputs && tensors->numels[2] == grads, "inputs or grad_outputs: size");
   expect(tensors->numels.size() == 3 || tensors->numels[3] == products, "products: size");
 }
 
 void linear(List tensors, int64_t groups, int64_t tokens, int64_t in_features, int64_t out_features, bool gram, int threads) {
   const Layer layer = layer_of(tensors, groups, gram, threads);
+  expect_positive({tokens, in_features, out_features});
   check_numels(tensors, groups * tokens * in_features, groups * tokens * out_features, groups * in_features * out_features);
   py::gil_scoped_release release;
   linear_square_norms(layer, tokens, in_features, out_features);
@@ -84,9 +90,10 @@ void conv(List tensors, int64_t groups, int64_t samples, int64_t in_channels, in
           const Sizes& sizes, const Sizes& kernel, const Sizes& stride, const Sizes& padding, const Sizes& dilation, bool gram,
           int threads) {
   const Layer layer = layer_of(tensors, groups, gram, threads);
+  expect_positive({samples, in_channels, out_channels, channel_groups, sizes[0], sizes[1], sizes[2]});
   Convolution c{samples, in_channels, out_channels, channel_groups, {}, {}, {}, {}, {}, {}};
   int64_t inputs = groups * samples * in_channels, grads = groups * samples * out_channels;
-  expect(channel_groups > 0 && in_channels % channel_groups == 0 && out_channels % channel_groups == 0, "groups of channels");
+  expect(in_channels % channel_groups == 0 && out_channels % channel_groups == 0, "groups of channels");
   int64_t products = groups * out_channels * (in_channels / channel_groups);
   for (std::size_t i = 0; i < 3; ++i) {
     expect(kernel[i] > 0 && stride[i] > 0 && padding[i] >= 0 && dilation[i] > 0, "kernel, stride, padding or dilation");
@@ -106,7 +113,8 @@ void affine(List tensors, bool with_weight, bool with_bias, int64_t groups, int6
             int threads) {
   const std::vector<Operand>& operands = tensors->operands;
   const int64_t numel = groups * samples * channels * length;
-  expect(operands.size() == std::size_t{1} + 2 * with_weight + with_bias && numel > 0 && tensors->non_contiguous.empty(), "tensors");
+  expect_positive({groups, samples, channels, length});
+  expect(operands.size() == std::size_t{1} + 2 * with_weight + with_bias && tensors->non_contiguous.empty(), "tensors");
   const Operand weight = with_weight ? operands[0] : Operand{}, values = with_weight ? operands[1] : Operand{};
   const Operand bias = with_bias ? operands[with_weight ? 2 : 0] : Operand{}, grads = operands.back();
   const bool is_double = grads.dtype == DType::kFloat64 || (with_weight && values.dtype == DType::kFloat64);
@@ -121,7 +129,8 @@ void affine(List tensors, bool with_weight, bool with_bias, int64_t groups, int6
 // tensors: square_norms, grad_outputs and the int64 indices under the name of float64, the only ones of 64 bits that a list knows.
 void embedding(List tensors, int64_t groups, int64_t tokens, int64_t dim, std::optional<int64_t> padding_idx, int threads) {
   const std::vector<Operand>& operands = tensors->operands;
-  expect(operands.size() == 3 && tensors->non_contiguous.empty() && groups * tokens * dim > 0, "three tensors");
+  expect_positive({groups, tokens, dim});
+  expect(operands.size() == 3 && tensors->non_contiguous.empty(), "three tensors");
   expect(operands[0].dtype == DType::kFloat64 && tensors->numels[0] == groups, "square_norms: (groups,) float64");
   expect(tensors->numels[1] == groups * tokens * dim, "grad_outputs: size");
   expect(operands[2].dtype == DType::kFloat64 && tensors->numels[2] == groups * tokens, "indices: (groups, tokens) of 64 bits");
