@@ -146,7 +146,7 @@ def test_results_of_an_earlier_run_are_not_taken_for_this_ones(tmp_path: Path, m
 
 
 def test_what_is_measured_knows_the_tests_of_this_run(tmp_path: Path) -> None:
-    assert run._gate_arguments(tmp_path, True, True) == [f"--tests={tmp_path / name}.xml" for name in ("native", "triton", "values")]
+    assert run._gate_arguments(tmp_path, True, True) == [f"--tests={tmp_path / name}.xml" for name in ("native", "triton", "per_sample")]
     assert run._gate_arguments(tmp_path, False, True) == []  # python -m bench.gpu then runs them itself
     assert run._gate_arguments(tmp_path, True, False) == ["--no-gate"]
     command = run.bench_phase("bench", tmp_path, ["--no-gate"]).command
