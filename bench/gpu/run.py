@@ -38,7 +38,8 @@ Say = Callable[[str], None]
 
 def test_phases(out: Path) -> list[Phase]:
     """Triton's values, those per sample too, need nothing built and most of their time is compiling: they begin at once, in many
-    processes. All else waits for the build: values on the CUDA kernels, then bits and loss scaling on both; graphs, streams and large tensors in one process beside."""
+    processes. All else waits for the build: values on the CUDA kernels, then bits and loss scaling on both; graphs, streams and large
+    tensors in one process beside."""
 
     def pytest(name: str, *options: str, after: str = "build") -> Phase:
         command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={out / name}.xml", *options)
