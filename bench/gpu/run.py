@@ -26,29 +26,31 @@ __all__ = ["PHASES", "main"]
 ROOT = Path(__file__).resolve().parents[2]
 PHASES = ("build", "tests", "sanitizer", "bench", "sweep")
 # Each phase's own limit; those up to the sanitizers run side by side, as far as one does not wait for another, and share one.
-SECONDS = {"triton": 210, "native": 110, "values": 110, "device": 180, "memcheck": 80, "racecheck": 50, "initcheck": 50}
+SECONDS = {"triton": 210, "per_sample": 210, "native": 110, "values": 110, "device": 180, "memcheck": 80, "racecheck": 50, "initcheck": 50}
 SECONDS |= {"bench": 140, "sweep": 90}
 TOGETHER = 225
 TOTAL = 465.0  # less than eight minutes, with what ending a phase may take
-TESTS = ("triton", "native", "values", "device")
+TESTS = ("triton", "per_sample", "native", "values", "device")
 MARGIN = 12  # what the benchmark gets less than its process: it ends by itself and says what it left out
 FAILURE_LINES = 25
 Say = Callable[[str], None]
 
 
 def test_phases(out: Path) -> list[Phase]:
-    """Triton's values need nothing built and most of their time is compiling: they begin at once, in many processes. All else waits for
-    the build: values on the CUDA kernels, then bits and loss scaling on both; graphs, streams and large tensors in one process beside."""
+    """Triton's values, those per sample too, need nothing built and most of their time is compiling: they begin at once, in many
+    processes. All else waits for the build: values on the CUDA kernels, then bits and loss scaling on both; graphs, streams and large
+    tensors in one process beside."""
 
     def pytest(name: str, *options: str, after: str = "build") -> Phase:
         command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={out / name}.xml", *options)
         # One thread each, or a dozen processes would each take every core.
         return Phase(name, command, SECONDS[name], {"OMP_NUM_THREADS": "1"}, after)
 
-    values = ("tests/gpu/test_bits.py", "tests/gpu/test_amp.py", gate.PER_SAMPLE_TESTS)
-    ignored = [f"--ignore={name}" for name in (gate.TESTS, *values)]
+    values = ("tests/gpu/test_bits.py", "tests/gpu/test_amp.py")
+    ignored = [f"--ignore={name}" for name in (gate.TESTS, gate.PER_SAMPLE_TESTS, *values)]
     return [
         pytest("triton", *xdist_options(), "-k", "triton or foreach", gate.TESTS, after=""),
+        pytest("per_sample", *xdist_options(most=4), gate.PER_SAMPLE_TESTS, after=""),
         pytest("native", *xdist_options(most=6), "-k", "not (triton or foreach)", gate.TESTS),
         pytest("values", *xdist_options(most=6), *values, after="native"),
         pytest("device", *ignored, "tests/gpu"),
@@ -168,7 +170,7 @@ def _results(chosen: Sequence[str]) -> list[str]:
 def _gate_arguments(out: Path, with_tests: bool, with_gate: bool) -> list[str]:
     if not with_gate:
         return ["--no-gate"]
-    return [f"--tests={out / name}.xml" for name in ("native", "triton", "values")] if with_tests else []
+    return [f"--tests={out / name}.xml" for name in ("native", "triton", "per_sample")] if with_tests else []
 
 
 def _shown(path: Path) -> str:

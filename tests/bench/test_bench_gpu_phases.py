@@ -107,7 +107,8 @@ def test_all_limits_together_are_less_than_eight_minutes(tmp_path: Path) -> None
     assert max(phase.seconds for phase in tests.values()) <= run.TOGETHER
     assert set(run.SECONDS) == {*run.TESTS, *sanitize.TOOLS, "bench", "sweep"}
     # Triton's values need nothing built: compiling them takes longest.
-    assert {name: phase.after for name, phase in tests.items()} == {"triton": "", "native": "build", "values": "native", "device": "build"}
+    at_once, later = {"triton": "", "per_sample": ""}, {"native": "build", "values": "native", "device": "build"}
+    assert {name: phase.after for name, phase in tests.items()} == at_once | later
 
 
 def test_workers_leave_cores_to_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +147,7 @@ def test_results_of_an_earlier_run_are_not_taken_for_this_ones(tmp_path: Path, m
 
 
 def test_what_is_measured_knows_the_tests_of_this_run(tmp_path: Path) -> None:
-    assert run._gate_arguments(tmp_path, True, True) == [f"--tests={tmp_path / name}.xml" for name in ("native", "triton", "values")]
+    assert run._gate_arguments(tmp_path, True, True) == [f"--tests={tmp_path / name}.xml" for name in ("native", "triton", "per_sample")]
     assert run._gate_arguments(tmp_path, False, True) == []  # python -m bench.gpu then runs them itself
     assert run._gate_arguments(tmp_path, True, False) == ["--no-gate"]
     command = run.bench_phase("bench", tmp_path, ["--no-gate"]).command

@@ -34,13 +34,14 @@ class Tile:
 
 _ROW_BYTES = 128  # of an operand's row in a step
 
-# What a product is made of: 16-bit operands as they are, float32 rounded to tf32 by the tensor cores, or float32 multiplied as such.
+# What a product is made of: 16-bit operands as they are, float32 cut to tf32 by the tensor cores, or float32 multiplied as such.
 KINDS = ("bf16", "fp16", "tf32", "ieee")
 
 # The largest tile first: each element that is read takes part in as many products as the tile is wide. 128 by 128 in 8 warps are 64
 # registers a thread for each sum, and the Gram form has two of them; larger ones would spill. wgmma wants 64 rows or more for four warps.
 # A step is a row of 128 bytes, the widest that shared memory is swizzled for: 64 elements of 16 bits, 32 of 32 bits. Three buffers of two
-# 128-row operands are 96 KB: what a block may have on sm_86 and sm_120 (99 KB), and two blocks fit an H100's multiprocessor.
+# 128-row operands are 96 KB: what a block may have on sm_86 and sm_120 (99 KB). Two blocks fit an H100's multiprocessor by that; by
+# registers two of the direct form do, and one of the Gram form.
 _TENSOR_CORES = (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4))
 # float32 outside of the tensor cores: each thread holds its rows and columns of a step in registers, so that steps are short. Two sums of
 # 128 by 128 would spill.
@@ -51,8 +52,7 @@ GRAM: dict[str, tuple[Tile, ...]] = DIRECT | {"ieee": _REGISTERS[1:]}
 
 def kind_of(precision: str, *dtypes: torch.dtype) -> str:
     """Of a product of operands of these dtypes. bfloat16 and float16 have no 16 bits in common, but both are exact in tf32."""
-    of_single = "bf16" if precision == "bf16" else precision
-    kinds = {{torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, of_single) for dtype in dtypes}
+    kinds = {{torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, precision) for dtype in dtypes}
     kind = kinds.pop() if len(kinds) == 1 else "ieee" if "ieee" in kinds else "tf32"
     return "ieee" if kind == "tf32" and torch.version.hip else kind  # most of AMD's devices have no tf32
 
