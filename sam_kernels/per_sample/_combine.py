@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def disjoint(uses: Sequence[tuple[Place | None, Term]], length: int) -> list[tup
     found: list[tuple[Place | None, Term]] = []
     for place, term in uses:
         first, last = place or (0, length)
-        for start, stop in zip(borders, borders[1:]):  # noqa: B905 - pairs of neighbours
+        for start, stop in pairwise(borders):
             if first <= start and stop <= last:
                 found.append(((start, stop), _part(term, start - first, stop - first)))
     return found

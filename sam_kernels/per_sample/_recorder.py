@@ -14,10 +14,10 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from sam_kernels.per_sample import _rules
 from sam_kernels.per_sample._attention import LinearCalls, attention_params, rows_of
 from sam_kernels.per_sample._call import Call
 from sam_kernels.per_sample._registry import Rule, rule_for
-from sam_kernels.per_sample import _rules
 from sam_kernels.per_sample._rules import linear_terms
 from sam_kernels.per_sample._vmap import by_vmap
 
@@ -103,8 +103,8 @@ class Recorder:
         rule = watched.rule
         if rule is None:
             device_type = next(iter(watched.params.values())).device.type
-            autocast = {"dtype": torch.get_autocast_dtype(device_type), "enabled": torch.is_autocast_enabled(device_type)}
-            rule = partial(self._by_vmap, batch_dim, partial(torch.autocast, device_type, **autocast))
+            dtype, enabled = torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type)
+            rule = partial(self._by_vmap, batch_dim, partial(torch.autocast, device_type, dtype, enabled))
         reads_once = getattr(rule, "__module__", None) == _rules.__name__
         call = Call(watched.name, module, rule, watched.params, args, kwargs, output, batch_dim=batch_dim, reads_once=reads_once)
         if self._records:

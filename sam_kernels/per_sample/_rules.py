@@ -99,7 +99,7 @@ def _transposed_conv(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
 
 
 def _reached(module: Any, grad_output: Tensor, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """The output's gradient and its padding, without the positions behind the last that the input reaches, where they leave room for one more.
+    """The output's gradient and its padding, without positions behind the last that the input reaches where there is room for one more.
 
     ``output_padding`` is less than the stride or the dilation; where it is at least the stride, a convolution would have more positions.
     """

@@ -100,8 +100,9 @@ class GradNorms:
         ``keep``: whether :meth:`weighted_grads_` may follow. ``retain_graph``: as ``torch.autograd.grad``.
 
         Raises RuntimeError where there is no forward pass to differentiate, it has been used already, the losses do not depend on a layer
-        that was called, or read a parameter past its layer (``F.linear(x, embedding.weight)``, a penalty on weights); ValueError for losses that are not one-dimensional, or whose number m does not divide, and where a layer's
-        output has another batch; NotImplementedError where a rule does not cover a module.
+        that was called, or they read a parameter past its layer (``F.linear(x, embedding.weight)``, a penalty on weights); ValueError for
+        losses that are not one-dimensional, or whose number m does not divide, and where a layer's output has another batch;
+        NotImplementedError where a rule does not cover a module.
         """
         self._check(losses)
         calls, self._recorder.calls = self._recorder.calls, []
