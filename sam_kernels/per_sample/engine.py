@@ -97,7 +97,8 @@ class GradNorms:
     ) -> Tensor:  # (B / m,) float32, float64 for float64 losses
         """Norms of the gradients of the losses of the forward pass before, over all trainable parameters of the model.
 
-        ``keep``: whether :meth:`weighted_grads_` may follow. ``retain_graph``: as ``torch.autograd.grad``.
+        ``keep``: whether :meth:`weighted_grads_` may follow. ``retain_graph``: as ``torch.autograd.grad``; an ordinary backward
+        pass may then follow, but not through checkpoints, which would save less when they run again than they did under the engine.
 
         Raises RuntimeError where there is no forward pass to differentiate, it has been used already, the losses do not depend on a layer
         that was called, or they read a parameter past its layer (``F.linear(x, embedding.weight)``, a penalty on weights); ValueError for

@@ -54,11 +54,18 @@ def assert_close(actual: Tensor, expected: Tensor, relative: float, what: str = 
     assert error <= relative, f"{what}: off by {error:.3g}, {relative:.3g} allowed"
 
 
-def assert_right(model: nn.Module, forward: Callable[[], Tensor], *, relative: float = 1e-10, **options: Any) -> None:
-    """Norms, then gradients for random weights and for ones, against autograd. A weight of zero is among them."""
+def assert_right(model: nn.Module, forward: Callable[[], Tensor], *, relative: float = 1e-10, again: bool = False, **options: Any) -> None:
+    """Norms, then gradients for random weights and for ones, against autograd. A weight of zero is among them.
+
+    ``again``: autograd has a pass of its own, with the same random numbers, as it must where the engine's was through checkpoints.
+    """
     m, reduction = options.get("micro_batch", 1), options.get("reduction", "sum")
     for ones in (False, True):
+        state = torch.get_rng_state()
         engine, losses, norms = run_engine(model, forward, **options)
+        if again:
+            torch.set_rng_state(state)
+            losses = forward()
         assert_close(norms, group_norms(model, losses, m, reduction), relative)
         weights = torch.ones_like(norms) if ones else torch.rand_like(norms)
         if not ones:

@@ -123,7 +123,9 @@ def test_shared_in_16_bits(case: str, dtype: torch.dtype) -> None:
 
 def nested() -> nn.Sequential:
     inner = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.ReLU(inplace=True))
-    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Sequential(inner, nn.Sequential(nn.Linear(4, 4))), nn.Linear(4, 2)).double()
+    return nn.Sequential(
+        nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Sequential(inner, nn.Sequential(nn.Linear(4, 4))), nn.Linear(4, 2)
+    ).double()
 
 
 @pytest.mark.parametrize("frozen", ["0.", "2.0.", "2.1.", "3.", "bias", "weight", "2.0.0.bias", "nothing"])
