@@ -108,7 +108,9 @@ class Call:
 
     def double(self) -> Call:
         return Call(
-            self.op, {n: t.double() if t is not None and t.is_floating_point() else t for n, t in self.tensors.items()}, self.keywords
+            self.op,
+            {n: t.to(torch.float64, copy=True) if t is not None and t.is_floating_point() else t for n, t in self.tensors.items()},
+            self.keywords,
         )
 
     def on(self, device: str) -> Call:

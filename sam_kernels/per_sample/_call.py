@@ -88,8 +88,7 @@ class Call:
             )
         # Nodes rather than tensors: they stay what they are when the output is modified in place by the layer that follows.
         origins = [_origin(tensors[0])] if len(tensors) == 1 else tensors
-        again = [any(tensor is other for other in tensors[:i]) for i, tensor in enumerate(tensors)]  # its gradient came by the first time
-        self.nodes: list[Any] = [None if seen else origin.grad_fn for seen, origin in zip(again, origins, strict=True)]
+        self.nodes: list[Any] = [origin.grad_fn for origin in origins]
         self.output_nrs = [origin.output_nr for origin in origins]
         self._shapes = [tensor.shape for tensor in tensors]
         self._grads: list[Tensor | None] = [None] * len(tensors)

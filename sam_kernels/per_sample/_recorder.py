@@ -94,10 +94,12 @@ class Recorder:
             self._handles.append(each.module.register_forward_pre_hook(partial(self._enter_attention, each), with_kwargs=True))
             self._handles.append(each.module.register_forward_hook(self._leave_attention, always_call=True, prepend=True))
 
-    def _on_call(self, watched: _Watched, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _on_call(self, watched: _Watched, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not self._listens:
-            return
+            return output
         tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        if len(tensors) > 1:  # one may come from another, or be another: aliases get only the gradients from outside
+            output = pytree.tree_map_only(Tensor, lambda tensor: tensor.view_as(tensor), output)
         # (B, features), as behind a mean over time, has no dimension for time
         batch_dim = watched.batch_dim if any(tensor.dim() > 2 for tensor in tensors) else 0
         rule = watched.rule
@@ -109,6 +111,7 @@ class Recorder:
         call = Call(watched.name, module, rule, watched.params, args, kwargs, output, batch_dim=batch_dim, reads_once=reads_once)
         if self._records:
             self.calls.append(call)
+        return output
 
     def _by_vmap(self, batch_dim: int, autocast: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grad: Any) -> Any:
         with self.deaf(), autocast():

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sam_kernels.per_sample import GradNorms, register_rule
-from sam_kernels.per_sample import _registry
+from sam_kernels.per_sample import GradNorms, _registry, register_rule
 from tests.per_sample.brute import assert_right, run_engine
 
 B = 6
