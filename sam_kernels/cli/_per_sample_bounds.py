@@ -3,8 +3,8 @@
 With u the unit roundoff of the arithmetic and h its smallest subnormal, a sum of n products lies within n u' of the sum of their absolute
 values, u' = u / (1 - n u), and n h. A product of operands rounded first (``precision``), each by up to r, is off by 2 r + r^2 more.
 
-* Products P = G'A, formed: e = (T u' + 2 r + r^2) |G|'|A| + T h. Their squares, N = p d of them: 2 |P| e + e^2 each, and (N + 1) u' of the sum
-  of (|P| + e)^2.
+* Products P = G'A, formed: e = (T u' + 2 r + r^2) |G|'|A| + T h. Their squares, N = p d of them: 2 |P| e + e^2 each, and (N + 1) u' of
+  the sum of (|P| + e)^2.
 * The Gram form, K = |A||A|' and L = |G||G|' elementwise: the sums of d and of p products are off by e_K and e_L, as above, their products
   by K e_L + L e_K + e_K e_L, and the T^2 of them by (T^2 + 1) u' of the sum of (K + e_K)(L + e_L). The bound is relative to the terms, not
   to the norm: where they cancel, the digits are lost.
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam_kernels import reference
 from sam_kernels._unfold import unfolded
 from sam_kernels.cli._per_sample_cases import Call, arithmetic_of
+from sam_kernels.reference.per_sample import embedding_sample_grads
 
 __all__ = ["bounds_of"]
 
@@ -40,15 +40,15 @@ def bounds_of(call: Call) -> dict[str, Tensor]:
     if call.op == "embedding_square_norms_":
         ids, padding = tensors["indices"], call.keywords.get("padding_idx")
         rows = int(ids.max()) + 1
-        exact = reference.per_sample.embedding_sample_grads(ids, tensors["grad_outputs"], rows, padding)
-        error = sums.of(g.shape[1], reference.per_sample.embedding_sample_grads(ids, g, rows, padding))
+        exact = embedding_sample_grads(ids, tensors["grad_outputs"], rows, padding)
+        error = sums.of(g.shape[1], embedding_sample_grads(ids, g, rows, padding))
         return {"square_norms": sums.inside(sums.squares(exact, error))}
     a, g, split = tensors["inputs"], tensors["grad_outputs"], 1
     m = len(tensors["square_norms"])
     if call.op == "conv_square_norms_":
-        names = ("kernel_size", "stride", "padding", "dilation")
-        split = call.keywords["groups"]
-        a, g = unfolded(a, g, m, *(call.keywords[name] for name in names), split)
+        conv = {name: call.keywords[name] for name in ("kernel_size", "stride", "padding", "dilation", "groups")}
+        split = conv["groups"]
+        a, g = unfolded(a, g, m, **conv)
     error = sums.of(g.shape[1], g.abs().mT @ a.abs(), rounded=True)
     direct = sums.squares(g.mT @ a, error)
     k, l = (each.abs() @ each.abs().mT for each in (a, g))  # noqa: E741 - the letters of the formula above

@@ -96,7 +96,7 @@ def test_attention_without_a_batch_is_refused() -> None:
 
 @pytest.mark.parametrize("unsupported", ["error", "vmap"])
 def test_added_keys_are_refused(unsupported: str) -> None:
-    with pytest.raises(NotImplementedError, match="bias_k|add_bias_kv"):
+    with pytest.raises(NotImplementedError, match=r"bias_k|add_bias_kv"):
         GradNorms(nn.MultiheadAttention(E, 2, add_bias_kv=True), unsupported=unsupported).__enter__()
 
 

@@ -38,7 +38,7 @@ def test_options(options: Any, error: Any, words: str) -> None:
 
 @pytest.mark.parametrize("model", [None, torch.ones(3), [nn.Linear(3, 3)], nn.Linear])
 def test_no_model(model: Any) -> None:
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
         GradNorms(model)
 
 
@@ -54,7 +54,7 @@ def test_a_compiled_model(how: str) -> None:
     if how == "in place":
         model[2].compile()
     wrapped: Any = torch.compile(model) if how == "wrapped" else nn.Sequential(torch.compile(model[0])) if how == "inside" else model
-    with pytest.raises(TypeError, match="is compiled.*pass the module it was compiled from"):
+    with pytest.raises(TypeError, match=r"is compiled.*pass the module it was compiled from"):
         GradNorms(wrapped)
 
 
@@ -83,7 +83,7 @@ def test_losses(what: str) -> None:
 
 def test_no_forward_pass() -> None:
     model = model_of()
-    with pytest.raises(RuntimeError, match="no call of a layer.*with engine"):
+    with pytest.raises(RuntimeError, match=r"no call of a layer.*with engine"):
         GradNorms(model)(model(torch.randn(B, 3)).sum(1))
     with pytest.raises(RuntimeError, match="no call of a layer"):
         run_engine(model.requires_grad_(False), lambda: model(torch.randn(B, 3, requires_grad=True)).sum(1))
@@ -102,11 +102,12 @@ def test_losses_that_do_not_depend_on_a_layer() -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_no_grad(reentrant: bool) -> None:
     model, x = model_of(), torch.randn(B, 3, requires_grad=True)
-    with pytest.raises(RuntimeError, match=r"\(Linear\) ran under torch.no_grad.*use_reentrant=False"), GradNorms(model):
+    with pytest.raises(RuntimeError, match=r"\(Linear\) ran under torch.no_grad.*use_reentrant=False"), GradNorms(model):  # noqa: PT012
         if reentrant:
             checkpoint(model, x, use_reentrant=True)
-        with torch.no_grad():
-            model(x)
+        else:
+            with torch.no_grad():
+                model(x)
 
 
 def test_an_output_that_all_samples_share() -> None:

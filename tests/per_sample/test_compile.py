@@ -13,10 +13,10 @@ from tests.helpers.compiling import compiled, operator
 SCHEMAS = {
     "linear_square_norms_": "Tensor(a!) square_norms, Tensor inputs, Tensor grad_outputs, Tensor(b!)? products, str method, str precision, "
     "str? backend) -> ()",
-    "conv_square_norms_": "Tensor(a!) square_norms, Tensor inputs, Tensor grad_outputs, Tensor(b!)? products, SymInt[] kernel_size, "
-    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str method, str precision, str? backend) -> ()",
+    "conv_square_norms_": "Tensor(a!) square_norms, Tensor inputs, Tensor grad_outputs, Tensor(b!)? products, int[] kernel_size, "
+    "int[] stride, int[] padding, int[] dilation, int groups, str method, str precision, str? backend) -> ()",
     "affine_grads_": "Tensor(a!)? weight_grads, Tensor(b!)? bias_grads, Tensor? normalized, Tensor grad_outputs, str? backend) -> ()",
-    "embedding_square_norms_": "Tensor(a!) square_norms, Tensor indices, Tensor grad_outputs, SymInt? padding_idx, str? backend) -> ()",
+    "embedding_square_norms_": "Tensor(a!) square_norms, Tensor indices, Tensor grad_outputs, int? padding_idx, str? backend) -> ()",
 }
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
