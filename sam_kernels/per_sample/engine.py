@@ -46,7 +46,7 @@ class GradNorms:
         reduction: of a micro-batch's gradients: ``"sum"`` or ``"mean"``. Also that of its loss in :meth:`weighted_grads_`.
         unsupported: what happens with a module that owns trainable parameters and has no rule: ``"error"`` when the forward pass begins, or
             ``"vmap"``: its part is computed by ``torch.func``, slowly, with every sample's gradient in memory.
-        batch_first: False for a model whose batch is dimension 1.
+        batch_first: False for a model whose batch is dimension 1, and dimension 0 of outputs of two dimensions (behind a mean over time).
 
     Memory: with ``keep=True`` (see :meth:`__call__`) the inputs of layers, which autograd holds anyway, and the gradients of their outputs
     stay until :meth:`weighted_grads_`; without, a layer's are dropped as soon as its norm is known.

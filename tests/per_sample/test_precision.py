@@ -1,8 +1,8 @@
 """autocast and 16-bit parameters, against autograd of the very same numbers.
 
 What is rounded on the way to a weight's gradient, beside the gradients of the outputs that both have alike: autograd rounds the layer's
-input to bfloat16 (2^-8 of it, at most) and its sums, which make the gradient, once more (2^-8); the engine need not. A relation between norms of
-tensors is then within 2 * 2^-8, and what is added in 16 bits (a bias over positions) within one more for each.
+input to bfloat16 (2^-8 of it, at most) and its sums, which make the gradient, once more (2^-8); the engine need not. A relation between
+norms of tensors is then within 2 * 2^-8, and what is added in 16 bits (a bias over positions) within one more for each.
 """
 
 from typing import Any
