@@ -18,8 +18,13 @@ from sam_kernels.cli._cases import DTYPES, MIXED_NARROW
 from sam_kernels.cli._check import AUTOMATIC, check, combinations, dtypes_of
 from sam_kernels.cli._compare import Worst
 from sam_kernels.cli._options import OPTIONS
+from sam_kernels.cli._per_sample_cases import PER_SAMPLE_OPTIONS
+from sam_kernels.cli._per_sample_cases import combinations as per_sample_combinations
+from sam_kernels.cli._per_sample_check import check_per_sample, has_per_sample
 
 __all__ = ["ValidationRow", "validate", "validate_rows"]
+
+OPERATIONS = (*OPTIONS, *PER_SAMPLE_OPTIONS)
 
 
 @dataclass
@@ -40,7 +45,7 @@ class ValidationRow:
 
 def validate_rows(
     backends: Sequence[str],
-    ops: Sequence[str] = tuple(OPTIONS),
+    ops: Sequence[str] = OPERATIONS,
     *,
     seed: int = 0,
     dtypes: Sequence[str] = (*DTYPES, MIXED_NARROW),
@@ -51,7 +56,7 @@ def validate_rows(
     taken = {backend: dtypes_of(backend, device) for backend in backends}
     for op in ops:
         for dtype in dtypes:
-            takers = [backend for backend in backends if dtype in taken[backend]]
+            takers = [each for each in backends if dtype in taken[each] and (op in OPTIONS or has_per_sample(each, device))]
             if takers:
                 yield from _validate_op(op, dtype, takers, seed, device)
 
@@ -60,9 +65,11 @@ def _validate_op(op: str, dtype: str, backends: Sequence[str], seed: int, device
     worst = dict.fromkeys(backends, Worst())
     where = dict.fromkeys(backends, ("", ""))
     count = 0
-    for case, option in combinations(op, dtype):
+    per_sample = op in PER_SAMPLE_OPTIONS
+    check_one = check_per_sample if per_sample else check
+    for case, option in (per_sample_combinations if per_sample else combinations)(op, dtype):
         count += 1
-        for backend, found in _guarded(partial(check, op, backends, dtype, case, option, seed, device), backends).items():
+        for backend, found in _guarded(partial(check_one, op, backends, dtype, case, option, seed, device), backends).items():
             if where[backend] == ("", "") or found.badness() > worst[backend].badness():
                 worst[backend], where[backend] = found, (case, option)
     return [_row(op, name, dtype, count, worst[name], *where[name]) for name in backends]
@@ -111,7 +118,7 @@ def _device_type(device: str) -> str:
 @click.command()
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, allow_dash=True), help="Write the rows as JSON; - for stdout, alone.")
 @click.option("--backend", "backends", multiple=True, type=click.Choice(BACKENDS), help="Only this backend; may be repeated.")
-@click.option("--op", "ops", multiple=True, type=click.Choice(list(OPTIONS)), help="Only this operation; may be repeated.")
+@click.option("--op", "ops", multiple=True, type=click.Choice(OPERATIONS), help="Only this operation; may be repeated.")
 @click.option("--device", default="cpu", show_default=True, help="Where the operations run: cpu, cuda, cuda:1.")
 @click.option("--seed", default=0, show_default=True, help="Of the inputs.")
 def validate(json_path: str | None, backends: tuple[str, ...], ops: tuple[str, ...], device: str, seed: int) -> None:
@@ -128,7 +135,7 @@ def validate(json_path: str | None, backends: tuple[str, ...], ops: tuple[str, .
     torch.set_num_threads(1)  # thousands of small calls: waking threads would cost more than it saves
     try:
         chosen = backends or (*available(device_type), *([] if device_type == "cpu" else [AUTOMATIC]))
-        rows = list(validate_rows(chosen, ops or tuple(OPTIONS), seed=seed, device=device))
+        rows = list(validate_rows(chosen, ops or OPERATIONS, seed=seed, device=device))
     finally:
         torch.set_num_threads(threads)
     if json_path is not None:

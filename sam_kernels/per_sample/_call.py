@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,11 +67,13 @@ class Call:
         *,
         rows: dict[str, slice] | None = None,  # of the parameters, where a function read only those
         batch_dim: int = 0,
-        merged: bool = False,  # dimension 0 is (positions, batch) flattened, or those two are dimensions 0 and 1
+        merged: int | None = None,  # a batch of so many: dimension 0 is (positions, batch) flattened, or those two are dimensions 0 and 1
+        reads_once: bool = False,  # a call reads each parameter once
     ) -> None:
         self.name, self.module, self.rule, self.params = name, module, rule, params
         self.rows = rows or {}
-        self.batch_dim, self.merged = batch_dim, merged
+        self.batch_dim, self.merged, self.reads_once = batch_dim, merged, reads_once
+        self._training = [(child, child.training) for child in module.modules()]
         self._arguments: pytree.TreeSpec | None = None  # None: one tensor, the usual case
         leaves: list[Any] = list(arguments)
         if len(arguments) != 1 or keywords or not isinstance(arguments[0], Tensor):
@@ -87,8 +90,10 @@ class Call:
                 "parameters want a gradient, freeze them with requires_grad_(False) if they should have none"
             )
         # Nodes rather than tensors: they stay what they are when the output is modified in place by the layer that follows.
-        self.nodes: list[Any] = [tensor.grad_fn for tensor in tensors]
-        self.output_nrs = [tensor.output_nr for tensor in tensors]
+        origins = [_origin(tensors[0])] if len(tensors) == 1 else tensors
+        self.nodes: list[Any] = [origin.grad_fn for origin in origins]
+        self.output_nrs = [origin.output_nr for origin in origins]
+        self._shapes = [tensor.shape for tensor in tensors]
         self._grads: list[Tensor | None] = [None] * len(tensors)
         self._awaited = 0
 
@@ -104,13 +109,25 @@ class Call:
 
     def receive(self, position: int, grad: Tensor | None) -> bool:
         """The gradient of one of the outputs. Whether it was the last to come."""
-        self._grads[position] = grad
+        self._grads[position] = None if grad is None else grad.reshape(self._shapes[position])
         self._awaited -= 1
         return self._awaited == 0
 
     @property
     def has_gradient(self) -> bool:
         return any(grad is not None for grad in self._grads)
+
+    @contextmanager
+    def as_it_was(self) -> Iterator[None]:
+        """The module trains, or does not, as when it was called."""
+        now = [(child, child.training) for child, _ in self._training]
+        try:
+            for child, training in self._training:
+                child.training = training
+            yield
+        finally:
+            for child, training in now:
+                child.training = training
 
     def operands(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         """Arguments, keywords and the output's gradient, with the batch in dimension 0. Frees what was kept."""
@@ -125,10 +142,11 @@ class Call:
 
     def _check_batch(self, outputs: Sequence[Tensor], batch: int) -> None:
         for tensor in outputs:
-            if self.merged:
-                if tensor.shape[:-1].numel() % batch == 0:
+            if self.merged is not None:
+                if self.merged == batch:
                     continue
-            elif tensor.dim() > self.batch_dim and tensor.shape[self.batch_dim] == batch:
+                raise ValueError(f"GradNorms: {self.name} was called with a batch of {self.merged}, but there are {batch} losses")
+            if tensor.dim() > self.batch_dim and tensor.shape[self.batch_dim] == batch:
                 continue
             raise ValueError(
                 f"GradNorms: the output of {self.name} has shape {tuple(tensor.shape)}: dimension {self.batch_dim} is not the batch of "
@@ -137,8 +155,16 @@ class Call:
             )
 
     def _batch_first(self, tensor: Tensor, batch: int) -> Tensor:
-        if self.merged:
+        if self.merged is not None:
             return tensor.reshape(-1, batch, tensor.shape[-1]).transpose(0, 1)
         if self.batch_dim and tensor.dim() > self.batch_dim and tensor.shape[self.batch_dim] == batch:
             return tensor.movedim(self.batch_dim, 0)
         return tensor
+
+
+def _origin(output: Tensor) -> Tensor:
+    """The tensor whose node stays in the graph when the output, perhaps a view of all of it, is modified in place."""
+    base = output._base
+    if base is None or base.grad_fn is None or base.numel() != output.numel() or not (base.is_contiguous() and output.is_contiguous()):
+        return output
+    return base

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from sam_kernels.per_sample._terms import Convolution, Dense, Outer, Rows, Term
 
-__all__ = ["combined"]
+__all__ = ["Place", "combined", "disjoint"]
+
+Place = tuple[int, int]  # rows of a parameter
 
 _TEMPORARY = 1 << 24  # elements of gradients multiplied out at a time, or one group's
 
@@ -19,12 +22,13 @@ def combined(terms: Sequence[Term], shape: torch.Size) -> Term:
     """One term for the sum of several of one parameter of this ``shape``, cross terms included."""
     if len(terms) == 1:
         return terms[0]
+    terms = _joined_rows(terms)
     outers, rows = [t for t in terms if isinstance(t, Outer)], [t for t in terms if isinstance(t, Rows)]
     dense, convolutions = [t for t in terms if isinstance(t, Dense)], [t for t in terms if isinstance(t, Convolution)]
     if len(outers) == len(terms):
         return _joined_outers(outers)
-    if len(rows) == len(terms) and len({t.padding_idx for t in rows}) == 1:
-        return Rows(torch.cat([t.indices for t in rows], 1), torch.cat([t.values for t in rows], 1), rows[0].padding_idx)
+    if len(terms) == 1:
+        return terms[0]
     if len(dense) == len(terms):
         return Dense(torch.stack([t.grads.reshape(len(t.grads), -1) for t in dense]).sum(0))
     if len(convolutions) == len(terms) and len({_sizes(t) for t in convolutions}) == 1:
@@ -32,6 +36,37 @@ def combined(terms: Sequence[Term], shape: torch.Size) -> Term:
     if len(rows) == 1 and len(outers) == len(terms) - 1:
         return Tied(rows[0], _joined_outers(outers), shape)
     return Mixed(tuple(terms), shape)
+
+
+def disjoint(uses: Sequence[tuple[Place | None, Term]], length: int) -> list[tuple[Place | None, Term]]:
+    """The same uses of a parameter of so many rows, cut where another's begin or end: cross terms are between uses of the same rows."""
+    if len({place for place, _ in uses}) <= 1:
+        return list(uses)
+    borders = sorted({border for place, _ in uses for border in place or (0, length)})
+    found: list[tuple[Place | None, Term]] = []
+    for place, term in uses:
+        first, last = place or (0, length)
+        for start, stop in pairwise(borders):
+            if first <= start and stop <= last:
+                found.append(((start, stop), _part(term, start - first, stop - first)))
+    return found
+
+
+def _part(term: Term, start: int, stop: int) -> Term:
+    if isinstance(term, Outer):
+        return Outer(term.left[:, :, start:stop], term.right)
+    if isinstance(term, Dense):
+        return Dense(term.grads[:, start:stop])
+    raise NotImplementedError(f"GradNorms: a parameter is used in parts, as of an attention, and as a whole by a {type(term).__name__}")
+
+
+def _joined_rows(terms: Sequence[Term]) -> list[Term]:
+    """Embeddings of one padding, one sequence after the other."""
+    rows = [t for t in terms if isinstance(t, Rows)]
+    if len(rows) < 2 or len({t.padding_idx for t in rows}) > 1:
+        return list(terms)
+    joined = Rows(torch.cat([t.indices for t in rows], 1), torch.cat([t.values for t in rows], 1), rows[0].padding_idx)
+    return [joined, *(t for t in terms if not isinstance(t, Rows))]
 
 
 def _joined_outers(terms: Sequence[Outer]) -> Outer:

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from sam_kernels._validate import describe
 from sam_kernels.per_sample._call import Call
-from sam_kernels.per_sample._combine import combined
-from sam_kernels.per_sample._terms import Dense, Term
+from sam_kernels.per_sample._combine import Place, combined, disjoint
+from sam_kernels.per_sample._terms import Convolution, Dense, Outer, Rows, Term
 
 __all__ = ["Gathered"]
-
-Place = tuple[int, int]  # rows of a parameter
 
 
 class Gathered:
@@ -66,14 +65,15 @@ class Gathered:
                     param.grad = torch.zeros_like(param)
                 param.grad[slice(*place)] += grad
             elif param.grad is None:
-                param.grad = grad.contiguous()
+                param.grad = torch.empty_like(param).copy_(grad)  # laid out as autograd would
             else:
                 param.grad += grad
 
     def _terms_of(self, call: Call) -> dict[str, Term]:
         arguments, keywords, grads = call.operands(self._batch)
         try:
-            found = call.rule(call.module, arguments, keywords, grads)
+            with call.as_it_was():
+                found = call.rule(call.module, arguments, keywords, grads)
         except NotImplementedError as error:
             raise NotImplementedError(f"GradNorms: {call.name}: {error}") from error
         missing = [name for name in call.params if name not in found]
@@ -82,26 +82,22 @@ class Gathered:
         return {name: self._checked(call, name, found[name]) for name in call.params}
 
     def _checked(self, call: Call, name: str, term: Tensor | Term) -> Term:
-        if not isinstance(term, Tensor | Dense):
-            return term
-        grads = term if isinstance(term, Tensor) else term.grads
-        rows = call.rows.get(name)
-        param = call.params[name]
+        term = Dense(term) if isinstance(term, Tensor) else term
+        if not isinstance(term, Dense | Outer | Convolution | Rows):
+            raise TypeError(f"GradNorms: the rule for {call.name} gives {describe(term)} for {name}, expected a tensor or a term")
+        rows, param = call.rows.get(name), call.params[name]
         shape = param.shape if rows is None else torch.Size((rows.stop - rows.start, *param.shape[1:]))
-        if len(grads) != self._batch or grads.numel() != self._batch * shape.numel():
+        if not term.fits(self._batch, shape):
             raise ValueError(
-                f"GradNorms: the rule for {call.name} gives a gradient of shape {tuple(grads.shape)} for {name}, expected "
-                f"{(self._batch, *shape)}"
+                f"GradNorms: the rule for {call.name} gives a gradient of shape {term.sizes()} for {name}, expected {(self._batch, *shape)}"
             )
-        return Dense(grads)
+        return term
 
     def _close(self, param: nn.Parameter) -> None:
         """All that is to come for a parameter has come."""
         by_place: dict[Place | None, list[Term]] = {}
-        for place, term in self._terms.pop(param, []):
+        for place, term in disjoint(self._terms.pop(param, []), len(param)):
             by_place.setdefault(place, []).append(term)
-        if None in by_place and len(by_place) > 1:
-            raise NotImplementedError("GradNorms: a parameter is used as a whole and in parts in one forward pass")
         square_norms = self._square_norms.get(param.device)
         if square_norms is None:
             square_norms = self._square_norms[param.device] = torch.zeros(self.m, dtype=torch.float64, device=param.device)

@@ -1,15 +1,22 @@
-"""Where in autograd's graph a backward pass may stop."""
+"""What autograd's graph says: where a backward pass may stop, and how often a parameter is read."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from typing import Any
+
+import torch
+from torch import Tensor
 
 __all__ = ["ends_of"]
 
 
-def ends_of(root: Any, nodes: Collection[Any]) -> tuple[set[Any], set[Any]]:
-    """Of ``nodes``: those that ``root`` leads to, and of these the ones that lead to no other.
+_Leaf: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
+
+
+def ends_of(root: Any, nodes: Collection[Any]) -> tuple[set[Any], set[Any], Counter[Tensor]]:
+    """Of ``nodes``: those that ``root`` leads to, and of these the ones that lead to no other. How often each leaf of the graph is read.
 
     A backward pass towards the latter runs through all the others, and hands over only the latter's gradients: what comes by at the others
     is gone once it has been used.
@@ -17,6 +24,7 @@ def ends_of(root: Any, nodes: Collection[Any]) -> tuple[set[Any], set[Any]]:
     reached: set[Any] = set()
     leads: dict[Any, bool] = {}  # whether a node is one of ``nodes`` or leads to one
     ends: set[Any] = set()
+    reads: Counter[Tensor] = Counter()
     stack: list[tuple[Any, list[Any] | None]] = [(root, None)]
     while stack:
         node, children = stack.pop()
@@ -25,6 +33,7 @@ def ends_of(root: Any, nodes: Collection[Any]) -> tuple[set[Any], set[Any]]:
                 continue
             leads[node] = False  # there are no cycles: only keeps the node from being expanded twice
             children = [child for child, _ in node.next_functions if child is not None]
+            reads.update(child.variable for child in children if type(child) is _Leaf)
             stack.append((node, children))
             stack += [(child, None) for child in children if child not in leads]
             continue
@@ -34,4 +43,4 @@ def ends_of(root: Any, nodes: Collection[Any]) -> tuple[set[Any], set[Any]]:
             reached.add(node)
             if not below:
                 ends.add(node)
-    return reached, ends
+    return reached, ends, reads

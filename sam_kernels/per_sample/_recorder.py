@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from sam_kernels.per_sample import _rules
 from sam_kernels.per_sample._attention import LinearCalls, attention_params, rows_of
 from sam_kernels.per_sample._call import Call
 from sam_kernels.per_sample._registry import Rule, rule_for
@@ -28,7 +32,8 @@ class _Watched:
     module: nn.Module
     batch_dim: int
     params: dict[str, nn.Parameter]
-    rule: Rule | None  # None: nn.MultiheadAttention
+    rule: Rule | None  # None: nn.MultiheadAttention, or by vmap
+    by_vmap: bool = False
 
 
 class Recorder:
@@ -36,11 +41,12 @@ class Recorder:
 
     def __init__(self, model: nn.Module, *, batch_first: bool, unsupported: str) -> None:
         self.calls: list[Call] = []
-        self._model = model
+        self.model = model
         self._batch_dim = 0 if batch_first else 1
         self._unsupported = unsupported
         self._handles: list[RemovableHandle] = []
         self._layers: list[_Watched] = []
+        self._modes: list[LinearCalls] = []  # of the attentions that are being called
         self._listens = self._records = False
 
     @property
@@ -59,6 +65,8 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        while self._modes:  # an interrupt left an attention without its hook
+            self._leave_attention()
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
@@ -81,31 +89,48 @@ class Recorder:
 
     def _listen(self) -> None:
         for each in self._layers:
-            if each.rule is not None:
-                self._handles.append(each.module.register_forward_hook(partial(self._on_call, each), with_kwargs=True))
+            if each.rule is not None or each.by_vmap:  # before the model's own hooks, which may change the output
+                self._handles.append(each.module.register_forward_hook(partial(self._on_call, each), with_kwargs=True, prepend=True))
                 continue
-            modes: list[Any] = []
-            self._handles.append(each.module.register_forward_pre_hook(partial(self._enter_attention, each, modes)))
-            self._handles.append(each.module.register_forward_hook(partial(self._leave_attention, modes), always_call=True))
+            self._handles.append(each.module.register_forward_pre_hook(partial(self._enter_attention, each), with_kwargs=True))
+            self._handles.append(each.module.register_forward_hook(self._leave_attention, always_call=True, prepend=True))
 
-    def _on_call(self, watched: _Watched, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _on_call(self, watched: _Watched, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not self._listens:
-            return
-        assert watched.rule is not None
-        call = Call(watched.name, module, watched.rule, watched.params, args, kwargs, output, batch_dim=watched.batch_dim)
+            return output
+        tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        if len(tensors) > 1:  # one may come from another, or be another: aliases get only the gradients from outside
+            output = pytree.tree_map_only(Tensor, lambda tensor: tensor.view_as(tensor), output)
+        # (B, features), as behind a mean over time, has no dimension for time
+        batch_dim = watched.batch_dim if any(tensor.dim() > 2 for tensor in tensors) else 0
+        rule = watched.rule
+        if rule is None:
+            device_type = next(iter(watched.params.values())).device.type
+            dtype, enabled = torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type)
+            rule = partial(self._by_vmap, batch_dim, partial(torch.autocast, device_type, dtype, enabled))
+        reads_once = getattr(rule, "__module__", None) == _rules.__name__
+        call = Call(watched.name, module, rule, watched.params, args, kwargs, output, batch_dim=batch_dim, reads_once=reads_once)
         if self._records:
             self.calls.append(call)
+        return output
 
-    def _enter_attention(self, watched: _Watched, modes: list[Any], module: nn.Module, args: Any) -> None:
+    def _by_vmap(self, batch_dim: int, autocast: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grad: Any) -> Any:
+        with self.deaf(), autocast():
+            return by_vmap(module, args, kwargs, grad, batch_dim=batch_dim)
+
+    def _enter_attention(self, watched: _Watched, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._listens:
-            mode: Any = LinearCalls(partial(self._on_linear, watched))
-            modes.append(mode.__enter__())
+            query = args[0] if args else kwargs["query"]
+            batch = 1 if query.dim() < 3 else query.shape[0 if module.batch_first else 1]
+            mode: Any = LinearCalls(partial(self._on_linear, watched, batch))
+            self._modes.append(mode.__enter__())
 
-    def _leave_attention(self, modes: list[Any], module: nn.Module, args: Any, output: Any) -> None:
-        if modes:
-            modes.pop().__exit__(None, None, None)
+    def _leave_attention(self, *_: Any) -> None:
+        if self._modes:
+            mode: Any = self._modes.pop()
+            mode.__exit__(None, None, None)
 
-    def _on_linear(self, watched: _Watched, x: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor) -> None:
+    def _on_linear(self, watched: _Watched, batch: int, x: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor) -> None:
         found = {"weight": rows_of(weight, watched.params), "bias": rows_of(bias, watched.params)}
         used = {name: each for name, each in found.items() if each is not None}
         if not used:
@@ -119,14 +144,14 @@ class Recorder:
             {},
             output,
             rows={name: rows for name, (_, rows) in used.items()},
-            merged=True,  # attention works on (positions, batch, features), whatever it is given
+            merged=batch,  # attention works on (positions, batch, features), whatever it is given
         )
         if self._records:
             self.calls.append(call)
 
     def _watched(self) -> Iterator[_Watched]:
         seen: set[nn.Module] = set()
-        stack = [("", self._model, self._batch_dim)]
+        stack = [("", self.model, self._batch_dim)]
         while stack:
             name, module, batch_dim = stack.pop()
             if module in seen:
@@ -139,8 +164,10 @@ class Recorder:
                 continue
             params = {each: param for each, param in module.named_parameters(recurse=False) if param.requires_grad}
             if params:
-                rule = rule_for(module) or self._without_rule(name, module, params, batch_dim)
-                yield _Watched(_described(name, module), module, batch_dim, params, rule)
+                rule = rule_for(module)
+                if rule is None and (self._unsupported != "vmap" or isinstance(module, ParametrizationList)):
+                    raise _no_rule(name, module, params)
+                yield _Watched(_described(name, module), module, batch_dim, params, rule, by_vmap=rule is None)
             prefix = f"{name}." if name else ""
             stack.extend((prefix + child_name, child, batch_dim) for child_name, child in module.named_children())
 
@@ -154,16 +181,6 @@ class Recorder:
         if self._unsupported != "vmap":
             raise _no_rule(name, module, added)
         raise NotImplementedError(f"GradNorms: {_described(name, module)}: add_bias_kv=True is not supported")
-
-    def _without_rule(self, name: str, module: nn.Module, params: dict[str, nn.Parameter], batch_dim: int) -> Rule:
-        if self._unsupported != "vmap":
-            raise _no_rule(name, module, params)
-
-        def rule(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grad_output: Any) -> Any:
-            with self.deaf():
-                return by_vmap(module, args, kwargs, grad_output, batch_dim=batch_dim)
-
-        return rule
 
 
 def _linear_rule(weight: bool, bias: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grad_output: Tensor) -> Any:
@@ -185,6 +202,11 @@ def _described(name: str, module: nn.Module) -> str:
 
 def _no_rule(name: str, module: nn.Module, params: dict[str, nn.Parameter]) -> NotImplementedError:
     kind = type(module).__name__
+    if isinstance(module, ParametrizationList):
+        return NotImplementedError(
+            f"GradNorms: {_described(name, module)}: parametrized weights (weight_norm, spectral_norm, orthogonal) are not supported; "
+            "freeze them, or make them plain ones with torch.nn.utils.parametrize.remove_parametrizations"
+        )
     shapes = ", ".join(f'"{each}": (B, {", ".join(map(str, param.shape))})' for each, param in params.items())
     return NotImplementedError(
         f"GradNorms: {_described(name, module)} owns trainable parameters and has no rule. Write one with "

@@ -57,6 +57,8 @@ def register_rule(module_type: type[nn.Module], rule: Any = None) -> Any:
 
 def rule_for(module: nn.Module) -> Rule | None:
     """The rule of the module's class, or of the class whose ``forward`` it inherits."""
+    if "forward" in vars(module):  # replaced on this very module
+        return None
     for base in type(module).__mro__:
         if base in _RULES:
             return _RULES[base] if type(module).forward is base.forward else None

@@ -20,12 +20,14 @@ Terms = dict[str, Tensor | Term]
 
 def is_trainable(module: nn.Module, name: str) -> bool:
     """Whether the module has such a parameter, and it wants a gradient."""
-    param = getattr(module, name, None)
-    return isinstance(param, Tensor) and param.requires_grad
+    param = module._parameters.get(name)  # a property would be computed anew
+    return param is not None and param.requires_grad
 
 
 def linear_terms(x: Tensor, grad_output: Tensor, *, weight: bool, bias: bool) -> Terms:
     """Of y = x weight' + bias, with x (B, ..., d) and the gradient of y (B, ..., p)."""
+    if x.dim() < 2:
+        raise NotImplementedError("an input of one dimension has no batch")
     x, g = _sequence(x), _sequence(grad_output)
     terms: Terms = {}
     if weight:
@@ -89,10 +91,24 @@ def _transposed_conv(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
     terms: Terms = {}
     if is_trainable(module, "weight"):
         x = _input(args, kwargs)
-        terms["weight"] = Convolution(grad_output, x, module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
+        g, padding = _reached(module, grad_output, x)
+        terms["weight"] = Convolution(g, x, module.kernel_size, module.stride, padding, module.dilation, module.groups)
     if is_trainable(module, "bias"):
         terms["bias"] = Dense(affine_grads(_planes(grad_output))[1])
     return terms
+
+
+def _reached(module: Any, grad_output: Tensor, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The output's gradient and its padding, without positions behind the last that the input reaches where there is room for one more.
+
+    ``output_padding`` is less than the stride or the dilation; where it is at least the stride, a convolution would have more positions.
+    """
+    sizes = zip(x.shape[2:], module.kernel_size, module.stride, module.padding, module.dilation, grad_output.shape[2:], strict=True)
+    surplus = [n + 2 * p - (size - 1) * s - d * (k - 1) - 1 for size, k, s, p, d, n in sizes]
+    if all(more < s for more, s in zip(surplus, module.stride, strict=True)):
+        return grad_output, module.padding
+    ends = [(p, p - more) for p, more in zip(module.padding, surplus, strict=True)]
+    return F.pad(grad_output, [each for pair in reversed(ends) for each in pair]), (0,) * len(ends)
 
 
 @register_rule(nn.Embedding)
@@ -176,5 +192,5 @@ def _arithmetic(x: Tensor) -> Tensor:
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """A layer's one tensor, by whichever name it was given."""
-    tensor: Tensor = args[0] if args else next(iter(kwargs.values()))
+    tensor: Tensor = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
     return tensor

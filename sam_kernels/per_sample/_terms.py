@@ -36,6 +36,12 @@ class Dense:
 
     grads: Tensor
 
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(self.grads.shape)
+
+    def fits(self, batch: int, shape: torch.Size) -> bool:
+        return self.grads.dim() > 0 and len(self.grads) == batch and self.grads.numel() == batch * shape.numel()
+
     def add_square_norms_(self, square_norms: Tensor, *, keep: bool) -> None:
         grads = self._of_groups(square_norms.shape[0])
         one = grads.new_ones(1).expand(len(grads), 1, 1)
@@ -65,6 +71,16 @@ class Outer:
     left: Tensor
     right: Tensor
     _products: Tensor | None = field(default=None, init=False)  # (M, p, d), kept
+
+    def __post_init__(self) -> None:
+        if self.left.dim() != 3 or self.right.dim() != 3 or self.left.shape[:2] != self.right.shape[:2]:
+            raise ValueError(f"Outer: expected (B, T, p) and (B, T, d), got {tuple(self.left.shape)} and {tuple(self.right.shape)}")
+
+    def sizes(self) -> tuple[int, ...]:
+        return (len(self.left), self.left.shape[2], self.right.shape[2])
+
+    def fits(self, batch: int, shape: torch.Size) -> bool:
+        return len(shape) > 0 and self.sizes() == (batch, shape[0], shape[1:].numel())
 
     def add_square_norms_(self, square_norms: Tensor, *, keep: bool) -> None:
         m = square_norms.shape[0]
@@ -107,6 +123,12 @@ class Convolution:
     groups: int = 1
     _products: Tensor | None = field(default=None, init=False)  # (M, *weight), kept
 
+    def sizes(self) -> tuple[int, ...]:
+        return (len(self.inputs), self.grad_outputs.shape[1], self.inputs.shape[1] // self.groups, *self.kernel_size)
+
+    def fits(self, batch: int, shape: torch.Size) -> bool:
+        return len(self.inputs) == len(self.grad_outputs) and self.sizes() == (batch, *shape)
+
     def add_square_norms_(self, square_norms: Tensor, *, keep: bool) -> None:
         m, x, g = square_norms.shape[0], self.inputs, self.grad_outputs
         weight = (g.shape[1], x.shape[1] // self.groups, *self.kernel_size)
@@ -147,6 +169,17 @@ class Rows:
     indices: Tensor
     values: Tensor
     padding_idx: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.values.dim() != 3 or self.indices.shape != self.values.shape[:2]:
+            raise ValueError(f"Rows: expected (B, T) and (B, T, D), got {tuple(self.indices.shape)} and {tuple(self.values.shape)}")
+
+    def sizes(self) -> tuple[int, ...]:
+        return (len(self.indices), -1, self.values.shape[2])
+
+    def fits(self, batch: int, shape: torch.Size) -> bool:
+
+        return len(shape) == 2 and self.sizes() == (batch, -1, shape[1])
 
     def add_square_norms_(self, square_norms: Tensor, *, keep: bool) -> None:
         m = square_norms.shape[0]

@@ -62,8 +62,21 @@ _RANDOM = "it draws random numbers, which a second run cannot draw again"
 def _one_by_one(
     sample_grads: Callable[[list[Tensor], list[Tensor]], dict[str, Tensor]], inputs: list[Tensor], grads: list[Tensor]
 ) -> dict[str, Tensor]:
-    before = torch.get_rng_state()
-    found = [sample_grads([each[b] for each in inputs], [each[b] for each in grads]) for b in range(len(grads[0]))]
-    if not torch.equal(before, torch.get_rng_state()):
+    device = grads[0].device
+    on_device = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(on_device):
+        before = _random_states(on_device)
+        try:
+            found = [sample_grads([each[b] for each in inputs], [each[b] for each in grads]) for b in range(len(grads[0]))]
+        except RuntimeError as error:
+            raise NotImplementedError(
+                f"it cannot be called with one sample: every tensor needs the batch where the output has it: {error}"
+            ) from error
+        drawn = any(not torch.equal(a, b) for a, b in zip(before, _random_states(on_device), strict=True))
+    if drawn:
         raise NotImplementedError(_RANDOM)
     return {name: torch.stack([each[name] for each in found]) for name in found[0]}
+
+
+def _random_states(devices: list[torch.device]) -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -46,7 +47,7 @@ class GradNorms:
         reduction: of a micro-batch's gradients: ``"sum"`` or ``"mean"``. Also that of its loss in :meth:`weighted_grads_`.
         unsupported: what happens with a module that owns trainable parameters and has no rule: ``"error"`` when the forward pass begins, or
             ``"vmap"``: its part is computed by ``torch.func``, slowly, with every sample's gradient in memory.
-        batch_first: False for a model whose batch is dimension 1.
+        batch_first: False for a model whose batch is dimension 1, and dimension 0 of outputs of two dimensions (behind a mean over time).
 
     Memory: with ``keep=True`` (see :meth:`__call__`) the inputs of layers, which autograd holds anyway, and the gradients of their outputs
     stay until :meth:`weighted_grads_`; without, a layer's are dropped as soon as its norm is known.
@@ -71,14 +72,14 @@ class GradNorms:
         self.reduction = check_choice("GradNorms", "reduction", reduction, ("sum", "mean"))
         check_choice("GradNorms", "unsupported", unsupported, ("error", "vmap"))
         check_flag("GradNorms", "batch_first", batch_first)
-        if any(isinstance(module, torch._dynamo.OptimizedModule) for module in model.modules()):
-            raise TypeError("GradNorms: the model is compiled, and its layers cannot be listened to; pass the module it was compiled from")
+        _refuse_compiled(model)
         self._recorder = Recorder(model, batch_first=batch_first, unsupported=unsupported)
         self._gathered: Gathered | None = None
 
     def __enter__(self) -> GradNorms:
         if self._recorder.is_on:
             raise RuntimeError("GradNorms: this engine is already around a forward pass; use one engine for each")
+        _refuse_compiled(self._recorder.model)
         self._gathered = None
         self._recorder.start()
         return self
@@ -97,11 +98,13 @@ class GradNorms:
     ) -> Tensor:  # (B / m,) float32, float64 for float64 losses
         """Norms of the gradients of the losses of the forward pass before, over all trainable parameters of the model.
 
-        ``keep``: whether :meth:`weighted_grads_` may follow. ``retain_graph``: as ``torch.autograd.grad``.
+        ``keep``: whether :meth:`weighted_grads_` may follow. ``retain_graph``: as ``torch.autograd.grad``; an ordinary backward
+        pass may then follow, but not through checkpoints, which would save less when they run again than they did under the engine.
 
-        Raises RuntimeError where there is no forward pass to differentiate, it has been used already, or the losses do not depend on a
-        layer that was called; ValueError for losses that are not one-dimensional, or whose number m does not divide, and where a layer's
-        output has another batch; NotImplementedError where a rule does not cover a module.
+        Raises RuntimeError where there is no forward pass to differentiate, it has been used already, the losses do not depend on a layer
+        that was called, or they read a parameter past its layer (``F.linear(x, embedding.weight)``, a penalty on weights); ValueError for
+        losses that are not one-dimensional, or whose number m does not divide, and where a layer's output has another batch;
+        NotImplementedError where a rule does not cover a module.
         """
         self._check(losses)
         calls, self._recorder.calls = self._recorder.calls, []
@@ -111,8 +114,9 @@ class GradNorms:
             for position, node in enumerate(call.nodes):
                 if node is not None:
                     nodes.setdefault(node, []).append((call, position))
-        reached, ends = ends_of(losses.grad_fn, nodes)
+        reached, ends, reads = ends_of(losses.grad_fn, nodes)
         _require_reached(calls, reached)
+        _require_all_seen(self._recorder.model, calls, reads)
         gathered = Gathered(calls, losses.shape[0], losses.shape[0] // self.micro_batch, losses.device, keep=keep)
 
         def pass_by(node: Any, grads: Sequence[Tensor | None]) -> None:
@@ -123,7 +127,9 @@ class GradNorms:
         handles = [node.register_prehook(partial(pass_by, node)) for node in reached - ends]
         edges = [GradientEdge(node, nr) for node in ends for nr in sorted({call.output_nrs[i] for call, i in nodes[node]})]
         try:
-            with self._recorder.replaying() if any(call.is_recomputed for call in calls) else nullcontext():
+            # What rules multiply must not be rounded on the way; what checkpoints run again brings its own autocast along.
+            again = self._recorder.replaying() if any(call.is_recomputed for call in calls) else nullcontext()
+            with again, torch.autocast(losses.device.type, enabled=False):
                 found = torch.autograd.grad(losses, edges, torch.ones_like(losses), retain_graph=retain_graph, allow_unused=True)
                 with torch.no_grad():
                     by_edge: dict[Any, Tensor | None] = {(edge.node, edge.output_nr): grad for edge, grad in zip(edges, found, strict=True)}
@@ -155,7 +161,8 @@ class GradNorms:
         if weights.shape != (self._gathered.m,):
             raise ValueError(f"GradNorms.weighted_grads_: weights must have shape ({self._gathered.m},), got {tuple(weights.shape)}")
         gathered, self._gathered = self._gathered, None
-        gathered.add_weighted_grads(weights / self.micro_batch if self.reduction == "mean" else weights)
+        with torch.autocast(weights.device.type, enabled=False):
+            gathered.add_weighted_grads(weights / self.micro_batch if self.reduction == "mean" else weights)
 
     def _check(self, losses: object) -> None:
         if not isinstance(losses, Tensor) or not losses.is_floating_point():
@@ -195,4 +202,26 @@ def _require_reached(calls: Sequence[Call], reached: set[Any]) -> None:
             raise RuntimeError(
                 f"GradNorms: the losses do not depend on the output of {call.name}; freeze its parameters, or leave its call out of the "
                 "`with` block"
+            )
+
+
+def _require_all_seen(model: nn.Module, calls: Sequence[Call], reads: Counter[Tensor]) -> None:
+    """Whoever reads a parameter without calling its layer would be left out of the norm."""
+    seen = Counter(param for call in calls for param in call.params.values())
+    many = {param for call in calls if not call.reads_once for param in call.params.values()}
+    for name, param in model.named_parameters():
+        if param.requires_grad and reads[param] > seen[param] and (not seen[param] or param not in many):
+            raise RuntimeError(
+                f"GradNorms: the losses read {name} {reads[param]} times, of which {seen[param]} are calls of its layer inside the `with` "
+                "block: call the layer rather than its forward method or a function of its weight, and leave penalties on weights out of "
+                "the losses"
+            )
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    """Raises TypeError where ``torch.compile`` has taken the place of a layer's call."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+            raise TypeError(
+                f"GradNorms: {name or 'the model'} is compiled, and its layers cannot be listened to; pass the module it was compiled from"
             )
