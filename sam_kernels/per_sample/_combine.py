@@ -111,7 +111,7 @@ class Tied:
                 products = products.masked_fill(ids[i] == self.rows.padding_idx, 0.0)
             square_norms[i] += 2 * (products * left[i][:, ids[i]]).sum().to(square_norms.dtype)
 
-    def weighted(self, weights: Tensor, shape: torch.Size) -> Tensor:
+    def weighted(self, weights: Tensor | None, shape: torch.Size) -> Tensor:
         return self.rows.weighted(weights, shape) + self.outer.weighted(weights, shape)
 
     def sample_grads(self, part: slice, shape: torch.Size) -> Tensor:
@@ -134,7 +134,7 @@ class Mixed:
             grads = self.sample_grads(slice(start * samples, stop * samples), self.shape)
             Dense(grads).add_square_norms_(square_norms[start:stop], keep=keep)
 
-    def weighted(self, weights: Tensor, shape: torch.Size) -> Tensor:
+    def weighted(self, weights: Tensor | None, shape: torch.Size) -> Tensor:
         return torch.stack([term.weighted(weights, shape).reshape(shape) for term in self.terms]).sum(0)
 
     def sample_grads(self, part: slice, shape: torch.Size) -> Tensor:

@@ -21,10 +21,10 @@ class Gathered:
 
     def __init__(self, calls: Sequence[Call], batch: int, m: int, device: torch.device, *, keep: bool) -> None:
         self.m = m
-        self._batch, self._device, self._keep = batch, device, keep
+        self._batch, self.device, self._keep = batch, device, keep
         self._open = set(calls)
-        self._awaited = Counter(param for call in calls for param in call.params.values())
-        self._terms: dict[nn.Parameter, list[tuple[Place | None, Term]]] = {}
+        self._awaited = Counter(id(param) for call in calls for param in call.params.values())
+        self._terms: dict[int, list[tuple[Place | None, Term]]] = {}  # by the id of a parameter: hashing a tensor is slow
         self._kept: list[tuple[nn.Parameter, Place | None, Term]] = []
         self._square_norms: dict[torch.device, Tensor] = {}  # (M,) each
 
@@ -36,10 +36,10 @@ class Gathered:
             for name, param in call.params.items():
                 rows = call.rows.get(name)
                 whole = rows is None or rows == slice(0, len(param))
-                self._terms.setdefault(param, []).append((None if whole or rows is None else (rows.start, rows.stop), terms[name]))
+                self._terms.setdefault(id(param), []).append((None if whole or rows is None else (rows.start, rows.stop), terms[name]))
         for param in call.params.values():
-            self._awaited[param] -= 1
-            if self._awaited[param] == 0:
+            self._awaited[id(param)] -= 1
+            if self._awaited[id(param)] == 0:
                 self._close(param)
 
     def finish(self, calls: Sequence[Call]) -> None:
@@ -49,23 +49,23 @@ class Gathered:
                 self.add(call)
 
     def square_norms(self) -> Tensor:  # (M,) float64
-        total = torch.zeros(self.m, dtype=torch.float64, device=self._device)
+        total = torch.zeros(self.m, dtype=torch.float64, device=self.device)
         for square_norms in self._square_norms.values():
-            total += square_norms.to(self._device)
+            total += square_norms.to(self.device)
         return total
 
-    def add_weighted_grads(self, weights: Tensor) -> None:  # (M,)
+    def add_weighted_grads(self, weights: Tensor | None) -> None:  # (M,), None: 1 everywhere
         """Of every parameter, freeing its terms."""
         while self._kept:
             param, place, term = self._kept.pop()
             shape = param.shape if place is None else torch.Size((place[1] - place[0], *param.shape[1:]))
-            grad = term.weighted(weights.to(param.device), shape).to(param.dtype)
+            grad = term.weighted(None if weights is None else weights.to(param.device), shape).to(param.dtype)
             if place is not None:
                 if param.grad is None:
                     param.grad = torch.zeros_like(param)
                 param.grad[slice(*place)] += grad
             elif param.grad is None:
-                param.grad = torch.empty_like(param).copy_(grad)  # laid out as autograd would
+                param.grad = grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)  # as autograd lays it out
             else:
                 param.grad += grad
 
@@ -96,7 +96,7 @@ class Gathered:
     def _close(self, param: nn.Parameter) -> None:
         """All that is to come for a parameter has come."""
         by_place: dict[Place | None, list[Term]] = {}
-        for place, term in disjoint(self._terms.pop(param, []), len(param)):
+        for place, term in disjoint(self._terms.pop(id(param), []), len(param)):
             by_place.setdefault(place, []).append(term)
         square_norms = self._square_norms.get(param.device)
         if square_norms is None:

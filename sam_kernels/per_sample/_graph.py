@@ -7,16 +7,15 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import Tensor
 
 __all__ = ["ends_of"]
 
 
-_Leaf: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
+_Leaf: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]  # not declared
 
 
-def ends_of(root: Any, nodes: Collection[Any]) -> tuple[set[Any], set[Any], Counter[Tensor]]:
-    """Of ``nodes``: those that ``root`` leads to, and of these the ones that lead to no other. How often each leaf of the graph is read.
+def ends_of(root: Any, nodes: Collection[Any]) -> tuple[set[Any], set[Any], Counter[int]]:
+    """Of ``nodes``: those that ``root`` leads to, and of these the ones that lead to no other. How often each leaf is read, by its id.
 
     A backward pass towards the latter runs through all the others, and hands over only the latter's gradients: what comes by at the others
     is gone once it has been used.
@@ -24,7 +23,7 @@ def ends_of(root: Any, nodes: Collection[Any]) -> tuple[set[Any], set[Any], Coun
     reached: set[Any] = set()
     leads: dict[Any, bool] = {}  # whether a node is one of ``nodes`` or leads to one
     ends: set[Any] = set()
-    reads: Counter[Tensor] = Counter()
+    reads: Counter[int] = Counter()
     stack: list[tuple[Any, list[Any] | None]] = [(root, None)]
     while stack:
         node, children = stack.pop()
@@ -33,7 +32,9 @@ def ends_of(root: Any, nodes: Collection[Any]) -> tuple[set[Any], set[Any], Coun
                 continue
             leads[node] = False  # there are no cycles: only keeps the node from being expanded twice
             children = [child for child, _ in node.next_functions if child is not None]
-            reads.update(child.variable for child in children if type(child) is _Leaf)
+            for child in children:
+                if type(child) is _Leaf:
+                    reads[id(child.variable)] += 1
             stack.append((node, children))
             stack += [(child, None) for child in children if child not in leads]
             continue

@@ -21,19 +21,23 @@ from sam_kernels.per_sample._registry import Rule, rule_for
 from sam_kernels.per_sample._rules import linear_terms
 from sam_kernels.per_sample._vmap import by_vmap
 
-__all__ = ["Recorder"]
+__all__ = ["Recorder", "refuse_compiled"]
 
 
 @dataclass
 class _Watched:
     """A module that owns trainable parameters."""
 
-    name: str
+    path: str  # in the model, with a dot at the end
     module: nn.Module
     batch_dim: int
     params: dict[str, nn.Parameter]
     rule: Rule | None  # None: nn.MultiheadAttention, or by vmap
     by_vmap: bool = False
+
+    @property
+    def name(self) -> str:
+        return _described(self.path[:-1], self.module)
 
 
 class Recorder:
@@ -53,8 +57,13 @@ class Recorder:
     def is_on(self) -> bool:
         return self._listens
 
+    @property
+    def params(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The trainable parameters of the model that was started with, some more than once, with their names."""
+        return ((f"{each.path}{name}", param) for each in self._layers for name, param in each.params.items())
+
     def start(self) -> None:
-        """Raises NotImplementedError for a module that owns trainable parameters and has no rule."""
+        """Raises NotImplementedError for a module that owns trainable parameters and has no rule, TypeError for a compiled one."""
         self._layers = list(self._watched())
         self.calls = []
         self._listens = self._records = True
@@ -157,26 +166,28 @@ class Recorder:
             if module in seen:
                 continue
             seen.add(module)
+            refuse_compiled(name, module)
             batch_dim = _batch_dim_within(module, batch_dim)
             if type(module).forward is nn.MultiheadAttention.forward:
                 seen.update(module.children())  # out_proj is not called
                 yield from self._attention(name, module)
                 continue
-            params = {each: param for each, param in module.named_parameters(recurse=False) if param.requires_grad}
+            # What named_parameters and named_children give, in a third of the time: a small model is walked at every step.
+            prefix = f"{name}." if name else ""
+            params = {each: param for each, param in module._parameters.items() if param is not None and param.requires_grad}
             if params:
                 rule = rule_for(module)
                 if rule is None and (self._unsupported != "vmap" or isinstance(module, ParametrizationList)):
                     raise _no_rule(name, module, params)
-                yield _Watched(_described(name, module), module, batch_dim, params, rule, by_vmap=rule is None)
-            prefix = f"{name}." if name else ""
-            stack.extend((prefix + child_name, child, batch_dim) for child_name, child in module.named_children())
+                yield _Watched(prefix, module, batch_dim, params, rule, by_vmap=rule is None)
+            stack += [(prefix + each, child, batch_dim) for each, child in module._modules.items() if child is not None]
 
     def _attention(self, name: str, module: Any) -> Iterator[_Watched]:
         params = attention_params(module)
         added = {each: param for each, param in params.items() if each in ("bias_k", "bias_v")}
         if not added:
             if params:
-                yield _Watched(_described(name, module), module, 0, params, None)
+                yield _Watched(f"{name}." if name else "", module, 0, params, None)
             return
         if self._unsupported != "vmap":
             raise _no_rule(name, module, added)
@@ -194,6 +205,14 @@ def _batch_dim_within(module: Any, batch_dim: int) -> int:
     if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder) and len(module.layers):
         return _batch_dim_within(module.layers[0], batch_dim)
     return batch_dim
+
+
+def refuse_compiled(name: str, module: nn.Module) -> None:
+    """Raises TypeError where ``torch.compile`` has taken the place of a layer's call."""
+    if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+        raise TypeError(
+            f"GradNorms: {name or 'the model'} is compiled, and its layers cannot be listened to; pass the module it was compiled from"
+        )
 
 
 def _described(name: str, module: nn.Module) -> str:

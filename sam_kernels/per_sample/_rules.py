@@ -31,7 +31,7 @@ def linear_terms(x: Tensor, grad_output: Tensor, *, weight: bool, bias: bool) ->
     x, g = _sequence(x), _sequence(grad_output)
     terms: Terms = {}
     if weight:
-        terms["weight"] = Outer(g, x)
+        terms["weight"] = Outer(g, _as_multiplied(x, g))
     if bias:
         terms["bias"] = Dense(g[:, 0] if g.shape[1] == 1 else affine_grads(g.unsqueeze(3))[1])
     return terms
@@ -45,6 +45,11 @@ def affine_grads(grad_output: Tensor, normalized: Tensor | None = None) -> tuple
     weight_grads, bias_grads = (grad_output.new_empty(grad_output.shape[0], grad_output.shape[2], dtype=dtype) for _ in range(2))
     affine_grads_(None if normalized is None else weight_grads, bias_grads, normalized, grad_output)
     return weight_grads, bias_grads
+
+
+def _as_multiplied(x: Tensor, grad_output: Tensor) -> Tensor:
+    """Autocast rounds a layer's input to the type of its output, and so do the gradients that autograd would find."""
+    return x.to(grad_output.dtype) if grad_output.element_size() < x.element_size() else x
 
 
 def _sequence(tensor: Tensor) -> Tensor:  # (B, ..., n) -> (B, T, n)
@@ -64,7 +69,7 @@ def _linear(module: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], gr
 def _conv(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], grad_output: Tensor) -> Terms:
     terms: Terms = {}
     if is_trainable(module, "weight"):
-        x, padding = _padded(module, _input(args, kwargs))
+        x, padding = _padded(module, _as_multiplied(_input(args, kwargs), grad_output))
         terms["weight"] = Convolution(x, grad_output, module.kernel_size, module.stride, padding, module.dilation, module.groups)
     if is_trainable(module, "bias"):
         terms["bias"] = Dense(affine_grads(_planes(grad_output))[1])

@@ -23,8 +23,8 @@ class Term(Protocol):
     def add_square_norms_(self, square_norms: Tensor, *, keep: bool) -> None:  # (M,) float64
         """Adds the squared norm of each group's gradient. With ``keep`` :meth:`weighted` follows, and may use what was formed."""
 
-    def weighted(self, weights: Tensor, shape: torch.Size) -> Tensor:  # (M,) -> the parameter's shape
-        """The sum over the groups of weight times gradient."""
+    def weighted(self, weights: Tensor | None, shape: torch.Size) -> Tensor:  # (M,) -> the parameter's shape
+        """The sum over the groups of weight times gradient. None: weights of 1."""
 
     def sample_grads(self, part: slice, shape: torch.Size) -> Tensor:  # -> (samples of part, *shape)
         """The gradients of some samples, multiplied out."""
@@ -47,10 +47,9 @@ class Dense:
         one = grads.new_ones(1).expand(len(grads), 1, 1)
         linear_square_norms_(square_norms, one, grads.unsqueeze(1))  # one read, no temporary
 
-    def weighted(self, weights: Tensor, shape: torch.Size) -> Tensor:
-        grads = self._of_groups(weights.shape[0])
-        dtype = torch.promote_types(grads.dtype, torch.float32)
-        return torch.mv(grads.to(dtype).mT, weights.to(dtype)).view(shape)
+    def weighted(self, weights: Tensor | None, shape: torch.Size) -> Tensor:
+        grads = self.grads if weights is None else self._of_groups(weights.shape[0])
+        return _weighted_sum(weights, grads.to(torch.promote_types(grads.dtype, torch.float32))).view(shape)
 
     def sample_grads(self, part: slice, shape: torch.Size) -> Tensor:
         return self.grads[part].reshape(-1, *shape)
@@ -90,16 +89,15 @@ class Outer:
             self._products = left.new_empty((m, left.shape[2], right.shape[2]), dtype=dtype)
         linear_square_norms_(square_norms, right, left, self._products)
 
-    def weighted(self, weights: Tensor, shape: torch.Size) -> Tensor:
+    def weighted(self, weights: Tensor | None, shape: torch.Size) -> Tensor:
         if self._products is not None:
             return _weighted_sum(weights, self._products).view(shape)
         left, right = self.left, self.right
         dtype = torch.promote_types(left.dtype, right.dtype)
-        each = weights.to(dtype).repeat_interleave(left.shape[0] // weights.shape[0])[:, None, None]
         if left.shape[2] < right.shape[2]:
-            left = left * each
+            left = _scaled(left, weights)
         else:
-            right = right * each
+            right = _scaled(right, weights)
         if left.stride(0) < left.stride(1):  # T before B: the larger tensor need not be copied, and a sum has no order
             left, right = left.transpose(0, 1), right.transpose(0, 1)
         return (left.to(dtype).flatten(0, 1).mT @ right.to(dtype).flatten(0, 1)).view(shape)
@@ -137,12 +135,10 @@ class Convolution:
             self._products = g.new_empty((m, *weight), dtype=torch.promote_types(torch.promote_types(x.dtype, g.dtype), torch.float32))
         conv_square_norms_(square_norms, x, g, self._products, **self._options())
 
-    def weighted(self, weights: Tensor, shape: torch.Size) -> Tensor:
+    def weighted(self, weights: Tensor | None, shape: torch.Size) -> Tensor:
         if self._products is not None:
             return _weighted_sum(weights, self._products).view(shape)
-        g = self.grad_outputs
-        each = weights.to(g.dtype).repeat_interleave(g.shape[0] // weights.shape[0])
-        return self._weight_grad(self.inputs, g * each.view(-1, *(1,) * (g.dim() - 1)), shape)
+        return self._weight_grad(self.inputs, _scaled(self.grad_outputs, weights), shape)
 
     def sample_grads(self, part: slice, shape: torch.Size) -> Tensor:
         pairs = zip(self.inputs[part], self.grad_outputs[part], strict=True)
@@ -178,7 +174,6 @@ class Rows:
         return (len(self.indices), -1, self.values.shape[2])
 
     def fits(self, batch: int, shape: torch.Size) -> bool:
-
         return len(shape) == 2 and self.sizes() == (batch, -1, shape[1])
 
     def add_square_norms_(self, square_norms: Tensor, *, keep: bool) -> None:
@@ -186,9 +181,8 @@ class Rows:
         indices, values = self.indices.reshape(m, -1), self.values.reshape(m, -1, self.values.shape[2])
         embedding_square_norms_(square_norms, indices, values, padding_idx=self.padding_idx)
 
-    def weighted(self, weights: Tensor, shape: torch.Size) -> Tensor:
-        each = weights.to(self.values.dtype).repeat_interleave(self.values.shape[0] // weights.shape[0])
-        return self._grad(self.values * each[:, None, None], self.indices, shape)
+    def weighted(self, weights: Tensor | None, shape: torch.Size) -> Tensor:
+        return self._grad(_scaled(self.values, weights), self.indices, shape)
 
     def sample_grads(self, part: slice, shape: torch.Size) -> Tensor:
         pairs = zip(self.values[part], self.indices[part], strict=True)
@@ -216,5 +210,12 @@ _KEPT_PER_ACTIVATION = 4
 _FLOPS_PER_KEPT = 80
 
 
-def _weighted_sum(weights: Tensor, products: Tensor) -> Tensor:  # (M,), (M, ...) -> (elements,)
-    return torch.mv(products.flatten(1).mT, weights.to(products.dtype))
+def _weighted_sum(weights: Tensor | None, grads: Tensor) -> Tensor:  # (M,), (M, ...) -> (elements,)
+    return grads.flatten(1).sum(0) if weights is None else torch.mv(grads.flatten(1).mT, weights.to(grads.dtype))
+
+
+def _scaled(tensor: Tensor, weights: Tensor | None) -> Tensor:  # (B, ...) by the weight of each sample's group
+    if weights is None:
+        return tensor
+    each = weights.to(tensor.dtype).repeat_interleave(tensor.shape[0] // weights.shape[0])
+    return tensor * each.view(-1, *(1,) * (tensor.dim() - 1))

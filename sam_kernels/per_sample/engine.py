@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from types import TracebackType
@@ -17,7 +17,7 @@ from sam_kernels._validate import check_choice, check_flag, describe
 from sam_kernels.per_sample._call import Call
 from sam_kernels.per_sample._gathered import Gathered
 from sam_kernels.per_sample._graph import ends_of
-from sam_kernels.per_sample._recorder import Recorder
+from sam_kernels.per_sample._recorder import Recorder, refuse_compiled
 
 __all__ = ["GradNorms"]
 
@@ -72,14 +72,14 @@ class GradNorms:
         self.reduction = check_choice("GradNorms", "reduction", reduction, ("sum", "mean"))
         check_choice("GradNorms", "unsupported", unsupported, ("error", "vmap"))
         check_flag("GradNorms", "batch_first", batch_first)
-        _refuse_compiled(model)
+        for name, module in model.named_modules():
+            refuse_compiled(name, module)
         self._recorder = Recorder(model, batch_first=batch_first, unsupported=unsupported)
         self._gathered: Gathered | None = None
 
     def __enter__(self) -> GradNorms:
         if self._recorder.is_on:
             raise RuntimeError("GradNorms: this engine is already around a forward pass; use one engine for each")
-        _refuse_compiled(self._recorder.model)
         self._gathered = None
         self._recorder.start()
         return self
@@ -116,7 +116,7 @@ class GradNorms:
                     nodes.setdefault(node, []).append((call, position))
         reached, ends, reads = ends_of(losses.grad_fn, nodes)
         _require_reached(calls, reached)
-        _require_all_seen(self._recorder.model, calls, reads)
+        _require_all_seen(self._recorder.params, calls, reads)
         gathered = Gathered(calls, losses.shape[0], losses.shape[0] // self.micro_batch, losses.device, keep=keep)
 
         def pass_by(node: Any, grads: Sequence[Tensor | None]) -> None:
@@ -146,23 +146,28 @@ class GradNorms:
         return norms.to(torch.float64 if losses.dtype is torch.float64 else torch.float32)
 
     @torch.no_grad()
-    def weighted_grads_(self, weights: Tensor) -> None:  # (B / m,)
+    def weighted_grads_(self, weights: Tensor | None = None) -> None:  # (B / m,)
         """Adds the sum of weight times gradient over the micro-batches to the parameters' ``.grad``, without another backward pass.
 
-        A micro-batch's gradient is that of the sum (``reduction="mean"``: the mean) of its losses. With all weights 1 this is what
-        ``losses.sum().backward()`` does, to rounding. Frees what the engine kept.
+        A micro-batch's gradient is that of the sum (``reduction="mean"``: the mean) of its losses. None is a weight of 1 for each: what
+        ``losses.sum().backward()`` does, to rounding, and nothing has to be multiplied by weights. Frees what the engine kept.
 
         Raises RuntimeError where there is nothing kept, TypeError or ValueError for weights that are not a floating-point tensor (B / m,).
         """
         if self._gathered is None:
             raise RuntimeError("GradNorms.weighted_grads_: call the engine with losses first, with keep=True; what it keeps is used once")
-        if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        m, device = self._gathered.m, self._gathered.device
+        if weights is not None and not (isinstance(weights, Tensor) and weights.is_floating_point()):
             raise TypeError(f"GradNorms.weighted_grads_: weights must be a floating-point tensor, got {describe(weights)}")
-        if weights.shape != (self._gathered.m,):
-            raise ValueError(f"GradNorms.weighted_grads_: weights must have shape ({self._gathered.m},), got {tuple(weights.shape)}")
+        if weights is not None and weights.shape != (m,):
+            raise ValueError(f"GradNorms.weighted_grads_: weights must have shape ({m},), got {tuple(weights.shape)}")
+        if self.reduction == "mean":
+            weights = (torch.ones(m, device=device) if weights is None else weights) / self.micro_batch
+        if weights is not None and weights.is_cpu and bool((weights == 1).all()):  # to look at those of a device would be to wait for it
+            weights = None
         gathered, self._gathered = self._gathered, None
-        with torch.autocast(weights.device.type, enabled=False):
-            gathered.add_weighted_grads(weights / self.micro_batch if self.reduction == "mean" else weights)
+        with torch.autocast(device.type, enabled=False):
+            gathered.add_weighted_grads(weights)
 
     def _check(self, losses: object) -> None:
         if not isinstance(losses, Tensor) or not losses.is_floating_point():
@@ -205,23 +210,15 @@ def _require_reached(calls: Sequence[Call], reached: set[Any]) -> None:
             )
 
 
-def _require_all_seen(model: nn.Module, calls: Sequence[Call], reads: Counter[Tensor]) -> None:
+def _require_all_seen(params: Iterable[tuple[str, nn.Parameter]], calls: Sequence[Call], reads: Counter[int]) -> None:
     """Whoever reads a parameter without calling its layer would be left out of the norm."""
-    seen = Counter(param for call in calls for param in call.params.values())
-    many = {param for call in calls if not call.reads_once for param in call.params.values()}
-    for name, param in model.named_parameters():
-        if param.requires_grad and reads[param] > seen[param] and (not seen[param] or param not in many):
+    seen = Counter(id(param) for call in calls for param in call.params.values())
+    many = {id(param) for call in calls if not call.reads_once for param in call.params.values()}
+    for name, param in params:
+        key = id(param)
+        if reads[key] > seen[key] and (not seen[key] or key not in many):
             raise RuntimeError(
-                f"GradNorms: the losses read {name} {reads[param]} times, of which {seen[param]} are calls of its layer inside the `with` "
+                f"GradNorms: the losses read {name} {reads[key]} times, of which {seen[key]} are calls of its layer inside the `with` "
                 "block: call the layer rather than its forward method or a function of its weight, and leave penalties on weights out of "
                 "the losses"
-            )
-
-
-def _refuse_compiled(model: nn.Module) -> None:
-    """Raises TypeError where ``torch.compile`` has taken the place of a layer's call."""
-    for name, module in model.named_modules():
-        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
-            raise TypeError(
-                f"GradNorms: {name or 'the model'} is compiled, and its layers cannot be listened to; pass the module it was compiled from"
             )
