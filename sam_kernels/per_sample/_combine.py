@@ -99,7 +99,7 @@ class Tied:
 
     def add_square_norms_(self, square_norms: Tensor, *, keep: bool) -> None:
         self.rows.add_square_norms_(square_norms, keep=keep)
-        self.outer.add_square_norms_(square_norms, keep=keep)
+        self.outer.add_square_norms_(square_norms, keep=False)  # its factors are needed below
         m = len(square_norms)
         ids, values = self.rows.indices.reshape(m, -1), self.rows.values.reshape(m, -1, self.shape[1])
         left, right = self.outer.left.reshape(m, -1, self.shape[0]), self.outer.right.reshape(m, -1, self.shape[1])

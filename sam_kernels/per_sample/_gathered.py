@@ -43,8 +43,8 @@ class Gathered:
                 self._close(param)
 
     def finish(self, calls: Sequence[Call]) -> None:
-        """The calls by which no gradient came, or not all, because some are zero."""
-        for call in calls:
+        """The calls that are left: some had to wait, by some no gradient came, or not all, because they are zero."""
+        for call in reversed(calls):
             if call in self._open:
                 self.add(call)
 

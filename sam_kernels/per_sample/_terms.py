@@ -88,6 +88,8 @@ class Outer:
             dtype = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
             self._products = left.new_empty((m, left.shape[2], right.shape[2]), dtype=dtype)
         linear_square_norms_(square_norms, right, left, self._products)
+        if self._products is not None:
+            self.left = self.right = self._products.new_empty(0)  # no longer needed
 
     def weighted(self, weights: Tensor | None, shape: torch.Size) -> Tensor:
         if self._products is not None:
@@ -134,6 +136,8 @@ class Convolution:
         if keep and _worth_keeping(m, tokens, weight[0], math.prod(weight[1:]), x.numel() + g.numel()):
             self._products = g.new_empty((m, *weight), dtype=torch.promote_types(torch.promote_types(x.dtype, g.dtype), torch.float32))
         conv_square_norms_(square_norms, x, g, self._products, **self._options())
+        if self._products is not None:
+            self.inputs = self.grad_outputs = self._products.new_empty(0)  # no longer needed
 
     def weighted(self, weights: Tensor | None, shape: torch.Size) -> Tensor:
         if self._products is not None:

@@ -121,7 +121,9 @@ class GradNorms:
 
         def pass_by(node: Any, grads: Sequence[Tensor | None]) -> None:
             for call, position in nodes[node]:
-                if call.receive(position, grads[call.output_nrs[position]]):
+                # What is kept anyway can wait until the backward pass is over, when nothing else wants the caches that Python runs in. What
+                # a checkpoint has computed again is there now.
+                if call.receive(position, grads[call.output_nrs[position]]) and (call.is_recomputed or not keep):
                     gathered.add(call)
 
         handles = [node.register_prehook(partial(pass_by, node)) for node in reached - ends]
