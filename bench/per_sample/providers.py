@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -36,15 +37,15 @@ def _plain(problem: Problem) -> Run:
     return run
 
 
-def _ours(problem: Problem, *, grads: bool) -> Run:
+def _ours(problem: Problem, *, keep: bool = False, backward: bool = False) -> Run:
     engine = GradNorms(problem.model)
 
     def run() -> Tensor:
         problem.model.zero_grad()
         with engine:
             losses = problem.losses()
-        norms = engine(losses, keep=grads)
-        if grads:
+        norms = engine(losses, keep=keep, backward=backward)
+        if keep:
             engine.weighted_grads_(torch.ones_like(norms))
         return norms
 
@@ -99,8 +100,9 @@ def _no_opacus(problem: Problem) -> str | None:
 
 PROVIDERS = {
     "plain": Provider("forward and backward, no norms", _plain),
-    "norms": Provider("sam_kernels, norms", lambda problem: _ours(problem, grads=False)),
-    "norms+grads": Provider("sam_kernels, norms and gradients", lambda problem: _ours(problem, grads=True)),
+    "norms": Provider("sam_kernels, norms", _ours),
+    "norms+weighted": Provider("sam_kernels, norms, then weighted gradients (weights of 1)", partial(_ours, keep=True)),
+    "norms+backward": Provider("sam_kernels, norms beside an ordinary backward pass", partial(_ours, backward=True)),
     "opacus": Provider("Opacus, ghost norms", _opacus, _no_opacus),
     "vmap": Provider("torch.func.vmap(grad)", _vmap, _no_batch_norm),
 }

@@ -94,12 +94,16 @@ class GradNorms:
         losses: Tensor,  # (B,)
         *,
         keep: bool = True,
+        backward: bool = False,
         retain_graph: bool = False,
     ) -> Tensor:  # (B / m,) float32, float64 for float64 losses
         """Norms of the gradients of the losses of the forward pass before, over all trainable parameters of the model.
 
-        ``keep``: whether :meth:`weighted_grads_` may follow. ``retain_graph``: as ``torch.autograd.grad``; an ordinary backward
-        pass may then follow, but not through checkpoints, which would save less when they run again than they did under the engine.
+        ``keep``: whether :meth:`weighted_grads_` may follow. ``backward``: norms beside an ordinary ``losses.sum().backward()``: autograd
+        itself puts the batch's gradient into ``.grad``, the same bits as without norms, and hooks on parameters (DistributedDataParallel)
+        run; nothing is kept then. (For the mean's gradient: ``norms = engine(losses / B, backward=True) * B``.)
+        ``retain_graph``: as ``torch.autograd.grad``; an ordinary backward pass may then follow, but not through checkpoints, which would
+        save less when they run again than they did under the engine.
 
         Raises RuntimeError where there is no forward pass to differentiate, it has been used already, the losses do not depend on a layer
         that was called, or they read a parameter past its layer (``F.linear(x, embedding.weight)``, a penalty on weights); ValueError for
@@ -107,6 +111,7 @@ class GradNorms:
         NotImplementedError where a rule does not cover a module.
         """
         self._check(losses)
+        keep = keep and not backward
         calls, self._recorder.calls = self._recorder.calls, []
         self._recorder.stop()
         nodes: dict[Any, list[tuple[Call, int]]] = {}
@@ -126,13 +131,20 @@ class GradNorms:
                 if call.receive(position, grads[call.output_nrs[position]]) and (call.is_recomputed or not keep):
                     gathered.add(call)
 
+        if backward:  # runs through all of them
+            ends = set()
         handles = [node.register_prehook(partial(pass_by, node)) for node in reached - ends]
         edges = [GradientEdge(node, nr) for node in ends for nr in sorted({call.output_nrs[i] for call, i in nodes[node]})]
         try:
             # What rules multiply must not be rounded on the way; what checkpoints run again brings its own autocast along.
             again = self._recorder.replaying() if any(call.is_recomputed for call in calls) else nullcontext()
             with again, torch.autocast(losses.device.type, enabled=False):
-                found = torch.autograd.grad(losses, edges, torch.ones_like(losses), retain_graph=retain_graph, allow_unused=True)
+                ones = torch.ones_like(losses)
+                found: tuple[Tensor, ...] = ()
+                if backward:
+                    torch.autograd.backward(losses, ones, retain_graph=retain_graph)
+                else:
+                    found = torch.autograd.grad(losses, edges, ones, retain_graph=retain_graph, allow_unused=True)
                 with torch.no_grad():
                     by_edge: dict[Any, Tensor | None] = {(edge.node, edge.output_nr): grad for edge, grad in zip(edges, found, strict=True)}
                     for node in ends:

@@ -68,10 +68,14 @@ def linear_square_norms_(
     inputs: Tensor,
     grad_outputs: Tensor,
     products: Tensor | None = None,  # (M, p, d)
+    *,
+    bias: bool = False,
     **_: str,
 ) -> None:
-    """Adds |grad|^2 of every group. How a kernel goes about it (``method``, ``precision``) changes no number here."""
+    """Adds |grad|^2 of every group, of the bias too. How a kernel goes about it (``method``, ``precision``) changes no number here."""
     _add(square_norms, linear_sample_grads(inputs, grad_outputs), products)
+    if bias:
+        _add(square_norms, grad_outputs.sum(1), None)
 
 
 def conv_square_norms_(

@@ -28,6 +28,7 @@ def linear_square_norms_(
     grad_outputs: Tensor,  # (M, T, p)
     products: Tensor | None,  # (M, p, d)
     *,
+    bias: bool,
     method: str,
     precision: str,
 ) -> None:
@@ -44,10 +45,11 @@ def linear_square_norms_(
                 products[part] = product
             terms = product.square_()
         elif tokens == 1:
-            square_norms[part] += a.square().sum((1, 2)).double() * g.square().sum((1, 2)).double()
+            square_norms[part] += (a.square().sum((1, 2)).double() + bias) * g.square().sum((1, 2)).double()
             continue
         else:
-            terms = torch.bmm(a, a.mT).mul_(torch.bmm(g, g.mT))
+            terms = torch.bmm(a, a.mT)
+            terms = (terms.add_(1.0) if bias else terms).mul_(torch.bmm(g, g.mT))
         square_norms[part] += terms.sum((1, 2)).double()
 
 
