@@ -60,16 +60,17 @@ void expect_positive(std::initializer_list<int64_t> sizes) {
 }
 
 // tensors: square_norms, inputs, grad_outputs and, where they are kept, products.
-Layer layer_of(List tensors, int64_t groups, bool gram, int threads) {
+Layer layer_of(List tensors, int64_t groups, bool gram, bool with_bias, int threads) {
   const std::vector<Operand>& operands = tensors->operands;
   expect(operands.size() == 3 || operands.size() == 4, "three tensors or four");
   expect(operands[0].dtype == DType::kFloat64 && tensors->numels[0] == groups && groups > 0, "square_norms: (groups,) float64");
   const bool is_double = operands[1].dtype == DType::kFloat64 || operands[2].dtype == DType::kFloat64;
   const bool kept = operands.size() == 4;
   expect(!kept || (!gram && operands[3].dtype == (is_double ? DType::kFloat64 : DType::kFloat32)), "products: of the arithmetic type");
+  expect(!with_bias || gram, "the direct form has no bias");
   expect(tensors->non_contiguous.empty(), "tensors must be contiguous");
   void* products = kept ? operands[3].data : nullptr;
-  return {static_cast<double*>(operands[0].data), operands[1], operands[2], products, is_double, groups, gram, threads};
+  return {static_cast<double*>(operands[0].data), operands[1], operands[2], products, is_double, groups, gram, with_bias, threads};
 }
 
 void check_numels(List tensors, int64_t inputs, int64_t grads, int64_t products) {
@@ -77,8 +78,9 @@ void check_numels(List tensors, int64_t inputs, int64_t grads, int64_t products)
   expect(tensors->numels.size() == 3 || tensors->numels[3] == products, "products: size");
 }
 
-void linear(List tensors, int64_t groups, int64_t tokens, int64_t in_features, int64_t out_features, bool gram, int threads) {
-  const Layer layer = layer_of(tensors, groups, gram, threads);
+void linear(List tensors, int64_t groups, int64_t tokens, int64_t in_features, int64_t out_features, bool gram, bool with_bias,
+            int threads) {
+  const Layer layer = layer_of(tensors, groups, gram, with_bias, threads);
   expect_positive({tokens, in_features, out_features});
   check_numels(tensors, groups * tokens * in_features, groups * tokens * out_features, groups * in_features * out_features);
   py::gil_scoped_release release;
@@ -89,7 +91,7 @@ void linear(List tensors, int64_t groups, int64_t tokens, int64_t in_features, i
 void conv(List tensors, int64_t groups, int64_t samples, int64_t in_channels, int64_t out_channels, int64_t channel_groups,
           const Sizes& sizes, const Sizes& kernel, const Sizes& stride, const Sizes& padding, const Sizes& dilation, bool gram,
           int threads) {
-  const Layer layer = layer_of(tensors, groups, gram, threads);
+  const Layer layer = layer_of(tensors, groups, gram, false, threads);
   expect_positive({samples, in_channels, out_channels, channel_groups, sizes[0], sizes[1], sizes[2]});
   Convolution c{samples, in_channels, out_channels, channel_groups, {}, {}, {}, {}, {}, {}};
   int64_t inputs = groups * samples * in_channels, grads = groups * samples * out_channels;
@@ -243,7 +245,7 @@ PYBIND11_MODULE(_cpu, module) {
       arg("beta1"), arg("beta2"), arg("eps"), arg("weight_decay"), arg("grad_multiplier"), arg("decoupled"), arg("threads"));
 
   module.def("linear_square_norms", &linear, arg("tensors"), arg("groups"), arg("tokens"), arg("in_features"), arg("out_features"),
-             arg("gram"), arg("threads"));
+             arg("gram"), arg("with_bias"), arg("threads"));
   module.def("conv_square_norms", &conv, arg("tensors"), arg("groups"), arg("samples"), arg("in_channels"), arg("out_channels"),
              arg("channel_groups"), arg("sizes"), arg("kernel"), arg("stride"), arg("padding"), arg("dilation"), arg("gram"),
              arg("threads"));

@@ -92,12 +92,12 @@ def _per_sample_path(name: str, device_type: str) -> str | None:
 _selected: dict[tuple[str | None, str, frozenset[torch.dtype]], ModuleType] = {}  # a layer's backward pass asks several times
 
 
-def select_per_sample(device_type: str, dtypes: frozenset[torch.dtype] = frozenset()) -> ModuleType:
+def select_per_sample(device_type: str, dtypes: Collection[torch.dtype] = ()) -> ModuleType:
     """The backend's module of gradient norms per sample, for tensors on ``device_type`` of these ``dtypes``.
 
     As :func:`select`; the ahead-of-time kernels for NVIDIA devices have none of these operations, so that ``triton`` comes first there.
     """
-    key = (_forced, device_type, dtypes)
+    key = (_forced, device_type, frozenset(dtypes))
     if key not in _selected:
         _selected[key] = _find_per_sample(device_type, dtypes)
     return _selected[key]

@@ -16,9 +16,9 @@
   void copy(const Row&, Span, const CopyArgs&);                                                                     \
   void sgd(const Row&, Span, const SgdArgs&);                                                                       \
   void adamw(const Row&, Span, const AdamArgs&, double step);                                                       \
-  double gram(const Matrix&, const Matrix&, Span, Span, bool, void*);                                               \
+  double gram(const Matrix&, const Matrix&, Span, Span, bool, bool, void*);                                         \
   double direct(const Matrix&, const Matrix&, const Product&, bool, void*);                                         \
-  void dots(const Matrix&, const Matrix&, Span, int64_t, double*, bool, void*);                                     \
+  void dots(const Matrix&, const Matrix&, Span, int64_t, bool, double*, bool, void*);                               \
   void affine(const AffineTask&, bool);                                                                             \
   double row_squares(const Operand&, int64_t, const Position*, int64_t, Span, const int64_t*);                      \
   constexpr KernelTable kTable{#ISA, norm,  perturb, perturb_variant, direction_norm, random_perturb, copy,         \

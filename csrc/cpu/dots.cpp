@@ -90,7 +90,7 @@ static inline void token_products(const Matrix& matrix, int64_t row, double* out
 }
 
 template <class T>
-static void groups_of(const Matrix& inputs, const Matrix& grads, Span groups, int64_t tokens, double* square_norms,
+static void groups_of(const Matrix& inputs, const Matrix& grads, Span groups, int64_t tokens, double one, double* square_norms,
                       Workspace<T>& workspace) {
   double first[kMaxDotTokens * kMaxDotTokens], second[kMaxDotTokens * kMaxDotTokens];
   for (int64_t group = groups.begin; group < groups.end; ++group) {
@@ -99,19 +99,21 @@ static void groups_of(const Matrix& inputs, const Matrix& grads, Span groups, in
     double sum = 0;
     for (int64_t s = 0; s < tokens; ++s) {
       double twice = 0;
-      for (int64_t t = s + 1; t < tokens; ++t) twice += first[s * kMaxDotTokens + t] * second[s * kMaxDotTokens + t];
-      sum += first[s * kMaxDotTokens + s] * second[s * kMaxDotTokens + s] + 2.0 * twice;
+      for (int64_t t = s + 1; t < tokens; ++t) twice += (first[s * kMaxDotTokens + t] + one) * second[s * kMaxDotTokens + t];
+      sum += (first[s * kMaxDotTokens + s] + one) * second[s * kMaxDotTokens + s] + 2.0 * twice;
     }
     square_norms[group] += sum;
   }
 }
 
 // Matrices of all groups' tokens: (M T, features).
-void dots(const Matrix& inputs, const Matrix& grads, Span groups, int64_t tokens, double* square_norms, bool is_double, void* memory) {
+void dots(const Matrix& inputs, const Matrix& grads, Span groups, int64_t tokens, bool with_bias, double* square_norms, bool is_double,
+          void* memory) {
+  const double one = with_bias ? 1 : 0;
   if (is_double) {
-    groups_of(inputs, grads, groups, tokens, square_norms, *static_cast<Workspace<double>*>(memory));
+    groups_of(inputs, grads, groups, tokens, one, square_norms, *static_cast<Workspace<double>*>(memory));
   } else {
-    groups_of(inputs, grads, groups, tokens, square_norms, *static_cast<Workspace<float>*>(memory));
+    groups_of(inputs, grads, groups, tokens, one, square_norms, *static_cast<Workspace<float>*>(memory));
   }
 }
 

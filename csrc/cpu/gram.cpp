@@ -1,5 +1,5 @@
 // |G'A|^2 of one group as the sum over s, t of (AA')_st (GG')_st: a block of tokens against another, or against itself, where what lies
-// above the diagonal counts twice.
+// above the diagonal counts twice. With the bias's: (AA')_st + 1, as of inputs with a 1 behind the last feature.
 #include "cpu/panels.h"
 
 namespace sam::cpu {
@@ -32,7 +32,7 @@ static void token_products(const Matrix& matrix, Span rows, Span cols, T* out, i
 }
 
 template <class T>
-static double block(const Matrix& inputs, const Matrix& grads, Span rows, Span cols, Workspace<T>& workspace) {
+static double block(const Matrix& inputs, const Matrix& grads, Span rows, Span cols, double one, Workspace<T>& workspace) {
   const int64_t m = rows.end - rows.begin, n = cols.end - cols.begin, stride = padded<T>(n);
   token_products(inputs, rows, cols, workspace.first, stride, workspace);
   token_products(grads, rows, cols, workspace.second, stride, workspace);
@@ -42,16 +42,17 @@ static double block(const Matrix& inputs, const Matrix& grads, Span rows, Span c
   for (int64_t row = 0; row < m; ++row) {
     const T* x = workspace.first + row * stride;
     const T* y = workspace.second + row * stride;
-    if (same) diagonal += static_cast<double>(x[row]) * static_cast<double>(y[row]);
+    if (same) diagonal += (static_cast<double>(x[row]) + one) * static_cast<double>(y[row]);
     const int64_t begin = same ? row + 1 : 0;
-    sums.add(x + begin, y + begin, n - begin);
+    sums.add(x + begin, y + begin, n - begin, one);
   }
   return diagonal + 2.0 * sums.total();
 }
 
-double gram(const Matrix& inputs, const Matrix& grads, Span rows, Span cols, bool is_double, void* memory) {
-  return is_double ? block(inputs, grads, rows, cols, *static_cast<Workspace<double>*>(memory))
-                   : block(inputs, grads, rows, cols, *static_cast<Workspace<float>*>(memory));
+double gram(const Matrix& inputs, const Matrix& grads, Span rows, Span cols, bool with_bias, bool is_double, void* memory) {
+  const double one = with_bias ? 1 : 0;
+  return is_double ? block(inputs, grads, rows, cols, one, *static_cast<Workspace<double>*>(memory))
+                   : block(inputs, grads, rows, cols, one, *static_cast<Workspace<float>*>(memory));
 }
 
 }  // namespace SAM_ISA

@@ -76,9 +76,10 @@ struct KernelTable {
   void (*sgd)(const Row&, Span, const SgdArgs&);
   void (*adamw)(const Row&, Span, const AdamArgs&, double step);  // step: 1 on the first
   // The squared norm of one group's G'A, or of one block of it. memory: a Workspace<double>, or <float>.
-  double (*gram)(const Matrix& inputs, const Matrix& grads, Span rows, Span cols, bool is_double, void* memory);
+  double (*gram)(const Matrix& inputs, const Matrix& grads, Span rows, Span cols, bool with_bias, bool is_double, void* memory);
   double (*direct)(const Matrix& inputs, const Matrix& grads, const Product&, bool is_double, void* memory);
-  void (*dots)(const Matrix& inputs, const Matrix& grads, Span groups, int64_t tokens, double* square_norms, bool is_double, void* memory);
+  void (*dots)(const Matrix& inputs, const Matrix& grads, Span groups, int64_t tokens, bool with_bias, double* square_norms, bool is_double,
+               void* memory);
   void (*affine)(const AffineTask&, bool is_double);
   // The rows of each index added up and squared, for the indices that begin in the span.
   double (*row_squares)(const Operand& grads, int64_t dim, const Position* sorted, int64_t total, Span, const int64_t* padding_idx);

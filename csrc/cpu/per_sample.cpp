@@ -70,7 +70,7 @@ void add_square_norms(const Layer& layer, int64_t units_each, int64_t tokens, in
     const Task& task = tasks[static_cast<std::size_t>(i % each)];
     double& sum = sums[static_cast<std::size_t>(i)];
     if (layer.gram) {
-      sum = kernels.gram(made.inputs, made.grads, task.rows, task.cols, layer.is_double, workspace());
+      sum = kernels.gram(made.inputs, made.grads, task.rows, task.cols, layer.with_bias, layer.is_double, workspace());
       return;
     }
     const int64_t offset = i / each * in_features * out_features * size;
@@ -107,8 +107,9 @@ void linear_square_norms(const Layer& layer, int64_t tokens, int64_t in_features
     const Matrix inputs{layer.inputs, layer.groups * tokens, in_features, nullptr};
     const Matrix grads{layer.grads, layer.groups * tokens, out_features, nullptr};
     const int64_t flops = 2 * layer.groups * tokens * tokens * (in_features + out_features);
-    for_each_task(layer.groups, flops, layer.threads,
-                  [&](int64_t i) { kernels.dots(inputs, grads, {i, i + 1}, tokens, layer.square_norms, layer.is_double, workspace()); });
+    for_each_task(layer.groups, flops, layer.threads, [&](int64_t i) {
+      kernels.dots(inputs, grads, {i, i + 1}, tokens, layer.with_bias, layer.square_norms, layer.is_double, workspace());
+    });
     return;
   }
   add_square_norms(layer, 1, tokens, in_features, out_features, [&](int64_t i) -> Unit {

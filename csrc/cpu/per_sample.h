@@ -15,6 +15,7 @@ struct Layer {
   bool is_double;  // the arithmetic
   int64_t groups;  // of samples
   bool gram;       // otherwise direct
+  bool with_bias;  // the bias's squared norms too; gram alone
   int threads;
 };
 

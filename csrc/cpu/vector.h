@@ -133,16 +133,19 @@ struct DoubleSums {
   Vector<double> lanes[4] = {};
   double rest = 0;
 
+  // (x + shift) y
   template <class T>
-  __attribute__((always_inline)) inline void add(const T* x, const T* y, int64_t count) {
+  __attribute__((always_inline)) inline void add(const T* x, const T* y, int64_t count, double shift = 0) {
     constexpr int kStep = kLength<double>;
     int64_t i = 0;
     for (; i + 4 * kStep <= count; i += 4 * kStep) {
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) lanes[v] = multiply_add(load_doubles(x + i + v * kStep), load_doubles(y + i + v * kStep), lanes[v]);
+      for (int v = 0; v < 4; ++v) {
+        lanes[v] = multiply_add(load_doubles(x + i + v * kStep) + shift, load_doubles(y + i + v * kStep), lanes[v]);
+      }
     }
-    for (; i + kStep <= count; i += kStep) lanes[0] = multiply_add(load_doubles(x + i), load_doubles(y + i), lanes[0]);
-    for (; i < count; ++i) rest += static_cast<double>(x[i]) * static_cast<double>(y[i]);
+    for (; i + kStep <= count; i += kStep) lanes[0] = multiply_add(load_doubles(x + i) + shift, load_doubles(y + i), lanes[0]);
+    for (; i < count; ++i) rest += (static_cast<double>(x[i]) + shift) * static_cast<double>(y[i]);
   }
 
   template <class T>

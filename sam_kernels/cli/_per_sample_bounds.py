@@ -50,6 +50,10 @@ def bounds_of(call: Call) -> dict[str, Tensor]:
         split = conv["groups"]
         a, g = unfolded(a, g, m, **conv)
     error = sums.of(g.shape[1], g.abs().mT @ a.abs(), rounded=True)
+    formed = error
+    if call.keywords.get("bias", False):  # a 1 behind the last feature
+        a = torch.cat([a, torch.ones_like(a[:, :, :1])], 2)
+        error = sums.of(g.shape[1], g.abs().mT @ a.abs(), rounded=True)
     direct = sums.squares(g.mT @ a, error)
     k, l = (each.abs() @ each.abs().mT for each in (a, g))  # noqa: E741 - the letters of the formula above
     e_k, e_l = sums.of(a.shape[2], k, rounded=True), sums.of(g.shape[2], l, rounded=True)
@@ -59,7 +63,7 @@ def bounds_of(call: Call) -> dict[str, Tensor]:
     square = {"direct": direct, "gram": gram, "auto": torch.maximum(direct, gram)}[method]
     found = {"square_norms": sums.inside(square).view(m, split).sum(1)}
     if "products" in call.written:
-        found["products"] = sums.inside(error).reshape(tensors["products"].shape)
+        found["products"] = sums.inside(formed).reshape(tensors["products"].shape)
     return found
 
 

@@ -29,7 +29,11 @@ _PRODUCTS: Options = {
     "products_tf32": {"given": ("products",), "method": "direct", "precision": "tf32"},
 }
 PER_SAMPLE_OPTIONS: dict[str, Options] = {
-    "linear_square_norms_": _PRODUCTS,
+    "linear_square_norms_": {
+        **_PRODUCTS,
+        "gram_bias": {"method": "gram", "bias": True},
+        "direct_bias": {"method": "direct", "bias": True},
+    },
     "conv_square_norms_": _PRODUCTS,
     "affine_grads_": {
         "both": {"given": ("weight_grads", "bias_grads")},

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sam_kernels.per_sample._terms import Convolution, Dense, Outer, Rows, Term
+from sam_kernels.per_sample._terms import Convolution, Dense, Outer, Rows, Shift, Term
 
 __all__ = ["Place", "combined", "disjoint"]
 
@@ -22,7 +22,7 @@ def combined(terms: Sequence[Term], shape: torch.Size) -> Term:
     """One term for the sum of several of one parameter of this ``shape``, cross terms included."""
     if len(terms) == 1:
         return terms[0]
-    terms = _joined_rows(terms)
+    terms = _joined_rows([t.dense() if isinstance(t, Shift) else t for t in terms])
     outers, rows = [t for t in terms if isinstance(t, Outer)], [t for t in terms if isinstance(t, Rows)]
     dense, convolutions = [t for t in terms if isinstance(t, Dense)], [t for t in terms if isinstance(t, Convolution)]
     if len(outers) == len(terms):
@@ -57,6 +57,8 @@ def _part(term: Term, start: int, stop: int) -> Term:
         return Outer(term.left[:, :, start:stop], term.right)
     if isinstance(term, Dense):
         return Dense(term.grads[:, start:stop])
+    if isinstance(term, Shift):
+        return Shift(term.left[:, :, start:stop])
     raise NotImplementedError(f"GradNorms: a parameter is used in parts, as of an attention, and as a whole by a {type(term).__name__}")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sam_kernels._validate import describe
 from sam_kernels.per_sample._call import Call
 from sam_kernels.per_sample._combine import Place, combined, disjoint
-from sam_kernels.per_sample._terms import Convolution, Dense, Outer, Rows, Term
+from sam_kernels.per_sample._terms import Convolution, Dense, Outer, Rows, Shift, Term
 
 __all__ = ["Gathered"]
 
@@ -37,10 +37,28 @@ class Gathered:
                 rows = call.rows.get(name)
                 whole = rows is None or rows == slice(0, len(param))
                 self._terms.setdefault(id(param), []).append((None if whole or rows is None else (rows.start, rows.stop), terms[name]))
+            if self._take_together(call, terms):
+                return
         for param in call.params.values():
             self._awaited[id(param)] -= 1
             if self._awaited[id(param)] == 0:
                 self._close(param)
+
+    def _take_together(self, call: Call, terms: dict[str, Term]) -> bool:
+        """Whether these are a linear layer's weight and bias that nothing else uses: norms of both are then the work of one."""
+        outer, shift = terms.get("weight"), terms.get("bias")
+        if not (isinstance(outer, Outer) and isinstance(shift, Shift) and outer.left is shift.left and len(terms) == 2):
+            return False
+        params = list(call.params.values())
+        if any(self._awaited[id(param)] > 1 or len(self._terms[id(param)]) > 1 for param in params):
+            return False
+        outer.add_square_norms_(self._square_norms_on(params[0].device), keep=self._keep, with_shift=True)
+        for name, param in call.params.items():
+            place = self._terms.pop(id(param))[0][0]
+            self._awaited[id(param)] = 0
+            if self._keep:
+                self._kept.append((param, place, terms[name]))
+        return True
 
     def finish(self, calls: Sequence[Call]) -> None:
         """The calls that are left: some had to wait, by some no gradient came, or not all, because they are zero."""
@@ -83,7 +101,7 @@ class Gathered:
 
     def _checked(self, call: Call, name: str, term: Tensor | Term) -> Term:
         term = Dense(term) if isinstance(term, Tensor) else term
-        if not isinstance(term, Dense | Outer | Convolution | Rows):
+        if not isinstance(term, Dense | Outer | Shift | Convolution | Rows):
             raise TypeError(f"GradNorms: the rule for {call.name} gives {describe(term)} for {name}, expected a tensor or a term")
         rows, param = call.rows.get(name), call.params[name]
         shape = param.shape if rows is None else torch.Size((rows.stop - rows.start, *param.shape[1:]))
@@ -93,14 +111,18 @@ class Gathered:
             )
         return term
 
+    def _square_norms_on(self, device: torch.device) -> Tensor:  # (M,)
+        square_norms = self._square_norms.get(device)
+        if square_norms is None:
+            square_norms = self._square_norms[device] = torch.zeros(self.m, dtype=torch.float64, device=device)
+        return square_norms
+
     def _close(self, param: nn.Parameter) -> None:
         """All that is to come for a parameter has come."""
         by_place: dict[Place | None, list[Term]] = {}
         for place, term in disjoint(self._terms.pop(id(param), []), len(param)):
             by_place.setdefault(place, []).append(term)
-        square_norms = self._square_norms.get(param.device)
-        if square_norms is None:
-            square_norms = self._square_norms[param.device] = torch.zeros(self.m, dtype=torch.float64, device=param.device)
+        square_norms = self._square_norms_on(param.device)
         for place, terms in by_place.items():
             shape = param.shape if place is None else torch.Size((place[1] - place[0], *param.shape[1:]))
             term = combined(terms, shape)

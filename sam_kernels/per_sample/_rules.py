@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sam_kernels.functional.per_sample import affine_grads_
 from sam_kernels.per_sample._registry import register_rule
-from sam_kernels.per_sample._terms import Convolution, Dense, Outer, Rows, Term
+from sam_kernels.per_sample._terms import Convolution, Dense, Outer, Rows, Shift, Term, affine_grads
 
 __all__ = ["is_trainable", "linear_terms"]
 
@@ -33,18 +32,8 @@ def linear_terms(x: Tensor, grad_output: Tensor, *, weight: bool, bias: bool) ->
     if weight:
         terms["weight"] = Outer(g, _as_multiplied(x, g))
     if bias:
-        terms["bias"] = Dense(g[:, 0] if g.shape[1] == 1 else affine_grads(g.unsqueeze(3))[1])
+        terms["bias"] = Shift(g)
     return terms
-
-
-def affine_grads(grad_output: Tensor, normalized: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(B, S, C, L) -> (B, C) gradients of the scale, where there are ``normalized`` values, and of the shift."""
-    dtype = torch.promote_types(grad_output.dtype, torch.float32)
-    if normalized is not None:
-        dtype = torch.promote_types(dtype, normalized.dtype)
-    weight_grads, bias_grads = (grad_output.new_empty(grad_output.shape[0], grad_output.shape[2], dtype=dtype) for _ in range(2))
-    affine_grads_(None if normalized is None else weight_grads, bias_grads, normalized, grad_output)
-    return weight_grads, bias_grads
 
 
 def _as_multiplied(x: Tensor, grad_output: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sam_kernels.functional.per_sample import conv_square_norms_, embedding_square_norms_, linear_square_norms_
+from sam_kernels.functional.per_sample import affine_grads_, conv_square_norms_, embedding_square_norms_, linear_square_norms_
 
-__all__ = ["Convolution", "Dense", "Outer", "Rows", "Term"]
+__all__ = ["Convolution", "Dense", "Outer", "Rows", "Shift", "Term", "affine_grads"]
 
 
 class Term(Protocol):
@@ -81,13 +81,14 @@ class Outer:
     def fits(self, batch: int, shape: torch.Size) -> bool:
         return len(shape) > 0 and self.sizes() == (batch, shape[0], shape[1:].numel())
 
-    def add_square_norms_(self, square_norms: Tensor, *, keep: bool) -> None:
+    def add_square_norms_(self, square_norms: Tensor, *, keep: bool, with_shift: bool = False) -> None:
+        """``with_shift``: those of the sum over t of left_t too."""
         m = square_norms.shape[0]
         left, right = (each.reshape(m, -1, each.shape[2]) for each in (self.left, self.right))
         if keep and _worth_keeping(m, left.shape[1], left.shape[2], right.shape[2]):
             dtype = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
             self._products = left.new_empty((m, left.shape[2], right.shape[2]), dtype=dtype)
-        linear_square_norms_(square_norms, right, left, self._products)
+        linear_square_norms_(square_norms, right, left, self._products, bias=with_shift)
         if self._products is not None:
             self.left = self.right = self._products.new_empty(0)  # no longer needed
 
@@ -108,6 +109,43 @@ class Outer:
         left, right = self.left[part], self.right[part]
         dtype = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
         return torch.bmm(left.mT.to(dtype), right.to(dtype)).reshape(-1, *shape)
+
+
+@dataclass
+class Shift:
+    """The sum over t of left_t: (B, T, p) for a parameter of p elements, as of a linear layer's bias."""
+
+    left: Tensor
+
+    def sizes(self) -> tuple[int, ...]:
+        return (len(self.left), self.left.shape[2])
+
+    def fits(self, batch: int, shape: torch.Size) -> bool:
+        return self.sizes() == (batch, shape.numel())
+
+    def add_square_norms_(self, square_norms: Tensor, *, keep: bool) -> None:
+        self.dense().add_square_norms_(square_norms, keep=keep)
+
+    def weighted(self, weights: Tensor | None, shape: torch.Size) -> Tensor:
+        if weights is None:
+            return self.left.sum((0, 1), dtype=torch.promote_types(self.left.dtype, torch.float32)).view(shape)
+        return self.dense().weighted(weights, shape)
+
+    def sample_grads(self, part: slice, shape: torch.Size) -> Tensor:
+        return self.dense().sample_grads(part, shape)
+
+    def dense(self) -> Dense:
+        return Dense(self.left[:, 0] if self.left.shape[1] == 1 else affine_grads(self.left.unsqueeze(3))[1])
+
+
+def affine_grads(grad_output: Tensor, normalized: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(B, S, C, L) -> (B, C) gradients of the scale, where there are ``normalized`` values, and of the shift."""
+    dtype = torch.promote_types(grad_output.dtype, torch.float32)
+    if normalized is not None:
+        dtype = torch.promote_types(dtype, normalized.dtype)
+    weight_grads, bias_grads = (grad_output.new_empty(grad_output.shape[0], grad_output.shape[2], dtype=dtype) for _ in range(2))
+    affine_grads_(None if normalized is None else weight_grads, bias_grads, normalized, grad_output)
+    return weight_grads, bias_grads
 
 
 @dataclass

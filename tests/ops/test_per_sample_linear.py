@@ -21,7 +21,8 @@ def operands(shape: tuple[int, int, int, int], dtypes: tuple[torch.dtype, torch.
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: "_".join(str(each).removeprefix("torch.") for each in pair))
 @pytest.mark.parametrize("method", METHODS)
-def test_against_the_reference(backend: str, method: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+@pytest.mark.parametrize("bias", [False, True])
+def test_against_the_reference(backend: str, method: str, dtypes: tuple[torch.dtype, torch.dtype], bias: bool) -> None:
     require(backend, *dtypes)
     wide = arithmetic(*dtypes)
     for shape in LINEAR:
@@ -32,15 +33,19 @@ def test_against_the_reference(backend: str, method: str, dtypes: tuple[torch.dt
         expected = reference.linear_sample_grads(inputs.double(), grads.double())
         if method == "products":
             products, check_products = guarded((m, out_features, in_features), wide)
-            linear_square_norms_(norms, inputs, grads, products, method="direct")
+            linear_square_norms_(norms, inputs, grads, products, method="direct", bias=bias)
             check_products()
             size = grads.double().abs().mT @ inputs.double().abs()
             assert ((products - expected).abs() <= size * (tokens + 1) * (unit(wide) + 1e-16)).all(), shape
             kept = products.double().square().flatten(1).sum(1) + BEFORE
+            kept += grads.double().sum(1).square().sum(1) * bias
             torch.testing.assert_close(norms, kept, rtol=1e-12 if backend == "native" or wide is torch.float64 else 1e-5, atol=0)
         else:
-            linear_square_norms_(norms, inputs, grads, method=method)
+            linear_square_norms_(norms, inputs, grads, method=method, bias=bias)
         check_norms()
+        if bias:  # as of inputs with a 1 behind the last feature
+            inputs = torch.cat([inputs, torch.ones_like(inputs[:, :, :1])], 2)
+            expected = reference.linear_sample_grads(inputs.double(), grads.double())
         squares = expected.square().flatten(1).sum(1)
         error = (norms - BEFORE - squares).abs()
         slack = (BEFORE + squares) * 1e-15

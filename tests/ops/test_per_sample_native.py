@@ -121,13 +121,13 @@ def test_the_binding_refuses_what_would_be_read_out_of_bounds() -> None:
     described = backend._describe([norms, x, x])
     for sizes in ((2, 3, 4, 5), (2, 3, 5, 4), (2, 4, 4, 4), (1, 3, 4, 4), (2, 0, 4, 4), (-2, -3, 4, 4), (2, -3, -4, -4)):
         with pytest.raises(ValueError, match=r"size|groups|positive"):
-            _cpu.linear_square_norms(described, *sizes, True, 1)
+            _cpu.linear_square_norms(described, *sizes, True, False, 1)
     with pytest.raises(ValueError, match="float64"):
-        _cpu.linear_square_norms(backend._describe([x, x, x]), 2, 3, 4, 4, True, 1)
+        _cpu.linear_square_norms(backend._describe([x, x, x]), 2, 3, 4, 4, True, False, 1)
     with pytest.raises(ValueError, match="contiguous"):
-        _cpu.linear_square_norms(backend._describe([norms, x.mT, x.mT]), 2, 4, 3, 3, True, 1)
+        _cpu.linear_square_norms(backend._describe([norms, x.mT, x.mT]), 2, 4, 3, 3, True, False, 1)
     with pytest.raises(ValueError, match="products"):
-        _cpu.linear_square_norms(backend._describe([norms, x, x, torch.zeros(2, 4, 3)]), 2, 3, 4, 4, False, 1)
+        _cpu.linear_square_norms(backend._describe([norms, x, x, torch.zeros(2, 4, 3)]), 2, 3, 4, 4, False, False, 1)
     one = (1, 1, 1)
     with pytest.raises(ValueError, match="kernel larger"):
         _cpu.conv_square_norms(described, 2, 1, 3, 3, 1, (1, 1, 4), (1, 1, 5), one, (0, 0, 0), one, True, 1)

@@ -11,8 +11,8 @@ from sam_kernels.functional import per_sample
 from tests.helpers.compiling import compiled, operator
 
 SCHEMAS = {
-    "linear_square_norms_": "Tensor(a!) square_norms, Tensor inputs, Tensor grad_outputs, Tensor(b!)? products, str method, str precision, "
-    "str? backend) -> ()",
+    "linear_square_norms_": "Tensor(a!) square_norms, Tensor inputs, Tensor grad_outputs, Tensor(b!)? products, bool bias, str method, "
+    "str precision, str? backend) -> ()",
     "conv_square_norms_": "Tensor(a!) square_norms, Tensor inputs, Tensor grad_outputs, Tensor(b!)? products, int[] kernel_size, "
     "int[] stride, int[] padding, int[] dilation, int groups, str method, str precision, str? backend) -> ()",
     "affine_grads_": "Tensor(a!)? weight_grads, Tensor(b!)? bias_grads, Tensor? normalized, Tensor grad_outputs, str? backend) -> ()",

@@ -39,13 +39,14 @@ def linear_square_norms_(
     grad_outputs: Tensor,  # (M, T, p)
     products: Tensor | None,  # (M, p, d)
     *,
+    bias: bool,
     method: str,
     precision: str,
 ) -> None:
     """Reads A and G: some times from the caches, once from memory where a group fits them. ``precision`` is always IEEE's."""
     m, tokens, in_features = inputs.shape
     tensors = _tensors(square_norms, inputs, grad_outputs, products)
-    _cpu.linear_square_norms(tensors, m, tokens, in_features, grad_outputs.shape[2], method == "gram", torch.get_num_threads())
+    _cpu.linear_square_norms(tensors, m, tokens, in_features, grad_outputs.shape[2], method == "gram", bias, torch.get_num_threads())
 
 
 def conv_square_norms_(

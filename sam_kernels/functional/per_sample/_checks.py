@@ -57,4 +57,4 @@ def arithmetic_of(*tensors: Tensor | None) -> torch.dtype:
 
 def backend_for(*tensors: Tensor | None) -> ModuleType:
     given = [tensor for tensor in tensors if tensor is not None]
-    return _dispatch.select_per_sample(given[0].device.type, frozenset([tensor.dtype for tensor in given]))
+    return _dispatch.select_per_sample(given[0].device.type, [tensor.dtype for tensor in given])

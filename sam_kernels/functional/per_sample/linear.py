@@ -15,7 +15,7 @@ __all__ = ["linear_method", "linear_square_norms_"]
 
 def linear_method(tokens: int, in_features: int, out_features: int, device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> str:
     """``"gram"`` or ``"direct"``: what ``method="auto"`` does for such a layer with this device's kernels."""
-    method: str = _dispatch.select_per_sample(device_type, frozenset([dtype])).linear_method(tokens, in_features, out_features)
+    method: str = _dispatch.select_per_sample(device_type, [dtype]).linear_method(tokens, in_features, out_features)
     return method
 
 
@@ -70,7 +70,8 @@ def linear_square_norms_(
     is_fused = bias and method == "gram"
     backend.linear_square_norms_(square_norms, inputs, grad_outputs, products, bias=is_fused, method=method, precision=precision)
     if bias and not is_fused:
-        sums = grad_outputs.new_empty((m, out_features), dtype=arithmetic_of(grad_outputs))
-        backend.affine_grads_(None, sums, None, grad_outputs.unsqueeze(3))
+        wide = grad_outputs.double() if inputs.dtype is torch.float64 else grad_outputs
+        sums = wide.new_empty((m, out_features), dtype=arithmetic_of(wide))
+        backend.affine_grads_(None, sums, None, wide.unsqueeze(3))
         one = sums.new_ones(1).expand(m).view(m, 1, 1).contiguous()
         backend.linear_square_norms_(square_norms, one, sums.unsqueeze(1), None, bias=False, method="gram", precision="ieee")
