@@ -129,11 +129,11 @@ def test_matches_the_reference(op: str, option: str, backend_name: str, device: 
 def test_triton_is_chosen_and_native_says_that_it_has_none() -> None:
     if (reason := reason_without("triton")) is not None:
         pytest.skip(f"backend triton: {reason}")
-    assert _dispatch.select_per_sample("cuda", {torch.float32}).__name__ == "sam_kernels.backends.triton.per_sample"
-    assert _dispatch.select_per_sample("cuda", {torch.float64}).__name__ == "sam_kernels.backends.foreach.per_sample"
+    assert _dispatch.select_per_sample("cuda", frozenset([torch.float32])).__name__ == "sam_kernels.backends.triton.per_sample"
+    assert _dispatch.select_per_sample("cuda", frozenset([torch.float64])).__name__ == "sam_kernels.backends.foreach.per_sample"
     if reason_without("native") is None:
         with use_backend("native"), pytest.raises(RuntimeError, match="no gradient norms per sample"):
-            _dispatch.select_per_sample("cuda", {torch.float32})
+            _dispatch.select_per_sample("cuda", frozenset([torch.float32]))
 
 
 def calls(device: str) -> Iterator[tuple[Tensor, Callable[[], None]]]:
