@@ -91,7 +91,8 @@ def _per_sample(dtype: torch.dtype) -> None:
     for tokens, precision in ((1, "ieee"), (20, "tf32"), (70, "ieee")):
         a, g = torch.ones(3, tokens, 40, device="cuda", dtype=dtype), torch.ones(3, tokens, 33, device="cuda", dtype=dtype)
         products = torch.zeros(3, 33, 40, device="cuda")
-        per_sample.linear_square_norms_(norms, a, g, method="gram", precision=precision)
+        for bias in (False, True):
+            per_sample.linear_square_norms_(norms, a, g, bias=bias, method="gram", precision=precision)
         per_sample.linear_square_norms_(norms, a, g, products, method="direct", precision=precision)
     for shape in ((3, 600, 33, 1), (3, 2, 5, 49)):
         x, sums = torch.ones(shape, device="cuda", dtype=dtype), torch.zeros(2, shape[0], shape[2], device="cuda")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -55,16 +56,17 @@ def random(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
 def check_linear(option: str, device: str) -> None:
     method, precision, name = option.split("_", 2)
     for tokens, d, p in SIZES:
-        for m in (3, 80) if IS_DEVICE else (2,):  # 80: enough programs for the largest tiles
+        # 80: enough programs for the largest tiles.
+        for m, bias in itertools.product((3, 80) if IS_DEVICE else (2,), (False, True)):
             a, g = random((m, tokens, d), DTYPES[name][0], device), random((m, tokens, p), DTYPES[name][1], device)
             norms = torch.full((m,), 2.0, dtype=torch.float64, device=device)
             products = torch.full((m, p, d), torch.nan, device=device) if method == "direct" and tokens != 100 else None
-            per_sample.linear_square_norms_(norms, a, g, products, method=method, precision=precision)
+            per_sample.linear_square_norms_(norms, a, g, products, bias=bias, method=method, precision=precision)
             exact, a, g = torch.zeros(m, dtype=torch.float64), a.cpu(), g.cpu()
             kept = torch.empty(m, p, d, dtype=torch.float64)
-            reference.linear_square_norms_(exact, a.double(), g.double(), kept)
-            bound = linear_bound(a, g, method, precision)
-            assert ((norms.cpu() - 2.0 - exact).abs() <= bound + 1e-14 * exact).all(), (m, tokens, d, p)
+            reference.linear_square_norms_(exact, a.double(), g.double(), kept, bias=bias)
+            bound = linear_bound(a, g, method, precision, bias=bias)
+            assert ((norms.cpu() - 2.0 - exact).abs() <= bound + 1e-14 * exact).all(), (m, tokens, d, p, bias)
             if products is not None:
                 rounding = {"ieee": 0.0, "tf32": 2.0**-10, "bf16": 2.0**-8}[precision]
                 relative = 1.1 * rounding * sum(x.dtype is torch.float32 for x in (a, g)) + (tokens + 2) * 2.0**-24
@@ -127,11 +129,11 @@ def test_matches_the_reference(op: str, option: str, backend_name: str, device: 
 def test_triton_is_chosen_and_native_says_that_it_has_none() -> None:
     if (reason := reason_without("triton")) is not None:
         pytest.skip(f"backend triton: {reason}")
-    assert _dispatch.select_per_sample("cuda", {torch.float32}).__name__ == "sam_kernels.backends.triton.per_sample"
-    assert _dispatch.select_per_sample("cuda", {torch.float64}).__name__ == "sam_kernels.backends.foreach.per_sample"
+    assert _dispatch.select_per_sample("cuda", frozenset([torch.float32])).__name__ == "sam_kernels.backends.triton.per_sample"
+    assert _dispatch.select_per_sample("cuda", frozenset([torch.float64])).__name__ == "sam_kernels.backends.foreach.per_sample"
     if reason_without("native") is None:
         with use_backend("native"), pytest.raises(RuntimeError, match="no gradient norms per sample"):
-            _dispatch.select_per_sample("cuda", {torch.float32})
+            _dispatch.select_per_sample("cuda", frozenset([torch.float32]))
 
 
 def calls(device: str) -> Iterator[tuple[Tensor, Callable[[], None]]]:
@@ -140,7 +142,9 @@ def calls(device: str) -> Iterator[tuple[Tensor, Callable[[], None]]]:
     for tokens in (1, 70):
         a, g = torch.randn(4, tokens, 96, device=device), torch.randn(4, tokens, 64, device=device)
         for method in ("gram", "direct"):
-            yield norms, lambda a=a, g=g, method=method: per_sample.linear_square_norms_(norms, a, g, method=method, precision="tf32")
+            for bias in (False, True):
+                how = {"bias": bias, "method": method, "precision": "tf32"}
+                yield norms, lambda a=a, g=g, how=how: per_sample.linear_square_norms_(norms, a, g, **how)
     sums, x = torch.zeros(2, 4, 33, device=device), torch.randn(4, 600, 33, 1, device=device)
     yield sums, lambda: per_sample.affine_grads_(sums[0], sums[1], x, x)
     ids, rows = torch.randint(0, 9, (4, 50), device=device), torch.randn(4, 50, 96, device=device)
@@ -208,6 +212,8 @@ def test_more_groups_than_one_dimension_of_a_grid_has(tokens: int, device: str) 
     norms = torch.zeros(70_000, dtype=torch.float64, device=device)
     per_sample.linear_square_norms_(norms, a, g, method="gram")
     assert torch.equal(norms, torch.full_like(norms, 48.0 * tokens * tokens))
+    per_sample.linear_square_norms_(norms.zero_(), a, g, bias=True, method="gram")
+    assert torch.equal(norms, torch.full_like(norms, 51.0 * tokens * tokens))
 
 
 @pytest.mark.only_cuda

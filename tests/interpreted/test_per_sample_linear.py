@@ -34,14 +34,14 @@ def surrounded(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return around[1:-1]
 
 
-def check(a: Tensor, g: Tensor, method: str, precision: str, *, with_products: bool = False) -> None:
+def check(a: Tensor, g: Tensor, method: str, precision: str, *, with_products: bool = False, bias: bool = False) -> None:
     m, d, p = a.shape[0], a.shape[2], g.shape[2]
     norms, products = torch.full((m + 2,), 3.0, dtype=torch.float64), torch.full((m + 2, p, d), torch.nan)
     given = products[1:-1] if with_products else None
-    per_sample.linear_square_norms_(norms[1:-1], a, g, given, method=method, precision=precision)
+    per_sample.linear_square_norms_(norms[1:-1], a, g, given, bias=bias, method=method, precision=precision)
     expected, grads = torch.zeros(m, dtype=torch.float64), torch.zeros(m, p, d, dtype=torch.float64)
-    reference.linear_square_norms_(expected, a.double(), g.double(), grads)
-    bound = linear_bound(a, g, method, precision)
+    reference.linear_square_norms_(expected, a.double(), g.double(), grads, bias=bias)
+    bound = linear_bound(a, g, method, precision, bias=bias)
     assert ((norms[1:-1] - 3.0 - expected).abs() <= bound + 1e-15 * expected).all(), (norms[1:-1] - 3.0 - expected, bound)
     assert norms[0] == norms[-1] == 3.0
     assert products[0].isnan().all()
@@ -61,13 +61,37 @@ def test_every_size_is_within_its_bound(method: str, dtypes: tuple[torch.dtype, 
         check(a, g, method, precision, with_products=method == "direct" and tokens != 65)
 
 
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "bf16"])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: f"{pair[0]}-{pair[1]}".replace("torch.", ""))
+def test_a_bias_at_every_size(dtypes: tuple[torch.dtype, torch.dtype], precision: str) -> None:
+    """Inputs that are small beside the 1 that stands for the bias, or what it adds would be lost in the bound."""
+    for tokens, d, p in SIZES if dtypes[0] is F32 or precision == "ieee" else SIZES[3:5]:
+        a, g = surrounded((2, tokens, d), dtypes[0]).mul_(0.1), surrounded((2, tokens, p), dtypes[1])
+        check(a, g, "gram", precision, bias=True)
+        if tokens in (1, 17):
+            check(a, g, "direct", precision, bias=True)
+
+
+def test_a_bias_is_a_feature_that_is_1() -> None:
+    """Small integers, of which every sum is exact: bit for bit, at the borders of tiles, where rows past the last have a bias too."""
+    for tokens, d, p in SIZES:
+        a, g = torch.randint(-2, 3, (3, tokens, d)).to(BF16), torch.randint(-2, 3, (3, tokens, p)).to(F16)
+        found, expected = torch.zeros(2, 3, dtype=torch.float64)
+        per_sample.linear_square_norms_(found, a, g, bias=True, method="gram")
+        per_sample.linear_square_norms_(expected, torch.cat([a, torch.ones_like(a[..., :1])], 2), g, method="gram")
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize(("method", "precision"), list(itertools.product(["gram", "direct"], ["ieee", "bf16"])))
 def test_the_largest_tiles(method: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which otherwise take more programs than anyone wants to interpret."""
     monkeypatch.setattr(_config, "ENOUGH", 1)
     shapes = [(127, 129, 40), (129, 40, 131)] if method == "gram" else [(20, 129, 127), (17, 300, 128)]
     for tokens, d, p in shapes:
-        check(surrounded((2, tokens, d), F32), surrounded((2, tokens, p), F32), method, precision, with_products=method == "direct")
+        a, g = surrounded((2, tokens, d), F32), surrounded((2, tokens, p), F32)
+        check(a, g, method, precision, with_products=method == "direct")
+        if method == "gram":
+            check(a, g, method, precision, bias=True)
 
 
 def test_a_micro_batch_is_a_longer_sequence() -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from sam_kernels.backends import triton as backend
 
@@ -16,10 +17,11 @@ if REASON is not None:
     pytest.skip(REASON, allow_module_level=True)
 
 from bench.machine_code import generated  # noqa: E402
-from bench.machine_code.launches import Variant  # noqa: E402
+from bench.machine_code.launches import Variant, records_of  # noqa: E402
 from bench.machine_code.product_rules import PART, RULES, table, violations  # noqa: E402
 from bench.machine_code.products import NVIDIA, Product, compile_product, compile_products, recorded  # noqa: E402
 from bench.machine_code.targets import TARGETS  # noqa: E402
+from sam_kernels.functional import per_sample  # noqa: E402
 from tests.triton.test_machine_code import PACKAGE, ROOT, Fault, planted, with_constants  # noqa: E402
 
 SM_90 = TARGETS["sm_90"]
@@ -60,6 +62,16 @@ def test_every_kernel_is_recorded(variants: list[Variant]) -> None:
     sources = (ROOT / "sam_kernels" / "backends" / "triton" / "per_sample").glob("*.py")
     written = {name for path in sources for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(encoding="utf-8"), re.MULTILINE)}
     assert {variant.kernel for variant in variants} == written
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 100])
+def test_a_bias_compiles_no_other_kernel(tokens: int) -> None:
+    a, norms = torch.zeros(2, tokens, 32), torch.zeros(2, dtype=torch.float64)
+    without, with_bias = (
+        records_of(lambda bias=bias: per_sample.linear_square_norms_(norms, a, a, bias=bias, method="gram")) for bias in (False, True)
+    )
+    assert without == with_bias
+    assert all("bias" not in dict(v.constants) and dict(v.signature).get("bias", "fp32") == "fp32" for v in without)
 
 
 def one(variants: list[Variant], kernel: str, **constants: object) -> Variant:

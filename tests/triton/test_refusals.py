@@ -12,7 +12,7 @@ from sam_kernels._dispatch import reason_missing
 FORCE = "import sam_kernels; sam_kernels.use_backend('triton')"
 REPORT = "from sam_kernels.backends import triton; print(triton.REASON_MISSING)"
 
-PER_SAMPLE = "{torch.float32}"
+PER_SAMPLE = "frozenset([torch.float32])"
 
 
 def python(*lines: str) -> subprocess.CompletedProcess[str]:

@@ -4,6 +4,8 @@ Specification: ``sam_kernels.reference.per_sample.linear_square_norms_``. A prog
 then of GG', both in float32 registers, their product added up, twice where s < t. One number a program leaves it, whatever T is:
 T^2 (d + p) flops a group (and a tile's width T (d + p) more for the diagonal), M T (d + p) s bytes from memory where a group fits the
 second-level cache. Any dtypes: the two matrices never meet before they are float32.
+
+With a bias its gradient's |sum over t of g_t|^2 too, from (AA')_st + 1: rows past the last position have a 1 as well, but none of GG'.
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ def _gram_kernel(
     in_features,
     out_features,
     pairs,
+    bias,  # float32, 0 or 1: as an integer it would be compiled twice
     INPUTS_KIND: tl.constexpr,
     GRADS_KIND: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -70,12 +73,12 @@ def _gram_kernel(
     first = (program // pairs).to(tl.int64) * tokens
     a = _gram_tile(inputs + first * in_features, row * BLOCK_T, column * BLOCK_T, tokens, in_features, INPUTS_KIND, BLOCK_T, INPUTS_DEPTH)
     g = _gram_tile(grads + first * out_features, row * BLOCK_T, column * BLOCK_T, tokens, out_features, GRADS_KIND, BLOCK_T, GRADS_DEPTH)
-    total = tl.sum(a * g)
+    total = tl.sum((a + bias) * g)
     tl.store(partials + program, tl.where(row == column, total, 2.0 * total))
 
 
-def gram_square_norms_(square_norms: Tensor, inputs: Tensor, grads: Tensor, precision: str) -> None:
-    """Adds |G'A|^2 of each group."""
+def gram_square_norms_(square_norms: Tensor, inputs: Tensor, grads: Tensor, *, bias: bool, precision: str) -> None:
+    """Adds |G'A|^2 of each group, with ``bias`` as of inputs with a 1 behind the last feature."""
     m, tokens, in_features = inputs.shape
     out_features = grads.shape[2]
     kinds = kind_of(precision, inputs.dtype), kind_of(precision, grads.dtype)
@@ -95,6 +98,7 @@ def gram_square_norms_(square_norms: Tensor, inputs: Tensor, grads: Tensor, prec
         in_features,
         out_features,
         pairs,
+        float(bias),
         tile=tile,
         INPUTS_KIND=kinds[0],
         GRADS_KIND=kinds[1],

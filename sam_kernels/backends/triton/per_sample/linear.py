@@ -1,7 +1,7 @@
 """Linear layers: which of the two forms, and the layers of one position, which need neither.
 
-Specification: ``sam_kernels.reference.per_sample.linear_square_norms_``. One position a group: |g a'|^2 = |a|^2 |g|^2, a pass over both,
-one program a group: M (d + p) s bytes.
+Specification: ``sam_kernels.reference.per_sample.linear_square_norms_``. One position a group: |g a'|^2 = |a|^2 |g|^2, with a
+bias (|a|^2 + 1) |g|^2: a pass over both, one program a group, M (d + p) s bytes.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ def _one_position_kernel(
     grads,  # (M, p)
     in_features,
     out_features,
+    bias,  # float32, 0 or 1
     INPUTS_BLOCK: tl.constexpr,
     GRADS_BLOCK: tl.constexpr,
 ):
     group = tl.program_id(0).to(tl.int64)
-    a = _squares(inputs + group * in_features, in_features, INPUTS_BLOCK)
+    a = _squares(inputs + group * in_features, in_features, INPUTS_BLOCK) + bias
     g = _squares(grads + group * out_features, out_features, GRADS_BLOCK)
     tl.store(square_norms + group, tl.load(square_norms + group) + a.to(tl.float64) * g.to(tl.float64))
 
@@ -58,10 +59,13 @@ def linear_square_norms_(
     grad_outputs: Tensor,  # (M, T, p)
     products: Tensor | None,  # (M, p, d) float32
     *,
+    bias: bool,
     method: str,
     precision: str,
 ) -> None:
-    """See :func:`sam_kernels.functional.per_sample.linear_square_norms_`. One position a group has no method, and no rounding."""
+    """See :func:`sam_kernels.functional.per_sample.linear_square_norms_`. ``bias``: in the Gram form alone.
+
+    One position a group has no method, and no rounding."""
     m, tokens, in_features = inputs.shape
     out_features = grad_outputs.shape[2]
     if tokens == 1 and products is None:
@@ -75,10 +79,11 @@ def linear_square_norms_(
             grad_outputs,
             in_features,
             out_features,
+            float(bias),
             INPUTS_BLOCK=blocks[0],
             GRADS_BLOCK=blocks[1],
         )
     elif method == "gram":
-        gram_square_norms_(square_norms, inputs, grad_outputs, precision)
+        gram_square_norms_(square_norms, inputs, grad_outputs, bias=bias, precision=precision)
     else:
         direct_square_norms_(square_norms, inputs, grad_outputs, products, precision)
