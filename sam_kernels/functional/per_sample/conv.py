@@ -95,5 +95,6 @@ def conv_square_norms_(
         patches, grads = unfolded(inputs[part], grad_outputs[part], stop - start, *sizes, groups)
         norms = square_norms.new_zeros(len(patches))
         kept = None if products is None else products[start:stop].view(len(patches), out_channels // groups, in_features)
-        backend.linear_square_norms_(norms, patches, grads, kept, bias=False, method=method, precision=precision)
+        # The reshapes of an unfolding may be views of another order.
+        backend.linear_square_norms_(norms, patches.contiguous(), grads.contiguous(), kept, bias=False, method=method, precision=precision)
         square_norms[start:stop] += norms.view(stop - start, groups).sum(1)
