@@ -46,7 +46,8 @@ def test_affine_of_a_hundred_thousand_terms(backend: str) -> None:
         affine_grads_(weight, bias, values, grads)
         expected = (values.double() * grads.double()).sum((1, 3)), grads.double().sum((1, 3))
         for result, exact in zip((weight, bias), expected, strict=True):
-            assert ((result - exact) / exact).abs().max() <= 1e-6, shape
+            # Triton's programs add in float32: blocks first, then, here, 100 of them
+            assert ((result - exact) / exact).abs().max() <= (1e-5 if backend == "triton" else 1e-6), shape
 
 
 def test_affine_one_group_that_is_not_finite_stays_alone(backend: str) -> None:
