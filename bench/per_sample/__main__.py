@@ -36,6 +36,7 @@ def measure(model: str, names: list[str], rounds: int, *, with_memory: bool, con
         runs[name] = PROVIDERS[name].make(problem)
     norms = {name: result.double() for name, run in runs.items() if (result := run()) is not None}
     exact = norms.get("norms")
+    rounds *= MODELS[model].turns
     samples = interleave(runs, rounds=rounds, warmup=1)
     peaks = {name: memory.peak_bytes(model, name) for name in runs} if with_memory else {}
     for name in runs:

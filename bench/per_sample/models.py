@@ -81,6 +81,7 @@ class Kind:
     batch: int
     inputs: Callable[[int], Tensor]
     labels: Callable[[int], Tensor]
+    turns: int = 1  # times as many rounds, where a pass takes milliseconds
     has_batch_norm: bool = False  # samples depend on each other: nothing to compare a single sample's gradient with
 
 
@@ -92,7 +93,7 @@ MODELS = {
         lambda b: torch.randint(0, 1000, (b, 128)),
         lambda b: torch.randint(0, 1000, (b, 128)),
     ),
-    "mlp": Kind("MLP 784-1024-1024-1024-10, B 256", mlp, 256, lambda b: torch.randn(b, 784), lambda b: torch.randint(0, 10, (b,))),
+    "mlp": Kind("MLP 784-1024-1024-1024-10, B 256", mlp, 256, lambda b: torch.randn(b, 784), lambda b: torch.randint(0, 10, (b,)), turns=4),
     "resnet18": Kind(
         "ResNet-18, 32×32, B 32",
         resnet18,
