@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -18,16 +19,16 @@ class GateError(click.ClickException):
     """The tests of the operations do not pass here."""
 
 
-def command(root: Path = ROOT) -> list[str]:
-    """The tests of the operations, or, where the tests are not at hand, the comparison of every backend with the reference."""
+def command(root: Path = ROOT, tests: Sequence[str] = ("tests/ops",)) -> list[str]:
+    """The tests of what is measured, or, where the tests are not at hand, the comparison of every backend with the reference."""
     if (root / "tests" / "ops").is_dir():
-        return [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "tests/ops"]
+        return [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *tests]
     return [sys.executable, "-m", "sam_kernels", "validate"]
 
 
-def run(root: Path = ROOT) -> str:
+def run(root: Path = ROOT, tests: Sequence[str] = ("tests/ops",)) -> str:
     """One line for the result file. Raises :class:`GateError` where the command fails or takes too long."""
-    arguments = command(root)
+    arguments = command(root, tests)
     shown = " ".join(["python", *arguments[1:]])
     try:
         result = subprocess.run(arguments, cwd=root, capture_output=True, text=True, timeout=TIME_LIMIT, check=False)

@@ -24,6 +24,8 @@ from bench.timing import interleave, quantiles
 
 __all__ = ["main", "measure"]
 
+TESTS = ("tests/per_sample", *(f"tests/ops/test_per_sample_{name}.py" for name in ("linear", "conv", "sums", "native")))
+
 
 def measure(model: str, names: list[str], rounds: int, *, with_memory: bool, console: Console) -> Iterator[dict[str, Any]]:
     runs = {}
@@ -87,7 +89,11 @@ def main(
         console = Console(width=150)
     if os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
         console.print(BUSY.format(load=os.getloadavg()[0], cores=os.cpu_count()), style="bold yellow", highlight=False)
-    result = environment() | {"allocator": allocator.current(os.environ), "gate": gate.run() if with_gate else "skipped", "rows": []}
+    result = environment() | {
+        "allocator": allocator.current(os.environ),
+        "gate": gate.run(tests=TESTS) if with_gate else "skipped",
+        "rows": [],
+    }
     for model in models:
         result["rows"] += measure(model, providers, rounds, with_memory=with_memory, console=console)
     _print(result["rows"], console)

@@ -16,6 +16,9 @@ from sam_kernels.functional.per_sample import affine_grads_, conv_square_norms_,
 
 __all__ = ["Convolution", "Dense", "Outer", "Rows", "Shift", "Term", "affine_grads"]
 
+_KEPT_PER_ACTIVATION = 4
+_FLOPS_PER_KEPT = 80  # an element kept is written and read again: 8 bytes, the time of so many flops where 15 GB/s meet 150 GFLOPS
+
 
 class Term(Protocol):
     """One parameter's gradients, of every sample."""
@@ -245,11 +248,6 @@ def _worth_keeping(m: int, tokens: int, out_features: int, in_features: int, act
     if m * out_features * in_features > _KEPT_PER_ACTIVATION * activations:
         return False
     return tokens * tokens * (in_features + out_features) > _FLOPS_PER_KEPT * out_features * in_features
-
-
-_KEPT_PER_ACTIVATION = 4
-# A kept element is written and read again: 8 bytes, the time of so many flops.
-_FLOPS_PER_KEPT = 80
 
 
 def _weighted_sum(weights: Tensor | None, grads: Tensor) -> Tensor:  # (M,), (M, ...) -> (elements,)
