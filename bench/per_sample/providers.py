@@ -37,6 +37,13 @@ def _plain(problem: Problem) -> Run:
     return run
 
 
+def _floor(problem: Problem) -> Run:
+    """No weight's gradient but the first layer's: the gradients of activations, without which there is no norm either."""
+    for param in list(problem.model.parameters())[1:]:
+        param.requires_grad_(False)
+    return _plain(problem)
+
+
 def _ours(problem: Problem, *, keep: bool = False, backward: bool = False) -> Run:
     engine = GradNorms(problem.model)
 
@@ -100,6 +107,7 @@ def _no_opacus(problem: Problem) -> str | None:
 
 PROVIDERS = {
     "plain": Provider("forward and backward, no norms", _plain),
+    "floor": Provider("forward and backward to activations, the least there is", _floor),
     "norms": Provider("sam_kernels, norms", _ours),
     "norms+weighted": Provider("sam_kernels, norms, then weighted gradients (weights of 1)", partial(_ours, keep=True)),
     "norms+backward": Provider("sam_kernels, norms beside an ordinary backward pass", partial(_ours, backward=True)),
