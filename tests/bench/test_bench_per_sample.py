@@ -31,7 +31,7 @@ def test_providers_agree(model: str) -> None:
     for name, found in norms.items():
         assert (found is None) == (name in ("plain", "floor"))
         if found is not None:
-            torch.testing.assert_close(found.float(), exact, rtol=2e-5, atol=0)
+            torch.testing.assert_close(found.float(), exact, rtol=1e-4, atol=0)  # vmap's are summed in float32
 
 
 @pytest.mark.parametrize("name", ["norms+weighted", "norms+backward"])
