@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,12 +12,10 @@ from torch import Tensor
 __all__ = ["nobody_else_has"]
 
 
-def _references(tensors: Sequence[Tensor]) -> list[tuple[int, int, int]]:
+def _references(tensors: Sequence[Any]) -> list[tuple[int, int, int]]:
     """Of each tensor: references from Python, from C++, and to its memory."""
-    return [
-        (sys.getrefcount(tensor), tensor._use_count(), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))  # type: ignore[attr-defined]
-        for tensor in tensors
-    ]
+    count: Any = torch._C  # its counters are not declared
+    return [(sys.getrefcount(tensor), tensor._use_count(), count._storage_Use_Count(tensor.untyped_storage()._cdata)) for tensor in tensors]
 
 
 def _references_of_one() -> tuple[int, int, int] | None:

@@ -109,10 +109,10 @@ def test_rounded_operands_are_within_their_bound_and_need_it(precision: str, dig
         if precision == "bf16":
             rounded.tensors[name] = tensor.bfloat16().double()
         else:
-            rounded.tensors[name] = (call.tensors[name].clone().view(torch.int32) & -8192).view(torch.float32).double()  # type: ignore[union-attr]
+            rounded.tensors[name] = (call.tensors[name].clone().view(torch.int32) & -8192).view(torch.float32).double()
     exact.run(reference.per_sample)
     rounded.run(reference.per_sample)
-    error = (exact.tensors["square_norms"] - rounded.tensors["square_norms"]).abs()  # type: ignore[operator]
+    error = (exact.tensors["square_norms"] - rounded.tensors["square_norms"]).abs()
     assert (error <= bounds_of(call)["square_norms"]).all()
     plain = Call(call.op, call.tensors, {**call.keywords, "precision": "ieee"})
     assert (error > bounds_of(plain)["square_norms"] * 0.01).any()

@@ -102,7 +102,7 @@ def test_losses_that_do_not_depend_on_a_layer() -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_no_grad(reentrant: bool) -> None:
     model, x = model_of(), torch.randn(B, 3, requires_grad=True)
-    with pytest.raises(RuntimeError, match=r"\(Linear\) ran under torch.no_grad.*use_reentrant=False"), GradNorms(model):  # noqa: PT012
+    with pytest.raises(RuntimeError, match=r"\(Linear\) ran under torch.no_grad.*use_reentrant=False"), GradNorms(model):  # noqa: PT012 - what raises stands inside
         if reentrant:
             checkpoint(model, x, use_reentrant=True)
         else:

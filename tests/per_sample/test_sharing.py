@@ -80,8 +80,14 @@ def linear_and_transposed() -> Model:
     return model
 
 
-rows = lambda *shape: torch.randn(B, *shape, dtype=f64)  # noqa: E731
-ids = lambda: torch.randint(0, 7, (B, 5))  # noqa: E731
+def rows(*shape: int) -> Tensor:
+    return torch.randn(B, *shape, dtype=f64)
+
+
+def ids() -> Tensor:
+    return torch.randint(0, 7, (B, 5))
+
+
 CASES: dict[str, tuple[Callable[[], Model], Callable[[], Tensor]]] = {
     "tied": (tied, ids),
     "tied_padding": (lambda: tied(padding_idx=2), ids),
