@@ -71,7 +71,7 @@ def gradient_noise_scale(
     wide, mean, b, m = _checked("gradient_noise_scale", norms, mean_grad_norm, micro_batch)
     variance = m * (wide.square().mean() - mean.square()) / (1 - 1 / b)
     squared_norm = mean.square() - variance / (m * b)
-    return _finish(torch.where(squared_norm > 0, variance / squared_norm, math.inf), norms)
+    return _finish(torch.where(squared_norm <= 0, math.inf, variance / squared_norm), norms)
 
 
 def expected_grad_norm(norms: Tensor) -> tuple[Tensor, Tensor]:  # (b,) -> (), ()

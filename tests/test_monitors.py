@@ -192,3 +192,8 @@ def test_sharpness_of_parameters_without_gradients_and_of_bad_input() -> None:
             monitors.sharpness(*arguments, rho=0.1)
     with pytest.raises(ValueError, match="sharpness: rho must be a finite number"):
         monitors.sharpness(lambda: torch.ones(()), [param], rho=-1.0)
+
+
+def test_a_norm_that_is_no_number_is_no_noise_scale() -> None:
+    norms = torch.tensor([1.0, math.nan, 2.0])
+    assert monitors.gradient_noise_scale(norms, 1.0).isnan()

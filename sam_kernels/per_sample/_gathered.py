@@ -57,7 +57,9 @@ class Gathered:
             place = self._terms.pop(id(param))[0][0]
             self._awaited[id(param)] = 0
             if self._keep:
-                self._kept.append((param, place, terms[name]))
+                term = terms[name]
+                freed = isinstance(term, Shift) and outer.left is not term.left  # a product is kept: let the rest go here too
+                self._kept.append((param, place, term.dense() if freed and isinstance(term, Shift) else term))
         return True
 
     def finish(self, calls: Sequence[Call]) -> None:

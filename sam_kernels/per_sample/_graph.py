@@ -32,9 +32,11 @@ def ends_of(root: Any, nodes: Collection[Any]) -> tuple[set[Any], set[Any], Coun
                 continue
             leads[node] = False  # there are no cycles: only keeps the node from being expanded twice
             children = [child for child, _ in node.next_functions if child is not None]
-            for child in children:
-                if type(child) is _Leaf:
-                    reads[id(child.variable)] += 1
+            if _cast_leaf(node) is None:
+                for child in children:
+                    leaf = child if type(child) is _Leaf else _cast_leaf(child)
+                    if leaf is not None:
+                        reads[id(leaf.variable)] += 1
             stack.append((node, children))
             stack += [(child, None) for child in children if child not in leads]
             continue
@@ -45,3 +47,11 @@ def ends_of(root: Any, nodes: Collection[Any]) -> tuple[set[Any], set[Any], Coun
             if not below:
                 ends.add(node)
     return reached, ends, reads
+
+
+def _cast_leaf(node: Any) -> Any:
+    """The leaf that a node does nothing but cast, else None. Autocast casts a weight once: who reads the cast reads the leaf."""
+    if type(node).__name__ != "ToCopyBackward0":
+        return None
+    child = node.next_functions[0][0]
+    return child if type(child) is _Leaf else None

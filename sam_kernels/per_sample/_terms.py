@@ -21,7 +21,7 @@ _FLOPS_PER_KEPT = 80  # an element kept is written and read again: 8 bytes, the 
 
 
 class Term(Protocol):
-    """One parameter's gradients, of every sample."""
+    """One parameter's gradients, of every sample: one of the forms below (a rule gives one of these), or several of them joined."""
 
     def add_square_norms_(self, square_norms: Tensor, *, keep: bool) -> None:  # (M,) float64
         """Adds the squared norm of each group's gradient. With ``keep`` :meth:`weighted` follows, and may use what was formed."""
@@ -43,7 +43,7 @@ class Dense:
         return tuple(self.grads.shape)
 
     def fits(self, batch: int, shape: torch.Size) -> bool:
-        return self.grads.dim() > 0 and len(self.grads) == batch and self.grads.numel() == batch * shape.numel()
+        return tuple(self.grads.shape) == (batch, *shape)
 
     def add_square_norms_(self, square_norms: Tensor, *, keep: bool) -> None:
         grads = self._of_groups(square_norms.shape[0])
@@ -87,7 +87,8 @@ class Outer:
     def add_square_norms_(self, square_norms: Tensor, *, keep: bool, with_shift: bool = False) -> None:
         """``with_shift``: those of the sum over t of left_t too."""
         m = square_norms.shape[0]
-        left, right = (each.reshape(m, -1, each.shape[2]) for each in (self.left, self.right))
+        tokens = self.left.shape[0] // m * self.left.shape[1]
+        left, right = (each.reshape(m, tokens, each.shape[2]) for each in (self.left, self.right))
         if keep and _worth_keeping(m, left.shape[1], left.shape[2], right.shape[2]):
             dtype = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
             self._products = left.new_empty((m, left.shape[2], right.shape[2]), dtype=dtype)
@@ -100,13 +101,14 @@ class Outer:
             return _weighted_sum(weights, self._products).view(shape)
         left, right = self.left, self.right
         dtype = torch.promote_types(left.dtype, right.dtype)
+        weights, top = _relative(weights, dtype)
         if left.shape[2] < right.shape[2]:
             left = _scaled(left, weights)
         else:
             right = _scaled(right, weights)
         if left.stride(0) < left.stride(1):  # T before B: the larger tensor need not be copied, and a sum has no order
             left, right = left.transpose(0, 1), right.transpose(0, 1)
-        return (left.to(dtype).flatten(0, 1).mT @ right.to(dtype).flatten(0, 1)).view(shape)
+        return _times((left.to(dtype).flatten(0, 1).mT @ right.to(dtype).flatten(0, 1)).view(shape), top)
 
     def sample_grads(self, part: slice, shape: torch.Size) -> Tensor:
         left, right = self.left[part], self.right[part]
@@ -183,7 +185,8 @@ class Convolution:
     def weighted(self, weights: Tensor | None, shape: torch.Size) -> Tensor:
         if self._products is not None:
             return _weighted_sum(weights, self._products).view(shape)
-        return self._weight_grad(self.inputs, _scaled(self.grad_outputs, weights), shape)
+        weights, top = _relative(weights, self.grad_outputs.dtype)
+        return _times(self._weight_grad(self.inputs, _scaled(self.grad_outputs, weights), shape), top)
 
     def sample_grads(self, part: slice, shape: torch.Size) -> Tensor:
         pairs = zip(self.inputs[part], self.grad_outputs[part], strict=True)
@@ -227,7 +230,8 @@ class Rows:
         embedding_square_norms_(square_norms, indices, values, padding_idx=self.padding_idx)
 
     def weighted(self, weights: Tensor | None, shape: torch.Size) -> Tensor:
-        return self._grad(_scaled(self.values, weights), self.indices, shape)
+        weights, top = _relative(weights, self.values.dtype)
+        return _times(self._grad(_scaled(self.values, weights), self.indices, shape), top)
 
     def sample_grads(self, part: slice, shape: torch.Size) -> Tensor:
         pairs = zip(self.values[part], self.indices[part], strict=True)
@@ -252,6 +256,19 @@ def _worth_keeping(m: int, tokens: int, out_features: int, in_features: int, act
 
 def _weighted_sum(weights: Tensor | None, grads: Tensor) -> Tensor:  # (M,), (M, ...) -> (elements,)
     return grads.flatten(1).sum(0) if weights is None else torch.mv(grads.flatten(1).mT, weights.to(grads.dtype))
+
+
+def _relative(weights: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """Weights by their largest, and that, where they are to multiply numbers of 16 bits: small ones would lose their digits, or vanish."""
+    if weights is None or dtype.itemsize > 2:
+        return weights, None
+    top = weights.abs().max()
+    top = torch.where(top > 0, top, 1.0)
+    return weights / top, top
+
+
+def _times(grad: Tensor, top: Tensor | None) -> Tensor:
+    return grad if top is None else grad.to(torch.float32) * top
 
 
 def _scaled(tensor: Tensor, weights: Tensor | None) -> Tensor:  # (B, ...) by the weight of each sample's group

@@ -46,7 +46,8 @@ class GradNorms:
         micro_batch: m, the number of consecutive samples whose gradients are added up before the norm is taken.
         reduction: of a micro-batch's gradients: ``"sum"`` or ``"mean"``. Also that of its loss in :meth:`weighted_grads_`.
         unsupported: what happens with a module that owns trainable parameters and has no rule: ``"error"`` when the forward pass begins, or
-            ``"vmap"``: its part is computed by ``torch.func``, slowly, with every sample's gradient in memory.
+            ``"vmap"``: its part is computed by ``torch.func``, slowly, with every sample's gradient in memory. Every tensor it is called
+            with whose dimension 0 is B is then taken for a batch; that this gives the module's output again is checked.
         batch_first: False for a model whose batch is dimension 1, and dimension 0 of outputs of two dimensions (behind a mean over time).
 
     Memory: with ``keep=True`` (see :meth:`__call__`) the inputs of layers, which autograd holds anyway, and the gradients of their outputs
@@ -163,8 +164,8 @@ class GradNorms:
     def weighted_grads_(self, weights: Tensor | None = None) -> None:  # (B / m,)
         """Adds the sum of weight times gradient over the micro-batches to the parameters' ``.grad``, without another backward pass.
 
-        A micro-batch's gradient is that of the sum (``reduction="mean"``: the mean) of its losses. None is a weight of 1 for each: what
-        ``losses.sum().backward()`` does, to rounding, and nothing has to be multiplied by weights. Frees what the engine kept.
+        A micro-batch's gradient is that of the sum (``reduction="mean"``: the mean) of its losses. None is a weight of 1 for each: with
+        ``reduction="sum"`` what ``losses.sum().backward()`` does, to rounding, and nothing is multiplied. Frees what the engine kept.
 
         Raises RuntimeError where there is nothing kept, TypeError or ValueError for weights that are not a floating-point tensor (B / m,).
         """

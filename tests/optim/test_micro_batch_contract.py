@@ -127,7 +127,7 @@ def test_row_05_scaled_training_is_unscaled_training(base: Any, kwargs: dict[str
 
         def closure(*batch: Tensor, net: Any = net, scaler: Any = scaler, optimizer: Any = optimizer) -> Tensor:
             optimizer.zero_grad()
-            loss = loss_of(net, batch)  # type: ignore[arg-type]
+            loss = loss_of(net, batch)
             scaler.scale(loss).backward()
             return loss
 
@@ -160,7 +160,7 @@ def test_row_05_inf_in_any_pass_halves_the_scale(bad_pass: int) -> None:
     def closure(*piece: Tensor) -> Tensor:
         optimizer.zero_grad()
         calls.append(1)
-        loss = loss_of(model, piece) * (float("inf") if len(calls) == bad_pass + 1 else 1.0)  # type: ignore[arg-type]
+        loss = loss_of(model, piece) * (float("inf") if len(calls) == bad_pass + 1 else 1.0)
         scaler.scale(loss).backward()
         return loss
 
@@ -189,7 +189,7 @@ def test_row_12_running_statistics_see_every_micro_batch_once(guarded: bool) -> 
     if guarded:
         assert_same_bits(list(model.buffers()), list(once.buffers()))
     else:
-        assert not torch.equal(model[1].running_mean, once[1].running_mean)  # type: ignore[arg-type]
+        assert not torch.equal(model[1].running_mean, once[1].running_mean)
 
 
 def test_row_12_n_sam_keeps_the_statistics_of_the_ascent() -> None:
@@ -206,7 +206,7 @@ def test_row_12_statistics_survive_an_error_in_a_later_second_pass() -> None:
     calls: list[int] = []
 
     def closure(*piece: Tensor) -> Tensor:
-        loss = closure_of(optimizer, model, piece)()  # type: ignore[arg-type]
+        loss = closure_of(optimizer, model, piece)()
         calls.append(1)
         if len(calls) == 4:
             raise RuntimeError("late")

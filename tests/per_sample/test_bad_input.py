@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sam_kernels.per_sample import GradNorms
+from sam_kernels.per_sample import GradNorms, register_rule
 from tests.per_sample.brute import group_norms, run_engine
 
 B = 6
@@ -188,3 +189,65 @@ def test_a_sample_that_is_not_finite_poisons_only_its_own_norm(value: float, mic
     engine.weighted_grads_(torch.ones_like(norms))
     assert conv.weight.grad is not None
     assert conv.weight.grad.isnan().any()
+
+
+def test_a_cached_cast_hides_no_read() -> None:
+    """Autocast casts a weight once, for its layer and for whoever reads it past that."""
+    layer, x = nn.Linear(3, 3), torch.randn(B, 3)
+    engine = GradNorms(layer)
+    with engine, torch.autocast("cpu", torch.bfloat16):
+        losses = (layer(x) + F.linear(x, layer.weight)).float().sum(1)
+    with pytest.raises(RuntimeError, match="read weight 2 times, of which 1 are calls"):
+        engine(losses)
+    with engine, torch.autocast("cpu", torch.bfloat16):
+        losses = layer(layer(x)).float().sum(1)
+    engine(losses)
+
+
+def test_vmap_refuses_what_only_looks_like_a_batch() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2, 3))
+
+        def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # (B, T, 3), (T, 1)
+            return x @ self.weight.T * gate
+
+    model = Gated()
+    engine = GradNorms(model, unsupported="vmap")
+    for tokens in (B + 1, B):
+        with engine:
+            losses = model(torch.randn(B, tokens, 3), torch.randn(tokens, 1)).sum((1, 2))
+        if tokens != B:
+            engine(losses)
+            continue
+        with pytest.raises(NotImplementedError, match="not what it is in the batch"):
+            engine(losses)
+
+
+def test_a_rule_that_gives_the_transposed_gradient() -> None:
+    class Projection(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2, 3))
+
+        def forward(self, x: Tensor) -> Tensor:  # (B, 3)
+            return x @ self.weight.T
+
+    @register_rule(Projection)
+    def rule(module: Projection, args: tuple[Tensor], kwargs: dict[str, Tensor], grad_output: Tensor) -> dict[str, Tensor]:
+        return {"weight": args[0].unsqueeze(2) * grad_output.unsqueeze(1)}
+
+    engine = GradNorms(model := Projection())
+    with engine:
+        losses = model(torch.randn(B, 3)).sum(1)
+    with pytest.raises(ValueError, match="gives a gradient of shape"):
+        engine(losses)
+
+
+def test_a_layer_without_inputs_has_a_bias() -> None:
+    model = nn.Linear(0, 3)
+    engine = GradNorms(model)
+    with engine:
+        losses = model(torch.randn(B, 2, 0)).sum((1, 2))
+    torch.testing.assert_close(engine(losses), torch.full((B,), 2 * 3**0.5))

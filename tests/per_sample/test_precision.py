@@ -92,5 +92,29 @@ def test_bfloat16_parameters(case: str) -> None:
         losses = model(x).float().square().flatten(1).sum(1)
     norms = engine(losses, retain_graph=True)
     assert_close(norms, group_norms(model, losses), BOUND)
-    engine.weighted_grads_(torch.ones_like(norms))
-    assert all(param.grad is not None and param.grad.dtype is torch.bfloat16 for param in model.parameters())
+    weights = torch.rand_like(norms)
+    expected = weighted(model, losses, weights)
+    model.zero_grad()
+    engine.weighted_grads_(weights)
+    for name, param in model.named_parameters():
+        assert param.grad is not None
+        assert param.grad.dtype is torch.bfloat16
+        size = expected[name].abs().max()
+        assert_close(param.grad, expected[name], BOUND, name, size)
+
+
+def test_small_weights_keep_their_digits_in_16_bits() -> None:
+    """The scale of scaled losses, taken back by the weights: in float16 weights of 1e-7 would have one digit."""
+    model, scale = nn.Linear(6, 5).half(), 2.0**12
+    x = torch.randn(B, 3, 6).half()
+    engine = GradNorms(model)
+    with engine:
+        losses = model(x).float().square().sum((1, 2)) * scale / 64
+    engine(losses, retain_graph=True)
+    weights = (0.5 + torch.rand(B)) * 1e-3 / scale
+    expected = weighted(model, losses.double(), weights.double())
+    model.zero_grad()
+    engine.weighted_grads_(weights)
+    for name, param in model.named_parameters():
+        assert param.grad is not None
+        assert ((param.grad - expected[name]).abs() <= 0.01 * expected[name].abs().max()).all(), name

@@ -78,7 +78,7 @@ def test_a_forward_of_its_own_has_no_rule(where: str) -> None:
     register_rule(Mul, tensor_form)
     model = OwnForward() if where == "class" else Mul()
     if where == "instance":
-        model.forward = lambda x: 2 * Mul.forward(model, x)  # type: ignore[method-assign]
+        model.forward = lambda x: 2 * Mul.forward(model, x)
     with pytest.raises(NotImplementedError, match=rf"{type(model).__name__}\) owns trainable parameters and has no rule.*\(B, 3, 4\)"):
         run_engine(model, lambda: losses_of(model(torch.randn(B, 5, 3, dtype=f64))))
 

@@ -18,11 +18,11 @@ REASON = backend.REASON_MISSING or ("kernels are interpreted here, not compiled"
 if REASON is not None:
     pytest.skip(REASON, allow_module_level=True)
 
-from bench.machine_code import generated, page  # noqa: E402
-from bench.machine_code.compiled import Code, compile_variant  # noqa: E402
-from bench.machine_code.launches import Variant, covering, recorded, records_of, timed_call  # noqa: E402
-from bench.machine_code.rules import RULES, violations  # noqa: E402
-from bench.machine_code.targets import TARGETS, reason_missing  # noqa: E402
+from bench.machine_code import generated, page  # noqa: E402 - after the skip
+from bench.machine_code.compiled import Code, compile_variant  # noqa: E402 - after the skip
+from bench.machine_code.launches import Variant, covering, recorded, records_of, timed_call  # noqa: E402 - after the skip
+from bench.machine_code.rules import RULES, violations  # noqa: E402 - after the skip
+from bench.machine_code.targets import TARGETS, reason_missing  # noqa: E402 - after the skip
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "sam_kernels.backends.triton"

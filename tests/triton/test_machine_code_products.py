@@ -16,13 +16,13 @@ REASON = backend.REASON_MISSING or ("kernels are interpreted here, not compiled"
 if REASON is not None:
     pytest.skip(REASON, allow_module_level=True)
 
-from bench.machine_code import generated  # noqa: E402
-from bench.machine_code.launches import Variant, records_of  # noqa: E402
-from bench.machine_code.product_rules import PART, RULES, table, violations  # noqa: E402
-from bench.machine_code.products import NVIDIA, Product, compile_product, compile_products, recorded  # noqa: E402
-from bench.machine_code.targets import TARGETS  # noqa: E402
-from sam_kernels.functional import per_sample  # noqa: E402
-from tests.triton.test_machine_code import PACKAGE, ROOT, Fault, planted, with_constants  # noqa: E402
+from bench.machine_code import generated  # noqa: E402 - after the skip
+from bench.machine_code.launches import Variant, records_of  # noqa: E402 - after the skip
+from bench.machine_code.product_rules import PART, RULES, table, violations  # noqa: E402 - after the skip
+from bench.machine_code.products import NVIDIA, Product, compile_product, compile_products, recorded  # noqa: E402 - after the skip
+from bench.machine_code.targets import TARGETS  # noqa: E402 - after the skip
+from sam_kernels.functional import per_sample  # noqa: E402 - after the skip
+from tests.triton.test_machine_code import PACKAGE, ROOT, Fault, planted, with_constants  # noqa: E402 - after the skip
 
 SM_90 = TARGETS["sm_90"]
 

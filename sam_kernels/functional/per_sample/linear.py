@@ -59,7 +59,7 @@ def linear_square_norms_(
     check_how(op, method, precision, products)
     check_flag(op, "bias", bias)
     check_on(op, grad_outputs.device, {"square_norms": square_norms, "inputs": inputs, "products": products})
-    if 0 in inputs.shape or 0 in grad_outputs.shape:
+    if 0 in grad_outputs.shape or (0 in inputs.shape and not bias):
         if products is not None:
             products.zero_()
         return
@@ -67,8 +67,9 @@ def linear_square_norms_(
     if method == "auto":
         method = "direct" if products is not None else backend.linear_method(tokens, inputs.shape[2], out_features)
     inputs, grad_outputs = inputs.contiguous(), grad_outputs.contiguous()
-    is_fused = bias and method == "gram"
-    backend.linear_square_norms_(square_norms, inputs, grad_outputs, products, bias=is_fused, method=method, precision=precision)
+    is_fused = bias and method == "gram" and inputs.shape[2] > 0
+    if inputs.shape[2] > 0:
+        backend.linear_square_norms_(square_norms, inputs, grad_outputs, products, bias=is_fused, method=method, precision=precision)
     if bias and not is_fused:
         wide = grad_outputs.double() if inputs.dtype is torch.float64 else grad_outputs
         sums = wide.new_empty((m, out_features), dtype=arithmetic_of(wide))
