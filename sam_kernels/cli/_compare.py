@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,8 +38,11 @@ class Worst:
         return f"{where} element {self.element}: {self.actual!r}, expected {self.expected!r} ({error})"
 
     def badness(self) -> tuple[bool, float]:
-        """Orders by severity: failures first, then by the part of the bound that was used."""
-        return not self.passed, self.error / (self.bound + 0.5)  # + 0.5: else an element stored exactly where its bound ends says the most
+        """Orders by severity: what no number says first, then failures, then by the part of the bound that was used."""
+        if self.reason:
+            return not self.passed, math.inf
+        # + 0.5: else an element stored exactly where its bound ends says the most
+        return not self.passed, self.error / (self.bound + 0.5)
 
 
 def same_bits(a: Tensor, b: Tensor) -> Tensor:  # bool, the shape of a and b

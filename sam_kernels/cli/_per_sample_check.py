@@ -58,9 +58,10 @@ def check_per_sample(
                 break
             expected = exact.tensors[name]
             if name not in before.written:
-                same = torch.equal(tensor.nan_to_num(), before.tensors[name].nan_to_num())  # type: ignore[union-attr]  # it is there
-                worst = worst if same else max(worst, Worst(name, passed=False, reason="an input was written"), key=Worst.badness)
-                continue
+                if torch.equal(tensor.nan_to_num(), before.tensors[name].nan_to_num()):  # type: ignore[union-attr]  # it is there
+                    continue
+                worst = Worst(name, passed=False, reason="an input was written")  # and what else is wrong follows from it
+                break
             actual = tensor.to(arithmetic) if name == "square_norms" else tensor
             worst = max(worst, compare(name, [actual], [expected], [bounds[name].reshape(-1)], [before.tensors[name]]), key=Worst.badness)
         found[backend] = worst

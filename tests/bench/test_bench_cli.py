@@ -59,14 +59,14 @@ def test_unknown_names_are_refused() -> None:
 
 
 def test_red_tests_no_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(gate, "command", lambda root=None: [sys.executable, "-c", "print('2 failed'); raise SystemExit(1)"])
+    monkeypatch.setattr(gate, "command", lambda *where: [sys.executable, "-c", "print('2 failed'); raise SystemExit(1)"])
     run = CliRunner().invoke(main, ["--json", str(tmp_path / "out.json")])
     assert run.exit_code == 1
     assert "2 failed" in run.output
     assert not (tmp_path / "out.json").exists()
-    monkeypatch.setattr(gate, "command", lambda root=None: [sys.executable, "-c", "print('9 passed')"])
+    monkeypatch.setattr(gate, "command", lambda *where: [sys.executable, "-c", "print('9 passed')"])
     assert gate.run().startswith("passed: python -c")
-    monkeypatch.setattr(gate, "command", lambda root=None: [sys.executable, "-c", "import time; time.sleep(60)"])
+    monkeypatch.setattr(gate, "command", lambda *where: [sys.executable, "-c", "import time; time.sleep(60)"])
     monkeypatch.setattr(gate, "TIME_LIMIT", 0.2)
     with pytest.raises(gate.GateError, match="more than"):
         gate.run()

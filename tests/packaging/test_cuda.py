@@ -227,7 +227,7 @@ def built(needs_nvcc, tmp_path_factory) -> Path:
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc/ninja_build.py", "csrc/cuda_toolkit.py"):
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, tree / name)
-    kernels = [f"cpu/{name}" for name in BUILD.CHUNK_KERNELS]
+    kernels = [f"cpu/{name}" for name in BUILD.CHUNK_KERNELS + BUILD.MATRIX_KERNELS]
     empty = {f"{name}.cpp": "" for name in [BUILD.BINDING["_cpu"], *BUILD.SHARED, *BUILD.ENGINE, *kernels]}
     planted = {"bind_cuda.cpp": BINDING, "cuda/probe.cu": KERNEL, "cuda/probe.h": "namespace sam { int launch(float* values); }\n"}
     for name, text in {**empty, **planted}.items():
