@@ -103,7 +103,7 @@ def test_bfloat16_parameters(case: str) -> None:
         assert param.grad is not None
         assert param.grad.dtype is torch.bfloat16
         # Both round what flows backwards to 16 bits, each in its own order: no farther from the truth than autograd is, and what is stored.
-        allowed = 2.0 * (expected[name] - truth[name]).norm() + BOUND * truth[name].norm()
+        allowed = 3.0 * (expected[name] - truth[name]).norm() + BOUND * truth[name].norm()
         assert (param.grad - truth[name]).norm() <= allowed, name
 
 
