@@ -48,6 +48,7 @@ class GradNorms:
         unsupported: what happens with a module that owns trainable parameters and has no rule: ``"error"`` when the forward pass begins, or
             ``"vmap"``: its part is computed by ``torch.func``, slowly, with every sample's gradient in memory. Every tensor it is called
             with whose dimension 0 is B is then taken for a batch; that this gives the module's output again is checked.
+        over: parameters that the norms are over; None: all trainable ones of the model. Weighted gradients are of all of them.
         batch_first: False for a model whose batch is dimension 1, and dimension 0 of outputs of two dimensions (behind a mean over time).
 
     Memory: with ``keep=True`` (see :meth:`__call__`) the inputs of layers, which autograd holds anyway, and the gradients of their outputs
@@ -61,6 +62,7 @@ class GradNorms:
         micro_batch: int = 1,
         reduction: str = "sum",
         unsupported: str = "error",
+        over: Iterable[nn.Parameter] | None = None,
         batch_first: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -75,6 +77,7 @@ class GradNorms:
         check_flag("GradNorms", "batch_first", batch_first)
         for name, module in model.named_modules():
             refuse_compiled(name, module)
+        self._over = None if over is None else _ids_of(over, model)
         self._recorder = Recorder(model, batch_first=batch_first, unsupported=unsupported)
         self._gathered: Gathered | None = None
 
@@ -123,7 +126,7 @@ class GradNorms:
         reached, ends, reads = ends_of(losses.grad_fn, nodes)
         _require_reached(calls, reached)
         _require_all_seen(self._recorder.params, calls, reads)
-        gathered = Gathered(calls, losses.shape[0], losses.shape[0] // self.micro_batch, losses.device, keep=keep)
+        gathered = Gathered(calls, losses.shape[0], losses.shape[0] // self.micro_batch, losses.device, keep=keep, over=self._over)
 
         def pass_by(node: Any, grads: Sequence[Tensor | None]) -> None:
             for call, position in nodes[node]:
@@ -201,6 +204,19 @@ class GradNorms:
             )
         if losses.grad_fn is None:
             raise RuntimeError("GradNorms: losses have no graph: they were detached, or computed under torch.no_grad")
+
+
+def _ids_of(over: Iterable[nn.Parameter], model: nn.Module) -> set[int]:
+    params = [over] if isinstance(over, Tensor) else list(over)
+    known = {id(param) for param in model.parameters()}
+    for i, param in enumerate(params):
+        if not isinstance(param, Tensor):
+            raise TypeError(f"GradNorms: over[{i}] must be a parameter of the model, got {describe(param)}")
+        if id(param) not in known:
+            raise ValueError(f"GradNorms: over[{i}], {describe(param)}, is no parameter of the model")
+    if not any(param.requires_grad for param in params):
+        raise ValueError("GradNorms: over holds no trainable parameter")
+    return set(map(id, params))
 
 
 class _Lookup(Sequence[Tensor | None]):
