@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from sam_kernels import reference
+from sam_kernels import RWSAM, reference
 from tests.optim.problem import set_weights, weights
 
 B = 12
@@ -104,3 +106,28 @@ def assert_close(actual: Any, expected: Any, relative: float = 1e-10) -> None:
     for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
         error = ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
         assert error <= relative, f"tensor {i}: off by {error:.3g}, {relative:.3g} allowed"
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "exact": {"norms": "exact"},
+    "exact_draw": {"norms": "exact", "sampling": "draw", "draws": 3},
+    "finite_difference": {"norms": "finite_difference", "num_directions": 2},
+    "jvp": {"norms": "jvp"},
+    "last_layer": {"norms": "last_layer"},
+}
+CALLS = {way: 2 + {"finite_difference": 2, "jvp": 1}.get(way, 0) for way in WAYS}  # of the closure, each step
+every_way = pytest.mark.parametrize("way", WAYS)
+
+
+def build(model: nn.Module, way: str, base: Any = torch.optim.SGD, **options: Any) -> RWSAM:
+    return RWSAM(model, base, **{"beta": 2.0, "rho": 0.3, "lr": 0.1, **WAYS[way], **options})
+
+
+def train(model: nn.Module, optimizer: RWSAM, steps: range, dtype: torch.dtype = torch.float32) -> None:
+    for step in steps:
+        batch = make_batch(dtype, seed=step)
+        optimizer.step(partial(losses_of, model, batch))
+
+
+def state_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [value.clone() for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]

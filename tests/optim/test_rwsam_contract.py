@@ -4,52 +4,36 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
-import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as dcp
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from sam_kernels import RWSAM, use_backend
 from tests.helpers.backends import module_of
 from tests.optim.problem import BACKENDS, assert_same_bits, every_backend, every_base, twin, weights
-from tests.optim.rwsam_problem import B, Recorded, assert_close, group_grads, losses_of, make_batch, make_model, norms_of, written_out_step
-from tests.optim.scaler_flows import SCALE, InfOnPass
-
-WAYS: dict[str, dict[str, Any]] = {
-    "exact": {"norms": "exact"},
-    "exact_draw": {"norms": "exact", "sampling": "draw", "draws": 3},
-    "finite_difference": {"norms": "finite_difference", "num_directions": 2},
-    "jvp": {"norms": "jvp"},
-    "last_layer": {"norms": "last_layer"},
-}
-CALLS = {way: 2 + {"finite_difference": 2, "jvp": 1}.get(way, 0) for way in WAYS}  # of the closure, each step
-every_way = pytest.mark.parametrize("way", WAYS)
-
-
-def build(model: nn.Module, way: str, base: Any = torch.optim.SGD, **options: Any) -> RWSAM:
-    return RWSAM(model, base, **{"beta": 2.0, "rho": 0.3, "lr": 0.1, **WAYS[way], **options})
-
-
-def train(model: nn.Module, optimizer: RWSAM, steps: range, dtype: torch.dtype = torch.float32) -> None:
-    for step in steps:
-        batch = make_batch(dtype, seed=step)
-        optimizer.step(partial(losses_of, model, batch))
-
-
-def state_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [value.clone() for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-
+from tests.optim.rwsam_problem import (
+    CALLS,
+    WAYS,
+    B,
+    Recorded,
+    assert_close,
+    build,
+    every_way,
+    group_grads,
+    losses_of,
+    make_batch,
+    make_model,
+    norms_of,
+    state_of,
+    train,
+)
 
 # 1, 2, 3: checkpoints and copies
 
@@ -133,115 +117,6 @@ def test_row_03_distributed_checkpoint_keeps_the_momentum() -> None:
     train(model, optimizer, range(3, 5))
     train(resumed_model, resumed, range(3, 5))
     assert_same_bits(weights(resumed_model), weights(model))
-
-
-# 4: more than one process
-
-
-def _rank(rank: int, file: str, results: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    model = make_model(torch.float32)
-    ddp = DistributedDataParallel(model)
-    optimizer = RWSAM(ddp, torch.optim.SGD, beta=2.0, rho=0.3, lr=0.1, momentum=0.9)
-    seen = []
-    for step in range(2):
-        closure = Recorded(ddp, make_batch(torch.float32, seed=10 * step + rank))
-        optimizer.step(closure)
-        seen.append((closure.calls, optimizer.last_norms))
-    torch.save({"weights": weights(model), "seen": seen}, f"{results}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_row_04_every_rank_climbs_by_itself_and_descends_with_the_others() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_rank, (os.path.join(folder, "store"), folder), nprocs=2)
-        found = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
-    assert_same_bits(found[0]["weights"], found[1]["weights"])
-    model = make_model(torch.float32)
-    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    for step in range(2):
-        start, total = weights(model), None
-        for rank in range(2):
-            alone, batch = twin(model), make_batch(torch.float32, seed=10 * step + rank)
-            norms, _ = written_out_step(alone, torch.optim.SGD(alone.parameters(), lr=0.0), batch, beta=2.0, rho=0.3)
-            assert_close(found[rank]["seen"][step][1], norms, 1e-5)
-            grads = [param.grad for param in alone.parameters()]
-            total = grads if total is None else [a + b for a, b in zip(total, grads, strict=True)]  # type: ignore[operator]
-        for param, value, grad in zip(model.parameters(), start, total or [], strict=True):
-            assert torch.equal(param, value)
-            param.grad = grad / 2  # type: ignore[operator]
-        base.step()
-    assert_close(found[0]["weights"], weights(model), 1e-5)
-
-
-# 5: loss scaling
-
-
-@every_way
-@pytest.mark.parametrize("lambd", [1.0, 0.3])
-@every_base
-def test_row_05_scaled_training_is_unscaled_training(base: Any, kwargs: dict[str, Any], way: str, lambd: float) -> None:
-    model = make_model(torch.float32)
-    other = twin(model)
-    scaled, plain = build(model, way, base, lambd=lambd, **kwargs), build(other, way, base, lambd=lambd, **kwargs)
-    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
-    for step in range(3):
-        batch = make_batch(torch.float32, seed=step)
-        scaled.step(lambda batch=batch: losses_of(model, batch), grad_scaler=scaler)
-        scaler.update()
-        plain.step(lambda batch=batch: losses_of(other, batch))
-        assert_close(scaled.last_norms, plain.last_norms, 1e-5)
-    for got, expected in zip(weights(model), weights(other), strict=True):
-        torch.testing.assert_close(got, expected, rtol=5e-6, atol=1e-6)
-    assert scaler.get_scale() == SCALE
-    assert scaled.skipped_steps == 0
-
-
-def scaled_step(api: str, optimizer: RWSAM, losses: Callable[[], Tensor], scaler: torch.amp.GradScaler) -> None:
-    if api == "closure":
-        optimizer.step(losses, grad_scaler=scaler)
-    else:
-        with optimizer.recording():
-            first = losses()
-        optimizer.weighted_backward(first, grad_scaler=scaler)
-        optimizer.first_step(zero_grad=True, grad_scaler=scaler)
-        scaler.scale(losses().mean()).backward()
-        optimizer.second_step(zero_grad=True, grad_scaler=scaler)
-    scaler.update()
-
-
-@every_base
-@pytest.mark.parametrize(
-    ("way", "api", "bad_pass"),
-    [(way, "closure", bad) for way in WAYS for bad in range(1, CALLS[way] + 1)] + [("exact", "two-step", 1), ("exact", "two-step", 2)],
-)
-def test_row_05_inf_in_any_pass_skips_the_whole_step(base: Any, kwargs: dict[str, Any], way: str, api: str, bad_pass: int) -> None:
-    model, batch = make_model(torch.float32), make_batch(torch.float32)
-    optimizer = build(model, way, base, **kwargs)
-    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
-
-    def step(spoil: InfOnPass) -> None:
-        scaled_step(api, optimizer, lambda: spoil(losses_of(model, batch)), scaler)
-
-    step(InfOnPass(None))
-    before, state = weights(model), state_of(optimizer)
-    step(InfOnPass(bad_pass))
-    assert_same_bits(weights(model), before)
-    assert_same_bits(state_of(optimizer), state)
-    assert optimizer.skipped_steps == 1
-    assert scaler.get_scale() == SCALE / 2
-    step(InfOnPass(None))
-    assert optimizer.skipped_steps == 1
-
-
-def test_row_05_a_closure_through_the_scaler_is_refused() -> None:
-    model = make_model(torch.float32)
-    optimizer = build(model, "exact")
-    scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(torch.ones(()))
-    with pytest.raises(RuntimeError, match=r"GradScaler\.step"):
-        scaler.step(optimizer, lambda: losses_of(model, make_batch(torch.float32)))
 
 
 # 6: 16 bits
