@@ -30,9 +30,9 @@ def sharpness_weights(
 ) -> Tensor:  # (B,) of the same dtype
     """p = softmax(beta norms): the Gibbs weights of Reweighted SAM (arXiv 2509.18001), from gradient norms of samples or micro-batches.
 
-    Arithmetic is float64, with the largest norm subtracted, and rounded once: weights are within 2 B + 40 roundings of float64 of the exact
-    ones on every backend. With ``beta`` 0 each is exactly 1/B, correctly rounded (float32: up to 2^28 norms). A norm that is not finite
-    makes every weight NaN, with ``beta`` 0 too. ``beta`` is finite and not negative.
+    Arithmetic is float64, with the largest norm subtracted, and rounded once: backends agree within 2 B + 40 roundings of float64. With
+    ``beta`` 0 each weight is exactly 1/B, correctly rounded (float32: up to 2^28 norms). A norm that is not finite makes every weight NaN,
+    with ``beta`` 0 too. ``beta`` is finite and not negative.
     Reads the norms three times and writes the weights: 4 B s bytes.
 
     Raises TypeError for norms that are no dense float32 or float64 tensor, ValueError for a wrong shape, no norms, or a wrong ``beta``.
@@ -53,24 +53,24 @@ def sharpness_sample(
     seed: int,
 ) -> tuple[Tensor, Tensor]:  # (k,) int64, (k,) of the norms' dtype
     """k draws of samples with probabilities p = softmax(beta norms): (indices in the order drawn, weights). For any f, the expectation of
-    the sum over j of weights[j] f[indices[j]] is the mean of f: (1/B) sum f.
+    the sum over j of weights[j] f[indices[j]] is the mean of f, (1/B) sum f.
 
-    With ``replacement``, draw j is the first i with p_1 + ... + p_i > u_j, its weight 1 / (k B p_i). Without, draws are successive ones with
-    probabilities p of what is left: the k largest of beta n_i - log(-log u_i), the largest first (Gumbel; ties: lower index first); the
-    weight of the r-th is (R_r / p + k - r) / (k B), R_r being the sum of p over all that were not drawn before it (Des Raj, "Some estimators
-    in sampling with varying probabilities without replacement", JASA 51, 1956). R_r is summed as it is: 1 less what was drawn would have
-    no digits left. Weights of samples whose p vanishes in float64 are infinite, never NaN.
+    With ``replacement``, draw j is the first i with p_0 + ... + p_i > u_j, its weight 1 / (k B p_i). Without, draws are successive ones of
+    what is left: the k largest of beta n_i - log(-log u_i), the largest first (Gumbel; ties: lower index first). The weight of the r-th,
+    from 1 on, is (R_r / p + k - r) / (k B), R_r being the sum of p over all that were not drawn before it (Des Raj, "Some estimators in
+    sampling with varying probabilities without replacement", JASA 51, 1956). R_r is summed as it is: 1 less what was drawn would have no
+    digits left. The weight of a sample whose p vanishes in float64 is infinite, never NaN.
 
     u is a function of ``seed`` (in [0, 2^64)) and j or i: Philox4x32-10 (Salmon et al., SC 2011) with key (seed & 0xffffffff, seed >> 32)
-    and counter (i & 0xffffffff, i >> 32, 0, 2), u = (((word 0) << 20 | (word 1) >> 12) + 0.5) 2^-52. So a seed has the same draws on every
-    backend, unless float64 rounds across a boundary: where u_j sum p is within (2 B + 40) 2^-53 of one of the sums, or two keys within
-    50 roundings of each other (2^-53 of one and 40).
+    and counter (i & 0xffffffff, i >> 32, 0, 2), u = ((word 0 << 20 | word 1 >> 12) + 0.5) 2^-52. So a seed has the same draws on every
+    backend, unless float64 rounds to the other side of a boundary: with replacement where u_j is within (4 B + 40) 2^-53 of one of the
+    sums of p, without where two keys are within 2^-42 of each other, or 2^-51 of their size.
 
     Where a norm is not finite every weight is NaN; indices are in [0, B) all the same, and distinct without ``replacement``.
     Reads the norms, a few times for each block of draws or samples, and writes (8 + s) k bytes. Nobody waits for the device.
 
-    Raises TypeError or ValueError as :func:`sharpness_weights`, and for a ``num_samples`` that is no integer of at least 1 (at most B without
-    replacement), a ``seed`` out of range and a ``replacement`` that is no bool.
+    Raises TypeError or ValueError as :func:`sharpness_weights`, and for a ``num_samples`` that is no integer of at least 1 (at most B
+    without replacement), a ``seed`` out of range and a ``replacement`` that is no bool.
     """
     op = "sharpness_sample"
     norms, beta = _checked(op, norms, beta)

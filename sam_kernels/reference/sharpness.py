@@ -1,7 +1,7 @@
 """Gibbs weights of gradient norms, and draws from them whose weights make an unbiased mean.
 
-Sources: Reweighted SAM (arXiv 2509.18001); the exponential races behind Gumbel's keys (Kool et al., arXiv 1903.06059); the ordered estimator
-of Des Raj, "Some estimators in sampling with varying probabilities without replacement", JASA 51 (1956).
+Sources: Reweighted SAM (arXiv 2509.18001); successive draws by Gumbel's keys (Kool et al., arXiv 1903.06059); the ordered estimator of
+Des Raj, "Some estimators in sampling with varying probabilities without replacement", JASA 51 (1956).
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Draws by Gibbs weights, and the weights that make their mean unbiased.
 
-Specification: ``sam_kernels.reference.sharpness_sample``; twin: ``csrc/cuda/sharpness.cu``. float32 or float64 norms, float64 arithmetic, one
-rounding. The order of sums depends on B alone.
+Specification: ``sam_kernels.reference.sharpness_sample``; twin: ``csrc/cuda/sharpness.cu``. float32 or float64 norms, float64
+arithmetic, one rounding. The order of sums depends on B alone.
 
-With replacement, a program for each block of draws walks the sums of all weights, block by block with what came before carried along. Without,
-a program for each block of items compares their keys with all others: how many precede an item is its place, and what is left when it is
-drawn is summed in the same loop. No sort, no second launch: B^2 comparisons, of which a batch has few.
+With replacement, a program for each block of draws walks the sums of all weights, block by block with what came before carried along.
+Without, a program for each block of items compares their keys with all others: how many precede an item is its place, and what is left when
+it is drawn is summed in the same loop. No sort, no second launch: B^2 comparisons, of which a batch has few.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from sam_kernels.backends.triton.sharpness._gibbs import beta_arguments, gumbel_
 
 __all__ = ["sharpness_sample"]
 
-_BLOCK = 256  # norms at a time
-_DRAWS = 16  # of a program: 32 comparisons a thread and step
-_ITEMS = 16  # likewise; more would be fewer programs, and a batch of 1,000 makes 63
+_DRAWS, _DRAW_BLOCK = 16, 256  # of a program, and norms at a time: 32 comparisons a thread and step
+_ITEMS, _RANK_BLOCK = 16, 128  # one key a thread and step, and 16 comparisons: 256 norms would spill registers
 
 
 @triton.jit(do_not_specialize=["beta_low", "beta_high", "key_low", "key_high", "count", "draws"])
@@ -115,7 +114,7 @@ def sharpness_sample(
     indices, weights = norms.new_empty(num_samples, dtype=torch.int64), norms.new_empty(num_samples)
     arguments = indices, weights, norms, *beta_arguments(beta), *seed_key(seed), norms.numel(), num_samples
     if replacement:
-        launch(_draw_kernel, -(-num_samples // _DRAWS), norms.device, *arguments, DRAWS=_DRAWS, BLOCK_SIZE=_BLOCK)
+        launch(_draw_kernel, -(-num_samples // _DRAWS), norms.device, *arguments, DRAWS=_DRAWS, BLOCK_SIZE=_DRAW_BLOCK)
     else:
-        launch(_rank_kernel, -(-norms.numel() // _ITEMS), norms.device, *arguments, ITEMS=_ITEMS, BLOCK_SIZE=_BLOCK)
+        launch(_rank_kernel, -(-norms.numel() // _ITEMS), norms.device, *arguments, ITEMS=_ITEMS, BLOCK_SIZE=_RANK_BLOCK)
     return indices, weights

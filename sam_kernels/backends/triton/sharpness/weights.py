@@ -1,7 +1,7 @@
 """p = softmax(beta norms), in one program.
 
-Specification: ``sam_kernels.reference.sharpness_weights``; twin: ``csrc/cuda/sharpness.cu``. float32 or float64 norms, float64 arithmetic, one
-rounding. The order of sums depends on B alone. Reads the norms three times, writes the weights: 4 B s bytes.
+Specification: ``sam_kernels.reference.sharpness_weights``; twin: ``csrc/cuda/sharpness.cu``. float32 or float64 norms, float64
+arithmetic, one rounding. The order of sums depends on B alone. Reads the norms three times, writes the weights: 4 B s bytes.
 """
 
 from __future__ import annotations
