@@ -12,6 +12,7 @@ from torch import Tensor
 __all__ = [
     "SUPPORTED_DTYPES",
     "check_choice",
+    "check_count",
     "check_distinct",
     "check_flag",
     "check_lists",
@@ -20,6 +21,7 @@ __all__ = [
     "check_scalar_tensor",
     "check_seed",
     "check_tensor",
+    "check_vector",
     "describe",
 ]
 
@@ -158,3 +160,32 @@ def check_flag(op: str, name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be True or False, got {describe(value)}")
     return value
+
+
+def check_count(op: str, name: str, value: object, *, low: int, high: int | None = None) -> int:
+    """``value`` is an integer in [low, high]. Raises TypeError or ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: {name} must be an integer, got {describe(value)}")
+    if value < low:
+        raise ValueError(f"{op}: {name} must be at least {low}, got {value}")
+    if high is not None and value > high:
+        raise ValueError(f"{op}: {name} must be at most {high}, got {value}")
+    return value
+
+
+def check_vector(op: str, name: str, value: object, *, low: float, open_low: bool = False) -> Tensor:  # (n,) float64 on the CPU, a copy
+    """``value``, a floating-point tensor of one dimension or a sequence of numbers, has n ≥ 1 elements, all finite and at least ``low``
+    (more than it where that end is ``open``). Raises TypeError or ValueError otherwise."""
+    if isinstance(value, Tensor):
+        vector = check_tensor(op, name, value).detach().to("cpu", torch.float64, copy=True)
+    elif isinstance(value, Sequence) and all(isinstance(x, int | float) and not isinstance(x, bool) for x in value):
+        vector = torch.tensor(value, dtype=torch.float64)
+    else:
+        raise TypeError(f"{op}: {name} must be a floating-point tensor or a sequence of numbers, got {describe(value)}")
+    if vector.dim() != 1 or not len(vector):
+        raise ValueError(f"{op}: {name} must have one dimension and at least one element, got shape {tuple(vector.shape)}")
+    wrong = ~vector.isfinite() | ((vector <= low) if open_low else (vector < low))
+    if wrong.any():
+        i = int(wrong.nonzero()[0])
+        raise ValueError(f"{op}: {name}[{i}] must be finite and {'more than' if open_low else 'at least'} {low}, got {vector[i].item()}")
+    return vector
