@@ -18,6 +18,7 @@ __all__ = [
     "check_lists",
     "check_number",
     "check_number_or_tensor",
+    "check_probabilities",
     "check_scalar_tensor",
     "check_seed",
     "check_tensor",
@@ -189,3 +190,14 @@ def check_vector(op: str, name: str, value: object, *, low: float, open_low: boo
         i = int(wrong.nonzero()[0])
         raise ValueError(f"{op}: {name}[{i}] must be finite and {'more than' if open_low else 'at least'} {low}, got {vector[i].item()}")
     return vector
+
+
+def check_probabilities(op: str, name: str, value: Any) -> Tensor:  # (n,) float64 on the CPU, a copy
+    """``value`` is a distribution: as :func:`check_vector` wants it, all positive, of sum 1 within n times the eps of its own dtype: each
+    of the n terms was rounded by whoever normalised them. The sum of the result is 1 in float64. Raises TypeError or ValueError otherwise.
+    """
+    p = check_vector(op, name, value, low=0.0, open_low=True)
+    total, tolerance = p.sum().item(), len(p) * torch.finfo(value.dtype if isinstance(value, Tensor) else p.dtype).eps
+    if abs(total - 1) > tolerance:
+        raise ValueError(f"{op}: {name} must sum to 1 within {tolerance:.3g}, got {total!r}")
+    return p / total

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Generator, Tensor
 
-from sam_kernels._validate import check_count, check_vector
+from sam_kernels._validate import check_count, check_probabilities, check_vector
 from sam_kernels.sampling._epochs import BatchDraws, Draw, Draws
 from sam_kernels.sampling._weighted import WeightedIndex
 
@@ -25,12 +25,7 @@ class _Table:
         if lipschitz is not None:
             p = check_vector(name, "lipschitz", lipschitz, low=0.0, open_low=True)
         else:
-            p = check_vector(name, "probabilities", probabilities, low=0.0, open_low=True)
-            # Each of the n terms and n - 1 sums of whoever normalised them was rounded, in the precision they came in.
-            dtype = probabilities.dtype if isinstance(probabilities, Tensor) else torch.float64
-            total, tolerance = p.sum().item(), len(p) * torch.finfo(dtype).eps
-            if abs(total - 1) > tolerance:
-                raise ValueError(f"{name}: probabilities must sum to 1 within {tolerance:.3g}, got {total!r}")
+            p = check_probabilities(name, "probabilities", probabilities)
         self.probabilities = p / p.sum()  # (n,)
         self.weights = 1 / (len(p) * self.probabilities)  # (n,)
         self._cumulative = self.probabilities.cumsum(0)
