@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sam_kernels import theory
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 N, D = 5, 3
 P = torch.tensor([0.3, 0.1, 0.2, 0.25, 0.15], dtype=torch.float64)
 OWN = torch.tensor([0.3, 0.9, 0.5, 1.0, 0.2], dtype=torch.float64)  # each sample's own, of independent sampling
@@ -200,7 +201,7 @@ def many_runs(
 
 @pytest.mark.parametrize("name", ["uniform", "importance"])
 @pytest.mark.parametrize("lambd", [0.0, 0.5, 1.0])
-def test_runs_stay_below_the_pl_bound(name: str, lambd: float, one_thread: None) -> None:
+def test_runs_stay_below_the_pl_bound(name: str, lambd: float) -> None:
     problem = Ridge(5, r=0.5)
     L, A, B, C = constants(problem, name, {})
     rho, gamma = theory.pl_constant_steps(problem.mu, L, A, B, lambd)
@@ -211,7 +212,7 @@ def test_runs_stay_below_the_pl_bound(name: str, lambd: float, one_thread: None)
 
 
 @pytest.mark.parametrize("lambd", [0.0, 1.0])
-def test_decreasing_steps_go_below_the_place_where_constant_ones_stay(lambd: float, one_thread: None) -> None:
+def test_decreasing_steps_go_below_the_place_where_constant_ones_stay(lambd: float) -> None:
     problem, T = Ridge(6, r=1.0), 4000
     L, A, B, _ = constants(problem, "uniform", {})
     constant = theory.pl_constant_steps(problem.mu, L, A, B, lambd)
@@ -241,7 +242,7 @@ def test_nonconvex_steps_are_admissible(name: str, options: dict[str, Any], lamb
 
 
 @pytest.mark.parametrize("lambd", [0.0, 0.5, 1.0])
-def test_runs_stay_below_the_nonconvex_bound(lambd: float, one_thread: None) -> None:
+def test_runs_stay_below_the_nonconvex_bound(lambd: float) -> None:
     problem = Ridge(7)
     L, A, B, C = constants(problem, "uniform", {})
     for T in (10, 1000):

@@ -15,6 +15,8 @@ from sam_kernels.sampling import AdaptiveImportanceSampler
 from sam_kernels.sampling._tree import SumTree
 from tests.sampling.helpers import pairs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def sums_of(leaves: torch.Tensor) -> torch.Tensor:
     """All nodes of the tree, level by level."""
@@ -81,7 +83,7 @@ def test_without_a_gradient_anywhere_sampling_is_uniform() -> None:
 
 
 def test_weights_are_bounded_and_those_of_the_time_of_drawing() -> None:
-    sampler = AdaptiveImportanceSampler(50, 5, num_batches=200, uniform_share=0.1)
+    sampler = AdaptiveImportanceSampler(50, 5, num_batches=60, uniform_share=0.1)
     generator = torch.Generator().manual_seed(0)
     changed, ahead = 0, []  # what a DataLoader does: batches wait, and updates come in between
     for batch in sampler:
@@ -94,7 +96,7 @@ def test_weights_are_bounded_and_those_of_the_time_of_drawing() -> None:
             assert weights.max() <= 1 / 0.1 * (1 + 1e-12)
             changed += not torch.allclose(probabilities, sampler.probabilities)
             sampler.update(indices, torch.rand(5, generator=generator) ** 4)
-    assert changed > 150
+    assert changed > 50
 
 
 def run(sampler: AdaptiveImportanceSampler, start: int, ahead: int) -> tuple[list[Any], list[dict[str, Any]]]:

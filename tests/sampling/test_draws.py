@@ -13,6 +13,7 @@ from scipy import stats
 from sam_kernels import sampling
 from tests.sampling.helpers import SAMPLERS, Make, P, every_sampler, pairs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NEVER = 1e-9  # how unlikely a sound sampler's result must be to be called wrong
 DRAWS = 20_000
 
@@ -58,7 +59,7 @@ def test_sizes_of_independent_batches() -> None:
 
 def test_adaptive_draws_of_a_thousand() -> None:
     n = 1000
-    sampler = sampling.AdaptiveImportanceSampler(n, 100, num_batches=DRAWS // 10, uniform_share=0.25)
+    sampler = sampling.AdaptiveImportanceSampler(n, 1000, num_batches=200, uniform_share=0.25)
     norms = torch.rand(n, generator=torch.Generator().manual_seed(2)) + 0.1
     sampler.update(torch.arange(n), norms)
     counts = Counter(int(i) for batch in sampler for i in batch)
@@ -91,15 +92,15 @@ def test_an_epoch_that_was_broken_off_is_followed_by_a_whole_one(make: Make) -> 
     assert pairs(sampler) == pairs(straight)
 
 
-@every_sampler
-@pytest.mark.parametrize("num_replicas", [2, 4])
-def test_replicas_take_parts_of_the_same_draws(make: Make, num_replicas: int) -> None:
-    if num_replicas == 4 and make in (SAMPLERS["with_replacement"], SAMPLERS["tau_nice"], SAMPLERS["adaptive"]):
-        pytest.skip("batches of two")
+@pytest.mark.parametrize(
+    ("name", "num_replicas"), [*((name, 2) for name in SAMPLERS), *((name, 4) for name in ("single", "independent", "sparse"))]
+)
+def test_replicas_take_parts_of_the_same_draws(name: str, num_replicas: int) -> None:
+    make = SAMPLERS[name]
     ranks = [pairs(make(num_batches=40, num_replicas=num_replicas, rank=rank)) for rank in range(num_replicas)]
-    whole = make(num_batches=40 if make is not SAMPLERS["single"] else 40 * num_replicas)
+    whole = make(num_batches=40 if name != "single" else 40 * num_replicas)
     batches = pairs(whole)
-    if make is SAMPLERS["single"]:
+    if name == "single":
         batches = [list(chain(*batches[k : k + num_replicas])) for k in range(0, len(batches), num_replicas)]
     for batch, *parts in zip(batches, *ranks, strict=True):
         drawn = sorted(index for index, weight in chain(*parts) if weight)

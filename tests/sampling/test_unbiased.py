@@ -12,6 +12,7 @@ from torch import Tensor
 from sam_kernels import sampling
 from tests.sampling.helpers import OUTCOMES, SAMPLERS, P, adaptive, all_draws
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EPS = torch.finfo(torch.float64).eps
 
 
