@@ -30,8 +30,8 @@ def section(result: dict[str, Any]) -> str:
             f"L_min {problem['L_min']:.4g}, μ {problem['mu']:.3g}."
         )
         lines = [
-            "| λ | sampling | ρ | γ | bound: γμ | measured rate | over uniform | floor: bound | measured | largest share of the bound |",
-            "|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+            "| λ | sampling | ρ | γ | bound: γμ | measured rate | over uniform | floor: bound | measured |",
+            "|---:|---|---:|---:|---:|---:|---:|---:|---:|",
         ]
         for row in sorted(problem["rows"], key=lambda row: row["lambd"]):
             floor = "not reached" if row["floor_measured"] is None else f"{row['floor_measured']:.2g}"
@@ -42,7 +42,6 @@ def section(result: dict[str, Any]) -> str:
                 f"{faster(problem['rows'], row):.1f}×",
                 f"{row['floor_predicted']:.2g}",
                 floor,
-                f"{row['largest_share_of_bound']:.2f}",
             ]
             lines.append("| " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
