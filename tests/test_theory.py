@@ -150,6 +150,15 @@ def test_published_numbers() -> None:
         assert theory.pl_largest_rho(0.1, 10.0, A, B, lambd) == pytest.approx(2 * rho, rel=1e-5)
 
 
+def test_formulas_by_hand() -> None:
+    """Each term on its own: bounds are too generous for a run to tell a factor."""
+    for C, lambd, expected in ((5.0, 0.5, 1.806), (5.0, 1.0, 1.5 * (5 * 0.2 + 0.1 * 1.36)), (0.0, 0.5, 0.051), (5.0, 0.0, 2.52)):
+        assert theory.pl_floor(2.0, 3.0, C, lambd, 0.1, 0.2) == pytest.approx(expected)
+    for C, lambd, expected in ((5.0, 0.5, 8.004), (5.0, 1.0, 0.3 + 6.75 + 0.6 + 0.216), (0.0, 0.5, 0.504), (5.0, 0.0, 10.05)):
+        assert theory.nonconvex_bound(100, 1.0, 3.0, C, lambd, 0.1, 0.2) == pytest.approx(expected)
+    assert theory.descent_step(2.0, 0.25, 0.1) == pytest.approx(0.2)
+
+
 def step(problem: Ridge, x: Tensor, w: Tensor, rho: float, gamma: float, lambd: float) -> Tensor:
     g = w @ problem.gradients(x)  # 0 where nothing was drawn
     return x - gamma * (w @ problem.gradients(x + rho * (1 - lambd + lambd / g.norm().clamp(min=1e-300)) * g))

@@ -29,7 +29,7 @@ SAMPLERS: dict[str, Make] = {  # keyword: num_batches
         P, num_samples=num_batches * kwargs.get("num_replicas", 1), **kwargs
     ),
     "with_replacement": lambda **kwargs: sampling.ImportanceBatchSampler(P, batch_size=2, **kwargs),
-    "tau_nice": lambda **kwargs: sampling.TauNiceBatchSampler(5, 2, **kwargs),
+    "tau_nice": lambda **kwargs: sampling.TauNiceBatchSampler(5, 4, **kwargs),
     "independent": lambda **kwargs: sampling.IndependentBatchSampler([0.25, 0.5, 1.0, 0.75], **kwargs),
     "sparse": lambda **kwargs: sampling.IndependentBatchSampler([0.25, 0.25, 0.5], **kwargs),  # mostly small, often empty
     "adaptive": adaptive,
@@ -37,15 +37,15 @@ SAMPLERS: dict[str, Make] = {  # keyword: num_batches
 every_sampler = pytest.mark.parametrize("make", list(SAMPLERS.values()), ids=list(SAMPLERS))
 
 
-def grid(steps: int) -> list[float]:
-    """The middles of equal parts of [0, 1)."""
-    return [(k + 0.5) / steps for k in range(steps)]
+def grid(steps: int, place: float = 0.5) -> list[float]:
+    """The middles of equal parts of [0, 1), or their left ends, which belong to them."""
+    return [(k + place) / steps for k in range(steps)]
 
 
 OUTCOMES: dict[str, list[Any]] = {  # equally likely random numbers of one draw, all of them
     "single": grid(8),
-    "with_replacement": list(product(grid(8), repeat=2)),
-    "tau_nice": list(product(range(5), range(4))),
+    "with_replacement": list(product(grid(8, 0.0), repeat=2)),
+    "tau_nice": list(product(range(5), range(4), range(3), range(2))),
     "independent": list(product(grid(4), repeat=4)),
     "sparse": list(product(grid(4), repeat=3)),
     "adaptive": list(product(product(grid(2), grid(5)), repeat=2)),

@@ -93,7 +93,7 @@ def test_an_epoch_that_was_broken_off_is_followed_by_a_whole_one(make: Make) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "num_replicas"), [*((name, 2) for name in SAMPLERS), *((name, 4) for name in ("single", "independent", "sparse"))]
+    ("name", "num_replicas"), [*((name, 2) for name in SAMPLERS), *((name, 4) for name in ("single", "tau_nice", "independent", "sparse"))]
 )
 def test_replicas_take_parts_of_the_same_draws(name: str, num_replicas: int) -> None:
     make = SAMPLERS[name]
