@@ -41,7 +41,7 @@ class ImportanceSampler(Draws[int]):
     """Single elements, drawn independently with replacement: i with probability p_i, its loss weighted by 1 / (n p_i).
 
     In a ``DataLoader`` with ``batch_size=tau`` it makes batches of tau draws (the last one of an epoch may be shorter: no less unbiased).
-    What comes is an :class:`WeightedIndex`: an ``int`` that carries the weight. Single-element and importance sampling of arXiv 2503.02225,
+    What comes is a :class:`WeightedIndex`: an ``int`` that carries the weight. Single-element and importance sampling of arXiv 2503.02225,
     section 3; the weight is what makes E[weight ∇f_i] = ∇f.
 
     Args:
