@@ -29,6 +29,10 @@ def test_the_schema_says_what_is_written(name: str) -> None:
     assert str(operator(name)._schema) == f"sam_kernels::{name}({SCHEMAS[name]}"
 
 
+def test_every_operation_has_an_operator() -> None:
+    assert set(SCHEMAS) == set(SHARPNESS_OPTIONS)
+
+
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_opcheck(backend: str, name: str) -> None:
     opcheck(operator(name), arguments(name, backend))
