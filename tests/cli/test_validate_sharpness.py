@@ -60,7 +60,7 @@ def _twice(norms: Tensor, drawn: Drawn) -> Drawn:
 
 
 def _finite(norms: Tensor, drawn: Drawn) -> Drawn:
-    return drawn[0], drawn[1].nan_to_num(0.5)
+    return drawn[0], torch.where(drawn[1].isnan(), 0.5, drawn[1])
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_planted_error_of_weights_is_found(planted: str, monkeypatch: pytest.M
         if planted == "unshifted":
             terms = (norms.double() * beta).exp()
             return (terms / terms.sum()).to(norms.dtype)
-        return right(norms, beta=torch.tensor(beta).float())
+        return right(norms, beta=torch.as_tensor(beta).float())
 
     monkeypatch.setattr(foreach, "sharpness_weights", wrong)
     result = CliRunner().invoke(validate, ["--op", "sharpness_weights", "--backend", "foreach"])
@@ -124,7 +124,7 @@ def test_no_draw_is_undecided(dtype: str) -> None:
             near = torch.maximum(torch.full_like(keys, 2.0**-42), keys.abs() * 2.0**-51)[1:]
             gaps = keys[:-1] - keys[1:]
             assert (gaps > 2 * near).all(), (case, option)
-        closest = min(closest, *gaps.flatten().tolist())
+        closest = min([closest, *gaps.flatten().tolist()])
     assert closest < 1e-2  # the cases have neighbours at all
 
 
