@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam_kernels.cli._cases import DTYPES, make_tensor
+from sam_kernels.cli._cases import make_tensor
 from sam_kernels.reference.sharpness import gibbs_terms
 
 __all__ = ["SHARPNESS_DTYPES", "SHARPNESS_OPTIONS", "Call", "build", "combinations", "weight_bounds"]
 
-SHARPNESS_DTYPES = ("float32", "float64")
+SHARPNESS_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _BETAS: dict[str, dict[str, Any]] = {
     "flat": {"beta": 0.0},
     "plain": {"beta": 0.7},
@@ -90,7 +90,7 @@ def build(op: str, case: str, dtype: str, option: str, seed: int = 0) -> Call:
         if not keywords["replacement"]:
             keywords["num_samples"] = min(keywords["num_samples"], len(norms))
         keywords["seed"] = zlib.crc32(text) << 20 | 0xABCDE
-    return Call(op, make_tensor(norms, DTYPES[dtype], case if case in ("unaligned", "strided") else "contiguous"), keywords)
+    return Call(op, make_tensor(norms, SHARPNESS_DTYPES[dtype], case if case in ("unaligned", "strided") else "contiguous"), keywords)
 
 
 def weight_bounds(call: Call, drawn: Tensor | None, weights: Tensor) -> Tensor:  # (k,) int64 or None, (k,) float64 -> (k,) float64

@@ -53,9 +53,9 @@ def _indices(before: Call, results: Sequence[Tensor], exact: Sequence[Tensor]) -
             j = int(wrong[0])
             reason = f"{wrong.numel()} of {drawn.numel()} differ, draw {j} is {int(drawn[j])}, expected {int(expected[j])}"
             return Worst("indices", passed=False, reason=reason)
-    elif not ((0 <= drawn) & (drawn < len(before.norms))).all():
+    elif not ((drawn >= 0) & (drawn < len(before.norms))).all():
         return Worst("indices", passed=False, reason="out of range")
-    elif not before.keywords["replacement"] and len(drawn.unique()) < len(drawn):
+    elif not before.keywords["replacement"] and len(set(drawn.tolist())) < len(drawn):
         return Worst("indices", passed=False, reason="drawn twice")
     return None
 
