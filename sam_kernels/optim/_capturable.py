@@ -25,8 +25,8 @@ def to_tensors(group: dict[str, Any]) -> None:
     What is one already stays itself.
 
     float64: λ may be close to 1, where 1 - λ of a float32 has no digits left (3 % off at 1 - 1e-6), and a number keeps its value beside
-    float64 parameters. The kernels read either. A radius that is the number 0 stays that: whether a group takes part in the ascent is
-    decided by the host.
+    float64 parameters. The kernels read either. A radius or a β that is the number 0 stays that: whether a group takes part in the
+    ascent, and whether norms are taken, is decided by the host.
     """
     if not group["params"]:
         return
@@ -37,7 +37,7 @@ def to_tensors(group: dict[str, Any]) -> None:
             if value.device != device:
                 _require_eager(key, device)
                 group[key] = value.to(device)
-        elif isinstance(value, int | float) and key != "lr" and not (key == "rho" and value == 0):
+        elif isinstance(value, int | float) and key != "lr" and not (key in ("rho", "beta") and value == 0):
             _require_eager(key, device)
             group[key] = torch.tensor(float(value), dtype=torch.float64, device=device)
 

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sam_kernels import functional
+from sam_kernels.optim._group import GroupLists
 from sam_kernels.optim._held_still import BufferGuard, RandomState
 from sam_kernels.optim._passes import Passes
 from sam_kernels.optim._reweighting import Reweighting
@@ -25,6 +26,7 @@ from sam_kernels.optim._seeds import derived_seed
 __all__ = ["DirectionalNorms"]
 
 _HALVES = (torch.bfloat16, torch.float16)
+_NODES_LOOKED_AT = 64
 
 
 class DirectionalNorms:
@@ -37,68 +39,74 @@ class DirectionalNorms:
 
     def __init__(self, model: nn.Module, how: Reweighting) -> None:
         self._model, self._how = model, how
+        self._guard = BufferGuard([model])
         self._tangents: dict[int, list[Tensor]] = {}  # by group
+        self._is_tried = False
 
     def release(self) -> None:
-        """Frees the memory of directions."""
+        """Frees the memory of directions and of copies of buffers."""
+        self._guard.release()
         self._tangents = {}
 
-    def __call__(
+    def slopes(
         self,
         closure: Callable[[], Tensor],  # () -> (B,)
         groups: list[dict[str, Any]],
         passes: Passes,
-        guard: BufferGuard,
         random_state: RandomState,
         seed: int,
-    ) -> tuple[Tensor, Tensor]:  # (B,) with their graph, (B / m,)
-        """The losses at w and the norms. What went before may be undone by ``passes.restore()`` and ``guard.restore()`` at any time."""
-        guard.save()
-        found = []
+    ) -> list[Tensor]:  # K tensors (B,)
+        """z·∇f_i along each direction; of finite differences, f_i(w + δz). No such pass leaves a trace: not in weights, not in buffers, and
+        each sees the random numbers that the next pass will see, so that losses are compared under the same dropout masks."""
+        self._guard.save()
+        trainable, found = passes.trainable(groups), []
         for k in range(self._how.num_directions):
             seeds = [derived_seed(seed, k, i) for i in range(len(groups))]
             try:
                 with torch.no_grad():
-                    found.append((self._slope if self._how.norms == "jvp" else self._loss_beside)(closure, groups, passes, seeds))
+                    slope = (self._slope if self._how.norms == "jvp" else self._loss_beside)(closure, trainable, passes, seeds)
+                    found.append(slope.detach().clone())  # a compiled closure may write the next one to the same memory
             finally:
-                guard.restore()
-                random_state.replay()  # a loss may be compared with one of the same dropout masks alone
+                self._guard.restore()
+                random_state.replay()
         passes.restore()
-        losses = closure()
-        at = losses.detach().to(torch.promote_types(losses.dtype, torch.float32))
-        if self._how.norms == "finite_difference":
-            _warn_of_16_bits(losses, groups)
-            delta = self._length(groups, passes)
-            found = [(beside.to(at.dtype) - at) / delta for beside in found]
-        slopes = torch.stack(found).to(at.dtype)  # (K, B)
-        of_groups = slopes.view(len(slopes), -1, self._how.micro_batch).mean(2)
-        return losses, of_groups.square().mean(0).sqrt()
+        return found
 
-    def _loss_beside(self, closure: Callable[[], Tensor], groups: list[dict[str, Any]], passes: Passes, seeds: Sequence[int]) -> Tensor:
-        passes.perturb_randomly(groups, seeds, scale=self._length(groups, passes), distribution=self._how.distribution)
+    def norms(self, slopes: list[Tensor], losses: Tensor) -> Tensor:  # K tensors (B,), (B,) at w -> (B / m,)
+        """Float32, float64 for float64 losses; squares are taken in float64."""
+        at = losses.detach().double()
+        each = torch.stack(slopes).double()
+        if self._how.norms == "finite_difference":
+            if not self._is_tried:
+                _warn_of_16_bits(losses)
+                self._is_tried = True
+            each = (each - at) / self._length
+        of_groups = each.view(len(slopes), -1, self._how.micro_batch).mean(2)
+        return of_groups.square().mean(0).sqrt().to(torch.promote_types(losses.dtype, torch.float32))
+
+    def _loss_beside(self, closure: Callable[[], Tensor], trainable: dict[int, GroupLists], passes: Passes, seeds: Sequence[int]) -> Tensor:
+        self._length = self._how.delta  # of the step, for each element of z
+        if self._how.delta_scaling == "unit":
+            d = sum(param.numel() for lists in trainable.values() for param in lists.params)
+            self._length /= math.sqrt(max(d, 1))
+        passes.perturb_randomly(trainable, seeds, scale=self._length, distribution=self._how.distribution)
         return closure()
 
-    def _slope(self, closure: Callable[[], Tensor], groups: list[dict[str, Any]], passes: Passes, seeds: Sequence[int]) -> Tensor:
-        with _dual_parameters(self._model, self._directions(groups, passes, seeds)):
-            tangent: Tensor | None = forward_ad.unpack_dual(closure()).tangent
+    def _slope(self, closure: Callable[[], Tensor], trainable: dict[int, GroupLists], passes: Passes, seeds: Sequence[int]) -> Tensor:
+        unpack_dual: Any = forward_ad.unpack_dual  # untyped
+        with _dual_parameters(self._model, self._directions(trainable, passes, seeds)):
+            tangent: Tensor | None = unpack_dual(closure()).tangent
         if tangent is None:
             raise RuntimeError(
-                "RWSAM: norms='jvp': the losses do not depend on the model's parameters as it holds them; where it is compiled, or keeps "
-                "its weights elsewhere (nn.LSTM), there is no forward derivative: use norms='finite_difference'"
+                "RWSAM: norms='jvp': the losses do not depend on the model's parameters as it holds them, or were detached; "
+                "norms='finite_difference' takes any model"
             )
         return tangent
 
-    def _length(self, groups: list[dict[str, Any]], passes: Passes) -> float:
-        """Of the step of finite differences, for each element of z."""
-        if self._how.delta_scaling == "sqrt_d":
-            return self._how.delta
-        d = sum(param.numel() for lists in passes.trainable(groups).values() for param in lists.params)
-        return self._how.delta / math.sqrt(max(d, 1))
-
-    def _directions(self, groups: list[dict[str, Any]], passes: Passes, seeds: Sequence[int]) -> dict[Tensor, Tensor]:
+    def _directions(self, trainable: dict[int, GroupLists], passes: Passes, seeds: Sequence[int]) -> dict[Tensor, Tensor]:
         """z for each parameter: the numbers that a random perturbation of the same seed adds."""
         found: dict[Tensor, Tensor] = {}
-        for i, lists in passes.trainable(groups).items():
+        for i, lists in trainable.items():
             known = self._tangents.get(i, [])
             if len(known) != len(lists.params) or not all(map(_is_alike, known, lists.params)):
                 known = self._tangents[i] = [torch.empty_like(param, requires_grad=False) for param in lists.params]
@@ -135,12 +143,18 @@ def _is_alike(tangent: Tensor, param: Tensor) -> bool:
     return (tangent.shape, tangent.stride(), tangent.dtype, tangent.device) == (param.shape, param.stride(), param.dtype, param.device)
 
 
-def _warn_of_16_bits(losses: Tensor, groups: list[dict[str, Any]]) -> None:
-    if losses.dtype in _HALVES:
-        kind = str(losses.dtype).removeprefix("torch.")
-        what = f"losses in {kind}: their difference has no digits left; compute them in float32"
-    elif any(param.dtype in _HALVES for group in groups for param in group["params"]):
-        what = "parameters in 16 bits: most of them do not move by delta; use norms='exact'"
-    else:
-        return
-    warnings.warn(f"RWSAM: norms='finite_difference' with {what}", UserWarning, stacklevel=2)
+def _warn_of_16_bits(losses: Tensor) -> None:
+    """Looks at the last operations of the forward pass: under autocast a loss is float32 again."""
+    nodes, seen = [losses.grad_fn], 0
+    while nodes and seen < _NODES_LOOKED_AT:
+        node, seen = nodes.pop(0), seen + 1
+        metadata: Any = getattr(node, "_input_metadata", ())  # of the operation's outputs; not public
+        if losses.dtype in _HALVES or any(each.dtype in _HALVES for each in metadata):
+            warnings.warn(
+                "RWSAM: norms='finite_difference' of a forward pass in 16 bits: differences of its losses have hardly a digit; leave "
+                "autocast off, keep parameters in float32, or use norms='exact' or 'jvp'",
+                UserWarning,
+                stacklevel=2,
+            )
+            return
+        nodes += [] if node is None else [each for each, _ in node.next_functions]

@@ -125,15 +125,16 @@ class Passes:
             perturb_(current.lists.params, old_params=current.lists.old_params, from_old=is_saved)
             self._unsure = None
             self._saved[current.index] = current.lists
+        torch.clear_autocast_cache()  # where autocast is around the whole step: casts of what the weights were
 
-    def perturb_randomly(self, groups: list[dict[str, Any]], seeds: Sequence[int], *, scale: float, distribution: str) -> None:
-        """Adds scale z to the trainable parameters of the groups with ρ > 0, z from a seed for each group: 3 N s bytes.
+    def perturb_randomly(self, trainable: dict[int, GroupLists], seeds: Sequence[int], *, scale: float, distribution: str) -> None:
+        """Adds scale z to what :meth:`trainable` gave, z from a seed for each group: 3 N s bytes.
 
         They start from where they were before this or any other perturbation of the step: a second one needs no restore between, and
         those that are saved already are not saved again (2 N s).
         """
         self.is_perturbed = True
-        for i, lists in self.trainable(groups).items():
+        for i, lists in trainable.items():
             perturb_: Callable[..., None] = partial(functional.random_perturb_, seed=seeds[i], scale=scale, distribution=distribution)
             is_saved = self._saved.get(i) is lists
             self._perturbed[i] = lists
@@ -141,6 +142,7 @@ class Passes:
             perturb_(lists.params, old_params=lists.old_params, from_old=is_saved)
             self._unsure = None
             self._saved[i] = lists
+        torch.clear_autocast_cache()
 
     def trainable(self, groups: list[dict[str, Any]]) -> dict[int, GroupLists]:
         """By the index of a group with ρ > 0, its parameters that require a gradient, whether they have one or not."""
@@ -205,6 +207,7 @@ class Passes:
             self.restore()
             plain_step(self.base, [grad for current in currents for grad in current.grads], max_norm=max_norm, **amp)
         self.is_perturbed = False
+        torch.clear_autocast_cache()
 
     def restore(self) -> None:
         """Back to the weights of before the ascent, bit for bit; nothing to do when there was none."""
@@ -217,6 +220,7 @@ class Passes:
         self._perturbed = {}
         self._unsure = None
         self.is_perturbed = False
+        torch.clear_autocast_cache()
 
     def current(self, groups: list[dict[str, Any]]) -> list[Current]:
         found = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,11 +14,12 @@ from torch.optim import Optimizer
 
 from sam_kernels import functional
 from sam_kernels._validate import describe
-from sam_kernels.optim import _amp
+from sam_kernels.optim import _amp, _capturable
 from sam_kernels.optim._closures import Closure, passes_of
 from sam_kernels.optim._directional import DirectionalNorms
+from sam_kernels.optim._group import param_name
 from sam_kernels.optim._held_still import RandomState
-from sam_kernels.optim._reweighting import Reweighting, chosen_modules
+from sam_kernels.optim._reweighting import Reweighting, check_modules, chosen_modules
 from sam_kernels.optim._schedules import Schedule, Step, beta_at, takes_part
 from sam_kernels.optim._seeds import derived_seed
 from sam_kernels.optim.sam import SAM
@@ -39,7 +40,8 @@ class RWSAM(SAM):
         w   = base_optimizer(w, ∇ mean_i f_i (w + e))                    from w restored bit for bit
 
     β = 0 is SAM, β → ∞ climbs along the sample of the longest gradient. β has the unit of 1 / n: norms change during training, and a
-    callable may follow them. With β = 0 (as a number) no norm is taken and the step is SAM's on the mean loss, bit for bit.
+    callable may follow them. With β = 0 (as a number, and ``sampling="weights"``) no norm is taken and the step is SAM's on the mean
+    loss, bit for bit.
 
     ``norms`` says where n comes from:
 
@@ -47,8 +49,9 @@ class RWSAM(SAM):
       there: see ``unsupported``), over all parameters of groups with ρ > 0.
     * ``"last_layer"``, ``"norm_layers"`` or a list of modules: the same, over the parameters of these modules alone. A cheap proxy. (The
       last layer is the last module, in the model's own order, that has parameters.)
-    * ``"finite_difference"``: n_i = √(mean over K directions z of ((f_i(w + δz) - f_i(w)) / δ)²), for K more forward passes. Any model. One
-      direction has a relative standard deviation of about 3/4. Losses in 16 bits drown the difference: keep them in float32.
+    * ``"finite_difference"``: n_i = √(mean over K directions z of ((f_i(w + δz) - f_i(w)) / δ)²), for K more forward passes, without
+      autograd. One direction has a relative standard deviation of about 3/4, and a mean 20 % too low. A forward pass in 16 bits drowns the
+      difference: leave autocast off.
     * ``"jvp"``: the same with the derivative along z itself, in place of the difference, by forward-mode differentiation. Memory: z, once.
 
     Args:
@@ -68,7 +71,8 @@ class RWSAM(SAM):
         num_directions: K.
         seed: of z and of draws, which also depend on the step: a run continued from a checkpoint has the same ones.
         unsupported: as for :class:`~sam_kernels.per_sample.GradNorms`.
-        params: as for :class:`SAM`, of the model's parameters (all of them).
+        params: as for :class:`SAM`, of the model's parameters; None: all of them. Others of the model that are trainable have gradients
+            added to their ``.grad``, as by any backward pass.
         sam_and_base_kwargs: :class:`SAM`'s keywords but ``model``, and the base optimizer's.
 
     Raises:
@@ -101,10 +105,9 @@ class RWSAM(SAM):
         if not isinstance(model, nn.Module):
             raise TypeError(f"RWSAM: model must be a torch.nn.Module, got {describe(model)}")
         self.model = model
-        kind, modules = chosen_modules(model, norms)
         self.reweighting = Reweighting(
-            norms=kind,
-            modules=modules,
+            norms=norms if isinstance(norms, str) else "modules",
+            modules=() if isinstance(norms, str) else check_modules(model, norms),
             micro_batch=micro_batch,
             sampling=sampling,
             draws=draws,
@@ -116,17 +119,26 @@ class RWSAM(SAM):
             seed=seed,
             unsupported=unsupported,
         )
+        chosen_modules(model, self.reweighting.norms)
         if sam_and_base_kwargs.get("capturable") and (self.reweighting.is_directional or sampling == "draw"):
             raise ValueError("RWSAM: capturable=True needs exact norms and sampling='weights': a graph would draw the same numbers again")
         self._more_defaults = {"beta": beta}
         super().__init__(model.parameters() if params is None else params, base_optimizer, model=model, **sam_and_base_kwargs)
+        known = set(map(id, model.parameters()))
+        for i, group in enumerate(self.param_groups):
+            for j, param in enumerate(group["params"]):
+                if id(param) not in known:
+                    raise ValueError(f"RWSAM: parameter {param_name(group, i, j)} is no parameter of the model")
 
     def _link(self) -> None:
         super()._link()
-        self._engine: tuple[tuple[bool, ...], GradNorms] | None = None
+        how = self.reweighting
+        options: dict[str, Any] = {"micro_batch": how.micro_batch, "reduction": "mean", "unsupported": how.unsupported}
+        self._engine = None if how.is_directional else GradNorms(self.model, **options)
+        self._directional = DirectionalNorms(self.model, how) if how.is_directional else None
         self._norms: list[Tensor] = []  # (B / m,) for each closure of the last step
         self._weights: list[Tensor] = []
-        self._directional = DirectionalNorms(self.model, self.reweighting)
+        self._recorded: float | Tensor | None = None  # β of the forward pass under recording()
 
     # --- the step ---
 
@@ -160,20 +172,26 @@ class RWSAM(SAM):
         passes = [(partial(self._ascent, each, i, scaler), partial(self._descent, each, scaler)) for i, (each, _) in enumerate(pairs)]
         return self._make_step(passes, scaler)
 
-    def recording(self) -> AbstractContextManager[Any]:
-        """Around the first forward pass of the two-step API, for norms that are exact or those of chosen modules::
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Around the first forward pass of the two-step API, for norms that are exact or those of chosen modules. A whole step::
 
-        with optimizer.recording():
-            losses = loss_fn(model(inputs), labels)      # (B,)
-        optimizer.weighted_backward(losses)              # .grad is v
-        optimizer.first_step(zero_grad=True)
-        loss_fn(model(inputs), labels).mean().backward()
-        optimizer.second_step(zero_grad=True)
+            with optimizer.recording():
+                losses = loss_fn(model(inputs), labels)      # (B,)
+            optimizer.weighted_backward(losses)              # .grad is v
+            optimizer.first_step(zero_grad=True)
+            loss_fn(model(inputs), labels).mean().backward()
+            optimizer.second_step(zero_grad=True)
+
+        Raises RuntimeError between the two steps, and for norms along random directions, which need a closure.
         """
-        if self.reweighting.is_directional:
+        self._require_unperturbed("recording")
+        if self._engine is None:
             raise RuntimeError(f"RWSAM.recording: norms={self.reweighting.norms!r} calls a closure several times; use step(closure)")
-        t = self._next_step()
-        return nullcontext() if self._is_plain(self._beta(t)) else self._engine_at(t)
+        t: Step = self.param_groups[0]["sam_step"] + 1
+        self._recorded = self._beta(t)
+        with self._without_averaging(), nullcontext() if self._is_plain(self._recorded, t) else self._engine_at(t):
+            yield
 
     @torch.no_grad()
     def weighted_backward(self, losses: Tensor, *, grad_scaler: GradScaler | None = None) -> None:  # (B,)
@@ -181,55 +199,58 @@ class RWSAM(SAM):
 
         ``grad_scaler`` scales them; :meth:`first_step` then needs it too (for λ < 1).
         """
+        self._require_unperturbed("weighted_backward")
+        beta, self._recorded = self._recorded, None
+        if beta is None:
+            raise RuntimeError("RWSAM.weighted_backward: run the forward pass under recording() first, once for each call")
         self._norms, self._weights = [], []
         self.zero_grad()
-        t = self._next_step()
+        t: Step = self.param_groups[0]["sam_step"] + 1
         with torch.enable_grad(), self._without_averaging():
-            self._weigh_and_backward(self._checked(losses), None, t, 0, _amp.check_scaler(grad_scaler))
+            self._backward(self._differentiable(losses), beta, t, 0, _amp.check_scaler(grad_scaler))
 
     def _ascent(self, closure: Closure, index: int, scaler: GradScaler | None) -> Tensor:
         """Leaves v (scaled) in ``.grad``. Returns the mean loss."""
         self.zero_grad()
-        t = self.param_groups[0]["sam_step"]
-        plain = self._is_plain(self._beta(t))
+        t: Step = self.param_groups[0]["sam_step"]
+        beta, norms = self._beta(t), None
+        plain = self._is_plain(beta, t)
         with self._without_averaging():
-            norms = None
-            if self.reweighting.is_directional and not plain:
-                losses, norms = self._directional(
-                    lambda: self._checked(closure()),
-                    self.param_groups,
-                    self._passes,
-                    self._guard,
-                    RandomState(self._devices()),
-                    derived_seed(self.reweighting.seed, int(t), index, 1),
-                )
-            else:
+            if plain or self._directional is None:
                 with nullcontext() if plain else self._engine_at(t):
-                    losses = self._checked(closure())
-            self._weigh_and_backward(losses, norms, t, index, scaler)
+                    losses = self._differentiable(closure())
+            else:
+                self._guard.save()  # what an exception puts back
+                seed = derived_seed(self.reweighting.seed, int(t), index, 1)
+                state = RandomState(self._devices())
+                slopes = self._directional.slopes(lambda: self._checked(closure()), self.param_groups, self._passes, state, seed)
+                losses = self._differentiable(closure())
+                norms = self._directional.norms(slopes, losses)
+            self._backward(losses, beta, t, index, scaler, norms)
         return losses.detach().mean()
 
     def _descent(self, closure: Closure, scaler: GradScaler | None) -> Tensor:
         self.zero_grad()
-        loss = self._checked(closure()).mean()
+        loss = self._differentiable(closure()).mean()
         _scaled(loss, scaler).backward()  # type: ignore[no-untyped-call]  # torch's own is untyped
         return loss.detach()
 
-    def _weigh_and_backward(self, losses: Tensor, norms: Tensor | None, t: Step, index: int, scaler: GradScaler | None) -> None:
-        """``norms`` (B / m,) where they are known; otherwise by the engine that was around the forward pass."""
-        beta, m = self._beta(t), self.reweighting.micro_batch
-        if self._is_plain(beta):
+    def _backward(
+        self, losses: Tensor, beta: float | Tensor, t: Step, index: int, scaler: GradScaler | None, norms: Tensor | None = None
+    ) -> None:
+        """v (scaled) into ``.grad``. Norms (B / m,) that are not known are those of the engine that was around the forward pass."""
+        m = self.reweighting.micro_batch
+        if self._is_plain(beta, t):
             _scaled(losses.mean(), scaler).backward()  # type: ignore[no-untyped-call]  # as above
-            self._weights.append(losses.new_full((len(losses) // m,), m / len(losses)))
-            return
-        if norms is not None:
+            dtype = torch.promote_types(losses.dtype, torch.float32)
+            self._weights.append(losses.new_full((len(losses) // m,), m / len(losses), dtype=dtype))
+        elif norms is not None:
             each = (self._weigh(norms, beta, t, index) / m).repeat_interleave(m)
             torch.autograd.backward(_scaled(losses, scaler), each.to(losses.dtype))
-            return
-        engine = self._engine_at(t)
-        norms = engine(_scaled(losses, scaler))
-        scale = _amp.scale_of(scaler)
-        engine.weighted_grads_(self._weigh(norms if scale is None else norms / scale, beta, t, index))
+        else:
+            assert self._engine is not None
+            norms, scale = self._engine(_scaled(losses, scaler)), _amp.scale_of(scaler)
+            self._engine.weighted_grads_(self._weigh(norms if scale is None else norms / scale, beta, t, index))
 
     @torch.no_grad()
     def _weigh(self, norms: Tensor, beta: float | Tensor, t: Step, index: int) -> Tensor:  # (B / m,)
@@ -250,12 +271,13 @@ class RWSAM(SAM):
 
     @property
     def last_norms(self) -> Tensor | None:
-        """(B / m,) gradient norms of the last step, of its closures one after another; None where none were taken. On the device."""
+        """(B / m,) gradient norms of the last step that had losses, of its closures one after another, on the device; None where none
+        were taken."""
         return torch.cat(self._norms) if self._norms else None
 
     @property
     def last_weights(self) -> Tensor | None:
-        """(B / m,) weights p of the last step, of its closures one after another, each adding up to 1. On the device."""
+        """(B / m,) weights p of the last step that had losses, of its closures one after another, each adding up to 1, on the device."""
         return torch.cat(self._weights) if self._weights else None
 
     def diagnostics(self) -> dict[str, Tensor]:
@@ -274,38 +296,43 @@ class RWSAM(SAM):
     def release_buffers(self) -> None:
         """As :meth:`SAM.release_buffers`; the directions of ``"jvp"`` too."""
         super().release_buffers()
-        self._directional.release()
-        self._engine = None
+        if self._directional is not None:
+            self._directional.release()
 
     # --- parts ---
 
     def _beta(self, t: Step) -> float | Tensor:
-        first, *others = (group["beta"] for group in self.param_groups)
-        if any(other is not first and (isinstance(other, Tensor) or isinstance(first, Tensor) or other != first) for other in others):
-            raise ValueError("RWSAM: param_groups have different values of beta; the weights of a batch are the same for all parameters")
+        """β_t. What is equal in all groups becomes one object, so that tensors are compared, which waits for the device, once."""
+        first = self.param_groups[0]["beta"]
+        for group in self.param_groups[1:]:
+            other = group["beta"]
+            if other is first:
+                continue
+            if isinstance(first, Tensor) and _capturable.is_recording(first.device):
+                raise _capturable.not_recordable("param_groups hold different tensors for beta, which only an eager step makes one")
+            if callable(other) or callable(first) or float(other) != float(first):
+                raise ValueError("RWSAM: param_groups have different values of beta; the weights of a batch are those of all parameters")
+            group["beta"] = first
         return beta_at(first, t)
 
-    def _is_plain(self, beta: float | Tensor) -> bool:
-        """Whether all weights are the same, without looking at a device."""
-        return self.reweighting.sampling == "weights" and not isinstance(beta, Tensor) and beta == 0
-
-    def _next_step(self) -> Step:
-        t: Step = self.param_groups[0]["sam_step"] + 1
-        return t
+    def _is_plain(self, beta: float | Tensor, t: Step) -> bool:
+        """Whether no norm is needed, without looking at a device: all weights are the same, or nothing ascends."""
+        if self.reweighting.sampling == "weights" and not isinstance(beta, Tensor) and beta == 0:
+            return True
+        return not any(takes_part(group["rho"], t) for group in self.param_groups)
 
     def _engine_at(self, t: Step) -> GradNorms:
-        """Norms over the parameters of groups with ρ > 0, and of the chosen modules."""
-        ascends = tuple(takes_part(group["rho"], t) for group in self.param_groups)
-        if self._engine is None or self._engine[0] != ascends:
-            how = self.reweighting
-            counted = {param for group, is_in in zip(self.param_groups, ascends, strict=True) if is_in for param in group["params"]}
-            if how.modules:
-                counted &= {param for module in how.modules for param in module.parameters()}
-            everything = set(self.model.parameters())
-            over = None if counted == everything else counted & everything
-            engine = GradNorms(self.model, micro_batch=how.micro_batch, reduction="mean", unsupported=how.unsupported, over=over)
-            self._engine = ascends, engine
-        return self._engine[1]
+        """Its norms are over the parameters of groups with ρ > 0, and of the chosen modules."""
+        assert self._engine is not None
+        how = self.reweighting
+        counted = [param for group in self.param_groups if takes_part(group["rho"], t) for param in group["params"]]
+        if how.norms != "exact":  # found anew each time: layers may have been replaced, or frozen
+            chosen = {id(param) for module in how.modules or chosen_modules(self.model, how.norms) for param in module.parameters()}
+            counted = [param for param in counted if id(param) in chosen]
+        if not any(param.requires_grad for param in counted):
+            raise ValueError(f"RWSAM: norms={how.norms!r}: none of their parameters is trainable and in a group with rho > 0")
+        self._engine.over = counted
+        return self._engine
 
     @contextmanager
     def _without_averaging(self) -> Iterator[None]:
@@ -322,13 +349,22 @@ class RWSAM(SAM):
                 f"RWSAM: the closure must return losses of shape (B,), one for each sample, got {tuple(losses.shape)}; use "
                 "reduction='none', average over everything but the batch, and leave backward() to the optimizer"
             )
-        if len(losses) % self.reweighting.micro_batch:
-            raise ValueError(f"RWSAM: {len(losses)} losses cannot be cut into micro-batches of {self.reweighting.micro_batch}")
+        how = self.reweighting
+        if len(losses) % how.micro_batch:
+            raise ValueError(f"RWSAM: {len(losses)} losses cannot be cut into micro-batches of {how.micro_batch}")
+        if how.sampling == "draw" and not how.replacement and how.draws > len(losses) // how.micro_batch:
+            raise ValueError(f"RWSAM: draws={how.draws} without replacement, of {len(losses) // how.micro_batch}")
+        return losses
+
+    def _differentiable(self, losses: Any) -> Tensor:  # (B,)
+        if not self._checked(losses).requires_grad:
+            raise RuntimeError("RWSAM: the losses have no graph: they were detached, or computed under torch.no_grad")
         return losses
 
 
 def _scaled(losses: Tensor, scaler: GradScaler | None) -> Tensor:
-    return losses if scaler is None else scaler.scale(losses)
+    scaled: Tensor = losses if scaler is None else scaler.scale(losses)
+    return scaled
 
 
 _amp.hide_grad_scaler(RWSAM.step)

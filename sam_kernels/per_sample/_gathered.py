@@ -135,7 +135,7 @@ class Gathered:
         for place, terms in by_place.items():
             shape = param.shape if place is None else torch.Size((place[1] - place[0], *param.shape[1:]))
             term = combined(terms, shape)
-            if self._is_counted(param):
+            if self._is_counted(param):  # else its gradient may be wanted all the same
                 term.add_square_norms_(square_norms, keep=self._keep)
             if self._keep:
                 self._kept.append((param, place, term))

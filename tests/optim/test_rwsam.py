@@ -81,7 +81,7 @@ def test_beta_of_zero_is_sam_bit_for_bit(base: Any, kwargs: dict[str, Any], kind
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_weights_are_sam_to_rounding(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A β of zero that nobody looks at, as one on a device, takes the whole path."""
-    monkeypatch.setattr(RWSAM, "_is_plain", lambda self, beta: False)
+    monkeypatch.setattr(RWSAM, "_is_plain", lambda self, beta, t: False)
     model = make_model()
     other = twin(model)
     ours = RWSAM(model, torch.optim.SGD, beta=0.0, norms=kind, lr=0.1, rho=0.2)
@@ -122,7 +122,6 @@ def test_draws_climb_along_the_mean_of_what_was_drawn(kind: str, m: int, replace
     def remembered(norms: Tensor, num_samples: int, **options: Any) -> tuple[Tensor, Tensor]:
         assert options["replacement"] is replacement
         assert options["beta"] == 2.0
-        assert_close(norms, optimizer.last_norms, 0.0)
         indices, corrections = sample(norms, num_samples, **options)
         drawn.append(indices)
         return indices, corrections
@@ -238,6 +237,41 @@ def test_two_step_api(base: Any, kwargs: dict[str, Any], kind: str, beta: float)
         ours.second_step(zero_grad=True)
         assert_same_bits(weights(model), weights(other))
         assert_same_bits([ours.last_weights], [theirs.last_weights])  # type: ignore[list-item]  # there are some
+
+
+@pytest.mark.parametrize("change", ["freeze", "replace", "unfreeze"])
+def test_layers_may_change_between_steps(change: str) -> None:
+    """What is the last layer, and which parameters count, is looked up at every step."""
+    model, batch = make_model(), make_batch()
+    if change == "unfreeze":
+        model[4].requires_grad_(False)
+    optimizer = RWSAM(model, torch.optim.SGD, beta=2.0, norms="last_layer", rho=0.2, lr=0.1)
+    optimizer.step(lambda: losses_of(model, batch))
+    if change == "replace":
+        model[4] = nn.Linear(7, 3).double()
+        optimizer.add_param_group({"params": model[4].parameters()})
+    else:
+        model[4].requires_grad_(change == "unfreeze")
+    last = model[1] if change == "freeze" else model[4]
+    norms = [torch.autograd.grad(loss, list(last.parameters()), retain_graph=True) for loss in losses_of(model, batch)]
+    optimizer.step(lambda: losses_of(model, batch))
+    assert_close(optimizer.last_norms, norms_of(norms))
+
+
+def test_rho_may_begin_at_zero_in_the_two_step_api() -> None:
+    model, batch = make_model(), make_batch()
+    optimizer = RWSAM(model, torch.optim.SGD, beta=2.0, rho=lambda t: 0.1 * (t - 1), lr=0.1)
+    expected = norms_of(group_grads(model, batch))
+    for step in range(2):
+        with optimizer.recording():
+            losses = losses_of(model, batch)
+        optimizer.weighted_backward(losses)
+        assert (optimizer.last_norms is None) is (step == 0)
+        if step == 1:
+            assert_close(optimizer.last_norms, expected, 0.5)
+        optimizer.first_step(zero_grad=True)
+        losses_of(model, batch).mean().backward()
+        optimizer.second_step()
 
 
 def test_diagnostics() -> None:

@@ -109,7 +109,24 @@ def _rank(rank: int, file: str, results: str) -> None:
         closure = Recorded(ddp, make_batch(torch.float32, seed=10 * step + rank))
         optimizer.step(closure)
         seen.append((closure.calls, optimizer.last_norms))
-    torch.save({"weights": weights(model), "seen": seen}, f"{results}/{rank}.pt")
+    # A schedule of β that begins at zero: both APIs climb without the others all the same.
+    starts = []
+    for api in ("closure", "two-step"):
+        plain = make_model(torch.float32)
+        wrapped = DistributedDataParallel(plain)
+        optimizer = RWSAM(wrapped, torch.optim.SGD, beta=0.0, rho=0.3, lr=0.1)
+        batch = make_batch(torch.float32, seed=rank)
+        if api == "closure":
+            optimizer.step(lambda: losses_of(wrapped, batch))  # noqa: B023 - called at once
+        else:
+            with optimizer.recording():
+                losses = losses_of(wrapped, batch)
+            optimizer.weighted_backward(losses)
+            optimizer.first_step(zero_grad=True)
+            losses_of(wrapped, batch).mean().backward()
+            optimizer.second_step()
+        starts.append(weights(plain))
+    torch.save({"weights": weights(model), "seen": seen, "starts": starts}, f"{results}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -118,6 +135,8 @@ def test_row_04_every_rank_climbs_by_itself_and_descends_with_the_others() -> No
         torch.multiprocessing.spawn(_rank, (os.path.join(folder, "store"), folder), nprocs=2)
         found = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
     assert_same_bits(found[0]["weights"], found[1]["weights"])
+    for rank in range(2):
+        assert_close(found[rank]["starts"][1], found[rank]["starts"][0], 1e-6)
     model = make_model(torch.float32)
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for step in range(2):

@@ -56,7 +56,7 @@ def test_a_model_is_needed() -> None:
     model = make_model()
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
         RWSAM(model.parameters(), torch.optim.SGD, beta=1.0, lr=0.1)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="no normalisation layer"):
+    with pytest.raises(ValueError, match="norms='norm_layers', and the model has no such layer"):
         RWSAM(nn.Linear(2, 2), torch.optim.SGD, beta=1.0, norms="norm_layers", lr=0.1)
 
 
@@ -85,18 +85,50 @@ def test_losses(norms: str, change: Any, error: type[Exception], message: str) -
 def test_more_draws_than_samples() -> None:
     model, batch = make_model(), make_batch()
     optimizer = RWSAM(model, torch.optim.SGD, beta=1.0, sampling="draw", draws=13, replacement=False, lr=0.1)
-    with pytest.raises(ValueError, match="num_samples"):
+    with pytest.raises(ValueError, match="RWSAM: draws=13 without replacement, of 12"):
         optimizer.step(lambda: losses_of(model, batch))
 
 
 def test_the_two_step_api_needs_one_forward_pass() -> None:
     model, batch = make_model(), make_batch()
     for norms in ("finite_difference", "jvp"):
-        with pytest.raises(RuntimeError, match="calls a closure several times"):
-            RWSAM(model, torch.optim.SGD, beta=1.0, norms=norms, lr=0.1).recording()
+        optimizer = RWSAM(model, torch.optim.SGD, beta=1.0, norms=norms, lr=0.1)
+        with pytest.raises(RuntimeError, match="calls a closure several times"), optimizer.recording():
+            pass
     optimizer = RWSAM(model, torch.optim.SGD, beta=1.0, lr=0.1)
-    with pytest.raises(RuntimeError, match="no call of a layer"):
+    with pytest.raises(RuntimeError, match=r"under recording\(\) first"):
         optimizer.weighted_backward(losses_of(model, batch))
+    with optimizer.recording():
+        losses = losses_of(model, batch)
+    optimizer.weighted_backward(losses)
+    with pytest.raises(RuntimeError, match="once for each call"):
+        optimizer.weighted_backward(losses)
+    optimizer.first_step()
+    with pytest.raises(RuntimeError, match="recording between first_step and second_step"), optimizer.recording():
+        pass
+    with pytest.raises(RuntimeError, match="weighted_backward between first_step and second_step"):
+        optimizer.weighted_backward(losses)
+
+
+@pytest.mark.parametrize("norms", ["exact", "finite_difference", "jvp"])
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_losses_without_a_graph(norms: str, beta: float) -> None:
+    model, batch = make_model(), make_batch()
+    optimizer = RWSAM(model, torch.optim.SGD, beta=beta, norms=norms, lr=0.1)
+    with pytest.raises(RuntimeError, match="detached"):
+        optimizer.step(lambda: losses_of(model, batch).detach())
+
+
+def test_nothing_to_take_norms_of() -> None:
+    model, batch = make_model(), make_batch()
+    groups = [{"params": [*model[0].parameters(), *model[4].parameters()]}, {"params": model[1].parameters(), "rho": 0.0}]
+    optimizer = RWSAM(model, torch.optim.SGD, beta=1.0, norms="norm_layers", params=groups, lr=0.1)
+    with pytest.raises(ValueError, match="norms='norm_layers': none of their parameters is trainable and in a group with rho > 0"):
+        optimizer.step(lambda: losses_of(model, batch))
+    with pytest.raises(ValueError, match=r"parameter param_groups\[0\]\['params'\]\[0\] is no parameter of the model"):
+        RWSAM(model, torch.optim.SGD, beta=1.0, params=make_model().parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="compiled"):
+        RWSAM(torch.compile(model), torch.optim.SGD, beta=1.0, lr=0.1)  # type: ignore[arg-type]
 
 
 def test_arguments_of_step_that_sam_has() -> None:

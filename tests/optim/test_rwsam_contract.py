@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 import torch.distributed.checkpoint.state_dict as dcp
 from torch import Tensor, nn
 
-from sam_kernels import RWSAM, use_backend
+from sam_kernels import RWSAM, SAM, use_backend
 from tests.helpers.backends import module_of
 from tests.optim.problem import BACKENDS, assert_same_bits, every_backend, every_base, twin, weights
 from tests.optim.rwsam_problem import (
@@ -271,8 +272,25 @@ def test_row_11_capturable_steps_have_the_same_bits(way: str) -> None:
     train(model, ours, range(3))
     train(other, theirs, range(3))
     assert_same_bits(weights(model), weights(other))
-    constant = build(make_model(torch.float32), way, capturable=True)
-    assert isinstance(constant.param_groups[0]["beta"], Tensor)
+    model, other = make_model(torch.float32), make_model(torch.float32)
+    groups = [[{"params": each[i].parameters()} for i in (0, 1, 4)] for each in (model, other)]
+    ours = build(model, way, capturable=True, params=groups[0])
+    theirs = build(other, way, params=groups[1])
+    train(model, ours, range(2))
+    train(other, theirs, range(2))
+    assert_same_bits(weights(model), weights(other))
+    shared = ours.param_groups[0]["beta"]
+    assert isinstance(shared, Tensor)
+    assert all(group["beta"] is shared for group in ours.param_groups)
+    saved = ours.state_dict()
+    ours.load_state_dict(saved)
+    theirs.load_state_dict(saved)
+    train(model, ours, range(2))
+    train(other, theirs, range(2))
+    assert_same_bits(weights(model), weights(other))
+    plain = build(make_model(torch.float32), way, capturable=True, beta=0.0)
+    assert plain.param_groups[0]["beta"] == 0.0
+    assert not isinstance(plain.param_groups[0]["beta"], Tensor)
     for refused in ({"norms": "finite_difference"}, {"norms": "jvp"}, {"sampling": "draw"}):
         with pytest.raises(ValueError, match="capturable=True needs exact norms"):
             build(make_model(), "exact", capturable=True, **refused)
@@ -311,10 +329,49 @@ def test_row_13_the_descent_gradient_is_clipped(way: str) -> None:
     assert length.item() == pytest.approx(1e-3, rel=1e-2)
 
 
-def test_memory_can_be_released() -> None:
+@every_way
+def test_memory_can_be_released(way: str) -> None:
+    """What a step leaves is the backups, and the directions of "jvp": as many elements as parameters each."""
     model = make_model(torch.float32)
-    for way in WAYS:
-        optimizer = build(model, way)
-        train(model, optimizer, range(2))
-        optimizer.release_buffers()
-        train(model, optimizer, range(2))
+    optimizer = build(model, way)
+    size = sum(param.numel() for param in model.parameters())
+
+    def held() -> int:
+        gc.collect()
+        shapes = [param.shape for param in model.parameters()]
+        others = {id(each) for param in model.parameters() for each in (param, param.grad)}
+        return sum(each.numel() for each in gc.get_objects() if type(each) is Tensor and each.shape in shapes and id(each) not in others)
+
+    before = held()
+    train(model, optimizer, range(2))
+    copies = 2 if way == "jvp" else 1
+    assert held() - before >= copies * size
+    optimizer.release_buffers()
+    assert held() - before < size // 2
+    train(model, optimizer, range(2))
+
+
+@pytest.mark.filterwarnings("ignore:RWSAM. norms='finite_difference' of a forward pass in 16 bits")
+@every_way
+@pytest.mark.parametrize("kind", [RWSAM, SAM])
+def test_autocast_around_the_whole_step_sees_every_perturbation(kind: Any, way: str) -> None:
+    """Its cached casts of the weights are thrown away when these are written."""
+    model, batch = make_model(torch.float32), make_batch(torch.float32)
+    seen: list[float] = []
+
+    def losses() -> Tensor:
+        found = losses_of(model, batch)
+        seen.append(found.detach().mean().item())
+        return found
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = losses().mean()
+        loss.backward()
+        return loss
+
+    optimizer: Any = build(model, way, delta=0.05) if kind is RWSAM else SAM(model.parameters(), torch.optim.SGD, rho=0.5, lr=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        optimizer.step(losses if kind is RWSAM else closure)
+        optimizer.step(losses if kind is RWSAM else closure)
+    assert len(set(seen)) == len(seen) - (2 if way == "jvp" and kind is RWSAM else 0)  # of "jvp" one pass is at w too

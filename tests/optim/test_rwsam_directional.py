@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from functools import partial
 from typing import Any
 
@@ -199,12 +200,65 @@ def test_a_model_without_forward_derivative_is_an_error_and_unchanged() -> None:
 
 
 def test_sixteen_bits_are_warned_of() -> None:
-    model, batch = make_model(torch.bfloat16), make_batch(torch.bfloat16)
-    optimizer = RWSAM(model, torch.optim.SGD, beta=1.0, norms="finite_difference", lr=0.1)
-    with pytest.warns(UserWarning, match="losses in bfloat16"):
-        optimizer.step(lambda: losses_of(model, batch))
-    with pytest.warns(UserWarning, match="parameters in 16 bits"):
-        optimizer.step(lambda: nn.functional.cross_entropy(model(batch[0]).float(), batch[1], reduction="none"))
+    """Of losses in them, and of a forward pass whose losses are float32 again: from parameters, or by autocast."""
+
+    def step(dtype: torch.dtype, *, last: torch.dtype, autocast: bool) -> None:
+        model, batch = make_model(dtype), make_batch(dtype)
+        optimizer = RWSAM(model, torch.optim.SGD, beta=1.0, norms="finite_difference", lr=0.1)
+
+        def closure() -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                return nn.functional.cross_entropy(model(batch[0]).to(last), batch[1], reduction="none").square()
+
+        optimizer.step(closure)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            optimizer.step(closure)  # said once
+
+    for options in (
+        {"dtype": torch.bfloat16, "last": torch.bfloat16, "autocast": False},
+        {"dtype": torch.bfloat16, "last": torch.float32, "autocast": False},
+        {"dtype": torch.float32, "last": torch.float32, "autocast": True},
+    ):
+        with pytest.warns(UserWarning, match="in 16 bits"):
+            step(**options)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(torch.float32, last=torch.float32, autocast=False)
+
+
+@pytest.mark.parametrize("kind", ["finite_difference", "jvp"])
+@pytest.mark.parametrize("size", [1e20, 1e-25])
+def test_squares_neither_overflow_nor_vanish(kind: str, size: float) -> None:
+    found = []
+    for factor in (1.0, size):
+        model, batch = make_model(torch.float32), make_batch(torch.float32)
+        optimizer = RWSAM(model, torch.optim.SGD, beta=1.0, norms=kind, lr=0.0)
+        optimizer.step(lambda: losses_of(model, batch) * factor)  # noqa: B023 - called at once
+        found.append(optimizer.last_norms)
+        assert optimizer.skipped_steps == 0
+    assert_close(found[1], found[0] * size, 1e-4)  # type: ignore[operator]
+
+
+def test_no_graph_and_no_buffer_of_a_perturbed_pass_stays() -> None:
+    """Though the closure turns autograd on, and a module counts its calls."""
+
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return x
+
+    for kind in ("finite_difference", "jvp"):
+        model, batch = make_model().append(Counts()), make_batch()
+        optimizer = RWSAM(model, torch.optim.SGD, beta=1.0, norms=kind, num_directions=3, lr=0.1)
+        optimizer.step(torch.enable_grad()(partial(losses_of, model, batch)))
+        assert optimizer.last_norms is not None
+        assert not optimizer.last_norms.requires_grad
+        assert model[-1].calls == 2  # at w and at w + e
 
 
 def test_a_checkpoint_repeats_its_directions() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -53,11 +55,45 @@ def test_all_of_them_is_the_default() -> None:
 
 
 def test_bad_input() -> None:
-    model, _ = model_and_input()
+    model, x = model_and_input()
     with pytest.raises(ValueError, match=r"over\[1\], .* is no parameter of the model"):
         GradNorms(model, over=[model[0].weight, nn.Parameter(torch.ones(2))])  # type: ignore[index]
     with pytest.raises(TypeError, match=r"over\[0\] must be a parameter"):
         GradNorms(model, over=["0.weight"])  # type: ignore[list-item]
     for over in ([], [model[0].weight.requires_grad_(False)]):  # type: ignore[index]
+        engine = GradNorms(model, over=over)
+        with engine:
+            losses = model(x).square().sum(1)
         with pytest.raises(ValueError, match="over holds no trainable parameter"):
-            GradNorms(model, over=over)
+            engine(losses)
+
+
+def test_it_may_change_between_forward_passes() -> None:
+    model, x = model_and_input()
+    engine = GradNorms(model, over=[model[0].weight])  # type: ignore[index]
+    for name in ("0.weight", "3.bias"):
+        engine.over = [model.get_parameter(name)]
+        with engine:
+            losses = model(x).square().sum(1)
+        norms = engine(losses, retain_graph=True)
+        each = [torch.autograd.grad(loss, model.get_parameter(name), retain_graph=True)[0].norm() for loss in losses]
+        assert_close(norms, torch.stack(each), 1e-12)
+
+
+def test_an_interrupt_while_hooks_are_put_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = model_and_input()
+    engine, put = GradNorms(model), nn.Module.register_forward_hook
+
+    def interrupted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self is model[1]:  # type: ignore[index]
+            raise KeyboardInterrupt
+        return put(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Module, "register_forward_hook", interrupted)
+        with pytest.raises(KeyboardInterrupt), engine:
+            pass
+    assert not any(module._forward_hooks for module in model.modules())
+    with engine:
+        losses = model(x).square().sum(1)
+    assert engine(losses).isfinite().all()
