@@ -12,11 +12,12 @@ import torch
 
 from sam_kernels import _dispatch
 from sam_kernels.cli._train_optimizers import BASES, BY_DEFAULT, SHARPNESS_AWARE, Settings, options_of
+from sam_kernels.cli._train_run import Plan
 
 __all__ = ["check_backend", "check_device", "check_extra", "finite", "lambd", "micro_batches", "optimizer_names"]
 
 # What may stand behind a colon of a name.
-NUMBERS: dict[str, click.ParamType[Any]] = {"msam": click.IntRange(min=2), "rwsam": click.FloatRange(0)}
+NUMBERS: dict[str, click.ParamType[Any]] = {"msam": click.IntRange(min=1), "rwsam": click.FloatRange(0)}
 
 
 def finite(_ctx: click.Context | None, _param: click.Parameter | None, value: float | None) -> float | None:
@@ -54,18 +55,21 @@ def optimizer_names(text: str | None, base: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def micro_batches(names: Sequence[str], settings: Settings, batch_size: int) -> None:
-    """Micro-batches of one size, which together are the batch."""
+def micro_batches(names: Sequence[str], settings: Settings, plan: Plan) -> None:
+    """Micro-batches of one size, which together are the batch; more than one sample where BatchNorm has to normalise them."""
     for name in names:
         options = options_of(name, settings)
         for key, option in (
             ("micro_batch_size", "--optimizers" if ":" in name else "--micro-batch-size"),
             ("micro_batch", "--micro-batch"),
         ):
-            if batch_size % options.get(key, 1):
+            size = options.get(key, plan.batch_size)
+            if plan.batch_size % size:
                 raise click.BadParameter(
-                    f"a batch of {batch_size} cannot be cut into micro-batches of {options[key]}.", param_hint=f"'{option}'"
+                    f"a batch of {plan.batch_size} cannot be cut into micro-batches of {size}.", param_hint=f"'{option}'"
                 )
+            if key == "micro_batch_size" and size == 1 and plan.normalization == "batch":
+                raise click.BadParameter("BatchNorm cannot normalise one sample; take --normalization group.", param_hint=f"'{option}'")
 
 
 def check_device(name: str) -> torch.device:

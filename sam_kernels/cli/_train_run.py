@@ -23,6 +23,7 @@ class Plan:
     epochs: int
     batch_size: int
     label_noise: float  # share of the training labels to make wrong
+    normalization: str = "batch"
 
 
 @dataclass
@@ -53,7 +54,7 @@ def run(
     device = data.train_images.device
     labels = flip_labels(data.train_labels.cpu(), plan.label_noise, seed).to(device)
     torch.manual_seed(seed)
-    model = small_cnn(data.train_images.shape[-1]).to(device)
+    model = small_cnn(data.train_images.shape[-1], normalization=plan.normalization).to(device)
     optimizer = build(name, model, settings, seed)
     batches = torch.Generator().manual_seed(seed)
     steps_per_epoch = len(labels) // plan.batch_size

@@ -15,6 +15,7 @@ from sam_kernels import _dispatch
 from sam_kernels.cli import _train_options as check
 from sam_kernels.cli._train_compare import compare
 from sam_kernels.cli._train_data import DATA_SETS, load
+from sam_kernels.cli._train_model import NORMALIZATIONS
 from sam_kernels.cli._train_optimizers import BASES, NORMS, Settings, options_of
 from sam_kernels.cli._train_plot import save_curves
 from sam_kernels.cli._train_report import to_json
@@ -56,12 +57,13 @@ __all__ = ["train"]
     "--rho", type=click.FloatRange(0), callback=check.finite, show_default="each optimizer's own", help="One radius for all of them."
 )
 @click.option("--lambd", default="0.5", callback=check.lambd, help="Mix of unified: 1 is SAM, 0 is USAM, 1/t and 1-1/t are schedules.")
+@click.option("--normalization", type=click.Choice(NORMALIZATIONS), default=Plan.normalization, help="BatchNorm, or GroupNorm.")
 @click.option(
     "--micro-batch-size",
-    type=click.IntRange(min=2),
+    type=click.IntRange(min=1),
     default=Settings.micro_batch_size,
-    help="Samples in each of msam's micro-batches, of which a batch is made up; the whole batch is sam. The network has BatchNorm, which "
-    "normalises each micro-batch by itself, and cannot do that with one sample.",
+    help="Samples in each of msam's micro-batches, of which a batch is made up; the whole batch is sam. BatchNorm normalises each "
+    "micro-batch by itself: a small one then trains another network, in effect, which --normalization group avoids.",
 )
 @click.option(
     "--beta",
@@ -97,6 +99,7 @@ def train(
     weight_decay: float | None,
     rho: float | None,
     lambd: float | str,
+    normalization: str,
     micro_batch_size: int,
     beta: float,
     norms: str,
@@ -132,8 +135,8 @@ def train(
         micro_batch,
         num_directions,
     )
-    check.micro_batches(names, settings, batch_size)
-    plan = Plan(epochs, batch_size, label_noise)
+    plan = Plan(epochs, batch_size, label_noise, normalization)
+    check.micro_batches(names, settings, plan)
     console = Console(stderr=as_json)
     out.mkdir(parents=True, exist_ok=True)
     with _threads(threads), _dispatch.use_backend(None if backend == "auto" else backend):
@@ -156,7 +159,8 @@ def train(
     summaries = [summarise([run for run in runs if run.optimizer == name], options_of(name, settings)) for name in names]
     noise = f", {label_noise:.0%} of the training labels wrong" if label_noise else ""
     scored = "accuracy on held-out training images" if held_out else "test accuracy"
-    title = f"{data}, {base}, {epochs} epochs{noise}: {scored}"
+    network = ", GroupNorm" if normalization == "group" else ""
+    title = f"{data}, {base}, {epochs} epochs{network}{noise}: {scored}"
     console.print(tables(summaries, title=title, seeds=seeds))
     save_curves(out / "train.png", runs, title=title)
     report = to_json(config, summaries, runs)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -25,6 +27,15 @@ from sam_kernels.cli._train_summary import summarise
 from sam_kernels.per_sample import GradNorms
 
 SETTINGS = Settings("sgd", 0.05, 5e-4, None, 0.5)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """As the command itself: so small a network gains nothing from more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def invoke(out: Path, *arguments: str) -> Result:
@@ -59,9 +70,7 @@ def test_all_in_one_command(tmp_path: Path) -> None:
     for name in names:
         assert name in result.stderr
     for row in report["runs"]:
-        parts = [row[f"{part}_seconds"] for part in ("forward", "backward", "rest")]
-        assert min(parts) > 0
-        assert sum(parts) == pytest.approx(row["seconds_per_step"], rel=0.5)  # medians of parts: not the parts of the median
+        assert min(row[f"{part}_seconds"] for part in ("forward", "backward", "rest")) > 0
 
 
 def test_micro_batches_as_large_as_the_batch_are_sam(digits: _train_data.Digits, of_sam: Run) -> None:
@@ -132,13 +141,16 @@ def test_the_default_set_is_the_quick_one() -> None:
             "'--micro-batch-size': a batch of 64 cannot be cut into micro-batches of 24",
         ),
         (["--optimizers", "rwsam", "--micro-batch", "3"], "'--micro-batch': a batch of 64 cannot be cut into micro-batches of 3"),
-        (["--optimizers", "msam:1"], "'--optimizers': 'msam:1': 1 is not in the range"),
+        (["--optimizers", "msam:0"], "'--optimizers': 'msam:0': 0 is not in the range"),
+        (["--optimizers", "msam:1"], "'--optimizers': BatchNorm cannot normalise one sample"),
+        (["--optimizers", "msam", "--micro-batch-size", "1"], "'--micro-batch-size': BatchNorm cannot normalise one sample"),
         (["--optimizers", "msam:x"], "'--optimizers': 'msam:x'"),
         (["--optimizers", "msam:"], "'--optimizers': 'msam:'"),
         (["--optimizers", "rwsam:-1"], "'--optimizers': 'rwsam:-1'"),
         (["--optimizers", "rwsam:nan"], "'--optimizers': 'rwsam:nan'"),
         (["--optimizers", "sam:8"], "'--optimizers': unknown optimizer 'sam:8'"),
-        (["--micro-batch-size", "1"], "'--micro-batch-size'"),
+        (["--micro-batch-size", "0"], "'--micro-batch-size'"),
+        (["--normalization", "none"], "'--normalization'"),
         (["--beta", "-1"], "'--beta'"),
         (["--beta", "inf"], "'--beta'"),
         (["--norms", "exactly"], "'--norms'"),
@@ -152,9 +164,19 @@ def test_bad_options_name_the_option(tmp_path: Path, arguments: list[str], messa
 
 
 def test_another_size_of_micro_batches_is_only_refused_where_it_is_used() -> None:
-    _train_options.micro_batches(["sam", "rwsam"], SETTINGS, 50)  # msam's 16 does not divide 50
-    with pytest.raises(_train_options.click.BadParameter):
-        _train_options.micro_batches(["msam"], SETTINGS, 50)
+    _train_options.micro_batches(["sam", "rwsam"], SETTINGS, Plan(1, 50, 0.0))  # msam's 16 does not divide 50
+    with pytest.raises(click.BadParameter):
+        _train_options.micro_batches(["msam"], SETTINGS, Plan(1, 50, 0.0))
+
+
+def test_without_batch_norm_micro_batches_are_only_another_way_to_sum(digits: _train_data.Digits) -> None:
+    """With radius 0 nothing is perturbed, and what is left of m-SAM is the gradient of the whole batch, whatever m is."""
+    still = Settings("sgd", 0.05, 5e-4, 0.0, 0.5)
+    whole = run("sgd", 0, digits, still, Plan(1, 64, 0.0, "group"))
+    assert run("msam:8", 0, digits, still, Plan(1, 64, 0.0, "group")).train_loss == pytest.approx(whole.train_loss, rel=1e-4)
+    with_batch_norm = run("sgd", 0, digits, still, Plan(1, 64, 0.0))
+    assert run("msam:8", 0, digits, still, Plan(1, 64, 0.0)).train_loss != pytest.approx(with_batch_norm.train_loss, rel=1e-2)
+    assert run("msam:1", 0, digits, SETTINGS, Plan(1, 64, 0.0, "group")).train_loss[0] > 0
 
 
 def test_held_out_images_are_training_images_that_are_not_trained_on() -> None:
@@ -169,10 +191,11 @@ def test_held_out_images_are_training_images_that_are_not_trained_on() -> None:
 
 
 def test_held_out_is_said(tmp_path: Path) -> None:
-    result = invoke(tmp_path, "--optimizers", "sgd", "--held-out")
+    result = invoke(tmp_path, "--optimizers", "sgd", "--held-out", "--normalization", "group")
     assert result.exit_code == 0, result.output
     output = " ".join(result.output.split())
     assert "accuracy on held-out training images" in output
+    assert "1 epochs, GroupNorm: accuracy" in output
     assert "test accuracy" not in output
     assert json.loads((tmp_path / "train.json").read_text())["config"]["held_out"] is True
 
@@ -194,6 +217,14 @@ def ticks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that goes on by a second whenever it is read."""
     times = iter(range(1000))
     monkeypatch.setattr("time.perf_counter", lambda: float(next(times)))
+
+
+@pytest.mark.usefixtures("ticks")
+@pytest.mark.parametrize(("name", "passes"), [("sgd", 1), ("sam", 2), ("msam:32", 4), ("rwsam", 2)])
+def test_every_pass_of_a_step_is_timed(digits: _train_data.Digits, name: str, passes: int) -> None:
+    found = run(name, 0, digits, SETTINGS, Plan(1, 64, 0.0))
+    assert (found.forward_seconds, found.backward_seconds) == (passes, passes)
+    assert found.rest_seconds == found.seconds_per_step - 2 * passes
 
 
 @pytest.mark.usefixtures("ticks")
