@@ -92,11 +92,12 @@ def main(
 
 def _print(rows: list[dict[str, Any]], console: Console) -> None:
     steps = Table("model", "a whole step of", "ms (20/50/80 %)", "over SAM")
-    ranks = Table("model", "norms", "rank correlation with the true norms", "least and greatest")
+    ranks = Table("model", "norms", "rank correlation with the true norms", "over draws")
     for row in rows:
         if row["kind"] == "quality":
             titles = quality.MODELS[row["model"]].title, quality.ESTIMATES[row["provider"]].title
-            ranks.add_row(*titles, f"{row['rank_correlation']:.4f}", f"{row['least']:.3f} – {row['greatest']:.3f}")
+            spread = f"{row['least']:.3f} – {row['greatest']:.3f}" if row["draws"] > 1 else ""
+            ranks.add_row(*titles, f"{row['rank_correlation']:.4f}", spread)
             continue
         sam = next((other["ms_50"] for other in rows if other["provider"] == "sam" and other["model"] == row["model"]), None)
         times = f"{row['ms_20']:.1f} / {row['ms_50']:.1f} / {row['ms_80']:.1f}"
