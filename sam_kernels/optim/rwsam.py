@@ -357,9 +357,10 @@ class RWSAM(SAM):
         return losses
 
     def _differentiable(self, losses: Any) -> Tensor:  # (B,)
-        if not self._checked(losses).requires_grad:
+        checked = self._checked(losses)
+        if not checked.requires_grad:
             raise RuntimeError("RWSAM: the losses have no graph: they were detached, or computed under torch.no_grad")
-        return losses
+        return checked
 
 
 def _scaled(losses: Tensor, scaler: GradScaler | None) -> Tensor:
