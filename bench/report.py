@@ -19,7 +19,7 @@ from bench.gpu import markdown as gpu_markdown
 from bench.gpu.markdown import is_of_a_gpu
 from bench.markdown import docs_section, readme_section
 
-__all__ = ["BEGIN", "END", "load", "main", "replace_section"]
+__all__ = ["BEGIN", "END", "load", "main", "replace_section", "rewrite"]
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 ROOT = Path(__file__).parent.parent
@@ -42,6 +42,17 @@ def replace_section(text: str, section: str, name: str) -> str:
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise click.ClickException(f"{name}: needs one line '{BEGIN}' and after it one line '{END}'")
     return f"{text[: text.index(BEGIN)]}{BEGIN}\n{section}\n{text[text.index(END) :]}"
+
+
+def rewrite(docs: Path, section: str, *, check: bool) -> None:
+    """Puts the section into the page; with ``check`` exits with 1 where that would change it, and writes nothing."""
+    text = docs.read_text()
+    wanted = replace_section(text, section, docs.name)
+    if not check:
+        docs.write_text(wanted)
+    elif text != wanted:
+        click.echo(f"out of date: {docs.name}")
+        raise SystemExit(1)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

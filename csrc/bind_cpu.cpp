@@ -15,6 +15,7 @@
 #include "common/work_list.h"
 #include "cpu/engine.h"
 #include "cpu/per_sample.h"
+#include "cpu/sharpness.h"
 #include "tensor_list.h"
 
 namespace py = pybind11;
@@ -141,6 +142,31 @@ void embedding(List tensors, int64_t groups, int64_t tokens, int64_t dim, std::o
                          dim, padding_idx ? &*padding_idx : nullptr, threads);
 }
 
+// tensors: norms, weights, of one dtype; of draws the int64 indices too, under the name of float64.
+void expect_norms(List tensors, std::size_t count) {
+  const std::vector<Operand>& operands = tensors->operands;
+  expect(operands.size() == count && tensors->non_contiguous.empty() && tensors->numels[0] > 0, "norms and what is written, contiguous");
+  expect(operands[0].dtype == operands[1].dtype, "norms and weights: dtype");
+  expect(operands[0].dtype == DType::kFloat64 || operands[0].dtype == DType::kFloat32, "norms: float32 or float64");
+}
+
+void weights(List tensors, double beta) {
+  expect_norms(tensors, 2);
+  expect(tensors->numels[1] == tensors->numels[0], "weights: size");
+  py::gil_scoped_release release;
+  sharpness_weights(tensors->operands[0], tensors->operands[1], tensors->numels[0], beta);
+}
+
+void sample(List tensors, double beta, bool replacement, uint64_t seed) {
+  expect_norms(tensors, 3);
+  const int64_t count = tensors->numels[0], draws = tensors->numels[2];
+  expect(tensors->operands[2].dtype == DType::kFloat64, "indices: of 64 bits");
+  expect(tensors->numels[1] == draws && draws > 0 && (replacement || draws <= count), "weights and indices: size");
+  py::gil_scoped_release release;
+  sharpness_sample(tensors->operands[0], tensors->operands[1], static_cast<int64_t*>(tensors->operands[2].data), count, draws, beta,
+                   replacement, seed);
+}
+
 }  // namespace
 }  // namespace sam::cpu
 
@@ -253,4 +279,7 @@ PYBIND11_MODULE(_cpu, module) {
              arg("length"), arg("threads"));
   module.def("embedding_square_norms", &embedding, arg("tensors"), arg("groups"), arg("tokens"), arg("dim"), arg("padding_idx"),
              arg("threads"));
+
+  module.def("sharpness_weights", &weights, py::kw_only(), arg("tensors"), arg("beta"));
+  module.def("sharpness_sample", &sample, py::kw_only(), arg("tensors"), arg("beta"), arg("replacement"), arg("seed"));
 }

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -13,6 +14,7 @@
 #include "common/dlpack.h"
 #include "cuda/config.h"
 #include "cuda/operations.h"
+#include "cuda/sharpness.h"
 #include "tensor_list.h"
 
 namespace py = pybind11;
@@ -87,6 +89,19 @@ std::vector<uint32_t> bounds_of(const std::vector<uint32_t>& firsts, uint32_t to
     bounds.push_back(row == firsts.size() ? total : firsts[row]);
   }
   return bounds;
+}
+
+void expect(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
+// tensors: norms, weights, of one dtype.
+GibbsOptions gibbs_of(List tensors, const Number& beta) {
+  const std::vector<Operand>& operands = tensors->operands;
+  expect(operands.size() >= 2 && tensors->non_contiguous.empty() && tensors->numels[0] > 0, "norms and weights, contiguous");
+  const bool is_double = operands[0].dtype == DType::kFloat64;
+  expect(operands[0].dtype == operands[1].dtype && (is_double || operands[0].dtype == DType::kFloat32), "norms and weights: dtype");
+  return {operands[0].data, operands[1].data, is_double, tensors->numels[0], scalar_of(beta)};
 }
 
 #if defined(SAM_CUDA_ON_HOST)
@@ -276,4 +291,28 @@ PYBIND11_MODULE(SAM_CUDA_MODULE, module) {
       py::kw_only(), arg("params"), arg("grads"), arg("old_params"), arg("exp_avgs"), arg("exp_avg_sqs"), arg("state_steps"),
       arg("corrections"), arg("lr"), arg("beta1"), arg("beta2"), arg("eps"), arg("weight_decay"), arg("decoupled"), arg("maximize"),
       arg("grad_scale"), arg("found_inf"), arg("norm"), arg("max_norm"), arg("stream"));
+
+  module.def(
+      "sharpness_weights",
+      [](List tensors, const Number& beta, uintptr_t stream) {
+        const GibbsOptions options = gibbs_of(tensors, beta);
+        expect(tensors->numels[1] == options.count, "weights: size");
+        const Launch launch("sharpness_weights", tensors, stream);
+        sharpness_weights(options, launch.place);
+      },
+      py::kw_only(), arg("tensors"), arg("beta"), arg("stream"));
+
+  // tensors: norms, weights and the int64 indices under the name of float64, the only ones of 64 bits that a list knows.
+  module.def(
+      "sharpness_sample",
+      [](List tensors, const Number& beta, bool replacement, uint64_t seed, uintptr_t stream) {
+        const GibbsOptions gibbs = gibbs_of(tensors, beta);
+        expect(tensors->operands.size() == 3 && tensors->operands[2].dtype == DType::kFloat64, "indices: of 64 bits");
+        const int64_t draws = tensors->numels[2];
+        expect(tensors->numels[1] == draws && draws > 0 && (replacement || draws <= gibbs.count), "weights and indices: size");
+        const Launch launch("sharpness_sample", tensors, stream);
+        const DrawOptions options{gibbs, static_cast<int64_t*>(tensors->operands[2].data), draws, low(seed), high(seed)};
+        replacement ? sharpness_draw(options, launch.place) : sharpness_rank(options, launch.place);
+      },
+      py::kw_only(), arg("tensors"), arg("beta"), arg("replacement"), arg("seed"), arg("stream"));
 }

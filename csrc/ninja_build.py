@@ -18,7 +18,7 @@ from cuda_toolkit import Toolkit, architectures, code_options, host_compiler_opt
 ROOT = Path(__file__).resolve().parents[1]
 BINDING = {"_cpu": "bind_cpu", "_cuda": "bind_cuda", "_cuda_on_host": "bind_cuda"}  # each module's own source
 SHARED = ["tensor_list"]  # in every module, compiled once
-ENGINE = ["cpu/engine", "cpu/per_sample", "cpu/dispatch"]  # compiled once, for the oldest processor
+ENGINE = ["cpu/engine", "cpu/per_sample", "cpu/sharpness", "cpu/dispatch"]  # compiled once, for the oldest processor
 # csrc/cpu/<op>.cpp, compiled once per instruction set; the slowest to compile first
 CHUNK_KERNELS = ["adamw", "sgd", "perturb_variant", "direction", "random", "perturb", "norm"]
 # The same, with fused multiply-adds where the instruction set has them: their bits differ between instruction sets.

@@ -2,10 +2,22 @@
 
 import torch as _torch  # noqa: F401 - first: the native core then runs on torch's own OpenMP threads
 
-from sam_kernels import functional, monitors, per_sample
+from sam_kernels import functional, monitors, per_sample, sampling, theory
 from sam_kernels._dispatch import use_backend
-from sam_kernels.optim import SAM, USAM, UnifiedSAM
+from sam_kernels.optim import RWSAM, SAM, USAM, UnifiedSAM
 
 __version__ = "0.1.0"
 
-__all__ = ["SAM", "USAM", "UnifiedSAM", "__version__", "functional", "monitors", "per_sample", "use_backend"]
+__all__ = [
+    "RWSAM",
+    "SAM",
+    "USAM",
+    "UnifiedSAM",
+    "__version__",
+    "functional",
+    "monitors",
+    "per_sample",
+    "sampling",
+    "theory",
+    "use_backend",
+]

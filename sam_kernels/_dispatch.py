@@ -10,7 +10,7 @@ import torch
 
 from sam_kernels.backends.native import CUDA_ON_HOST
 
-__all__ = ["BACKENDS", "available", "forced", "reason_missing", "select", "select_per_sample", "use_backend"]
+__all__ = ["BACKENDS", "available", "forced", "reason_missing", "select", "select_per_sample", "select_sharpness", "use_backend"]
 
 BACKENDS = ("native", "triton", "foreach")
 
@@ -84,12 +84,12 @@ def select(device_type: str, dtypes: Collection[torch.dtype] = ()) -> ModuleType
     raise RuntimeError(f"backend {_forced!r} was asked for and cannot be used: {reason_missing(_forced or 'foreach', device_type)}")
 
 
-def _per_sample_path(name: str, device_type: str) -> str | None:
-    path = _path(name, device_type)
-    return {"native.cpu": "native.per_sample", "native.cuda": None}.get(path, f"{path}.per_sample")
-
-
-_selected: dict[tuple[str | None, str, frozenset[torch.dtype]], ModuleType] = {}  # a layer's backward pass asks several times
+# What is not over lists of tensors has modules of its own beside each backend: their names, None where there is none.
+_FAMILIES: dict[str, dict[str, str | None]] = {
+    "per_sample": {"native.cpu": "native.per_sample", "native.cuda": None},
+    "sharpness": {"native.cpu": "native.sharpness", "native.cuda": "native.cuda_sharpness"},
+}
+_selected: dict[tuple[str, str | None, str, frozenset[torch.dtype]], ModuleType] = {}  # a layer's backward pass asks several times
 
 
 def select_per_sample(device_type: str, dtypes: Collection[torch.dtype] = ()) -> ModuleType:
@@ -97,16 +97,26 @@ def select_per_sample(device_type: str, dtypes: Collection[torch.dtype] = ()) ->
 
     As :func:`select`; the ahead-of-time kernels for NVIDIA devices have none of these operations, so that ``triton`` comes first there.
     """
-    key = (_forced, device_type, frozenset(dtypes))
+    return _select_family("per_sample", device_type, frozenset(dtypes))
+
+
+def select_sharpness(device_type: str) -> ModuleType:
+    """The backend's module of Gibbs weights and draws. As :func:`select`; all of them take float32 and float64."""
+    return _select_family("sharpness", device_type, frozenset())
+
+
+def _select_family(family: str, device_type: str, dtypes: frozenset[torch.dtype]) -> ModuleType:
+    key = (family, _forced, device_type, dtypes)
     if key not in _selected:
-        _selected[key] = _find_per_sample(device_type, dtypes)
+        _selected[key] = _find(family, device_type, dtypes)
     return _selected[key]
 
 
-def _find_per_sample(device_type: str, dtypes: Collection[torch.dtype]) -> ModuleType:
+def _find(family: str, device_type: str, dtypes: Collection[torch.dtype]) -> ModuleType:
     for name in BACKENDS if _forced is None else (_forced,):
         backend = _backend(name, device_type)
-        path = _per_sample_path(name, device_type)
+        own = _path(name, device_type)
+        path = _FAMILIES[family].get(own, f"{own}.{family}")
         if isinstance(backend, str) or path is None or not (backend.DEVICE_TYPES is None or device_type in backend.DEVICE_TYPES):
             continue
         if not (backend.DTYPES is None or backend.DTYPES.issuperset(dtypes)) or (_forced is None and not backend.IS_AUTOMATIC):
@@ -117,7 +127,8 @@ def _find_per_sample(device_type: str, dtypes: Collection[torch.dtype]) -> Modul
         if not isinstance(module, str):
             return module
     select(device_type, dtypes)  # has the words for a backend or a dtype that is missing
-    raise RuntimeError(f"backend {_forced!r} was asked for and has no gradient norms per sample for {device_type!r} tensors")
+    what = {"per_sample": "gradient norms per sample", "sharpness": "weights by sharpness"}[family]
+    raise RuntimeError(f"backend {_forced!r} was asked for and has no {what} for {device_type!r} tensors")
 
 
 class use_backend:  # used like a function, as torch.no_grad is

@@ -12,14 +12,17 @@ from torch import Tensor
 __all__ = [
     "SUPPORTED_DTYPES",
     "check_choice",
+    "check_count",
     "check_distinct",
     "check_flag",
     "check_lists",
     "check_number",
     "check_number_or_tensor",
+    "check_probabilities",
     "check_scalar_tensor",
     "check_seed",
     "check_tensor",
+    "check_vector",
     "describe",
 ]
 
@@ -158,3 +161,43 @@ def check_flag(op: str, name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be True or False, got {describe(value)}")
     return value
+
+
+def check_count(op: str, name: str, value: object, *, low: int, high: int | None = None) -> int:
+    """``value`` is an integer in [low, high]. Raises TypeError or ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: {name} must be an integer, got {describe(value)}")
+    if value < low:
+        raise ValueError(f"{op}: {name} must be at least {low}, got {value}")
+    if high is not None and value > high:
+        raise ValueError(f"{op}: {name} must be at most {high}, got {value}")
+    return value
+
+
+def check_vector(op: str, name: str, value: object, *, low: float, open_low: bool = False) -> Tensor:  # (n,) float64 on the CPU, a copy
+    """``value``, a floating-point tensor of one dimension or a sequence of numbers, has n ≥ 1 elements, all finite and at least ``low``
+    (more than it where that end is ``open``). Raises TypeError or ValueError otherwise."""
+    if isinstance(value, Tensor):
+        vector = check_tensor(op, name, value).detach().to("cpu", torch.float64, copy=True)
+    elif isinstance(value, Sequence) and all(isinstance(x, int | float) and not isinstance(x, bool) for x in value):
+        vector = torch.tensor(value, dtype=torch.float64)
+    else:
+        raise TypeError(f"{op}: {name} must be a floating-point tensor or a sequence of numbers, got {describe(value)}")
+    if vector.dim() != 1 or not len(vector):
+        raise ValueError(f"{op}: {name} must have one dimension and at least one element, got shape {tuple(vector.shape)}")
+    wrong = ~vector.isfinite() | ((vector <= low) if open_low else (vector < low))
+    if wrong.any():
+        i = int(wrong.nonzero()[0])
+        raise ValueError(f"{op}: {name}[{i}] must be finite and {'more than' if open_low else 'at least'} {low}, got {vector[i].item()}")
+    return vector
+
+
+def check_probabilities(op: str, name: str, value: Any) -> Tensor:  # (n,) float64 on the CPU, a copy
+    """``value`` is a distribution: as :func:`check_vector` wants it, all positive, of sum 1 within n times the eps of its own dtype: each
+    of the n terms was rounded by whoever normalised them. The sum of the result is 1 in float64. Raises TypeError or ValueError otherwise.
+    """
+    p = check_vector(op, name, value, low=0.0, open_low=True)
+    total, tolerance = p.sum().item(), len(p) * torch.finfo(value.dtype if isinstance(value, Tensor) else p.dtype).eps
+    if abs(total - 1) > tolerance:
+        raise ValueError(f"{op}: {name} must sum to 1 within {tolerance:.3g}, got {total!r}")
+    return p / total

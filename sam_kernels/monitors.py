@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sam_kernels import functional
-from sam_kernels._validate import check_flag, check_number, check_tensor, describe
+from sam_kernels._validate import check_count, check_flag, check_number, check_tensor, describe
 
 __all__ = ["expected_grad_norm", "gradient_noise_scale", "gradient_variance", "sharpness"]
 
@@ -51,7 +51,7 @@ def gradient_variance(
     wide, mean, b, m = _checked(name, norms, mean_grad_norm, micro_batch)
     factor = 1.0
     if population is not None:
-        n = _check_count(name, "population", population, low=m + 1)
+        n = check_count(name, "population", population, low=m + 1)
         factor = (n - m) / (n - 1)
     return _finish(m * (wide.square().mean() - mean.square()) / (1 - 1 / b) / factor, norms)
 
@@ -155,18 +155,10 @@ def _check_norms(name: str, norms: Tensor, *, low: int) -> Tensor:
     return norms.detach().to(torch.float64)
 
 
-def _check_count(name: str, what: str, value: object, *, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: {what} must be an integer, got {describe(value)}")
-    if value < low:
-        raise ValueError(f"{name}: {what} must be at least {low}, got {value}")
-    return value
-
-
 def _checked(name: str, norms: Tensor, mean_grad_norm: Tensor | float, micro_batch: int) -> tuple[Tensor, Tensor, int, int]:
     """norms and the norm of the mean in float64, b and m. The difference of their squares has few digits in float32."""
     wide = _check_norms(name, norms, low=2)
-    m = _check_count(name, "micro_batch", micro_batch, low=1)
+    m = check_count(name, "micro_batch", micro_batch, low=1)
     if not isinstance(mean_grad_norm, Tensor):
         return wide, wide.new_full((), check_number(name, "mean_grad_norm", mean_grad_norm, low=0.0)), len(wide), m
     check_tensor(name, "mean_grad_norm", mean_grad_norm)

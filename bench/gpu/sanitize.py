@@ -15,7 +15,7 @@ import torch
 
 from sam_kernels._dispatch import reason_missing, use_backend
 from sam_kernels.cli._check import build, run
-from sam_kernels.functional import per_sample
+from sam_kernels.functional import per_sample, sharpness_sample, sharpness_weights
 
 __all__ = ["ERRORS_FOUND", "TOOLS", "Tool", "command", "verdict"]
 
@@ -101,6 +101,16 @@ def _per_sample(dtype: torch.dtype) -> None:
     torch.cuda.synchronize()
 
 
+def _sharpness(dtype: torch.dtype) -> None:
+    """Weights and draws, with sizes that end within a block."""
+    for count in (5, 600):
+        norms = torch.ones(count, device="cuda", dtype=dtype)
+        sharpness_weights(norms, beta=1.0)
+        for replacement in (True, False):
+            sharpness_sample(norms, 5, beta=1.0, replacement=replacement, seed=1)
+    torch.cuda.synchronize()
+
+
 def main() -> None:
     for backend in ("native", "triton"):
         if (reason := reason_missing(backend, "cuda")) is not None:
@@ -111,6 +121,8 @@ def main() -> None:
                 for dtype, case in zip(("float32", "bfloat16", "float32"), CASES, strict=True):
                     run(build(op, case, dtype, option).clone("cuda"))
                     torch.cuda.synchronize()
+            for dtype in (torch.float32, torch.float64):
+                _sharpness(dtype)
             for dtype in (torch.float32, torch.bfloat16) if backend == "triton" else ():
                 _per_sample(dtype)
         print(f"{backend}: {len(CALLS) * len(CASES)} calls", flush=True)

@@ -23,7 +23,7 @@ __all__ = ["ARCHITECTURES", "ROOT", "SOURCES", "Kernel", "compile_all", "compile
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # All of csrc/cuda/*.cu with kernels, the slowest to compile first.
-SOURCES = ("adamw", "sgd", "random", "direction", "perturb_variant", "norm", "perturb", "check", "copy", "advance", "finish")
+SOURCES = ("adamw", "sgd", "random", "direction", "perturb_variant", "norm", "perturb", "check", "copy", "sharpness", "advance", "finish")
 _STORAGE = {
     "7UniformIf": "fp32",
     "7UniformINS0_8BFloat16": "bf16",
@@ -42,7 +42,7 @@ class Kernel:
     """One kernel for one architecture."""
 
     source: str
-    op: str  # the source, and "random_normal" beside "random_rademacher"
+    op: str  # the source; "random_normal" beside "random_rademacher"; what a kernel is called where a source has several
     storage: str  # fp32, bf16, fp16; mixed: several types, none of them fp64; fp64: alone or beside others; "": no list of operands
     table: int  # bytes of arguments its table was made for; 0 where it has none
     arch: str
@@ -154,12 +154,13 @@ def _kernel(source: str, arch: str, name: str, ptx: str, used: list[int], code: 
     storage = next((storage for mangled, storage in _STORAGE.items() if mangled in name), "")
     table = re.search(r"TableILi\d+ELi(\d+)E", name)
     normal = re.search(r"13RandomPerturb.*?ELb([01])E", name)
+    called = re.search(r"\d(sharpness_\w+?)_kernel", name)
     stack, spill_stores, spill_loads, registers, shared = used
     threads = re.search(r"\.maxntid (\d+)", ptx)
     assert threads is not None
     return Kernel(
         source=source,
-        op=source if normal is None else "random_normal" if normal[1] == "1" else "random_rademacher",
+        op=called[1] if called else source if normal is None else "random_normal" if normal[1] == "1" else "random_rademacher",
         storage=storage,
         table=int(table[1]) if table else 0,
         arch=arch,

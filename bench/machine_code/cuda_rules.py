@@ -98,8 +98,8 @@ def _arguments_fit(kernel: Kernel) -> list[str]:
 
 def _arithmetic_is_ieee(kernel: Kernel) -> list[str]:
     """Divisions and roots are rounded to nearest, denormals kept, and a multiplication and an addition are fused where the source says so:
-    in the norm. (Adam's counters: what CUDA's pow is made of.)"""
-    if kernel.op == "advance":
+    in the norm. (Adam's counters and weights by sharpness: what CUDA's pow, exp and log are made of.)"""
+    if kernel.op == "advance" or kernel.op.startswith("sharpness"):
         return []
     fused = [] if kernel.op == "norm" else kernel.fused
     return [f"{name} in PTX" for name in (*kernel.approximate, *fused)]

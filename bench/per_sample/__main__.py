@@ -17,7 +17,7 @@ from bench import allocator, gate
 from bench.__main__ import BUSY, RESULTS, Names
 from bench.environment import environment
 from bench.per_sample import memory
-from bench.per_sample.bars import judged
+from bench.per_sample.bars import verdicts
 from bench.per_sample.models import MODELS, make_problem
 from bench.per_sample.providers import PROVIDERS
 from bench.timing import interleave, quantiles
@@ -115,9 +115,8 @@ def _print(rows: list[dict[str, Any]], console: Console) -> None:
             f"{row['extra_bytes'] / 2**20:.0f} MiB" if "extra_bytes" in row else "",
         )
     console.print(table)
-    for bar, ratio, reached in judged(rows):
-        sign = "≤" if bar.at_most else "≥"
-        console.print(f"{'pass' if reached else 'FAIL'}  {bar.model}: {bar.title}: {ratio:.3f} ({sign} {bar.limit:.3g})", highlight=False)
+    for line in verdicts(rows):
+        console.print(line, highlight=False)
 
 
 if __name__ == "__main__":

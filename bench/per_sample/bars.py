@@ -6,20 +6,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["BARS", "Bar", "judged"]
+__all__ = ["BARS", "Bar", "as_table", "judged", "verdicts"]
 
 
 @dataclass(frozen=True)
 class Bar:
-    """``of`` one provider's over that of ``over``: at most or at least ``limit``."""
+    """``of`` one provider's, over that of ``over`` where there is one: at most or at least ``limit``."""
 
     model: str
     title: str
     of: str
-    over: str
+    over: str | None
     limit: float
     at_most: bool
     key: str = "ms_50"
+
+    def __str__(self) -> str:
+        return f"{'≤' if self.at_most else '≥'} {self.limit:.3g}"
 
 
 BARS = (
@@ -32,12 +35,26 @@ BARS = (
 )
 
 
-def judged(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[Bar, float, bool]]:
-    """Each bar whose providers were measured, the ratio, and whether it is reached."""
+def judged(rows: Sequence[dict[str, Any]], bars: Sequence[Bar] = BARS) -> Iterator[tuple[Bar, float, bool]]:
+    """Each bar whose providers were measured, the figure, and whether it is reached."""
     by_name = {(row["model"], row["provider"]): row for row in rows}
-    for bar in BARS:
-        values = [by_name.get((bar.model, name), {}).get(bar.key) for name in (bar.of, bar.over)]
-        if values[0] is None or not values[1]:
+    for bar in bars:
+        value = by_name.get((bar.model, bar.of), {}).get(bar.key)
+        over = 1.0 if bar.over is None else by_name.get((bar.model, bar.over), {}).get(bar.key)
+        if value is None or not over:
             continue
-        ratio = values[0] / values[1]
-        yield bar, ratio, ratio <= bar.limit if bar.at_most else ratio >= bar.limit
+        figure = value / over
+        yield bar, figure, figure <= bar.limit if bar.at_most else figure >= bar.limit
+
+
+def verdicts(rows: Sequence[dict[str, Any]], bars: Sequence[Bar] = BARS) -> Iterator[str]:
+    """A line a bar, for the terminal."""
+    for bar, figure, reached in judged(rows, bars):
+        yield f"{'pass' if reached else 'FAIL'}  {bar.model}: {bar.title}: {figure:.3f} ({bar})"
+
+
+def as_table(rows: Sequence[dict[str, Any]], bars: Sequence[Bar] = BARS) -> Iterator[str]:
+    """The lines of a table in Markdown."""
+    yield from ("| figure | to reach | measured |", "|---|---:|---:|")
+    for bar, figure, reached in judged(rows, bars):
+        yield f"| {bar.model}: {bar.title} | {bar} | {figure:.3g}{'' if reached else ' (missed)'} |"

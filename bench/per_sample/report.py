@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from bench.per_sample.bars import judged
+from bench.per_sample.bars import as_table
 from bench.per_sample.models import MODELS
 from bench.per_sample.providers import PROVIDERS
-from bench.report import ROOT, replace_section
+from bench.report import ROOT, rewrite
 
 __all__ = ["section"]
 
@@ -26,12 +26,8 @@ def section(result: dict[str, Any]) -> str:
         times = " / ".join(f"{row[key]:.1f}" for key in ("ms_20", "ms_50", "ms_80"))
         ratio = f"{row['ms_50'] / plain[row['model']]:.2f}" if row["model"] in plain else ""
         lines.append(f"| {MODELS[row['model']].title} | {PROVIDERS[row['provider']].title} | {times} | {ratio} | {memory} |")
-    lines += ["", "| figure | to reach | measured |", "|---|---:|---:|"]
-    for bar, ratio, reached in judged(rows):
-        sign = "≤" if bar.at_most else "≥"
-        lines.append(f"| {bar.model}: {bar.title} | {sign} {bar.limit:.3g} | {ratio:.3g}{'' if reached else ' (missed)'} |")
     where = f"{result['cpu']}, {result['threads']} threads, {result['instruction_set']}, torch {result['torch']}, commit {result['commit']}"
-    return "\n".join([*lines, "", f"{where}; allocator: {result['allocator']}."])
+    return "\n".join([*lines, "", *as_table(rows), "", f"{where}; allocator: {result['allocator']}."])
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -42,13 +38,7 @@ def section(result: dict[str, Any]) -> str:
 @click.option("--check", is_flag=True, help="Write nothing; exit with 1 where the file would change.")
 def main(file: Path, docs: Path, check: bool) -> None:
     """Regenerates the section between the markers from FILE."""
-    text = docs.read_text()
-    wanted = replace_section(text, section(json.loads(file.read_text())), docs.name)
-    if check and text != wanted:
-        click.echo(f"out of date: {docs.name}")
-        raise SystemExit(1)
-    if not check:
-        docs.write_text(wanted)
+    rewrite(docs, section(json.loads(file.read_text())), check=check)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ namespace sam {
 constexpr int kTileLanes = 256;
 constexpr int kWords = 4;
 constexpr int kTile = kWords * kTileLanes;
-// What the words are for: the counter's last word. One seed may serve both.
-constexpr uint32_t kPerturbationStream = 0, kRoundingStream = 1;
+// What the words are for: the counter's last word. One seed may serve all.
+constexpr uint32_t kPerturbationStream = 0, kRoundingStream = 1, kSamplingStream = 2;
 
 // 32-bit numbers in the lower halves of 64-bit lanes; whatever is in the upper halves is ignored. V is uint64_t or a vector of it.
 template <class V>

@@ -40,7 +40,7 @@ def compare(
                 result = run(name, seed, data, settings, plan, advance=lambda: progress.advance(task))
                 runs.append(result)
                 console.print(
-                    f"{name}, seed {seed}: test accuracy {result.test_accuracy[-1]:.2%} after {result.seconds:.1f} s of steps",
+                    f"{name}, seed {seed}: accuracy {result.test_accuracy[-1]:.2%} after {result.seconds:.1f} s of steps",
                     highlight=False,
                 )
     return runs

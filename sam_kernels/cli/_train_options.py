@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import click
 import torch
 
 from sam_kernels import _dispatch
-from sam_kernels.cli._train_optimizers import BASES, SHARPNESS_AWARE
+from sam_kernels.cli._train_optimizers import BASES, BY_DEFAULT, SHARPNESS_AWARE, Settings, options_of
+from sam_kernels.cli._train_run import Plan
 
-__all__ = ["check_backend", "check_device", "check_extra", "finite", "lambd", "optimizer_names"]
+__all__ = ["check_backend", "check_device", "check_extra", "finite", "lambd", "micro_batches", "optimizer_names"]
+
+# What may stand behind a colon of a name.
+NUMBERS: dict[str, click.ParamType[Any]] = {"msam": click.IntRange(min=1), "rwsam": click.FloatRange(0)}
 
 
-def finite(_ctx: click.Context, _param: click.Parameter, value: float | None) -> float | None:
+def finite(_ctx: click.Context | None, _param: click.Parameter | None, value: float | None) -> float | None:
     """Option callback: FloatRange lets nan and inf through."""
     if value is not None and not math.isfinite(value):
         raise click.BadParameter(f"{value} is not finite.")
@@ -33,14 +39,37 @@ def lambd(ctx: click.Context, param: click.Parameter, value: str) -> float | str
 def optimizer_names(text: str | None, base: str) -> list[str]:
     """From a comma-separated list. The plain optimizer goes by its own name, so that no table calls AdamW "sgd"."""
     known = [base, *SHARPNESS_AWARE]
-    names = known if text is None else [name.strip() for name in text.split(",") if name.strip()]
+    names = [base, *BY_DEFAULT] if text is None else [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        if name not in known:
+        kind, colon, number = name.partition(":")
+        if kind not in known or (colon and kind not in NUMBERS):
             other = f" ({name} needs --base {name})" if name in BASES else ""
             raise click.BadParameter(f"unknown optimizer {name!r}{other}; the names are {', '.join(known)}.", param_hint="'--optimizers'")
+        if colon:
+            try:
+                finite(None, None, NUMBERS[kind].convert(number, None, None))
+            except click.BadParameter as error:
+                raise click.BadParameter(f"{name!r}: {error.message}", param_hint="'--optimizers'") from error
     if not names:
         raise click.BadParameter(f"no optimizer given; the names are {', '.join(known)}.", param_hint="'--optimizers'")
     return list(dict.fromkeys(names))
+
+
+def micro_batches(names: Sequence[str], settings: Settings, plan: Plan) -> None:
+    """Micro-batches of one size, which together are the batch; more than one sample where BatchNorm has to normalise them."""
+    for name in names:
+        options = options_of(name, settings)
+        for key, option in (
+            ("micro_batch_size", "--optimizers" if ":" in name else "--micro-batch-size"),
+            ("micro_batch", "--micro-batch"),
+        ):
+            size = options.get(key, plan.batch_size)
+            if plan.batch_size % size:
+                raise click.BadParameter(
+                    f"a batch of {plan.batch_size} cannot be cut into micro-batches of {size}.", param_hint=f"'{option}'"
+                )
+            if key == "micro_batch_size" and size == 1 and plan.normalization == "batch":
+                raise click.BadParameter("BatchNorm cannot normalise one sample; take --normalization group.", param_hint=f"'{option}'")
 
 
 def check_device(name: str) -> torch.device:

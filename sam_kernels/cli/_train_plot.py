@@ -11,7 +11,7 @@ __all__ = ["save_curves"]
 
 
 def save_curves(path: Path, runs: Sequence[Run], *, title: str) -> None:
-    """Test accuracy and train loss by epoch, one line an optimizer: the mean over its seeds, in a band from the lowest to the highest."""
+    """Accuracy and train loss by epoch, one line an optimizer: the mean over its seeds, in a band from the lowest to the highest."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # without pyplot: nothing global changes, and no display is needed
@@ -29,7 +29,7 @@ def save_curves(path: Path, runs: Sequence[Run], *, title: str) -> None:
             epochs = np.arange(1, curves.shape[1] + 1)
             (line,) = axes.plot(epochs, curves.mean(axis=0), label=name, marker="." if len(epochs) == 1 else None)
             axes.fill_between(epochs, curves.min(axis=0), curves.max(axis=0), color=line.get_color(), alpha=0.15, linewidth=0)
-    accuracy_axes.set_ylabel("test accuracy, %")
+    accuracy_axes.set_ylabel("accuracy, %")
     loss_axes.set_ylabel("train loss")
     for axes in (accuracy_axes, loss_axes):
         axes.set_xlabel("epoch")

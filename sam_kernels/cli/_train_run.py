@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from sam_kernels.cli._train_clock import StepClock
 from sam_kernels.cli._train_data import Digits, flip_labels
 from sam_kernels.cli._train_model import small_cnn
-from sam_kernels.cli._train_optimizers import Settings, build
+from sam_kernels.cli._train_optimizers import Settings, build, kind_of, options_of
 
 __all__ = ["Plan", "Run", "run"]
 
@@ -21,6 +23,7 @@ class Plan:
     epochs: int
     batch_size: int
     label_noise: float  # share of the training labels to make wrong
+    normalization: str = "batch"
 
 
 @dataclass
@@ -29,10 +32,13 @@ class Run:
     seed: int
     steps: int = 0
     seconds: float = 0.0  # all steps, without evaluation
-    seconds_per_step: float = 0.0  # median: neither the first step's set-up nor a busy moment of the machine counts
-    optimizer_share: float = 0.0  # of a step's time, spent outside zero_grad, forward and backward; median
+    seconds_per_step: float = 0.0  # medians: neither the first step's set-up nor a busy moment of the machine counts
+    forward_seconds: float = 0.0  # of a step: all its forward passes
+    backward_seconds: float = 0.0  # all that autograd does
+    rest_seconds: float = 0.0  # what both leave
+    optimizer_share: float = 0.0  # of a step's time: the rest
     train_loss: list[float] = field(default_factory=list)  # an epoch's mean, at the unperturbed weights, on the (noisy) training labels
-    test_accuracy: list[float] = field(default_factory=list)  # after each epoch, on the clean test labels
+    test_accuracy: list[float] = field(default_factory=list)  # after each epoch, on the clean labels of the images to score on
 
 
 def run(
@@ -48,40 +54,64 @@ def run(
     device = data.train_images.device
     labels = flip_labels(data.train_labels.cpu(), plan.label_noise, seed).to(device)
     torch.manual_seed(seed)
-    model = small_cnn(data.train_images.shape[-1]).to(device)
-    optimizer = build(name, model, settings)
+    model = small_cnn(data.train_images.shape[-1], normalization=plan.normalization).to(device)
+    optimizer = build(name, model, settings, seed)
     batches = torch.Generator().manual_seed(seed)
     steps_per_epoch = len(labels) // plan.batch_size
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=plan.epochs * steps_per_epoch)
     result = Run(name, seed)
     clock = StepClock(device)
+    step = _StepOf(name, model, optimizer, settings, clock)
     for _ in range(plan.epochs):
         losses = []
         # BatchNorm needs batches of one size: the last, shorter one is left out, as drop_last does; the next epoch's order differs.
         order = torch.randperm(len(labels), generator=batches)[: steps_per_epoch * plan.batch_size]
         for batch in torch.split(order, plan.batch_size):
             chosen = batch.to(device)
-            losses.append(_timed_step(model, optimizer, data.train_images[chosen], labels[chosen], clock))
+            losses.append(step(data.train_images[chosen], labels[chosen]))
             schedule.step()
         result.train_loss.append(torch.stack(losses).mean().item())
         result.test_accuracy.append(_accuracy(model, data.test_images, data.test_labels))
         advance()
     result.steps, result.seconds = len(clock.steps), sum(clock.steps)
-    result.seconds_per_step, result.optimizer_share = clock.median(), clock.median_optimizer_share()
+    medians = map(statistics.median, (clock.steps, clock.forwards, clock.backwards, clock.rests()))
+    result.seconds_per_step, result.forward_seconds, result.backward_seconds, result.rest_seconds = medians
+    result.optimizer_share = clock.median_optimizer_share()
     return result
 
 
-def _timed_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, clock: StepClock) -> Tensor:
-    def closure() -> Tensor:
-        with clock.gradient():
-            optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(images), labels)
-            loss.backward()  # type: ignore[no-untyped-call]  # torch's own is untyped
-            return loss.detach()
+class _StepOf:
+    """One step of the optimizer called ``name``, timed, as that kind of optimizer takes it. Returns the mean loss at the weights."""
 
-    with clock.step():
-        loss = optimizer.step(closure)  # type: ignore[arg-type] # torch's stub says float; it returns what the closure returns
-    return torch.as_tensor(loss)
+    def __init__(self, name: str, model: nn.Module, optimizer: Any, settings: Settings, clock: StepClock) -> None:
+        self._kind = kind_of(name)
+        self._micro_batch_size = options_of(name, settings).get("micro_batch_size", 0)
+        self._model, self._optimizer, self._clock = model, optimizer, clock
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        with self._clock.step():
+            if self._kind == "rwsam":  # zeroes the gradients and calls backward itself
+                loss = self._optimizer.step(lambda: self._losses(images, labels))
+            elif self._kind == "msam":
+                micro_batches = len(labels) // self._micro_batch_size
+                loss = self._optimizer.step(self._gradient, batch=(images, labels), micro_batches=micro_batches)
+            else:
+                loss = self._optimizer.step(lambda: self._gradient(images, labels))
+        return torch.as_tensor(loss)
+
+    def _losses(self, images: Tensor, labels: Tensor) -> Tensor:
+        with self._clock.forward():
+            losses = nn.functional.cross_entropy(self._model(images), labels, reduction="none")
+        self._clock.watch(losses)
+        return losses
+
+    def _gradient(self, images: Tensor, labels: Tensor) -> Tensor:
+        self._optimizer.zero_grad()
+        with self._clock.forward():
+            loss = nn.functional.cross_entropy(self._model(images), labels)
+        with self._clock.backward():
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's own is untyped
+        return loss.detach()
 
 
 @torch.no_grad()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sam_kernels.cli._train_run import Run
 
@@ -31,19 +32,27 @@ class Estimate:
 @dataclass(frozen=True)
 class Summary:
     optimizer: str
-    rho: float | None
-    test_accuracy: Estimate  # after the last epoch: the best epoch would be chosen by looking at the test set
+    options: Mapping[str, Any]  # what the optimizer was run with beyond its base's
+    test_accuracy: Estimate  # after the last epoch
+    best_test_accuracy: Estimate  # of each run's best epoch, which is chosen by looking at the test set: too good
     train_loss: Estimate  # mean of the last epoch
     seconds_per_step: float
+    forward_seconds: float
+    backward_seconds: float
+    rest_seconds: float
     optimizer_share: float
 
 
-def summarise(runs: Sequence[Run], rho: float | None) -> Summary:
+def summarise(runs: Sequence[Run], options: Mapping[str, Any]) -> Summary:
     return Summary(
         runs[0].optimizer,
-        rho,
+        options,
         Estimate.of([run.test_accuracy[-1] for run in runs]),
+        Estimate.of([max(run.test_accuracy) for run in runs]),
         Estimate.of([run.train_loss[-1] for run in runs]),
         statistics.fmean(run.seconds_per_step for run in runs),
+        statistics.fmean(run.forward_seconds for run in runs),
+        statistics.fmean(run.backward_seconds for run in runs),
+        statistics.fmean(run.rest_seconds for run in runs),
         statistics.fmean(run.optimizer_share for run in runs),
     )

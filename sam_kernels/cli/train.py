@@ -15,19 +15,26 @@ from sam_kernels import _dispatch
 from sam_kernels.cli import _train_options as check
 from sam_kernels.cli._train_compare import compare
 from sam_kernels.cli._train_data import DATA_SETS, load
-from sam_kernels.cli._train_optimizers import BASES, Settings, default_rho
+from sam_kernels.cli._train_model import NORMALIZATIONS
+from sam_kernels.cli._train_optimizers import BASES, NORMS, Settings, options_of
 from sam_kernels.cli._train_plot import save_curves
 from sam_kernels.cli._train_report import to_json
 from sam_kernels.cli._train_run import Plan
 from sam_kernels.cli._train_summary import summarise
-from sam_kernels.cli._train_table import table
+from sam_kernels.cli._train_table import tables
 
 __all__ = ["train"]
 
 
 @click.command(context_settings={"show_default": True})
 @click.option("--data", type=click.Choice(list(DATA_SETS)), default="mnist5k", help="; ".join(f"{k}: {v}" for k, v in DATA_SETS.items()))
-@click.option("--optimizers", metavar="NAME,...", show_default="all", help="Of: the base's own name (sgd or adamw), sam, usam, unified.")
+@click.option(
+    "--optimizers",
+    metavar="NAME,...",
+    show_default="the base, sam, usam, unified",
+    help="Of: the base's own name (sgd or adamw), sam, usam, unified, msam, rwsam. msam:8 is msam with micro-batches of 8, rwsam:2 is "
+    "rwsam with beta 2; several are run beside each other.",
+)
 @click.option("--base", type=click.Choice(list(BASES)), default="sgd", help="The optimizer that the others wrap.")
 @click.option(
     "--label-noise",
@@ -50,6 +57,31 @@ __all__ = ["train"]
     "--rho", type=click.FloatRange(0), callback=check.finite, show_default="each optimizer's own", help="One radius for all of them."
 )
 @click.option("--lambd", default="0.5", callback=check.lambd, help="Mix of unified: 1 is SAM, 0 is USAM, 1/t and 1-1/t are schedules.")
+@click.option("--normalization", type=click.Choice(NORMALIZATIONS), default=Plan.normalization, help="BatchNorm, or GroupNorm.")
+@click.option(
+    "--micro-batch-size",
+    type=click.IntRange(min=1),
+    default=Settings.micro_batch_size,
+    help="Samples in each of msam's micro-batches, of which a batch is made up; the whole batch is sam. BatchNorm normalises each "
+    "micro-batch by itself: a small one then trains another network, in effect, which --normalization group avoids.",
+)
+@click.option(
+    "--beta",
+    type=click.FloatRange(0),
+    default=Settings.beta,
+    callback=check.finite,
+    help="Of rwsam: samples are weighted by softmax(beta * gradient norm), so beta has the unit of 1 / norm: where losses and their "
+    "gradients are twice as large, half of it does the same. 0 is sam.",
+)
+@click.option("--norms", type=click.Choice(NORMS), default=Settings.norms, help="How rwsam finds the norms.")
+@click.option("--micro-batch", type=click.IntRange(min=1), default=Settings.micro_batch, help="Samples that share one of rwsam's weights.")
+@click.option(
+    "--num-directions",
+    type=click.IntRange(min=1),
+    default=Settings.num_directions,
+    help="Random directions of rwsam's norms by finite_difference or jvp: a forward pass each.",
+)
+@click.option("--held-out", is_flag=True, help="Score on a fifth of the training images, which is not trained on: to choose options by.")
 @click.option("--seeds", type=click.IntRange(min=1), default=1, help="Runs of each optimizer, with seeds 0, 1, ...")
 @click.option("--backend", type=click.Choice(["auto", *_dispatch.BACKENDS]), default="auto", help="Kernels of the sharpness-aware steps.")
 @click.option("--device", default="cpu", help="As torch names it.")
@@ -67,6 +99,13 @@ def train(
     weight_decay: float | None,
     rho: float | None,
     lambd: float | str,
+    normalization: str,
+    micro_batch_size: int,
+    beta: float,
+    norms: str,
+    micro_batch: int,
+    num_directions: int,
+    held_out: bool,
     seeds: int,
     backend: str,
     device: str,
@@ -84,12 +123,26 @@ def train(
     torch_device = check.check_device(device)
     check.check_backend(backend, torch_device)
     default = BASES[base]
-    settings = Settings(base, lr or default.lr, default.weight_decay if weight_decay is None else weight_decay, rho, lambd)
-    plan = Plan(epochs, batch_size, label_noise)
+    settings = Settings(
+        base,
+        lr or default.lr,
+        default.weight_decay if weight_decay is None else weight_decay,
+        rho,
+        lambd,
+        micro_batch_size,
+        beta,
+        norms,
+        micro_batch,
+        num_directions,
+    )
+    plan = Plan(epochs, batch_size, label_noise, normalization)
+    check.micro_batches(names, settings, plan)
     console = Console(stderr=as_json)
     out.mkdir(parents=True, exist_ok=True)
     with _threads(threads), _dispatch.use_backend(None if backend == "auto" else backend):
         digits = load(data).to(torch_device)
+        if held_out:
+            digits = digits.held_out()
         if batch_size > len(digits.train_labels):
             raise click.BadParameter(f"only {len(digits.train_labels)} images to train on.", param_hint="'--batch-size'")
         runs = compare(names, seeds, digits, settings, plan, console)
@@ -97,15 +150,18 @@ def train(
             "data": data,
             **asdict(settings),
             **asdict(plan),
+            "held_out": held_out,
             "seeds": seeds,
             "backend": backend,
             "device": device,
             "threads": torch.get_num_threads(),
         }
-    summaries = [summarise([run for run in runs if run.optimizer == name], default_rho(name, settings)) for name in names]
+    summaries = [summarise([run for run in runs if run.optimizer == name], options_of(name, settings)) for name in names]
     noise = f", {label_noise:.0%} of the training labels wrong" if label_noise else ""
-    title = f"{data}, {base}, {epochs} epochs{noise}"
-    console.print(table(summaries, title=title, seeds=seeds))
+    scored = "accuracy on held-out training images" if held_out else "test accuracy"
+    network = ", GroupNorm" if normalization == "group" else ""
+    title = f"{data}, {base}, {epochs} epochs{network}{noise}: {scored}"
+    console.print(tables(summaries, title=title, seeds=seeds))
     save_curves(out / "train.png", runs, title=title)
     report = to_json(config, summaries, runs)
     (out / "train.json").write_text(report + "\n")

@@ -21,10 +21,13 @@ from sam_kernels.cli._options import OPTIONS
 from sam_kernels.cli._per_sample_cases import PER_SAMPLE_OPTIONS
 from sam_kernels.cli._per_sample_cases import combinations as per_sample_combinations
 from sam_kernels.cli._per_sample_check import check_per_sample, has_per_sample
+from sam_kernels.cli._sharpness_cases import SHARPNESS_DTYPES, SHARPNESS_OPTIONS
+from sam_kernels.cli._sharpness_cases import combinations as sharpness_combinations
+from sam_kernels.cli._sharpness_check import check_sharpness
 
 __all__ = ["ValidationRow", "validate", "validate_rows"]
 
-OPERATIONS = (*OPTIONS, *PER_SAMPLE_OPTIONS)
+OPERATIONS = (*OPTIONS, *PER_SAMPLE_OPTIONS, *SHARPNESS_OPTIONS)
 
 
 @dataclass
@@ -56,7 +59,10 @@ def validate_rows(
     taken = {backend: dtypes_of(backend, device) for backend in backends}
     for op in ops:
         for dtype in dtypes:
-            takers = [each for each in backends if dtype in taken[each] and (op in OPTIONS or has_per_sample(each, device))]
+            if op in SHARPNESS_OPTIONS:  # all of them have kernels for both
+                takers = list(backends) if dtype in SHARPNESS_DTYPES else []
+            else:
+                takers = [each for each in backends if dtype in taken[each] and (op in OPTIONS or has_per_sample(each, device))]
             if takers:
                 yield from _validate_op(op, dtype, takers, seed, device)
 
@@ -65,14 +71,22 @@ def _validate_op(op: str, dtype: str, backends: Sequence[str], seed: int, device
     worst = dict.fromkeys(backends, Worst())
     where = dict.fromkeys(backends, ("", ""))
     count = 0
-    per_sample = op in PER_SAMPLE_OPTIONS
-    check_one = check_per_sample if per_sample else check
-    for case, option in (per_sample_combinations if per_sample else combinations)(op, dtype):
+    combinations_of, check_one = _family(op)
+    for case, option in combinations_of(op, dtype):
         count += 1
         for backend, found in _guarded(partial(check_one, op, backends, dtype, case, option, seed, device), backends).items():
             if where[backend] == ("", "") or found.badness() > worst[backend].badness():
                 worst[backend], where[backend] = found, (case, option)
     return [_row(op, name, dtype, count, worst[name], *where[name]) for name in backends]
+
+
+def _family(op: str) -> tuple[Callable[[str, str], Iterator[tuple[str, str]]], Callable[..., dict[str, Worst]]]:
+    """The pairs of case and keyword set of an operation, and the check of one."""
+    if op in PER_SAMPLE_OPTIONS:
+        return per_sample_combinations, check_per_sample
+    if op in SHARPNESS_OPTIONS:
+        return sharpness_combinations, check_sharpness
+    return combinations, check
 
 
 def _row(op: str, backend: str, dtype: str, cases: int, worst: Worst, case: str, option: str) -> ValidationRow:

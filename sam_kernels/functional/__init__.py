@@ -18,6 +18,7 @@ from sam_kernels.functional.descent import adamw_step_, sgd_step_
 from sam_kernels.functional.directions import direction_norm_
 from sam_kernels.functional.norms import check_finite_, combine_norms, grad_norm, grad_norm_, grad_norms
 from sam_kernels.functional.random import random_perturb_
+from sam_kernels.functional.sharpness import sharpness_sample, sharpness_weights
 
 __all__ = [
     "adamw_step_",
@@ -31,4 +32,6 @@ __all__ = [
     "random_perturb_",
     "restore_",
     "sgd_step_",
+    "sharpness_sample",
+    "sharpness_weights",
 ]

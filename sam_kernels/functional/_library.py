@@ -23,6 +23,7 @@ __all__ = ["Arguments", "Flat", "operation"]
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 Arguments = dict[str, Any]
+Results = Tensor | tuple[Tensor, Tensor]
 
 # False to Python, True to dynamo, which folds it: 30 ns. `torch.compiler.is_compiling` is a global flag, true in other threads too.
 _is_traced = torch.compiler.is_dynamo_compiling
@@ -45,6 +46,7 @@ _KINDS: dict[object, str] = {
     str: "str",
     str | None: "str?",
 }
+_RESULTS: dict[object, str] = {None: "()", Tensor: "Tensor", tuple[Tensor, Tensor]: "(Tensor, Tensor)"}
 _SCHEDULED: dict[object, str] = {int: "Seed", int | None: "Seed?"}
 # Tuples, not unions: dynamo of torch 2.6 knows no union.
 _PYTHON_TYPES: dict[str, tuple[type, ...]] = {
@@ -77,7 +79,7 @@ def operation(
     *,
     written: tuple[str, ...] = (),
     scheduled: tuple[str, ...] = (),
-    fake: Callable[..., Tensor] | None = None,
+    fake: Callable[..., Results] | None = None,
     flat: Flat = _AS_IT_IS,
 ) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Makes a public function run without autograd, and traced by ``torch.compile`` as the operator of its name.
@@ -106,10 +108,11 @@ def operation(
 
 
 def _define(
-    op: Callable[..., Any], written: tuple[str, ...], scheduled: tuple[str, ...], fake: Callable[..., Tensor] | None, flat: Flat
+    op: Callable[..., Any], written: tuple[str, ...], scheduled: tuple[str, ...], fake: Callable[..., Results] | None, flat: Flat
 ) -> Callable[..., Any]:
     """Defines the operator of ``op``; returns what is traced in place of ``op``."""
-    parameters = inspect.signature(op, eval_str=True).parameters
+    signature = inspect.signature(op, eval_str=True)
+    parameters = signature.parameters
     defaults = {name: parameter.default for name, parameter in parameters.items() if parameter.default is not parameter.empty}
     positional = [name for name, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
     keywords = sorted(parameters)
@@ -123,10 +126,10 @@ def _define(
         with _dispatch.use_backend(arguments.pop("backend")):
             return flat.run(op, arguments)
 
-    def fake_implementation(*values: Any) -> Tensor | None:
+    def fake_implementation(*values: Any) -> Results | None:
         return None if fake is None else fake(**dict(zip(names, values, strict=True)))
 
-    schema = f"({', '.join(_argument(name, types[name], written) for name in names)}) -> {'()' if fake is None else 'Tensor'}"
+    schema = f"({', '.join(_argument(name, types[name], written) for name in names)}) -> {_RESULTS[signature.return_annotation]}"
     definition = torch.library.custom_op(f"sam_kernels::{op.__name__}", implementation, mutates_args=written, schema=schema)
     definition.register_fake(fake_implementation)
     operator = getattr(torch.ops.sam_kernels, op.__name__).default

@@ -20,22 +20,24 @@ def not_recordable(why: str) -> RuntimeError:
 
 
 def to_tensors(group: dict[str, Any]) -> None:
-    """ρ, λ and the count of steps as () tensors on the parameters' device, and lr where it is a tensor. What is one already stays itself.
+    """ρ, λ, RW-SAM's β and the count of steps as () tensors on the parameters' device, and lr where it is a tensor.
+
+    What is one already stays itself.
 
     float64: λ may be close to 1, where 1 - λ of a float32 has no digits left (3 % off at 1 - 1e-6), and a number keeps its value beside
-    float64 parameters. The kernels read either. A radius that is the number 0 stays that: whether a group takes part in the ascent is
-    decided by the host.
+    float64 parameters. The kernels read either. A radius or a β that is the number 0 stays that: whether a group takes part in the
+    ascent, and whether norms are taken, is decided by the host.
     """
     if not group["params"]:
         return
     device = group["params"][0].device
-    for key in ("rho", "lambd", "sam_step", "lr"):
+    for key in ("rho", "lambd", "beta", "sam_step", "lr"):
         value = group.get(key)
         if isinstance(value, Tensor):
             if value.device != device:
                 _require_eager(key, device)
                 group[key] = value.to(device)
-        elif isinstance(value, int | float) and key != "lr" and not (key == "rho" and value == 0):
+        elif isinstance(value, int | float) and key != "lr" and not (key in ("rho", "beta") and value == 0):
             _require_eager(key, device)
             group[key] = torch.tensor(float(value), dtype=torch.float64, device=device)
 
@@ -47,7 +49,7 @@ def _require_eager(key: str, device: torch.device) -> None:
 
 def to_numbers(group: dict[str, Any]) -> None:
     """The way back, for a checkpoint of a capturable optimizer in one that is not. Waits for the device."""
-    for key in ("rho", "lambd"):
-        if isinstance(group[key], Tensor):
+    for key in ("rho", "lambd", "beta"):
+        if isinstance(group.get(key), Tensor):
             group[key] = group[key].item()
     group["sam_step"] = int(group["sam_step"])

@@ -46,14 +46,16 @@ class BufferGuard:
             copy = kept.get(id(buffer))
             if copy is None or copy.shape != buffer.shape or copy.dtype != buffer.dtype or copy.device != buffer.device:
                 copy = torch.empty_like(buffer)
-            saved.append((buffer, copy.copy_(buffer)))
+            saved.append((buffer, copy))
+        if saved:
+            torch._foreach_copy_([copy for _, copy in saved], [buffer for buffer, _ in saved])
         self._saved = saved
 
     @torch.no_grad()
     def restore(self) -> None:
         """Puts them back."""
-        for buffer, copy in self._saved:
-            buffer.copy_(copy)
+        if self._saved:
+            torch._foreach_copy_([buffer for buffer, _ in self._saved], [copy for _, copy in self._saved])
 
     def release(self) -> None:
         """Frees the copies."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -62,6 +62,7 @@ class Passes:
         self._joint: tuple[list[GroupLists], GroupLists] | None = None  # several groups' lists, and those of all their parameters
         self._unsure: _Unsure | None = None
         self._saved: dict[int, GroupLists] = {}  # by group: what has been saved in this step
+        self._trainable: dict[int, GroupLists] = {}  # where not every trainable parameter has a gradient
         self._begins = False  # found_inf is still the last step's
 
     def begin(self, device: torch.device) -> None:
@@ -89,6 +90,7 @@ class Passes:
         """Frees the backups."""
         self.backups = Backups()
         self._lists = {}
+        self._trainable = {}
         self._saved = {}
         self._joint = None
 
@@ -123,6 +125,45 @@ class Passes:
             perturb_(current.lists.params, old_params=current.lists.old_params, from_old=is_saved)
             self._unsure = None
             self._saved[current.index] = current.lists
+        torch.clear_autocast_cache()  # where autocast is around the whole step: casts of what the weights were
+
+    def perturb_randomly(self, trainable: dict[int, GroupLists], seeds: Sequence[int], *, scale: float, distribution: str) -> None:
+        """Adds scale z to what :meth:`trainable` gave, z from a seed for each group: 3 N s bytes.
+
+        They start from where they were before this or any other perturbation of the step: a second one needs no restore between, and
+        those that are saved already are not saved again (2 N s).
+        """
+        self.is_perturbed = True
+        for i, lists in trainable.items():
+            perturb_: Callable[..., None] = partial(functional.random_perturb_, seed=seeds[i], scale=scale, distribution=distribution)
+            is_saved = self._saved.get(i) is lists
+            self._perturbed[i] = lists
+            self._unsure = None if is_saved else _Unsure(lists, perturb_)
+            perturb_(lists.params, old_params=lists.old_params, from_old=is_saved)
+            self._unsure = None
+            self._saved[i] = lists
+        torch.clear_autocast_cache()
+
+    def trainable(self, groups: list[dict[str, Any]]) -> dict[int, GroupLists]:
+        """By the index of a group with ρ > 0, its parameters that require a gradient, whether they have one or not."""
+        found = {}
+        for i, group in enumerate(groups):
+            params = [param for param in group["params"] if param.requires_grad]
+            if not params or not takes_part(group["rho"], group["sam_step"]):
+                continue
+            # Those of the last ascent first: what is saved for them need not be saved again.
+            known = (self._lists.get(i), self._trainable.get(i))
+            lists = next((each for each in known if each is not None and each.is_current(params)), None)
+            if lists is None:
+                lists = self._trainable[i] = GroupLists(params, self.backups)
+                self._lists.setdefault(i, lists)
+            found[i] = lists
+        return found
+
+    def scratch(self, i: int, lists: GroupLists) -> list[Tensor]:
+        """The memory of a group's backups, until a perturbation saves to it. (None may be under way.)"""
+        self._saved.pop(i, None)
+        return lists.old_params
 
     def descend(
         self,
@@ -166,6 +207,7 @@ class Passes:
             self.restore()
             plain_step(self.base, [grad for current in currents for grad in current.grads], max_norm=max_norm, **amp)
         self.is_perturbed = False
+        torch.clear_autocast_cache()
 
     def restore(self) -> None:
         """Back to the weights of before the ascent, bit for bit; nothing to do when there was none."""
@@ -178,6 +220,7 @@ class Passes:
         self._perturbed = {}
         self._unsure = None
         self.is_perturbed = False
+        torch.clear_autocast_cache()
 
     def current(self, groups: list[dict[str, Any]]) -> list[Current]:
         found = []

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sam_kernels._validate import check_number, check_number_or_tensor, describe
 
-__all__ = ["FIRST_STEP", "Schedule", "Step", "check_schedule", "lambd_at", "rho_at", "takes_part"]
+__all__ = ["FIRST_STEP", "Schedule", "Step", "beta_at", "check_schedule", "lambd_at", "rho_at", "takes_part"]
 
 Step = int | Tensor
 FIRST_STEP = torch.ones((), dtype=torch.float64)
@@ -47,6 +47,13 @@ def rho_at(value: Schedule, t: Step) -> float | Tensor:
     return _evaluated("rho", value, t, low=0.0)
 
 
+def beta_at(value: Schedule, t: Step) -> float | Tensor:
+    """β_t ≥ 0, RW-SAM's inverse temperature: a number or a callable t → β."""
+    if isinstance(value, str):
+        raise TypeError(f"SAM: beta must be a number, a tensor or a callable t -> beta, got {value!r}")
+    return _evaluated("beta", value, t, low=0.0)
+
+
 def takes_part(rho: Schedule, t: Step) -> bool:
     """Whether a group ascends: ρ_t > 0. Where t is a tensor only a number says no; anything else may change while nobody here looks."""
     if isinstance(t, Tensor) and not isinstance(rho, int | float):
@@ -55,10 +62,10 @@ def takes_part(rho: Schedule, t: Step) -> bool:
 
 
 def check_schedule(name: str, value: Any, t: Step) -> None:
-    """``value`` is usable as ``rho`` or ``lambd``; a callable is tried at t, the first step. Raises TypeError or ValueError."""
+    """``value`` is usable as ``rho``, ``lambd`` or ``beta``; a callable is tried at t, the first step. Raises TypeError or ValueError."""
     if isinstance(value, bool) or not (isinstance(value, int | float | str | Tensor) or callable(value)):
         raise TypeError(f"SAM: {name} must be a number, a tensor, a string or a callable, got {describe(value)}")
-    (lambd_at if name == "lambd" else rho_at)(cast(Schedule, value), t)
+    {"rho": rho_at, "lambd": lambd_at, "beta": beta_at}[name](cast(Schedule, value), t)
 
 
 def _evaluated(name: str, value: Any, t: Step, *, low: float, high: float | None = None) -> float | Tensor:

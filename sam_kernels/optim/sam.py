@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,8 +24,6 @@ from sam_kernels.optim._passes import Passes
 from sam_kernels.optim._schedules import FIRST_STEP, Schedule, check_schedule, takes_part
 
 __all__ = ["SAM"]
-
-_GROUP_KEYS = ("rho", "lambd", "adaptive", "eta")
 
 
 class SAM(Optimizer):
@@ -72,6 +71,10 @@ class SAM(Optimizer):
         TypeError, ValueError: for arguments of the wrong type or out of range, sparse or complex parameters, an empty parameter list.
     """
 
+    _group_keys: tuple[str, ...] = ("rho", "lambd", "adaptive", "eta")  # of a parameter group, beside the base's own and the step t
+    _more_defaults: Mapping[str, Any] = MappingProxyType({})  # a subclass's own values of parameter groups
+    # In copies and pickles.
+    _kept: tuple[str, ...] = ("base_optimizer", "eps", "max_grad_norm", "preserve_rng_state", "check_finite", "capturable", "_guard")
     _step_supports_amp_scaling = True  # GradScaler.step then always calls step() and hands over grad_scale and found_inf
 
     def __init__(
@@ -96,7 +99,7 @@ class SAM(Optimizer):
         self.preserve_rng_state = check_flag("SAM", "preserve_rng_state", preserve_rng_state)
         self.check_finite = check_flag("SAM", "check_finite", check_finite)
         self.capturable = check_flag("SAM", "capturable", capturable)
-        own = {"rho": rho, "lambd": lambd, "adaptive": adaptive, "eta": eta}
+        own = {"rho": rho, "lambd": lambd, "adaptive": adaptive, "eta": eta, **self._more_defaults}
         self._check_group_values(own)
         self._guard = BufferGuard(model)
         self.base_optimizer = make_base(params, base_optimizer, base_kwargs)
@@ -112,7 +115,7 @@ class SAM(Optimizer):
         if is_new:
             self.base_optimizer.add_param_group(param_group)
         try:
-            for key in _GROUP_KEYS:
+            for key in self._group_keys:
                 param_group.setdefault(key, self.defaults[key])
             param_group.setdefault("sam_step", max(int(group.get("sam_step", 0)) for group in groups))
             self._check_group_values(param_group)
@@ -131,7 +134,7 @@ class SAM(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` gave, or the base optimizer's own checkpoint. float32 state of 16-bit parameters stays float32."""
         self._require_unperturbed("load_state_dict")
-        super().load_state_dict(_checkpoint.with_group_values(state_dict, self.param_groups, (*_GROUP_KEYS, "sam_step")))
+        super().load_state_dict(_checkpoint.with_group_values(state_dict, self.param_groups, (*self._group_keys, "sam_step")))
         if can_fuse(self.base_optimizer, self._passes.own_hooks):
             _checkpoint.keep_wide_state(self.state, self.param_groups, state_dict)
         for group in self.param_groups:
@@ -139,8 +142,7 @@ class SAM(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_unperturbed("copying or pickling the optimizer")
-        kept = ("base_optimizer", "eps", "max_grad_norm", "preserve_rng_state", "check_finite", "capturable", "_guard")
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in self._kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -209,8 +211,10 @@ class SAM(Optimizer):
         """
         scaler = _amp.check_scaler(grad_scaler)
         passes = passes_of(closure, batch, micro_batches, ascent_closure)
-        if passes is None:
-            return self._finish(scaler)
+        return self._finish(scaler) if passes is None else self._make_step(passes, scaler)
+
+    def _make_step(self, passes: Sequence[TwoPasses], scaler: GradScaler | None) -> Any:
+        """A whole step, out of pairs of passes."""
         if hasattr(self, "found_inf"):
             raise RuntimeError(
                 "SAM.step was given a closure by GradScaler.step, which cannot tell the scaler about gradients computed inside it; "
@@ -223,7 +227,7 @@ class SAM(Optimizer):
             self._restore()
             raise
 
-    def _step_with_closures(self, passes: list[TwoPasses], scaler: GradScaler | None) -> Any:
+    def _step_with_closures(self, passes: Sequence[TwoPasses], scaler: GradScaler | None) -> Any:
         self._begin()
         mean = GradientMean(len(passes), self._passes) if len(passes) > 1 else None
         losses = []
@@ -297,7 +301,7 @@ class SAM(Optimizer):
             if self.preserve_rng_state:
                 raise _capturable.not_recordable("preserve_rng_state=True reads the states of random generators, which waits")
         for group in self.param_groups:
-            self._check_group_values({key: group[key] for key in _GROUP_KEYS if not callable(group[key])})
+            self._check_group_values({key: group[key] for key in self._group_keys if not callable(group[key])})
             if self.capturable:
                 _capturable.to_tensors(group)
             if counts:
@@ -344,7 +348,7 @@ class SAM(Optimizer):
 
     def _check_group_values(self, values: dict[str, Any]) -> None:
         first_step = FIRST_STEP if self.capturable else 1
-        for name in ("rho", "lambd"):
+        for name in ("rho", "lambd", "beta"):
             if name in values:
                 check_schedule(name, values[name], first_step)
         if "adaptive" in values:

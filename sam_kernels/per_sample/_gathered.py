@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,16 @@ __all__ = ["Gathered"]
 
 
 class Gathered:
-    """Squared norms of ``m`` groups of ``batch`` samples; with ``keep`` the terms stay for weighted gradients."""
+    """Squared norms of ``m`` groups of ``batch`` samples; with ``keep`` the terms stay for weighted gradients.
 
-    def __init__(self, calls: Sequence[Call], batch: int, m: int, device: torch.device, *, keep: bool) -> None:
+    ``over``: the ids of the parameters that the norms are over, None: all.
+    """
+
+    def __init__(
+        self, calls: Sequence[Call], batch: int, m: int, device: torch.device, *, keep: bool, over: Collection[int] | None = None
+    ) -> None:
         self.m = m
-        self._batch, self.device, self._keep = batch, device, keep
+        self._batch, self.device, self._keep, self._over = batch, device, keep, over
         self._open = set(calls)
         self._awaited = Counter(id(param) for call in calls for param in call.params.values())
         self._terms: dict[int, list[tuple[Place | None, Term]]] = {}  # by the id of a parameter: hashing a tensor is slow
@@ -50,6 +55,8 @@ class Gathered:
         if not (isinstance(outer, Outer) and isinstance(shift, Shift) and outer.left is shift.left and len(terms) == 2):
             return False
         params = list(call.params.values())
+        if not all(map(self._is_counted, params)):
+            return False
         if any(self._awaited[id(param)] > 1 or len(self._terms[id(param)]) > 1 for param in params):
             return False
         outer.add_square_norms_(self._square_norms_on(params[0].device), keep=self._keep, with_shift=True)
@@ -128,6 +135,10 @@ class Gathered:
         for place, terms in by_place.items():
             shape = param.shape if place is None else torch.Size((place[1] - place[0], *param.shape[1:]))
             term = combined(terms, shape)
-            term.add_square_norms_(square_norms, keep=self._keep)
+            if self._is_counted(param):  # else its gradient may be wanted all the same
+                term.add_square_norms_(square_norms, keep=self._keep)
             if self._keep:
                 self._kept.append((param, place, term))
+
+    def _is_counted(self, param: nn.Parameter) -> bool:
+        return self._over is None or id(param) in self._over

@@ -97,6 +97,13 @@ class Recorder:
             self._listens = before
 
     def _listen(self) -> None:
+        try:
+            self._put_hooks()
+        except BaseException:  # Ctrl-C: no hook may stay
+            self.stop()
+            raise
+
+    def _put_hooks(self) -> None:
         for each in self._layers:
             if each.rule is not None or each.by_vmap:  # before the model's own hooks, which may change the output
                 self._handles.append(each.module.register_forward_hook(partial(self._on_call, each), with_kwargs=True, prepend=True))

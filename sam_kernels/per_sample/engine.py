@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from types import TracebackType
@@ -48,6 +48,8 @@ class GradNorms:
         unsupported: what happens with a module that owns trainable parameters and has no rule: ``"error"`` when the forward pass begins, or
             ``"vmap"``: its part is computed by ``torch.func``, slowly, with every sample's gradient in memory. Every tensor it is called
             with whose dimension 0 is B is then taken for a batch; that this gives the module's output again is checked.
+        over: parameters that the norms are over; None: all trainable ones of the model. Weighted gradients are of all of them. An
+            attribute too, which may be changed between forward passes.
         batch_first: False for a model whose batch is dimension 1, and dimension 0 of outputs of two dimensions (behind a mean over time).
 
     Memory: with ``keep=True`` (see :meth:`__call__`) the inputs of layers, which autograd holds anyway, and the gradients of their outputs
@@ -61,6 +63,7 @@ class GradNorms:
         micro_batch: int = 1,
         reduction: str = "sum",
         unsupported: str = "error",
+        over: Iterable[Tensor] | None = None,
         batch_first: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -75,8 +78,19 @@ class GradNorms:
         check_flag("GradNorms", "batch_first", batch_first)
         for name, module in model.named_modules():
             refuse_compiled(name, module)
+        self.over = over
+        _require_owned(self.over, model)
         self._recorder = Recorder(model, batch_first=batch_first, unsupported=unsupported)
         self._gathered: Gathered | None = None
+
+    @property
+    def over(self) -> Collection[Tensor] | None:
+        """The parameters that the norms are over; None: all trainable ones."""
+        return None if self._over is None else self._over.values()
+
+    @over.setter
+    def over(self, params: Iterable[Tensor] | None) -> None:
+        self._over = None if params is None else {id(param): param for param in ([params] if isinstance(params, Tensor) else params)}
 
     def __enter__(self) -> GradNorms:
         if self._recorder.is_on:
@@ -113,6 +127,8 @@ class GradNorms:
         """
         self._check(losses)
         keep = keep and not backward
+        if self._over is not None and not any(id(param) in self._over for _, param in self._recorder.params):
+            raise ValueError("GradNorms: over holds no trainable parameter of the model")
         calls, self._recorder.calls = self._recorder.calls, []
         self._recorder.stop()
         nodes: dict[Any, list[tuple[Call, int]]] = {}
@@ -123,7 +139,7 @@ class GradNorms:
         reached, ends, reads = ends_of(losses.grad_fn, nodes)
         _require_reached(calls, reached)
         _require_all_seen(self._recorder.params, calls, reads)
-        gathered = Gathered(calls, losses.shape[0], losses.shape[0] // self.micro_batch, losses.device, keep=keep)
+        gathered = Gathered(calls, losses.shape[0], losses.shape[0] // self.micro_batch, losses.device, keep=keep, over=self._over)
 
         def pass_by(node: Any, grads: Sequence[Tensor | None]) -> None:
             for call, position in nodes[node]:
@@ -201,6 +217,15 @@ class GradNorms:
             )
         if losses.grad_fn is None:
             raise RuntimeError("GradNorms: losses have no graph: they were detached, or computed under torch.no_grad")
+
+
+def _require_owned(over: Iterable[object] | None, model: nn.Module) -> None:
+    known = set(map(id, model.parameters()))
+    for i, param in enumerate(over or ()):
+        if not isinstance(param, Tensor):
+            raise TypeError(f"GradNorms: over[{i}] must be a parameter of the model, got {describe(param)}")
+        if id(param) not in known:
+            raise ValueError(f"GradNorms: over[{i}], {describe(param)}, is no parameter of the model")
 
 
 class _Lookup(Sequence[Tensor | None]):

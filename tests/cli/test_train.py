@@ -42,7 +42,17 @@ def digits() -> _train_data.Digits:
 def test_table_png_and_json(trained: tuple[Path, Result]) -> None:
     out, result = trained
     assert result.exit_code == 0, result.output
-    for text in ("optimizer share", "test accuracy %", "ms/step", "train.png", "last epoch"):
+    for text in (
+        "optimizer share",
+        "test accuracy",
+        "ms/step",
+        "forward",
+        "backward",
+        "rest",
+        "train.png",
+        "last epoch, %",
+        "best epoch, %",
+    ):
         assert text in result.output
     assert (out / "train.png").read_bytes().startswith(b"\x89PNG\r\n")
     report = json.loads((out / "train.json").read_text())
@@ -139,17 +149,18 @@ def test_clock_splits_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.perf_counter", lambda: next(times))
     clock = StepClock(torch.device("cpu"))
     with clock.step():
-        for _ in range(2):
-            with clock.gradient():
-                pass
-    assert clock.median() == 10.0
+        with clock.forward():
+            pass
+        with clock.backward():
+            pass
+    assert (clock.steps, clock.forwards, clock.backwards, clock.rests()) == ([10.0], [3.0], [4.0], [3.0])
     assert clock.median_optimizer_share() == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--optimizers", "sgd,sma"], "'--optimizers': unknown optimizer 'sma'; the names are sgd, sam, usam, unified"),
+        (["--optimizers", "sgd,sma"], "'--optimizers': unknown optimizer 'sma'; the names are sgd, sam, usam, unified, msam, rwsam"),
         (["--optimizers", "adamw"], "adamw needs --base adamw"),
         (["--optimizers", ","], "'--optimizers'"),
         (["--rho", "-0.1"], "'--rho'"),

@@ -38,7 +38,7 @@ def of(kernels: list[Kernel], arch: str) -> list[Kernel]:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_kernel_is_there(kernels: list[Kernel], arch: str) -> None:
     found = sorted((kernel.op, kernel.storage, kernel.table) for kernel in of(kernels, arch))
-    others = [("advance", "", 4096), ("finish", "", 0)]
+    others = [("advance", "", 4096), *((op, "", 0) for op in ("finish", "sharpness_draw", "sharpness_rank", "sharpness_weights"))]
     assert found == sorted([(op, storage, table) for op in OPS for storage in STORAGE for table in TABLES] + others)
 
 

@@ -8,8 +8,9 @@ import pytest
 
 OWN = {"REASON_MISSING"}  # of a backend that can be imported without what it needs
 MODULES = ("native.cpu", "native.cuda", "triton", "foreach")
+SHARPNESS = ("native.sharpness", "native.cuda_sharpness", "triton.sharpness", "foreach.sharpness")
 PER_SAMPLE = ("native.per_sample", "triton.per_sample", "foreach.per_sample")
-PAIRS = [(name, other) for family in (MODULES, PER_SAMPLE) for i, name in enumerate(family) for other in family[i + 1 :]]
+PAIRS = [(name, other) for family in (MODULES, PER_SAMPLE, SHARPNESS) for i, name in enumerate(family) for other in family[i + 1 :]]
 
 
 def module_named(name: str) -> ModuleType:

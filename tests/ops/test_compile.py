@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sam_kernels import SAM, _dispatch, functional, use_backend
 from sam_kernels.cli._options import FOR_LAYOUT_CASES
+from sam_kernels.cli._sharpness_cases import SHARPNESS_OPTIONS
 from tests.helpers.backends import module_of
 from tests.helpers.cases import MIXED_NARROW, OPTIONS, build, run
 from tests.helpers.compare import assert_same_bits
@@ -53,7 +54,8 @@ def test_the_schema_says_what_is_written(name: str) -> None:
 
 
 def test_every_operation_has_an_operator() -> None:
-    assert set(SCHEMAS) == set(OPTIONS) | VARIANTS == set(functional.__all__) - {"combine_norms"}
+    elsewhere = {"combine_norms", *SHARPNESS_OPTIONS}  # no operation; tests/ops/test_sharpness_compile.py
+    assert set(SCHEMAS) == set(OPTIONS) | VARIANTS == set(functional.__all__) - elsewhere
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

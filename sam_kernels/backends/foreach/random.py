@@ -11,10 +11,10 @@ from torch import Tensor
 from sam_kernels._tensor_list import is_dense_row
 from sam_kernels.backends.foreach._rows import arithmetic_dtypes, exact, start, write
 
-__all__ = ["random_perturb_", "rounded_stochastically"]
+__all__ = ["random_perturb_", "rounded_stochastically", "uniforms"]
 
 LANES, WORDS = 256, 4  # a counter serves four elements, each run of 256 elements takes consecutive counters
-PERTURBATION_STREAM, ROUNDING_STREAM = 0, 1
+PERTURBATION_STREAM, ROUNDING_STREAM, SAMPLING_STREAM = 0, 1, 2
 _MASK = 0xFFFFFFFF
 _BATCH = 1 << 18  # counters
 
@@ -34,6 +34,12 @@ def _philox(counter: Tensor, row: Tensor, stream: int, seed: int) -> list[Tensor
         c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
         key0, key1 = (key0 + 0x9E3779B9) & _MASK, (key1 + 0xBB67AE85) & _MASK
     return [c0, c1, c2, c3]
+
+
+def uniforms(indices: Tensor, seed: int) -> Tensor:  # (n,) int64 -> (n,) float64 in (0, 1)
+    """52 random bits and a half for each index, as ``csrc/common/sampling.h`` has them."""
+    words = _philox(indices, torch.zeros_like(indices), SAMPLING_STREAM, seed)
+    return ((words[0] << 20 | words[1] >> 12).double() + 0.5) * 2.0**-52
 
 
 def _words(tensors: Sequence[Tensor], row_indices: Sequence[int], *, seed: int, stream: int) -> Iterator[Tensor]:

@@ -9,12 +9,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["PERTURBATION_STREAM", "ROUNDING_STREAM", "normal_pair", "rademacher", "seed_key", "tile_offsets", "tile_words"]
+__all__ = [
+    "PERTURBATION_STREAM",
+    "ROUNDING_STREAM",
+    "SAMPLING_STREAM",
+    "normal_pair",
+    "rademacher",
+    "seed_key",
+    "tile_offsets",
+    "tile_words",
+    "uniforms",
+]
 
 TILE_LANES = tl.constexpr(256)
 TILE = tl.constexpr(1024)
 PERTURBATION_STREAM = tl.constexpr(0)
 ROUNDING_STREAM = tl.constexpr(1)
+SAMPLING_STREAM = tl.constexpr(2)
 
 _LOG = [
     float.fromhex(text)
@@ -120,3 +131,13 @@ def normal_pair(first, second):
     x = tl.where(((quadrant + 1) & 2) != 0, -x, x)
     y = tl.where((quadrant & 2) != 0, -y, y)
     return radius * x, radius * y
+
+
+@triton.jit
+def uniforms(indices, key_low, key_high):  # block of int64 -> block of float64 in (0, 1)
+    """52 random bits and a half for each index: csrc/common/sampling.h."""
+    zero = (indices * 0).to(tl.uint32)
+    k0, k1 = key_low.to(tl.uint32, bitcast=True), key_high.to(tl.uint32, bitcast=True)
+    upper, lower, _, _ = _philox(indices.to(tl.uint32), (indices >> 32).to(tl.uint32), zero, zero + SAMPLING_STREAM, k0, k1)
+    bits = (upper.to(tl.int64) << 20) | (lower >> 12).to(tl.int64)
+    return (bits.to(tl.float64) + 0.5) * (2.0**-52)

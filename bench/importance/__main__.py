@@ -1,0 +1,63 @@
+"""``python -m bench.importance``: importance against uniform sampling on ridge regression, at the steps that theory gives."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import Progress
+
+from bench.__main__ import RESULTS
+from bench.environment import environment
+from bench.importance.chart import draw
+from bench.importance.problem import PROBLEMS, make_problem
+from bench.importance.report import ROOT, section
+from bench.importance.run import measure, times_of
+
+__all__ = ["main"]
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--steps", type=click.IntRange(min=1), default=1_000_000, show_default=True, help="Of every run.")
+@click.option("--points", type=click.IntRange(min=1), default=200, show_default=True, help="Of every curve.")
+@click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True, help="Runs whose mean is taken.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Where to write the result file.")
+@click.option("--image", type=click.Path(dir_okay=False, path_type=Path), help="Where to draw the curves.")
+@click.option("--store", is_flag=True, help="Write bench/results/<device>/importance.json and docs/images/importance.png.")
+def main(steps: int, points: int, seeds: int, json_path: Path | None, image: Path | None, store: bool) -> None:
+    """Single-element sampling of Unified SAM, λ 0, 0.5 and 1, on two ridge problems: rates and floors against the bounds."""
+    torch.set_num_threads(1)  # a step is a hundred numbers a run
+    result: dict[str, Any] = environment() | {"steps": steps, "seeds": seeds, "problems": []}
+    with Progress(disable=not os.isatty(1), transient=True) as progress:
+        for name in PROBLEMS:
+            problem, bar = make_problem(name), progress.add_task(name, total=steps)
+            times = times_of(steps, points)
+            smoothness = problem.smoothness
+            result["problems"].append(
+                {
+                    "problem": name,
+                    "mu": problem.mu,
+                    "L_max": smoothness.max().item(),
+                    "L_avg": smoothness.mean().item(),
+                    "L_min": smoothness.min().item(),
+                    "f_inf": problem.f_inf,
+                    "times": times,
+                    "rows": measure(problem, times, seeds, lambda t, bar=bar: progress.update(bar, completed=t)),  # type: ignore[misc]
+                }
+            )
+    Console(width=None if os.isatty(1) else 150).print(Markdown(section(result)))
+    for path in [path for path in (json_path, RESULTS / result["device"] / "importance.json" if store else None) if path is not None]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result) + "\n")
+    for path in [path for path in (image, ROOT / "docs/images/importance.png" if store else None) if path is not None]:
+        draw(result, path)
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m bench.importance")

@@ -1,0 +1,54 @@
+"""Ridge regression with n = d = 100 and eigenvalues {1, 10} and 98 from U[1, 2] (arXiv 2503.02225), in two ways."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["PROBLEMS", "Ridge", "make_problem"]
+
+N = 100
+RIDGE = 0.1
+PROBLEMS = {
+    "mixed": "rows as they come: A = √n U Λ^½ V', U and V random rotations",
+    "apart": "rows as different as these eigenvalues allow: A = √n Λ^½ V'",
+}
+
+
+@dataclass
+class Ridge:
+    """f = (1/n) Σ f_i, f_i(x) = (a_i'x - b_i)² / 2 + r ‖x‖² / 2, in float64. f's Hessian is A'A / n + r: the eigenvalues above, plus r."""
+
+    a: Tensor  # (n, d)
+    b: Tensor  # (n,)
+
+    def __post_init__(self) -> None:
+        hessian = self.a.T @ self.a / len(self.a) + RIDGE * torch.eye(self.a.shape[1], dtype=torch.float64)
+        self.mu = torch.linalg.eigvalsh(hessian)[0].item()
+        self.smoothness = self.a.square().sum(1) + RIDGE  # (n,) L_i
+        self.minimum = torch.linalg.solve(hessian, self.a.T @ self.b / len(self.a))  # (d,)
+        self.f_inf = self.f(self.minimum).item()
+        # The minimum of f_i lies along a_i.
+        self.mean_f_i_inf = (RIDGE * self.b.square() / (2 * self.smoothness)).mean().item()
+
+    def f(self, x: Tensor) -> Tensor:  # (..., d) -> (...)
+        return (x @ self.a.T - self.b).square().mean(-1) / 2 + RIDGE / 2 * x.square().sum(-1)
+
+
+def make_problem(name: str, seed: int = 0) -> Ridge:
+    """Same eigenvalues, same V and the same kind of b (a point's image plus standard normal noise) for both.
+
+    L_i = ‖a_i‖² + r. Their mean is Σ eigenvalues + r, whatever U. A random U gives every row nearly that. U = 1 gives row i the norm
+    √(n λ_i), and no U spreads the norms more: a diagonal is majorised by the eigenvalues (Schur).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    eigenvalues = torch.cat([torch.tensor([1.0, 10.0]), 1 + torch.rand(N - 2, generator=generator)]).double()
+    v, u = (torch.linalg.qr(torch.randn(N, N, generator=generator, dtype=torch.float64))[0] for _ in range(2))
+    a = math.sqrt(N) * eigenvalues.sqrt()[:, None] * v.T
+    if name == "mixed":
+        a = u @ a
+    point, noise = torch.randn(2, N, generator=generator, dtype=torch.float64)
+    return Ridge(a, a @ (point / 10) + noise)

@@ -1,0 +1,114 @@
+"""``python -m bench.rw_sam``: a step of RWSAM over one of SAM, in turns in one process, and how well each kind of norms ranks samples."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench import allocator, gate
+from bench.__main__ import BUSY, RESULTS, Names
+from bench.environment import environment
+from bench.per_sample.__main__ import TESTS as PER_SAMPLE_TESTS
+from bench.per_sample.bars import verdicts
+from bench.per_sample.models import MODELS, make_problem
+from bench.rw_sam import quality
+from bench.rw_sam.bars import BARS
+from bench.rw_sam.providers import PROVIDERS
+from bench.timing import interleave, quantiles
+
+__all__ = ["main", "measure"]
+
+TESTS = (*PER_SAMPLE_TESTS, *sorted(f"tests/optim/{path.name}" for path in (gate.ROOT / "tests" / "optim").glob("test_rwsam*.py")))
+
+
+def measure(model: str, names: list[str], rounds: int, console: Console) -> Iterator[dict[str, Any]]:
+    runs = {}
+    for name in names:
+        problem = make_problem(model)  # one each: weights and optimizer of its own
+        reason = PROVIDERS[name].missing(problem.model)
+        if reason is not None:
+            console.print(f"{model}: skipped {name}: {reason}", style="dim", highlight=False)
+            continue
+        runs[name] = PROVIDERS[name].make(problem)
+    rounds *= MODELS[model].turns
+    samples = interleave(runs, rounds=rounds, warmup=1)
+    for name in runs:
+        q = quantiles(samples[name])
+        times = {"ms_20": q.ms_20, "ms_50": q.ms_50, "ms_80": q.ms_80}
+        yield {"kind": "rw_sam", "model": model, "provider": name, "rounds": rounds, **times}
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--model", "models", type=Names(list(MODELS)), default=",".join(MODELS), show_default=True, help="Whose steps.")
+@click.option("--providers", type=Names(list(PROVIDERS)), default=",".join(PROVIDERS), show_default=True, help="Which steps.")
+@click.option("--rounds", type=click.IntRange(min=1), default=12, show_default=True, help="Turns of each; of the MLP four times as many.")
+@click.option("--threads", type=click.IntRange(min=1), help="Default: torch's.")
+@click.option("--quality/--no-quality", "with_quality", default=True, help="Rank correlations of the weights with the true norms.")
+@click.option("--gate/--no-gate", "with_gate", default=True, help="Run the tests of the norms and of RWSAM first.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Where to write the result file.")
+@click.option("--store", is_flag=True, help="Write it as bench/results/<device>/rw_sam.json.")
+def main(
+    models: list[str],
+    providers: list[str],
+    rounds: int,
+    threads: int | None,
+    with_quality: bool,
+    with_gate: bool,
+    json_path: Path | None,
+    store: bool,
+) -> None:
+    """Whole steps of Reweighted SAM with each kind of norms over a step of SAM, and how well those norms rank the samples."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)
+    if os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
+        console.print(BUSY.format(load=os.getloadavg()[0], cores=os.cpu_count()), style="bold yellow", highlight=False)
+    result = environment() | {
+        "allocator": allocator.current(os.environ),
+        "gate": gate.run(tests=TESTS) if with_gate else "skipped",
+        "rows": [],
+    }
+    console.print(f"gate {result['gate']}", highlight=False, soft_wrap=True)
+    for model in models:
+        result["rows"] += measure(model, providers, rounds, console)
+    if with_quality:
+        for model in quality.MODELS:
+            result["rows"] += quality.measure(model, quality.trained(model))
+    _print(result["rows"], console)
+    for path in [path for path in (json_path, RESULTS / result["device"] / "rw_sam.json" if store else None) if path is not None]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _print(rows: list[dict[str, Any]], console: Console) -> None:
+    steps = Table("model", "a whole step of", "ms (20/50/80 %)", "over SAM")
+    ranks = Table("model", "norms", "rank correlation with the true norms", "over draws")
+    for row in rows:
+        if row["kind"] == "quality":
+            titles = quality.MODELS[row["model"]].title, quality.ESTIMATES[row["provider"]].title
+            spread = f"{row['least']:.3f} – {row['greatest']:.3f}" if row["draws"] > 1 else ""
+            ranks.add_row(*titles, f"{row['rank_correlation']:.4f}", spread)
+            continue
+        sam = next((other["ms_50"] for other in rows if other["provider"] == "sam" and other["model"] == row["model"]), None)
+        times = f"{row['ms_20']:.1f} / {row['ms_50']:.1f} / {row['ms_80']:.1f}"
+        ratio = "" if sam is None else f"{row['ms_50'] / sam:.2f}"
+        steps.add_row(MODELS[row["model"]].title, PROVIDERS[row["provider"]].title, times, ratio)
+    for table in (steps, ranks):
+        if table.row_count:
+            console.print(table)
+    for line in verdicts(rows, BARS):
+        console.print(line, highlight=False)
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m bench.rw_sam")

@@ -1,0 +1,371 @@
+"""Reweighted SAM: the ascent goes along the samples whose gradients are long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from sam_kernels import functional
+from sam_kernels._validate import describe
+from sam_kernels.optim import _amp, _capturable
+from sam_kernels.optim._closures import Closure, passes_of
+from sam_kernels.optim._directional import DirectionalNorms
+from sam_kernels.optim._group import param_name
+from sam_kernels.optim._held_still import RandomState
+from sam_kernels.optim._reweighting import Reweighting, check_modules, chosen_modules
+from sam_kernels.optim._schedules import Schedule, Step, beta_at, takes_part
+from sam_kernels.optim._seeds import derived_seed
+from sam_kernels.optim.sam import SAM
+from sam_kernels.per_sample import GradNorms
+
+__all__ = ["RWSAM"]
+
+
+class RWSAM(SAM):
+    r"""Reweighted SAM (arXiv 2509.18001): :class:`SAM` whose ascent weights every sample by how long its gradient is.
+
+    With f_1 … f_B the losses of a batch, and t = 1, 2, … the step::
+
+        n_i = ‖∇f_i(w)‖
+        p   = softmax(beta_t n)                                          the weights that maximise Σ p_i n_i + entropy(p) / beta_t
+        v   = Σ_i p_i ∇f_i(w)
+        e   = rho_t (1 - lambd_t + lambd_t / (‖v‖ + eps)) v
+        w   = base_optimizer(w, ∇ mean_i f_i (w + e))                    from w restored bit for bit
+
+    β = 0 is SAM, β → ∞ climbs along the sample of the longest gradient. β has the unit of 1 / n: norms change during training, and a
+    callable may follow them. With β = 0 (as a number, and ``sampling="weights"``) no norm is taken and the step is SAM's on the mean
+    loss, bit for bit.
+
+    ``norms`` says where n comes from:
+
+    * ``"exact"``: from the one backward pass that v needs anyway, by :class:`sam_kernels.per_sample.GradNorms` (layers that have no rule
+      there: see ``unsupported``), over all parameters of groups with ρ > 0.
+    * ``"last_layer"``, ``"norm_layers"`` or a list of modules: the same, over the parameters of these modules alone. A cheap proxy. (The
+      last layer is the last module, in the model's own order, that has parameters.)
+    * ``"finite_difference"``: n_i = √(mean over K directions z of ((f_i(w + δz) - f_i(w)) / δ)²), for K more forward passes, without
+      autograd. One direction has a relative standard deviation of about 3/4, and a mean 20 % too low. A forward pass in 16 bits drowns the
+      difference: leave autocast off.
+    * ``"jvp"``: the same with the derivative along z itself, in place of the difference, by forward-mode differentiation. Memory: z, once.
+
+    Args:
+        model: what the closure calls. Running statistics of its normalisation layers are updated by one forward pass a step, that at w;
+            neither those at w + δz nor the second pass change them. In training mode BatchNorm makes samples depend on each other: exact
+            norms are then those of contributions (see :class:`~sam_kernels.per_sample.GradNorms`), which add up to the batch's gradient.
+            Wrapped in DistributedDataParallel, each rank weights its own samples and climbs along their gradient, which is not
+            averaged (as m-SAM); the descent is.
+        base_optimizer: as for :class:`SAM`, made with ``base_kwargs``.
+        beta: inverse temperature ≥ 0: a number, a 0-dim tensor or a callable t → β. Kept in ``param_groups``, alike in all.
+        norms: see above.
+        micro_batch: m: norms and weights of the mean gradients of m consecutive samples.
+        sampling: ``"weights"``: v as above. ``"draw"``: v is the mean of the gradients of ``draws`` samples (micro-batches) drawn with
+            probabilities p, with or without ``replacement``.
+        delta, delta_scaling: length of the step of finite differences: δ√d for d parameters (``"sqrt_d"``), or δ (``"unit"``).
+        distribution: of z: ``"rademacher"`` or ``"normal"``.
+        num_directions: K.
+        seed: of z and of draws, which also depend on the step: a run continued from a checkpoint has the same ones.
+        unsupported: as for :class:`~sam_kernels.per_sample.GradNorms`.
+        params: as for :class:`SAM`, of the model's parameters; None: all of them. Others of the model that are trainable have gradients
+            added to their ``.grad``, as by any backward pass.
+        sam_and_base_kwargs: :class:`SAM`'s keywords but ``model``, and the base optimizer's.
+
+    Raises:
+        TypeError, ValueError: for arguments of the wrong type or out of range.
+    """
+
+    _group_keys = (*SAM._group_keys, "beta")
+    _kept = (*SAM._kept, "model", "reweighting")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base_optimizer: type[Optimizer] | Callable[..., Optimizer] | Optimizer,
+        *,
+        beta: Schedule,
+        norms: str | Iterable[nn.Module] = "exact",
+        micro_batch: int = 1,
+        sampling: str = "weights",
+        draws: int = 1,
+        replacement: bool = True,
+        delta: float = 1e-3,
+        delta_scaling: str = "sqrt_d",
+        distribution: str = "rademacher",
+        num_directions: int = 1,
+        seed: int = 0,
+        unsupported: str = "error",
+        params: Any = None,
+        **sam_and_base_kwargs: Any,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"RWSAM: model must be a torch.nn.Module, got {describe(model)}")
+        self.model = model
+        self.reweighting = Reweighting(
+            norms=norms if isinstance(norms, str) else "modules",
+            modules=() if isinstance(norms, str) else check_modules(model, norms),
+            micro_batch=micro_batch,
+            sampling=sampling,
+            draws=draws,
+            replacement=replacement,
+            delta=delta,
+            delta_scaling=delta_scaling,
+            distribution=distribution,
+            num_directions=num_directions,
+            seed=seed,
+            unsupported=unsupported,
+        )
+        chosen_modules(model, self.reweighting.norms)
+        if sam_and_base_kwargs.get("capturable") and (self.reweighting.is_directional or sampling == "draw"):
+            raise ValueError("RWSAM: capturable=True needs exact norms and sampling='weights': a graph would draw the same numbers again")
+        self._more_defaults = {"beta": beta}
+        super().__init__(model.parameters() if params is None else params, base_optimizer, model=model, **sam_and_base_kwargs)
+        known = set(map(id, model.parameters()))
+        for i, group in enumerate(self.param_groups):
+            for j, param in enumerate(group["params"]):
+                if id(param) not in known:
+                    raise ValueError(f"RWSAM: parameter {param_name(group, i, j)} is no parameter of the model")
+
+    def _link(self) -> None:
+        super()._link()
+        how = self.reweighting
+        options: dict[str, Any] = {"micro_batch": how.micro_batch, "reduction": "mean", "unsupported": how.unsupported}
+        self._engine = None if how.is_directional else GradNorms(self.model, **options)
+        self._directional = DirectionalNorms(self.model, how) if how.is_directional else None
+        self._norms: list[Tensor] = []  # (B / m,) for each closure of the last step
+        self._weights: list[Tensor] = []
+        self._recorded: float | Tensor | None = None  # β of the forward pass under recording()
+
+    # --- the step ---
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]  # no n-SAM: there is no sample to weight
+        self,
+        closure: Callable[..., Tensor] | Sequence[Callable[[], Tensor]] | None = None,
+        *,
+        grad_scaler: GradScaler | None = None,
+        batch: Sequence[Any] | None = None,
+        micro_batches: int | None = None,
+    ) -> Any:
+        """One step. Returns the mean of the losses of the first pass, without its graph; None without a closure.
+
+        Args:
+            closure: runs the forward pass and returns the samples' losses, (B,); no ``zero_grad``, no ``backward``: gradients are set to
+                None and computed here. Called twice (with finite differences and ``"jvp"`` K more times before that, without autograd),
+                with the same random numbers wherever losses are compared. A list of closures: m-SAM, each micro-batch with its own
+                reweighted ascent. None: as for :meth:`SAM.step`.
+            grad_scaler: scales the losses here; call ``grad_scaler.update()`` afterwards.
+            batch, micro_batches: as for :meth:`SAM.step`.
+
+        Raises:
+            TypeError, ValueError: as :meth:`SAM.step`; for losses that are not (B,) or whose number m does not divide.
+        """
+        scaler = _amp.check_scaler(grad_scaler)
+        pairs = passes_of(closure, batch, micro_batches, None)
+        if pairs is None:
+            return self._finish(scaler)
+        self._norms, self._weights = [], []
+        passes = [(partial(self._ascent, each, i, scaler), partial(self._descent, each, scaler)) for i, (each, _) in enumerate(pairs)]
+        return self._make_step(passes, scaler)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Around the first forward pass of the two-step API, for norms that are exact or those of chosen modules. A whole step::
+
+            with optimizer.recording():
+                losses = loss_fn(model(inputs), labels)      # (B,)
+            optimizer.weighted_backward(losses)              # .grad is v
+            optimizer.first_step(zero_grad=True)
+            loss_fn(model(inputs), labels).mean().backward()
+            optimizer.second_step(zero_grad=True)
+
+        Raises RuntimeError between the two steps, and for norms along random directions, which need a closure.
+        """
+        self._require_unperturbed("recording")
+        if self._engine is None:
+            raise RuntimeError(f"RWSAM.recording: norms={self.reweighting.norms!r} calls a closure several times; use step(closure)")
+        t: Step = self.param_groups[0]["sam_step"] + 1
+        self._recorded = self._beta(t)
+        with self._without_averaging(), nullcontext() if self._is_plain(self._recorded, t) else self._engine_at(t):
+            yield
+
+    @torch.no_grad()
+    def weighted_backward(self, losses: Tensor, *, grad_scaler: GradScaler | None = None) -> None:  # (B,)
+        """Weights the losses of the forward pass under :meth:`recording` and puts their weighted gradient in the place of ``.grad``.
+
+        ``grad_scaler`` scales them; :meth:`first_step` then needs it too (for λ < 1).
+        """
+        self._require_unperturbed("weighted_backward")
+        beta, self._recorded = self._recorded, None
+        if beta is None:
+            raise RuntimeError("RWSAM.weighted_backward: run the forward pass under recording() first, once for each call")
+        self._norms, self._weights = [], []
+        self.zero_grad()
+        t: Step = self.param_groups[0]["sam_step"] + 1
+        with torch.enable_grad(), self._without_averaging():
+            self._backward(self._differentiable(losses), beta, t, 0, _amp.check_scaler(grad_scaler))
+
+    def _ascent(self, closure: Closure, index: int, scaler: GradScaler | None) -> Tensor:
+        """Leaves v (scaled) in ``.grad``. Returns the mean loss."""
+        self.zero_grad()
+        t: Step = self.param_groups[0]["sam_step"]
+        beta, norms = self._beta(t), None
+        plain = self._is_plain(beta, t)
+        with self._without_averaging():
+            if plain or self._directional is None:
+                with nullcontext() if plain else self._engine_at(t):
+                    losses = self._differentiable(closure())
+            else:
+                self._guard.save()  # what an exception puts back
+                seed = derived_seed(self.reweighting.seed, int(t), index, 1)
+                state = RandomState(self._devices())
+                slopes = self._directional.slopes(lambda: self._checked(closure()), self.param_groups, self._passes, state, seed)
+                losses = self._differentiable(closure())
+                norms = self._directional.norms(slopes, losses)
+            self._backward(losses, beta, t, index, scaler, norms)
+        return losses.detach().mean()
+
+    def _descent(self, closure: Closure, scaler: GradScaler | None) -> Tensor:
+        self.zero_grad()
+        loss = self._differentiable(closure()).mean()
+        _scaled(loss, scaler).backward()  # type: ignore[no-untyped-call]  # torch's own is untyped
+        return loss.detach()
+
+    def _backward(
+        self, losses: Tensor, beta: float | Tensor, t: Step, index: int, scaler: GradScaler | None, norms: Tensor | None = None
+    ) -> None:
+        """v (scaled) into ``.grad``. Norms (B / m,) that are not known are those of the engine that was around the forward pass."""
+        m = self.reweighting.micro_batch
+        if self._is_plain(beta, t):
+            _scaled(losses.mean(), scaler).backward()  # type: ignore[no-untyped-call]  # as above
+            dtype = torch.promote_types(losses.dtype, torch.float32)
+            self._weights.append(losses.new_full((len(losses) // m,), m / len(losses), dtype=dtype))
+        elif norms is not None:
+            each = (self._weigh(norms, beta, t, index) / m).repeat_interleave(m)
+            torch.autograd.backward(_scaled(losses, scaler), each.to(losses.dtype))
+        else:
+            assert self._engine is not None
+            norms, scale = self._engine(_scaled(losses, scaler)), _amp.scale_of(scaler)
+            self._engine.weighted_grads_(self._weigh(norms if scale is None else norms / scale, beta, t, index))
+
+    @torch.no_grad()
+    def _weigh(self, norms: Tensor, beta: float | Tensor, t: Step, index: int) -> Tensor:  # (B / m,)
+        """The weight of each in v."""
+        weights = functional.sharpness_weights(norms, beta=beta)
+        self._norms.append(norms)
+        self._weights.append(weights)
+        how = self.reweighting
+        if how.sampling == "weights":
+            return weights
+        seed = derived_seed(how.seed, int(t), index, 0)
+        drawn, _ = functional.sharpness_sample(norms, how.draws, beta=beta, replacement=how.replacement, seed=seed)
+        # A norm that is not finite makes weights NaN: then the step must be skipped, whatever was drawn.
+        counts = torch.zeros_like(norms).index_add_(0, drawn, torch.ones_like(norms[:1]).expand(how.draws))
+        return counts / how.draws + 0.0 * weights.sum()
+
+    # --- what it was ---
+
+    @property
+    def last_norms(self) -> Tensor | None:
+        """(B / m,) gradient norms of the last step that had losses, of its closures one after another, on the device; None where none
+        were taken."""
+        return torch.cat(self._norms) if self._norms else None
+
+    @property
+    def last_weights(self) -> Tensor | None:
+        """(B / m,) weights p of the last step that had losses, of its closures one after another, each adding up to 1, on the device."""
+        return torch.cat(self._weights) if self._weights else None
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Of the last step, as 0-dim tensors on the device (reading them waits for it): ``effective_sample_size`` 1 / Σ p², between 1 and
+        B / m, ``max_weight``, and where norms were taken ``mean_norm``, ``min_norm``, ``max_norm``. Of several closures: means of each.
+        """
+        found: dict[str, list[Tensor]] = {}
+        for weights in self._weights:
+            found.setdefault("effective_sample_size", []).append(weights.square().sum().reciprocal())
+            found.setdefault("max_weight", []).append(weights.max())
+        for norms in self._norms:
+            for name, value in (("mean_norm", norms.mean()), ("min_norm", norms.min()), ("max_norm", norms.max())):
+                found.setdefault(name, []).append(value)
+        return {name: torch.stack(values).mean() for name, values in found.items()}
+
+    def release_buffers(self) -> None:
+        """As :meth:`SAM.release_buffers`; the directions of ``"jvp"`` too."""
+        super().release_buffers()
+        if self._directional is not None:
+            self._directional.release()
+
+    # --- parts ---
+
+    def _beta(self, t: Step) -> float | Tensor:
+        """β_t. What is equal in all groups becomes one object, so that tensors are compared, which waits for the device, once."""
+        first = self.param_groups[0]["beta"]
+        for group in self.param_groups[1:]:
+            other = group["beta"]
+            if other is first:
+                continue
+            if isinstance(first, Tensor) and _capturable.is_recording(first.device):
+                raise _capturable.not_recordable("param_groups hold different tensors for beta, which only an eager step makes one")
+            if callable(other) or callable(first) or float(other) != float(first):
+                raise ValueError("RWSAM: param_groups have different values of beta; the weights of a batch are those of all parameters")
+            group["beta"] = first
+        return beta_at(first, t)
+
+    def _is_plain(self, beta: float | Tensor, t: Step) -> bool:
+        """Whether no norm is needed, without looking at a device: all weights are the same, or nothing ascends."""
+        if self.reweighting.sampling == "weights" and not isinstance(beta, Tensor) and beta == 0:
+            return True
+        return not any(takes_part(group["rho"], t) for group in self.param_groups)
+
+    def _engine_at(self, t: Step) -> GradNorms:
+        """Its norms are over the parameters of groups with ρ > 0, and of the chosen modules."""
+        assert self._engine is not None
+        how = self.reweighting
+        counted = [param for group in self.param_groups if takes_part(group["rho"], t) for param in group["params"]]
+        if how.norms != "exact":  # found anew each time: layers may have been replaced, or frozen
+            chosen = {id(param) for module in how.modules or chosen_modules(self.model, how.norms) for param in module.parameters()}
+            counted = [param for param in counted if id(param) in chosen]
+        if not any(param.requires_grad for param in counted):
+            raise ValueError(f"RWSAM: norms={how.norms!r}: none of their parameters is trainable and in a group with rho > 0")
+        self._engine.over = counted
+        return self._engine
+
+    @contextmanager
+    def _without_averaging(self) -> Iterator[None]:
+        """DistributedDataParallel must not wait for gradients that do not come by it."""
+        no_sync = getattr(self.model, "no_sync", nullcontext)
+        with no_sync():
+            yield
+
+    def _checked(self, losses: Any) -> Tensor:  # (B,)
+        if not isinstance(losses, Tensor) or not losses.is_floating_point():
+            raise TypeError(f"RWSAM: the closure must return the samples' losses, a floating-point tensor, got {describe(losses)}")
+        if losses.dim() != 1 or not len(losses):
+            raise ValueError(
+                f"RWSAM: the closure must return losses of shape (B,), one for each sample, got {tuple(losses.shape)}; use "
+                "reduction='none', average over everything but the batch, and leave backward() to the optimizer"
+            )
+        how = self.reweighting
+        if len(losses) % how.micro_batch:
+            raise ValueError(f"RWSAM: {len(losses)} losses cannot be cut into micro-batches of {how.micro_batch}")
+        if how.sampling == "draw" and not how.replacement and how.draws > len(losses) // how.micro_batch:
+            raise ValueError(f"RWSAM: draws={how.draws} without replacement, of {len(losses) // how.micro_batch}")
+        return losses
+
+    def _differentiable(self, losses: Any) -> Tensor:  # (B,)
+        checked = self._checked(losses)
+        if not checked.requires_grad:
+            raise RuntimeError("RWSAM: the losses have no graph: they were detached, or computed under torch.no_grad")
+        return checked
+
+
+def _scaled(losses: Tensor, scaler: GradScaler | None) -> Tensor:
+    scaled: Tensor = losses if scaler is None else scaler.scale(losses)
+    return scaled
+
+
+_amp.hide_grad_scaler(RWSAM.step)
