@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -73,14 +73,17 @@ class Call:
         self.name, self.module, self.rule, self.params = name, module, rule, params
         self.rows = rows or {}
         self.batch_dim, self.merged, self.reads_once = batch_dim, merged, reads_once
-        self._training = [(child, child.training) for child in module.modules()]
-        self._arguments: pytree.TreeSpec | None = None  # None: one tensor, the usual case
-        leaves: list[Any] = list(arguments)
+        # The usual case, one tensor in and one out of a module without children, takes the short ways: all this runs out of cold caches.
+        self._training = [(child, child.training) for child in module.modules()] if module._modules else [(module, module.training)]
+        self._arguments: pytree.TreeSpec | None = None  # None: one tensor
+        self._leaves: list[Any] = [None]
+        self._places, inputs = [0], list(arguments)
         if len(arguments) != 1 or keywords or not isinstance(arguments[0], Tensor):
             leaves, self._arguments = pytree.tree_flatten((arguments, keywords))
-        self._leaves: list[Any] = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self._places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        self._saved = Saved([leaves[i] for i in self._places], next(iter(params.values())))
+            self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            self._places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+            inputs = [leaves[i] for i in self._places]
+        self._saved = Saved(inputs, next(iter(params.values())))
         self._is_one = isinstance(output, Tensor)
         outputs = [output] if self._is_one else pytree.tree_leaves(output)
         tensors = [leaf for leaf in outputs if isinstance(leaf, Tensor) and leaf.is_floating_point()]
@@ -117,9 +120,12 @@ class Call:
     def has_gradient(self) -> bool:
         return any(grad is not None for grad in self._grads)
 
-    @contextmanager
-    def as_it_was(self) -> Iterator[None]:
+    def as_it_was(self) -> AbstractContextManager[None]:
         """The module trains, or does not, as when it was called."""
+        return nullcontext() if all(child.training is training for child, training in self._training) else self._training_again()
+
+    @contextmanager
+    def _training_again(self) -> Iterator[None]:
         now = [(child, child.training) for child, _ in self._training]
         try:
             for child, training in self._training:

@@ -31,6 +31,7 @@ class Gathered:
         self._awaited = Counter(id(param) for call in calls for param in call.params.values())
         self._terms: dict[int, list[tuple[Place | None, Term]]] = {}  # by the id of a parameter: hashing a tensor is slow
         self._kept: list[tuple[nn.Parameter, Place | None, Term]] = []
+        self._pairs: list[tuple[nn.Parameter, nn.Parameter, Outer]] = []  # kept too: a weight and its bias
         self._square_norms: dict[torch.device, Tensor] = {}  # (M,) each
 
     def add(self, call: Call) -> None:
@@ -60,10 +61,13 @@ class Gathered:
         if any(self._awaited[id(param)] > 1 or len(self._terms[id(param)]) > 1 for param in params):
             return False
         outer.add_square_norms_(self._square_norms_on(params[0].device), keep=self._keep, with_shift=True)
+        together = self._keep and outer.gives_shift and not call.rows
+        if together:
+            self._pairs.append((call.params["weight"], call.params["bias"], outer))
         for name, param in call.params.items():
             place = self._terms.pop(id(param))[0][0]
             self._awaited[id(param)] = 0
-            if self._keep:
+            if self._keep and not together:
                 term = terms[name]
                 freed = isinstance(term, Shift) and outer.left is not term.left  # a product is kept: let the rest go here too
                 self._kept.append((param, place, term.dense() if freed and isinstance(term, Shift) else term))
@@ -83,18 +87,16 @@ class Gathered:
 
     def add_weighted_grads(self, weights: Tensor | None) -> None:  # (M,), None: 1 everywhere
         """Of every parameter, freeing its terms."""
+        while self._pairs:
+            weight, bias, outer = self._pairs.pop()
+            grads = outer.weighted_with_shift(None if weights is None else weights.to(weight.device), weight.shape)
+            del outer
+            for param, grad in zip((weight, bias), grads, strict=True):
+                _add_grad(param, None, grad)
         while self._kept:
             param, place, term = self._kept.pop()
             shape = param.shape if place is None else torch.Size((place[1] - place[0], *param.shape[1:]))
-            grad = term.weighted(None if weights is None else weights.to(param.device), shape).to(param.dtype)
-            if place is not None:
-                if param.grad is None:
-                    param.grad = torch.zeros_like(param)
-                param.grad[slice(*place)] += grad
-            elif param.grad is None:
-                param.grad = grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)  # as autograd lays it out
-            else:
-                param.grad += grad
+            _add_grad(param, place, term.weighted(None if weights is None else weights.to(param.device), shape))
 
     def _terms_of(self, call: Call) -> dict[str, Term]:
         arguments, keywords, grads = call.operands(self._batch)
@@ -142,3 +144,15 @@ class Gathered:
 
     def _is_counted(self, param: nn.Parameter) -> bool:
         return self._over is None or id(param) in self._over
+
+
+def _add_grad(param: nn.Parameter, place: Place | None, grad: Tensor) -> None:
+    grad = grad.to(param.dtype)
+    if place is not None:
+        if param.grad is None:
+            param.grad = torch.zeros_like(param)
+        param.grad[slice(*place)] += grad
+    elif param.grad is None:
+        param.grad = grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)  # as autograd lays it out
+    else:
+        param.grad += grad

@@ -114,7 +114,7 @@ class Recorder:
     def _on_call(self, watched: _Watched, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not self._listens:
             return output
-        tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        tensors = [output] if isinstance(output, Tensor) else [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
         if len(tensors) > 1:  # one may come from another, or be another: aliases get only the gradients from outside
             output = pytree.tree_map_only(Tensor, lambda tensor: tensor.view_as(tensor), output)
         # (B, features), as behind a mean over time, has no dimension for time

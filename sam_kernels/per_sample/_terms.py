@@ -96,6 +96,17 @@ class Outer:
         if self._products is not None:
             self.left = self.right = self._products.new_empty(0)  # no longer needed
 
+    @property
+    def gives_shift(self) -> bool:
+        """Whether :meth:`weighted_with_shift` saves a read of left: it is left that is scaled, in no less than 32 bits."""
+        return self._products is None and self.left.shape[2] <= self.right.shape[2] and self.left.element_size() > 2
+
+    def weighted_with_shift(self, weights: Tensor | None, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """The weighted sum, and that of the sum over t of left_t, from left as it has just been scaled."""
+        scaled = Outer(_scaled(self.left, weights), self.right)
+        shift = scaled.left.sum((0, 1))
+        return scaled.weighted(None, shape), shift
+
     def weighted(self, weights: Tensor | None, shape: torch.Size) -> Tensor:
         if self._products is not None:
             return _weighted_sum(weights, self._products).view(shape)
