@@ -80,9 +80,11 @@ class Gathered:
                 self.add(call)
 
     def square_norms(self) -> Tensor:  # (M,) float64
-        total = torch.zeros(self.m, dtype=torch.float64, device=self.device)
-        for square_norms in self._square_norms.values():
-            total += square_norms.to(self.device)
+        """Of all devices, on the losses'; to be had once."""
+        total = self._square_norms_on(self.device)
+        for device, square_norms in self._square_norms.items():
+            if device != self.device:
+                total += square_norms.to(self.device)
         return total
 
     def add_weighted_grads(self, weights: Tensor | None) -> None:  # (M,), None: 1 everywhere

@@ -11,6 +11,7 @@ import torch
 __all__ = ["ends_of"]
 
 
+_CAST = "ToCopyBackward0"
 _Leaf: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]  # not declared
 
 
@@ -32,9 +33,10 @@ def ends_of(root: Any, nodes: Collection[Any]) -> tuple[set[Any], set[Any], Coun
                 continue
             leads[node] = False  # there are no cycles: only keeps the node from being expanded twice
             children = [child for child, _ in node.next_functions if child is not None]
-            if _cast_leaf(node) is None:
+            if type(node).__name__ != _CAST or _cast_leaf(node) is None:
                 for child in children:
-                    leaf = child if type(child) is _Leaf else _cast_leaf(child)
+                    kind = type(child)
+                    leaf = child if kind is _Leaf else _cast_leaf(child) if kind.__name__ == _CAST else None
                     if leaf is not None:
                         reads[id(leaf.variable)] += 1
             stack.append((node, children))
@@ -50,8 +52,6 @@ def ends_of(root: Any, nodes: Collection[Any]) -> tuple[set[Any], set[Any], Coun
 
 
 def _cast_leaf(node: Any) -> Any:
-    """The leaf that a node does nothing but cast, else None. Autocast casts a weight once: who reads the cast reads the leaf."""
-    if type(node).__name__ != "ToCopyBackward0":
-        return None
+    """The leaf that a cast's node has to itself, else None. Autocast casts a weight once: who reads the cast reads the leaf."""
     child = node.next_functions[0][0]
     return child if type(child) is _Leaf else None

@@ -285,5 +285,7 @@ def _times(grad: Tensor, top: Tensor | None) -> Tensor:
 def _scaled(tensor: Tensor, weights: Tensor | None) -> Tensor:  # (B, ...) by the weight of each sample's group
     if weights is None:
         return tensor
-    each = weights.to(tensor.dtype).repeat_interleave(tensor.shape[0] // weights.shape[0])
+    each = weights.to(tensor.dtype)
+    if tensor.shape[0] != weights.shape[0]:
+        each = each.repeat_interleave(tensor.shape[0] // weights.shape[0])
     return tensor * each.view(-1, *(1,) * (tensor.dim() - 1))

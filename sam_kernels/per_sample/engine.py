@@ -171,8 +171,8 @@ class GradNorms:
             for handle in handles:
                 handle.remove()
         self._gathered = gathered if keep else None
-        norms = gathered.square_norms().clamp(min=0.0).sqrt()
-        if self.reduction == "mean":
+        norms = gathered.square_norms().clamp_(min=0.0).sqrt_()
+        if self.reduction == "mean" and self.micro_batch > 1:
             norms /= self.micro_batch
         return norms.to(torch.float64 if losses.dtype is torch.float64 else torch.float32)
 
@@ -192,7 +192,7 @@ class GradNorms:
             raise TypeError(f"GradNorms.weighted_grads_: weights must be a floating-point tensor, got {describe(weights)}")
         if weights is not None and weights.shape != (m,):
             raise ValueError(f"GradNorms.weighted_grads_: weights must have shape ({m},), got {tuple(weights.shape)}")
-        if self.reduction == "mean":
+        if self.reduction == "mean" and self.micro_batch > 1:
             weights = (torch.ones(m, device=device) if weights is None else weights) / self.micro_batch
         if weights is not None and weights.is_cpu and bool((weights == 1).all()):  # to look at those of a device would be to wait for it
             weights = None
