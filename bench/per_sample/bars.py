@@ -57,4 +57,4 @@ def as_table(rows: Sequence[dict[str, Any]], bars: Sequence[Bar] = BARS) -> Iter
     """The lines of a table in Markdown."""
     yield from ("| figure | to reach | measured |", "|---|---:|---:|")
     for bar, figure, reached in judged(rows, bars):
-        yield f"| {bar.model}: {bar.title} | {bar} | {figure:.3g}{'' if reached else ' (missed)'} |"
+        yield f"| {bar.model}: {bar.title} | {bar} | {figure:.4g}{'' if reached else ' (missed)'} |"
