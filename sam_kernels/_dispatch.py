@@ -106,29 +106,32 @@ def select_sharpness(device_type: str) -> ModuleType:
 
 
 def _select_family(family: str, device_type: str, dtypes: frozenset[torch.dtype]) -> ModuleType:
-    key = (family, _forced, device_type, dtypes)
+    forced = _forced  # read once: what is kept must not depend on another thread
+    key = (family, forced, device_type, dtypes)
     if key not in _selected:
-        _selected[key] = _find(family, device_type, dtypes)
+        _selected[key] = _find(family, forced, device_type, dtypes)
     return _selected[key]
 
 
-def _find(family: str, device_type: str, dtypes: Collection[torch.dtype]) -> ModuleType:
-    for name in BACKENDS if _forced is None else (_forced,):
+def _find(family: str, forced: str | None, device_type: str, dtypes: Collection[torch.dtype]) -> ModuleType:
+    reason = ""
+    for name in BACKENDS if forced is None else (forced,):
         backend = _backend(name, device_type)
         own = _path(name, device_type)
         path = _FAMILIES[family].get(own, f"{own}.{family}")
         if isinstance(backend, str) or path is None or not (backend.DEVICE_TYPES is None or device_type in backend.DEVICE_TYPES):
             continue
-        if not (backend.DTYPES is None or backend.DTYPES.issuperset(dtypes)) or (_forced is None and not backend.IS_AUTOMATIC):
+        if not (backend.DTYPES is None or backend.DTYPES.issuperset(dtypes)) or (forced is None and not backend.IS_AUTOMATIC):
             continue
         if path not in _loaded:
             _loaded[path] = _load(path)
         module = _loaded[path]
         if not isinstance(module, str):
             return module
+        reason = f" ({module})"
     select(device_type, dtypes)  # has the words for a backend or a dtype that is missing
     what = {"per_sample": "gradient norms per sample", "sharpness": "weights by sharpness"}[family]
-    raise RuntimeError(f"backend {_forced!r} was asked for and has no {what} for {device_type!r} tensors")
+    raise RuntimeError(f"backend {forced!r} was asked for and has no {what} for {device_type!r} tensors{reason}")
 
 
 class use_backend:  # used like a function, as torch.no_grad is

@@ -26,6 +26,7 @@ __all__ = [
     "describe",
 ]
 
+_LARGEST = int(torch.finfo(torch.float64).max)
 SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -113,6 +114,7 @@ def check_number(
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{op}: {name} must be a number, got {describe(value)}")
+    value = math.inf if isinstance(value, int) and abs(value) > _LARGEST else value  # it has no float
     above = high is not None and (value >= high if open_high else value > high)
     below = low is not None and (value <= low if open_low else value < low)
     if not math.isfinite(value) or below or above:

@@ -12,7 +12,7 @@ from bench.per_sample.bars import as_table
 from bench.per_sample.models import MODELS
 from bench.report import ROOT, rewrite
 from bench.rw_sam import quality
-from bench.rw_sam.bars import BARS
+from bench.rw_sam.bars import BARS, over_sam
 from bench.rw_sam.providers import PROVIDERS
 
 __all__ = ["section"]
@@ -21,12 +21,10 @@ __all__ = ["section"]
 def section(result: dict[str, Any]) -> str:
     """Markdown: the steps, the rank correlations, the figures to reach, and where they were measured."""
     steps, found = ([row for row in result["rows"] if row["kind"] == kind] for kind in ("rw_sam", "quality"))
-    sam = {row["model"]: row["ms_50"] for row in steps if row["provider"] == "sam"}
-    lines = ["| model | a whole step of | ms (20 / 50 / 80 %) | over SAM |", "|---|---|---:|---:|"]
+    lines = ["| model | a whole step of | ms (20 / 50 / 80 %) | over SAM in the same round |", "|---|---|---:|---:|"]
     for row in steps:
         times = " / ".join(f"{row[key]:.1f}" for key in ("ms_20", "ms_50", "ms_80"))
-        ratio = f"{row['ms_50'] / sam[row['model']]:.2f}" if row["model"] in sam else ""
-        lines.append(f"| {MODELS[row['model']].title} | {PROVIDERS[row['provider']].title} | {times} | {ratio} |")
+        lines.append(f"| {MODELS[row['model']].title} | {PROVIDERS[row['provider']].title} | {times} | {over_sam(row)} |")
     lines += ["", "| model | norms | rank correlation with the true norms | over draws |", "|---|---|---:|---:|"]
     for row in found:
         spread = f"{row['least']:.3f} – {row['greatest']:.3f} ({row['draws']})" if row["draws"] > 1 else ""

@@ -36,8 +36,8 @@ SAM_INLINE double gumbel_key(double exponent, double uniform) {
 // 1 / (k B p). places: k B.
 SAM_INLINE double replacement_weight(double term, double total, double places) { return total / term / places; }
 
-// Des Raj's: (rest / p + later) / (k B). rest: of all that were not drawn before; later: draws that follow. Terms that vanish would be 0 /
-// 0.
+// Des Raj's: (rest / p + later) / (k B). rest: of all that were not drawn before; later: draws that follow. Where all of them vanish it is
+// infinite, not 0 / 0.
 SAM_INLINE double ordered_weight(double term, double rest, double later, double places) {
   return ((rest == 0.0 ? HUGE_VAL : rest / term) + later) / places;
 }

@@ -106,7 +106,8 @@ class _StepOf:
         return losses
 
     def _gradient(self, images: Tensor, labels: Tensor) -> Tensor:
-        self._optimizer.zero_grad()
+        with self._clock.backward():
+            self._optimizer.zero_grad()
         with self._clock.forward():
             loss = nn.functional.cross_entropy(self._model(images), labels)
         with self._clock.backward():

@@ -33,7 +33,7 @@ def sharpness_weights(
     Arithmetic is float64, with the largest norm subtracted, and rounded once: backends agree within 2 B + 40 roundings of float64. With
     ``beta`` 0 each weight is exactly 1/B, correctly rounded (float32: up to 2^28 norms). A norm that is not finite makes every weight NaN,
     with ``beta`` 0 too. ``beta`` is finite and not negative.
-    Reads the norms three times and writes the weights: 4 B s bytes.
+    The kernels for devices read the norms three times and write the weights: 4 B s bytes.
 
     Raises TypeError for norms that are no dense float32 or float64 tensor, ValueError for a wrong shape, no norms, or a wrong ``beta``.
     """
@@ -53,13 +53,13 @@ def sharpness_sample(
     seed: int,
 ) -> tuple[Tensor, Tensor]:  # (k,) int64, (k,) of the norms' dtype
     """k draws of samples with probabilities p = softmax(beta norms): (indices in the order drawn, weights). For any f, the expectation of
-    the sum over j of weights[j] f[indices[j]] is the mean of f, (1/B) sum f.
+    the sum over j of weights[j] f[indices[j]] is the mean of f, (1/B) sum f, as long as 1/p does not leave the range of float64.
 
     With ``replacement``, draw j is the first i with p_0 + ... + p_i > u_j, its weight 1 / (k B p_i). Without, draws are successive ones of
     what is left: the k largest of beta n_i - log(-log u_i), the largest first (Gumbel; ties: lower index first). The weight of the r-th,
     from 1 on, is (R_r / p + k - r) / (k B), R_r being the sum of p over all that were not drawn before it (Des Raj, "Some estimators in
     sampling with varying probabilities without replacement", JASA 51, 1956). R_r is summed as it is: 1 less what was drawn would have no
-    digits left. The weight of a sample whose p vanishes in float64 is infinite, never NaN.
+    digits left. The weight of a sample whose 1/p leaves that range is infinite, never NaN.
 
     u is a function of ``seed`` (in [0, 2^64)) and j or i: Philox4x32-10 (Salmon et al., SC 2011) with key (seed & 0xffffffff, seed >> 32)
     and counter (i & 0xffffffff, i >> 32, 0, 2), u = ((word 0 << 20 | word 1 >> 12) + 0.5) 2^-52. So a seed has the same draws on every
@@ -74,13 +74,9 @@ def sharpness_sample(
     """
     op = "sharpness_sample"
     norms, beta = _checked(op, norms, beta)
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int):
-        raise TypeError(f"{op}: num_samples must be an integer, got {_validate.describe(num_samples)}")
     _validate.check_flag(op, "replacement", replacement)
     _validate.check_seed(op, "seed", seed)
-    if num_samples < 1 or (num_samples > len(norms) and not replacement):
-        most = "" if replacement else f" and at most {len(norms)}, the number of norms, without replacement"
-        raise ValueError(f"{op}: num_samples must be at least 1{most}, got {num_samples}")
+    _validate.check_count(op, "num_samples", num_samples, low=1, high=None if replacement else len(norms))
     indices, weights = _dispatch.select_sharpness(norms.device.type).sharpness_sample(
         norms, num_samples, beta=beta, replacement=replacement, seed=seed
     )
@@ -95,4 +91,4 @@ def _checked(op: str, norms: object, beta: Number) -> tuple[Tensor, Number]:
     if tensor.dim() != 1 or tensor.numel() == 0:
         raise ValueError(f"{op}: norms must have shape (B,) with B at least 1, got {tuple(tensor.shape)}")
     beta = _validate.check_number_or_tensor(op, "beta", beta, low=0.0)
-    return tensor.contiguous(), number_on(beta, tensor.device)
+    return tensor.resolve_neg().contiguous(), number_on(beta, tensor.device)

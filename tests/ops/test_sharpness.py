@@ -235,7 +235,7 @@ def threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("threads")
 def test_bits_depend_on_neither_run_nor_threads(backend: str) -> None:
-    norms = torch.rand(300 if backend == "triton" else 5000)
+    norms = torch.rand(300 if backend == "triton" else 100_000)  # more than torch gives to one thread
 
     def outcome() -> list[Tensor]:
         drawn = [sharpness_sample(norms, 50, beta=3.0, replacement=replacement, seed=6) for replacement in (True, False)]
@@ -272,8 +272,8 @@ def test_the_fallback_reads_no_number_back(replacement: bool) -> None:
         ({"beta": torch.tensor(-1.0)}, ValueError, "beta must be a finite number"),
         ({"beta": torch.ones(2)}, ValueError, "beta must be a number or a tensor that holds one"),
         ({"beta": "1"}, TypeError, "beta must be a number"),
-        ({"num_samples": 0}, ValueError, "num_samples must be at least 1 and at most 3, the number of norms, without replacement, got 0"),
-        ({"num_samples": 4}, ValueError, "num_samples must be at least 1 and at most 3"),
+        ({"num_samples": 0}, ValueError, "num_samples must be at least 1, got 0"),
+        ({"num_samples": 4}, ValueError, "num_samples must be at most 3, got 4"),
         ({"num_samples": -1, "replacement": True}, ValueError, "num_samples must be at least 1, got -1"),
         ({"num_samples": True}, TypeError, "num_samples must be an integer"),
         ({"num_samples": 2.0}, TypeError, "num_samples must be an integer"),

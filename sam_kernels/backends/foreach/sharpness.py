@@ -1,4 +1,7 @@
-"""Gibbs weights of norms and draws from them with torch's own functions: the fallback on any device. Nothing here waits for one."""
+"""Gibbs weights of norms and draws from them with torch's own functions: the fallback on any device that has float64.
+
+Nothing here waits for a device. (``torch.cumsum`` on CUDA is refused under ``torch.use_deterministic_algorithms``.)
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ def sharpness_weights(norms: Tensor, *, beta: float | Tensor) -> Tensor:  # (B,)
     """See :func:`sam_kernels.functional.sharpness_weights`."""
     wide = norms.double()
     terms = _terms(wide, _exponents(wide, beta))
-    return (terms / terms.sum()).to(norms.dtype)
+    return (terms / terms.cumsum(0)[-1]).to(norms.dtype)  # a sum's order would depend on the number of threads
 
 
 def sharpness_sample(
