@@ -127,15 +127,15 @@ def test_run_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     steps = [row for row in result["rows"] if row["kind"] == "rw_sam"]
     assert [(row["model"], row["provider"], row["ms_50"]) for row in steps] == [("mlp", name, ms) for name, ms in taken.items()]
     assert steps[0]["rounds"] == MODELS["mlp"].turns
-    assert "pass  mlp: a step with exact norms over SAM's: 1.040 (≤ 1.05)" in run.output
+    assert "pass  mlp: a step with exact norms over SAM's, median of the rounds: 1.040 (≤ 1.05)" in run.output
     assert "pass  mnist_cnn: exact norms: rank correlation" in run.output
     docs = tmp_path / "docs.md"
     docs.write_text(f"# Title\n{BEGIN}\n{END}\n")
     assert CliRunner().invoke(report.main, [str(target), "--docs", str(docs)]).exit_code == 0
-    assert "| RWSAM, finite differences, K = 1 | 150.0 / 150.0 / 150.0 | 1.50 |" in docs.read_text()
+    assert "| RWSAM, finite differences, K = 1 | 150.0 / 150.0 / 150.0 | 1.50 / 1.50 / 1.50 |" in docs.read_text()
     assert quality.MODELS["mnist_cnn"].title in docs.read_text()
     assert CliRunner().invoke(report.main, [str(target), "--docs", str(docs), "--check"]).exit_code == 0
-    docs.write_text(docs.read_text().replace("| 1.50 |", "| 1.40 |"))
+    docs.write_text(docs.read_text().replace("| 1.50 / 1.50", "| 1.40 / 1.50"))
     assert CliRunner().invoke(report.main, [str(target), "--docs", str(docs), "--check"]).exit_code == 1
 
 
