@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -22,3 +23,14 @@ def test_the_examples_run(page: str) -> None:
     space: dict[str, Any] = {"torch": torch, "sam_kernels": sam_kernels}
     for block in blocks:
         exec(block, space)
+
+
+def test_the_page_of_rw_sam_shows_the_stored_runs() -> None:
+    page = (ROOT / "docs" / "rw_sam.md").read_text()
+    (stored,) = (ROOT / "bench" / "results").glob("*/label_noise.json")
+    summary = json.loads(stored.read_text())["summary"]
+    assert {each["optimizer"] for each in summary} == {"sgd", "sam", "msam:8", "msam:16", "msam:64", "rwsam"}
+    for each in summary:
+        shown = [each[key] for key in ("test_accuracy", "best_test_accuracy")]
+        cells = " | ".join(f"{100 * one['mean']:.2f} ± {100 * one['standard_error']:.2f}" for one in shown)
+        assert f"| {cells} | {each['train_loss']['mean']:.3f} |" in page
