@@ -82,6 +82,11 @@ class AdaptiveImportanceSampler(BatchDraws):
         self._drawn = 0
         self._set_estimates(torch.full((data_size,), torch.nan, dtype=torch.float64))
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Tensors that come from another process are shared with it: a copy has its own."""
+        self.__dict__.update(state)
+        self._indices, self._weights = self._indices.clone(), self._weights.clone()
+
     @property
     def estimates(self) -> Tensor:  # (n,) float64
         """The estimated norms; NaN for samples without one."""

@@ -30,8 +30,8 @@ def sums_of(leaves: torch.Tensor) -> torch.Tensor:
 def test_sums_are_those_of_the_leaves_bit_for_bit_after_any_changes(n: int) -> None:
     generator = torch.Generator().manual_seed(n)
     tree, leaves = SumTree(n, 2), torch.zeros(1 << (n - 1).bit_length(), 2, dtype=torch.float64)
-    for _ in range(50):
-        indices = torch.randperm(n, generator=generator)[: 1 + n // 3]
+    for step in range(50):
+        indices = torch.randperm(n, generator=generator)[: 1 + n // 3 if step % 5 else n]  # all at once is another way
         values = torch.rand(len(indices), 2, generator=generator, dtype=torch.float64) * 10.0 ** torch.randint(-9, 9, (1,))
         tree.set_(indices, values)
         leaves[indices] = values
