@@ -72,15 +72,16 @@ class AdaptiveImportanceSampler(BatchDraws):
         self.data_size = check_count(name, "data_size", data_size, low=1)
         super().__init__(seed, num_replicas, rank)
         self.batch_size = self._check_batch_size(batch_size)
-        default = max(1, data_size // batch_size)
+        default = max(1, self.data_size // self.batch_size)
         self._steps = default if num_batches is None else check_count(name, "num_batches", num_batches, low=1)
         self.uniform_share = check_number(name, "uniform_share", uniform_share, low=0.0, high=1.0, open_low=True)
         self.decay = check_number(name, "decay", decay, low=0.0, high=1.0, open_high=True)
         # Of the current epoch: what was drawn, as probabilities do not tell it later. Read from a state's position on.
-        self._indices = torch.empty(self._steps, batch_size, dtype=torch.int64)
-        self._weights = torch.empty(self._steps, batch_size, dtype=torch.float64)
+        self._indices = torch.empty(self._steps, self.batch_size, dtype=torch.int64)
+        self._weights = torch.empty(self._steps, self.batch_size, dtype=torch.float64)
         self._drawn = 0
-        self._set_estimates(torch.full((data_size,), torch.nan, dtype=torch.float64))
+        self._sizes = {"data_size": self.data_size, "batch_size": self.batch_size}
+        self._set_estimates(torch.full((self.data_size,), torch.nan, dtype=torch.float64))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Tensors that come from another process are shared with it: a copy has its own."""
@@ -137,22 +138,40 @@ class AdaptiveImportanceSampler(BatchDraws):
     state_dict.__doc__ = BatchDraws.state_dict.__doc__
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        _, _, position = self._checked(state_dict)
+        estimates, indices, weights = self._checked_tensors(state_dict, position)
         super().load_state_dict(state_dict)
-        self._drawn = self._position + len(state_dict["indices"])
-        self._indices[self._position : self._drawn] = state_dict["indices"]
-        self._weights[self._position : self._drawn] = state_dict["weights"]
-        self._set_estimates(state_dict["estimates"])
+        self._drawn = self._position + len(indices)
+        self._indices[self._position : self._drawn] = indices
+        self._weights[self._position : self._drawn] = weights
+        self._set_estimates(estimates)
 
     load_state_dict.__doc__ = BatchDraws.load_state_dict.__doc__
 
-    def _checked(self, state_dict: dict[str, Any]) -> tuple[int, int, int]:
-        seed, epoch, position = super()._checked(state_dict)
-        shapes = {key: tuple(state_dict[key].shape) for key in ("estimates", "indices", "weights")}
-        ahead = len(state_dict["indices"])
-        batches = (ahead, self.batch_size)
-        if shapes != {"estimates": (self.data_size,), "indices": batches, "weights": batches} or position + ahead > self._steps:
-            raise ValueError(f"{self._name}: state_dict is of another data_size, batch_size or num_batches: its shapes are {shapes}")
-        return seed, epoch, position
+    def _checked_tensors(self, state_dict: dict[str, Any], position: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Estimates, indices and weights of a state, as they are stored here."""
+        name, (estimates, indices, weights) = self._name, (state_dict[key] for key in ("estimates", "indices", "weights"))
+        for key, tensor in (("estimates", estimates), ("weights", weights)):
+            check_tensor(name, f"state_dict['{key}']", tensor)
+        if not isinstance(indices, Tensor) or indices.dtype is not torch.int64:
+            raise TypeError(f"{name}: state_dict['indices'] must be an int64 tensor, got {describe(indices)}")
+        if estimates.shape != (self.data_size,):
+            raise ValueError(f"{name}: state_dict['estimates'] must have the shape ({self.data_size},), got {tuple(estimates.shape)}")
+        left = self._steps - position
+        if indices.dim() != 2 or len(indices) > left or indices.shape[1] != self.batch_size or weights.shape != indices.shape:
+            raise ValueError(
+                f"{name}: state_dict['indices'] and ['weights'] must both have a shape (at most {left}, {self.batch_size}), "
+                f"got {tuple(indices.shape)} and {tuple(weights.shape)}"
+            )
+        estimates, weights = (tensor.detach().to("cpu", torch.float64) for tensor in (estimates, weights))
+        indices = indices.cpu()
+        if ((indices < 0) | (indices >= self.data_size)).any():
+            raise ValueError(f"{name}: state_dict['indices'] must be in [0, {self.data_size})")
+        if (~weights.isfinite() | (weights <= 0)).any():
+            raise ValueError(f"{name}: state_dict['weights'] must be finite and more than 0")
+        if ((estimates < 0) | (estimates > _largest(self.data_size))).any():  # NaN is a sample without one
+            raise ValueError(f"{name}: state_dict['estimates'] must be NaN or in [0, {_largest(self.data_size):.3g}]")
+        return estimates, indices, weights
 
     def _go_to(self, epoch: int) -> None:
         super()._go_to(epoch)
@@ -202,3 +221,8 @@ class AdaptiveImportanceSampler(BatchDraws):
         distributed.all_gather_object(everything, (indices, norms))
         gathered_indices, gathered_norms = zip(*everything, strict=True)
         return torch.cat(gathered_indices), torch.cat(gathered_norms)
+
+
+def _largest(count: int) -> float:
+    """The largest number of which sums of as many stay finite, with those of the samples that count as the mean."""
+    return torch.finfo(torch.float64).max / (2 * count)

@@ -75,11 +75,12 @@ class ImportanceSampler(Draws[int]):
         self.num_samples = len(self.weights) if num_samples is None else check_count(name, "num_samples", num_samples, low=1)
         super().__init__(seed, num_replicas, rank)
         self._steps = -(-self.num_samples // self.num_replicas)
+        self._sizes = {"data_size": len(self.weights), "num_replicas": self.num_replicas}  # as many are drawn together
 
     def draw(self, num_draws: int, generator: Generator | None = None) -> tuple[Tensor, Tensor]:  # (num_draws,) int64, float64
         """Indices and weights as tensors, for loops without a ``DataLoader``; no part of the epoch. Random numbers: ``generator``, or
         torch's own."""
-        check_count(self._name, "num_draws", num_draws, low=0)
+        num_draws = check_count(self._name, "num_draws", num_draws, low=0)
         return self._table.find(torch.rand(num_draws, generator=generator, dtype=torch.float64))
 
     def _all_draws(self, generator: Generator) -> Iterator[Draw]:
@@ -120,8 +121,9 @@ class ImportanceBatchSampler(BatchDraws):
         self.probabilities, self.weights = self._table.probabilities, self._table.weights
         super().__init__(seed, num_replicas, rank)
         self.batch_size = self._check_batch_size(batch_size)
-        default = max(1, len(self.weights) // batch_size)
+        default = max(1, len(self.weights) // self.batch_size)
         self._steps = default if num_batches is None else check_count(name, "num_batches", num_batches, low=1)
+        self._sizes = {"data_size": len(self.weights), "batch_size": self.batch_size}
 
     def _all_draws(self, generator: Generator) -> Iterator[Draw]:
         while True:

@@ -67,9 +67,14 @@ def test_sums_that_rounding_explains_are_taken() -> None:
         (lambda: ImportanceBatchSampler([1.0], batch_size=0), ValueError, "ImportanceBatchSampler: batch_size must be at least 1"),
         (lambda: ImportanceBatchSampler([1.0], batch_size=1, num_batches=0), ValueError, "num_batches must be at least 1, got 0"),
         (
-            lambda: ImportanceBatchSampler([1.0], batch_size=3, num_replicas=2),
+            lambda: ImportanceBatchSampler([1.0], batch_size=3, num_replicas=2, rank=0),
             ValueError,
             "batch_size must be a multiple of num_replicas 2",
+        ),
+        (
+            lambda: TauNiceBatchSampler(4, 2, num_replicas=2),
+            ValueError,
+            "num_replicas 2 needs rank, as torch.distributed is not initialised",
         ),
         (lambda: TauNiceBatchSampler(5, 6), ValueError, "TauNiceBatchSampler: batch_size must be at most 5, got 6"),
         (lambda: TauNiceBatchSampler(0, 1), ValueError, "TauNiceBatchSampler: data_size must be at least 1, got 0"),
