@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 from sam_kernels._validate import check_count, check_seed, describe
 from sam_kernels.sampling._weighted import WeightedIndex
 
-__all__ = ["BatchDraws", "Draw", "Draws"]
+__all__ = ["BatchDraws", "Draw", "Draws", "world_size"]
 
 T_co = TypeVar("T_co", covariant=True)
 Draw = tuple[list[int], list[float]]  # what all replicas draw together in a step: indices, and the weights of their losses
@@ -28,12 +28,12 @@ class Draws(Sampler[T_co]):
 
     def __init__(self, seed: int, num_replicas: int | None, rank: int | None) -> None:
         self._name = name = type(self).__name__
-        initialized = distributed.is_available() and distributed.is_initialized()
+        world = world_size()
         if num_replicas is None:
-            num_replicas = distributed.get_world_size() if initialized else 1
+            num_replicas = world or 1
         self.num_replicas = check_count(name, "num_replicas", num_replicas, low=1)
         if rank is None:
-            if self.num_replicas > 1 and not initialized:
+            if self.num_replicas > 1 and world is None:
                 raise ValueError(f"{name}: num_replicas {self.num_replicas} needs rank, as torch.distributed is not initialised")
             rank = distributed.get_rank() if self.num_replicas > 1 else 0
         self.rank = check_count(name, "rank", rank, low=0, high=self.num_replicas - 1)
@@ -150,6 +150,11 @@ class BatchDraws(Draws[list[int]]):
         if batch_size % self.num_replicas:
             raise ValueError(f"{name}: batch_size must be a multiple of num_replicas {self.num_replicas}, got {batch_size}")
         return batch_size
+
+
+def world_size() -> int | None:
+    """That of ``torch.distributed``, where it is initialised."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else None
 
 
 def _seed_of(seed: int, epoch: int) -> int:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from sam_kernels._validate import describe
 
-__all__ = ["WeightedDataset", "WeightedIndex"]
+__all__ = ["WeightedDataset", "WeightedIndex", "weights_of"]
 
 
 class WeightedIndex(int):
@@ -63,3 +64,12 @@ def _weight_of(index: int) -> float:
     if not isinstance(index, WeightedIndex):
         raise TypeError(f"WeightedDataset: the index has no weight, use a sampler of sam_kernels.sampling; got {describe(index)}")
     return index.weight
+
+
+def weights_of(op: str, name: str, probabilities: Tensor) -> Tensor:  # (n,) -> (n,)
+    """1 / (n p_i). Raises ValueError where one is too large for a number: ``name`` is what the probabilities came from."""
+    weights = 1 / (len(probabilities) * probabilities)
+    if not weights.isfinite().all():
+        i = int((~weights.isfinite()).nonzero()[0])
+        raise ValueError(f"{op}: {name}[{i}] is too small: its weight 1 / (n p_i) is not finite, p_i being {probabilities[i].item()!r}")
+    return weights

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor, distributed
 
 from sam_kernels._validate import check_count, check_number, check_tensor, describe
-from sam_kernels.sampling._epochs import BatchDraws, Draw
+from sam_kernels.sampling._epochs import BatchDraws, Draw, world_size
 from sam_kernels.sampling._tree import SumTree
 
 __all__ = ["AdaptiveImportanceSampler"]
@@ -71,6 +71,8 @@ class AdaptiveImportanceSampler(BatchDraws):
         name = type(self).__name__
         self.data_size = check_count(name, "data_size", data_size, low=1)
         super().__init__(seed, num_replicas, rank)
+        if self.num_replicas > 1 and world_size() not in (None, self.num_replicas):  # all processes of it exchange what they learn
+            raise ValueError(f"{name}: num_replicas must be 1 or the world size {world_size()}, got {self.num_replicas}")
         self.batch_size = self._check_batch_size(batch_size)
         default = max(1, self.data_size // self.batch_size)
         self._steps = default if num_batches is None else check_count(name, "num_batches", num_batches, low=1)
@@ -108,27 +110,43 @@ class AdaptiveImportanceSampler(BatchDraws):
 
         Raises:
             TypeError, ValueError: for indices that are no int64 tensor (m,) or out of range, norms that are no floating-point tensor (m,),
-                negative, infinite or NaN. Nothing has changed then.
+                negative, infinite or NaN, or so large that sums of them are. Nothing has changed then, on any rank: all of them raise.
         """
-        name = f"{self._name}.update"
-        if not isinstance(indices, Tensor) or indices.dtype is not torch.int64 or indices.dim() != 1:
-            raise TypeError(f"{name}: indices must be an int64 tensor of one dimension, got {describe(indices)}")
-        if check_tensor(name, "norms", norms).shape != indices.shape:
-            raise ValueError(f"{name}: norms must have the shape of indices {tuple(indices.shape)}, got {describe(norms)}")
-        indices, norms = indices.cpu(), norms.detach().to("cpu", torch.float64)
-        outside = (indices < 0) | (indices >= self.data_size)
-        if outside.any():
-            raise ValueError(f"{name}: indices must be in [0, {self.data_size}), got {indices[outside][0].item()}")
-        wrong = ~norms.isfinite() | (norms < 0)
-        if wrong.any():
-            i = int(wrong.nonzero()[0])
-            raise ValueError(f"{name}: norms must be finite and at least 0, got norms[{i}] = {norms[i].item()}")
-        indices, norms = self._of_all_replicas(indices, norms)
+        checked = [self._checked_norms(op, *of_rank) for op, of_rank in self._of_all_replicas(indices, norms)]
+        indices, norms = (torch.cat(parts) for parts in zip(*checked, strict=True))
+        largest = _largest(max(self.data_size, len(norms)))
+        if (norms > largest).any():
+            raise ValueError(f"{self._name}.update: norms must be at most {largest:.3g}, got {norms.max().item()}: sums would overflow")
         samples, inverse, counts = torch.unique(indices, return_inverse=True, return_counts=True)
         means = torch.zeros(len(samples), dtype=torch.float64).index_add_(0, inverse, norms) / counts
         old, unseen = self._tree.leaves[samples].unbind(1)
         values = torch.where(unseen > 0, means, self.decay * old + (1 - self.decay) * means)
         self._tree.set_(samples, torch.stack([values, torch.zeros_like(values)], 1))
+
+    def _of_all_replicas(self, indices: Tensor, norms: Tensor) -> list[tuple[str, tuple[Tensor, Tensor]]]:
+        """What the ranks were given, unchecked, with the name of the operation: a rank that raised before would let the others wait."""
+        indices, norms = (x.detach().cpu() if isinstance(x, Tensor) else x for x in (indices, norms))
+        op, own = f"{self._name}.update", (indices, norms)
+        if self.num_replicas == 1 or world_size() is None:
+            return [(op, own)]
+        everything: list[Any] = [None] * self.num_replicas
+        distributed.all_gather_object(everything, own)
+        return [(f"{op} of rank {rank}", of_rank) for rank, of_rank in enumerate(everything)]
+
+    def _checked_norms(self, op: str, indices: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+        if not isinstance(indices, Tensor) or indices.dtype is not torch.int64 or indices.dim() != 1:
+            raise TypeError(f"{op}: indices must be an int64 tensor of one dimension, got {describe(indices)}")
+        if check_tensor(op, "norms", norms).shape != indices.shape:
+            raise ValueError(f"{op}: norms must have the shape of indices {tuple(indices.shape)}, got {describe(norms)}")
+        norms = norms.to(torch.float64)
+        outside = (indices < 0) | (indices >= self.data_size)
+        if outside.any():
+            raise ValueError(f"{op}: indices must be in [0, {self.data_size}), got {indices[outside][0].item()}")
+        wrong = ~norms.isfinite() | (norms < 0)
+        if wrong.any():
+            i = int(wrong.nonzero()[0])
+            raise ValueError(f"{op}: norms must be finite and at least 0, got norms[{i}] = {norms[i].item()}")
+        return indices, norms
 
     def state_dict(self, position: int | None = None) -> dict[str, Any]:
         state = super().state_dict(position)
@@ -213,14 +231,6 @@ class AdaptiveImportanceSampler(BatchDraws):
         if total == 0:
             return uniform
         return torch.where(uniforms[:, 0] < self.uniform_share, uniform, self._tree.find(uniforms[:, 1] * total, factors))
-
-    def _of_all_replicas(self, indices: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-        if self.num_replicas == 1 or not (distributed.is_available() and distributed.is_initialized()):
-            return indices, norms
-        everything: list[Any] = [None] * self.num_replicas
-        distributed.all_gather_object(everything, (indices, norms))
-        gathered_indices, gathered_norms = zip(*everything, strict=True)
-        return torch.cat(gathered_indices), torch.cat(gathered_norms)
 
 
 def _largest(count: int) -> float:

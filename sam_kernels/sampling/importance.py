@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from sam_kernels._validate import check_count, check_probabilities, check_vector
 from sam_kernels.sampling._epochs import BatchDraws, Draw, Draws
-from sam_kernels.sampling._weighted import WeightedIndex
+from sam_kernels.sampling._weighted import WeightedIndex, weights_of
 
 __all__ = ["ImportanceBatchSampler", "ImportanceSampler"]
 
@@ -24,10 +24,11 @@ class _Table:
             raise ValueError(f"{name}: give either probabilities or lipschitz")
         if lipschitz is not None:
             p = check_vector(name, "lipschitz", lipschitz, low=0.0, open_low=True)
+            p /= p.max()  # else the sum of large ones may be infinite
         else:
             p = check_probabilities(name, "probabilities", probabilities)
         self.probabilities = p / p.sum()  # (n,)
-        self.weights = 1 / (len(p) * self.probabilities)  # (n,)
+        self.weights = weights_of(name, "probabilities" if lipschitz is None else "lipschitz", self.probabilities)  # (n,)
         self._cumulative = self.probabilities.cumsum(0)
         self._cumulative /= self._cumulative[-1].clone()  # the last is 1, more than any random number
 

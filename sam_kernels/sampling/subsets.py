@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from sam_kernels._validate import check_count, check_vector
 from sam_kernels.sampling._epochs import BatchDraws, Draw
-from sam_kernels.sampling._weighted import WeightedIndex
+from sam_kernels.sampling._weighted import WeightedIndex, weights_of
 
 __all__ = ["IndependentBatchSampler", "TauNiceBatchSampler"]
 
@@ -107,7 +107,7 @@ class IndependentBatchSampler(BatchDraws):
         self.probabilities = check_vector(name, "probabilities", probabilities, low=0.0, open_low=True)
         if (self.probabilities > 1).any():
             raise ValueError(f"{name}: probabilities must be at most 1, got {self.probabilities.max().item()!r}")
-        self.weights = 1 / (len(self.probabilities) * self.probabilities)
+        self.weights = weights_of(name, "probabilities", self.probabilities)
         default = max(1, round(len(self.probabilities) / self.probabilities.sum().item()))
         self._steps = default if num_batches is None else check_count(name, "num_batches", num_batches, low=1)
         self._sizes = {"data_size": len(self.weights)}
