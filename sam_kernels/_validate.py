@@ -118,7 +118,7 @@ def check_number(
     above = high is not None and (value >= high if open_high else value > high)
     below = low is not None and (value <= low if open_low else value < low)
     if not math.isfinite(value) or below or above:
-        left, right = "(" if open_low else "[", ")" if open_high or high is None else "]"
+        left, right = "(" if open_low or low is None else "[", ")" if open_high or high is None else "]"
         bounds = f"{left}{'-inf' if low is None else low}, {'inf' if high is None else high}{right}"
         raise ValueError(f"{op}: {name} must be a finite number in {bounds}, got {value!r}")
     return float(value)

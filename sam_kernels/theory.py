@@ -38,6 +38,7 @@ __all__ = [
     "sampled_smoothness",
 ]
 
+_ROUNDING = 2.0**-26  # relative, of constants that were computed: eigenvalues, say
 SAMPLINGS = ("tau_nice", "full", "single", "uniform", "importance", "with_replacement", "independent")
 
 
@@ -109,12 +110,15 @@ def residual_constant(A: float, f_inf: float, mean_f_i_inf: float) -> float:
 
     Args:
         A: ≥ 0, of :func:`expected_residual`.
-        f_inf, mean_f_i_inf: the infimum of f, and the mean of those of the f_i, which is no larger.
+        f_inf, mean_f_i_inf: the infimum of f, and the mean of those of the f_i, which is no larger. (Where it is so by four times the
+            eps of float64, that is rounding, and counts as equal.)
     """
     name = "residual_constant"
-    check_number(name, "A", A, low=0.0)
-    f_inf = check_number(name, "f_inf", f_inf)
-    return 2 * A * (f_inf - check_number(name, "mean_f_i_inf", mean_f_i_inf, high=f_inf))
+    A = check_number(name, "A", A, low=0.0)
+    f_inf, mean = check_number(name, "f_inf", f_inf), check_number(name, "mean_f_i_inf", mean_f_i_inf)
+    if mean > f_inf + 4 * torch.finfo(torch.float64).eps * max(abs(f_inf), abs(mean)):
+        check_number(name, "mean_f_i_inf", mean, high=f_inf)
+    return 2 * A * max(0.0, f_inf - mean)
 
 
 def pl_largest_rho(mu: float, L: float, A: float, B: float, lambd: float) -> float:
@@ -130,7 +134,7 @@ def pl_constant_steps(mu: float, L: float, A: float, B: float, lambd: float, for
     Form 2: ρ = min{1, μ / (2 (B μ + A) u)} / (4 L), γ = min{2, μ / (8 (B μ + A))} / L. arXiv 2503.02225, section 3.
 
     Args:
-        mu: μ > 0.
+        mu: μ in (0, L]; no L-smooth function has a larger one.
         L: of every f_S, see above.
         A, B: of :func:`expected_residual`, not both 0.
         lambd: λ in [0, 1].
@@ -156,9 +160,7 @@ def pl_decreasing_steps(t: int, mu: float, L: float, A: float, B: float, lambd: 
 
 def pl_floor(mu: float, L: float, C: float, lambd: float, rho: float, gamma: float) -> float:
     """(L / μ) {C [ρ u + γ (1 + 2 L² ρ² u)] + ρ λ² (1 + 2 L² γ ρ)}, where :func:`pl_bound` ends. Derived; arguments as there."""
-    name = "pl_floor"
-    mu = check_number(name, "mu", mu, low=0.0, open_low=True)
-    L, C, lambd, rho, gamma = _steps(name, L, C, lambd, rho, gamma)
+    mu, L, C, lambd, rho, gamma = _pl_steps("pl_floor", mu, L, C, lambd, rho, gamma)
     u = (1 - lambd) ** 2
     return L / mu * (C * (rho * u + gamma * (1 + 2 * (L * rho) ** 2 * u)) + rho * lambd**2 * (1 + 2 * L**2 * gamma * rho))
 
@@ -169,14 +171,15 @@ def pl_bound(t: int, gap: float, mu: float, L: float, C: float, lambd: float, rh
     Args:
         t: steps made.
         gap: f(x_0) - f* ≥ 0.
-        mu, L, lambd: as for :func:`pl_constant_steps`.
+        mu, L, lambd: as for :func:`pl_constant_steps`; γ μ ≤ 1.
         C: of :func:`residual_constant`.
         rho, gamma: those steps, or smaller ones. (Larger ones, for which nothing is proved, are not told apart here.)
     """
     name = "pl_bound"
     check_count(name, "t", t, low=0)
     gap = check_number(name, "gap", gap, low=0.0)
-    return (1 - gamma * mu) ** t * gap + pl_floor(mu, L, C, lambd, rho, gamma)
+    mu, L, C, lambd, rho, gamma = _pl_steps(name, mu, L, C, lambd, rho, gamma)
+    return max(0.0, 1 - gamma * mu) ** t * gap + pl_floor(mu, L, C, lambd, rho, gamma)
 
 
 def nonconvex_steps(T: int, L: float, A: float, B: float, lambd: float) -> tuple[float, float]:
@@ -276,9 +279,26 @@ def _pl(name: str, mu: float, L: float, A: float, B: float, lambd: float) -> tup
     """μ, L, B μ + A and u."""
     mu = check_number(name, "mu", mu, low=0.0, open_low=True)
     L, A, B, lambd = _constants(name, L, A, B, lambd)
+    _check_curvature(name, mu, L)
     if A == B == 0:
         raise ValueError(f"{name}: A and B must not both be 0")
     return mu, L, B * mu + A, (1 - lambd) ** 2
+
+
+def _check_curvature(name: str, mu: float, L: float) -> None:
+    if mu > L * (1 + _ROUNDING):
+        raise ValueError(f"{name}: mu must be at most L, as no L-smooth function is μ-PL with a larger one: got mu = {mu!r}, L = {L!r}")
+
+
+def _pl_steps(
+    name: str, mu: float, L: float, C: float, lambd: float, rho: float, gamma: float
+) -> tuple[float, float, float, float, float, float]:
+    mu = check_number(name, "mu", mu, low=0.0, open_low=True)
+    L, C, lambd, rho, gamma = _steps(name, L, C, lambd, rho, gamma)
+    _check_curvature(name, mu, L)
+    if gamma * mu > 1 + _ROUNDING:
+        raise ValueError(f"{name}: gamma * mu must be at most 1, no larger step is proved to converge: got gamma = {gamma!r}, mu = {mu!r}")
+    return mu, L, C, lambd, rho, gamma
 
 
 def _steps(name: str, L: float, C: float, lambd: float, rho: float, gamma: float) -> tuple[float, float, float, float, float]:
