@@ -141,7 +141,7 @@ def pl_constant_steps(mu: float, L: float, A: float, B: float, lambd: float, for
         form: 1 or 2.
     """
     name = "pl_constant_steps"
-    check_count(name, "form", form, low=1, high=2)
+    form = check_count(name, "form", form, low=1, high=2)
     mu, L, noise, u = _pl(name, mu, L, A, B, lambd)
     if form == 2:
         return min(1.0, _over(mu, 2 * noise * u)) / (4 * L), min(2.0, mu / (8 * noise)) / L
@@ -153,7 +153,7 @@ def pl_decreasing_steps(t: int, mu: float, L: float, A: float, B: float, lambd: 
     """(ρ_t, γ_t) = (min{ρ, 1 / (2 t + 1)}, min{γ, (2 t + 1) / ((t + 1)² μ)}) at step t = 0, 1, …: these converge to the minimum of a μ-PL
     function. ρ, γ: form 1 of :func:`pl_constant_steps`, whose γ is admissible with every smaller ρ. arXiv 2503.02225, section 3.
     """
-    check_count("pl_decreasing_steps", "t", t, low=0)
+    t = check_count("pl_decreasing_steps", "t", t, low=0)
     rho, gamma = pl_constant_steps(mu, L, A, B, lambd)
     return min(rho, 1 / (2 * t + 1)), min(gamma, (2 * t + 1) / ((t + 1) ** 2 * mu))
 
@@ -176,7 +176,7 @@ def pl_bound(t: int, gap: float, mu: float, L: float, C: float, lambd: float, rh
         rho, gamma: those steps, or smaller ones. (Larger ones, for which nothing is proved, are not told apart here.)
     """
     name = "pl_bound"
-    check_count(name, "t", t, low=0)
+    t = check_count(name, "t", t, low=0)
     gap = check_number(name, "gap", gap, low=0.0)
     mu, L, C, lambd, rho, gamma = _pl_steps(name, mu, L, C, lambd, rho, gamma)
     return max(0.0, 1 - gamma * mu) ** t * gap + pl_floor(mu, L, C, lambd, rho, gamma)
@@ -194,7 +194,7 @@ def nonconvex_steps(T: int, L: float, A: float, B: float, lambd: float) -> tuple
         L, A, B, lambd: as for :func:`pl_constant_steps`.
     """
     name = "nonconvex_steps"
-    check_count(name, "T", T, low=1)
+    T = check_count(name, "T", T, low=1)
     L, A, B, lambd = _constants(name, L, A, B, lambd)
     u, s = (1 - lambd) ** 2, math.sqrt(_over(L, 2 * A * T))
     rho = min(0.25, _over(1, 8 * u * B), 0.75 * s, 1 / math.sqrt(T)) / L
@@ -207,7 +207,7 @@ def nonconvex_bound(T: int, gap: float, L: float, C: float, lambd: float, rho: f
     For admissible steps, those of :func:`nonconvex_steps` among them. ``gap`` is f(x_0) - f_inf; the others as for :func:`pl_bound`.
     """
     name = "nonconvex_bound"
-    check_count(name, "T", T, low=1)
+    T = check_count(name, "T", T, low=1)
     gap = check_number(name, "gap", gap, low=0.0)
     L, C, lambd, rho, gamma = _steps(name, L, C, lambd, rho, gamma)
     noise = 2 * C * (L * rho * (1 - lambd) ** 2 + 9 * L * gamma / 8)
@@ -262,7 +262,7 @@ def _sampling(
         if len(vector) != n:
             raise ValueError(f"{name}: {what} must have n = {n} elements, got {len(vector)}")
     if tau is not None:
-        check_count(name, "tau", tau, low=1, high=n if sampling == "tau_nice" else None)
+        tau = check_count(name, "tau", tau, low=1, high=n if sampling == "tau_nice" else None)
     return smoothness, p, 1 if tau is None else tau
 
 

@@ -46,6 +46,10 @@ class Draws(Sampler[T_co]):
     def __len__(self) -> int:
         return self._steps
 
+    def __repr__(self) -> str:
+        values = {**self._own(), "seed": self.seed, "epoch": self.epoch, "position": self._position}
+        return f"{values.pop('sampler')}({', '.join(f'{name}={value}' for name, value in values.items())})"
+
     def __iter__(self) -> Iterator[T_co]:
         # A generator: a DataLoader with workers asks for two iterators when it starts, and begins with one of them.
         if self._begun:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from sam_kernels._validate import describe
 
@@ -23,8 +23,8 @@ class WeightedIndex(int):
         self.weight = weight
         return self
 
-    def __getnewargs__(self) -> tuple[int, float]:  # type: ignore[override]  # what __new__ takes: indices are pickled for the workers
-        return int(self), self.weight
+    def __reduce__(self) -> tuple[type[WeightedIndex], tuple[int, float]]:  # indices are pickled for the workers
+        return type(self), (int(self), self.weight)
 
     def __repr__(self) -> str:
         return f"WeightedIndex({int(self)}, weight={self.weight!r})"
@@ -45,6 +45,8 @@ class WeightedDataset(Dataset[tuple[Any, int, float]]):
     def __init__(self, dataset: Any) -> None:
         if not hasattr(dataset, "__getitem__"):
             raise TypeError(f"WeightedDataset: dataset must have __getitem__, got {describe(dataset)}")
+        if isinstance(dataset, IterableDataset):  # it inherits the method, but has no samples of a number
+            raise TypeError(f"WeightedDataset: samples of an IterableDataset cannot be chosen, got {describe(dataset)}")
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -56,7 +58,11 @@ class WeightedDataset(Dataset[tuple[Any, int, float]]):
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int, float]]:
         """A batch at once, as a ``DataLoader`` asks for it: by the dataset's own ``__getitems__`` where it has one."""
         fetch = getattr(self.dataset, "__getitems__", None)
-        samples = [self.dataset[index] for index in indices] if fetch is None else fetch(indices)
+        samples = [self.dataset[index] for index in indices] if fetch is None else list(fetch(indices))
+        if len(samples) != len(indices):
+            raise ValueError(
+                f"WeightedDataset: __getitems__ of {describe(self.dataset)} gave {len(samples)} samples for {len(indices)} indices"
+            )
         return [(sample, int(index), _weight_of(index)) for sample, index in zip(samples, indices, strict=True)]
 
 

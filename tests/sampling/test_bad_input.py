@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -111,3 +112,17 @@ def test_replicas_of_a_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (alone.rank, alone.estimates[1]) == (0, 1)
     with pytest.raises(ValueError, match="AdaptiveImportanceSampler: num_replicas must be 1 or the world size 4, got 2"):
         AdaptiveImportanceSampler(8, 4, num_replicas=2, rank=0)
+
+
+def test_numpy_s_integers_are_integers() -> None:
+    make = lambda n, tau, seed: AdaptiveImportanceSampler(n, tau, seed=seed, num_replicas=tau, rank=tau * 0)  # noqa: E731
+    of_numpy, plain = make(np.int64(8), np.int32(2), np.uint64(2**63)), make(8, 2, 2**63)
+    for sampler in (of_numpy, plain):
+        sampler.set_epoch(type(sampler.seed)(3))
+    assert list(of_numpy) == list(plain)
+    assert repr(of_numpy.state_dict(np.int8(1))) == repr(plain.state_dict(1))
+    assert repr(plain) == "AdaptiveImportanceSampler(steps=4, data_size=8, batch_size=2, seed=9223372036854775808, epoch=3, position=4)"
+    assert list(TauNiceBatchSampler(torch.tensor(5), 2)) == list(TauNiceBatchSampler(5, 2))  # type: ignore[arg-type]
+    for wrong in (np.True_, torch.tensor(True), torch.tensor(2.0), torch.tensor([2, 2]), np.float64(2), "2"):
+        with pytest.raises(TypeError, match="TauNiceBatchSampler: batch_size must be an integer"):
+            TauNiceBatchSampler(5, wrong)  # type: ignore[arg-type]
