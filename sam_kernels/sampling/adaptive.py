@@ -50,7 +50,8 @@ class AdaptiveImportanceSampler(BatchDraws):
         num_batches: in an epoch. Default: n // batch_size, at least 1.
         uniform_share: s in (0, 1]; 1 is uniform sampling.
         decay: in [0, 1) of the estimates; 0 takes the last norm.
-        seed, num_replicas, rank: as for :class:`ImportanceSampler`.
+        seed, num_replicas, rank: as for :class:`ImportanceSampler`; with ``torch.distributed`` initialised as many replicas as processes,
+            as all of them exchange what they learn, or 1, for itself.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong type or out of range.
@@ -71,7 +72,7 @@ class AdaptiveImportanceSampler(BatchDraws):
         name = type(self).__name__
         self.data_size = check_count(name, "data_size", data_size, low=1)
         super().__init__(seed, num_replicas, rank)
-        if self.num_replicas > 1 and world_size() not in (None, self.num_replicas):  # all processes of it exchange what they learn
+        if self.num_replicas > 1 and world_size() not in (None, self.num_replicas):
             raise ValueError(f"{name}: num_replicas must be 1 or the world size {world_size()}, got {self.num_replicas}")
         self.batch_size = self._check_batch_size(batch_size)
         default = max(1, self.data_size // self.batch_size)

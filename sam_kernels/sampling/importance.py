@@ -50,7 +50,8 @@ class ImportanceSampler(Draws[int]):
         lipschitz: (n,) L_i > 0 instead, the smoothness of the samples' losses: importance sampling, p_i = L_i / ΣL.
         num_samples: draws in an epoch, of all replicas together. Default: n. Every rank gets as many, rounded up.
         seed: of the draws, with the epoch; the same on every rank.
-        num_replicas, rank: who takes which draws. Default: those of ``torch.distributed`` where it is initialised, else 1 and 0.
+        num_replicas, rank: who takes which draws. Default: those of ``torch.distributed`` where it is initialised, else 1 and 0; without it
+            more than one replica need their ranks.
 
     Attributes:
         probabilities: (n,) float64.
