@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -118,7 +119,7 @@ def check_number(
     above = high is not None and (value >= high if open_high else value > high)
     below = low is not None and (value <= low if open_low else value < low)
     if not math.isfinite(value) or below or above:
-        left, right = "(" if open_low else "[", ")" if open_high or high is None else "]"
+        left, right = "(" if open_low or low is None else "[", ")" if open_high or high is None else "]"
         bounds = f"{left}{'-inf' if low is None else low}, {'inf' if high is None else high}{right}"
         raise ValueError(f"{op}: {name} must be a finite number in {bounds}, got {value!r}")
     return float(value)
@@ -142,11 +143,10 @@ def check_number_or_tensor(
 
 def check_seed(op: str, name: str, value: object) -> int:
     """``value`` is an integer in [0, 2^64). Raises TypeError or ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{op}: {name} must be an integer, got {describe(value)}")
-    if not 0 <= value < 2**64:
-        raise ValueError(f"{op}: {name} must be an integer in [0, 2^64), got {value!r}")
-    return value
+    seed = _check_integer(op, name, value)
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"{op}: {name} must be an integer in [0, 2^64), got {seed}")
+    return seed
 
 
 def check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> str:
@@ -167,13 +167,23 @@ def check_flag(op: str, name: str, value: object) -> bool:
 
 def check_count(op: str, name: str, value: object, *, low: int, high: int | None = None) -> int:
     """``value`` is an integer in [low, high]. Raises TypeError or ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    count = _check_integer(op, name, value)
+    if count < low:
+        raise ValueError(f"{op}: {name} must be at least {low}, got {count}")
+    if high is not None and count > high:
+        raise ValueError(f"{op}: {name} must be at most {high}, got {count}")
+    return count
+
+
+def _check_integer(op: str, name: str, value: object) -> int:
+    """As an ``int`` whatever is one by ``__index__``, NumPy's integers too; bools are none, in no library."""
+    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+    if is_bool or not hasattr(value, "__index__"):
         raise TypeError(f"{op}: {name} must be an integer, got {describe(value)}")
-    if value < low:
-        raise ValueError(f"{op}: {name} must be at least {low}, got {value}")
-    if high is not None and value > high:
-        raise ValueError(f"{op}: {name} must be at most {high}, got {value}")
-    return value
+    try:
+        return operator.index(value)
+    except TypeError:  # tensors and arrays have the method, whatever is in them
+        raise TypeError(f"{op}: {name} must be an integer, got {describe(value)}") from None
 
 
 def check_vector(op: str, name: str, value: object, *, low: float, open_low: bool = False) -> Tensor:  # (n,) float64 on the CPU, a copy

@@ -38,6 +38,7 @@ __all__ = [
     "sampled_smoothness",
 ]
 
+_ROUNDING = 2.0**-26  # relative, of constants that were computed: eigenvalues, say
 SAMPLINGS = ("tau_nice", "full", "single", "uniform", "importance", "with_replacement", "independent")
 
 
@@ -109,12 +110,15 @@ def residual_constant(A: float, f_inf: float, mean_f_i_inf: float) -> float:
 
     Args:
         A: ≥ 0, of :func:`expected_residual`.
-        f_inf, mean_f_i_inf: the infimum of f, and the mean of those of the f_i, which is no larger.
+        f_inf, mean_f_i_inf: the infimum of f, and the mean of those of the f_i, which is no larger. (Where it is so by four times the
+            eps of float64, that is rounding, and counts as equal.)
     """
     name = "residual_constant"
-    check_number(name, "A", A, low=0.0)
-    f_inf = check_number(name, "f_inf", f_inf)
-    return 2 * A * (f_inf - check_number(name, "mean_f_i_inf", mean_f_i_inf, high=f_inf))
+    A = check_number(name, "A", A, low=0.0)
+    f_inf, mean = check_number(name, "f_inf", f_inf), check_number(name, "mean_f_i_inf", mean_f_i_inf)
+    if mean > f_inf + 4 * torch.finfo(torch.float64).eps * max(abs(f_inf), abs(mean)):
+        check_number(name, "mean_f_i_inf", mean, high=f_inf)
+    return 2 * A * max(0.0, f_inf - mean)
 
 
 def pl_largest_rho(mu: float, L: float, A: float, B: float, lambd: float) -> float:
@@ -130,14 +134,14 @@ def pl_constant_steps(mu: float, L: float, A: float, B: float, lambd: float, for
     Form 2: ρ = min{1, μ / (2 (B μ + A) u)} / (4 L), γ = min{2, μ / (8 (B μ + A))} / L. arXiv 2503.02225, section 3.
 
     Args:
-        mu: μ > 0.
+        mu: μ in (0, L]; no L-smooth function has a larger one.
         L: of every f_S, see above.
         A, B: of :func:`expected_residual`, not both 0.
         lambd: λ in [0, 1].
         form: 1 or 2.
     """
     name = "pl_constant_steps"
-    check_count(name, "form", form, low=1, high=2)
+    form = check_count(name, "form", form, low=1, high=2)
     mu, L, noise, u = _pl(name, mu, L, A, B, lambd)
     if form == 2:
         return min(1.0, _over(mu, 2 * noise * u)) / (4 * L), min(2.0, mu / (8 * noise)) / L
@@ -149,16 +153,14 @@ def pl_decreasing_steps(t: int, mu: float, L: float, A: float, B: float, lambd: 
     """(ρ_t, γ_t) = (min{ρ, 1 / (2 t + 1)}, min{γ, (2 t + 1) / ((t + 1)² μ)}) at step t = 0, 1, …: these converge to the minimum of a μ-PL
     function. ρ, γ: form 1 of :func:`pl_constant_steps`, whose γ is admissible with every smaller ρ. arXiv 2503.02225, section 3.
     """
-    check_count("pl_decreasing_steps", "t", t, low=0)
+    t = check_count("pl_decreasing_steps", "t", t, low=0)
     rho, gamma = pl_constant_steps(mu, L, A, B, lambd)
     return min(rho, 1 / (2 * t + 1)), min(gamma, (2 * t + 1) / ((t + 1) ** 2 * mu))
 
 
 def pl_floor(mu: float, L: float, C: float, lambd: float, rho: float, gamma: float) -> float:
     """(L / μ) {C [ρ u + γ (1 + 2 L² ρ² u)] + ρ λ² (1 + 2 L² γ ρ)}, where :func:`pl_bound` ends. Derived; arguments as there."""
-    name = "pl_floor"
-    mu = check_number(name, "mu", mu, low=0.0, open_low=True)
-    L, C, lambd, rho, gamma = _steps(name, L, C, lambd, rho, gamma)
+    mu, L, C, lambd, rho, gamma = _pl_steps("pl_floor", mu, L, C, lambd, rho, gamma)
     u = (1 - lambd) ** 2
     return L / mu * (C * (rho * u + gamma * (1 + 2 * (L * rho) ** 2 * u)) + rho * lambd**2 * (1 + 2 * L**2 * gamma * rho))
 
@@ -169,14 +171,15 @@ def pl_bound(t: int, gap: float, mu: float, L: float, C: float, lambd: float, rh
     Args:
         t: steps made.
         gap: f(x_0) - f* ≥ 0.
-        mu, L, lambd: as for :func:`pl_constant_steps`.
+        mu, L, lambd: as for :func:`pl_constant_steps`; γ μ ≤ 1.
         C: of :func:`residual_constant`.
         rho, gamma: those steps, or smaller ones. (Larger ones, for which nothing is proved, are not told apart here.)
     """
     name = "pl_bound"
-    check_count(name, "t", t, low=0)
+    t = check_count(name, "t", t, low=0)
     gap = check_number(name, "gap", gap, low=0.0)
-    return (1 - gamma * mu) ** t * gap + pl_floor(mu, L, C, lambd, rho, gamma)
+    mu, L, C, lambd, rho, gamma = _pl_steps(name, mu, L, C, lambd, rho, gamma)
+    return max(0.0, 1 - gamma * mu) ** t * gap + pl_floor(mu, L, C, lambd, rho, gamma)
 
 
 def nonconvex_steps(T: int, L: float, A: float, B: float, lambd: float) -> tuple[float, float]:
@@ -191,7 +194,7 @@ def nonconvex_steps(T: int, L: float, A: float, B: float, lambd: float) -> tuple
         L, A, B, lambd: as for :func:`pl_constant_steps`.
     """
     name = "nonconvex_steps"
-    check_count(name, "T", T, low=1)
+    T = check_count(name, "T", T, low=1)
     L, A, B, lambd = _constants(name, L, A, B, lambd)
     u, s = (1 - lambd) ** 2, math.sqrt(_over(L, 2 * A * T))
     rho = min(0.25, _over(1, 8 * u * B), 0.75 * s, 1 / math.sqrt(T)) / L
@@ -204,7 +207,7 @@ def nonconvex_bound(T: int, gap: float, L: float, C: float, lambd: float, rho: f
     For admissible steps, those of :func:`nonconvex_steps` among them. ``gap`` is f(x_0) - f_inf; the others as for :func:`pl_bound`.
     """
     name = "nonconvex_bound"
-    check_count(name, "T", T, low=1)
+    T = check_count(name, "T", T, low=1)
     gap = check_number(name, "gap", gap, low=0.0)
     L, C, lambd, rho, gamma = _steps(name, L, C, lambd, rho, gamma)
     noise = 2 * C * (L * rho * (1 - lambd) ** 2 + 9 * L * gamma / 8)
@@ -259,7 +262,7 @@ def _sampling(
         if len(vector) != n:
             raise ValueError(f"{name}: {what} must have n = {n} elements, got {len(vector)}")
     if tau is not None:
-        check_count(name, "tau", tau, low=1, high=n if sampling == "tau_nice" else None)
+        tau = check_count(name, "tau", tau, low=1, high=n if sampling == "tau_nice" else None)
     return smoothness, p, 1 if tau is None else tau
 
 
@@ -276,9 +279,26 @@ def _pl(name: str, mu: float, L: float, A: float, B: float, lambd: float) -> tup
     """μ, L, B μ + A and u."""
     mu = check_number(name, "mu", mu, low=0.0, open_low=True)
     L, A, B, lambd = _constants(name, L, A, B, lambd)
+    _check_curvature(name, mu, L)
     if A == B == 0:
         raise ValueError(f"{name}: A and B must not both be 0")
     return mu, L, B * mu + A, (1 - lambd) ** 2
+
+
+def _check_curvature(name: str, mu: float, L: float) -> None:
+    if mu > L * (1 + _ROUNDING):
+        raise ValueError(f"{name}: mu must be at most L, as no L-smooth function is μ-PL with a larger one: got mu = {mu!r}, L = {L!r}")
+
+
+def _pl_steps(
+    name: str, mu: float, L: float, C: float, lambd: float, rho: float, gamma: float
+) -> tuple[float, float, float, float, float, float]:
+    mu = check_number(name, "mu", mu, low=0.0, open_low=True)
+    L, C, lambd, rho, gamma = _steps(name, L, C, lambd, rho, gamma)
+    _check_curvature(name, mu, L)
+    if gamma * mu > 1 + _ROUNDING:
+        raise ValueError(f"{name}: gamma * mu must be at most 1, no larger step is proved to converge: got gamma = {gamma!r}, mu = {mu!r}")
+    return mu, L, C, lambd, rho, gamma
 
 
 def _steps(name: str, L: float, C: float, lambd: float, rho: float, gamma: float) -> tuple[float, float, float, float, float]:

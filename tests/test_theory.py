@@ -157,6 +157,20 @@ def test_formulas_by_hand() -> None:
     for C, lambd, expected in ((5.0, 0.5, 8.004), (5.0, 1.0, 0.3 + 6.75 + 0.6 + 0.216), (0.0, 0.5, 0.504), (5.0, 0.0, 10.05)):
         assert theory.nonconvex_bound(100, 1.0, 3.0, C, lambd, 0.1, 0.2) == pytest.approx(expected)
     assert theory.descent_step(2.0, 0.25, 0.1) == pytest.approx(0.2)
+    assert theory.residual_constant(3.0, 0.5, 0.25) == 1.5
+    assert theory.nonconvex_steps(4, 2.0, 4.0, 0.0, 1.0) == pytest.approx((0.1875 / 2, 1 / 12))  # s = 1/4
+    assert theory.nonconvex_steps(8, 4.0, 1.0, 1.0, 0.5) == pytest.approx((0.25 / 4, 1 / 18))  # s = 1/2
+    assert theory.nonconvex_steps(100, 2.0, 0.0, 1.0, 0.0) == pytest.approx((0.1 / 2, 1 / 9))  # 1 / √T
+    assert theory.nonconvex_steps(1, 2.0, 0.0, 3.0, 0.0) == pytest.approx((1 / 48, 1 / 27))  # 1 / (8 B)
+    assert theory.nonconvex_steps(1, 2.0, 0.0, 0.0, 0.0) == pytest.approx((1 / 8, 1 / 2))
+
+
+def test_rounding_is_no_error() -> None:
+    assert theory.residual_constant(1.0, 0.3, 0.1 + 0.2) == 0.0
+    assert theory.residual_constant(1.0, -0.1 - 0.2, -0.3) == 0.0
+    assert theory.residual_constant(1.0, 0.0, 0.0) == 0.0
+    assert theory.pl_largest_rho(1.0 + 1e-15, 1.0, 1.0, 0.0, 1.0) == pytest.approx(1.0)
+    assert theory.pl_bound(3, 5.0, 0.3 + 1e-16, 10.0, 0.0, 0.0, 0.0, 1 / 0.3 * (1 + 1e-15)) == 0.0
 
 
 def step(problem: Ridge, x: Tensor, w: Tensor, rho: float, gamma: float, lambd: float) -> Tensor:
@@ -305,6 +319,13 @@ def test_at_nu_0_the_condition_is_exact() -> None:
         (lambda: theory.expected_residual("single", n=2, L=1.0, probabilities=[1.0]), ValueError, "probabilities must have n = 2 elements"),
         (lambda: theory.expected_residual("independent", n=1, L=1.0, probabilities=[1.5]), ValueError, "largest of probabilities must be"),
         (lambda: theory.residual_constant(1.0, 0.0, 0.1), ValueError, "residual_constant: mean_f_i_inf must be a finite number"),
+        (lambda: theory.residual_constant(1.0, 0.3, 0.3000001), ValueError, r"mean_f_i_inf must be a finite number in \(-inf, 0.3\]"),
+        (lambda: theory.pl_constant_steps(1.001, 1.0, 1.0, 0.0, 0.5), ValueError, "pl_constant_steps: mu must be at most L, .* mu = 1.001"),
+        (lambda: theory.pl_largest_rho(2.0, 1.0, 1.0, 0.0, 0.5), ValueError, "pl_largest_rho: mu must be at most L"),
+        (lambda: theory.pl_floor(2.0, 1.0, 1.0, 0.5, 0.1, 0.1), ValueError, "pl_floor: mu must be at most L"),
+        (lambda: theory.pl_floor(0.5, 1.0, 1.0, 0.5, 0.1, 2.1), ValueError, r"pl_floor: gamma \* mu must be at most 1, .* gamma = 2.1"),
+        (lambda: theory.pl_bound(1, 1.0, 0.5, 1.0, 1.0, 0.5, 0.1, 2.1), ValueError, r"pl_bound: gamma \* mu must be at most 1"),
+        (lambda: theory.pl_bound(1, 1.0, "1", 1.0, 1.0, 0.5, 0.1, 0.1), TypeError, "pl_bound: mu must be a number"),  # type: ignore[arg-type]
         (lambda: theory.pl_constant_steps(0.0, 1.0, 1.0, 0.0, 0.5), ValueError, r"mu must be a finite number in \(0.0"),
         (lambda: theory.pl_constant_steps(1.0, 1.0, 1.0, 0.0, 1.5), ValueError, r"lambd must be a finite number in \[0.0, 1.0\]"),
         (lambda: theory.pl_constant_steps(1.0, 1.0, 0.0, 0.0, 0.5), ValueError, "A and B must not both be 0"),

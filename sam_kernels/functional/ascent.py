@@ -83,7 +83,7 @@ def perturb_(
     elif not all(isinstance(tensors, TensorList) for tensors in (params, grads, old_params)):
         _validate.check_lists(op, lists, written=written)
     if rounding_seed is not None:
-        _check_rounding(op, rounding_seed, params)
+        rounding_seed = _check_rounding(op, rounding_seed, params)
     # A first step goes along the gradient, whose norm its backend expects to be scaled as it is.
     scaled_norm = norm if ema is None or grad_scale is None else norm.to(torch.float64) * grad_scale.to(norm.device, torch.float64)
     for first_step, indices in first_and_later(ema):
@@ -124,13 +124,14 @@ def _direction_weights(op: str, ema: TensorsOrNone | None, kind: str | None, sig
     return (1.0 + sigma * (1.0 - lmbda) / lmbda, -sigma / lmbda) if kind == "friendly" else (0.0, 1.0)
 
 
-def _check_rounding(op: str, rounding_seed: int, params: Tensors) -> None:
-    _validate.check_seed(op, "rounding_seed", rounding_seed)
+def _check_rounding(op: str, rounding_seed: int, params: Tensors) -> int:
+    rounding_seed = _validate.check_seed(op, "rounding_seed", rounding_seed)
     for i, param in enumerate(params):
         if param.dtype is torch.float16:
             raise TypeError(
                 f"{op}: params[{i}] is float16; rounding_seed is for bfloat16 parameters, whose bits are a float32's upper ones"
             )
+    return rounding_seed
 
 
 @operation(written=("params",))

@@ -35,7 +35,7 @@ def random_perturb_(
     Reads p; writes old_p, p: 3 N s bytes (``from_old``: reads old_p; writes p: 2 N s).
     """
     op = "random_perturb_"
-    _validate.check_seed(op, "seed", seed)
+    seed = _validate.check_seed(op, "seed", seed)
     scale = _validate.check_number_or_tensor(op, "scale", scale)
     _validate.check_choice(op, "distribution", distribution, DISTRIBUTIONS)
     _validate.check_flag(op, "from_old", from_old)

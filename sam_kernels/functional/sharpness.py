@@ -75,8 +75,8 @@ def sharpness_sample(
     op = "sharpness_sample"
     norms, beta = _checked(op, norms, beta)
     _validate.check_flag(op, "replacement", replacement)
-    _validate.check_seed(op, "seed", seed)
-    _validate.check_count(op, "num_samples", num_samples, low=1, high=None if replacement else len(norms))
+    seed = _validate.check_seed(op, "seed", seed)
+    num_samples = _validate.check_count(op, "num_samples", num_samples, low=1, high=None if replacement else len(norms))
     indices, weights = _dispatch.select_sharpness(norms.device.type).sharpness_sample(
         norms, num_samples, beta=beta, replacement=replacement, seed=seed
     )

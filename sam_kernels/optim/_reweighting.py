@@ -36,7 +36,7 @@ class Reweighting:
 
     def __post_init__(self) -> None:
         for name in ("micro_batch", "draws", "num_directions"):
-            check_count("RWSAM", name, getattr(self, name), low=1)
+            object.__setattr__(self, name, check_count("RWSAM", name, getattr(self, name), low=1))
         if not self.modules:
             check_choice("RWSAM", "norms", self.norms, NORMS)
         check_choice("RWSAM", "sampling", self.sampling, ("weights", "draw"))
@@ -44,7 +44,7 @@ class Reweighting:
         check_number("RWSAM", "delta", self.delta, low=0.0, open_low=True)
         check_choice("RWSAM", "delta_scaling", self.delta_scaling, ("sqrt_d", "unit"))
         check_choice("RWSAM", "distribution", self.distribution, ("rademacher", "normal"))
-        check_seed("RWSAM", "seed", self.seed)
+        object.__setattr__(self, "seed", check_seed("RWSAM", "seed", self.seed))
         check_choice("RWSAM", "unsupported", self.unsupported, ("error", "vmap"))
 
     @property

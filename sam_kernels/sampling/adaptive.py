@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor, distributed
 
 from sam_kernels._validate import check_count, check_number, check_tensor, describe
-from sam_kernels.sampling._epochs import BatchDraws, Draw
+from sam_kernels.sampling._epochs import BatchDraws, Draw, world_size
 from sam_kernels.sampling._tree import SumTree
 
 __all__ = ["AdaptiveImportanceSampler"]
@@ -50,7 +50,8 @@ class AdaptiveImportanceSampler(BatchDraws):
         num_batches: in an epoch. Default: n // batch_size, at least 1.
         uniform_share: s in (0, 1]; 1 is uniform sampling.
         decay: in [0, 1) of the estimates; 0 takes the last norm.
-        seed, num_replicas, rank: as for :class:`ImportanceSampler`.
+        seed, num_replicas, rank: as for :class:`ImportanceSampler`; with ``torch.distributed`` initialised as many replicas as processes,
+            as all of them exchange what they learn, or 1, for itself.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong type or out of range.
@@ -71,16 +72,24 @@ class AdaptiveImportanceSampler(BatchDraws):
         name = type(self).__name__
         self.data_size = check_count(name, "data_size", data_size, low=1)
         super().__init__(seed, num_replicas, rank)
+        if self.num_replicas > 1 and world_size() not in (None, self.num_replicas):
+            raise ValueError(f"{name}: num_replicas must be 1 or the world size {world_size()}, got {self.num_replicas}")
         self.batch_size = self._check_batch_size(batch_size)
-        default = max(1, data_size // batch_size)
+        default = max(1, self.data_size // self.batch_size)
         self._steps = default if num_batches is None else check_count(name, "num_batches", num_batches, low=1)
         self.uniform_share = check_number(name, "uniform_share", uniform_share, low=0.0, high=1.0, open_low=True)
         self.decay = check_number(name, "decay", decay, low=0.0, high=1.0, open_high=True)
         # Of the current epoch: what was drawn, as probabilities do not tell it later. Read from a state's position on.
-        self._indices = torch.empty(self._steps, batch_size, dtype=torch.int64)
-        self._weights = torch.empty(self._steps, batch_size, dtype=torch.float64)
+        self._indices = torch.empty(self._steps, self.batch_size, dtype=torch.int64)
+        self._weights = torch.empty(self._steps, self.batch_size, dtype=torch.float64)
         self._drawn = 0
-        self._set_estimates(torch.full((data_size,), torch.nan, dtype=torch.float64))
+        self._sizes = {"data_size": self.data_size, "batch_size": self.batch_size}
+        self._set_estimates(torch.full((self.data_size,), torch.nan, dtype=torch.float64))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Tensors that come from another process are shared with it: a copy has its own."""
+        self.__dict__.update(state)
+        self._indices, self._weights = self._indices.clone(), self._weights.clone()
 
     @property
     def estimates(self) -> Tensor:  # (n,) float64
@@ -102,27 +111,43 @@ class AdaptiveImportanceSampler(BatchDraws):
 
         Raises:
             TypeError, ValueError: for indices that are no int64 tensor (m,) or out of range, norms that are no floating-point tensor (m,),
-                negative, infinite or NaN. Nothing has changed then.
+                negative, infinite or NaN, or so large that sums of them are. Nothing has changed then, on any rank: all of them raise.
         """
-        name = f"{self._name}.update"
-        if not isinstance(indices, Tensor) or indices.dtype is not torch.int64 or indices.dim() != 1:
-            raise TypeError(f"{name}: indices must be an int64 tensor of one dimension, got {describe(indices)}")
-        if check_tensor(name, "norms", norms).shape != indices.shape:
-            raise ValueError(f"{name}: norms must have the shape of indices {tuple(indices.shape)}, got {describe(norms)}")
-        indices, norms = indices.cpu(), norms.detach().to("cpu", torch.float64)
-        outside = (indices < 0) | (indices >= self.data_size)
-        if outside.any():
-            raise ValueError(f"{name}: indices must be in [0, {self.data_size}), got {indices[outside][0].item()}")
-        wrong = ~norms.isfinite() | (norms < 0)
-        if wrong.any():
-            i = int(wrong.nonzero()[0])
-            raise ValueError(f"{name}: norms must be finite and at least 0, got norms[{i}] = {norms[i].item()}")
-        indices, norms = self._of_all_replicas(indices, norms)
+        checked = [self._checked_norms(op, *of_rank) for op, of_rank in self._of_all_replicas(indices, norms)]
+        indices, norms = (torch.cat(parts) for parts in zip(*checked, strict=True))
+        largest = _largest(max(self.data_size, len(norms)))
+        if (norms > largest).any():
+            raise ValueError(f"{self._name}.update: norms must be at most {largest:.3g}, got {norms.max().item()}: sums would overflow")
         samples, inverse, counts = torch.unique(indices, return_inverse=True, return_counts=True)
         means = torch.zeros(len(samples), dtype=torch.float64).index_add_(0, inverse, norms) / counts
         old, unseen = self._tree.leaves[samples].unbind(1)
         values = torch.where(unseen > 0, means, self.decay * old + (1 - self.decay) * means)
         self._tree.set_(samples, torch.stack([values, torch.zeros_like(values)], 1))
+
+    def _of_all_replicas(self, indices: Tensor, norms: Tensor) -> list[tuple[str, tuple[Tensor, Tensor]]]:
+        """What the ranks were given, unchecked, with the name of the operation: a rank that raised before would let the others wait."""
+        indices, norms = (x.detach().cpu() if isinstance(x, Tensor) else x for x in (indices, norms))
+        op, own = f"{self._name}.update", (indices, norms)
+        if self.num_replicas == 1 or world_size() is None:
+            return [(op, own)]
+        everything: list[Any] = [None] * self.num_replicas
+        distributed.all_gather_object(everything, own)
+        return [(f"{op} of rank {rank}", of_rank) for rank, of_rank in enumerate(everything)]
+
+    def _checked_norms(self, op: str, indices: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+        if not isinstance(indices, Tensor) or indices.dtype is not torch.int64 or indices.dim() != 1:
+            raise TypeError(f"{op}: indices must be an int64 tensor of one dimension, got {describe(indices)}")
+        if check_tensor(op, "norms", norms).shape != indices.shape:
+            raise ValueError(f"{op}: norms must have the shape of indices {tuple(indices.shape)}, got {describe(norms)}")
+        norms = norms.to(torch.float64)
+        outside = (indices < 0) | (indices >= self.data_size)
+        if outside.any():
+            raise ValueError(f"{op}: indices must be in [0, {self.data_size}), got {indices[outside][0].item()}")
+        wrong = ~norms.isfinite() | (norms < 0)
+        if wrong.any():
+            i = int(wrong.nonzero()[0])
+            raise ValueError(f"{op}: norms must be finite and at least 0, got norms[{i}] = {norms[i].item()}")
+        return indices, norms
 
     def state_dict(self, position: int | None = None) -> dict[str, Any]:
         state = super().state_dict(position)
@@ -132,22 +157,40 @@ class AdaptiveImportanceSampler(BatchDraws):
     state_dict.__doc__ = BatchDraws.state_dict.__doc__
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        _, _, position = self._checked(state_dict)
+        estimates, indices, weights = self._checked_tensors(state_dict, position)
         super().load_state_dict(state_dict)
-        self._drawn = self._position + len(state_dict["indices"])
-        self._indices[self._position : self._drawn] = state_dict["indices"]
-        self._weights[self._position : self._drawn] = state_dict["weights"]
-        self._set_estimates(state_dict["estimates"])
+        self._drawn = self._position + len(indices)
+        self._indices[self._position : self._drawn] = indices
+        self._weights[self._position : self._drawn] = weights
+        self._set_estimates(estimates)
 
     load_state_dict.__doc__ = BatchDraws.load_state_dict.__doc__
 
-    def _checked(self, state_dict: dict[str, Any]) -> tuple[int, int, int]:
-        seed, epoch, position = super()._checked(state_dict)
-        shapes = {key: tuple(state_dict[key].shape) for key in ("estimates", "indices", "weights")}
-        ahead = len(state_dict["indices"])
-        batches = (ahead, self.batch_size)
-        if shapes != {"estimates": (self.data_size,), "indices": batches, "weights": batches} or position + ahead > self._steps:
-            raise ValueError(f"{self._name}: state_dict is of another data_size, batch_size or num_batches: its shapes are {shapes}")
-        return seed, epoch, position
+    def _checked_tensors(self, state_dict: dict[str, Any], position: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Estimates, indices and weights of a state, as they are stored here."""
+        name, (estimates, indices, weights) = self._name, (state_dict[key] for key in ("estimates", "indices", "weights"))
+        for key, tensor in (("estimates", estimates), ("weights", weights)):
+            check_tensor(name, f"state_dict['{key}']", tensor)
+        if not isinstance(indices, Tensor) or indices.dtype is not torch.int64:
+            raise TypeError(f"{name}: state_dict['indices'] must be an int64 tensor, got {describe(indices)}")
+        if estimates.shape != (self.data_size,):
+            raise ValueError(f"{name}: state_dict['estimates'] must have the shape ({self.data_size},), got {tuple(estimates.shape)}")
+        left = self._steps - position
+        if indices.dim() != 2 or len(indices) > left or indices.shape[1] != self.batch_size or weights.shape != indices.shape:
+            raise ValueError(
+                f"{name}: state_dict['indices'] and ['weights'] must both have a shape (at most {left}, {self.batch_size}), "
+                f"got {tuple(indices.shape)} and {tuple(weights.shape)}"
+            )
+        estimates, weights = (tensor.detach().to("cpu", torch.float64) for tensor in (estimates, weights))
+        indices = indices.cpu()
+        if ((indices < 0) | (indices >= self.data_size)).any():
+            raise ValueError(f"{name}: state_dict['indices'] must be in [0, {self.data_size})")
+        if (~weights.isfinite() | (weights <= 0)).any():
+            raise ValueError(f"{name}: state_dict['weights'] must be finite and more than 0")
+        if ((estimates < 0) | (estimates > _largest(self.data_size))).any():  # NaN is a sample without one
+            raise ValueError(f"{name}: state_dict['estimates'] must be NaN or in [0, {_largest(self.data_size):.3g}]")
+        return estimates, indices, weights
 
     def _go_to(self, epoch: int) -> None:
         super()._go_to(epoch)
@@ -190,10 +233,7 @@ class AdaptiveImportanceSampler(BatchDraws):
             return uniform
         return torch.where(uniforms[:, 0] < self.uniform_share, uniform, self._tree.find(uniforms[:, 1] * total, factors))
 
-    def _of_all_replicas(self, indices: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-        if self.num_replicas == 1 or not (distributed.is_available() and distributed.is_initialized()):
-            return indices, norms
-        everything: list[Any] = [None] * self.num_replicas
-        distributed.all_gather_object(everything, (indices, norms))
-        gathered_indices, gathered_norms = zip(*everything, strict=True)
-        return torch.cat(gathered_indices), torch.cat(gathered_norms)
+
+def _largest(count: int) -> float:
+    """The largest number of which sums of as many stay finite, with those of the samples that count as the mean."""
+    return torch.finfo(torch.float64).max / (2 * count)

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from sam_kernels._validate import check_count, check_probabilities, check_vector
 from sam_kernels.sampling._epochs import BatchDraws, Draw, Draws
-from sam_kernels.sampling._weighted import WeightedIndex
+from sam_kernels.sampling._weighted import WeightedIndex, weights_of
 
 __all__ = ["ImportanceBatchSampler", "ImportanceSampler"]
 
@@ -24,10 +24,11 @@ class _Table:
             raise ValueError(f"{name}: give either probabilities or lipschitz")
         if lipschitz is not None:
             p = check_vector(name, "lipschitz", lipschitz, low=0.0, open_low=True)
+            p /= p.max()  # else the sum of large ones may be infinite
         else:
             p = check_probabilities(name, "probabilities", probabilities)
         self.probabilities = p / p.sum()  # (n,)
-        self.weights = 1 / (len(p) * self.probabilities)  # (n,)
+        self.weights = weights_of(name, "probabilities" if lipschitz is None else "lipschitz", self.probabilities)  # (n,)
         self._cumulative = self.probabilities.cumsum(0)
         self._cumulative /= self._cumulative[-1].clone()  # the last is 1, more than any random number
 
@@ -49,7 +50,8 @@ class ImportanceSampler(Draws[int]):
         lipschitz: (n,) L_i > 0 instead, the smoothness of the samples' losses: importance sampling, p_i = L_i / ΣL.
         num_samples: draws in an epoch, of all replicas together. Default: n. Every rank gets as many, rounded up.
         seed: of the draws, with the epoch; the same on every rank.
-        num_replicas, rank: who takes which draws. Default: those of ``torch.distributed`` where it is initialised, else 1 and 0.
+        num_replicas, rank: who takes which draws. Default: those of ``torch.distributed`` where it is initialised, else 1 and 0; without it
+            more than one replica need their ranks.
 
     Attributes:
         probabilities: (n,) float64.
@@ -75,11 +77,12 @@ class ImportanceSampler(Draws[int]):
         self.num_samples = len(self.weights) if num_samples is None else check_count(name, "num_samples", num_samples, low=1)
         super().__init__(seed, num_replicas, rank)
         self._steps = -(-self.num_samples // self.num_replicas)
+        self._sizes = {"data_size": len(self.weights), "num_replicas": self.num_replicas}  # as many are drawn together
 
     def draw(self, num_draws: int, generator: Generator | None = None) -> tuple[Tensor, Tensor]:  # (num_draws,) int64, float64
         """Indices and weights as tensors, for loops without a ``DataLoader``; no part of the epoch. Random numbers: ``generator``, or
         torch's own."""
-        check_count(self._name, "num_draws", num_draws, low=0)
+        num_draws = check_count(self._name, "num_draws", num_draws, low=0)
         return self._table.find(torch.rand(num_draws, generator=generator, dtype=torch.float64))
 
     def _all_draws(self, generator: Generator) -> Iterator[Draw]:
@@ -120,8 +123,9 @@ class ImportanceBatchSampler(BatchDraws):
         self.probabilities, self.weights = self._table.probabilities, self._table.weights
         super().__init__(seed, num_replicas, rank)
         self.batch_size = self._check_batch_size(batch_size)
-        default = max(1, len(self.weights) // batch_size)
+        default = max(1, len(self.weights) // self.batch_size)
         self._steps = default if num_batches is None else check_count(name, "num_batches", num_batches, low=1)
+        self._sizes = {"data_size": len(self.weights), "batch_size": self.batch_size}
 
     def _all_draws(self, generator: Generator) -> Iterator[Draw]:
         while True:

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from sam_kernels._validate import check_count, check_vector
 from sam_kernels.sampling._epochs import BatchDraws, Draw
-from sam_kernels.sampling._weighted import WeightedIndex
+from sam_kernels.sampling._weighted import WeightedIndex, weights_of
 
 __all__ = ["IndependentBatchSampler", "TauNiceBatchSampler"]
 
@@ -43,9 +43,11 @@ class TauNiceBatchSampler(BatchDraws):
         name = type(self).__name__
         self.data_size = check_count(name, "data_size", data_size, low=1)
         super().__init__(seed, num_replicas, rank)
-        self.batch_size = self._check_batch_size(batch_size, high=data_size)
-        self._steps = data_size // batch_size if num_batches is None else check_count(name, "num_batches", num_batches, low=1)
-        self._left = data_size - torch.arange(batch_size)  # samples to choose from, at each of the tau choices
+        self.batch_size = self._check_batch_size(batch_size, high=self.data_size)
+        default = self.data_size // self.batch_size
+        self._steps = default if num_batches is None else check_count(name, "num_batches", num_batches, low=1)
+        self._sizes = {"data_size": self.data_size, "batch_size": self.batch_size}
+        self._left = self.data_size - torch.arange(self.batch_size)  # samples to choose from, at each of the tau choices
 
     def _all_draws(self, generator: Generator) -> Iterator[Draw]:
         weights = [1.0] * self.batch_size
@@ -105,9 +107,10 @@ class IndependentBatchSampler(BatchDraws):
         self.probabilities = check_vector(name, "probabilities", probabilities, low=0.0, open_low=True)
         if (self.probabilities > 1).any():
             raise ValueError(f"{name}: probabilities must be at most 1, got {self.probabilities.max().item()!r}")
-        self.weights = 1 / (len(self.probabilities) * self.probabilities)
+        self.weights = weights_of(name, "probabilities", self.probabilities)
         default = max(1, round(len(self.probabilities) / self.probabilities.sum().item()))
         self._steps = default if num_batches is None else check_count(name, "num_batches", num_batches, low=1)
+        self._sizes = {"data_size": len(self.weights)}
         super().__init__(seed, num_replicas, rank)
 
     def _all_draws(self, generator: Generator) -> Iterator[Draw]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -282,3 +283,14 @@ def test_bad_arguments(backend: str) -> None:
 def tensors_of(arguments: Arguments) -> list[Tensor]:
     given = [value for value in arguments.values() if isinstance(value, list)]
     return [t for values in given for t in values if isinstance(t, Tensor) and t.layout is torch.strided]
+
+
+def test_numpy_s_integers_are_integers() -> None:
+    for seed in (7, 2**63 + 7):
+        found = []
+        for of_type in (int, np.uint64):
+            params = [torch.ones(8)]
+            functional.random_perturb_(params, [torch.zeros(8)], seed=of_type(seed), scale=0.1, distribution="normal")
+            drawn = functional.sharpness_sample(torch.arange(8.0), np.int8(3), beta=1.0, replacement=True, seed=of_type(seed))
+            found.append([*params, *drawn])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -16,6 +16,7 @@ from sam_kernels.sampling._tree import SumTree
 from tests.sampling.helpers import pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+HUGE = torch.tensor([2.0**1021 - 2.0**968] * 2, dtype=torch.float64)  # an eighth of the largest number, times 1 - 2^-53
 
 
 def sums_of(leaves: torch.Tensor) -> torch.Tensor:
@@ -30,8 +31,8 @@ def sums_of(leaves: torch.Tensor) -> torch.Tensor:
 def test_sums_are_those_of_the_leaves_bit_for_bit_after_any_changes(n: int) -> None:
     generator = torch.Generator().manual_seed(n)
     tree, leaves = SumTree(n, 2), torch.zeros(1 << (n - 1).bit_length(), 2, dtype=torch.float64)
-    for _ in range(50):
-        indices = torch.randperm(n, generator=generator)[: 1 + n // 3]
+    for step in range(50):
+        indices = torch.randperm(n, generator=generator)[: 1 + n // 3 if step % 5 else n]  # all at once is another way
         values = torch.rand(len(indices), 2, generator=generator, dtype=torch.float64) * 10.0 ** torch.randint(-9, 9, (1,))
         tree.set_(indices, values)
         leaves[indices] = values
@@ -52,6 +53,14 @@ def test_a_leaf_is_found_by_its_share(n: int) -> None:
     assert torch.equal(tree.find(points - 0.5, factors), torch.arange(n).repeat_interleave(mass))
     beyond = mass.sum().double().reshape(1) * 2
     assert mass[tree.find(beyond, factors)] > 0  # what rounding may ask for
+
+
+def test_the_largest_norms_are_still_numbers() -> None:
+    sampler = AdaptiveImportanceSampler(4, 2, num_batches=50)
+    sampler.update(torch.tensor([0, 1]), HUGE)
+    sampler.update(torch.tensor([0, 0, 1, 2]), HUGE[0].repeat(4))
+    assert sampler.probabilities.tolist() == [0.25] * 4
+    assert {weight for batch in pairs(sampler) for _, weight in batch} == {1.0}
 
 
 def test_estimates_are_moving_averages() -> None:
@@ -128,7 +137,7 @@ def test_it_goes_on_exactly_where_it_was_with_updates_in_between(ahead: int, ste
 def test_states_of_other_sizes_are_refused() -> None:
     state = AdaptiveImportanceSampler(9, 3, num_batches=15).state_dict()
     for other in (AdaptiveImportanceSampler(8, 3, num_batches=15), AdaptiveImportanceSampler(9, 2, num_batches=15)):
-        with pytest.raises(ValueError, match="state_dict is of another data_size, batch_size or num_batches"):
+        with pytest.raises(ValueError, match=r"AdaptiveImportanceSampler: state_dict is of (data_size 9|batch_size 3), this sampler's is"):
             other.load_state_dict(state)
 
 
@@ -145,6 +154,8 @@ def test_states_of_other_sizes_are_refused() -> None:
         (torch.tensor([0, 1]), torch.tensor([1.0, torch.nan]), ValueError, r"norms must be finite and at least 0, got norms\[1\] = nan"),
         (torch.tensor([0, 1]), torch.tensor([torch.inf, 1.0]), ValueError, r"norms must be finite and at least 0, got norms\[0\] = inf"),
         (torch.tensor([0, 1]), torch.tensor([1.0, -0.5]), ValueError, r"norms must be finite and at least 0, got norms\[1\] = -0\.5"),
+        (torch.tensor([0, 1]), HUGE * 2, ValueError, r"norms must be at most 2\.25e\+307, got 4\.49"),
+        (torch.zeros(9, dtype=torch.int64), HUGE[0].repeat(9), ValueError, r"norms must be at most 9\.99e\+306, got 2\.24"),
     ],
 )
 def test_updates_that_are_refused_change_nothing(indices: object, norms: object, error: type[Exception], message: str) -> None:
@@ -165,6 +176,13 @@ assert (sampler.num_replicas, sampler.rank) == (2, rank)
 for batch in sampler:
     assert len(batch) == 2
     sampler.update(torch.tensor(batch), torch.tensor([float(i * i) for i in batch]))
+for indices, norms in ((torch.tensor([3]), torch.tensor([-1.0 if rank else 1.0])), ([3] if rank else torch.tensor([3]), torch.ones(1))):
+    try:
+        sampler.update(indices, norms)  # what one of them refuses
+    except (TypeError, ValueError) as error:
+        assert str(error).startswith("AdaptiveImportanceSampler.update of rank 1: "), error
+    else:
+        raise AssertionError(rank)
 print(sampler.estimates.tolist())
 distributed.destroy_process_group()
 """

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import BatchSampler, ChainDataset, DataLoader, Dataset, Subset, TensorDataset
 
 import sam_kernels
 from sam_kernels import sampling
@@ -109,6 +109,7 @@ def test_indices_are_ordinary_ones_for_any_dataset(data: Any) -> None:
     for other in (copy.deepcopy(index), pickle.loads(pickle.dumps(index))):
         assert type(other) is WeightedIndex
         assert (other, other.weight) == (3, 0.25)
+    assert index.__reduce__() == (WeightedIndex, (3, 0.25))  # and nothing twice
     assert repr(index) == "WeightedIndex(3, weight=0.25)"
 
 
@@ -124,6 +125,8 @@ def test_an_index_without_a_weight_is_refused() -> None:
         next(iter(DataLoader(WeightedDataset(TensorDataset(DATA)), batch_size=2)))
     with pytest.raises(TypeError, match="WeightedDataset: dataset must have __getitem__, got 3"):
         WeightedDataset(3)
+    with pytest.raises(TypeError, match="WeightedDataset: samples of an IterableDataset cannot be chosen, got ChainDataset"):
+        WeightedDataset(ChainDataset([]))
 
 
 def test_batches_are_fetched_at_once_where_the_dataset_can() -> None:
@@ -140,6 +143,18 @@ def test_batches_are_fetched_at_once_where_the_dataset_can() -> None:
     sampler = sampling.TauNiceBatchSampler(5, 2, num_batches=4)
     values = [values.tolist() for values, _, _ in DataLoader(WeightedDataset(Fetching()), batch_sampler=sampler)]
     assert values == asked == [[index for index, _ in batch] for batch in pairs(sampling.TauNiceBatchSampler(5, 2, num_batches=4))]
+
+
+def test_a_batch_of_another_length_is_refused() -> None:
+    class Losing(Dataset[float]):
+        def __getitems__(self, indices: list[int]) -> list[float]:
+            return [float(i) for i in indices[1:]]
+
+        def __getitem__(self, index: int) -> float:
+            raise AssertionError
+
+    with pytest.raises(ValueError, match="WeightedDataset: __getitems__ of Losing gave 1 samples for 2 indices"):
+        next(iter(DataLoader(WeightedDataset(Losing()), batch_sampler=sampling.TauNiceBatchSampler(5, 2))))
 
 
 def test_a_weighted_step_of_sam_is_the_formula_s() -> None:

@@ -91,6 +91,9 @@ def test_lipschitz_constants_are_probabilities() -> None:
     sampler = sampling.ImportanceSampler(lipschitz=torch.tensor([3.0, 1.0, 4.0]))
     assert sampler.probabilities.tolist() == [3 / 8, 1 / 8, 4 / 8]
     assert len(sampler) == 3
+    huge = sampling.ImportanceSampler(lipschitz=[1e308, 1e308, 0.5e308, 1.5e308])
+    assert huge.probabilities.tolist() == pytest.approx([1 / 4, 1 / 4, 1 / 8, 3 / 8])
+    assert set(map(int, sampling.ImportanceSampler(lipschitz=[1e308, 1e308], num_samples=50))) == {0, 1}
     batches = sampling.ImportanceBatchSampler(lipschitz=[3, 1, 4], batch_size=2)
     assert torch.equal(batches.weights, sampler.weights)
     assert len(batches) == 1
