@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import Progress
 
+from bench import gate
 from bench.__main__ import RESULTS
 from bench.environment import environment
 from bench.importance.chart import draw
@@ -22,18 +23,22 @@ from bench.importance.run import measure, times_of
 
 __all__ = ["main"]
 
+TESTS = ("tests/test_theory.py", "tests/sampling")
+
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--steps", type=click.IntRange(min=1), default=1_000_000, show_default=True, help="Of every run.")
 @click.option("--points", type=click.IntRange(min=1), default=200, show_default=True, help="Of every curve.")
 @click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True, help="Runs whose mean is taken.")
+@click.option("--gate/--no-gate", "with_gate", default=True, help="Run the tests of the theory and of the samplers first.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Where to write the result file.")
 @click.option("--image", type=click.Path(dir_okay=False, path_type=Path), help="Where to draw the curves.")
 @click.option("--store", is_flag=True, help="Write bench/results/<device>/importance.json and docs/images/importance.png.")
-def main(steps: int, points: int, seeds: int, json_path: Path | None, image: Path | None, store: bool) -> None:
+def main(steps: int, points: int, seeds: int, with_gate: bool, json_path: Path | None, image: Path | None, store: bool) -> None:
     """Single-element sampling of Unified SAM, λ 0, 0.5 and 1, on two ridge problems: rates and floors against the bounds."""
     torch.set_num_threads(1)  # a step is a hundred numbers a run
-    result: dict[str, Any] = environment() | {"steps": steps, "seeds": seeds, "problems": []}
+    passed = gate.run(tests=TESTS) if with_gate else "skipped"
+    result: dict[str, Any] = environment() | {"gate": passed, "steps": steps, "seeds": seeds, "problems": []}
     with Progress(disable=not os.isatty(1), transient=True) as progress:
         for name in PROBLEMS:
             problem, bar = make_problem(name), progress.add_task(name, total=steps)

@@ -94,7 +94,7 @@ def test_blocks_of_draws_do_not_show() -> None:
 
 def test_run_end_to_end(tmp_path: Path) -> None:
     target, image, docs = tmp_path / "out.json", tmp_path / "out.png", tmp_path / "docs.md"
-    arguments = ["--steps", "50", "--points", "10", "--seeds", "2", "--json", str(target), "--image", str(image)]
+    arguments = ["--no-gate", "--steps", "50", "--points", "10", "--seeds", "2", "--json", str(target), "--image", str(image)]
     run = CliRunner().invoke(main, arguments)
     assert run.exit_code == 0, run.output
     assert image.read_bytes().startswith(b"\x89PNG")
