@@ -106,11 +106,10 @@ class _StepOf:
         return losses
 
     def _gradient(self, images: Tensor, labels: Tensor) -> Tensor:
-        with self._clock.backward():
-            self._optimizer.zero_grad()
         with self._clock.forward():
             loss = nn.functional.cross_entropy(self._model(images), labels)
-        with self._clock.backward():
+        with self._clock.backward():  # zeroing the gradients is no optimizer's own work
+            self._optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch's own is untyped
         return loss.detach()
 
