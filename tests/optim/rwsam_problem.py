@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sam_kernels import RWSAM, reference
+from sam_kernels.cli._per_sample_check import has_per_sample
 from tests.optim.problem import set_weights, weights
 
 B = 12
@@ -131,3 +132,9 @@ def train(model: nn.Module, optimizer: RWSAM, steps: range, dtype: torch.dtype =
 
 def state_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [value.clone() for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+
+
+def skip_without_norms(backend: str, norms: str) -> None:
+    """Norms of the engine need a backend that has its operations: the CUDA kernels, run on the host, have none."""
+    if norms not in ("finite_difference", "jvp") and not has_per_sample(backend):
+        pytest.skip(f"backend {backend} has no gradient norms per sample")

@@ -21,6 +21,7 @@ from tests.optim.rwsam_problem import (
     make_batch,
     make_model,
     norms_of,
+    skip_without_norms,
     written_out_step,
 )
 
@@ -33,6 +34,7 @@ KINDS = ["exact", "finite_difference", "jvp", "last_layer", "norm_layers"]
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("m", [1, 3])
 def test_exact_steps_are_the_formulas(backend: str, base: Any, kwargs: dict[str, Any], scale: dict[str, Any], m: int) -> None:
+    skip_without_norms(backend, "exact")
     model = make_model()
     other = twin(model)
     base_of_other = base(other.parameters(), **kwargs)

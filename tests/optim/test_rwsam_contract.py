@@ -32,6 +32,7 @@ from tests.optim.rwsam_problem import (
     make_batch,
     make_model,
     norms_of,
+    skip_without_norms,
     state_of,
     train,
 )
@@ -150,6 +151,7 @@ def test_row_06_sixteen_bits(way: str, how: str) -> None:
 @pytest.mark.parametrize(("way", "at"), [(way, at) for way in WAYS for at in range(CALLS[way])])
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
 def test_row_07_a_closure_that_raises_leaves_everything(backend: str, way: str, at: int, error: BaseException) -> None:
+    skip_without_norms(backend, way)
     model, batch = make_model(torch.float32, batch_norm=True), make_batch(torch.float32)
     pointers = [param.data_ptr() for param in model.parameters()]
     with use_backend(backend):
@@ -214,6 +216,7 @@ def test_row_07_interrupt_around_a_random_perturbation(
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_row_08_one_sample_that_is_not_finite_skips_the_step(backend: str, way: str, bad: float, bad_pass: int) -> None:
     """Whether it was drawn or not, and in whichever pass."""
+    skip_without_norms(backend, way)
     model, batch = make_model(torch.float32), make_batch(torch.float32)
     passes = 0
 
