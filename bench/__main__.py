@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import sys
@@ -12,21 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from rich.console import Console
 
 from bench import allocator, gate, memory, ops, steps
 from bench.byte_model import OPS
+from bench.command import begin, write
 from bench.environment import environment
 from bench.providers import BASES, PROVIDERS, REFERENCE
 from bench.summary import print_summary
 from bench.workloads import DTYPES, WORKLOADS
 
-RESULTS = Path(__file__).parent / "results"
-BUSY = (
-    "busy machine (load {load:.1f} on {cores} cores): these numbers are worth little. Peers meet at many more barriers a step than "
-    "one fused pass does, so a stolen core slows them more."
-)
 SLOW_TO_START = ("torch.compile",)  # minutes, for a graph per workload, dtype and base
 
 
@@ -93,17 +87,11 @@ def main(
     allocator.ensure(regime, "bench", sys.argv[1:])
     if name is not None and not re.fullmatch(r"[\w.-]+", name):
         raise click.BadParameter("letters, digits, '_', '.' and '-' only", param_hint="--name")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)
+    console = begin(threads)
     if quick:
         repeats = repeats or 3
         with_memory = False
         skip = [*skip, *(provider for provider in SLOW_TO_START if provider not in skip)]
-    if os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
-        console.print(BUSY.format(load=os.getloadavg()[0], cores=os.cpu_count()), style="bold yellow", highlight=False)
     for skipped in skip:
         console.print(f"skipped {skipped}: {'--quick' if quick and skipped in SLOW_TO_START else '--skip'}", highlight=False)
     names = [provider for provider in PROVIDERS if provider == REFERENCE or (provider in providers and provider not in skip)]
@@ -113,14 +101,8 @@ def main(
     for row in _rows(workload, dtype, base, names, op_names, repeats, budget, with_steps, micro_batches, with_memory, console):
         rows.append(row)
         result["rows"] = rows
-        for path in _targets(json_path, name, result["device"]):  # after every row: a run that is cut off keeps what it measured
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(result, indent=1) + "\n")
+        write(result, json_path, name)  # after every row: a run that is cut off keeps what it measured
     print_summary(result | {"rows": rows}, console)
-
-
-def _targets(json_path: Path | None, name: str | None, device: str) -> list[Path]:
-    return [path for path in (json_path, RESULTS / device / f"{name}.json" if name else None) if path is not None]
 
 
 def _rows(

@@ -33,3 +33,11 @@ def test_the_page_of_rw_sam_shows_the_stored_runs() -> None:
         shown = [each[key] for key in ("test_accuracy", "best_test_accuracy")]
         cells = " | ".join(f"{100 * one['mean']:.2f} ± {100 * one['standard_error']:.2f}" for one in shown)
         assert f"| {cells} | {each['train_loss']['mean']:.3f} |" in page
+
+
+@pytest.mark.parametrize("name", ["held_out_noise", "held_out_clean"])
+def test_so_do_the_runs_that_beta_was_chosen_by(name: str) -> None:
+    page = " ".join((ROOT / "docs" / "rw_sam.md").read_text().split())
+    summary = json.loads((ROOT / "docs" / "runs" / f"{name}.json").read_text())["summary"]
+    sam, *others = (f"{100 * each['test_accuracy']['mean']:.1f}" for each in summary)
+    assert f"{sam} % for SAM and {others[0]}, {others[1]} and {others[2]} %" in page

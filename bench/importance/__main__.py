@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ import click
 import torch
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 from bench import gate
-from bench.__main__ import RESULTS
+from bench.command import write
 from bench.environment import environment
 from bench.importance.chart import draw
 from bench.importance.problem import PROBLEMS, make_problem
@@ -42,7 +42,7 @@ def main(steps: int, points: int, seeds: int, with_gate: bool, json_path: Path |
     with Progress(disable=not os.isatty(1), transient=True) as progress:
         for name in PROBLEMS:
             problem, bar = make_problem(name), progress.add_task(name, total=steps)
-            times = times_of(steps, points)
+            times, advance = times_of(steps, points), partial(_advance, progress, bar)
             smoothness = problem.smoothness
             result["problems"].append(
                 {
@@ -53,15 +53,17 @@ def main(steps: int, points: int, seeds: int, with_gate: bool, json_path: Path |
                     "L_min": smoothness.min().item(),
                     "f_inf": problem.f_inf,
                     "times": times,
-                    "rows": measure(problem, times, seeds, lambda t, bar=bar: progress.update(bar, completed=t)),  # type: ignore[misc]
+                    "rows": measure(problem, times, seeds, advance),
                 }
             )
     Console(width=None if os.isatty(1) else 150).print(Markdown(section(result)))
-    for path in [path for path in (json_path, RESULTS / result["device"] / "importance.json" if store else None) if path is not None]:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result) + "\n")
+    write(result, json_path, "importance" if store else None, indent=None)
     for path in [path for path in (image, ROOT / "docs/images/importance.png" if store else None) if path is not None]:
         draw(result, path)
+
+
+def _advance(progress: Progress, bar: TaskID, t: int) -> None:
+    progress.update(bar, completed=t)
 
 
 if __name__ == "__main__":

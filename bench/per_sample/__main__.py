@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from bench import allocator, gate
-from bench.__main__ import BUSY, RESULTS, Names
+from bench.__main__ import Names
+from bench.command import begin, write
 from bench.environment import environment
 from bench.per_sample import memory
 from bench.per_sample.bars import verdicts
@@ -82,13 +81,7 @@ def main(
     store: bool,
 ) -> None:
     """Gradient norms of every sample, with and without the batch's gradient, against a plain pass, Opacus and torch.func."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)
-    if os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
-        console.print(BUSY.format(load=os.getloadavg()[0], cores=os.cpu_count()), style="bold yellow", highlight=False)
+    console = begin(threads)
     result = environment() | {
         "allocator": allocator.current(os.environ),
         "gate": gate.run(tests=TESTS) if with_gate else "skipped",
@@ -97,9 +90,7 @@ def main(
     for model in models:
         result["rows"] += measure(model, providers, rounds, with_memory=with_memory, console=console)
     _print(result["rows"], console)
-    for path in [path for path in (json_path, RESULTS / result["device"] / "per_sample.json" if store else None) if path is not None]:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+    write(result, json_path, "per_sample" if store else None)
 
 
 def _print(rows: list[dict[str, Any]], console: Console) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from bench import allocator, gate
-from bench.__main__ import BUSY, RESULTS, Names
+from bench.__main__ import Names
+from bench.command import begin, write
 from bench.environment import environment
 from bench.per_sample.__main__ import TESTS as PER_SAMPLE_TESTS
 from bench.per_sample.bars import verdicts
@@ -75,13 +74,7 @@ def main(
     store: bool,
 ) -> None:
     """Whole steps of Reweighted SAM with each kind of norms over a step of SAM, and how well those norms rank the samples."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)
-    if os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
-        console.print(BUSY.format(load=os.getloadavg()[0], cores=os.cpu_count()), style="bold yellow", highlight=False)
+    console = begin(threads)
     result = environment() | {
         "allocator": allocator.current(os.environ),
         "gate": gate.run(tests=TESTS) if with_gate else "skipped",
@@ -94,9 +87,7 @@ def main(
         for model in quality.MODELS:
             result["rows"] += quality.measure(model, quality.trained(model))
     _print(result["rows"], console)
-    for path in [path for path in (json_path, RESULTS / result["device"] / "rw_sam.json" if store else None) if path is not None]:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+    write(result, json_path, "rw_sam" if store else None)
 
 
 def _print(rows: list[dict[str, Any]], console: Console) -> None:

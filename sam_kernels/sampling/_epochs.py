@@ -155,6 +155,10 @@ class BatchDraws(Draws[list[int]]):
             raise ValueError(f"{name}: batch_size must be a multiple of num_replicas {self.num_replicas}, got {batch_size}")
         return batch_size
 
+    def _batches(self, num_batches: int | None, default: int) -> int:
+        """In an epoch."""
+        return default if num_batches is None else check_count(type(self).__name__, "num_batches", num_batches, low=1)
+
 
 def world_size() -> int | None:
     """That of ``torch.distributed``, where it is initialised."""

@@ -76,7 +76,7 @@ class AdaptiveImportanceSampler(BatchDraws):
             raise ValueError(f"{name}: num_replicas must be 1 or the world size {world_size()}, got {self.num_replicas}")
         self.batch_size = self._check_batch_size(batch_size)
         default = max(1, self.data_size // self.batch_size)
-        self._steps = default if num_batches is None else check_count(name, "num_batches", num_batches, low=1)
+        self._steps = self._batches(num_batches, default)
         self.uniform_share = check_number(name, "uniform_share", uniform_share, low=0.0, high=1.0, open_low=True)
         self.decay = check_number(name, "decay", decay, low=0.0, high=1.0, open_high=True)
         # Of the current epoch: what was drawn, as probabilities do not tell it later. Read from a state's position on.

@@ -124,7 +124,7 @@ class ImportanceBatchSampler(BatchDraws):
         super().__init__(seed, num_replicas, rank)
         self.batch_size = self._check_batch_size(batch_size)
         default = max(1, len(self.weights) // self.batch_size)
-        self._steps = default if num_batches is None else check_count(name, "num_batches", num_batches, low=1)
+        self._steps = self._batches(num_batches, default)
         self._sizes = {"data_size": len(self.weights), "batch_size": self.batch_size}
 
     def _all_draws(self, generator: Generator) -> Iterator[Draw]:

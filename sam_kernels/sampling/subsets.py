@@ -45,7 +45,7 @@ class TauNiceBatchSampler(BatchDraws):
         super().__init__(seed, num_replicas, rank)
         self.batch_size = self._check_batch_size(batch_size, high=self.data_size)
         default = self.data_size // self.batch_size
-        self._steps = default if num_batches is None else check_count(name, "num_batches", num_batches, low=1)
+        self._steps = self._batches(num_batches, default)
         self._sizes = {"data_size": self.data_size, "batch_size": self.batch_size}
         self._left = self.data_size - torch.arange(self.batch_size)  # samples to choose from, at each of the tau choices
 
@@ -109,7 +109,7 @@ class IndependentBatchSampler(BatchDraws):
             raise ValueError(f"{name}: probabilities must be at most 1, got {self.probabilities.max().item()!r}")
         self.weights = weights_of(name, "probabilities", self.probabilities)
         default = max(1, round(len(self.probabilities) / self.probabilities.sum().item()))
-        self._steps = default if num_batches is None else check_count(name, "num_batches", num_batches, low=1)
+        self._steps = self._batches(num_batches, default)
         self._sizes = {"data_size": len(self.weights)}
         super().__init__(seed, num_replicas, rank)
 

@@ -263,14 +263,14 @@ def test_layers_may_change_between_steps(change: str) -> None:
 def test_rho_may_begin_at_zero_in_the_two_step_api() -> None:
     model, batch = make_model(), make_batch()
     optimizer = RWSAM(model, torch.optim.SGD, beta=2.0, rho=lambda t: 0.1 * (t - 1), lr=0.1)
-    expected = norms_of(group_grads(model, batch))
     for step in range(2):
+        expected = norms_of(group_grads(model, batch))
         with optimizer.recording():
             losses = losses_of(model, batch)
         optimizer.weighted_backward(losses)
         assert (optimizer.last_norms is None) is (step == 0)
         if step == 1:
-            assert_close(optimizer.last_norms, expected, 0.5)
+            assert_close(optimizer.last_norms, expected)
         optimizer.first_step(zero_grad=True)
         losses_of(model, batch).mean().backward()
         optimizer.second_step()

@@ -102,7 +102,8 @@ def test_bfloat16_parameters(case: str) -> None:
     for name, param in model.named_parameters():
         assert param.grad is not None
         assert param.grad.dtype is torch.bfloat16
-        # Both round what flows backwards to 16 bits, each in its own order: no farther from the truth than autograd is, and what is stored.
+        # Both round what flows backwards to 16 bits, in orders of their own: two independent errors of one size, whose norms' quotient is
+        # random where few numbers make them. (Of 420 draws of these cases two were beyond 2.)
         allowed = 3.0 * (expected[name] - truth[name]).norm() + BOUND * truth[name].norm()
         assert (param.grad - truth[name]).norm() <= allowed, name
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sam_kernels._flags import report_norm
+from sam_kernels.backends.native._arguments import value_of
 from sam_kernels.backends.native._lists import Lists, written
 
 try:
@@ -54,10 +55,6 @@ vouch, current_grads, is_current = _lists.vouch, _lists.current_grads, _lists.is
 def describe() -> str:
     """One line for ``python -m sam_kernels info``."""
     return f"C++ on {_cpu.instruction_set()}, {torch.get_num_threads()} threads"
-
-
-def _number(value: float | Tensor) -> float:
-    return value.item() if isinstance(value, Tensor) else value
 
 
 def _inverse(grad_scale: Tensor | None) -> float:
@@ -147,8 +144,8 @@ def perturb_(
         "grads": _lists.describe(grads),
         "old_params": _lists.describe(old_params),
         "norm": norm.item(),
-        "rho": _number(rho),
-        "lambd": _number(lambd),
+        "rho": value_of(rho),
+        "lambd": value_of(lambd),
         "eps": eps,
         "eta": eta,
         "inv_grad_scale": _inverse(grad_scale),
@@ -218,7 +215,7 @@ def random_perturb_(
         old_params=_lists.describe(old_params),
         row_indices=row_indices,
         seed=seed,
-        scale=_number(scale),
+        scale=value_of(scale),
         normal=distribution == "normal",
         from_old=from_old,
         threads=torch.get_num_threads(),
@@ -260,7 +257,7 @@ def sgd_step_(
         grads=_lists.describe(grads),
         old_params=_lists.describe(old_params),
         momentum_buffers=_lists.describe(momentum_buffers),
-        lr=_number(lr),
+        lr=value_of(lr),
         momentum=momentum,
         dampening=dampening,
         weight_decay=weight_decay,
@@ -304,7 +301,7 @@ def adamw_step_(
         exp_avgs=_lists.describe(exp_avgs),
         exp_avg_sqs=_lists.describe(exp_avg_sqs),
         steps=_cpu.advance_steps(_lists.describe(state_steps)),
-        lr=_number(lr),
+        lr=value_of(lr),
         beta1=betas[0],
         beta2=betas[1],
         eps=eps,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sam_kernels.backends.native._arguments import value_of
 from sam_kernels.backends.native._lists import Lists
 
 try:
@@ -20,14 +21,10 @@ __all__ = ["sharpness_sample", "sharpness_weights"]
 _describe = Lists(_cpu).describe
 
 
-def _number(value: float | Tensor) -> float:
-    return value.item() if isinstance(value, Tensor) else value
-
-
 def sharpness_weights(norms: Tensor, *, beta: float | Tensor) -> Tensor:  # (B,), () -> (B,)
     """See :func:`sam_kernels.functional.sharpness_weights`."""
     weights = torch.empty_like(norms)
-    _cpu.sharpness_weights(tensors=_describe([norms, weights]), beta=_number(beta))
+    _cpu.sharpness_weights(tensors=_describe([norms, weights]), beta=value_of(beta))
     return weights
 
 
@@ -42,5 +39,5 @@ def sharpness_sample(
     """See :func:`sam_kernels.functional.sharpness_sample`."""
     indices, weights = norms.new_empty(num_samples, dtype=torch.int64), norms.new_empty(num_samples)
     tensors = _describe([norms, weights, indices.view(torch.float64)])
-    _cpu.sharpness_sample(tensors=tensors, beta=_number(beta), replacement=replacement, seed=seed)
+    _cpu.sharpness_sample(tensors=tensors, beta=value_of(beta), replacement=replacement, seed=seed)
     return indices, weights
