@@ -9,12 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["keep_wide_state", "with_group_values", "without_callables"]
+__all__ = ["keep_wide_state", "with_group_values", "with_names", "without_callables", "without_names"]
+
+_DEFAULTS = {"direction": "gradient", "descent": "plain"}
 
 
 def without_callables(state_dict: dict[str, Any]) -> dict[str, Any]:
     """Schedules given as functions are left out (None): they belong to the program, not to the checkpoint."""
     groups = [{key: None if callable(value) else value for key, value in group.items()} for group in state_dict["param_groups"]]
+    return {**state_dict, "param_groups": groups}
+
+
+def with_names(state_dict: dict[str, Any], direction: str, descent: str) -> dict[str, Any]:
+    """Notes in each group whose state this is: what is kept for one direction means nothing to another. The usual ones go unsaid."""
+    names = {key: name for key, name in (("direction", direction), ("descent", descent)) if name != _DEFAULTS[key]}
+    return {**state_dict, "param_groups": [{**group, **names} for group in state_dict["param_groups"]]} if names else state_dict
+
+
+def without_names(state_dict: dict[str, Any], direction: str, descent: str) -> dict[str, Any]:
+    """The way back. Raises ValueError where they are others. The base optimizer's own checkpoint has none, and fits all."""
+    for group in state_dict["param_groups"]:
+        for key, name in (("direction", direction), ("descent", descent)):
+            saved = group.get(key, _DEFAULTS[key] if "sam_step" in group else name)
+            if saved != name:
+                raise ValueError(f"SAM: the checkpoint is of {key} {saved!r}, this optimizer has {key} {name!r}")
+    groups = [{key: value for key, value in group.items() if key not in _DEFAULTS} for group in state_dict["param_groups"]]
     return {**state_dict, "param_groups": groups}
 
 

@@ -84,6 +84,7 @@ class GroupLists:
         self._norm: Tensor | None = None
         self._state_tensors: dict[str, list[Tensor]] = {}
         self._states: list[dict[str, Any]] = []
+        self.memory: dict[str, tuple[object, list[Tensor]]] = {}  # ParamMemory's: of which version, and what it keeps for these parameters
         self._all_states: list[dict[str, Any]] | None = None
 
     def _has_backend(self, device_type: str) -> bool:

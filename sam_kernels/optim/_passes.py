@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,11 @@ from sam_kernels._tensor_list import TensorList
 from sam_kernels.optim._capturable import is_recording, not_recordable
 from sam_kernels.optim._descent import can_fuse, fused_step, plain_step
 from sam_kernels.optim._group import Backups, Current, GroupLists, param_name, same_bits, same_tensors, with_grads
+from sam_kernels.optim._memory import ParamMemory
 from sam_kernels.optim._schedules import lambd_at, rho_at, takes_part
+
+if TYPE_CHECKING:
+    from sam_kernels.optim.directions import Direction
 
 __all__ = ["Passes"]
 
@@ -47,12 +53,15 @@ class Passes:
     """What a step under way knows, and what is kept between steps: backups and lists.
 
     ``found_inf`` () float32 is set once a gradient of either pass was not finite; ``skipped`` () float32 counts such steps before the
-    last. Both live on the device.
+    last. Both live on the device. ``memory`` is what the direction and the descent rule keep; ``begun`` are the parameters for which a
+    moving average has begun in this step.
     """
 
-    def __init__(self, base: Optimizer, own_hooks: set[int]) -> None:
+    def __init__(self, base: Optimizer, own_hooks: set[int], memory: ParamMemory) -> None:
         self.base = base
         self.own_hooks = own_hooks  # of the base's step hooks, those that do not count as somebody listening
+        self.memory = memory
+        self.begun: set[Tensor] = set()
         self.backups = Backups()
         self.found_inf = torch.zeros(())
         self.skipped = torch.zeros(())
@@ -73,6 +82,7 @@ class Passes:
             self.found_inf, self.skipped = self.found_inf.to(device), self.skipped.to(device)
         self._begins = True
         self._saved = {}
+        self.begun = set()
 
     @property
     def skipped_steps(self) -> int:
@@ -94,30 +104,33 @@ class Passes:
         self._saved = {}
         self._joint = None
 
-    def ascend(self, groups: list[dict[str, Any]], *, eps: float, grad_scale: Tensor | None) -> None:
-        """Saves and perturbs the parameters of the groups with ρ > 0, along their gradients as they are: 4 N s bytes.
+    def ascend(self, groups: list[dict[str, Any]], direction: Direction, *, eps: float, grad_scale: Tensor | None) -> None:
+        """Saves and perturbs the parameters of the groups with ρ > 0, for SAM along their gradients as they are: 4 N s bytes.
 
         Later in a step (m-SAM's second micro-batch) they are the same weights again, which are not saved a second time: 3 N s.
         """
         radii = [rho_at(group["rho"], group["sam_step"]) for group in groups]
         mixes = [lambd_at(group["lambd"], group["sam_step"]) for group in groups]
-        taking_part = [current for current in self.current(groups) if takes_part(current.group["rho"], current.group["sam_step"])]
-        norm = self._norm(taking_part, normalised=True)
+        currents = direction.currents(self, groups)
+        taking_part = [current for current in currents if takes_part(current.group["rho"], current.group["sam_step"])]
+        norm = direction.norm(self, taking_part, grad_scale)
         self.is_perturbed = True
         for current in taking_part:
             group = current.group
-            perturb_: Callable[..., None] = partial(
-                functional.perturb_,
-                grads=current.grads,
-                norm=norm,
-                rho=radii[current.index],
-                lambd=mixes[current.index],
-                adaptive=group["adaptive"],
-                eta=group["eta"],
-                eps=eps,
-                grad_scale=grad_scale,
-                found_inf=self.found_inf,
-            )
+            rho = radii[current.index]
+            options: dict[str, Any] = {
+                "grads": current.grads,
+                "norm": norm,
+                "rho": rho if direction.sign > 0 else -rho,
+                "lambd": mixes[current.index],
+                "adaptive": group["adaptive"],
+                "eta": group["eta"],
+                "eps": eps,
+                "grad_scale": grad_scale,
+                "found_inf": self.found_inf,
+                **direction.perturb_options(self, current),
+            }
+            perturb_: Callable[..., None] = partial(functional.perturb_, **options)
             # Other lists than those saved: other parameters have a gradient now, or some have moved. Saving all of them is right as well.
             is_saved = self._saved.get(current.index) is current.lists
             self._perturbed[current.index] = current.lists
@@ -151,14 +164,34 @@ class Passes:
             params = [param for param in group["params"] if param.requires_grad]
             if not params or not takes_part(group["rho"], group["sam_step"]):
                 continue
-            # Those of the last ascent first: what is saved for them need not be saved again.
-            known = (self._lists.get(i), self._trainable.get(i))
-            lists = next((each for each in known if each is not None and each.is_current(params)), None)
-            if lists is None:
-                lists = self._trainable[i] = GroupLists(params, self.backups)
-                self._lists.setdefault(i, lists)
-            found[i] = lists
+            found[i] = self.lists_of(i, params)
         return found
+
+    def lists_of(self, i: int, params: list[Tensor]) -> GroupLists:
+        """Lists of parameters of group i, whether they have a gradient or not."""
+        # Those of the last ascent first: what is saved for them need not be saved again.
+        known = (self._lists.get(i), self._trainable.get(i))
+        lists = next((each for each in known if each is not None and each.is_current(params)), None)
+        if lists is None:
+            lists = self._trainable[i] = GroupLists(params, self.backups)
+            self._lists.setdefault(i, lists)
+        return lists
+
+    def origins(self, current: Current) -> list[Tensor] | None:
+        """Where the parameters of ``current`` were before the ascent, one for each; None where none of them has moved."""
+        perturbed = self._perturbed.get(current.index)
+        if perturbed is None:
+            return None
+        if perturbed is current.lists:
+            return perturbed.old_params
+        moved = set(perturbed.params)
+        saved = self.backups.of(current.lists.params)
+        return [old if param in moved else param for param, old in zip(current.lists.params, saved, strict=True)]
+
+    def restore_others(self, currents: list[Current]) -> None:
+        """Before an ascent from perturbed weights: those that it does not save by itself are where they were."""
+        if [(current.index, current.lists) for current in currents] != list(self._perturbed.items()):
+            self.restore()
 
     def scratch(self, i: int, lists: GroupLists) -> list[Tensor]:
         """The memory of a group's backups, until a perturbation saves to it. (None may be under way.)"""
@@ -174,26 +207,29 @@ class Passes:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         known_norm: Tensor | None = None,
+        options: Mapping[int, dict[str, Any]] = MappingProxyType({}),
+        is_plain: bool = True,
     ) -> None:
         """Restores the parameters and makes the base's step along the gradients as they are, unless something was not finite.
 
-        ``known_norm``: () their norm, which has told ``found_inf`` already.
+        ``known_norm``: () their norm, which has told ``found_inf`` already. ``options``: by group, options of the base for this step.
+        ``is_plain``: with nothing perturbed the step is the base's own, bit for bit.
         """
         currents = self.current(groups)
         norm = None
         if max_norm is not None:
-            norm = self._norm(currents, normalised=False) if known_norm is None else known_norm
+            norm = self.norm(currents, normalised=False) if known_norm is None else known_norm
         self.forget_last_step()
         if max_norm is None and known_norm is None and check_finite:
-            for _, grads, *_ in self._joined(currents, normalised=False):
+            for _, grads, *_ in self.joined(currents, normalised=False):
                 functional.check_finite_(grads, self.found_inf)
         if found_inf is not None:
             self.found_inf.logical_or_(found_inf.to(self.found_inf.device))
         amp: dict[str, Any] = {"grad_scale": grad_scale, "found_inf": self.found_inf, "norm": norm}
-        # With nothing perturbed the step is the base's own, bit for bit; so is one that somebody listens to.
-        if self._perturbed and can_fuse(self.base, self.own_hooks):
+        if (self._perturbed or not is_plain) and can_fuse(self.base, self.own_hooks):
             by_index = {current.index: current for current in currents}
             for i, group in enumerate(groups):
+                group = {**group, **options[i]} if i in options else group
                 for lists, grads, old_params in self._parts(i, by_index.get(i)):
                     fused_step(self.base, group, lists, grads, old_params=old_params, max_norm=max_norm, **amp)
             self._perturbed = {}
@@ -205,7 +241,8 @@ class Passes:
                     "can be recorded is an ascent and a descent with SGD, Adam or AdamW, without step hooks, amsgrad or betas in tensors"
                 )
             self.restore()
-            plain_step(self.base, [grad for current in currents for grad in current.grads], max_norm=max_norm, **amp)
+            with _with_options(groups, options):
+                plain_step(self.base, [grad for current in currents for grad in current.grads], max_norm=max_norm, **amp)
         self.is_perturbed = False
         torch.clear_autocast_cache()
 
@@ -241,10 +278,10 @@ class Passes:
             found.append(Current(i, group, lists, described))
         return found
 
-    def _norm(self, currents: list[Current], *, normalised: bool) -> Tensor:
+    def norm(self, currents: list[Current], *, normalised: bool) -> Tensor:
         """Global norm over the groups, each with its own adaptive normalisation where ``normalised``; marks ``found_inf``."""
         norms = []
-        for lists, grads, adaptive, eta in self._joined(currents, normalised=normalised):
+        for lists, grads, adaptive, eta in self.joined(currents, normalised=normalised):
             params = lists.params if adaptive else None
             skipped = self.skipped if self._begins else None
             functional.grad_norm_(lists.norm, grads, params, adaptive=adaptive, eta=eta, found_inf=self.found_inf, skipped=skipped)
@@ -256,7 +293,7 @@ class Passes:
             return torch.zeros(())
         return functional.combine_norms(norms)
 
-    def _joined(self, currents: list[Current], *, normalised: bool) -> list[tuple[GroupLists, list[Tensor], bool, float]]:
+    def joined(self, currents: list[Current], *, normalised: bool) -> list[tuple[GroupLists, list[Tensor], bool, float]]:
         """Lists, gradients, adaptive and eta of the norms to take: one norm of all groups where they agree and one call can take them."""
         kinds = [(bool(c.group["adaptive"]), float(c.group["eta"])) if normalised else (False, 0.0) for c in currents]
         if len(currents) > 1 and len(set(kinds)) == 1:
@@ -288,6 +325,18 @@ class Passes:
                 lists = GroupLists([param for param, _ in pairs], self.backups)
                 parts.append((lists, lists.grads([grad for _, grad in pairs]), lists.old_params if from_old else None))
         return parts
+
+
+@contextmanager
+def _with_options(groups: list[dict[str, Any]], options: Mapping[int, dict[str, Any]]) -> Iterator[None]:
+    usual = {i: {key: groups[i][key] for key in changed} for i, changed in options.items()}
+    for i, changed in options.items():
+        groups[i].update({key: value.item() if isinstance(value, Tensor) else value for key, value in changed.items()})
+    try:
+        yield
+    finally:
+        for i, before in usual.items():
+            groups[i].update(before)
 
 
 def _check_grads(group: dict[str, Any], index: int) -> None:

@@ -1,13 +1,35 @@
-"""Named members of the family: :class:`SAM` with other defaults."""
+"""Named members of the family: :class:`SAM` with a radius, a direction and a descent rule of their own.
+
+All take :class:`SAM`'s other arguments. Published defaults are those of the authors' code where the docstring says so; a method whose authors
+tune its radius has :class:`SAM`'s, 0.05.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from sam_kernels.optim import descents, directions
 from sam_kernels.optim._schedules import Schedule
 from sam_kernels.optim.sam import SAM
+from sam_kernels.schedules import LRProportional
 
-__all__ = ["USAM", "UnifiedSAM"]
+__all__ = [
+    "ASAM",
+    "GCSAM",
+    "GSAM",
+    "RSAM",
+    "SAMSPS",
+    "USAM",
+    "WSAM",
+    "Extragradient",
+    "FriendlySAM",
+    "LookSAM",
+    "MomentumSAM",
+    "UnifiedSAM",
+    "VaSSO",
+]
 
 
 class USAM(SAM):
@@ -30,3 +52,167 @@ class UnifiedSAM(SAM):
 
     def __init__(self, params: Any, base_optimizer: Any, *, lambd: Schedule = 0.5, **kwargs: Any) -> None:
         super().__init__(params, base_optimizer, lambd=lambd, **kwargs)
+
+
+class ASAM(SAM):
+    """Adaptive SAM (arXiv 2102.11600): e = ρ T² g / ‖T g‖ with T = |w| + eta, so that ρ does not depend on the weights' scale.
+
+    ρ = 0.5 and eta = 0.01 in the authors' code, which takes T = 1 for parameters that are no weights (biases, normalisation): give
+    those a group with ``adaptive=False``.
+    """
+
+    def __init__(self, params: Any, base_optimizer: Any, *, rho: Schedule = 0.5, eta: float = 0.01, **kwargs: Any) -> None:
+        if "adaptive" in kwargs:
+            raise TypeError("ASAM: adaptive is True by definition; set it in a parameter group to leave that out")
+        super().__init__(params, base_optimizer, rho=rho, eta=eta, adaptive=True, **kwargs)
+
+
+class Extragradient(SAM):
+    """The extragradient method, w <- w - lr ∇f(w - ρ ∇f(w)): λ = 0 and a step downhill (arXiv 2401.08060). Memory beside SAM's: none.
+
+    With λ > 0 the extrapolation is normalised. ρ < 1 / L and a small enough lr make f decrease at every step
+    (:func:`sam_kernels.theory.descent_step`).
+    """
+
+    def __init__(self, params: Any, base_optimizer: Any, *, lambd: Schedule = 0.0, **kwargs: Any) -> None:
+        super().__init__(params, base_optimizer, lambd=lambd, direction=directions.Extragradient(), **kwargs)
+
+
+class VaSSO(SAM):
+    """Variance-suppressed SAM (arXiv 2310.07269): the ascent goes along m <- (1 - theta) m + theta g. Memory beside SAM's: m, N s.
+
+    ``theta`` in (0, 1] is 0.9 in the authors' code (0.2 and 0.4 are tried too); 1 is SAM. See :class:`directions.VarianceSuppressed`.
+    Bytes: 13 N s a step with SGD and momentum (SAM: 11).
+    """
+
+    def __init__(self, params: Any, base_optimizer: Any, *, theta: float = 0.9, **kwargs: Any) -> None:
+        super().__init__(params, base_optimizer, direction=directions.VarianceSuppressed(theta), **kwargs)
+
+
+class FriendlySAM(SAM):
+    """Friendly SAM, F-SAM (arXiv 2403.12350): the ascent goes along g - sigma m, m <- lmbda m + (1 - lmbda) g. Memory beside SAM's: m, N s.
+
+    ``sigma`` = 1, ``lmbda`` = 0.6 in the authors' code. See :class:`directions.Friendly`. Bytes: 14 N s a step with SGD and momentum
+    (SAM: 11).
+    """
+
+    def __init__(self, params: Any, base_optimizer: Any, *, sigma: float = 1.0, lmbda: float = 0.6, **kwargs: Any) -> None:
+        super().__init__(params, base_optimizer, direction=directions.Friendly(sigma, lmbda), **kwargs)
+
+
+class RSAM(SAM):
+    """Random SAM: the ascent goes along Δ + c ∇f(w + Δ), Δ ~ N(0, sigma²) fresh at every step. Memory beside SAM's: none.
+
+    Two gradients a step, as SAM: the first is the one at w + Δ, and the loss that ``step`` returns is the one there. ``sigma``, ``c``: no
+    published values are known here; 0.01 and 1 are ours. See :class:`directions.Randomized`. Bytes: 18 N s a step with SGD and momentum.
+    """
+
+    def __init__(self, params: Any, base_optimizer: Any, *, sigma: float = 0.01, c: float = 1.0, seed: int = 0, **kwargs: Any) -> None:
+        super().__init__(params, base_optimizer, direction=directions.Randomized(sigma, c, seed), **kwargs)
+
+    @torch.no_grad()
+    def random_step(self) -> None:
+        """For the two-step API, before the first forward pass: moves the weights to w + Δ. :meth:`first_step` goes on from there."""
+        self._restore()
+        self._begin()
+        self.direction.begin(self._passes, self.param_groups, 0)
+
+
+class GCSAM(SAM):
+    """SAM with centralised gradients: the mean over all dimensions but the first is taken off both gradients (arXiv 2501.11584, 2004.01461).
+
+    Memory beside SAM's: none. See :class:`directions.Centralized`. Bytes: 13 N s a step with SGD and momentum (SAM: 11).
+    """
+
+    def __init__(self, params: Any, base_optimizer: Any, **kwargs: Any) -> None:
+        super().__init__(params, base_optimizer, direction=directions.Centralized(), **kwargs)
+
+
+class GSAM(SAM):
+    """Surrogate gap guided SAM (arXiv 2203.08065): the step goes along g_p - alpha g_⊥. Memory beside SAM's: g, N s, between the passes.
+
+    The radius follows the learning rate: from ``rho_min`` at ``lr_min`` to ``rho_max`` at ``lr_max``, linearly
+    (:class:`sam_kernels.schedules.LRProportional`). All four are needed, unless ``rho`` gives a radius of your own. ``alpha`` is 0.4 in the
+    authors' code. See :class:`descents.SurrogateGap`. Bytes: 15 N s a step with SGD and momentum (SAM: 11).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: Any,
+        *,
+        alpha: float = 0.4,
+        rho_max: float | None = None,
+        rho_min: float | None = None,
+        lr_max: float | None = None,
+        lr_min: float | None = None,
+        rho: Schedule | None = None,
+        **kwargs: Any,
+    ) -> None:
+        schedule = {"rho_max": rho_max, "rho_min": rho_min, "lr_max": lr_max, "lr_min": lr_min}
+        missing = [name for name, value in schedule.items() if value is None]
+        if rho is None and missing:
+            raise ValueError(f"GSAM: its radius follows the learning rate: give {', '.join(missing)}, or rho for a radius of your own")
+        if rho is not None and len(missing) < len(schedule):
+            raise ValueError(f"GSAM: rho and {', '.join(name for name in schedule if name not in missing)} are two radii; give one")
+        radius = LRProportional(**schedule) if rho is None else rho  # type: ignore[arg-type]  # none is missing
+        super().__init__(params, base_optimizer, rho=radius, descent=descents.SurrogateGap(alpha), **kwargs)
+
+
+class WSAM(SAM):
+    """Weighted SAM (arXiv 2305.15817): the step goes along g + k (g_p - g), k = kappa / (1 - kappa). Memory beside SAM's: g, N s, between
+    the passes.
+
+    ``decoupled`` (the authors' default): the base steps along g, and the sharpness is stepped down by lr beside it. ``kappa`` is 0.9 in the
+    authors' code, where it is called gamma. See :class:`descents.WeightedSharpness`. Bytes: 13 N s coupled, 15 N s decoupled, a step with SGD and momentum.
+    """
+
+    def __init__(self, params: Any, base_optimizer: Any, *, kappa: float = 0.9, decoupled: bool = True, **kwargs: Any) -> None:
+        super().__init__(params, base_optimizer, descent=descents.WeightedSharpness(kappa, decoupled), **kwargs)
+
+
+class LookSAM(SAM):
+    """LookSAM (arXiv 2203.02714): SAM on every ``k``-th step; between, what that found is reused. Memory beside SAM's: 2 N s.
+
+    ``k`` = 5 and ``alpha`` = 0.7 are the paper's usual values. See :class:`descents.Look`. Needs closures, one call between and two on
+    the k-th. Bytes with SGD and momentum: 15 N s on the k-th step, 10 N s between.
+    """
+
+    def __init__(self, params: Any, base_optimizer: Any, *, k: int = 5, alpha: float = 0.7, **kwargs: Any) -> None:
+        super().__init__(params, base_optimizer, descent=descents.Look(k, alpha), **kwargs)
+
+
+class MomentumSAM(SAM):
+    """Momentum-SAM (arXiv 2401.12033): w is perturbed along the base's momentum before the only forward and backward pass.
+
+    ``step`` calls the closure once: the cost of the base optimizer and 9 N s bytes (11 with SGD and momentum, in all). Between steps the
+    weights are where they belong, for evaluation too. With the two-step API: :meth:`first_step`, forward, backward, :meth:`second_step`.
+    ρ = 0.3 in the authors' code. See :class:`directions.Momentum`. Memory beside SAM's: none.
+    """
+
+    def __init__(self, params: Any, base_optimizer: Any, *, rho: Schedule = 0.3, **kwargs: Any) -> None:
+        super().__init__(params, base_optimizer, rho=rho, direction=directions.Momentum(), **kwargs)
+
+
+class SAMSPS(SAM):
+    """SAM with the stochastic Polyak step size, for every λ: lr is found at each step, at most ``gamma_b`` (PyPI ``sam-sps``).
+
+    Defaults are that package's: ``f_star`` = 0, ``gamma_b`` = 1, ρ = 0.1, ``weight_decay`` = 5e-4. ``gamma_b`` is the groups' ``lr``, so that
+    schedulers apply to it. The base is ``torch.optim.SGD``, with or without momentum. See :class:`descents.Polyak`. Bytes: 13 N s a step
+    without momentum: 1 + 4 + 3 + 3, and 2 for what SGD keeps otherwise.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: Any = torch.optim.SGD,
+        *,
+        f_star: float = 0.0,
+        gamma_b: float = 1.0,
+        rho: Schedule = 0.1,
+        weight_decay: float = 5e-4,
+        **kwargs: Any,
+    ) -> None:
+        if "lr" in kwargs:
+            raise TypeError("SAMSPS: lr is found at each step; gamma_b bounds it")
+        super().__init__(params, base_optimizer, rho=rho, descent=descents.Polyak(f_star), lr=gamma_b, weight_decay=weight_decay, **kwargs)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,20 +11,23 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from sam_kernels._validate import check_flag, check_number
-from sam_kernels.optim import _amp, _capturable, _checkpoint
+from sam_kernels.optim import _amp, _capturable
 from sam_kernels.optim._base import make_base
 from sam_kernels.optim._closures import Closure, TwoPasses, passes_of
-from sam_kernels.optim._descent import can_fuse
-from sam_kernels.optim._group import check_params
+from sam_kernels.optim._family import check_family, check_micro_batches
 from sam_kernels.optim._held_still import BufferGuard, RandomState
+from sam_kernels.optim._kept_grads import KeptGrads
+from sam_kernels.optim._memory import ParamMemory
 from sam_kernels.optim._micro_batches import GradientMean, mean_loss
-from sam_kernels.optim._passes import Passes
-from sam_kernels.optim._schedules import FIRST_STEP, Schedule, check_schedule, takes_part
+from sam_kernels.optim._schedules import Schedule, takes_part
+from sam_kernels.optim._wrapper import Wrapper
+from sam_kernels.optim.descents import NOTHING, Descent, DescentStep, Plain
+from sam_kernels.optim.directions import Direction, Gradient
 
 __all__ = ["SAM"]
 
 
-class SAM(Optimizer):
+class SAM(Wrapper):
     r"""Sharpness-aware minimization around any ``torch.optim`` optimizer.
 
     One step, with g = ∇f(w) over all parameters and t = 1, 2, … the step (Unified SAM, arXiv 2503.02225)::
@@ -42,6 +43,8 @@ class SAM(Optimizer):
             ρ = 0 everywhere the closure runs once and the step is the base optimizer's, bit for bit.
         lambd: mix of SAM (1) and USAM (0): a number in [0, 1], a 0-dim tensor, ``'1/t'``, ``'1-1/t'`` or a callable t → λ.
         adaptive, eta: ASAM's normalisation T = |w| + eta.
+        direction: what the ascent goes along, of :mod:`sam_kernels.optim.directions`; the gradient unless given.
+        descent: what the base steps along, of :mod:`sam_kernels.optim.descents`; the gradient of the second pass unless given.
         eps: added to the norm. (The base's own ``eps``, such as Adam's, is set through a base instance.)
         max_grad_norm: clips the descent gradient to this norm, as ``torch.nn.utils.clip_grad_norm_``, inside the fused step.
         model: module whose normalisation layers keep their running statistics in the second pass; or a list of modules, all of whose
@@ -71,10 +74,7 @@ class SAM(Optimizer):
         TypeError, ValueError: for arguments of the wrong type or out of range, sparse or complex parameters, an empty parameter list.
     """
 
-    _group_keys: tuple[str, ...] = ("rho", "lambd", "adaptive", "eta")  # of a parameter group, beside the base's own and the step t
-    _more_defaults: Mapping[str, Any] = MappingProxyType({})  # a subclass's own values of parameter groups
-    # In copies and pickles.
-    _kept: tuple[str, ...] = ("base_optimizer", "eps", "max_grad_norm", "preserve_rng_state", "check_finite", "capturable", "_guard")
+    _kept = (*Wrapper._kept, "eps", "max_grad_norm", "preserve_rng_state", "check_finite", "_guard")
     _step_supports_amp_scaling = True  # GradScaler.step then always calls step() and hands over grad_scale and found_inf
 
     def __init__(
@@ -86,6 +86,8 @@ class SAM(Optimizer):
         lambd: Schedule = 1.0,
         adaptive: bool = False,
         eta: float = 0.0,
+        direction: Direction | None = None,
+        descent: Descent | None = None,
         eps: float = 1e-12,
         max_grad_norm: float | None = None,
         model: nn.Module | Iterable[nn.Module] | None = None,
@@ -101,69 +103,20 @@ class SAM(Optimizer):
         self.capturable = check_flag("SAM", "capturable", capturable)
         own = {"rho": rho, "lambd": lambd, "adaptive": adaptive, "eta": eta, **self._more_defaults}
         self._check_group_values(own)
+        self.direction, self.descent = Gradient() if direction is None else direction, Plain() if descent is None else descent
         self._guard = BufferGuard(model)
         self.base_optimizer = make_base(params, base_optimizer, base_kwargs)
+        check_family(self.direction, self.descent, self.base_optimizer, clips=self.max_grad_norm is not None, capturable=self.capturable)
+        self._memory = ParamMemory((*self.direction.keeps, *self.descent.keeps))
+        self._has_stepped = False
         super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **own, "sam_step": 0})
         self._link()
 
-    # --- parameter groups and checkpoints ---
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As ``torch.optim.Optimizer.add_param_group``; the base optimizer gets the group too."""
-        groups = self.base_optimizer.param_groups
-        is_new = not any(param_group is group for group in groups)
-        if is_new:
-            self.base_optimizer.add_param_group(param_group)
-        try:
-            for key in self._group_keys:
-                param_group.setdefault(key, self.defaults[key])
-            param_group.setdefault("sam_step", max(int(group.get("sam_step", 0)) for group in groups))
-            self._check_group_values(param_group)
-            check_params(param_group, next(i for i, group in enumerate(groups) if group is param_group))
-        except (TypeError, ValueError):
-            if is_new:
-                groups.pop()
-            raise
-        if self.capturable:
-            _capturable.to_tensors(param_group)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state and the groups, with ρ, λ and the step t. Callables are not saved: give them to the constructor."""
-        return _checkpoint.without_callables(super().state_dict())
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what :meth:`state_dict` gave, or the base optimizer's own checkpoint. float32 state of 16-bit parameters stays float32."""
-        self._require_unperturbed("load_state_dict")
-        super().load_state_dict(_checkpoint.with_group_values(state_dict, self.param_groups, (*self._group_keys, "sam_step")))
-        if can_fuse(self.base_optimizer, self._passes.own_hooks):
-            _checkpoint.keep_wide_state(self.state, self.param_groups, state_dict)
-        for group in self.param_groups:
-            (_capturable.to_tensors if self.capturable else _capturable.to_numbers)(group)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._require_unperturbed("copying or pickling the optimizer")
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in self._kept}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "base_optimizer" in state:  # unpickled or copied
-            self._link()
-        else:  # load_state_dict made new groups and a new state: the base shares those
-            self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
-
     def _link(self) -> None:
-        """Shares the base's groups and state, and listens to its ``step`` so that it is never made from perturbed weights."""
-        self.param_groups = self.base_optimizer.param_groups
-        self.state = self.base_optimizer.state
-        reference = weakref.ref(self)
-
-        def restore_first(*_: Any) -> None:
-            optimizer = reference()
-            if optimizer is not None:
-                optimizer._restore()
-
+        super()._link()
         self._random_state: RandomState | None = None
-        self._passes = Passes(self.base_optimizer, {self.base_optimizer.register_step_pre_hook(restore_first).id})
+        self._kept_grads = KeptGrads()
+        self._loss: Any = None  # of the last pass, for rules that need it
 
     # --- the step ---
 
@@ -228,20 +181,14 @@ class SAM(Optimizer):
             raise
 
     def _step_with_closures(self, passes: Sequence[TwoPasses], scaler: GradScaler | None) -> Any:
+        check_micro_batches(self.direction, self.descent, len(passes))
         self._begin()
         mean = GradientMean(len(passes), self._passes) if len(passes) > 1 else None
-        losses = []
         ascends = any(takes_part(group["rho"], group["sam_step"]) for group in self.param_groups)
+        ascends = ascends and self.descent.ascends(self.param_groups[0]["sam_step"])
+        losses = []
         for i, (ascent, descent) in enumerate(passes):
-            random_state = RandomState(self._devices()) if self.preserve_rng_state else None
-            with torch.enable_grad():
-                losses.append(ascent() if ascends else descent())
-            if ascends:
-                self._ascend(_amp.scale_of(scaler))
-                if random_state is not None:
-                    random_state.replay()
-                with torch.enable_grad():
-                    descent()
+            losses.append(self._two_passes(ascent, descent, i, scaler) if ascends else self._called(descent))
             if mean is not None:
                 mean.add(self.param_groups)
                 if i < len(passes) - 1:  # the last time the descent does it
@@ -250,19 +197,44 @@ class SAM(Optimizer):
         self._descend(_amp.scale_of(scaler), None, scaler, norm)
         return losses[0] if len(losses) == 1 else mean_loss(losses)
 
+    def _two_passes(self, ascent: Closure, descent: Closure, micro_batch: int, scaler: GradScaler | None) -> Any:
+        """The loss of the first."""
+        if self.direction.needs_no_gradient:
+            self._ascend(None)
+            return self._called(descent)
+        random_state = RandomState(self._devices()) if self.preserve_rng_state else None
+        self.direction.begin(self._passes, self.param_groups, micro_batch)
+        loss = self._called(ascent)
+        self._ascend(_amp.scale_of(scaler), hand_over=True)
+        if random_state is not None:
+            random_state.replay()
+        self._called(descent)
+        return loss
+
+    def _called(self, closure: Closure) -> Any:
+        with torch.enable_grad():
+            loss = closure()
+        if not self.descent.is_plain:
+            self._loss = loss.detach() if isinstance(loss, Tensor) else loss
+        return loss
+
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None) -> None:
         """The ascent, from the gradients as they are. Follow with forward, backward and :meth:`second_step`.
 
         ``grad_scaler``: the gradients are still scaled by it (needed only for λ < 1: the direction of SAM does not depend on the scale).
+        For :class:`MomentumSAM` there is no first forward and backward pass before it.
         """
         scaler = _amp.check_scaler(grad_scaler)
-        self._restore()
+        if self.descent.needs_closure or (self.direction.begins_elsewhere and not self._passes.is_perturbed):
+            raise RuntimeError(f"SAM.first_step: {type(self).__name__} needs step(closure): the first pass is not the usual one")
+        if not self.direction.begins_elsewhere:
+            self._restore()
         if self.preserve_rng_state and self._random_state is None:
             raise RuntimeError("SAM.first_step: preserve_rng_state=True needs record_rng_state() before the first forward pass")
         self._begin()
         try:
-            self._ascend(_amp.scale_of(scaler))
+            self._ascend(None if self.direction.needs_no_gradient else _amp.scale_of(scaler), hand_over=zero_grad)
         except BaseException:
             self._restore()
             raise
@@ -272,13 +244,15 @@ class SAM(Optimizer):
         if zero_grad:
             self.zero_grad()
 
-    def second_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None) -> None:
-        """The descent: weights are restored and stepped along the gradients as they are.
+    def second_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None, loss: Any = None) -> None:
+        """The descent: weights are restored and stepped along the gradients as they are. ``loss``: that at the perturbed weights, for rules
+        that need it (:class:`SAMSPS`).
 
         Raises RuntimeError without a :meth:`first_step` before it.
         """
         if not self._passes.is_perturbed:
             raise RuntimeError("SAM.second_step: call first_step first")
+        self._loss = loss
         self.step(grad_scaler=grad_scaler)  # through step(), so that hooks and schedulers see one step
         if zero_grad:
             self.zero_grad()
@@ -291,6 +265,7 @@ class SAM(Optimizer):
         """Frees the copy of the parameters; the next step allocates it again. Raises RuntimeError between the two passes."""
         self._require_unperturbed("release_buffers")
         self._passes.release()
+        self._kept_grads.release()
         self._guard.release()
 
     def _begin(self, *, counts: bool = True) -> None:
@@ -310,29 +285,53 @@ class SAM(Optimizer):
 
     def _finish(self, scaler: GradScaler | None) -> None:
         """``step()`` without a closure: the descent after :meth:`first_step`, otherwise a plain step of the base."""
-        if not self._passes.is_perturbed:
+        is_sam = self._passes.is_perturbed
+        if not is_sam:
             self._begin(counts=False)  # t counts steps of SAM; torch.distributed.checkpoint makes plain ones of its own
         grad_scale = getattr(self, "grad_scale", None) if scaler is None else _amp.scale_of(scaler)
         found_inf = getattr(self, "found_inf", None)
-        self._descend(grad_scale, found_inf if isinstance(found_inf, Tensor) else None, scaler)
+        self._descend(grad_scale, found_inf if isinstance(found_inf, Tensor) else None, scaler, is_sam=is_sam)
 
-    def _ascend(self, grad_scale: Tensor | None) -> None:
-        self._guard.save()
-        self._passes.ascend(self.param_groups, eps=self.eps, grad_scale=grad_scale)
+    def _ascend(self, grad_scale: Tensor | None, *, hand_over: bool = False) -> None:
+        if not self.direction.needs_no_gradient:  # the only forward pass is yet to come
+            self._guard.save()
+        self._passes.ascend(self.param_groups, self.direction, eps=self.eps, grad_scale=grad_scale)
+        if self.descent.keeps_grads:
+            self._kept_grads.keep(self._passes.current(self.param_groups), hand_over=hand_over)
 
     def _descend(
-        self, grad_scale: Tensor | None, found_inf: Tensor | None, scaler: GradScaler | None, known_norm: Tensor | None = None
+        self,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        scaler: GradScaler | None,
+        known_norm: Tensor | None = None,
+        *,
+        is_sam: bool = True,
     ) -> None:
-        if self._passes.is_perturbed:
+        has_ascended = self._passes.is_perturbed
+        if has_ascended:
             self._guard.restore()
+            centralized = self.direction.descent_norm(self._passes, self.param_groups)
+            known_norm = known_norm if centralized is None else centralized
+        outcome = NOTHING
+        if is_sam and not self.descent.is_plain:
+            step = DescentStep(self._passes, self.param_groups, self._kept_grads, has_ascended, grad_scale, self._loss)
+            outcome = self.descent.rewrite(step)
         self._passes.descend(
             self.param_groups,
             max_norm=self.max_grad_norm,
-            check_finite=self.check_finite or grad_scale is not None,
-            grad_scale=grad_scale,
+            check_finite=not outcome.is_checked and (self.check_finite or grad_scale is not None),
+            grad_scale=grad_scale if outcome.is_scaled else None,
             found_inf=found_inf,
-            known_norm=known_norm,
+            known_norm=known_norm if outcome.norm is None else outcome.norm,
+            options=outcome.options,
+            is_plain=outcome is NOTHING,
         )
+        if outcome.finish is not None:
+            outcome.finish()
+        self._kept_grads.forget()
+        self._loss = None
+        self._has_stepped = True
         _amp.report_step(scaler, self, self._passes.found_inf)
 
     @torch.no_grad()
@@ -340,27 +339,7 @@ class SAM(Optimizer):
         """Back to the weights and buffers of before the ascent, where there was one."""
         if self._passes.is_perturbed:
             self._guard.restore()
-        self._passes.restore()
-
-    def _require_unperturbed(self, what: str) -> None:
-        if self._passes.is_perturbed:
-            raise RuntimeError(f"SAM: {what} between first_step and second_step, while the weights are perturbed")
-
-    def _check_group_values(self, values: dict[str, Any]) -> None:
-        first_step = FIRST_STEP if self.capturable else 1
-        for name in ("rho", "lambd", "beta"):
-            if name in values:
-                check_schedule(name, values[name], first_step)
-        if "adaptive" in values:
-            check_flag("SAM", "adaptive", values["adaptive"])
-        if "eta" in values:
-            check_number("SAM", "eta", values["eta"], low=0.0)
-
-    def _all_params(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
-
-    def _devices(self) -> list[torch.device]:
-        return list(dict.fromkeys(param.device for param in self._all_params()))
+        super()._restore()
 
 
 _amp.hide_grad_scaler(SAM.step)

@@ -1,0 +1,94 @@
+"""Tensors that directions and descent rules keep for each parameter between steps: moving averages, the last orthogonal gradient.
+
+They live outside ``optimizer.state``, where torch's Adam would take a parameter that has one for initialised, and travel in checkpoints
+under the parameter's state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from sam_kernels.optim._group import GroupLists
+
+__all__ = ["ParamMemory"]
+
+
+class ParamMemory:
+    """By name, a tensor for each parameter that has one. ``names`` are those that the direction and the descent rule in use keep."""
+
+    def __init__(self, names: Sequence[str] = ()) -> None:
+        self.names = tuple(names)
+        self._tensors: dict[str, dict[Tensor, Tensor]] = {name: {} for name in self.names}
+        self._version = object()  # another one whenever other tensors are kept; not a number, which a copy would share
+
+    def of(self, name: str, lists: GroupLists) -> list[Tensor | None]:
+        """What is kept for the parameters of ``lists``, None for one that has nothing; as operations take it where nothing is missing."""
+        known = lists.memory.get(name)
+        if known is None or known[0] is not self._version:
+            kept = self._tensors[name]
+            entries = [kept.get(param) for param in lists.params]
+            if any(entry is None for entry in entries):
+                return entries
+            known = lists.memory[name] = (self._version, cast("list[Tensor]", entries))
+        return cast("list[Tensor | None]", lists.state(name, known[1]))
+
+    def of_or_zeros(self, name: str, lists: GroupLists) -> list[Tensor]:
+        """As :meth:`of`, beginning with zeros."""
+        entries = self.of(name, lists)
+        if any(entry is None for entry in entries):
+            zeros = [torch.zeros_like(param) if entry is None else entry for param, entry in zip(lists.params, entries, strict=True)]
+            self.put(name, lists, zeros)
+            entries = self.of(name, lists)
+        return cast("list[Tensor]", entries)
+
+    def put(self, name: str, lists: GroupLists, tensors: Iterable[Tensor]) -> None:
+        """Keeps ``tensors``, one for each parameter of ``lists``."""
+        self._tensors[name].update(zip(lists.params, tensors, strict=True))
+        self._version = object()
+
+    # --- checkpoints ---
+
+    def saved(self, state_dict: dict[str, Any], params: Sequence[Tensor], *, blanks: bool) -> dict[str, Any]:
+        """``state_dict`` with what is kept.
+
+        ``blanks``: a parameter that has nothing gets NaN, which nothing that is kept is. So has the checkpoint of an optimizer that made
+        no step of its own all the keys that ``torch.distributed.checkpoint`` fills when it loads another's into it.
+        """
+        if not self.names:
+            return state_dict
+        state = {key: dict(value) for key, value in state_dict["state"].items()}
+        for param_id, param in zip(_ids(state_dict), params, strict=True):
+            for name in self.names:
+                kept = self._tensors[name].get(param)
+                if kept is None and blanks:
+                    kept = torch.full_like(param, torch.nan, requires_grad=False)
+                if kept is not None:
+                    state.setdefault(param_id, {})[name] = kept
+        return {**state_dict, "state": state}
+
+    def load(self, state_dict: dict[str, Any], params: Sequence[Tensor]) -> dict[str, Any]:
+        """Takes what is kept out of a checkpoint; returns the rest, which is the base optimizer's."""
+        if not self.names or len(_ids(state_dict)) != len(params):  # torch says what is wrong
+            return state_dict
+        tensors: dict[str, dict[Tensor, Tensor]] = {name: {} for name in self.names}
+        state = {key: dict(value) for key, value in state_dict["state"].items()}
+        for param_id, param in zip(_ids(state_dict), params, strict=True):
+            for name in self.names:
+                kept = state.get(param_id, {}).pop(name, None)
+                if kept is None or (kept.numel() > 0 and bool(kept.isnan().all())):
+                    continue
+                if kept.shape != param.shape:
+                    raise ValueError(f"SAM: {name} in the checkpoint has shape {tuple(kept.shape)}, its parameter {tuple(param.shape)}")
+                tensors[name][param] = torch.empty_like(param, dtype=kept.dtype, requires_grad=False).copy_(kept)
+        self._tensors = tensors
+        self._version = object()
+        return {**state_dict, "state": {key: value for key, value in state.items() if value}}
+
+
+def _ids(state_dict: dict[str, Any]) -> list[Any]:
+    return list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))

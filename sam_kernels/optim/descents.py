@@ -1,0 +1,279 @@
+"""What the base optimizer steps along: ``SAM(..., descent=...)``. The named optimizers set these.
+
+With g = ∇f(w) the gradient of the first pass and g_p = ∇f(w + e) that of the second, the step from w is along g_p unless a rule says
+otherwise. Rules hold options alone and may be shared by optimizers. What they need beside the gradients of the second pass is made in
+few passes over memory: inner products in the one that also looks for NaN (``grad_dots``), sums in place with their norm (``combine_``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sam_kernels import functional
+from sam_kernels._validate import check_count, check_flag, check_number
+from sam_kernels.optim._group import Current
+from sam_kernels.optim._kept_grads import KeptGrads
+from sam_kernels.optim._passes import Passes
+
+__all__ = ["NOTHING", "Descent", "DescentStep", "Look", "Outcome", "Plain", "Polyak", "SurrogateGap", "WeightedSharpness"]
+
+_TINY = torch.finfo(torch.float64).tiny
+
+
+@dataclass
+class DescentStep:
+    """What a rule may use. Gradients are still multiplied by ``grad_scale``."""
+
+    passes: Passes
+    groups: list[dict[str, Any]]
+    kept: KeptGrads
+    has_ascended: bool
+    grad_scale: Tensor | None  # ()
+    loss: Any  # of the last pass: a number, a tensor, or None where it is not known
+    currents: list[Current] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.currents = self.passes.current(self.groups)
+
+    @property
+    def scale(self) -> float | Tensor:
+        """What gradients are multiplied by, as something to calculate with."""
+        return 1.0 if self.grad_scale is None else self.grad_scale.to(torch.float64)
+
+    def dots(self, others: Callable[[Current], list[Tensor]]) -> Tensor:  # (3,) float64
+        """(Σ g_p², Σ g_p o, Σ o²) with o what ``others`` gives for a group; ``found_inf`` is told."""
+        found_inf = self.passes.found_inf
+        return self.sum_of([functional.grad_dots(current.grads, others(current), found_inf=found_inf) for current in self.currents])
+
+    def sum_of(self, parts: list[Tensor]) -> Tensor:  # (3,) float64
+        device = self.passes.found_inf.device
+        return torch.stack([part.to(device) for part in parts]).sum(0) if len(parts) != 1 else parts[0]
+
+    def combine_(self, others: Callable[[Current], list[Tensor]], weight: Any, other_weight: Any) -> Tensor:  # ()
+        """g_p <- weight g_p + other_weight o in place; returns the norm of that."""
+        weights: dict[str, Any] = {"left_weight": weight, "right_weight": other_weight, "found_inf": self.passes.found_inf}
+        return functional.combine_norms(
+            [functional.combine_(current.grads, current.grads, others(current), **weights) for current in self.currents]
+        )
+
+
+@dataclass
+class Outcome:
+    """What a rule has found out, or wants otherwise than usual."""
+
+    norm: Tensor | None = None  # () of the gradients as they are now
+    is_checked: bool = True  # found_inf has been told of every gradient
+    is_scaled: bool = True  # the gradients are still multiplied by grad_scale
+    options: dict[int, dict[str, Any]] = field(default_factory=dict)  # by group: options of the base for this step alone
+    finish: Callable[[], None] | None = None  # after the base's step
+
+
+NOTHING = Outcome(is_checked=False)  # the gradients are as they were
+
+
+class Descent:
+    """Along g_p, unless a subclass says otherwise."""
+
+    name: ClassVar[str] = "plain"
+    keeps: ClassVar[tuple[str, ...]] = ()  # what is kept for each parameter between steps
+    keeps_grads: ClassVar[bool] = False  # those of the first pass, until the descent
+    is_plain: ClassVar[bool] = False
+    needs_closure: ClassVar[bool] = False
+    is_capturable: ClassVar[bool] = True
+    can_clip: ClassVar[bool] = True
+
+    def check_base(self, base: Optimizer) -> None:
+        """Raises ValueError for a base optimizer, or options of it, for which the rule is not defined."""
+
+    def ascends(self, t: Any) -> bool:
+        """Whether step t = 1, 2, … has an ascent."""
+        return True
+
+    def rewrite(self, step: DescentStep) -> Outcome:
+        """Makes the gradients what the base is to step along."""
+        return NOTHING
+
+
+class Plain(Descent):
+    """Along g_p: SAM. Memory: none."""
+
+    is_plain = True
+
+
+@dataclass(frozen=True)
+class SurrogateGap(Descent):
+    """GSAM (arXiv 2203.08065): along g_p - alpha g_⊥, with g_⊥ = g - (⟨g, g_p⟩ / ‖g_p‖²) g_p. Memory: g, N s, between the passes.
+
+    Written (1 + alpha c) g_p - alpha g with c = ⟨g, g_p⟩ / ‖g_p‖²: inner products 2 N s (in the place of the look for NaN, 1), sum 3 N s.
+    """
+
+    alpha: float = 0.4
+    name = "gsam"
+    keeps_grads = True
+
+    def __post_init__(self) -> None:
+        check_number("GSAM", "alpha", self.alpha, low=0.0)
+
+    def rewrite(self, step: DescentStep) -> Outcome:
+        if not step.has_ascended or not step.currents:
+            return NOTHING
+        squares, along, _ = step.dots(step.kept.of)
+        return Outcome(norm=step.combine_(step.kept.of, 1.0 + self.alpha * along / squares.clamp_min(_TINY), -self.alpha))
+
+
+@dataclass(frozen=True)
+class WeightedSharpness(Descent):
+    """WSAM (arXiv 2305.15817), with k = kappa / (1 - kappa). Memory: g, N s, between the passes.
+
+    Coupled: along g + k (g_p - g), 3 N s for the sum. ``decoupled``: the base steps along g, then w <- w - lr k (g_p - g), 4 N s; the
+    sharpness does not enter the base's momentum, and lr is that of each group. ``kappa`` in [0, 1), 0.9 in the authors' code; coupled,
+    0.5 is SAM; 0 is the base optimizer.
+    """
+
+    kappa: float = 0.9
+    decoupled: bool = True
+    name = "wsam"
+    keeps_grads = True
+
+    def __post_init__(self) -> None:
+        check_number("WSAM", "kappa", self.kappa, low=0.0, high=1.0, open_high=True)
+        check_flag("WSAM", "decoupled", self.decoupled)
+
+    @property
+    def can_clip(self) -> bool:  # type: ignore[override]  # depends on the option
+        return not self.decoupled
+
+    def rewrite(self, step: DescentStep) -> Outcome:
+        if not step.has_ascended or not step.currents:
+            return NOTHING
+        k = self.kappa / (1.0 - self.kappa)
+        if not self.decoupled:
+            return Outcome(norm=step.combine_(step.kept.of, k, 1.0 - k))
+        sharp = [(current, current.grads, step.kept.of(current)) for current in step.currents]
+        for current, grads, kept in sharp:
+            functional.check_finite_(grads, step.passes.found_inf)
+            for param, grad in zip(current.lists.params, kept, strict=True):
+                param.grad = grad
+
+        def finish() -> None:
+            for current, grads, kept in sharp:
+                rate = -current.group["lr"] * k if current.group.get("maximize") else current.group["lr"] * k
+                weights: dict[str, Any] = {"left_weight": 1.0, "right_weight": -rate / step.scale, "origin_weight": rate / step.scale}
+                functional.combine_(current.lists.params, current.lists.params, grads, kept, **weights, found_inf=step.passes.found_inf)
+                for param, grad in zip(current.lists.params, grads, strict=True):
+                    param.grad = grad
+
+        return Outcome(finish=finish)
+
+
+@dataclass(frozen=True)
+class Look(Descent):
+    """LookSAM (arXiv 2203.02714): a step of SAM every ``k`` steps, from the first on, which keeps g_v = g_p - ⟨g_p, ĝ⟩ ĝ, ĝ = g / ‖g‖;
+    between them one pass, and a step along g + alpha (‖g‖ / ‖g_v‖) g_v. Memory: g_v, N s, and g, N s, between the passes.
+
+    Bytes: a step of SAM 4 N s more (inner products 2 in the place of the look for NaN, g_v 3), a step between 4 more than the base's
+    alone (norms 2 in the place of the look, sum 3).
+    """
+
+    k: int = 5
+    alpha: float = 0.7
+    name = "looksam"
+    keeps = ("orthogonal_grad",)
+    keeps_grads = True
+    needs_closure = True
+    is_capturable = False
+
+    def __post_init__(self) -> None:
+        check_count("LookSAM", "k", self.k, low=1)
+        check_number("LookSAM", "alpha", self.alpha, low=0.0)
+
+    def ascends(self, t: Any) -> bool:
+        return bool((int(t) - 1) % self.k == 0)
+
+    def rewrite(self, step: DescentStep) -> Outcome:
+        if not step.currents:
+            return NOTHING
+        memory, name = step.passes.memory, self.keeps[0]
+        if not step.has_ascended:
+            squares, _, kept_squares = step.dots(lambda current: memory.of_or_zeros(name, current.lists))
+            ratio = torch.where(kept_squares > 0, (squares / kept_squares.clamp_min(_TINY)).sqrt(), 0.0)
+            return Outcome(norm=step.combine_(lambda current: memory.of_or_zeros(name, current.lists), 1.0, self.alpha * ratio))
+        squares, along, ascent_squares = step.dots(step.kept.of)
+        along = along / ascent_squares.clamp_min(_TINY)
+        for current in step.currents:
+            orthogonal, grads, kept = memory.of_or_zeros(name, current.lists), current.grads, step.kept.of(current)
+            weights: dict[str, Any] = {"left_weight": 1.0 / step.scale, "right_weight": -along / step.scale}
+            functional.combine_(orthogonal, grads, kept, **weights, found_inf=step.passes.found_inf)
+        return Outcome(norm=squares.sqrt())
+
+
+@dataclass(frozen=True)
+class Polyak(Descent):
+    """SAM-SPS: SGD with the stochastic Polyak step size at the perturbed point e = w + ρ …::
+
+        gamma = min{ max{ f_S(e) - f_star - ⟨∇f_S(e), e - w⟩, 0 } / ‖∇f_S(e)‖², lr }
+        w     = w - gamma (∇f_S(e) + weight_decay w)
+
+    for any radius, mix and direction: e - w is what the weights have moved by, so the inner product costs no memory. ``lr`` is the bound
+    gamma_b of the step, and schedulers of lr are schedules of it. ``f_star``: a lower bound of the losses f_S, 0 for most. With momentum β
+    it is the heavy ball's, and the step is made (1 - β) times as long (MomSPS_max, arXiv 2406.04142)::
+
+        w_next = w - (1 - β) gamma (∇f_S(e) + weight_decay w) + β (w - w_before)
+
+    The closure must return the loss. Bytes: inner products 3 N s, in the place of the look for NaN; with momentum 3 more. Memory: none.
+    """
+
+    f_star: float = 0.0
+    name = "polyak"
+    can_clip = False
+
+    def __post_init__(self) -> None:
+        check_number("SAMSPS", "f_star", self.f_star)
+
+    def check_base(self, base: Optimizer) -> None:
+        if type(base) is not torch.optim.SGD:
+            raise ValueError(f"SAMSPS: the Polyak step size is that of SGD, got {type(base).__name__}; use torch.optim.SGD")
+        for i, group in enumerate(base.param_groups):
+            for option in ("nesterov", "maximize", "dampening"):
+                if group[option]:
+                    raise ValueError(f"SAMSPS: the Polyak step size is not defined for {option}={group[option]!r} (param_groups[{i}])")
+
+    def rewrite(self, step: DescentStep) -> Outcome:
+        if not step.currents:
+            return NOTHING
+        passes = step.passes
+        parts = []
+        for current in step.currents:
+            moved = passes.origins(current)
+            if moved is None:  # this group lies where it was
+                dots = functional.grad_dots(current.grads, current.grads, found_inf=passes.found_inf)
+                parts.append(dots * torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64, device=dots.device))
+            else:
+                parts.append(functional.grad_dots(current.grads, current.lists.params, moved, found_inf=passes.found_inf))
+        squares, along, _ = step.sum_of(parts)
+        gap = self._loss(step.loss, squares.device) - self.f_star - along / step.scale
+        gamma = gap.clamp_min(0.0) * step.scale**2 / squares.clamp_min(_TINY)
+        steps = {current.index: torch.clamp(gamma, max=current.group["lr"]) for current in step.currents}
+        if not any(current.group["momentum"] for current in step.currents):
+            return Outcome(norm=squares.sqrt(), options={i: {"lr": each} for i, each in steps.items()})
+        for current in step.currents:
+            each = (1.0 - current.group["momentum"]) * steps[current.index]
+            start = passes.origins(current) or current.lists.params
+            weights: dict[str, Any] = {"left_weight": each / step.scale, "right_weight": each * current.group["weight_decay"]}
+            functional.combine_(current.grads, current.grads, start, **weights, found_inf=passes.found_inf)
+        return Outcome(norm=squares.sqrt(), is_scaled=False, options={i: {"lr": 1.0, "weight_decay": 0.0} for i in steps})
+
+    def _loss(self, loss: Any, device: torch.device) -> Tensor:  # () float64
+        if loss is None:
+            raise RuntimeError(
+                "SAMSPS: the loss at the perturbed point is needed: return it from the closure, or give second_step(loss=...)"
+            )
+        if not isinstance(loss, Tensor):
+            return torch.tensor(check_number("SAMSPS", "loss", loss), dtype=torch.float64, device=device)
+        return loss.detach().to(device, torch.float64).reshape(())

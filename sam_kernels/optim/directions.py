@@ -1,0 +1,235 @@
+"""What the ascent goes along: ``SAM(..., direction=...)``. The named optimizers set these.
+
+With g = ∇f(w) the ascent is e = ρ (1 - λ + λ / (‖d‖ + eps)) d, or T² d and ‖T d‖ in their places where a group is adaptive. Radius, mix,
+normalisation, base optimizer and descent rule are independent of d. Directions hold options alone and may be shared by optimizers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sam_kernels import functional
+from sam_kernels._validate import check_number, check_seed
+from sam_kernels.optim._group import Current
+from sam_kernels.optim._passes import Passes
+from sam_kernels.optim._seeds import derived_seed
+
+__all__ = ["Centralized", "Direction", "Extragradient", "Friendly", "Gradient", "Momentum", "Randomized", "VarianceSuppressed"]
+
+
+class Direction:
+    """The gradient, d = g, unless a subclass says otherwise. Memory: none."""
+
+    name: ClassVar[str] = "gradient"
+    keeps: ClassVar[tuple[str, ...]] = ()  # what is kept for each parameter between steps
+    sign: ClassVar[float] = 1.0
+    begins_elsewhere: ClassVar[bool] = False  # the first gradient is not the one at w
+    needs_no_gradient: ClassVar[bool] = False  # the ascent comes before the only forward pass
+    is_capturable: ClassVar[bool] = True
+
+    def check_base(self, base: Optimizer) -> None:
+        """Raises ValueError for a base optimizer that the direction cannot be made from."""
+
+    def begin(self, passes: Passes, groups: list[dict[str, Any]], micro_batch: int) -> None:
+        """Called before the first forward pass of a micro-batch."""
+
+    def currents(self, passes: Passes, groups: list[dict[str, Any]]) -> list[Current]:
+        """What d is made from, by group."""
+        return passes.current(groups)
+
+    def norm(self, passes: Passes, currents: list[Current], grad_scale: Tensor | None) -> Tensor:  # ()
+        """‖d‖, or ‖T d‖, over the groups that take part; ``found_inf`` is told."""
+        return passes.norm(currents, normalised=True)
+
+    def perturb_options(self, passes: Passes, current: Current) -> dict[str, Any]:
+        """What :func:`sam_kernels.functional.perturb_` is given beside the usual: how to find d again."""
+        return {}
+
+    def descent_norm(self, passes: Passes, groups: list[dict[str, Any]]) -> Tensor | None:  # ()
+        """Does to the descent gradients what the method asks for. Returns their norm where that is known then."""
+        return None
+
+
+class Gradient(Direction):
+    """d = g: SAM, USAM and what lies between. Memory: none."""
+
+
+class Extragradient(Direction):
+    """d = -g: the point where the gradient is taken lies downhill, w - ρ g with λ = 0 (arXiv 2401.08060). Memory: none."""
+
+    name = "extragradient"
+    sign = -1.0
+
+
+class _MovingAverage(Direction):
+    """d from the gradient and a moving average m of earlier ones, by ``direction_norm_`` (3 N s) and ``perturb_``."""
+
+    keeps = ("direction_average",)
+
+    def _options(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def norm(self, passes: Passes, currents: list[Current], grad_scale: Tensor | None) -> Tensor:
+        passes.forget_last_step()
+        norms = []
+        for lists, grads, adaptive, eta in passes.joined(currents, normalised=True):
+            averages = passes.memory.of(self.keeps[0], lists)
+            new = [param for param, average in zip(lists.params, averages, strict=True) if average is None]
+            params = lists.params if adaptive else None
+            how: dict[str, Any] = {"adaptive": adaptive, "eta": eta, "grad_scale": grad_scale, "found_inf": passes.found_inf}
+            norms.append(functional.direction_norm_(grads, averages, params, **self._options(), **how))
+            if new:
+                passes.begun.update(new)
+                passes.memory.put(self.keeps[0], lists, cast("list[Tensor]", averages))
+        return functional.combine_norms(norms) if norms else torch.zeros(())
+
+    def perturb_options(self, passes: Passes, current: Current) -> dict[str, Any]:
+        averages = passes.memory.of(self.keeps[0], current.lists)
+        if passes.begun:  # those have d = g
+            averages = [None if param in passes.begun else m for param, m in zip(current.lists.params, averages, strict=True)]
+        options = self._options()
+        options.pop("theta", None)
+        return {"ema": averages, **options}
+
+
+@dataclass(frozen=True)
+class VarianceSuppressed(_MovingAverage):
+    """VaSSO (arXiv 2310.07269): d = m with m <- (1 - theta) m + theta g, m = g on the first step. Memory: m, N s.
+
+    ``theta`` in (0, 1], 0.9 in the authors' code, which tries 0.2 and 0.4 too. 1 is SAM.
+    """
+
+    theta: float = 0.9
+    name = "vasso"
+
+    def __post_init__(self) -> None:
+        check_number("VaSSO", "theta", self.theta, low=0.0, high=1.0, open_low=True)
+
+    def _options(self) -> dict[str, Any]:
+        return {"kind": "vasso", "theta": self.theta}
+
+
+@dataclass(frozen=True)
+class Friendly(_MovingAverage):
+    """Friendly SAM (arXiv 2403.12350): d = g - sigma m, and then m <- lmbda m + (1 - lmbda) g; d = m = g on the first step. Memory: m, N s.
+
+    ``sigma`` = 1 and ``lmbda`` = 0.6 in the authors' code; ``lmbda`` in (0, 1]. sigma = 0 is SAM.
+    """
+
+    sigma: float = 1.0
+    lmbda: float = 0.6
+    name = "friendly"
+
+    def __post_init__(self) -> None:
+        check_number("FriendlySAM", "sigma", self.sigma)
+        check_number("FriendlySAM", "lmbda", self.lmbda, low=0.0, high=1.0, open_low=True)
+
+    def _options(self) -> dict[str, Any]:
+        return {"kind": "friendly", "sigma": self.sigma, "lmbda": self.lmbda}
+
+
+class Centralized(Direction):
+    """GCSAM: d = g minus its mean over all dimensions but the first, for parameters of more than one dimension; so is the descent
+    gradient (gradient centralisation, arXiv 2004.01461). Memory: none.
+
+    ``param.grad`` is centralised in place, 2 N s with its norm; before the descent this takes the place of the look for NaN.
+    """
+
+    name = "centralized"
+
+    def norm(self, passes: Passes, currents: list[Current], grad_scale: Tensor | None) -> Tensor:
+        passes.forget_last_step()
+        norms = []
+        for lists, grads, adaptive, eta in passes.joined(currents, normalised=True):
+            params = lists.params if adaptive else None
+            norms.append(functional.centralize_(grads, params, adaptive=adaptive, eta=eta, found_inf=passes.found_inf))
+        return functional.combine_norms(norms) if norms else torch.zeros(())
+
+    def descent_norm(self, passes: Passes, groups: list[dict[str, Any]]) -> Tensor | None:
+        joined = passes.joined(passes.current(groups), normalised=False)
+        norms = [functional.centralize_(grads, found_inf=passes.found_inf) for _, grads, *_ in joined]
+        return functional.combine_norms(norms) if norms else None
+
+
+@dataclass(frozen=True)
+class Randomized(Direction):
+    """RSAM: d = Δ + c ∇f(w + Δ) with Δ ~ N(0, sigma²), fresh at every step; the first gradient is the one at w + Δ. Memory: none.
+
+    Δ is drawn from ``seed``, the step and the group, so that a run continues from a checkpoint with the same ones. It is not kept: it is
+    what the weights have moved by. 7 N s more than SAM: 3 to move, 4 for d in the place of the gradient (which then needs no norm: 1 less),
+    and the perturbation starts from the saved weights (1 less).
+    """
+
+    sigma: float = 0.01
+    c: float = 1.0
+    seed: int = 0
+    name = "randomized"
+    begins_elsewhere = True
+    is_capturable = False
+
+    def __post_init__(self) -> None:
+        check_number("RSAM", "sigma", self.sigma, low=0.0)
+        check_number("RSAM", "c", self.c)
+        check_seed("RSAM", "seed", self.seed)
+
+    def begin(self, passes: Passes, groups: list[dict[str, Any]], micro_batch: int) -> None:
+        trainable = passes.trainable(groups)
+        seeds = [derived_seed(self.seed, int(group["sam_step"]), micro_batch, i) for i, group in enumerate(groups)]
+        passes.perturb_randomly(trainable, seeds, scale=self.sigma, distribution="normal")
+
+    def norm(self, passes: Passes, currents: list[Current], grad_scale: Tensor | None) -> Tensor:
+        passes.forget_last_step()
+        weight = self.c if grad_scale is None else self.c / grad_scale
+        norms = []
+        for current in currents:
+            lists, grads, group = current.lists, current.grads, current.group
+            moves: dict[str, Any] = {"left_weight": weight, "right_weight": 1.0, "origin_weight": -1.0, "found_inf": passes.found_inf}
+            norm = functional.combine_(grads, grads, lists.params, passes.origins(current), **moves)
+            if group["adaptive"]:
+                norm = functional.grad_norm(grads, passes.origins(current), adaptive=True, eta=group["eta"])
+            norms.append(norm)
+        passes.restore_others(currents)
+        return functional.combine_norms(norms) if norms else torch.zeros(())
+
+    def perturb_options(self, passes: Passes, current: Current) -> dict[str, Any]:
+        return {"grad_scale": None}  # d is that of the loss itself
+
+
+class Momentum(Direction):
+    """Momentum-SAM (MSAM, arXiv 2401.12033): e = -ρ v / ‖v‖ with v the base's momentum before the step. Memory: none of its own.
+
+    The perturbation needs no gradient: one forward and one backward pass a step. On the first step there is no momentum and nothing is
+    perturbed. v is ``momentum_buffer`` of SGD; of Adam and AdamW the first moment ``exp_avg`` (not in the paper's formula: v of SGD is
+    what its step goes along, ``exp_avg`` is that before it is divided by the second moment).
+    """
+
+    name = "momentum"
+    sign = -1.0
+    needs_no_gradient = True
+
+    def check_base(self, base: Optimizer) -> None:
+        if type(base) in (torch.optim.Adam, torch.optim.AdamW):
+            return
+        if type(base) is not torch.optim.SGD:
+            raise ValueError(f"MomentumSAM: {type(base).__name__} keeps no momentum that is known here; use SGD, Adam or AdamW")
+        for i, group in enumerate(base.param_groups):
+            if not group["momentum"]:
+                raise ValueError(f"MomentumSAM: param_groups[{i}] has momentum=0; the perturbation goes along the momentum")
+
+    def currents(self, passes: Passes, groups: list[dict[str, Any]]) -> list[Current]:
+        key = "momentum_buffer" if type(passes.base) is torch.optim.SGD else "exp_avg"
+        found = []
+        for i, group in enumerate(groups):
+            params = [param for param in group["params"] if passes.base.state.get(param, {}).get(key) is not None]
+            if params:
+                lists = passes.lists_of(i, params)
+                found.append(Current(i, group, lists, lists.state(key, [passes.base.state[param][key] for param in params])))
+        return found
+
+    def perturb_options(self, passes: Passes, current: Current) -> dict[str, Any]:
+        return {"grad_scale": None}
