@@ -2,7 +2,7 @@
 
 import torch as _torch  # noqa: F401 - first: the native core then runs on torch's own OpenMP threads
 
-from sam_kernels import functional, monitors, per_sample, sampling, theory
+from sam_kernels import functional, monitors, per_sample, sampling, schedules, theory
 from sam_kernels._dispatch import use_backend
 from sam_kernels.optim import RWSAM, SAM, USAM, UnifiedSAM
 
@@ -18,6 +18,7 @@ __all__ = [
     "monitors",
     "per_sample",
     "sampling",
+    "schedules",
     "theory",
     "use_backend",
 ]

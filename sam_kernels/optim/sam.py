@@ -21,7 +21,7 @@ from sam_kernels.optim._group import check_params
 from sam_kernels.optim._held_still import BufferGuard, RandomState
 from sam_kernels.optim._micro_batches import GradientMean, mean_loss
 from sam_kernels.optim._passes import Passes
-from sam_kernels.optim._schedules import FIRST_STEP, Schedule, check_schedule, takes_part
+from sam_kernels.optim._schedules import FIRST_STEP, RhoSchedule, Schedule, check_schedule, takes_part
 
 __all__ = ["SAM"]
 
@@ -38,8 +38,9 @@ class SAM(Optimizer):
         params: parameters or parameter groups, as for ``torch.optim``; groups may set ``rho``, ``lambd``, ``adaptive`` and ``eta`` of their
             own. float32, float64, bfloat16 or float16; arithmetic is float32 or better. With a base instance: that instance's parameters.
         base_optimizer: an optimizer class, made with ``base_kwargs``, or an instance. Its ``param_groups`` and ``state`` are shared.
-        rho: radius ≥ 0: a number, a 0-dim tensor, ``'C/k^p'`` or a callable t → ρ. A group with ρ = 0 takes no part in the ascent. With
-            ρ = 0 everywhere the closure runs once and the step is the base optimizer's, bit for bit.
+        rho: radius ≥ 0: a number, a 0-dim tensor, ``'C/k^p'``, a callable t → ρ or a :class:`sam_kernels.schedules.Radius`, which also
+            sees the gradient's norm and the loss. A group with ρ = 0 takes no part in the ascent. With ρ = 0 everywhere the closure runs
+            once and the step is the base optimizer's, bit for bit.
         lambd: mix of SAM (1) and USAM (0): a number in [0, 1], a 0-dim tensor, ``'1/t'``, ``'1-1/t'`` or a callable t → λ.
         adaptive, eta: ASAM's normalisation T = |w| + eta.
         eps: added to the norm. (The base's own ``eps``, such as Adam's, is set through a base instance.)
@@ -82,7 +83,7 @@ class SAM(Optimizer):
         params: Any,
         base_optimizer: type[Optimizer] | Callable[..., Optimizer] | Optimizer,
         *,
-        rho: Schedule = 0.05,
+        rho: RhoSchedule = 0.05,
         lambd: Schedule = 1.0,
         adaptive: bool = False,
         eta: float = 0.0,
@@ -237,7 +238,7 @@ class SAM(Optimizer):
             with torch.enable_grad():
                 losses.append(ascent() if ascends else descent())
             if ascends:
-                self._ascend(_amp.scale_of(scaler))
+                self._ascend(_amp.scale_of(scaler), losses[-1])
                 if random_state is not None:
                     random_state.replay()
                 with torch.enable_grad():
@@ -254,7 +255,8 @@ class SAM(Optimizer):
     def first_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None) -> None:
         """The ascent, from the gradients as they are. Follow with forward, backward and :meth:`second_step`.
 
-        ``grad_scaler``: the gradients are still scaled by it (needed only for λ < 1: the direction of SAM does not depend on the scale).
+        ``grad_scaler``: the gradients are still scaled by it (needed only for λ < 1 and for radii that follow the norm: the
+        direction of SAM does not depend on the scale).
         """
         scaler = _amp.check_scaler(grad_scaler)
         self._restore()
@@ -316,9 +318,9 @@ class SAM(Optimizer):
         found_inf = getattr(self, "found_inf", None)
         self._descend(grad_scale, found_inf if isinstance(found_inf, Tensor) else None, scaler)
 
-    def _ascend(self, grad_scale: Tensor | None) -> None:
+    def _ascend(self, grad_scale: Tensor | None, loss: Any = None) -> None:
         self._guard.save()
-        self._passes.ascend(self.param_groups, eps=self.eps, grad_scale=grad_scale)
+        self._passes.ascend(self.param_groups, eps=self.eps, grad_scale=grad_scale, loss=loss)
 
     def _descend(
         self, grad_scale: Tensor | None, found_inf: Tensor | None, scaler: GradScaler | None, known_norm: Tensor | None = None
