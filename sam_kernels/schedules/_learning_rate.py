@@ -20,7 +20,7 @@ __all__ = ["Constant", "Diminish1", "Diminish2", "Diminish3", "PLDecreasing"]
 
 
 class _Factors(LRScheduler):
-    """lr_e = lr_0 · factor(e), factor(0) = 1.
+    """lr_e = lr_0 · factor(e).
 
     Each :meth:`step` multiplies what the learning rate is by factor(e) / factor(e - 1), so that another scheduler may multiply it too.
     """
@@ -33,13 +33,14 @@ class _Factors(LRScheduler):
         if not self._get_lr_called_within_step:
             warnings.warn("get_lr is one step ahead: get_last_lr() is what the learning rates are", UserWarning, stacklevel=2)
         # The rate that a checkpoint has left in the optimizer when a scheduler is made with last_epoch= is the right one already.
-        if self.last_epoch == 0 or getattr(self, "_is_initial", False):
+        if self.last_epoch > 0 and getattr(self, "_is_initial", False):
             return [_copy(group["lr"]) for group in self.optimizer.param_groups]
         return [group["lr"] * self._ratio(group) for group in self.optimizer.param_groups]
 
     def _ratio(self, group: dict[str, Any]) -> float | Tensor:
         initial_lr = group.setdefault("initial_lr", _copy(group["lr"]))  # a group added since has none
-        return self._factor(self.last_epoch, initial_lr) / self._factor(self.last_epoch - 1, initial_lr)
+        factor = self._factor(self.last_epoch, initial_lr)
+        return factor / self._factor(self.last_epoch - 1, initial_lr) if self.last_epoch > 0 else factor
 
     def _get_closed_form_lr(self) -> list[float | Tensor]:
         return [initial_lr * self._factor(self.last_epoch, initial_lr) for initial_lr in self.base_lrs]
