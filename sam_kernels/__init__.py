@@ -2,22 +2,21 @@
 
 import torch as _torch  # noqa: F401 - first: the native core then runs on torch's own OpenMP threads
 
-from sam_kernels import functional, monitors, per_sample, sampling, theory
+from sam_kernels import functional, monitors, optim, per_sample, sampling, schedules, theory
 from sam_kernels._dispatch import use_backend
-from sam_kernels.optim import RWSAM, SAM, USAM, UnifiedSAM
+from sam_kernels.optim import *  # noqa: F403 - the optimizers, which its __all__ names
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "RWSAM",
-    "SAM",
-    "USAM",
-    "UnifiedSAM",
     "__version__",
     "functional",
     "monitors",
+    "optim",
     "per_sample",
     "sampling",
+    "schedules",
     "theory",
     "use_backend",
 ]
+__all__ += optim.__all__

@@ -1,7 +1,37 @@
 """Optimizers: thin wrappers over :mod:`sam_kernels.functional`."""
 
-from sam_kernels.optim.presets import USAM, UnifiedSAM
+from sam_kernels.optim.presets import (
+    ASAM,
+    GCSAM,
+    GSAM,
+    RSAM,
+    SAMSPS,
+    USAM,
+    WSAM,
+    Extragradient,
+    FriendlySAM,
+    LookSAM,
+    MomentumSAM,
+    UnifiedSAM,
+    VaSSO,
+)
 from sam_kernels.optim.rwsam import RWSAM
 from sam_kernels.optim.sam import SAM
 
-__all__ = ["RWSAM", "SAM", "USAM", "UnifiedSAM"]
+__all__ = [
+    "ASAM",
+    "GCSAM",
+    "GSAM",
+    "RSAM",
+    "RWSAM",
+    "SAM",
+    "SAMSPS",
+    "USAM",
+    "WSAM",
+    "Extragradient",
+    "FriendlySAM",
+    "LookSAM",
+    "MomentumSAM",
+    "UnifiedSAM",
+    "VaSSO",
+]

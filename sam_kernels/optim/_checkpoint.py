@@ -9,14 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sam_kernels.optim._radius import Radius
+
 __all__ = ["keep_wide_state", "with_group_values", "with_names", "without_callables", "without_names"]
 
 _DEFAULTS = {"direction": "gradient", "descent": "plain"}
 
 
 def without_callables(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Schedules given as functions are left out (None): they belong to the program, not to the checkpoint."""
-    groups = [{key: None if callable(value) else value for key, value in group.items()} for group in state_dict["param_groups"]]
+    """Schedules given as functions, or as a ``Radius``, are left out (None): they belong to the program, not to the checkpoint."""
+    groups = [
+        {key: None if callable(value) or isinstance(value, Radius) else value for key, value in group.items()}
+        for group in state_dict["param_groups"]
+    ]
     return {**state_dict, "param_groups": groups}
 
 

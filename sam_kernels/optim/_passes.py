@@ -19,7 +19,7 @@ from sam_kernels.optim._capturable import is_recording, not_recordable
 from sam_kernels.optim._descent import can_fuse, fused_step, plain_step
 from sam_kernels.optim._group import Backups, Current, GroupLists, param_name, same_bits, same_tensors, with_grads
 from sam_kernels.optim._memory import ParamMemory
-from sam_kernels.optim._schedules import lambd_at, rho_at, takes_part
+from sam_kernels.optim._schedules import lambd_at, radius_of_group, takes_part
 
 if TYPE_CHECKING:
     from sam_kernels.optim.directions import Direction
@@ -104,16 +104,20 @@ class Passes:
         self._saved = {}
         self._joint = None
 
-    def ascend(self, groups: list[dict[str, Any]], direction: Direction, *, eps: float, grad_scale: Tensor | None) -> None:
+    def ascend(
+        self, groups: list[dict[str, Any]], direction: Direction, *, eps: float, grad_scale: Tensor | None, loss: Any = None
+    ) -> None:
         """Saves and perturbs the parameters of the groups with ρ > 0, for SAM along their gradients as they are: 4 N s bytes.
 
+        ``loss``: what the closure returned, for radii that follow it.
         Later in a step (m-SAM's second micro-batch) they are the same weights again, which are not saved a second time: 3 N s.
         """
-        radii = [rho_at(group["rho"], group["sam_step"]) for group in groups]
         mixes = [lambd_at(group["lambd"], group["sam_step"]) for group in groups]
         currents = direction.currents(self, groups)
         taking_part = [current for current in currents if takes_part(current.group["rho"], current.group["sam_step"])]
         norm = direction.norm(self, taking_part, grad_scale)
+        known_scale = grad_scale if direction.is_scaled else None
+        radii = {each.index: radius_of_group(each.group, norm=norm, grad_scale=known_scale, loss=loss) for each in taking_part}
         self.is_perturbed = True
         for current in taking_part:
             group = current.group

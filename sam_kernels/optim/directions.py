@@ -31,6 +31,7 @@ class Direction:
     begins_elsewhere: ClassVar[bool] = False  # the first gradient is not the one at w
     needs_no_gradient: ClassVar[bool] = False  # the ascent comes before the only forward pass
     is_capturable: ClassVar[bool] = True
+    is_scaled: ClassVar[bool] = True  # d and its norm are multiplied by grad_scale, as the gradients are
 
     def check_base(self, base: Optimizer) -> None:
         """Raises ValueError for a base optimizer that the direction cannot be made from."""
@@ -70,6 +71,7 @@ class _MovingAverage(Direction):
     """d from the gradient and a moving average m of earlier ones, by ``direction_norm_`` (3 N s) and ``perturb_``."""
 
     keeps = ("direction_average",)
+    is_scaled = False
 
     def _options(self) -> dict[str, Any]:
         raise NotImplementedError
@@ -171,6 +173,7 @@ class Randomized(Direction):
     name = "randomized"
     begins_elsewhere = True
     is_capturable = False
+    is_scaled = False
 
     def __post_init__(self) -> None:
         check_number("RSAM", "sigma", self.sigma, low=0.0)
@@ -211,6 +214,7 @@ class Momentum(Direction):
     name = "momentum"
     sign = -1.0
     needs_no_gradient = True
+    is_scaled = False
 
     def check_base(self, base: Optimizer) -> None:
         if type(base) in (torch.optim.Adam, torch.optim.AdamW):

@@ -1,7 +1,7 @@
 """Named members of the family: :class:`SAM` with a radius, a direction and a descent rule of their own.
 
-All take :class:`SAM`'s other arguments. Published defaults are those of the authors' code where the docstring says so; a method whose authors
-tune its radius has :class:`SAM`'s, 0.05.
+All take :class:`SAM`'s other arguments. Defaults are those of the authors' code where a docstring says so; a method whose authors tune its
+radius has :class:`SAM`'s, 0.05.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from sam_kernels.optim import descents, directions
-from sam_kernels.optim._schedules import Schedule
+from sam_kernels.optim._schedules import RhoSchedule, Schedule
 from sam_kernels.optim.sam import SAM
-from sam_kernels.schedules import LRProportional
+from sam_kernels.schedules._following import LRProportional
 
 __all__ = [
     "ASAM",
@@ -61,7 +61,7 @@ class ASAM(SAM):
     those a group with ``adaptive=False``.
     """
 
-    def __init__(self, params: Any, base_optimizer: Any, *, rho: Schedule = 0.5, eta: float = 0.01, **kwargs: Any) -> None:
+    def __init__(self, params: Any, base_optimizer: Any, *, rho: RhoSchedule = 0.5, eta: float = 0.01, **kwargs: Any) -> None:
         if "adaptive" in kwargs:
             raise TypeError("ASAM: adaptive is True by definition; set it in a parameter group to leave that out")
         super().__init__(params, base_optimizer, rho=rho, eta=eta, adaptive=True, **kwargs)
@@ -119,9 +119,10 @@ class RSAM(SAM):
 
 
 class GCSAM(SAM):
-    """SAM with centralised gradients: the mean over all dimensions but the first is taken off both gradients (arXiv 2501.11584, 2004.01461).
+    """SAM with centralised gradients (arXiv 2501.11584): the mean over all dimensions but the first is taken off both gradients.
 
-    Memory beside SAM's: none. See :class:`directions.Centralized`. Bytes: 13 N s a step with SGD and momentum (SAM: 11).
+    Gradient centralisation: arXiv 2004.01461. Memory beside SAM's: none. See :class:`directions.Centralized`. Bytes: 13 N s a step with SGD
+    and momentum (SAM: 11).
     """
 
     def __init__(self, params: Any, base_optimizer: Any, **kwargs: Any) -> None:
@@ -146,7 +147,7 @@ class GSAM(SAM):
         rho_min: float | None = None,
         lr_max: float | None = None,
         lr_min: float | None = None,
-        rho: Schedule | None = None,
+        rho: RhoSchedule | None = None,
         **kwargs: Any,
     ) -> None:
         schedule = {"rho_max": rho_max, "rho_min": rho_min, "lr_max": lr_max, "lr_min": lr_min}
@@ -164,7 +165,8 @@ class WSAM(SAM):
     the passes.
 
     ``decoupled`` (the authors' default): the base steps along g, and the sharpness is stepped down by lr beside it. ``kappa`` is 0.9 in the
-    authors' code, where it is called gamma. See :class:`descents.WeightedSharpness`. Bytes: 13 N s coupled, 15 N s decoupled, a step with SGD and momentum.
+    authors' code, where it is called gamma. See :class:`descents.WeightedSharpness`. Bytes of a step with SGD and momentum: 13 N s coupled,
+    15 N s decoupled.
     """
 
     def __init__(self, params: Any, base_optimizer: Any, *, kappa: float = 0.9, decoupled: bool = True, **kwargs: Any) -> None:
@@ -190,16 +192,16 @@ class MomentumSAM(SAM):
     ρ = 0.3 in the authors' code. See :class:`directions.Momentum`. Memory beside SAM's: none.
     """
 
-    def __init__(self, params: Any, base_optimizer: Any, *, rho: Schedule = 0.3, **kwargs: Any) -> None:
+    def __init__(self, params: Any, base_optimizer: Any, *, rho: RhoSchedule = 0.3, **kwargs: Any) -> None:
         super().__init__(params, base_optimizer, rho=rho, direction=directions.Momentum(), **kwargs)
 
 
 class SAMSPS(SAM):
     """SAM with the stochastic Polyak step size, for every λ: lr is found at each step, at most ``gamma_b`` (PyPI ``sam-sps``).
 
-    Defaults are that package's: ``f_star`` = 0, ``gamma_b`` = 1, ρ = 0.1, ``weight_decay`` = 5e-4. ``gamma_b`` is the groups' ``lr``, so that
-    schedulers apply to it. The base is ``torch.optim.SGD``, with or without momentum. See :class:`descents.Polyak`. Bytes: 13 N s a step
-    without momentum: 1 + 4 + 3 + 3, and 2 for what SGD keeps otherwise.
+    Defaults are that package's: ``f_star`` = 0, ``gamma_b`` = 1, ρ = 0.1, ``weight_decay`` = 5e-4. ``gamma_b`` is the groups' ``lr``, so
+    that schedulers apply to it. The base is ``torch.optim.SGD``, with or without momentum; the closure must return the loss. See
+    :class:`descents.Polyak`. Memory beside SAM's: none. Bytes of a step: 11 N s, with momentum 16 N s.
     """
 
     def __init__(
@@ -209,7 +211,7 @@ class SAMSPS(SAM):
         *,
         f_star: float = 0.0,
         gamma_b: float = 1.0,
-        rho: Schedule = 0.1,
+        rho: RhoSchedule = 0.1,
         weight_decay: float = 5e-4,
         **kwargs: Any,
     ) -> None:

@@ -19,7 +19,7 @@ from sam_kernels.optim._held_still import BufferGuard, RandomState
 from sam_kernels.optim._kept_grads import KeptGrads
 from sam_kernels.optim._memory import ParamMemory
 from sam_kernels.optim._micro_batches import GradientMean, mean_loss
-from sam_kernels.optim._schedules import Schedule, takes_part
+from sam_kernels.optim._schedules import RhoSchedule, Schedule, takes_part
 from sam_kernels.optim._wrapper import Wrapper
 from sam_kernels.optim.descents import NOTHING, Descent, DescentStep, Plain
 from sam_kernels.optim.directions import Direction, Gradient
@@ -39,8 +39,9 @@ class SAM(Wrapper):
         params: parameters or parameter groups, as for ``torch.optim``; groups may set ``rho``, ``lambd``, ``adaptive`` and ``eta`` of their
             own. float32, float64, bfloat16 or float16; arithmetic is float32 or better. With a base instance: that instance's parameters.
         base_optimizer: an optimizer class, made with ``base_kwargs``, or an instance. Its ``param_groups`` and ``state`` are shared.
-        rho: radius ≥ 0: a number, a 0-dim tensor, ``'C/k^p'`` or a callable t → ρ. A group with ρ = 0 takes no part in the ascent. With
-            ρ = 0 everywhere the closure runs once and the step is the base optimizer's, bit for bit.
+        rho: radius ≥ 0: a number, a 0-dim tensor, ``'C/k^p'``, a callable t → ρ or a :class:`sam_kernels.schedules.Radius`, which also
+            sees the gradient's norm and the loss. A group with ρ = 0 takes no part in the ascent. With ρ = 0 everywhere the closure runs
+            once and the step is the base optimizer's, bit for bit.
         lambd: mix of SAM (1) and USAM (0): a number in [0, 1], a 0-dim tensor, ``'1/t'``, ``'1-1/t'`` or a callable t → λ.
         adaptive, eta: ASAM's normalisation T = |w| + eta.
         direction: what the ascent goes along, of :mod:`sam_kernels.optim.directions`; the gradient unless given.
@@ -82,7 +83,7 @@ class SAM(Wrapper):
         params: Any,
         base_optimizer: type[Optimizer] | Callable[..., Optimizer] | Optimizer,
         *,
-        rho: Schedule = 0.05,
+        rho: RhoSchedule = 0.05,
         lambd: Schedule = 1.0,
         adaptive: bool = False,
         eta: float = 0.0,
@@ -205,7 +206,7 @@ class SAM(Wrapper):
         random_state = RandomState(self._devices()) if self.preserve_rng_state else None
         self.direction.begin(self._passes, self.param_groups, micro_batch)
         loss = self._called(ascent)
-        self._ascend(_amp.scale_of(scaler), hand_over=True)
+        self._ascend(_amp.scale_of(scaler), loss, hand_over=True)
         if random_state is not None:
             random_state.replay()
         self._called(descent)
@@ -222,8 +223,8 @@ class SAM(Wrapper):
     def first_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None) -> None:
         """The ascent, from the gradients as they are. Follow with forward, backward and :meth:`second_step`.
 
-        ``grad_scaler``: the gradients are still scaled by it (needed only for λ < 1: the direction of SAM does not depend on the scale).
-        For :class:`MomentumSAM` there is no first forward and backward pass before it.
+        ``grad_scaler``: the gradients are still scaled by it (needed only for λ < 1 and for radii that follow the norm: the
+        direction of SAM does not depend on the scale). :class:`MomentumSAM` takes this step before the only forward and backward pass.
         """
         scaler = _amp.check_scaler(grad_scaler)
         if self.descent.needs_closure or (self.direction.begins_elsewhere and not self._passes.is_perturbed):
@@ -292,10 +293,10 @@ class SAM(Wrapper):
         found_inf = getattr(self, "found_inf", None)
         self._descend(grad_scale, found_inf if isinstance(found_inf, Tensor) else None, scaler, is_sam=is_sam)
 
-    def _ascend(self, grad_scale: Tensor | None, *, hand_over: bool = False) -> None:
+    def _ascend(self, grad_scale: Tensor | None, loss: Any = None, *, hand_over: bool = False) -> None:
         if not self.direction.needs_no_gradient:  # the only forward pass is yet to come
             self._guard.save()
-        self._passes.ascend(self.param_groups, self.direction, eps=self.eps, grad_scale=grad_scale)
+        self._passes.ascend(self.param_groups, self.direction, eps=self.eps, grad_scale=grad_scale, loss=loss)
         if self.descent.keeps_grads:
             self._kept_grads.keep(self._passes.current(self.param_groups), hand_over=hand_over)
 

@@ -1,0 +1,52 @@
+"""The hook for radii that follow the training: what they are told, and what they answer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["AscentInfo", "Radius"]
+
+
+@dataclass(frozen=True)
+class AscentInfo:
+    """What is known when a parameter group is about to ascend. Reading a tensor of it on the host would wait for the device.
+
+    Attributes:
+        t: the step 1, 2, …; with ``capturable=True`` a () float64 tensor on the parameters' device.
+        group: the parameter group, to be read: its ``lr``, ``initial_lr`` (where a scheduler has set it), ``weight_decay``, …
+        norm: () float32 (float64 where a gradient is) on the device: ‖g‖ over all groups that take part, ‖T g‖ where ``adaptive``; of the
+            gradients of the loss itself, without a ``GradScaler``'s scale.
+        loss: what the first closure returned: a number, a () tensor without its graph, or None where that is neither, and in the
+            two-step API, which sees no loss.
+    """
+
+    t: int | Tensor
+    group: Mapping[str, Any]
+    norm: Tensor
+    loss: float | Tensor | None
+
+
+class Radius(ABC):
+    """A radius that follows the training: give an instance as ``rho=``, to an optimizer or to a parameter group.
+
+    A function of the step alone needs none of this: give the function.
+    """
+
+    @abstractmethod
+    def radius(self, info: AscentInfo) -> float | Tensor:
+        """ρ ≥ 0 of this step: a number, or a tensor of one element, float32 or float64 (always one with ``capturable=True``: a number would
+        be a constant of the graph). Called once for each ascent of each group, before any weight is moved.
+
+        A tensor on the device is never read by the host. Where ``info.norm`` is not finite the step is skipped, whatever this returns.
+        """
+
+    def takes_part(self, t: int) -> bool:
+        """Whether the group ascends in step t, which must be known before there is a gradient: if not, its gradient is in no norm, and
+        where no group ascends the closure runs once. Not asked with ``capturable=True``: there it does.
+        """
+        return True
