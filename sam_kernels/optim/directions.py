@@ -163,8 +163,8 @@ class Randomized(Direction):
     """RSAM: d = Δ + c ∇f(w + Δ) with Δ ~ N(0, sigma²), fresh at every step; the first gradient is the one at w + Δ. Memory: none.
 
     Δ is drawn from ``seed``, the step and the group, so that a run continues from a checkpoint with the same ones. It is not kept: it is
-    what the weights have moved by. 7 N s more than SAM: 3 to move, 4 for d in the place of the gradient (which then needs no norm: 1 less),
-    and the perturbation starts from the saved weights (1 less).
+    what the weights have moved by. Bytes: 3 N s to move there, 4 for d in the place of the gradient, with its norm (SAM: 1), and 3 for the
+    perturbation, which starts from the saved weights (SAM: 4).
     """
 
     sigma: float = 0.01

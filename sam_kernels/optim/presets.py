@@ -104,7 +104,8 @@ class RSAM(SAM):
     """Random SAM: the ascent goes along Δ + c ∇f(w + Δ), Δ ~ N(0, sigma²) fresh at every step. Memory beside SAM's: none.
 
     Two gradients a step, as SAM: the first is the one at w + Δ, and the loss that ``step`` returns is the one there. ``sigma``, ``c``: no
-    published values are known here; 0.01 and 1 are ours. See :class:`directions.Randomized`. Bytes: 18 N s a step with SGD and momentum.
+    published values are known here; 0.01 and 1 are ours. See :class:`directions.Randomized`. Bytes: 16 N s a step with SGD and
+    momentum.
     """
 
     def __init__(self, params: Any, base_optimizer: Any, *, sigma: float = 0.01, c: float = 1.0, seed: int = 0, **kwargs: Any) -> None:
@@ -187,8 +188,8 @@ class LookSAM(SAM):
 class MomentumSAM(SAM):
     """Momentum-SAM (arXiv 2401.12033): w is perturbed along the base's momentum before the only forward and backward pass.
 
-    ``step`` calls the closure once: the cost of the base optimizer and 9 N s bytes (11 with SGD and momentum, in all). Between steps the
-    weights are where they belong, for evaluation too. With the two-step API: :meth:`first_step`, forward, backward, :meth:`second_step`.
+    ``step`` calls the closure once. Bytes: 11 N s a step with SGD and momentum. Between steps the weights are where they belong, for
+    evaluation too. With the two-step API: :meth:`first_step`, forward, backward, :meth:`second_step`.
     ρ = 0.3 in the authors' code. See :class:`directions.Momentum`. Memory beside SAM's: none.
     """
 
