@@ -230,6 +230,14 @@ PYBIND11_MODULE(_cpu, module) {
       arg("inv_grad_scale"), arg("decay"), arg("gain"), arg("sigma"), arg("threads"));
 
   module.def(
+      "centralize",
+      [](List params, List grads, const std::vector<int64_t>& slice_sizes, bool adaptive, double eta, int threads) {
+        py::gil_scoped_release release;
+        return centralize(lists_of(params, grads, nullptr), {adaptive, eta}, slice_sizes, threads);
+      },
+      py::kw_only(), arg("params"), arg("grads"), arg("slice_sizes"), arg("adaptive"), arg("eta"), arg("threads"));
+
+  module.def(
       "random_perturb",
       [](List params, List old_params, const std::vector<uint32_t>& row_indices, uint64_t seed, double scale, bool normal, bool from_old,
          int threads) {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sam_kernels import _dispatch
-from sam_kernels._tensor_list import TensorList, is_dense_row
+from sam_kernels._tensor_list import TensorList, is_dense_row, slices_are_runs
 
 __all__ = ["Rows", "split"]
 
@@ -33,17 +33,18 @@ class Rows:
             destination.copy_(source)
 
 
-def split(lists: Mapping[str, Sequence[Tensor] | None], *, written: Iterable[str] = ()) -> list[Rows]:
+def split(lists: Mapping[str, Sequence[Tensor] | None], *, written: Iterable[str] = (), by_slices: bool = False) -> list[Rows]:
     """Groups rows by device and by the backend that has kernels for their dtypes, and makes rows dense that are not.
 
     A row whose tensors differ in memory order is computed in contiguous copies; the copies of ``written`` lists are copied back by
-    :meth:`Rows.finish`. Lists that are all :class:`TensorList` are taken as they are.
+    :meth:`Rows.finish`. Lists that are all :class:`TensorList` are taken as they are. ``by_slices``: rows whose slices along the first
+    dimension are no runs of memory (a transposed matrix) are computed in contiguous copies too, whatever the list.
     """
     given = [tensors for tensors in lists.values() if tensors is not None]
     first = given[0]
     if len(first) == 0:
         return []
-    if all(isinstance(tensors, TensorList) for tensors in given):
+    if all(isinstance(tensors, TensorList) for tensors in given) and not (by_slices and not all(map(slices_are_runs, first))):
         return [Rows(_dispatch.select(first[0].device.type), dict(lists), range(len(first)))]  # type: ignore[arg-type]  # seen above
     chosen: dict[tuple[torch.device, frozenset[torch.dtype]], ModuleType] = {}
     parts: dict[tuple[torch.device, ModuleType], list[int]] = {}
@@ -53,15 +54,18 @@ def split(lists: Mapping[str, Sequence[Tensor] | None], *, written: Iterable[str
         if backend is None:
             backend = chosen[kind] = _dispatch.select(kind[0].type, kind[1])
         parts.setdefault((kind[0], backend), []).append(i)
-    return [_dense_rows(backend, lists, indices, set(written)) for (_, backend), indices in parts.items()]
+    return [_dense_rows(backend, lists, indices, set(written), by_slices) for (_, backend), indices in parts.items()]
 
 
-def _dense_rows(backend: ModuleType, lists: Mapping[str, Sequence[Tensor] | None], indices: list[int], written: set[str]) -> Rows:
+def _dense_rows(
+    backend: ModuleType, lists: Mapping[str, Sequence[Tensor] | None], indices: list[int], written: set[str], by_slices: bool
+) -> Rows:
     picked = {name: None if tensors is None else [tensors[i] for i in indices] for name, tensors in lists.items()}
     names = [name for name, tensors in picked.items() if tensors is not None]
     rows = Rows(backend, {}, indices)
     for row in range(len(indices)):
-        if is_dense_row([picked[name][row] for name in names]):  # type: ignore[index]  # names of given lists
+        together = [picked[name][row] for name in names]  # type: ignore[index]  # names of given lists
+        if is_dense_row(together) and not (by_slices and not slices_are_runs(together[0])):
             continue
         for name in names:
             tensors = picked[name]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["TensorList", "is_dense_row"]
+__all__ = ["TensorList", "is_dense_row", "slice_sizes", "slices_are_runs"]
 
 
 class TensorList(list[Tensor]):
@@ -33,6 +33,16 @@ def is_dense_row(tensors: Sequence[Tensor]) -> bool:
         return True
     strides = tensors[0].stride()
     return all(tensor.stride() == strides for tensor in tensors) and _fills_memory(tensors[0])
+
+
+def slice_sizes(tensors: Sequence[Tensor]) -> list[int]:
+    """Elements of each tensor that share an index of its first dimension; 0 for one of fewer than two dimensions, or an empty one."""
+    return [tensor.numel() // tensor.size(0) if tensor.dim() > 1 and tensor.numel() > 0 else 0 for tensor in tensors]
+
+
+def slices_are_runs(tensor: Tensor) -> bool:
+    """Of a dense tensor: what shares an index of the first dimension lies together, whatever its own order (channels last, say)."""
+    return tensor.is_contiguous() or tensor.dim() < 2 or tensor.size(0) == 1 or tensor.stride(0) * tensor.size(0) == tensor.numel()
 
 
 def _fills_memory(tensor: Tensor) -> bool:

@@ -35,6 +35,8 @@ WRONG_KEYWORDS = [
     ("perturb_", "from_old", {"from_old": False}),
     ("perturb_", "friendly", {"ema_weight": -1.142857 * (1 + 2e-6)}),
     ("perturb_", "vasso", {"ema": None}),
+    ("centralize_", "adaptive", {"eta": 0.0}),
+    ("centralize_", "adaptive", {"adaptive": False}),
     ("direction_norm_", "vasso", {"theta": 0.3 * (1 + 1e-6)}),
     ("direction_norm_", "friendly", {"sigma": 0.8 * (1 + 1e-6)}),
     ("direction_norm_", "friendly", {"lmbda": 0.7 * (1 + 1e-6)}),

@@ -37,6 +37,12 @@ SAM_INLINE T perturb_adaptive(T param, T grad, T scale, T eta) {
   return param + weight * weight * grad * scale;
 }
 
+// Gradient centralisation (arXiv 2004.01461): the mean is that of the elements which share an index of the first dimension.
+template <class T>
+SAM_INLINE T centralized(T grad, T mean) {
+  return grad - mean;
+}
+
 // Directions made of a gradient and a moving average of earlier ones, m: VaSSO (arXiv 2310.07269) and Friendly SAM (arXiv 2403.12350).
 enum class Direction { kVasso, kFriendly };
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/bits.h"
 #include "common/operand.h"
 
 namespace sam {
@@ -23,13 +24,21 @@ struct Chunk {
   int64_t begin, end;  // elements of that tensor, end - begin <= chunk size
 };
 
-// Chunks of every tensor, in order; empty tensors have none. numels: (n,)
-inline std::vector<Chunk> make_chunks(const std::vector<int64_t>& numels, int64_t chunk_size = kChunkSize) {
+// Elements a chunk of a tensor whose slices must not be cut: as many of them as fit, at least one. 0: a tensor without slices.
+SAM_INLINE int64_t whole_slices(int64_t slice_size, int64_t chunk_size) {
+  if (slice_size == 0) return chunk_size;
+  return slice_size < chunk_size ? chunk_size / slice_size * slice_size : slice_size;
+}
+
+// Chunks of every tensor, in order; empty tensors have none. numels: (n,); slice_sizes: (n,), null where tensors may be cut anywhere.
+inline std::vector<Chunk> make_chunks(const std::vector<int64_t>& numels, const std::vector<int64_t>* slice_sizes = nullptr) {
+  const auto chunk_size_of = [&](std::size_t i) { return whole_slices(slice_sizes == nullptr ? 0 : (*slice_sizes)[i], kChunkSize); };
   std::size_t count = 0;
-  for (const int64_t numel : numels) count += static_cast<std::size_t>((numel + chunk_size - 1) / chunk_size);
+  for (std::size_t i = 0; i < numels.size(); ++i) count += static_cast<std::size_t>((numels[i] + chunk_size_of(i) - 1) / chunk_size_of(i));
   std::vector<Chunk> chunks;
   chunks.reserve(count);
   for (std::size_t tensor = 0; tensor < numels.size(); ++tensor) {
+    const int64_t chunk_size = chunk_size_of(tensor);
     for (int64_t begin = 0; begin < numels[tensor]; begin += chunk_size) {
       const int64_t left = numels[tensor] - begin;
       chunks.push_back({static_cast<int64_t>(tensor), begin, begin + (left < chunk_size ? left : chunk_size)});

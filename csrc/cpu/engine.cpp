@@ -26,6 +26,8 @@ Row row_of(const Lists& lists, int64_t row) {
 
 const std::vector<int64_t>& numels_of(const Lists& lists) { return lists.grads ? lists.grads->numels : lists.params->numels; }
 
+std::vector<int64_t> one_group(const Lists& lists) { return {static_cast<int64_t>(numels_of(lists).size())}; }
+
 // Applies kernel(row, span, args) to every chunk, last first: an elementwise pass follows a norm over the same gradients, which read them
 // forwards, so it starts with those still in the caches (measured: 10 % of a whole step).
 template <class Args, class Kernel>
@@ -40,15 +42,16 @@ void apply(const Lists& lists, Args args, int operands, int threads, Kernel kern
   });
 }
 
-// The roots of the groups' sums of squares, kernel(row, span) for each chunk, added in the order of the chunks.
+// The roots of the groups' sums of squares, kernel(row, span, tensor) for each chunk, added in the order of the chunks.
 template <class Kernel>
-std::vector<double> norms(const Lists& lists, const std::vector<int64_t>& group_sizes, int threads, Kernel kernel) {
+std::vector<double> norms(const Lists& lists, const std::vector<int64_t>& group_sizes, int threads, Kernel kernel,
+                          const std::vector<int64_t>* slice_sizes = nullptr) {
   lists.check();
-  const std::vector<Chunk> chunks = make_chunks(numels_of(lists));
+  const std::vector<Chunk> chunks = make_chunks(numels_of(lists), slice_sizes);
   std::vector<double> partial_sums(chunks.size());
   for_each_chunk(chunks, threads, [&](int64_t i) {
     const Chunk& chunk = chunks[static_cast<std::size_t>(i)];
-    partial_sums[static_cast<std::size_t>(i)] = kernel(row_of(lists, chunk.tensor), Span{chunk.begin, chunk.end});
+    partial_sums[static_cast<std::size_t>(i)] = kernel(row_of(lists, chunk.tensor), Span{chunk.begin, chunk.end}, chunk.tensor);
   });
   std::vector<double> roots;
   std::size_t i = 0;
@@ -73,13 +76,27 @@ void Lists::check() const {
 
 std::vector<double> grad_norms(const Lists& lists, const std::vector<int64_t>& group_sizes, const NormArgs& args, int threads) {
   const KernelTable& kernels = kernel_table();
-  return norms(lists, group_sizes, threads, [&](const Row& row, Span span) { return kernels.norm(row, span, args); });
+  return norms(lists, group_sizes, threads, [&](const Row& row, Span span, int64_t) { return kernels.norm(row, span, args); });
 }
 
 double direction_norm(const Lists& lists, const DirectionArgs& args, int threads) {
   const KernelTable& kernels = kernel_table();
-  const std::vector<int64_t> one_group = {static_cast<int64_t>(numels_of(lists).size())};
-  return norms(lists, one_group, threads, [&](const Row& row, Span span) { return kernels.direction_norm(row, span, args); })[0];
+  return norms(lists, one_group(lists), threads,
+               [&](const Row& row, Span span, int64_t) { return kernels.direction_norm(row, span, args); })[0];
+}
+
+double centralize(const Lists& lists, const NormArgs& args, const std::vector<int64_t>& slice_sizes, int threads) {
+  const KernelTable& kernels = kernel_table();
+  if (slice_sizes.size() != numels_of(lists).size()) throw std::invalid_argument("one size of slices a tensor");
+  for (std::size_t i = 0; i < slice_sizes.size(); ++i) {
+    const int64_t size = slice_sizes[i], numel = numels_of(lists)[i];
+    if (size < 0 || (size > 0 && numel % size != 0)) throw std::invalid_argument("slices that do not divide their tensor");
+  }
+  const auto kernel = [&](const Row& row, Span span, int64_t tensor) {
+    const int64_t slice_size = slice_sizes[static_cast<std::size_t>(tensor)];
+    return slice_size == 0 ? kernels.norm(row, span, args) : kernels.centralize(row, span, {args, slice_size});
+  };
+  return norms(lists, one_group(lists), threads, kernel, &slice_sizes)[0];
 }
 
 void perturb(const Lists& lists, PerturbArgs args, int threads) {

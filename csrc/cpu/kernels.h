@@ -21,6 +21,10 @@ struct NormArgs {
   double eta;
 };
 
+struct CentralizeArgs : NormArgs {
+  int64_t slice_size;  // elements that share a mean; a span is made of whole slices
+};
+
 struct PerturbArgs {
   double norm, rho, lambd, eps, eta, inv_grad_scale;
   bool adaptive;
@@ -71,6 +75,7 @@ struct KernelTable {
   void (*perturb)(const Row&, Span, const PerturbArgs&);
   void (*perturb_variant)(const Row&, Span, const PerturbVariantArgs&, uint32_t index);  // index: of the row in the caller's list
   double (*direction_norm)(const Row&, Span, const DirectionArgs&);                      // sum of squares
+  double (*centralize)(const Row&, Span, const CentralizeArgs&);                         // sum of squares
   void (*random_perturb)(const Row&, Span, const RandomPerturbArgs&, uint32_t index);
   void (*copy)(const Row&, Span, const CopyArgs&);
   void (*sgd)(const Row&, Span, const SgdArgs&);

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sam_kernels._tensor_list import slice_sizes
 from sam_kernels.cli._options import SCHEDULED
 from sam_kernels.cli._problem import Problem
-from sam_kernels.cli._tolerance import Arithmetic, Rounded, ulp
+from sam_kernels.cli._tolerance import Arithmetic, Rounded, mean_bound, ulp
 from sam_kernels.reference import directions, ops, random
 
 __all__ = ["bounds_of"]
 
 
-def bounds_of(problem: Problem) -> dict[str, list[Tensor]]:
-    """A bound (numel,) for each tensor of each list that a call, not yet made, will compute. A list without bounds must be exact."""
+def bounds_of(problem: Problem, roundings: Sequence[int] | None = None) -> dict[str, list[Tensor]]:
+    """A bound (numel,) for each tensor of each list that a call, not yet made, will compute. A list without bounds must be exact.
+
+    ``roundings``: of each tensor's means, by the backend that sums them in float32.
+    """
+    if problem.op == "centralize_":
+        return _centralized_bounds(problem, roundings)
     if problem.op in ("grad_norm", "grad_norms", "restore_") or ops.is_skipped(problem.kwargs.get("norm"), problem.kwargs.get("found_inf")):
         return {}
     count = len(problem.lists["params"])
@@ -92,6 +99,24 @@ def _direction_bounds(operand: Any, kwargs: dict[str, Any]) -> dict[str, Tensor]
     return {"ema": torch.where(grad.value.isfinite(), average.error, 0.0), "directions": direction.error}
 
 
+def _centralized_bounds(problem: Problem, roundings: Sequence[int] | None) -> dict[str, list[Tensor]]:
+    """Of the centralised gradients, and of the terms whose squares are summed."""
+    bounds: dict[str, list[Tensor]] = {"grads": [], "directions": []}
+    lists: Any = problem.lists  # none of these entries is None
+    for i, (grad, size) in enumerate(zip(lists["grads"], slice_sizes(lists["grads"]), strict=True)):
+        flat = grad.reshape(-1).to(torch.float64)
+        is_double = torch.full_like(flat, any(t is not None and t.dtype is torch.float64 for t in _row(problem, i)), dtype=torch.bool)
+        centred: Any = Rounded.exact(flat, Arithmetic.of(is_double))
+        if size > 0:
+            centred = centred - mean_bound(centred, size, None if roundings is None else roundings[i])
+        bounds["grads"].append(centred.error)
+        if problem.kwargs.get("adaptive", False):
+            param = Rounded.exact(lists["params"][i].reshape(-1).to(torch.float64), centred.arithmetic)
+            centred = (abs(param) + problem.kwargs["eta"]) * centred
+        bounds["directions"].append(torch.where(centred.value.isfinite(), centred.error, 0.0))
+    return bounds
+
+
 def _rounding_step(problem: Problem, moved: Rounded, indices: list[int], numels: list[int]) -> Tensor:
     """Stochastic rounding gives either neighbour: one ulp of bfloat16, for the rows it concerns."""
     chosen = torch.tensor([getattr(problem.lists["params"][i], "dtype", None) is torch.bfloat16 for i in indices])
@@ -111,7 +136,7 @@ def _random_numbers(problem: Problem, arithmetic: Arithmetic) -> Any:
 def _row(problem: Problem, index: int) -> list[Tensor | None]:
     """The tensors that decide a row's arithmetic."""
     names = ["params", "grads", "old_params", "exp_avgs", "exp_avg_sqs", "ema"]
-    if problem.op == "direction_norm_" and not problem.kwargs.get("adaptive", False):
+    if problem.op in ("centralize_", "direction_norm_") and not problem.kwargs.get("adaptive", False):
         names.remove("params")
     if problem.kwargs.get("momentum", 0.0):
         names.append("momentum_buffers")

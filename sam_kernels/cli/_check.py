@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sam_kernels import _dispatch, functional, reference
 from sam_kernels._dispatch import use_backend
+from sam_kernels._tensor_list import slice_sizes
 from sam_kernels.cli._bounds import bounds_of
 from sam_kernels.cli._cases import CASES, LAYOUT_CASES, MIXED_NARROW, Row, dtypes_for, guards_intact, make_tensor, rows_of
 from sam_kernels.cli._compare import Worst, compare
@@ -23,16 +24,30 @@ from sam_kernels.cli._options import FOR_LAYOUT_CASES, OPTIONS, SCHEDULED
 from sam_kernels.cli._problem import Problem
 from sam_kernels.cli._tolerance import norm_bound
 
-__all__ = ["AUTOMATIC", "Problem", "build", "check", "combinations", "concerns", "dtypes_of", "run", "seed_of"]
+__all__ = [
+    "ABOUT_OTHERS",
+    "ABOUT_SLICES",
+    "AUTOMATIC",
+    "Problem",
+    "build",
+    "check",
+    "combinations",
+    "concerns",
+    "dtypes_of",
+    "run",
+    "seed_of",
+]
 
 AUTOMATIC = "automatic"  # no backend is forced: rows go where there are kernels for their dtypes
 
-NORMS = ("grad_norm", "grad_norms", "direction_norm_")
+NORMS = ("grad_norm", "grad_norms", "centralize_", "direction_norm_")
 SAVES = ("perturb_", "random_perturb_")  # write old_params
 ABOUT_OTHERS = {  # cases about gradients that an operation does not read
-    "random_perturb_": ("zero_grads", "huge", "nan", "inf"),
-    "restore_": ("huge_params", "tiny", "zero_grads", "nan", "inf"),
+    "random_perturb_": ("zero_grads", "huge", "nan", "inf", "expanded_grads"),
+    "restore_": ("huge_params", "tiny", "zero_grads", "nan", "inf", "expanded_grads"),
+    "centralize_": ("expanded_grads",),  # which it refuses to write
 }
+ABOUT_SLICES = ("slices", "unaligned_slices", "long_slices")  # cases that say nothing new of other operations
 STEPS = (0.0, 1.0, 9.0, 999.0)
 
 
@@ -60,7 +75,7 @@ def concerns(op: str, option: str, dtype: str) -> bool:
 def combinations(op: str, dtype: str) -> Iterator[tuple[str, str]]:
     """(case, option) pairs that say something about an operation in a dtype."""
     for case in CASES:
-        if case in ABOUT_OTHERS.get(op, ()):
+        if case in ABOUT_OTHERS.get(op, ()) or (case in ABOUT_SLICES and op != "centralize_"):
             continue
         if dtype in ("mixed", MIXED_NARROW) and case == "chunk_edges" and (op.startswith("grad_norm") or op == "random_perturb_"):
             continue  # a dtype a row is covered by the others
@@ -89,6 +104,8 @@ def build(op: str, case: str, dtype: str, option: str, seed: int = 0) -> Problem
         for j in range(groups):
             lists[f"grads{j}"] = tensors("grads", "magnitude")
         lists["params"] = tensors("params")
+    elif op == "centralize_":
+        lists = {"grads": tensors("grads", "magnitude"), "params": tensors("params")}
     elif op == "direction_norm_":
         lists = {"grads": tensors("grads", "magnitude"), "ema": tensors("state", "magnitude"), "params": tensors("params")}
     else:
@@ -151,6 +168,8 @@ def run(problem: Problem, module: Any = functional) -> Any:
         grads = [tensors for name, tensors in lists.items() if name.startswith("grads")]
         params = lists["params"] if kwargs.get("adaptive") else None
         return op(grads[0] if problem.op == "grad_norm" else grads, params, **kwargs)
+    if problem.op == "centralize_":
+        return op(lists["grads"], lists["params"] if kwargs.get("adaptive") else None, **kwargs)
     if problem.op == "direction_norm_":
         return op(lists["grads"], lists["ema"], lists["params"] if kwargs.get("adaptive") else None, **kwargs)
     if problem.op == "perturb_":
@@ -169,13 +188,14 @@ def check(op: str, backends: Sequence[str], dtype: str, case: str, option: str, 
     if "old_params" in starts and op not in SAVES:
         starts["params"] = starts["old_params"]
     exact_result = run(exact, reference)
-    bounds = bounds_of(before)
-    directions = bounds.pop("directions", [])
-    for name, tensors in exact.lists.items():
-        bounds.setdefault(name, [torch.zeros(0 if t is None else t.numel(), dtype=torch.float64) for t in tensors])
-    found = {}
+    bounds: dict[str, list[Tensor]] = {}
+    found: dict[str, Worst] = {}
     for backend in backends:
         module = _module_of(backend, device)
+        if not found or op == "centralize_":  # whose means some backends sum in float32
+            bounds = bounds_of(before, _roundings(before, module)[0])
+            for name, tensors in exact.lists.items():
+                bounds.setdefault(name, [torch.zeros(0 if t is None else t.numel(), dtype=torch.float64) for t in tensors])
         there = before.clone(device)
         pointers = _pointers(there)
         with use_backend(None if backend == AUTOMATIC else backend):
@@ -184,7 +204,7 @@ def check(op: str, backends: Sequence[str], dtype: str, case: str, option: str, 
         problem = there.clone()
         if not module.KNOWS_SKIPS or device != "cpu":
             _drop_untouched_buffers(problem, exact)
-        worst = _compare_results(result.cpu(), exact_result, problem, directions, module) if op in NORMS else Worst()
+        worst = _compare_results(result.cpu(), exact_result, problem, bounds.get("directions", []), module) if op in NORMS else Worst()
         for name, tensors in problem.lists.items():
             worst = max(worst, compare(name, tensors, exact.lists[name], bounds[name], starts[name]), key=Worst.badness)
         found[backend] = moved or _side_effects(problem) or worst
@@ -228,14 +248,23 @@ def _compare_results(result: Tensor, exact: Tensor, problem: Problem, directions
     if result.shape != exact.shape:
         return Worst("result", passed=False, reason=f"shape {tuple(result.shape)}, expected {tuple(exact.shape)}")
     carried = torch.linalg.vector_norm(torch.cat(list(directions))) if directions else torch.zeros((), dtype=torch.float64)
-    roundings = backend.norm_roundings(
-        [0 if t is None else t.numel() for t in groups[0]], "direction" if problem.op == "direction_norm_" else "norm"
-    )
-    bound = norm_bound(exact + carried, _terms(groups[0]), roundings) + carried
+    bound = norm_bound(exact + carried, _terms(groups[0]), _roundings(problem, backend)[1]) + carried
     worst = compare("result", [result], [exact], [bound.reshape(-1)], [None])
     if "found_inf" in problem.kwargs and bool(problem.kwargs["found_inf"]) == bool(result.isfinite()):
         return Worst("found_inf", passed=False, reason=f"is {problem.kwargs['found_inf'].item()} for a norm of {result.item()}")
     return worst
+
+
+def _roundings(problem: Problem, backend: ModuleType) -> tuple[list[int] | None, int | None]:
+    """float32 additions that an element passes through in each tensor's means, and a term in the norm. None: sums are in float64."""
+    if problem.op not in NORMS:
+        return None, None
+    grads: Any = next(tensors for name, tensors in problem.lists.items() if name.startswith("grads"))  # none of them is None
+    numels = [t.numel() for t in grads]
+    if problem.op == "centralize_":
+        means, terms = backend.centralize_roundings(numels, slice_sizes(grads))
+        return means, terms
+    return None, backend.norm_roundings(numels, "direction" if problem.op == "direction_norm_" else "norm")
 
 
 def _terms(tensors: Sequence[Tensor | None]) -> int:

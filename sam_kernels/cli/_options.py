@@ -33,6 +33,10 @@ OPTIONS: dict[str, Options] = {
         "plain": {},
         "adaptive": {"adaptive": True, "eta": 0.01},
     },
+    "centralize_": {
+        "plain": {"found_inf": 0.0},
+        "adaptive": {"adaptive": True, "eta": 0.01},
+    },
     "direction_norm_": {
         "vasso": _VASSO,
         "vasso_adaptive": {**_VASSO, "adaptive": True, "eta": 0.01, "grad_scale": 1000.0},
@@ -123,6 +127,7 @@ OPTIONS: dict[str, Options] = {
 FOR_LAYOUT_CASES = {
     "grad_norm": ("plain", "adaptive"),
     "grad_norms": ("adaptive",),
+    "centralize_": ("plain", "adaptive"),
     "direction_norm_": ("vasso_first", "friendly_adaptive"),
     "perturb_": ("unified", "from_old_adaptive", "friendly_rounding"),
     "random_perturb_": ("rademacher", "normal_from_old"),

@@ -14,6 +14,7 @@ and are raised before any memory is touched.
 """
 
 from sam_kernels.functional.ascent import perturb_, restore_
+from sam_kernels.functional.centralize import centralize_
 from sam_kernels.functional.descent import adamw_step_, sgd_step_
 from sam_kernels.functional.directions import direction_norm_
 from sam_kernels.functional.norms import check_finite_, combine_norms, grad_norm, grad_norm_, grad_norms
@@ -22,6 +23,7 @@ from sam_kernels.functional.sharpness import sharpness_sample, sharpness_weights
 
 __all__ = [
     "adamw_step_",
+    "centralize_",
     "check_finite_",
     "combine_norms",
     "direction_norm_",

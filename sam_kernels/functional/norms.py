@@ -16,10 +16,10 @@ from sam_kernels.functional._common import Tensors
 from sam_kernels.functional._flat import GROUPS
 from sam_kernels.functional._library import operation
 
-__all__ = ["check_finite_", "combine_norms", "grad_norm", "grad_norm_", "grad_norms"]
+__all__ = ["check_finite_", "combine_norms", "fake_norm", "grad_norm", "grad_norm_", "grad_norms"]
 
 
-def _fake_norm(*, grads: Tensors, **_: Any) -> Tensor:
+def fake_norm(*, grads: Tensors, **_: Any) -> Tensor:
     return _fake_norms(grad_groups=grads, group_sizes=[len(grads)])[0]
 
 
@@ -31,7 +31,7 @@ def _fake_norms(*, grad_groups: Tensors, group_sizes: Sequence[int], **_: Any) -
     return grad_groups[0].new_empty(len(group_sizes), dtype=dtype)
 
 
-@operation(written=("found_inf",), fake=_fake_norm)
+@operation(written=("found_inf",), fake=fake_norm)
 def grad_norm(
     grads: Tensors,  # n tensors
     params: Tensors | None = None,  # n tensors

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sam_kernels import _cpu
 from sam_kernels._dispatch import use_backend
+from sam_kernels.cli._check import ABOUT_SLICES
 from tests.helpers.cases import OPTIONS, build, concerns, run
 from tests.helpers.halves import VALUES, narrowed, widened
 
@@ -31,7 +32,7 @@ def hash_of(tensor: Tensor) -> str:
 def digests() -> Iterator[str]:
     for op in OPTIONS:
         for dtype in ("float32", "float64", "bfloat16", "float16", "mixed"):
-            for case in CASES:
+            for case in (*CASES, *(ABOUT_SLICES if op == "centralize_" else ())):
                 options = [option for option in OPTIONS[op] if concerns(op, option, dtype)]
                 for option in options[:1] if case == "chunk_edges" else options:
                     problem = build(op, case, dtype, option)

@@ -24,6 +24,10 @@ def direction() -> Arguments:
     return {**lists("grads", "ema", "params"), "kind": "friendly", "adaptive": True}
 
 
+def centralize() -> Arguments:
+    return {**lists("grads", "params"), "adaptive": True}
+
+
 def friendly() -> Arguments:
     """The call of ``perturb_`` with every list it can take."""
     return {**lists("params", "grads", "old_params", "ema"), "norm": torch.tensor(1.0), "rho": 0.1, "kind": "friendly"}
@@ -58,6 +62,7 @@ def norms() -> Arguments:
 CALLS: dict[str, Callable[[], Arguments]] = {
     "perturb_": perturb,
     "perturb_ ema": friendly,
+    "centralize_": centralize,
     "direction_norm_": direction,
     "random_perturb_": random_perturb,
     "restore_": restore,
@@ -107,7 +112,7 @@ TABLE: list[tuple[str, Change, type[Exception], str]] = [
             ("random_perturb_", "params"), ("random_perturb_", "old_params"), ("restore_", "params"), ("restore_", "old_params"),
             ("sgd_step_", "params"), ("sgd_step_", "grads"), ("sgd_step_", "old_params"), ("sgd_step_", "momentum_buffers"),
             ("adamw_step_", "params"), ("adamw_step_", "grads"), ("adamw_step_", "exp_avgs"), ("adamw_step_", "exp_avg_sqs"),
-            ("grad_norm", "grads"), ("grad_norm", "params"),
+            ("grad_norm", "grads"), ("grad_norm", "params"), ("centralize_", "grads"), ("centralize_", "params"),
             ("direction_norm_", "grads"), ("direction_norm_", "params"), ("direction_norm_", "ema"), ("perturb_ ema", "ema"),
         ]
         for bad, error, words in [
@@ -123,7 +128,7 @@ TABLE: list[tuple[str, Change, type[Exception], str]] = [
             ("perturb_", "grads"), ("perturb_", "old_params"), ("restore_", "old_params"), ("sgd_step_", "grads"),
             ("sgd_step_", "momentum_buffers"), ("sgd_step_", "old_params"), ("adamw_step_", "grads"), ("adamw_step_", "exp_avgs"),
             ("adamw_step_", "exp_avg_sqs"), ("adamw_step_", "old_params"), ("grad_norm", "params"), ("direction_norm_", "params"),
-            ("direction_norm_", "ema"), ("perturb_ ema", "ema"),
+            ("direction_norm_", "ema"), ("perturb_ ema", "ema"), ("centralize_", "params"),
         ]
     ],
     *[
@@ -132,7 +137,7 @@ TABLE: list[tuple[str, Change, type[Exception], str]] = [
             ("perturb_", "grads"), ("perturb_", "old_params"), ("restore_", "old_params"), ("sgd_step_", "grads"),
             ("sgd_step_", "momentum_buffers"), ("sgd_step_", "old_params"), ("adamw_step_", "grads"), ("adamw_step_", "exp_avg_sqs"),
             ("adamw_step_", "state_steps"), ("grad_norm", "params"), ("direction_norm_", "params"), ("direction_norm_", "ema"),
-            ("perturb_ ema", "ema"),
+            ("perturb_ ema", "ema"), ("centralize_", "params"),
         ]
     ],
     *[
@@ -141,6 +146,7 @@ TABLE: list[tuple[str, Change, type[Exception], str]] = [
             ("perturb_", "params"), ("perturb_", "grads"), ("restore_", "old_params"), ("sgd_step_", "params"), ("sgd_step_", "grads"),
             ("sgd_step_", "momentum_buffers"), ("adamw_step_", "exp_avgs"), ("adamw_step_", "state_steps"), ("grad_norm", "grads"),
             ("grad_norms", "grad_groups"), ("direction_norm_", "ema"), ("perturb_ ema", "ema"),
+            ("centralize_", "grads"),
         ]
     ],
     *[
@@ -229,6 +235,14 @@ TABLE: list[tuple[str, Change, type[Exception], str]] = [
             ("distribution", None, TypeError, r"one of 'rademacher', 'normal', got NoneType"), ("from_old", 1, TypeError, r"True or False"),
         ]
     ],
+    ("centralize_", both(put("params", 2, torch.ones(5)), same_memory(("grads", 1), ("grads", 2))), ValueError,
+     r"centralize_: grads\[1\] and grads\[2\] are the same memory"),
+    ("centralize_", put("grads", 1, EXPANDED), ValueError, r"centralize_: grads\[1\] is expanded"),
+    ("centralize_", keyword("params", None), ValueError, r"centralize_: adaptive=True needs params"),
+    ("centralize_", keyword("adaptive", 1), TypeError, r"centralize_: adaptive must be True or False"),
+    ("centralize_", keyword("eta", -1.0), ValueError, r"centralize_: eta must be a finite number in \[0.0, inf\), got -1.0"),
+    ("centralize_", keyword("eta", "0.1"), TypeError, r"centralize_: eta must be a number, got '0.1'"),
+    ("centralize_", keyword("found_inf", 0.0), TypeError, r"centralize_: found_inf must be a 0-dim tensor, got 0.0"),
     ("direction_norm_", both(put("ema", 0, None), put("ema", 2, torch.ones(3))), ValueError, r"direction_norm_: ema\[2\] has shape"),
     ("direction_norm_", put("ema", 1, EXPANDED), ValueError, r"direction_norm_: ema\[1\] is expanded"),
     ("direction_norm_", keyword("params", None), ValueError, r"direction_norm_: adaptive=True needs params"),

@@ -21,6 +21,7 @@ NEEDS = {"baseline": set(), "avx2": {"avx2", "fma", "f16c"}, "avx512": {"avx512f
 OPTION = {
     "grad_norm": "adaptive",
     "grad_norms": "plain",
+    "centralize_": "adaptive",
     "direction_norm_": "friendly_adaptive",
     "perturb_": "adaptive_eta",
     "random_perturb_": "normal",
@@ -46,7 +47,7 @@ def outcome(op: str, dtype: str, case: str) -> list[Tensor | None]:
 @pytest.mark.parametrize("op", OPTIONS)
 def test_threads_and_runs(backend: str, op: str) -> None:
     for dtype in ("float32", "bfloat16"):
-        for case in ("chunk_edges", "many_tiny"):
+        for case in ("chunk_edges", "many_tiny", *(("slices", "long_slices") if op == "centralize_" else ())):
             torch.set_num_threads(1)
             one = outcome(op, dtype, case)
             for count in (1,) if backend == "triton" else (2, 3, 1):  # whose programs are no threads of ours

@@ -29,6 +29,8 @@ __all__ = [
     "IS_AUTOMATIC",
     "KNOWS_SKIPS",
     "adamw_step_",
+    "centralize_",
+    "centralize_roundings",
     "check_finite_",
     "current_grads",
     "describe",
@@ -196,6 +198,32 @@ def direction_norm_(
         threads=torch.get_num_threads(),
     )
     return torch.tensor(norm, dtype=torch.float64)
+
+
+def centralize_(
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor] | None,
+    slice_sizes: Sequence[int],  # n: 0 for a tensor that is left as it is
+    *,
+    adaptive: bool,
+    eta: float,
+) -> Tensor:  # () float64
+    """Reads g (and p when adaptive); writes g."""
+    written(grads)
+    norm = _cpu.centralize(
+        params=_lists.describe(params) if adaptive else None,
+        grads=_lists.describe(grads),
+        slice_sizes=slice_sizes,
+        adaptive=adaptive,
+        eta=eta,
+        threads=torch.get_num_threads(),
+    )
+    return torch.tensor(norm, dtype=torch.float64)
+
+
+def centralize_roundings(numels: Sequence[int], slice_sizes: Sequence[int]) -> tuple[None, None]:
+    """float32 roundings that an element passes through in each tensor's means, and a term in the norm: none, sums are in float64."""
+    return None, None
 
 
 def random_perturb_(

@@ -1,0 +1,56 @@
+"""Gradients centralised in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sam_kernels import _validate
+from sam_kernels._flags import report_norm
+from sam_kernels._grouping import split
+from sam_kernels._tensor_list import TensorList, slice_sizes
+from sam_kernels.functional._common import Tensors
+from sam_kernels.functional._library import operation
+from sam_kernels.functional.norms import combine_norms, fake_norm
+
+__all__ = ["centralize_"]
+
+
+@operation(written=("grads", "found_inf"), fake=fake_norm)
+def centralize_(
+    grads: Tensors,  # n tensors
+    params: Tensors | None = None,  # n tensors
+    *,
+    adaptive: bool = False,
+    eta: float = 0.0,
+    found_inf: Tensor | None = None,  # () float32
+) -> Tensor:  # () float32, float64 where a gradient is float64
+    """Subtracts from each gradient its mean over all dimensions but the first, and returns the norm of what is left.
+
+    Gradient Centralization (arXiv 2004.01461), for GCSAM: sqrt(sum g^2) of the centralised g, or of T_w g with T_w = |p| + eta when
+    ``adaptive`` (ASAM). A gradient of fewer than two dimensions keeps its bits, and is in the norm.
+    A mean is that of one slice along the first dimension, one output channel. It is summed in float64, in float32 in the Triton kernels
+    (where its sum overflows above 3.4e38), in a fixed order, and rounded to the arithmetic type before it is subtracted. The norm is that
+    of the differences before they are rounded to storage, summed as in :func:`grad_norm`.
+    What is not finite makes its whole slice so. ``found_inf`` is set to 1 where the norm is not finite, and left alone otherwise.
+    Reads g (and p), writes g: 2 N s bytes. A slice of more than 2^16 elements is read twice from memory, and by one thread or one block.
+    """
+    op = "centralize_"
+    _validate.check_flag(op, "adaptive", adaptive)
+    eta = _validate.check_number(op, "eta", eta, low=0.0)
+    if adaptive and params is None:
+        raise ValueError(f"{op}: adaptive=True needs params")
+    if found_inf is not None:
+        _validate.check_scalar_tensor(op, "found_inf", found_inf)
+    lists: dict[str, Tensors | None] = {"grads": grads, "params": params if adaptive else None}
+    if not all(tensors is None or isinstance(tensors, TensorList) for tensors in lists.values()):
+        _validate.check_lists(op, lists, written=("grads",))
+    norms = []
+    for rows in split(lists, written=("grads",), by_slices=True):
+        given = rows.lists["grads"]
+        assert given is not None
+        norms.append(rows.backend.centralize_(given, rows.lists["params"], slice_sizes(given), adaptive=adaptive, eta=eta))
+        rows.finish()
+    dtype = torch.float64 if any(grad.dtype is torch.float64 for grad in grads) else torch.float32
+    result = combine_norms(norms).to(dtype) if norms else torch.zeros(())
+    return report_norm(result, found_inf, None, None)
