@@ -26,6 +26,8 @@ void perturb(const Lists& lists, PerturbArgs args, int threads);
 // indices: (n,), which rows of the caller's list these are.
 void perturb_variant(const Lists& lists, PerturbVariantArgs args, const std::vector<uint32_t>& indices, int threads);
 double direction_norm(const Lists& lists, const DirectionArgs& args, int threads);
+Dots grad_dots(const Lists& lists, int threads);
+double combine(const Lists& lists, CombineArgs args, int threads);
 void random_perturb(const Lists& lists, RandomPerturbArgs args, const std::vector<uint32_t>& indices, int threads);
 void copy(const Lists& lists, CopyArgs args, int threads);
 void sgd(const Lists& lists, SgdArgs args, int threads);

@@ -4,6 +4,7 @@ Arithmetic in float32 (float64 for a row that has a float64 tensor), one roundin
 device: a step is skipped by selecting, not by branching.
 """
 
+from sam_kernels.backends.foreach.combinations import combine_, grad_dots
 from sam_kernels.backends.foreach.directions import direction_norm_
 from sam_kernels.backends.foreach.ops import (
     DEVICE_TYPES,
@@ -25,7 +26,7 @@ from sam_kernels.backends.foreach.ops import (
 from sam_kernels.backends.foreach.random import random_perturb_
 
 __all__ = [
-    "DEVICE_TYPES", "DTYPES", "IS_AUTOMATIC", "KNOWS_SKIPS", "adamw_step_", "check_finite_", "current_grads", "describe",
-    "direction_norm_", "grad_norms", "is_current", "norm_roundings", "perturb_", "random_perturb_", "restore_", "sgd_step_",
-    "vouch",
+    "DEVICE_TYPES", "DTYPES", "IS_AUTOMATIC", "KNOWS_SKIPS", "adamw_step_", "check_finite_", "combine_", "current_grads", "describe",
+    "direction_norm_", "grad_dots", "grad_norms", "is_current", "norm_roundings", "perturb_", "random_perturb_", "restore_",
+    "sgd_step_", "vouch",
 ]  # fmt: skip
