@@ -238,6 +238,25 @@ PYBIND11_MODULE(_cpu, module) {
       py::kw_only(), arg("params"), arg("grads"), arg("slice_sizes"), arg("adaptive"), arg("eta"), arg("threads"));
 
   module.def(
+      "grad_dots",
+      [](List lefts, List rights, List origins, int threads) {
+        py::gil_scoped_release release;
+        const Dots dots = grad_dots(lists_of(nullptr, lefts, origins, rights), threads);
+        return std::array<double, 3>{dots.left, dots.product, dots.right};
+      },
+      py::kw_only(), arg("lefts"), arg("rights"), arg("origins"), arg("threads"));
+
+  module.def(
+      "combine",
+      [](List outs, List lefts, List rights, List origins, double left_weight, double right_weight, double origin_weight, bool writes,
+         int threads) {
+        py::gil_scoped_release release;
+        return combine(lists_of(outs, lefts, origins, rights), {left_weight, right_weight, origin_weight, writes, false}, threads);
+      },
+      py::kw_only(), arg("outs"), arg("lefts"), arg("rights"), arg("origins"), arg("left_weight"), arg("right_weight"),
+      arg("origin_weight"), arg("writes"), arg("threads"));
+
+  module.def(
       "random_perturb",
       [](List params, List old_params, const std::vector<uint32_t>& row_indices, uint64_t seed, double scale, bool normal, bool from_old,
          int threads) {

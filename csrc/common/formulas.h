@@ -65,13 +65,29 @@ SAM_INLINE T update_direction(T grad, T& ema, const DirectionConstants<T>& c) {
   return grad - c.sigma * before;
 }
 
-// One term of a squared norm. Always in double: the product of two float32 numbers is exact in it, so neither overflow nor cancellation of
-// tiny terms can happen, and a CPU pass is bound by memory either way.
+// One term of a squared norm, or of an inner product. Always in double: the product of two float32 numbers is exact in it, so neither
+// overflow nor cancellation of tiny terms can happen, and a CPU pass is bound by memory either way.
 SAM_INLINE double norm_term(double grad) { return grad * grad; }
+
+SAM_INLINE double dot_term(double left, double right) { return left * right; }
 
 SAM_INLINE double norm_term_adaptive(double param, double grad, double eta) {
   const double scaled = adaptive_weight(param, eta) * grad;
   return scaled * scaled;
+}
+
+// What the descent rules of GSAM (arXiv 2203.08065), WSAM (arXiv 2305.15817), LookSAM (arXiv 2203.02714), SAM-SPS and RSAM are made of.
+template <class T>
+struct CombineWeights {
+  T left, right, origin;
+};
+
+// a l + (b r + c o). In this order: with b = 1 and c = -1 the difference of two close numbers is formed first, and is exact.
+template <bool kOrigin, class T>
+SAM_INLINE T combine(T left, T right, T origin, const CombineWeights<T>& weights) {
+  T sum = weights.right * right;
+  if constexpr (kOrigin) sum = sum + weights.origin * origin;
+  return weights.left * left + sum;
 }
 
 // torch.nn.utils.clip_grad_norm_: min(1, max_norm / (norm + 1e-6)), on the unscaled norm.

@@ -27,6 +27,9 @@ Row row_of(const Lists& lists, int64_t row) {
 const std::vector<int64_t>& numels_of(const Lists& lists) { return lists.grads ? lists.grads->numels : lists.params->numels; }
 
 std::vector<int64_t> one_group(const Lists& lists) { return {static_cast<int64_t>(numels_of(lists).size())}; }
+bool streams(const std::vector<Chunk>& chunks, int operands) {
+  return count_elements(chunks) * operands * int64_t{sizeof(float)} > kStreamingBytes;
+}
 
 // Applies kernel(row, span, args) to every chunk, last first: an elementwise pass follows a norm over the same gradients, which read them
 // forwards, so it starts with those still in the caches (measured: 10 % of a whole step).
@@ -34,12 +37,24 @@ template <class Args, class Kernel>
 void apply(const Lists& lists, Args args, int operands, int threads, Kernel kernel) {
   lists.check();
   const std::vector<Chunk> chunks = make_chunks(numels_of(lists));
-  args.streaming = count_elements(chunks) * operands * int64_t{sizeof(float)} > kStreamingBytes;
+  args.streaming = streams(chunks, operands);
   const int64_t last = static_cast<int64_t>(chunks.size()) - 1;
   for_each_chunk(chunks, threads, [&](int64_t i) {
     const Chunk& chunk = chunks[static_cast<std::size_t>(last - i)];
     kernel(row_of(lists, chunk.tensor), Span{chunk.begin, chunk.end}, args, chunk.tensor);
   });
+}
+
+// kernel(row, span, tensor) of every chunk, in the order of the chunks. What follows a pass over the same tensors begins with the last.
+template <class Sum, class Kernel>
+std::vector<Sum> partial_sums(const Lists& lists, const std::vector<Chunk>& chunks, bool last_first, int threads, Kernel kernel) {
+  std::vector<Sum> sums(chunks.size());
+  const int64_t last = static_cast<int64_t>(chunks.size()) - 1;
+  for_each_chunk(chunks, threads, [&](int64_t i) {
+    const std::size_t at = static_cast<std::size_t>(last_first ? last - i : i);
+    sums[at] = kernel(row_of(lists, chunks[at].tensor), Span{chunks[at].begin, chunks[at].end}, chunks[at].tensor);
+  });
+  return sums;
 }
 
 // The roots of the groups' sums of squares, kernel(row, span, tensor) for each chunk, added in the order of the chunks.
@@ -48,18 +63,14 @@ std::vector<double> norms(const Lists& lists, const std::vector<int64_t>& group_
                           const std::vector<int64_t>* slice_sizes = nullptr) {
   lists.check();
   const std::vector<Chunk> chunks = make_chunks(numels_of(lists), slice_sizes);
-  std::vector<double> partial_sums(chunks.size());
-  for_each_chunk(chunks, threads, [&](int64_t i) {
-    const Chunk& chunk = chunks[static_cast<std::size_t>(i)];
-    partial_sums[static_cast<std::size_t>(i)] = kernel(row_of(lists, chunk.tensor), Span{chunk.begin, chunk.end}, chunk.tensor);
-  });
+  const std::vector<double> sums = partial_sums<double>(lists, chunks, false, threads, kernel);
   std::vector<double> roots;
   std::size_t i = 0;
   int64_t rows_end = 0;
   for (const int64_t group_size : group_sizes) {
     rows_end += group_size;
     double sum = 0;
-    for (; i < chunks.size() && chunks[i].tensor < rows_end; ++i) sum += partial_sums[i];
+    for (; i < chunks.size() && chunks[i].tensor < rows_end; ++i) sum += sums[i];
     roots.push_back(std::sqrt(sum));
   }
   return roots;
@@ -97,6 +108,29 @@ double centralize(const Lists& lists, const NormArgs& args, const std::vector<in
     return slice_size == 0 ? kernels.norm(row, span, args) : kernels.centralize(row, span, {args, slice_size});
   };
   return norms(lists, one_group(lists), threads, kernel, &slice_sizes)[0];
+}
+
+Dots grad_dots(const Lists& lists, int threads) {
+  const KernelTable& kernels = kernel_table();
+  lists.check();
+  const std::vector<Chunk> chunks = make_chunks(numels_of(lists));
+  const auto kernel = [&](const Row& row, Span span, int64_t) { return kernels.grad_dots(row, span); };
+  Dots sum{0, 0, 0};
+  for (const Dots& dots : partial_sums<Dots>(lists, chunks, false, threads, kernel)) {
+    sum.left += dots.left, sum.product += dots.product, sum.right += dots.right;
+  }
+  return sum;
+}
+
+double combine(const Lists& lists, CombineArgs args, int threads) {
+  const KernelTable& kernels = kernel_table();
+  lists.check();
+  const std::vector<Chunk> chunks = make_chunks(numels_of(lists));
+  args.streaming = streams(chunks, 4);
+  double sum = 0;
+  const auto kernel = [&](const Row& row, Span span, int64_t) { return kernels.combine(row, span, args); };
+  for (const double square : partial_sums<double>(lists, chunks, true, threads, kernel)) sum += square;
+  return std::sqrt(sum);
 }
 
 void perturb(const Lists& lists, PerturbArgs args, int threads) {

@@ -28,6 +28,8 @@ void perturb_variant(const Lists& lists, PerturbVariantArgs args, const std::vec
 double direction_norm(const Lists& lists, const DirectionArgs& args, int threads);
 // slice_sizes: (n,), 0 for a tensor that is left as it is.
 double centralize(const Lists& lists, const NormArgs& args, const std::vector<int64_t>& slice_sizes, int threads);
+Dots grad_dots(const Lists& lists, int threads);
+double combine(const Lists& lists, CombineArgs args, int threads);
 void random_perturb(const Lists& lists, RandomPerturbArgs args, const std::vector<uint32_t>& indices, int threads);
 void copy(const Lists& lists, CopyArgs args, int threads);
 void sgd(const Lists& lists, SgdArgs args, int threads);

@@ -10,7 +10,8 @@
 
 namespace sam::cpu {
 
-// The tensors of one parameter, all dense, of one size and in one memory order.
+// The tensors of one parameter, all dense, of one size and in one memory order. Of combinations: param is the result, grad the left one,
+// state[0] the right one, old_param the origin.
 struct Row {
   Operand param, grad, old_param;
   Operand state[2];  // momentum buffer | exp_avg, exp_avg_sq | ema
@@ -69,6 +70,17 @@ struct AdamArgs : AdamOptions {
   bool decoupled, streaming;
 };
 
+// Sums of l^2, l d and d^2.
+struct Dots {
+  double left, product, right;
+};
+
+struct CombineArgs {
+  double left_weight, right_weight, origin_weight;
+  bool writes;     // otherwise only the sum of squares is wanted
+  bool streaming;  // write-only outputs bypass the caches
+};
+
 struct KernelTable {
   const char* name;
   double (*norm)(const Row&, Span, const NormArgs&);  // sum of squares
@@ -76,6 +88,8 @@ struct KernelTable {
   void (*perturb_variant)(const Row&, Span, const PerturbVariantArgs&, uint32_t index);  // index: of the row in the caller's list
   double (*direction_norm)(const Row&, Span, const DirectionArgs&);                      // sum of squares
   double (*centralize)(const Row&, Span, const CentralizeArgs&);                         // sum of squares
+  Dots (*grad_dots)(const Row&, Span);
+  double (*combine)(const Row&, Span, const CombineArgs&);  // sum of squares
   void (*random_perturb)(const Row&, Span, const RandomPerturbArgs&, uint32_t index);
   void (*copy)(const Row&, Span, const CopyArgs&);
   void (*sgd)(const Row&, Span, const SgdArgs&);

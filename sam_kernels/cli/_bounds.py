@@ -12,7 +12,7 @@ from sam_kernels._tensor_list import slice_sizes
 from sam_kernels.cli._options import SCHEDULED
 from sam_kernels.cli._problem import Problem
 from sam_kernels.cli._tolerance import Arithmetic, Rounded, mean_bound, ulp
-from sam_kernels.reference import directions, ops, random
+from sam_kernels.reference import combinations, directions, ops, random
 
 __all__ = ["bounds_of"]
 
@@ -24,26 +24,37 @@ def bounds_of(problem: Problem, roundings: Sequence[int] | None = None) -> dict[
     """
     if problem.op == "centralize_":
         return _centralized_bounds(problem, roundings)
-    if problem.op in ("grad_norm", "grad_norms", "restore_") or ops.is_skipped(problem.kwargs.get("norm"), problem.kwargs.get("found_inf")):
+    skipped = ops.is_skipped(problem.kwargs.get("norm"), problem.kwargs.get("found_inf"))
+    if problem.op in ("grad_norm", "grad_norms", "restore_") or (skipped and problem.op != "combine_"):
         return {}
-    count = len(problem.lists["params"])
+    lengths = _first(problem)
+    count = len(lengths)
     buffers = problem.lists.get("momentum_buffers", problem.lists.get("ema"))
     first = [i for i in range(count) if buffers is not None and buffers[i] is None]
     later = sorted(set(range(count)) - set(first))
     result: dict[str, list[Tensor]] = {}
     for indices in (first, later):
-        numels = [_numel(problem.lists["params"][i]) for i in indices]
+        numels = [_numel(lengths[i]) for i in indices]
         for name, flat in _flat_bounds(problem, indices).items() if sum(numels) else ():
             rows = result.setdefault(name, [torch.zeros(0, dtype=torch.float64)] * count)
             for i, bound in zip(indices, torch.split(flat, numels), strict=True):
                 rows[i] = bound
+    if problem.op == "combine_":  # the norm is computed in any case; a list may hold the very tensors that are written
+        outs = result.pop("outs", [])
+        same = [name for name, tensors in problem.lists.items() if all(t is out for t, out in zip(tensors, lengths, strict=True))]
+        result |= {} if skipped or not outs else dict.fromkeys(same, outs)
     return result
+
+
+def _first(problem: Problem) -> list[Tensor | None]:
+    """A list whose tensors have the sizes of all rows."""
+    return problem.lists.get("params") or next(iter(problem.lists.values()))
 
 
 def _flat_bounds(problem: Problem, indices: list[int]) -> dict[str, Tensor]:
     """Bounds of the rows' elements, one after the other."""
     kwargs: dict[str, Any] = {name: float(value) if name in SCHEDULED else value for name, value in problem.kwargs.items()}
-    numels = [_numel(problem.lists["params"][i]) for i in indices]
+    numels = [_numel(_first(problem)[i]) for i in indices]
     is_double = [any(t is not None and t.dtype is torch.float64 for t in _row(problem, i)) for i in indices]
     arithmetic = Arithmetic.of(_spread(torch.tensor(is_double), numels))
 
@@ -57,6 +68,12 @@ def _flat_bounds(problem: Problem, indices: list[int]) -> dict[str, Tensor]:
         value = norm.to(torch.float64)
         norm = Rounded(value, value.abs() * arithmetic.unit / 2, arithmetic)
     kwargs.pop("found_inf", None)
+    if problem.op in ("grad_dots", "combine_"):
+        origin = operand("origins") if "origins" in problem.lists else None
+        if problem.op == "grad_dots":
+            return {"directions": torch.zeros_like(operand("rights").value) if origin is None else (operand("rights") - origin).error}
+        sum_of_three: Any = combinations.combined(operand("lefts"), operand("rights"), origin, **kwargs)
+        return {"outs": sum_of_three.error, "directions": sum_of_three.error}
     if problem.op == "direction_norm_":
         return _direction_bounds(operand, kwargs)
     reads_old = kwargs.pop("from_old", problem.op in ("sgd_step_", "adamw_step_") and "old_params" in problem.lists)
@@ -135,6 +152,8 @@ def _random_numbers(problem: Problem, arithmetic: Arithmetic) -> Any:
 
 def _row(problem: Problem, index: int) -> list[Tensor | None]:
     """The tensors that decide a row's arithmetic."""
+    if problem.op in ("grad_dots", "combine_"):
+        return [tensors[index] for tensors in problem.lists.values()]
     names = ["params", "grads", "old_params", "exp_avgs", "exp_avg_sqs", "ema"]
     if problem.op in ("centralize_", "direction_norm_") and not problem.kwargs.get("adaptive", False):
         names.remove("params")

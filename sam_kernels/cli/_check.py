@@ -22,7 +22,7 @@ from sam_kernels.cli._cases import CASES, LAYOUT_CASES, MIXED_NARROW, Row, dtype
 from sam_kernels.cli._compare import Worst, compare
 from sam_kernels.cli._options import FOR_LAYOUT_CASES, OPTIONS, SCHEDULED
 from sam_kernels.cli._problem import Problem
-from sam_kernels.cli._tolerance import norm_bound
+from sam_kernels.cli._tolerance import dots_bound, norm_bound
 
 __all__ = [
     "ABOUT_OTHERS",
@@ -40,7 +40,13 @@ __all__ = [
 
 AUTOMATIC = "automatic"  # no backend is forced: rows go where there are kernels for their dtypes
 
-NORMS = ("grad_norm", "grad_norms", "centralize_", "direction_norm_")
+NORMS = {  # operations that return norms: what the backend's norm_roundings call their sums
+    "grad_norm": "norm",
+    "grad_norms": "norm",
+    "centralize_": "norm",
+    "direction_norm_": "direction",
+    "combine_": "combine",
+}
 SAVES = ("perturb_", "random_perturb_")  # write old_params
 ABOUT_OTHERS = {  # cases about gradients that an operation does not read
     "random_perturb_": ("zero_grads", "huge", "nan", "inf", "expanded_grads"),
@@ -77,7 +83,7 @@ def combinations(op: str, dtype: str) -> Iterator[tuple[str, str]]:
     for case in CASES:
         if case in ABOUT_OTHERS.get(op, ()) or (case in ABOUT_SLICES and op != "centralize_"):
             continue
-        if dtype in ("mixed", MIXED_NARROW) and case == "chunk_edges" and (op.startswith("grad_norm") or op == "random_perturb_"):
+        if dtype in ("mixed", MIXED_NARROW) and case == "chunk_edges" and (op.startswith("grad_") or op == "random_perturb_"):
             continue  # a dtype a row is covered by the others
         options = FOR_LAYOUT_CASES[op] if case in LAYOUT_CASES else tuple(OPTIONS[op])
         for option in options[:1] if case == "many_tiny" else options:
@@ -106,6 +112,14 @@ def build(op: str, case: str, dtype: str, option: str, seed: int = 0) -> Problem
         lists["params"] = tensors("params")
     elif op == "centralize_":
         lists = {"grads": tensors("grads", "magnitude"), "params": tensors("params")}
+    elif op in ("grad_dots", "combine_"):
+        roles = {"lefts": ("grads", "magnitude"), "rights": ("state", "magnitude")}
+        if spec.pop("origins", False):
+            roles["origins"] = ("old_params", "param_magnitude")
+        alias = spec.pop("alias", None)  # a tensor that is written is laid out as one
+        lists = {name: tensors("params" if name == alias else role, magnitude) for name, (role, magnitude) in roles.items()}
+        if op == "combine_":
+            lists = {"outs": tensors("params", poison=True) if alias is None else lists[alias], **lists}
     elif op == "direction_norm_":
         lists = {"grads": tensors("grads", "magnitude"), "ema": tensors("state", "magnitude"), "params": tensors("params")}
     else:
@@ -170,6 +184,8 @@ def run(problem: Problem, module: Any = functional) -> Any:
         return op(grads[0] if problem.op == "grad_norm" else grads, params, **kwargs)
     if problem.op == "centralize_":
         return op(lists["grads"], lists["params"] if kwargs.get("adaptive") else None, **kwargs)
+    if problem.op in ("grad_dots", "combine_"):
+        return op(*lists.values(), **kwargs)
     if problem.op == "direction_norm_":
         return op(lists["grads"], lists["ema"], lists["params"] if kwargs.get("adaptive") else None, **kwargs)
     if problem.op == "perturb_":
@@ -194,6 +210,7 @@ def check(op: str, backends: Sequence[str], dtype: str, case: str, option: str, 
         module = _module_of(backend, device)
         if not found or op == "centralize_":  # whose means some backends sum in float32
             bounds = bounds_of(before, _roundings(before, module)[0])
+            directions = bounds.pop("directions", [])
             for name, tensors in exact.lists.items():
                 bounds.setdefault(name, [torch.zeros(0 if t is None else t.numel(), dtype=torch.float64) for t in tensors])
         there = before.clone(device)
@@ -204,7 +221,11 @@ def check(op: str, backends: Sequence[str], dtype: str, case: str, option: str, 
         problem = there.clone()
         if not module.KNOWS_SKIPS or device != "cpu":
             _drop_untouched_buffers(problem, exact)
-        worst = _compare_results(result.cpu(), exact_result, problem, bounds.get("directions", []), module) if op in NORMS else Worst()
+        worst = Worst()
+        if op in NORMS:
+            worst = _compare_norms(result.cpu(), exact_result, before, problem, directions, module)
+        elif op == "grad_dots":
+            worst = _compare_dots(result.cpu(), exact_result, before, problem, directions, module)
         for name, tensors in problem.lists.items():
             worst = max(worst, compare(name, tensors, exact.lists[name], bounds[name], starts[name]), key=Worst.badness)
         found[backend] = moved or _side_effects(problem) or worst
@@ -239,33 +260,57 @@ def _drop_untouched_buffers(problem: Problem, exact: Problem) -> None:
             problem.lists["momentum_buffers"][i] = None
 
 
-def _compare_results(result: Tensor, exact: Tensor, problem: Problem, directions: Sequence[Tensor], backend: ModuleType) -> Worst:
+def _compare_norms(
+    result: Tensor, exact: Tensor, before: Problem, problem: Problem, directions: Sequence[Tensor], backend: ModuleType
+) -> Worst:
     """``directions`` are the bounds of what was squared, where that is computed: by the triangle inequality their norm is the norm's."""
-    groups = [tensors for name, tensors in problem.lists.items() if name.startswith("grads")]
+    groups = [tensors for name, tensors in problem.lists.items() if name.startswith("grads") or name == "outs"]
     is_double = any(t is not None and t.dtype is torch.float64 for group in groups for t in group)
     if result.dtype is not (torch.float64 if is_double else torch.float32):
         return Worst("result", passed=False, reason=f"dtype {result.dtype}")
     if result.shape != exact.shape:
         return Worst("result", passed=False, reason=f"shape {tuple(result.shape)}, expected {tuple(exact.shape)}")
     carried = torch.linalg.vector_norm(torch.cat(list(directions))) if directions else torch.zeros((), dtype=torch.float64)
-    bound = norm_bound(exact + carried, _terms(groups[0]), _roundings(problem, backend)[1]) + carried
+    bound = norm_bound(exact + carried, sum(_numels(groups[0])), _roundings(problem, backend)[1]) + carried
     worst = compare("result", [result], [exact], [bound.reshape(-1)], [None])
-    if "found_inf" in problem.kwargs and bool(problem.kwargs["found_inf"]) == bool(result.isfinite()):
-        return Worst("found_inf", passed=False, reason=f"is {problem.kwargs['found_inf'].item()} for a norm of {result.item()}")
-    return worst
+    return _wrong_flag(before, problem, result) or worst
 
 
 def _roundings(problem: Problem, backend: ModuleType) -> tuple[list[int] | None, int | None]:
     """float32 additions that an element passes through in each tensor's means, and a term in the norm. None: sums are in float64."""
     if problem.op not in NORMS:
         return None, None
-    grads: Any = next(tensors for name, tensors in problem.lists.items() if name.startswith("grads"))  # none of them is None
-    numels = [t.numel() for t in grads]
+    squared: Any = next(
+        tensors for name, tensors in problem.lists.items() if name.startswith("grads") or name == "outs"
+    )  # none of them None
     if problem.op == "centralize_":
-        means, terms = backend.centralize_roundings(numels, slice_sizes(grads))
+        means, terms = backend.centralize_roundings(_numels(squared), slice_sizes(squared))
         return means, terms
-    return None, backend.norm_roundings(numels, "direction" if problem.op == "direction_norm_" else "norm")
+    return None, backend.norm_roundings(_numels(squared), NORMS[problem.op])
 
 
-def _terms(tensors: Sequence[Tensor | None]) -> int:
-    return sum(0 if t is None else t.numel() for t in tensors)
+def _compare_dots(
+    result: Tensor, exact: Tensor, before: Problem, problem: Problem, differences: Sequence[Tensor], backend: ModuleType
+) -> Worst:
+    """``differences`` are the bounds of d, none where the lists are empty."""
+    if result.dtype is not torch.float64 or result.shape != (3,):
+        return Worst("result", passed=False, reason=f"{result.dtype} of shape {tuple(result.shape)}")
+    lists: Any = before.double().lists  # none of these entries is None
+    d = reference.combinations.differences(lists["rights"], lists.get("origins"))
+    left, right, error = (torch.cat([t.reshape(-1) for t in tensors]) for tensors in (lists["lefts"], d, differences))
+    bound = dots_bound(left, right, error, backend.norm_roundings(_numels(lists["lefts"]), "dots"))
+    return _wrong_flag(before, problem, result) or compare("result", [result], [exact], [bound], [None])
+
+
+def _wrong_flag(before: Problem, problem: Problem, result: Tensor) -> Worst | None:
+    """``found_inf`` is set where a number is not finite, and stays where it was set before."""
+    if "found_inf" not in problem.kwargs:
+        return None
+    expected = bool(before.kwargs["found_inf"]) or not bool(result.isfinite().all())
+    if bool(problem.kwargs["found_inf"]) == expected:
+        return None
+    return Worst("found_inf", passed=False, reason=f"is {problem.kwargs['found_inf'].item()} for a result of {result.tolist()}")
+
+
+def _numels(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if t is None else t.numel() for t in tensors]

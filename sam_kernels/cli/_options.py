@@ -1,8 +1,9 @@
 """The keyword sets every operation is checked with, as data: never the neutral values, under which a forgotten term does not show.
 
 Keys that are no keywords of the operation describe its inputs: ``old`` (an ``old_params`` list is given), ``first`` (which momentum or
-average entries are None: "all" or "mixed"), ``norm`` ("true", "nan", "inf") and ``tensors`` (the dtype of ``SCHEDULED`` numbers that are
-given as tensors). A ``kind`` of ``perturb_`` comes with an ``ema`` list.
+average entries are None: "all" or "mixed"), ``norm`` ("true", "nan", "inf"), ``tensors`` (the dtype of ``SCHEDULED`` numbers that are
+given as tensors), ``origins`` (such a list is given) and ``alias`` (which list's tensors are those of ``outs``). A ``kind`` of
+``perturb_`` comes with an ``ema`` list.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from typing import Any
 
 __all__ = ["FOR_LAYOUT_CASES", "OPTIONS", "SCHEDULED"]
 
-SCHEDULED = ("rho", "lambd", "lr", "scale")  # numbers that may change with every step
+# Numbers that may change with every step
+SCHEDULED = ("rho", "lambd", "lr", "scale", "left_weight", "right_weight", "origin_weight")
 Options = dict[str, dict[str, Any]]
 
 _VASSO = {"kind": "vasso", "theta": 0.3}
 _FRIENDLY = {"kind": "friendly", "sigma": 0.8, "lmbda": 0.7}
+_WEIGHTS = {"left_weight": 1.3, "right_weight": -0.7}
+_WEIGHTS_OF_THREE = {**_WEIGHTS, "origins": True, "origin_weight": 0.9}
 _UNIFIED = {"rho": 0.05, "lambd": 0.3}
 _SGD = {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1, "maximize": True}
 _NESTEROV = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True}
@@ -45,8 +49,26 @@ OPTIONS: dict[str, Options] = {
         "friendly_adaptive": {**_FRIENDLY, "adaptive": True, "eta": 0.01},
         "friendly_first": {**_FRIENDLY, "first": "all", "grad_scale": 1000.0, "adaptive": True},
     },
+    "grad_dots": {
+        "plain": {},
+        "origins": {"origins": True},
+        "found_inf": {"found_inf": 0.0},
+    },
+    "combine_": {
+        "plain": _WEIGHTS,
+        "origins": _WEIGHTS_OF_THREE,
+        "difference": {"left_weight": 0.1, "right_weight": 1.0, "origin_weight": -1.0, "origins": True, "alias": "lefts"},
+        "into_lefts": {**_WEIGHTS, "alias": "lefts", "found_inf": 0.0},
+        "into_rights": {**_WEIGHTS_OF_THREE, "alias": "rights"},
+        "into_origins": {**_WEIGHTS_OF_THREE, "alias": "origins"},
+        "found_inf": {**_WEIGHTS, "found_inf": 1.0},
+        "found_inf_into_lefts": {**_WEIGHTS_OF_THREE, "alias": "lefts", "found_inf": 1.0},
+        "tensors": {**_WEIGHTS_OF_THREE, "tensors": "float64"},
+        "tensors_float32": {**_WEIGHTS, "alias": "rights", "tensors": "float32"},
+    },
     "perturb_": {
         "sam": {"rho": 0.05},
+        "extragradient": {"rho": -0.05, "lambd": 0.0},
         "usam": {"rho": 0.05, "lambd": 0.0},
         "unified": _UNIFIED,
         "nearly_sam": {"rho": 0.05, "lambd": 0.999},
@@ -129,6 +151,8 @@ FOR_LAYOUT_CASES = {
     "grad_norms": ("adaptive",),
     "centralize_": ("plain", "adaptive"),
     "direction_norm_": ("vasso_first", "friendly_adaptive"),
+    "grad_dots": ("origins", "plain"),
+    "combine_": ("origins", "into_rights"),
     "perturb_": ("unified", "from_old_adaptive", "friendly_rounding"),
     "random_perturb_": ("rademacher", "normal_from_old"),
     "restore_": ("restore",),

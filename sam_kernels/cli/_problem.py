@@ -22,13 +22,15 @@ class Problem:
     def clone(self, device: str = "cpu") -> Problem:
         """The same bits in memory of its own on a device, laid out alike: guards stay guards, shared memory stays shared."""
         copies: dict[int, Tensor] = {}
-        lists = {name: [_clone(t, device, copies) for t in tensors] for name, tensors in self.lists.items()}
+        tensors = {id(t): _clone(t, device, copies) for tensors in self.lists.values() for t in tensors}
+        lists = {name: [tensors[id(t)] for t in given] for name, given in self.lists.items()}
         kwargs = {name: value.to(device, copy=True) if isinstance(value, Tensor) else value for name, value in self.kwargs.items()}
         return Problem(self.op, lists, kwargs)
 
     def double(self) -> Problem:
-        """Everything in float64, contiguous."""
-        lists = {name: [None if t is None else t.to(torch.float64).clone() for t in tensors] for name, tensors in self.lists.items()}
+        """Everything in float64, contiguous. One tensor in two lists stays one."""
+        wide = {id(t): t.to(torch.float64).clone() for tensors in self.lists.values() for t in tensors if t is not None}
+        lists = {name: [None if t is None else wide[id(t)] for t in tensors] for name, tensors in self.lists.items()}
         return Problem(self.op, lists, {k: v.to(torch.float64).clone() if isinstance(v, Tensor) else v for k, v in self.kwargs.items()})
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Arithmetic", "Rounded", "mean_bound", "norm_bound", "ulp"]
+__all__ = ["Arithmetic", "Rounded", "dots_bound", "mean_bound", "norm_bound", "ulp"]
 
 
 def ulp(magnitude: Tensor, dtype: torch.dtype) -> Tensor:  # any shape, float64
@@ -44,6 +44,29 @@ def norm_bound(norm: Tensor, terms: int, roundings: int | None = None) -> Tensor
     double = ((terms + 4) / 2 + 1) * 2.0**-53
     single = double if roundings is None else ((roundings + 5) / 2 + 1) * 2.0**-24
     return (double + single) * norm
+
+
+def dots_bound(
+    left: Tensor,  # (N,)
+    right: Tensor,  # (N,) d, exact
+    error: Tensor,  # (N,) of the computed d
+    roundings: int | None = None,
+) -> Tensor:  # (3,) of sum l^2, sum l d, sum d^2
+    """Bounds of inner products whose terms are summed as :func:`norm_bound` says, once more for the product.
+
+    A float32 product below the normal numbers errs by half a subnormal: kernels that sum in float32 scale what is far from 1, so that each
+    chunk's two squared norms are at least 2^-100, and N of these errors are less than N 2^-49 |l| |d|.
+    """
+    count = max(left.numel(), 1)
+    reach = right.abs() + error
+    norms = torch.linalg.vector_norm(left), torch.linalg.vector_norm(reach)
+    products = torch.stack([norms[0] * norms[0], norms[0] * norms[1], norms[1] * norms[1]])
+    sizes = torch.stack([(left * left).sum(), (left * reach).abs().sum(), (reach * reach).sum()])
+    carried = torch.stack([torch.zeros_like(norms[0]), (left.abs() * error).sum(), ((right.abs() + reach) * error).sum()])
+    rounded = 2 * (count + 1) * 2.0**-53 * sizes
+    if roundings is not None:
+        rounded += (roundings + 1) * 2.0**-24 * sizes + count * 2.0**-49 * products
+    return (rounded + carried).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 @dataclass(frozen=True)

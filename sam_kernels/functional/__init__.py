@@ -4,9 +4,9 @@ Lists hold one tensor per parameter; ``N`` is their total number of elements, ``
 float16, mixed freely between lists and rows. Arithmetic is float32 (float64 for a row that has a float64 tensor) with one rounding to
 storage. Tensors may be non-contiguous, unaligned or empty. A trailing ``_`` means in place: data pointers never change.
 
-Numbers that change from step to step, ``rho``, ``lambd``, ``lr`` and ``scale``, may be given as tensors of one float32 or float64 element,
-on the CPU or on the device of the tensors beside them. On a device they are read where they are used and nobody waits for them, so that a
-CUDA graph follows them; their range is then not checked.
+Numbers that change from step to step, ``rho``, ``lambd``, ``lr``, ``scale`` and the weights of ``combine_``, may be given as tensors of
+one float32 or float64 element, on the CPU or on the device of the tensors beside them. On a device they are read where they are used and
+nobody waits for them, so that a CUDA graph follows them; their range is then not checked.
 
 Errors, common to all: ``TypeError`` for a wrong type, layout (sparse) or dtype (complex, integer), ``ValueError`` for lists whose lengths,
 shapes or devices do not fit, for a tensor written twice, and for a number out of range. They name the operation, the list and the index,
@@ -15,6 +15,7 @@ and are raised before any memory is touched.
 
 from sam_kernels.functional.ascent import perturb_, restore_
 from sam_kernels.functional.centralize import centralize_
+from sam_kernels.functional.combinations import combine_, grad_dots
 from sam_kernels.functional.descent import adamw_step_, sgd_step_
 from sam_kernels.functional.directions import direction_norm_
 from sam_kernels.functional.norms import check_finite_, combine_norms, grad_norm, grad_norm_, grad_norms
@@ -25,8 +26,10 @@ __all__ = [
     "adamw_step_",
     "centralize_",
     "check_finite_",
+    "combine_",
     "combine_norms",
     "direction_norm_",
+    "grad_dots",
     "grad_norm",
     "grad_norm_",
     "grad_norms",

@@ -84,9 +84,9 @@ def check_clip(op: str, norm: Tensor | None, max_norm: float | None) -> float | 
 
 
 def device_of(rows: Rows) -> torch.device:
-    params = rows.lists["params"]
-    assert params is not None
-    return params[0].device
+    first = next(iter(rows.lists.values()))
+    assert first is not None
+    return first[0].device
 
 
 def number_on(number: Number, device: torch.device) -> Number:

@@ -52,6 +52,7 @@ def perturb_(
 ) -> None:
     """The ascent of Unified SAM (arXiv 2503.02225): old_p <- p, then p <- p + rho (1 - lambd + lambd / (norm + eps)) g.
 
+    ``rho`` may be negative: the extragradient method (arXiv 2401.08060) and Momentum-SAM step against a direction, p - |rho| g.
     ``lambd`` = 1 is SAM, 0 is USAM. ``adaptive``: g is replaced by T_w^2 g, T_w = |p| + eta, and ``norm`` is that of T_w g (ASAM).
     ``from_old``: p <- old_p + ..., without saving again. ``grad_scale``: gradients and norm are those of a loss multiplied by it; the
     perturbation is that of the loss itself. Where ``found_inf`` is set or the norm is not finite, parameters are only saved (``from_old``:
@@ -67,7 +68,7 @@ def perturb_(
     Reads p, g; writes old_p, p: 4 N s bytes (``from_old``: reads old_p, g; writes p: 3 N s; ``ema``: reads m too).
     """
     op = "perturb_"
-    rho = _validate.check_number_or_tensor(op, "rho", rho, low=0.0)
+    rho = _validate.check_number_or_tensor(op, "rho", rho)
     lambd = _validate.check_number_or_tensor(op, "lambd", lambd, low=0.0, high=1.0)
     eta = _validate.check_number(op, "eta", eta, low=0.0)
     eps = _validate.check_number(op, "eps", eps, low=0.0)

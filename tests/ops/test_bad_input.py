@@ -33,6 +33,14 @@ def friendly() -> Arguments:
     return {**lists("params", "grads", "old_params", "ema"), "norm": torch.tensor(1.0), "rho": 0.1, "kind": "friendly"}
 
 
+def dots() -> Arguments:
+    return lists("lefts", "rights", "origins")
+
+
+def combine() -> Arguments:
+    return {**lists("outs", "lefts", "rights", "origins"), "left_weight": 0.5, "right_weight": 2.0, "origin_weight": -1.0}
+
+
 def random_perturb() -> Arguments:
     return {**lists("params", "old_params"), "seed": 1, "scale": 0.1, "distribution": "normal"}
 
@@ -64,6 +72,8 @@ CALLS: dict[str, Callable[[], Arguments]] = {
     "perturb_ ema": friendly,
     "centralize_": centralize,
     "direction_norm_": direction,
+    "grad_dots": dots,
+    "combine_": combine,
     "random_perturb_": random_perturb,
     "restore_": restore,
     "sgd_step_": sgd,
@@ -112,7 +122,10 @@ TABLE: list[tuple[str, Change, type[Exception], str]] = [
             ("random_perturb_", "params"), ("random_perturb_", "old_params"), ("restore_", "params"), ("restore_", "old_params"),
             ("sgd_step_", "params"), ("sgd_step_", "grads"), ("sgd_step_", "old_params"), ("sgd_step_", "momentum_buffers"),
             ("adamw_step_", "params"), ("adamw_step_", "grads"), ("adamw_step_", "exp_avgs"), ("adamw_step_", "exp_avg_sqs"),
-            ("grad_norm", "grads"), ("grad_norm", "params"), ("centralize_", "grads"), ("centralize_", "params"),
+            ("grad_norm", "grads"), ("grad_norm", "params"),
+            ("centralize_", "grads"), ("centralize_", "params"),
+            ("grad_dots", "lefts"), ("grad_dots", "rights"), ("grad_dots", "origins"),
+            ("combine_", "outs"), ("combine_", "lefts"), ("combine_", "rights"), ("combine_", "origins"),
             ("direction_norm_", "grads"), ("direction_norm_", "params"), ("direction_norm_", "ema"), ("perturb_ ema", "ema"),
         ]
         for bad, error, words in [
@@ -162,6 +175,7 @@ TABLE: list[tuple[str, Change, type[Exception], str]] = [
         for shared in [torch.ones(5)]
         for op, name, others in [
             ("perturb_", "params", ["grads", "old_params"]), ("restore_", "params", ["old_params"]),
+            ("combine_", "outs", ["lefts", "rights", "origins"]),
             ("sgd_step_", "params", ["grads", "momentum_buffers", "old_params"]),
             ("adamw_step_", "exp_avgs", ["params", "grads", "exp_avg_sqs", "old_params"]),
         ]
@@ -197,7 +211,7 @@ TABLE: list[tuple[str, Change, type[Exception], str]] = [
     *[
         (op, keyword(name, bad), error, rf"{op.split()[0]}: {name} must be a .*got ")
         for op, names in {
-            "perturb_": ["rho", "lambd", "eta", "eps"],
+            "perturb_": ["lambd", "eta", "eps"],
             "sgd_step_": ["lr", "momentum", "weight_decay"],
             "adamw_step_": ["lr", "eps", "weight_decay"],
             "grad_norm": ["eta"],
@@ -207,8 +221,23 @@ TABLE: list[tuple[str, Change, type[Exception], str]] = [
         for bad, error in [(math.nan, ValueError), (math.inf, ValueError), (-0.1, ValueError), ("0.1", TypeError), (None, TypeError)]
     ],
     *[
+        (op, keyword(name, bad), error, rf"{op}: {name} must be a .*got ")
+        for op, name in [
+            ("perturb_", "rho"), ("combine_", "left_weight"), ("combine_", "right_weight"), ("combine_", "origin_weight"),
+        ]
+        for bad, error in [(math.nan, ValueError), (math.inf, ValueError), ("0.1", TypeError), (None, TypeError)]
+    ],
+    *[
+        ("combine_", both(keyword("origins", None), keyword("origin_weight", bad)), ValueError, r"combine_: origin_weight needs origins")
+        for bad in (0.5, torch.tensor(-1.0), torch.ones((), device="meta"))
+    ],
+    ("combine_", put("outs", 1, EXPANDED), ValueError, r"combine_: outs\[1\] is expanded"),
+    ("combine_", keyword("found_inf", torch.tensor(1)), ValueError, r"combine_: found_inf must hold"),
+    ("grad_dots", keyword("found_inf", 1.0), TypeError, r"grad_dots: found_inf must be"),
+    *[
         (op, keyword(name, bad), error, rf"{op}: {name} must be .*{words}")
         for op, name in [
+            ("combine_", "left_weight"), ("combine_", "right_weight"), ("combine_", "origin_weight"),
             ("perturb_", "rho"), ("perturb_", "lambd"), ("sgd_step_", "lr"), ("adamw_step_", "lr"), ("random_perturb_", "scale"),
         ]
         for bad, error, words in [

@@ -27,6 +27,9 @@ SCHEMAS = {
     "check_finite_": "Tensor[] grads, Tensor(a!) found_inf, str? backend) -> ()",
     "direction_norm_": "Tensor[] grads, Tensor(a!)[] ema, Tensor[]? params, str kind, float theta, float sigma, float lmbda, "
     "bool adaptive, float eta, Tensor? grad_scale, Tensor(b!)? found_inf, int[] first_steps, str? backend) -> Tensor",
+    "grad_dots": "Tensor[] lefts, Tensor[] rights, Tensor[]? origins, Tensor(a!)? found_inf, str? backend) -> Tensor",
+    "combine_": "Tensor(a!)[] outs, Tensor[] lefts, Tensor[] rights, Tensor[]? origins, Tensor left_weight, Tensor right_weight, "
+    "Tensor origin_weight, Tensor(b!)? found_inf, str? backend) -> Tensor",
     "perturb_": "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] old_params, Tensor norm, Tensor rho, Tensor lambd, bool adaptive, "
     "float eta, float eps, Tensor? grad_scale, Tensor? found_inf, bool from_old, Tensor?[]? ema, str? kind, float sigma, float lmbda, "
     "SymInt[]? rounding_seed, str? backend) -> ()",
@@ -95,6 +98,8 @@ def test_a_fake_result_is_like_the_real_one(dtypes: list[torch.dtype]) -> None:
             operator("grad_norms")(grads, None, False, 0.0, [len(grads), 0, 0], None),
             operator("centralize_")(grads, None, False, 0.0, None, None),
             operator("direction_norm_")(grads, emas, None, *direction, list(range(len(grads)))[1:], None),
+            operator("grad_dots")(grads, emas, None, None, None),
+            operator("combine_")(grads, emas, emas, None, *torch.ones(2, device="cpu"), torch.zeros((), device="cpu"), None, None),
         ]
 
     def described(tensors: list[Tensor]) -> list[object]:

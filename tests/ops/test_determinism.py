@@ -23,6 +23,8 @@ OPTION = {
     "grad_norms": "plain",
     "centralize_": "adaptive",
     "direction_norm_": "friendly_adaptive",
+    "grad_dots": "origins",
+    "combine_": "origins",
     "perturb_": "adaptive_eta",
     "random_perturb_": "normal",
     "sgd_step_": "nesterov_old",
@@ -93,7 +95,7 @@ def test_streaming_stores_change_nothing(dtype: torch.dtype, offset: int) -> Non
     norm = torch.tensor(3.0)
 
     def outputs(cut: int) -> list[Tensor]:
-        perturbed, saved, restored, stepped = (torch.full_like(old, torch.nan) for _ in range(4))
+        perturbed, saved, restored, stepped, combined = (torch.full_like(old, torch.nan) for _ in range(5))
         source = old.clone()
         size = -(-numel // cut)
         for part in (slice(i, i + size) for i in range(0, numel, size)):
@@ -101,7 +103,8 @@ def test_streaming_stores_change_nothing(dtype: torch.dtype, offset: int) -> Non
             functional.perturb_([source[part]], [grad[part]], [saved[part]], norm, rho=0.05)
             functional.restore_([restored[part]], [old[part]])
             functional.sgd_step_([stepped[part]], [grad[part]], None, old_params=[old[part]], lr=0.1, weight_decay=0.1)
-        return [perturbed, saved, source, restored, stepped]
+            functional.combine_([combined[part]], [old[part]], [grad[part]], left_weight=0.5, right_weight=0.1)
+        return [perturbed, saved, source, restored, stepped, combined]
 
     whole = outputs(1)
     assert_same_bits("streamed", whole, outputs(pieces))

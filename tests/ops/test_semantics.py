@@ -99,6 +99,8 @@ def test_nothing_to_do(backend: str) -> None:
     assert functional.grad_norm([]).item() == 0.0
     assert functional.grad_norms([]).shape == (0,)
     assert functional.grad_norms([[], []]).tolist() == [0.0, 0.0]
+    assert functional.grad_dots([], []).tolist() == [0.0, 0.0, 0.0]
+    assert functional.combine_([], [], [], left_weight=1.0, right_weight=1.0).item() == 0.0
     functional.perturb_([], [], [], torch.tensor(0.0), rho=0.05)
     functional.restore_([], [])
     functional.sgd_step_([], [], [], lr=0.1, momentum=0.9)
@@ -136,14 +138,17 @@ def test_parameters_that_require_gradients(backend: str) -> None:
     assert not any(tensor.requires_grad for tensor in [*old, *buffers, *state[0]] if tensor is not None)
 
 
-@pytest.mark.parametrize("op", ["perturb_", "sgd_step_", "adamw_step_", "restore_"])
+@pytest.mark.parametrize("op", ["perturb_", "sgd_step_", "adamw_step_", "restore_", "grad_dots", "combine_"])
 def test_vouched_lists_give_the_same_bits(backend: str, op: str) -> None:
-    option = {"perturb_": "adaptive_eta", "sgd_step_": "nesterov_old", "adamw_step_": "adamw_old", "restore_": "restore"}[op]
-    plain = build(op, "odd_sizes", "mixed" if module_of(backend).DTYPES is None else MIXED_NARROW, option)
+    option = {"perturb_": "adaptive_eta", "sgd_step_": "nesterov_old", "adamw_step_": "adamw_old", "restore_": "restore"} | {
+        "grad_dots": "origins",
+        "combine_": "into_lefts",
+    }
+    plain = build(op, "odd_sizes", "mixed" if module_of(backend).DTYPES is None else MIXED_NARROW, option[op])
     vouched = plain.clone()
     vouched.lists = {name: TensorList([t for t in tensors if t is not None]) for name, tensors in vouched.lists.items()}
     for _ in range(2):  # the second call uses the description made by the first
-        run(plain)
-        run(vouched)
+        results = [run(problem) for problem in (plain, vouched)]
+        assert_same_bits("result", results[:1], results[1:])
     for name, tensors in plain.lists.items():
         assert_same_bits(name, list(vouched.lists[name]), tensors)

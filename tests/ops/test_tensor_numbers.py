@@ -18,7 +18,7 @@ from tests.helpers.compare import assert_same_bits
 # Of every operation the keyword sets in which each number counts for something of its own.
 CALLS = [
     ("perturb_", "unified"), ("perturb_", "nearly_sam"), ("perturb_", "grad_scale_adaptive"), ("perturb_", "vasso"),
-    ("random_perturb_", "rademacher"), ("random_perturb_", "normal_from_old"),
+    ("combine_", "plain"), ("combine_", "into_origins"), ("random_perturb_", "rademacher"), ("random_perturb_", "normal_from_old"),
     ("sgd_step_", "plain"), ("sgd_step_", "nesterov_old"), ("sgd_step_", "first_mixed"),
     ("adamw_step_", "adamw_old"), ("adamw_step_", "adam"), ("adamw_step_", "clip_grad_scale"),
 ]  # fmt: skip
@@ -51,7 +51,8 @@ def test_a_tensor_is_the_number_it_holds(backend: str, op: str, option: str, kin
         for name, expected in numbers.lists.items():
             assert_same_bits(f"{dtype}, {name}", tensors.lists[name], expected)
         assert_same_bits("the numbers themselves", [tensors.kwargs[name] for name in kept], list(kept.values()))
-        assert not torch.equal(tensors.lists["params"][0], problem.lists["params"][0])  # type: ignore[arg-type]
+        written, before = (next(iter(given.lists.values()))[0] for given in (tensors, problem))
+        assert not torch.equal(written, before)  # type: ignore[arg-type]
 
 
 def test_a_tensor_is_read_anew_at_every_call(backend: str) -> None:

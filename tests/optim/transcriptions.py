@@ -1,4 +1,4 @@
-"""The members of the family as their formulas are written (MATH of the project, the papers), step by step, around torch's own optimizers."""
+"""The members of the family as the papers' formulas are written, step by step, around torch's own optimizers."""
 
 from __future__ import annotations
 
@@ -191,9 +191,7 @@ class SAMSPS(Transcription):
         before = self.memory or start
         self.memory = start
         decayed = [g + group["weight_decay"] * w for g, w in zip(g_p, start, strict=True)]
-        set_weights(
-            self.model, [w - gamma * g + group["momentum"] * (w - old) for w, g, old in zip(start, decayed, before, strict=True)]
-        )
+        set_weights(self.model, [w - gamma * g + group["momentum"] * (w - old) for w, g, old in zip(start, decayed, before, strict=True)])
 
 
 TRANSCRIPTIONS: dict[str, type[Transcription]] = {

@@ -5,6 +5,7 @@ device: a step is skipped by selecting, not by branching.
 """
 
 from sam_kernels.backends.foreach.centralize import centralize_, centralize_roundings
+from sam_kernels.backends.foreach.combinations import combine_, grad_dots
 from sam_kernels.backends.foreach.directions import direction_norm_
 from sam_kernels.backends.foreach.ops import (
     DEVICE_TYPES,
@@ -27,6 +28,6 @@ from sam_kernels.backends.foreach.random import random_perturb_
 
 __all__ = [
     "DEVICE_TYPES", "DTYPES", "IS_AUTOMATIC", "KNOWS_SKIPS", "adamw_step_", "centralize_", "centralize_roundings", "check_finite_",
-    "current_grads", "describe", "direction_norm_", "grad_norms", "is_current", "norm_roundings", "perturb_", "random_perturb_",
-    "restore_", "sgd_step_", "vouch",
+    "combine_", "current_grads", "describe", "direction_norm_", "grad_dots", "grad_norms", "is_current", "norm_roundings", "perturb_",
+    "random_perturb_", "restore_", "sgd_step_", "vouch",
 ]  # fmt: skip

@@ -32,9 +32,11 @@ __all__ = [
     "centralize_",
     "centralize_roundings",
     "check_finite_",
+    "combine_",
     "current_grads",
     "describe",
     "direction_norm_",
+    "grad_dots",
     "grad_norms",
     "is_current",
     "norm_roundings",
@@ -224,6 +226,49 @@ def centralize_(
 def centralize_roundings(numels: Sequence[int], slice_sizes: Sequence[int]) -> tuple[None, None]:
     """float32 roundings that an element passes through in each tensor's means, and a term in the norm: none, sums are in float64."""
     return None, None
+
+
+def grad_dots(
+    lefts: Sequence[Tensor], rights: Sequence[Tensor], origins: Sequence[Tensor] | None, *, found_inf: Tensor | None
+) -> Tensor:  # (3,) float64
+    """Reads l, r (and o)."""
+    dots: list[float] = _cpu.grad_dots(
+        lefts=_lists.describe(lefts), rights=_lists.describe(rights), origins=_lists.describe(origins), threads=torch.get_num_threads()
+    )
+    if found_inf is not None and not all(map(math.isfinite, dots)):
+        found_inf.fill_(1.0)
+    return torch.tensor(dots, dtype=torch.float64)
+
+
+def combine_(
+    outs: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    origins: Sequence[Tensor] | None,
+    *,
+    left_weight: float | Tensor,  # ()
+    right_weight: float | Tensor,  # ()
+    origin_weight: float | Tensor,  # ()
+    found_inf: Tensor | None,
+) -> Tensor:  # () float32, float64 where an out is float64
+    """Reads l, r (and o); writes out."""
+    writes = not _skips(None, found_inf)
+    if writes:
+        written(outs)
+    described = _lists.describe(outs)
+    norm = _cpu.combine(
+        outs=described,
+        lefts=_lists.describe(lefts),
+        rights=_lists.describe(rights),
+        origins=_lists.describe(origins),
+        left_weight=value_of(left_weight),
+        right_weight=value_of(right_weight),
+        origin_weight=value_of(origin_weight),
+        writes=writes,
+        threads=torch.get_num_threads(),
+    )
+    result = torch.tensor(norm, dtype=torch.float64 if described.has_float64 else torch.float32)
+    return report_norm(result, found_inf, None, None)
 
 
 def random_perturb_(

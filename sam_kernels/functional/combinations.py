@@ -1,0 +1,128 @@
+"""Inner products and weighted sums of two lists of tensors: what the descent rules of the SAM family are made of.
+
+GSAM (arXiv 2203.08065), WSAM (arXiv 2305.15817), LookSAM (arXiv 2203.02714), SAM-SPS, and RSAM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sam_kernels import _validate
+from sam_kernels._flags import report_norm
+from sam_kernels.functional._common import Number, Tensors, checked, device_of, number_on, on
+from sam_kernels.functional._library import operation
+from sam_kernels.functional.norms import combine_norms
+
+__all__ = ["combine_", "grad_dots"]
+
+
+def _fake_dots(*, lefts: Tensors, **_: Any) -> Tensor:
+    return lefts[0].new_empty(3, dtype=torch.float64) if lefts else torch.zeros(3, dtype=torch.float64)
+
+
+def _fake_norm(*, outs: Tensors, **_: Any) -> Tensor:
+    return outs[0].new_empty((), dtype=_norm_dtype(outs)) if outs else torch.zeros(())
+
+
+def _norm_dtype(outs: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if any(out.dtype is torch.float64 for out in outs) else torch.float32
+
+
+@operation(written=("found_inf",), fake=_fake_dots)
+def grad_dots(
+    lefts: Tensors,  # n tensors
+    rights: Tensors,  # n tensors
+    origins: Tensors | None = None,  # n tensors
+    *,
+    found_inf: Tensor | None = None,  # () float32
+) -> Tensor:  # (3,) float64
+    """(sum l^2, sum l d, sum d^2) over all elements, with d = r - o, or d = r without ``origins``; on the device of the first of ``lefts``.
+
+    What GSAM needs (arXiv 2203.08065: <g, g_p> and |g_p|^2), LookSAM (arXiv 2203.02714) and, with the perturbed weights as ``rights`` and
+    the saved ones as ``origins``, SAM-SPS: <grad f(e), e - x>, no copy of the ascent gradient being needed.
+
+    d is rounded to the row's arithmetic. Sums are float64 on the CPU, in the order of :func:`grad_norm`'s: bits depend neither on the
+    number of threads nor on the instruction set. The CUDA and the Triton kernels sum float32 terms in float32 within a thread or a chunk,
+    the chunks in float64, in one order too; the error of sum l d is then relative to |l| |d|. Neither overflows where float64 does not.
+    ``found_inf`` is set to 1 where one of the three is not finite, and left alone otherwise. Empty lists give zeros.
+    Reads l, r (and o): 2 N s bytes (3 N s).
+    """
+    op = "grad_dots"
+    if found_inf is not None:
+        _validate.check_scalar_tensor(op, "found_inf", found_inf)
+    parts: list[Tensor] = []
+    row_groups = checked(op, {"lefts": lefts, "rights": rights, "origins": origins}, written=())
+    alone = len(row_groups) == 1 and (found_inf is None or found_inf.device == lefts[0].device)
+    for rows in row_groups:
+        given = rows.lists
+        parts.append(rows.backend.grad_dots(given["lefts"], given["rights"], given["origins"], found_inf=found_inf if alone else None))
+    if alone:
+        return parts[0]
+    result = torch.stack([part.to(lefts[0].device) for part in parts]).sum(dim=0) if parts else torch.zeros(3, dtype=torch.float64)
+    report_norm(torch.linalg.vector_norm(result, ord=torch.inf), found_inf, None, None)
+    return result
+
+
+@operation(written=("outs", "found_inf"), fake=_fake_norm)
+def combine_(
+    outs: Tensors,  # n tensors
+    lefts: Tensors,  # n tensors
+    rights: Tensors,  # n tensors
+    origins: Tensors | None = None,  # n tensors
+    *,
+    left_weight: Number,
+    right_weight: Number,
+    origin_weight: Number = 0.0,
+    found_inf: Tensor | None = None,  # () float32
+) -> Tensor:  # () float32, float64 where an out is float64
+    """out <- left_weight l + (right_weight r + origin_weight o), and the norm of that.
+
+    ``outs`` may be the tensors of ``lefts``, ``rights`` or ``origins``, row by row: in place. Tensors that overlap in part, or those of
+    another row, must not be written. A weight may be any finite number; it is rounded once to the row's arithmetic, and no term is left
+    out because it is 0 (0 inf is NaN). No multiplication is fused with an addition: with weights 1 and -1 the term in parentheses is
+    r - o, exact where r and o are close, as in RSAM: g <- c g + (p - x).
+    GSAM (arXiv 2203.08065): g_p <- (1 + alpha c) g_p - alpha g. WSAM (arXiv 2305.15817): g_p <- k g_p + (1 - k) g. LookSAM (arXiv
+    2203.02714): v <- g_s - c g, later g <- g + s v.
+    The norm is that of the result before it is rounded to storage, summed as in :func:`grad_norm`; 0 for empty lists.
+    Where ``found_inf`` is set nothing is written, and the norm is that of what would have been. It is set to 1 where the norm is not
+    finite, when this call may already have written.
+    Raises ValueError for an ``origin_weight`` without ``origins``.
+    Reads l, r (and o); writes out: 3 N s bytes (4 N s).
+    """
+    op = "combine_"
+    left_weight = _validate.check_number_or_tensor(op, "left_weight", left_weight)
+    right_weight = _validate.check_number_or_tensor(op, "right_weight", right_weight)
+    origin_weight = _validate.check_number_or_tensor(op, "origin_weight", origin_weight)
+    if origins is None and not _is_zero(origin_weight):
+        raise ValueError(f"{op}: origin_weight needs origins, which it is multiplied by")
+    if found_inf is not None:
+        _validate.check_scalar_tensor(op, "found_inf", found_inf)
+    norms: list[Tensor] = []
+    row_groups = checked(op, {"outs": outs, "lefts": lefts, "rights": rights, "origins": origins}, written=("outs",))
+    for rows in row_groups:
+        device = device_of(rows)
+        norms.append(
+            rows.backend.combine_(
+                rows.lists["outs"],
+                rows.lists["lefts"],
+                rows.lists["rights"],
+                rows.lists["origins"],
+                left_weight=number_on(left_weight, device),
+                right_weight=number_on(right_weight, device),
+                origin_weight=number_on(origin_weight, device),
+                found_inf=on(found_inf, device),
+            )
+        )
+        rows.finish()
+    if len(norms) == 1 and (found_inf is None or found_inf.device == outs[0].device):
+        return norms[0]  # whose backend has reported it
+    return report_norm(combine_norms(norms) if norms else torch.zeros(()), found_inf, None, None)
+
+
+def _is_zero(weight: Number) -> bool:
+    """Without looking at a device."""
+    return weight.is_cpu and weight.item() == 0.0 if isinstance(weight, Tensor) else weight == 0.0
