@@ -101,7 +101,7 @@ def radius_at(rho: RhoSchedule, info: AscentInfo) -> float | Tensor:
     # A norm that is not finite skips the step; a radius made of it would be refused before that.
     if isinstance(value, Tensor):
         if value.device == info.norm.device:
-            value = torch.where(info.norm.isfinite(), value, 0.0)
+            value = value.masked_fill(~info.norm.isfinite(), 0.0)
         return check_number_or_tensor("SAM", name, value, low=0.0)
     if isinstance(info.t, Tensor):
         raise TypeError(f"SAM: with capturable=True {name} must make a tensor, of others such as lr, got {describe(value)}")

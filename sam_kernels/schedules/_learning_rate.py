@@ -32,8 +32,8 @@ class _Factors(LRScheduler):
         """The next learning rate of each group, for :meth:`step`."""
         if not self._get_lr_called_within_step:
             warnings.warn("get_lr is one step ahead: get_last_lr() is what the learning rates are", UserWarning, stacklevel=2)
-        # The rate that a checkpoint has left in the optimizer when a scheduler is made with last_epoch= is the right one already.
-        if self.last_epoch > 0 and getattr(self, "_is_initial", False):
+        # In the constructor, with last_epoch=: the rate that a checkpoint has left in the optimizer is the right one already.
+        if self.last_epoch > 0 and self._step_count == 1:
             return [_copy(group["lr"]) for group in self.optimizer.param_groups]
         return [group["lr"] * self._ratio(group) for group in self.optimizer.param_groups]
 

@@ -33,7 +33,9 @@ class _Phases(Radius):
         """``rho``'s or 0; of a step that is a tensor, a tensor."""
         ascends = self._ascends(info.t)
         if isinstance(ascends, Tensor):
-            return torch.where(ascends, radius_at(self.rho, info), torch.zeros_like(info.norm, dtype=torch.float64))
+            value = radius_at(self.rho, info)
+            value = value if isinstance(value, Tensor) else torch.full_like(info.norm, value, dtype=torch.float64)
+            return value.masked_fill(~ascends, 0.0)
         return radius_at(self.rho, info) if ascends else 0.0
 
     def takes_part(self, t: int) -> bool:

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from sam_kernels.schedules import Interval, LRProportional
 from tests.helpers.compare import assert_same_bits
 from tests.helpers.training import BASES, closure_of, everything, make
+from tests.schedules.rules import LossOverNorm
 
 pytestmark = [pytest.mark.cuda, pytest.mark.only_cuda, pytest.mark.usefixtures("kernels")]
 
@@ -103,6 +105,8 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "usam_to_sam": {"lambd": "1-1/t"},
     "sam_to_usam, a radius that shrinks": {"lambd": "1/t", "rho": "0.1/k^0.5"},
     "callables": {"lambd": lambda t: t / (t + 2), "rho": lambda t: 1 / (t + 9)},
+    "a radius that follows lr": {"rho": LRProportional(0.1, 0.02, 0.1, 0.0)},
+    "every third step, by loss and norm": {"rho": Interval(LossOverNorm(0.05), 3)},
 }
 
 

@@ -15,6 +15,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sam_kernels import _validate, functional, use_backend
 from sam_kernels._tensor_list import TensorList
 from sam_kernels.optim import _schedules
+from sam_kernels.schedules import (
+    AscentInfo,
+    DecreasingRadius,
+    Interval,
+    LinearLambda,
+    LinearRadius,
+    LRProportional,
+    Radius,
+    Tail,
+)
 from tests.helpers.compare import assert_same_bits
 from tests.helpers.training import closure_of, everything, make
 
@@ -119,10 +129,22 @@ def test_a_capturable_step_counts_itself_and_does_nothing_else_more(kernels: lis
     assert work.reads == []
 
 
+SCHEDULES: list[dict[str, Any]] = [
+    {"lambd": "1/t"},
+    {"lambd": "1-1/t"},
+    {"rho": "0.1/k^0.5"},
+    {"rho": DecreasingRadius(0.1)},
+    {"rho": Interval(0.1, 2)},
+    {"rho": Tail(LRProportional(0.1, 0.01, 0.2, 0.0), 1)},
+    {"rho": LinearRadius(0.0, 0.1, 5), "lambd": LinearLambda(1.0, 0.0, 5)},
+]
+
+
 @pytest.mark.usefixtures("unread")
-@pytest.mark.parametrize("schedule", [{"lambd": "1/t"}, {"lambd": "1-1/t"}, {"rho": "0.1/k^0.5"}], ids=str)
-def test_a_schedule_reads_nothing_back(kernels: list[str], schedule: dict[str, str]) -> None:
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_a_schedule_reads_nothing_back(kernels: list[str], schedule: dict[str, Any]) -> None:
     model, optimizer = make("sgd", "cpu", capturable=True, **schedule)
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
     closure = closure_of(optimizer, model, set_to_none=False)
     for _ in range(2):
         optimizer.step(closure)
@@ -177,3 +199,18 @@ def test_a_bad_pass_skips_the_step_without_being_read(kernels: list[str], base: 
         assert work_of(kernels, half).reads == []
     assert_same_bits("after a skipped step", everything(model, optimizer), before)
     assert optimizer.skipped_steps == 1
+
+
+class OverNorm(Radius):
+    def radius(self, info: AscentInfo) -> torch.Tensor:
+        return (0.1 / info.norm).clamp(max=0.05)
+
+
+@pytest.mark.usefixtures("unread")
+def test_neither_does_a_radius_that_follows_the_norm(kernels: list[str]) -> None:
+    """With steps that are counted by the host, too."""
+    model, optimizer = make("sgd", "cpu", rho=OverNorm())
+    closure = closure_of(optimizer, model, set_to_none=False)
+    for _ in range(2):
+        optimizer.step(closure)
+    assert work_of(kernels, halves(optimizer)).reads == []
