@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import sam_kernels
-from sam_kernels import functional, theory
+from sam_kernels import theory
 from sam_kernels.schedules import AlmostConstantRadius, DecreasingRadius, Diminish1, Diminish2, PLDecreasing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,25 +72,12 @@ class LogSquares:
 Problem = Quadratic | LogSquares
 
 
-class Extragradient:
-    """x⁺ = x - t ∇f(x - ρ ∇f(x)): the unnormalised ascent, downhill. Out of the library's operations."""
-
-    def __init__(self, params: list[nn.Parameter], *, rho: float, lr: float) -> None:
-        self.params, self.rho, self.lr = params, rho, lr
-        self.old_params = [torch.empty_like(param) for param in params]
-
-    def step(self, closure: Callable[[], Any]) -> None:
-        with torch.no_grad():
-            closure()
-            uphill = [-param.grad for param in self.params]
-            functional.perturb_(self.params, uphill, self.old_params, functional.grad_norm(uphill), rho=self.rho, lambd=0.0)
-            closure()
-            grads = [param.grad for param in self.params]
-            functional.sgd_step_(self.params, grads, None, old_params=self.old_params, lr=self.lr)
-
-
 def usam(params: list[nn.Parameter], **options: Any) -> Any:
     return sam_kernels.USAM(params, torch.optim.SGD, **options)
+
+
+def extragradient(params: list[nn.Parameter], **options: Any) -> Any:
+    return sam_kernels.Extragradient(params, torch.optim.SGD, **options)
 
 
 def sam(params: list[nn.Parameter], **options: Any) -> Any:
@@ -146,7 +133,7 @@ def starts(problem: Problem) -> list[Tensor]:
 
 
 @every_problem
-@pytest.mark.parametrize("make", [usam, Extragradient], ids=["usam", "extragradient"])
+@pytest.mark.parametrize("make", [usam, extragradient], ids=["usam", "extragradient"])
 @pytest.mark.parametrize(("nu", "share"), [(0.0, 0.5), (0.3, 0.1), (0.5, 0.9), (0.9, 0.5)])
 def test_every_step_descends(make: Callable[..., Any], problem: str, nu: float, share: float) -> None:
     """At the largest learning rate proved for ν = L ρ and δ, a share of the 2 - 2 ν there is."""
@@ -160,7 +147,7 @@ def test_every_step_descends(make: Callable[..., Any], problem: str, nu: float, 
 
 
 @every_problem
-@pytest.mark.parametrize("make", [usam, Extragradient], ids=["usam", "extragradient"])
+@pytest.mark.parametrize("make", [usam, extragradient], ids=["usam", "extragradient"])
 def test_a_step_that_is_too_long_is_seen(make: Callable[..., Any], problem: str) -> None:
     made = PROBLEMS[problem]()
     minimum = made.minimum if isinstance(made, LogSquares) else torch.zeros(made.dim, dtype=torch.float64)

@@ -23,20 +23,6 @@ from sam_kernels.functional.random import random_perturb_
 from sam_kernels.functional.sharpness import sharpness_sample, sharpness_weights
 
 __all__ = [
-    "adamw_step_",
-    "centralize_",
-    "check_finite_",
-    "combine_",
-    "combine_norms",
-    "direction_norm_",
-    "grad_dots",
-    "grad_norm",
-    "grad_norm_",
-    "grad_norms",
-    "perturb_",
-    "random_perturb_",
-    "restore_",
-    "sgd_step_",
-    "sharpness_sample",
-    "sharpness_weights",
-]
+    "adamw_step_", "centralize_", "check_finite_", "combine_", "combine_norms", "direction_norm_", "grad_dots", "grad_norm", "grad_norm_",
+    "grad_norms", "perturb_", "random_perturb_", "restore_", "sgd_step_", "sharpness_sample", "sharpness_weights",
+]  # fmt: skip

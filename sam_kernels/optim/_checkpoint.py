@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam_kernels.optim._radius import Radius
+from sam_kernels.schedules._radius import Radius
 
 __all__ = ["keep_wide_state", "with_group_values", "with_names", "without_callables", "without_names"]
 

@@ -19,7 +19,7 @@ from sam_kernels.optim._capturable import is_recording, not_recordable
 from sam_kernels.optim._descent import can_fuse, fused_step, plain_step
 from sam_kernels.optim._group import Backups, Current, GroupLists, param_name, same_bits, same_tensors, with_grads
 from sam_kernels.optim._memory import ParamMemory
-from sam_kernels.optim._schedules import lambd_at, radius_of_group, takes_part
+from sam_kernels.schedules._at_step import lambd_at, radius_of_group, takes_part
 
 if TYPE_CHECKING:
     from sam_kernels.optim.directions import Direction

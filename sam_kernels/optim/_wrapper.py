@@ -17,9 +17,9 @@ from sam_kernels.optim._descent import can_fuse
 from sam_kernels.optim._group import check_params
 from sam_kernels.optim._memory import ParamMemory
 from sam_kernels.optim._passes import Passes
-from sam_kernels.optim._schedules import FIRST_STEP, check_schedule
 from sam_kernels.optim.descents import Descent
 from sam_kernels.optim.directions import Direction
+from sam_kernels.schedules._at_step import FIRST_STEP, check_schedule
 
 __all__ = ["Wrapper"]
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from sam_kernels.optim import descents, directions
-from sam_kernels.optim._schedules import RhoSchedule, Schedule
 from sam_kernels.optim.sam import SAM
-from sam_kernels.schedules._following import LRProportional
+from sam_kernels.schedules import LRProportional
+from sam_kernels.schedules._at_step import RhoSchedule, Schedule
 
 __all__ = [
     "ASAM",

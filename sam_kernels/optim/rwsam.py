@@ -20,10 +20,10 @@ from sam_kernels.optim._directional import DirectionalNorms
 from sam_kernels.optim._group import param_name
 from sam_kernels.optim._held_still import RandomState
 from sam_kernels.optim._reweighting import Reweighting, check_modules, chosen_modules
-from sam_kernels.optim._schedules import Schedule, Step, beta_at, takes_part
 from sam_kernels.optim._seeds import derived_seed
 from sam_kernels.optim.sam import SAM
 from sam_kernels.per_sample import GradNorms
+from sam_kernels.schedules._at_step import Schedule, Step, beta_at, takes_part
 
 __all__ = ["RWSAM"]
 

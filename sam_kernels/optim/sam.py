@@ -19,10 +19,10 @@ from sam_kernels.optim._held_still import BufferGuard, RandomState
 from sam_kernels.optim._kept_grads import KeptGrads
 from sam_kernels.optim._memory import ParamMemory
 from sam_kernels.optim._micro_batches import GradientMean, mean_loss
-from sam_kernels.optim._schedules import RhoSchedule, Schedule, takes_part
 from sam_kernels.optim._wrapper import Wrapper
 from sam_kernels.optim.descents import NOTHING, Descent, DescentStep, Plain
 from sam_kernels.optim.directions import Direction, Gradient
+from sam_kernels.schedules._at_step import RhoSchedule, Schedule, takes_part
 
 __all__ = ["SAM"]
 

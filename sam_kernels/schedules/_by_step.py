@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sam_kernels._validate import check_count, check_number
-from sam_kernels.optim._schedules import Step, almost_constant
+from sam_kernels.schedules._at_step import Step, almost_constant
 
 __all__ = ["AlmostConstantRadius", "DecreasingRadius", "LinearLambda", "LinearRadius"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sam_kernels._validate import check_number
-from sam_kernels.optim._radius import AscentInfo, Radius
+from sam_kernels.schedules._radius import AscentInfo, Radius
 
 __all__ = ["LRProportional"]
 

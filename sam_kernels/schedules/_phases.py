@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sam_kernels._validate import check_count, check_number_or_tensor
-from sam_kernels.optim._radius import AscentInfo, Radius
-from sam_kernels.optim._schedules import RhoSchedule, Step, radius_at, rho_at, takes_part
+from sam_kernels.schedules._at_step import RhoSchedule, Step, radius_at, rho_at, takes_part
+from sam_kernels.schedules._radius import AscentInfo, Radius
 
 __all__ = ["Interval", "Tail"]
 

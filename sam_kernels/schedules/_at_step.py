@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sam_kernels._validate import check_number, check_number_or_tensor, describe
-from sam_kernels.optim._radius import AscentInfo, Radius
+from sam_kernels.schedules._radius import AscentInfo, Radius
 
 __all__ = [
     "FIRST_STEP",
