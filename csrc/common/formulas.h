@@ -43,7 +43,7 @@ SAM_INLINE T centralized(T grad, T mean) {
   return grad - mean;
 }
 
-// Directions made of a gradient and a moving average of earlier ones, m: VaSSO (arXiv 2310.07269) and Friendly SAM (arXiv 2403.12350).
+// Directions made of a gradient and a moving average of earlier ones, m: VaSSO (arXiv 2309.15639) and Friendly SAM (arXiv 2403.12350).
 enum class Direction { kVasso, kFriendly };
 
 template <class T>

@@ -44,7 +44,7 @@ def direction_norm_(
 ) -> Tensor:  # () float32, float64 where a gradient is float64
     """Updates the moving averages m = ``ema`` and returns the norm of the direction d, or of T_w d, T_w = |p| + eta, when ``adaptive``.
 
-    "vasso" (VaSSO, arXiv 2310.07269): m <- (1 - theta) m + theta g, d = m.
+    "vasso" (VaSSO, arXiv 2309.15639): m <- (1 - theta) m + theta g, d = m.
     "friendly" (Friendly SAM, arXiv 2403.12350): d = g - sigma m, then m <- lmbda m + (1 - lmbda) g.
     ``theta`` and ``lmbda`` are in (0, 1]. An entry of ``ema`` that is None is a first step: d = m = g, and m is put into the list.
     ``grad_scale`` divides the gradients first: moving averages, direction and norm are those of the loss itself. The norm is that of d

@@ -101,7 +101,7 @@ class _MovingAverage(Direction):
 
 @dataclass(frozen=True)
 class VarianceSuppressed(_MovingAverage):
-    """VaSSO (arXiv 2310.07269): d = m with m <- (1 - theta) m + theta g, m = g on the first step. Memory: m, N s.
+    """VaSSO (arXiv 2309.15639): d = m with m <- (1 - theta) m + theta g, m = g on the first step. Memory: m, N s.
 
     ``theta`` in (0, 1], 0.9 in the authors' code, which tries 0.2 and 0.4 too. 1 is SAM.
     """
@@ -207,8 +207,8 @@ class Momentum(Direction):
     """Momentum-SAM (MSAM, arXiv 2401.12033): e = -ρ v / ‖v‖ with v the base's momentum before the step. Memory: none of its own.
 
     The perturbation needs no gradient: one forward and one backward pass a step. On the first step there is no momentum and nothing is
-    perturbed. v is ``momentum_buffer`` of SGD; of Adam and AdamW the first moment ``exp_avg`` (not in the paper's formula: v of SGD is
-    what its step goes along, ``exp_avg`` is that before it is divided by the second moment).
+    perturbed. v is ``momentum_buffer`` of SGD and the first moment ``exp_avg`` of Adam and AdamW, as in the authors' code. That code takes
+    the weight decay of SGD at the perturbed weights; here, as everywhere in this library, it is taken at w.
     """
 
     name = "momentum"

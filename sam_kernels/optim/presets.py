@@ -79,7 +79,7 @@ class Extragradient(SAM):
 
 
 class VaSSO(SAM):
-    """Variance-suppressed SAM (arXiv 2310.07269): the ascent goes along m <- (1 - theta) m + theta g. Memory beside SAM's: m, N s.
+    """Variance-suppressed SAM (arXiv 2309.15639): the ascent goes along m <- (1 - theta) m + theta g. Memory beside SAM's: m, N s.
 
     ``theta`` in (0, 1] is 0.9 in the authors' code (0.2 and 0.4 are tried too); 1 is SAM. See :class:`directions.VarianceSuppressed`.
     Bytes: 13 N s a step with SGD and momentum (SAM: 11).
@@ -190,7 +190,7 @@ class MomentumSAM(SAM):
 
     ``step`` calls the closure once. Bytes: 11 N s a step with SGD and momentum. Between steps the weights are where they belong, for
     evaluation too. With the two-step API: :meth:`first_step`, forward, backward, :meth:`second_step`.
-    ρ = 0.3 in the authors' code. See :class:`directions.Momentum`. Memory beside SAM's: none.
+    ρ = 0.3 in the authors' code for SGD, 1 for AdamW. See :class:`directions.Momentum`. Memory beside SAM's: none.
     """
 
     def __init__(self, params: Any, base_optimizer: Any, *, rho: RhoSchedule = 0.3, **kwargs: Any) -> None:

@@ -1,6 +1,6 @@
 """Directions of ascent made of the gradient g and a moving average m of earlier ones.
 
-Sources: VaSSO (arXiv 2310.07269), Friendly SAM (arXiv 2403.12350).
+Sources: VaSSO (arXiv 2309.15639), Friendly SAM (arXiv 2403.12350).
 """
 
 from __future__ import annotations

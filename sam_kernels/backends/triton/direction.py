@@ -1,6 +1,6 @@
 """Moving averages of gradients, and the norm of the direction made with them, in one pass.
 
-Specification: ``sam_kernels.reference.direction_norm_``; twin: ``csrc/cpu/direction.cpp``. VaSSO (arXiv 2310.07269) and Friendly SAM (arXiv
+Specification: ``sam_kernels.reference.direction_norm_``; twin: ``csrc/cpu/direction.cpp``. VaSSO (arXiv 2309.15639) and Friendly SAM (arXiv
 2403.12350). float32, bfloat16 and float16 storage in any mix, float32 arithmetic, one rounding of m; sums as in ``norm.py``, except that a
 chunk cannot be read twice once m is written: each term goes at once into the sum of its size.
 Reads g, m (and p when adaptive); writes m: 3 N s bytes.
