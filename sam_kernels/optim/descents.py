@@ -71,6 +71,7 @@ class Outcome:
     is_checked: bool = True  # found_inf has been told of every gradient
     is_scaled: bool = True  # the gradients are still multiplied by grad_scale
     options: dict[int, dict[str, Any]] = field(default_factory=dict)  # by group: options of the base for this step alone
+    step_sizes: dict[int, Tensor] = field(default_factory=dict)  # () by group, where the rule has chosen them
     finish: Callable[[], None] | None = None  # after the base's step
 
 
@@ -215,7 +216,7 @@ class Look(Descent):
 
 @dataclass(frozen=True)
 class Polyak(Descent):
-    """SAM-SPS: SGD with the stochastic Polyak step size at the perturbed point e = w + ρ …::
+    """SAM-SPS (arXiv 2606.01827): SGD with the stochastic Polyak step size at the perturbed point e = w + ρ …::
 
         gamma = min{ max{ f_S(e) - f_star - ⟨∇f_S(e), e - w⟩, 0 } / ‖∇f_S(e)‖², lr }
         w     = w - gamma (∇f_S(e) + weight_decay w)
@@ -261,13 +262,14 @@ class Polyak(Descent):
         gamma = gap.clamp_min(0.0) * step.scale**2 / squares.clamp_min(_TINY)
         steps = {current.index: torch.clamp(gamma, max=current.group["lr"]) for current in step.currents}
         if not any(current.group["momentum"] for current in step.currents):
-            return Outcome(norm=squares.sqrt(), options={i: {"lr": each} for i, each in steps.items()})
+            return Outcome(norm=squares.sqrt(), step_sizes=steps, options={i: {"lr": each} for i, each in steps.items()})
+        steps = {current.index: (1.0 - current.group["momentum"]) * steps[current.index] for current in step.currents}
         for current in step.currents:
-            each = (1.0 - current.group["momentum"]) * steps[current.index]
+            each = steps[current.index]
             start = passes.origins(current) or current.lists.params
             weights: dict[str, Any] = {"left_weight": each / step.scale, "right_weight": each * current.group["weight_decay"]}
             functional.combine_(current.grads, current.grads, start, **weights, found_inf=passes.found_inf)
-        return Outcome(norm=squares.sqrt(), is_scaled=False, options={i: {"lr": 1.0, "weight_decay": 0.0} for i in steps})
+        return Outcome(norm=squares.sqrt(), is_scaled=False, step_sizes=steps, options={i: {"lr": 1.0, "weight_decay": 0.0} for i in steps})
 
     def _loss(self, loss: Any, device: torch.device) -> Tensor:  # () float64
         if loss is None:

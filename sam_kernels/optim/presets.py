@@ -198,11 +198,12 @@ class MomentumSAM(SAM):
 
 
 class SAMSPS(SAM):
-    """SAM with the stochastic Polyak step size, for every λ: lr is found at each step, at most ``gamma_b`` (PyPI ``sam-sps``).
+    """SAM with the stochastic Polyak step size, for every λ: lr is found at each step, at most ``gamma_b``.
 
-    Defaults are that package's: ``f_star`` = 0, ``gamma_b`` = 1, ρ = 0.1, ``weight_decay`` = 5e-4. ``gamma_b`` is the groups' ``lr``, so
-    that schedulers apply to it. The base is ``torch.optim.SGD``, with or without momentum; the closure must return the loss. See
-    :class:`descents.Polyak`. Memory beside SAM's: none. Bytes of a step: 11 N s, with momentum 16 N s.
+    Source: arXiv 2606.01827; defaults are those of its package, PyPI ``sam-sps``: ``f_star`` = 0, ``gamma_b`` = 1, ρ = 0.1,
+    ``weight_decay`` = 5e-4. ``gamma_b`` is the groups' ``lr``, so that schedulers apply to it. The base is ``torch.optim.SGD``, with or
+    without momentum; the closure must return the loss. See :class:`descents.Polyak`. Memory beside SAM's: none. Bytes of a step: 11 N s,
+    with momentum 16 N s.
     """
 
     def __init__(
@@ -219,3 +220,8 @@ class SAMSPS(SAM):
         if "lr" in kwargs:
             raise TypeError("SAMSPS: lr is found at each step; gamma_b bounds it")
         super().__init__(params, base_optimizer, rho=rho, descent=descents.Polyak(f_star), lr=gamma_b, weight_decay=weight_decay, **kwargs)
+
+    @property
+    def last_step_sizes(self) -> list[torch.Tensor | None]:
+        """() float64 on the device for each group: γ of the last step, times 1 - momentum; None where the group had no gradient."""
+        return [self._step_sizes.get(i) for i in range(len(self.param_groups))]

@@ -118,6 +118,7 @@ class SAM(Wrapper):
         self._random_state: RandomState | None = None
         self._kept_grads = KeptGrads()
         self._loss: Any = None  # of the last pass, for rules that need it
+        self._step_sizes: dict[int, Tensor] = {}  # by group, of the last step, where a rule has chosen them
 
     # --- the step ---
 
@@ -330,6 +331,7 @@ class SAM(Wrapper):
         )
         if outcome.finish is not None:
             outcome.finish()
+        self._step_sizes = outcome.step_sizes
         self._kept_grads.forget()
         self._loss = None
         self._has_stepped = True

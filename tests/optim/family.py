@@ -64,5 +64,5 @@ MEMBERS = {
     "WSAM-decoupled": _member("WSAM", {"kappa": 0.7, "decoupled": True}),
     "LookSAM": _member("LookSAM", {"k": 3, "alpha": 0.4}),
     "MomentumSAM": _member("MomentumSAM", rho=0.1, bases=(*SGD, "adam", "adamw")),
-    "SAMSPS": _member("SAMSPS", {"f_star": 0.1, "gamma_b": 0.4}, ours={"weight_decay": 0.1}, bases=("sps", "sps-momentum"), rho=0.1),
+    "SAMSPS": _member("SAMSPS", {"f_star": 0.1, "gamma_b": 0.85}, ours={"weight_decay": 0.1}, bases=("sps", "sps-momentum"), rho=0.1),
 }

@@ -86,3 +86,18 @@ def test_the_loss_returned_is_that_of_the_first_pass(name: str) -> None:
     loss = optimizer.step(closure)
     assert loss.item() == calls[0]
     assert len(calls) == (1 if name == "MomentumSAM" else 2)
+
+
+@pytest.mark.parametrize("base", ["sps", "sps-momentum"])
+def test_the_step_size_that_was_found_is_told(base: str) -> None:
+    member, model, batch = MEMBERS["SAMSPS"], make_model(torch.float64), make_batch(torch.float64)
+    optimizer = member.make(model.parameters(), torch.optim.SGD, **BASES[base][1] | {"weight_decay": 0.0})
+    assert optimizer.last_step_sizes == [None]
+    before = weights(model)
+    optimizer.step(closure_of(optimizer, model, batch))
+    (found,) = optimizer.last_step_sizes
+    grads = [param.grad for param in model.parameters()]
+    scale = 1.0 if base == "sps-momentum" else found.item()  # with momentum .grad has become the step itself
+    for start, now, grad in zip(before, weights(model), grads, strict=True):
+        torch.testing.assert_close(start - now, scale * grad, rtol=1e-9, atol=1e-12)
+    assert 0.0 < found.item() <= 0.85
