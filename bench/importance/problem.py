@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from bench.linear_models import LinearModels
 
 __all__ = ["PROBLEMS", "Ridge", "make_problem"]
 
@@ -33,6 +36,11 @@ class Ridge:
         self.f_inf = self.f(self.minimum).item()
         # The minimum of f_i lies along a_i.
         self.mean_f_i_inf = (RIDGE * self.b.square() / (2 * self.smoothness)).mean().item()
+
+    def models(self, streams: int) -> LinearModels:
+        """This problem, once for each stream of samples."""
+        a, b = (np.broadcast_to(part.numpy(), (streams, *part.shape)) for part in (self.a, self.b))
+        return LinearModels("squares", a, b, RIDGE)
 
     def f(self, x: Tensor) -> Tensor:  # (..., d) -> (...)
         return (x @ self.a.T - self.b).square().mean(-1) / 2 + RIDGE / 2 * x.square().sum(-1)
