@@ -74,13 +74,13 @@ class LinearModels:
 
     def objective(self, x: Tensor, stream: int, batch: Batch) -> Tensor:
         """() of one point (d,): what the gradients above are those of, for autograd."""
-        a, b, weights = (torch.from_numpy(part[stream]) for part in batch)
+        a, b, weights = (torch.tensor(part[stream]) for part in batch)
         return weights @ LOSSES[self.loss].value(a @ x, b) + self.ridge / 2 * weights.sum() * (x @ x)
 
     def f(self, x: Floats) -> Floats:
         """(streams, runs) at points (streams, runs, d)."""
         a, b, weights = self.batch(None)
-        losses = LOSSES[self.loss].value(torch.from_numpy(x @ a.swapaxes(1, 2)), torch.from_numpy(b[:, None]))
+        losses = LOSSES[self.loss].value(torch.from_numpy(x @ a.swapaxes(1, 2)), torch.tensor(b[:, None]))
         return np.asarray((losses.numpy() * weights[:, None]).sum(-1) + self.ridge / 2 * (self._all.sum(1)[:, None] * (x * x).sum(-1)))
 
     def gradient_norms(self, x: Floats) -> Floats:

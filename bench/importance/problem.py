@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.linear_models import LinearModels
 
-__all__ = ["PROBLEMS", "Ridge", "make_problem"]
+__all__ = ["N", "PROBLEMS", "RIDGE", "Ridge", "make_problem", "rows_of"]
 
 N = 100
 RIDGE = 0.1
@@ -54,9 +54,14 @@ def make_problem(name: str, seed: int = 0) -> Ridge:
     """
     generator = torch.Generator().manual_seed(seed)
     eigenvalues = torch.cat([torch.tensor([1.0, 10.0]), 1 + torch.rand(N - 2, generator=generator)]).double()
-    v, u = (torch.linalg.qr(torch.randn(N, N, generator=generator, dtype=torch.float64))[0] for _ in range(2))
-    a = math.sqrt(N) * eigenvalues.sqrt()[:, None] * v.T
-    if name == "mixed":
-        a = u @ a
+    a = rows_of(eigenvalues, generator, mixed=name == "mixed")
     point, noise = torch.randn(2, N, generator=generator, dtype=torch.float64)
     return Ridge(a, a @ (point / 10) + noise)
+
+
+def rows_of(eigenvalues: Tensor, generator: torch.Generator, *, mixed: bool) -> Tensor:
+    """(n, n) A with these eigenvalues (n,) of A'A / n, float64: √n Λ^½ V', and turned by U if ``mixed``."""
+    n = len(eigenvalues)
+    v, u = (torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0] for _ in range(2))
+    a = math.sqrt(n) * eigenvalues.sqrt()[:, None] * v.T
+    return u @ a if mixed else a

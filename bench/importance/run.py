@@ -56,13 +56,14 @@ def trajectories(problem: Ridge, steps: int, seeds: int) -> Iterator[Floats]:
         yield x.reshape(len(WAYS), seeds, len(LAMBDS), -1).swapaxes(1, 2)
 
 
-def draws(samplers: Sequence[ImportanceSampler], seeds: int, steps: int) -> Iterator[Draw]:
-    """``steps`` single elements for each sampler and seed, (samplers · seeds, 1). Sampler k has the generator seeded with k."""
+def draws(samplers: Sequence[ImportanceSampler], seeds: int, steps: int, tau: int = 1) -> Iterator[Draw]:
+    """``steps`` batches of tau elements for each sampler and seed, (samplers · seeds, tau). Sampler k has the generator seeded with k."""
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(samplers))]
     for start in range(0, steps, BLOCK):
-        drawn = [sampler.draw(BLOCK * seeds, generator) for sampler, generator in zip(samplers, generators, strict=True)]
-        indices, weights = (np.stack([part[k].numpy().reshape(BLOCK, seeds) for part in drawn], 1).reshape(BLOCK, -1, 1) for k in range(2))
-        yield from zip(indices[: steps - start], weights, strict=False)
+        drawn = [sampler.draw(BLOCK * seeds * tau, generator) for sampler, generator in zip(samplers, generators, strict=True)]
+        shape = (BLOCK, len(samplers) * seeds, tau)
+        indices, weights = (np.stack([part[k].numpy().reshape(BLOCK, -1) for part in drawn], 1).reshape(shape) for k in range(2))
+        yield from zip(indices[: steps - start], weights / tau, strict=False)
 
 
 def times_of(steps: int, points: int) -> list[int]:
