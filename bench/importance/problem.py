@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.linear_models import LinearModels
 
-__all__ = ["N", "PROBLEMS", "RIDGE", "Ridge", "make_problem", "rows_of"]
+__all__ = ["PROBLEMS", "RIDGE", "N", "Ridge", "make_problem", "rows_of"]
 
 N = 100
 RIDGE = 0.1

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ Subset = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Case:
-    """|S| = ``batch`` samples a step, perturbed by gradients of ``m`` samples each: by pieces of S if m < |S|, by all data if m = N > |S|."""
+    """|S| = ``batch`` samples a step, perturbed by gradients of ``m`` samples each: pieces of S, or all data where m > |S|."""
 
     name: str
     batch: int
@@ -143,7 +142,9 @@ def measure(quick: bool, tell: Callable[[str], None]) -> Measured:
             name = f"{case.name}{', normalised' if lambd else ''}"
             rows.append({"kind": name, "batch": case.batch, "m": case.m, "lambd": lambd, "order": cut(order, 4)})
             rows[-1] |= {f"error_{k}": error for k, error in enumerate(errors, 1)}
-            points += [{"kind": name, "batch": case.batch, "m": case.m, "rho": rho, "error": e} for rho, e in zip(RADII, errors, strict=True)]
+            points += [
+                {"kind": name, "batch": case.batch, "m": case.m, "rho": rho, "error": e} for rho, e in zip(RADII, errors, strict=True)
+            ]
         tell(f"λ = {lambd:g}")
     return Measured({"samples": N, "radii": list(RADII)}, rows, points)
 
@@ -153,7 +154,9 @@ def draw(measured: Measured) -> Figure:
     for axis, lambd, title in zip(figure.subplots(1, 2, sharey=True), (0.0, 1.0), ("USAM: λ = 0", "SAM: λ = 1"), strict=True):
         for row in (row for row in measured.rows if row["lambd"] == lambd):
             errors = [row[f"error_{k}"] for k in range(1, len(RADII) + 1)]
-            axis.plot(RADII, errors, marker="o", markersize=3, label=f"{row['kind'].partition(',')[0]}, |S| = {row['batch']}, m = {row['m']}")
+            axis.plot(
+                RADII, errors, marker="o", markersize=3, label=f"{row['kind'].partition(',')[0]}, |S| = {row['batch']}, m = {row['m']}"
+            )
         axis.plot(RADII, RADII, color="#444444", linewidth=0.8, linestyle=":", label="ρ")
         axis.set(xscale="log", yscale="log", xlabel="ρ")
         axis.set_title(title, fontsize=9)

@@ -14,8 +14,8 @@ from bench.linear_models import Draw, Floats, LinearModels
 
 __all__ = ["TOLERANCE", "Column", "Experiment", "Measured", "compare", "curve", "cut", "look", "times_of", "tune_axes"]
 
-# Of one step, relative: the two ways add up the same products in another order, twice n and d <= 100 of them, of 2^-53 each and of sizes up to
-# some hundred times that of their sum.
+# Of one step, relative: the two ways add up the same products in another order, n and d <= 100 of them twice, with 2^-53 each, and
+# terms are no more than some ten times as large as their sum.
 TOLERANCE = 1e-12
 
 

@@ -100,9 +100,10 @@ def draw(measured: Measured) -> Figure:
             for way, (rate, radius) in WAYS.items():
                 shown = [point for point in measured.points if point["n"] == n and point["way"] == way and point["step"] > 0]
                 style = "--" if way.startswith("diminishing") else "-"
-                heights = [max(1e-17, point[key]) for point in shown]
+                heights = [point[key] for point in shown]
                 axis.plot([point["step"] for point in shown], heights, style, color=colors[way], label=f"{rate}; {radius}", linewidth=1.2)
             axis.set(xscale="log", yscale="log", xlabel="step")
+            axis.set_ylim(bottom=1e-10 if n == min(SIZES) else None)  # gradient descent goes on to the last bit
             axis.set_title(f"n = {n}: {label}", fontsize=9)
     axes[0][0].legend(fontsize=6.5, frameon=False)
     return tune_axes(figure)

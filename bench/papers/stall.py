@@ -1,6 +1,6 @@
 """Constant against diminishing steps of SAM on f = x'diag(1, 3)x / 2. arXiv 2401.08060.
 
-On a line where f = a x² / 2 the constant steps end in a cycle between x and -x: -x = (1 - t a) x - t a ρ, that is |∇f| = t a² ρ / (2 - t a).
+Where f = a x² / 2 the constant steps end in a cycle between x and -x: -x = (1 - t a) x - t a ρ, that is |∇f| = t a² ρ / (2 - t a).
 """
 
 from __future__ import annotations
@@ -80,10 +80,12 @@ def measure(quick: bool, tell: Callable[[str], None]) -> Measured:
 def draw(measured: Measured) -> Figure:
     figure = Figure(figsize=(6.4, 4.0))
     axis = figure.subplots()
-    colors = dict(zip(WAYS, ("#b05f3c", "#d8a583", "#7f9aa8", "#1f6f8b"), strict=True))
+    colors = dict(zip(WAYS, ("#d8a583", "#b05f3c", "#9fc3d0", "#1f6f8b"), strict=True))
     for way, (steps, radius) in WAYS.items():
         shown = [point for point in measured.points if point["way"] == way and point["start"] == "(1, 1)" and point["step"] > 0]
-        axis.plot([point["step"] for point in shown], [point["gradient_norm"] for point in shown], color=colors[way], label=f"{steps}, {radius}")
+        style = "--" if "k" in radius else "-"  # the two radii make nearly the same curve
+        times, norms = ([point[key] for point in shown] for key in ("step", "gradient_norm"))
+        axis.plot(times, norms, style, color=colors[way], label=f"{steps}, {radius}")
     axis.axhline(cycle(CURVATURES[1], T, RHO), color="#444444", linewidth=0.8, linestyle=":", label="cycle: t a² ρ / (2 − t a), a = 3")
     axis.set(xscale="log", yscale="log", xlabel="step", ylabel="‖∇f‖")
     axis.legend(fontsize=8, frameon=False)

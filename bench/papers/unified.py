@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -89,7 +89,7 @@ def bounds(c: Constants, kind: str, lambd: float, gap: float, times: Sequence[in
         rho, gamma = theory.pl_constant_steps(c.mu, c.L, c.A, c.B, lambd)
         return [theory.pl_bound(t, gap, c.mu, c.L, c.C, lambd, rho, gamma) for t in times]
     found = [gap]
-    for start, end in zip(times, times[1:], strict=False):
+    for start, end in pairwise(times):
         first, last = (theory.pl_decreasing_steps(t, c.mu, c.L, c.A, c.B, lambd) for t in (start, end - 1))
         floor = theory.pl_floor(c.mu, c.L, c.C, lambd, *first)
         found.append(floor + (1 - last[1] * c.mu) ** (end - start) * max(0.0, found[-1] - floor))
@@ -166,9 +166,10 @@ def draw(measured: Measured) -> Figure:
                 chosen = {"sampling": sampling, "steps": kind, "lambd": lambd}
                 shown = [point for point in measured.points if point["step"] > 0 and chosen.items() <= point.items()]
                 color, times = colormaps["viridis"](0.9 * lambd), [point["step"] for point in shown]
-                axis.plot(times, [max(1e-17, point["gap"]) for point in shown], color=color, label=f"λ = {lambd:g}")
+                axis.plot(times, [point["gap"] for point in shown], color=color, label=f"λ = {lambd:g}")
                 axis.plot(times, [point["bound"] for point in shown], color=color, linestyle="--", linewidth=0.8)
             axis.set(xscale="log", yscale="log", xlabel="step", ylabel="f(x) − f*")
+            axis.set_ylim(bottom=1e-10 if sampling == "full" else None)  # λ = 0 goes on to the last bit
             axis.set_title(f"{titles[column]}: {kind} steps", fontsize=9)
     axes[0][0].legend(fontsize=7, frameon=False)
     return tune_axes(figure)
