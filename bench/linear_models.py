@@ -36,7 +36,7 @@ def _log_slope(z: Floats, b: Floats) -> Floats:
 LOSSES = {
     "squares": Loss(lambda z, b: (z - b) ** 2 / 2, lambda z, b: z - b, 1.0),
     # tanh neither overflows nor needs another library.
-    "logistic": Loss(lambda z, b: torch.nn.functional.softplus(-b * z), lambda z, b: -b * (0.5 - 0.5 * np.tanh(0.5 * b * z)), 0.25),
+    "logistic": Loss(lambda z, b: -torch.nn.functional.logsigmoid(b * z), lambda z, b: -b * (0.5 - 0.5 * np.tanh(0.5 * b * z)), 0.25),
     "log": Loss(lambda z, b: torch.log1p((z - b) ** 2), _log_slope, 2.0),
 }
 

@@ -132,7 +132,7 @@ def measure(quick: bool, tell: Callable[[str], None]) -> Measured:
     plain = gradient_of(lambda x: problem.losses(x).mean(), problem.start)
     rows, points = [], []
     for lambd in (0.0, 1.0):
-        for case in CASES[:5:2] if quick else CASES:
+        for case in (CASES[0], CASES[2], CASES[6]) if quick else CASES:
             wanted = gradient_of(regulariser(problem, lambd, case.m), problem.start)
             errors = []
             for rho in RADII:

@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 from bench import batched
 from bench.linear_models import Draw, Floats, LinearModels
 
-__all__ = ["TOLERANCE", "Column", "Experiment", "Measured", "compare", "curve", "cut", "look", "times_of", "tune_axes"]
+__all__ = ["COMPARED", "TOLERANCE", "Column", "Experiment", "Measured", "compare", "curve", "cut", "look", "times_of", "tune_axes"]
 
 # Of one step, relative: the two ways add up the same products in another order, n and d <= 100 of them twice, with 2^-53 each, and
 # terms are no more than some ten times as large as their sum.
 TOLERANCE = 1e-12
+COMPARED = {False: 300, True: 30}  # steps that are compared, by whether the run is a quick one
 
 
 @dataclass

@@ -102,7 +102,7 @@ def batches(streams: int, number: int) -> Iterator[Draw]:
         yield np.array([[int(index) for index in next(sampler)] for sampler in samplers]), weights
 
 
-def measure_class(kind: ProblemClass, tuning: int, evaluation: int) -> tuple[Grid, Floats, dict[str, Any]]:
+def measure_class(kind: ProblemClass, tuning: int, evaluation: int, compared: int) -> tuple[Grid, Floats, dict[str, Any]]:
     """The grid, and (metrics, instances, runs): f - f* in training and the test loss, means over the last fifth of the steps."""
     streams, grid = tuning + evaluation, Grid.of(LOSSES[kind.loss].curvature)
     models, test = make(kind, streams)
@@ -110,7 +110,7 @@ def measure_class(kind: ProblemClass, tuning: int, evaluation: int) -> tuple[Gri
     start, plan = np.zeros((streams, len(grid.runs), D)), grid.steps()
     # A subset of the runs, so that the comparison does not make all of them.
     few = Grid(grid.runs[:: max(1, len(grid.runs) // 24)])
-    settings = compare(models, start[:, : len(few.runs)], list(batches(streams, 200)), few.steps(), 12)
+    settings = compare(models, start[:, : len(few.runs)], list(batches(streams, compared)), few.steps(), 12)
 
     def see(x: Floats) -> Floats:
         return np.stack([models.f(x) - lowest, test.f(x)])

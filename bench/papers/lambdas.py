@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.papers.experiment import Column, Experiment, Measured, tune_axes
+from bench.papers.experiment import COMPARED, Column, Experiment, Measured, tune_axes
 from bench.papers.lambda_choice import MIXES, Chosen, Mix, as_shown, choose, effects, row_of
 from bench.papers.lambda_digits import RADII as DIGITS_RADII
 from bench.papers.lambda_digits import RATES as DIGITS_RATES
@@ -30,7 +30,9 @@ DATA = "digits"
 
 def measure(quick: bool, tell: Callable[[str], None]) -> Measured:
     tuning, evaluation = (2, 3) if quick else (6, 20)
-    budget = Budget(epochs=1, tuning=1, evaluation=2, mixes=(0.0, 1.0)) if quick else Budget(epochs=10, tuning=2, evaluation=6)
+    budget = Budget(epochs=10, tuning=2, evaluation=6)
+    if quick:
+        budget = Budget(epochs=1, tuning=1, evaluation=2, mixes=(0.0, 1.0), batch_size=256)
     settings: dict[str, Any] = {"tuning": tuning, "evaluation": evaluation, "radii": list(RADII), "rates": list(RATES)}
     rows: list[dict[str, Any]] = []
     points: list[dict[str, Any]] = []
@@ -45,7 +47,7 @@ def measure(quick: bool, tell: Callable[[str], None]) -> Measured:
     for name, problem in CLASSES.items():
         if quick and name not in ("squares_10", "logistic"):
             continue
-        grid, found, settings[name] = measure_class(replace(problem, steps=60) if quick else problem, tuning, evaluation)
+        grid, found, settings[name] = measure_class(replace(problem, steps=60) if quick else problem, tuning, evaluation, COMPARED[quick])
         for score, values in zip(SCORES, found, strict=True):
             add(problem.title, score, "ratio", choose(grid.runs, np.log(values), tuning))
         tell(problem.title)

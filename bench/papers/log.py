@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from bench import batched
 from bench.linear_models import Floats, LinearModels
-from bench.papers.experiment import Column, Experiment, Measured, compare, curve, cut, look, times_of, tune_axes
+from bench.papers.experiment import COMPARED, Column, Experiment, Measured, compare, curve, cut, look, times_of, tune_axes
 
 __all__ = ["EXPERIMENT", "WAYS", "make_models"]
 
@@ -55,14 +55,14 @@ def steps_of(models: LinearModels) -> batched.Steps:
 
 
 def measure(quick: bool, tell: Callable[[str], None]) -> Measured:
-    number = 2000 if quick else 30_000
+    number = 500 if quick else 30_000
     times = times_of(number, 120)
     settings: dict[str, Any] = {"steps": number, "instances": INSTANCES}
     rows, points = [], []
     for n in SIZES[:2] if quick else SIZES:
         models = make_models(n)
         start, steps = np.zeros((INSTANCES, len(WAYS), n)), steps_of(models)
-        settings[f"n_{n}"] = compare(models, start, [None] * 300, steps, len(WAYS))
+        settings[f"n_{n}"] = compare(models, start, [None] * COMPARED[quick], steps, len(WAYS))
 
         def see(x: Floats, models: LinearModels = models) -> Floats:
             return np.stack([models.gradient_norms(x), models.f(x)])

@@ -41,7 +41,7 @@ def schedule_of(name: str) -> Callable[[Optimizer], LRScheduler]:
 
 
 def measure(quick: bool, tell: Callable[[str], None]) -> Measured:
-    epochs, seeds = (2, 2) if quick else (20, SEEDS)
+    epochs, seeds = (1, 2) if quick else (20, SEEDS)
     data, base = load(DATA), BASES["sgd"]
     settings = Settings("sgd", LR, base.weight_decay, None, 1.0)
     plan = Plan(epochs, 64, 0.0)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from bench import batched
 from bench.linear_models import Floats, LinearModels
-from bench.papers.experiment import Column, Experiment, Measured, compare, curve, cut, look, times_of, tune_axes
+from bench.papers.experiment import COMPARED, Column, Experiment, Measured, compare, curve, cut, look, times_of, tune_axes
 
 __all__ = ["EXPERIMENT", "cycle"]
 
@@ -53,7 +53,7 @@ def measure(quick: bool, tell: Callable[[str], None]) -> Measured:
         return np.where(almost, RHO / k**P, RHO)
 
     steps = batched.Steps(rho, 1.0, gamma)
-    settings: dict[str, Any] = {"steps": number, **compare(models, start, [None] * 300, steps, len(ways))}
+    settings: dict[str, Any] = {"steps": number, **compare(models, start, [None] * COMPARED[quick], steps, len(ways))}
     norms = look(models, start, (None for _ in range(number)), steps, times, models.gradient_norms)[:, 0]
     rows, points = [], []
     for way in WAYS:

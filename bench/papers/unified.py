@@ -20,7 +20,7 @@ from bench import batched
 from bench.importance.problem import N, Ridge, make_problem, rows_of
 from bench.importance.run import draws
 from bench.linear_models import Draw, Floats, LinearModels
-from bench.papers.experiment import Column, Experiment, Measured, compare, curve, cut, look, times_of, tune_axes
+from bench.papers.experiment import COMPARED, Column, Experiment, Measured, compare, curve, cut, look, times_of, tune_axes
 from sam_kernels import theory
 from sam_kernels.sampling import ImportanceSampler
 
@@ -105,7 +105,7 @@ def measure(quick: bool, tell: Callable[[str], None]) -> Measured:
     models, constants = least_squares()
     start, times = np.zeros((1, len(runs), N)), times_of(full_steps, 120)
     steps = schedule([constants], runs)
-    settings["full"] = compare(models, start, [None] * 300, steps, 6)
+    settings["full"] = compare(models, start, [None] * COMPARED[quick], steps, 6)
     gaps = look(models, start, (None for _ in range(full_steps)), steps, times, models.f)
     rows, points = _rows("full", constants, runs, times, gaps[:, 0])
     tell("least squares")
@@ -120,7 +120,7 @@ def measure(quick: bool, tell: Callable[[str], None]) -> Measured:
     def batches(number: int) -> Iterator[Draw]:
         return draws(list(samplers.values()), seeds, number, TAU)
 
-    settings["ridge"] = compare(models, start, list(batches(300)), steps, 12)
+    settings["ridge"] = compare(models, start, list(batches(COMPARED[quick])), steps, 12)
     gaps = look(models, start, batches(ridge_steps), steps, times, lambda x: models.f(x) - problem.f_inf)
     means = gaps.reshape(len(times), len(samplers), seeds, len(runs)).mean(2)
     for k, sampling in enumerate(samplers):
