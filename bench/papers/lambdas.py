@@ -5,6 +5,7 @@ Everything is chosen on some seeds (of the digits: on held-out training images) 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -86,13 +87,24 @@ def _panel(axis: Axes, points: list[dict[str, Any]], title: str) -> None:
     for score, color, aside in zip(scores, ("#b05f3c", "#1f6f8b"), (-0.15, 0.15), strict=False):
         shown = [point for point in points if point["score"] == score]
         places, heights = [names.index(str(point["lambd"])) + aside for point in shown], [point["effect"] for point in shown]
-        errors = [2 * point["standard_error"] for point in shown]
-        axis.errorbar(places, heights, errors, fmt="o", markersize=3, linewidth=1, color=color, label=score)
+        errors = [_bars(point) for point in shown]
+        axis.errorbar(places, heights, np.transpose(errors), fmt="o", markersize=3, linewidth=1, color=color, label=score)
     axis.axhline(1.0 if is_ratio else 0.0, color="#444444", linewidth=0.8)
+    if is_ratio and max(point["effect"] for point in points) > 2:
+        axis.set_yscale("log")
+    elif is_ratio:  # no closer look than at a few percent
+        low, high = axis.get_ylim()
+        axis.set_ylim(min(low, 0.97), max(high, 1.03))
     axis.set_xticks(range(len(names)), names, rotation=90)
     axis.set_title(title, fontsize=9)
     axis.set_ylabel("over SGD's" if is_ratio else "less SGD's, points", fontsize=8)
     axis.legend(fontsize=6.5, frameon=False)
+
+
+def _bars(point: dict[str, Any]) -> tuple[float, float]:
+    """Two standard errors down and up; of a geometric mean they are factors."""
+    mean, error = point["effect"], 2 * point["standard_error"]
+    return (mean - mean * math.exp(-error / mean), mean * math.exp(error / mean) - mean) if point["kind"] == "ratio" else (error, error)
 
 
 def _mix(lambd: float | str) -> str:
@@ -100,7 +112,10 @@ def _mix(lambd: float | str) -> str:
 
 
 def _effect(value: tuple[float, float]) -> str:
-    return f"{value[0]:.3g} ± {value[1]:.1g}"
+    """Two digits of the error, four decimals at most."""
+    mean, error = value
+    decimals = min(4, max(0, 1 - math.floor(math.log10(error)))) if error > 0 else 4
+    return f"{mean:.{decimals}f} ± {error:.{decimals}f}"
 
 
 def _alike(lambds: list[float | str]) -> str:

@@ -44,7 +44,7 @@ def measure(quick: bool, tell: Callable[[str], None]) -> Measured:
     epochs, seeds = (1, 2) if quick else (20, SEEDS)
     data, base = load(DATA), BASES["sgd"]
     settings = Settings("sgd", LR, base.weight_decay, None, 1.0)
-    plan = Plan(epochs, 64, 0.0)
+    plan = Plan(epochs, 256 if quick else 64, 0.0)
     rows, points = [], []
     for optimizer, title in OPTIMIZERS.items():
         for name in SCHEDULES:

@@ -23,6 +23,9 @@ from bench.papers.experiments import EXPERIMENTS
 from bench.papers.lambda_choice import MIXES, SGD, Chosen, choose, row_of
 from bench.papers.lambda_problems import CLASSES, Grid, batches, make, minima
 from sam_kernels import theory
+from sam_kernels.cli._train_data import Digits, load
+from sam_kernels.cli._train_optimizers import Settings
+from sam_kernels.cli._train_run import Plan, run
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,8 +88,8 @@ def test_what_is_looked_at_is_at_the_times_asked_for() -> None:
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("papers")
-    run = CliRunner().invoke(main, ["--quick", "--no-gate", "--out", str(folder), "--json", str(folder / "out.json")])
-    assert run.exit_code == 0, run.output
+    result = CliRunner().invoke(main, ["--quick", "--no-gate", "--out", str(folder), "--json", str(folder / "out.json")])
+    assert result.exit_code == 0, result.output
     return folder, json.loads((folder / "out.json").read_text())["experiments"]
 
 
@@ -181,6 +184,21 @@ def test_learning_rates_of_the_epochs(name: str, rates: list[float]) -> None:
         schedule.step()
 
 
+def test_a_run_follows_the_learning_rate_of_its_epoch() -> None:
+    data = load(schedules.DATA)
+    few = Digits(data.train_images[:64], data.train_labels[:64], data.test_images[:8], data.test_labels[:8])
+    made: list[torch.optim.Optimizer] = []
+
+    def schedule(optimizer: torch.optim.Optimizer) -> Any:
+        made.append(optimizer)
+        return schedules.schedule_of("Diminish 1")(optimizer)
+
+    rates: list[float] = []  # of the epoch to come
+    settings = Settings("sgd", schedules.LR, 0.0, 0.05, 1.0)
+    run("sam", 0, few, settings, Plan(3, 32, 0.0), schedule=schedule, advance=lambda: rates.append(made[0].param_groups[0]["lr"]))
+    assert rates == pytest.approx([0.1 / 2, 0.1 / 3, 0.1 / 4])
+
+
 def test_the_drift_is_the_gradient_of_the_regularised_loss(quick: tuple[Path, dict[str, Any]]) -> None:
     for row in quick[1]["drift"]["rows"]:
         assert row["order"] == pytest.approx(1.0, abs=0.02)
@@ -192,6 +210,13 @@ def test_batches_are_cut_in_every_way() -> None:
         found = {tuple(sorted(pieces)) for pieces in drift.partitions(tuple(range(size)), m)}
         assert len(found) == len(list(drift.partitions(tuple(range(size)), m))) == count
         assert all(sorted(sum(pieces, ())) == list(range(size)) for pieces in found)
+
+
+def test_the_drift_depends_on_the_size_of_the_pieces_alone() -> None:
+    problem = drift.Problem()
+    for lambd in (0.0, 1.0):
+        whole, pieces = (drift.drift(problem, drift.Case("", batch, 2), lambd, 0.1) for batch in (2, 4))
+        torch.testing.assert_close(whole, pieces, rtol=1e-13, atol=1e-14)
 
 
 @pytest.mark.parametrize("m", [1, 4])
@@ -269,8 +294,8 @@ def entries() -> dict[str, Any]:
 
 def test_the_page_shows_the_stored_result(tmp_path: Path) -> None:
     assert list(entries()) == list(EXPERIMENTS)
-    run = CliRunner().invoke(report.main, [str(stored()), "--check"])
-    assert run.exit_code == 0, run.output
+    result = CliRunner().invoke(report.main, [str(stored()), "--check"])
+    assert result.exit_code == 0, result.output
     page = (ROOT / "docs/papers.md").read_text()
     for name, entry in entries().items():
         assert entry["gate"].startswith("passed")
@@ -299,9 +324,16 @@ def test_the_stored_runs_show_what_the_page_says() -> None:
     for n in log.SIZES:
         ends = {row["way"]: row["gradient_norm"] for row in found["log"]["rows"] if row["n"] == n}
         assert ends["diminishing"] < 0.1 * ends["slow"]
+        assert ends["gradient"] < min(ends[way] for way in log.WAYS if "gradient" not in way)
+    for row in found["lambda"]["rows"]:
+        assert set(row["alike"]) <= set(MIXES)
+        if row["kind"] == "ratio":
+            assert row["effect"][0] > 0.97  # no λ gains more on a linear model
+        elif row["problem"].startswith("digits, 40%"):
+            assert max(row[f"effect_{lambd}"][0] + 2 * row[f"effect_{lambd}"][1] for lambd in (0.0, 0.5, 1.0, "1/t", "1-1/t")) < 0
 
 
 def test_a_quick_run_is_not_stored() -> None:
-    run = CliRunner().invoke(main, ["--quick", "--store"])
-    assert run.exit_code == 2
-    assert "--quick" in run.output
+    result = CliRunner().invoke(main, ["--quick", "--store"])
+    assert result.exit_code == 2
+    assert "--quick" in result.output
