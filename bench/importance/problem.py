@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["PROBLEMS", "Ridge", "make_problem"]
+from bench.linear_models import LinearModels
+
+__all__ = ["PROBLEMS", "RIDGE", "N", "Ridge", "make_problem", "rows_of"]
 
 N = 100
 RIDGE = 0.1
@@ -34,6 +37,11 @@ class Ridge:
         # The minimum of f_i lies along a_i.
         self.mean_f_i_inf = (RIDGE * self.b.square() / (2 * self.smoothness)).mean().item()
 
+    def models(self, streams: int) -> LinearModels:
+        """This problem, once for each stream of samples."""
+        a, b = (np.broadcast_to(part.numpy(), (streams, *part.shape)) for part in (self.a, self.b))
+        return LinearModels("squares", a, b, RIDGE)
+
     def f(self, x: Tensor) -> Tensor:  # (..., d) -> (...)
         return (x @ self.a.T - self.b).square().mean(-1) / 2 + RIDGE / 2 * x.square().sum(-1)
 
@@ -46,9 +54,14 @@ def make_problem(name: str, seed: int = 0) -> Ridge:
     """
     generator = torch.Generator().manual_seed(seed)
     eigenvalues = torch.cat([torch.tensor([1.0, 10.0]), 1 + torch.rand(N - 2, generator=generator)]).double()
-    v, u = (torch.linalg.qr(torch.randn(N, N, generator=generator, dtype=torch.float64))[0] for _ in range(2))
-    a = math.sqrt(N) * eigenvalues.sqrt()[:, None] * v.T
-    if name == "mixed":
-        a = u @ a
+    a = rows_of(eigenvalues, generator, mixed=name == "mixed")
     point, noise = torch.randn(2, N, generator=generator, dtype=torch.float64)
     return Ridge(a, a @ (point / 10) + noise)
+
+
+def rows_of(eigenvalues: Tensor, generator: torch.Generator, *, mixed: bool) -> Tensor:
+    """(n, n) A with these eigenvalues (n,) of A'A / n, float64: √n Λ^½ V', and turned by U if ``mixed``."""
+    n = len(eigenvalues)
+    v, u = (torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0] for _ in range(2))
+    a = math.sqrt(n) * eigenvalues.sqrt()[:, None] * v.T
+    return u @ a if mixed else a

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bench.importance.problem import RIDGE, Ridge
+from bench import batched
+from bench.importance.problem import Ridge
+from bench.linear_models import Draw, Floats
 from sam_kernels import theory
 from sam_kernels.sampling import ImportanceSampler
 
-__all__ = ["LAMBDS", "WAYS", "measure", "rate_of", "steps_of", "times_of", "trajectories"]
+__all__ = ["LAMBDS", "WAYS", "draws", "measure", "rate_of", "steps_of", "times_of", "trajectories"]
 
-Floats = NDArray[np.float64]
 LAMBDS = (0.0, 0.5, 1.0)
 # Importance sampling twice: every draw's objective is L_avg-smooth, which allows longer steps than the paper's L_max.
 WAYS = {"uniform": "uniform", "importance_l_max": "importance, steps for L_max", "importance": "importance, steps for L_avg"}
@@ -46,30 +47,23 @@ def steps_of(problem: Ridge, way: str, lambd: float) -> Steps:
 def trajectories(problem: Ridge, steps: int, seeds: int) -> Iterator[Floats]:
     """The points x of all runs, (ways, λ, seeds, d), after each of 1, 2, … ``steps`` steps from 0. Runs that differ in λ alone see the
     same samples."""
-    a, b = problem.a.numpy(), problem.b.numpy()
-    shape = (len(WAYS), len(LAMBDS), seeds)
-    theirs = [[steps_of(problem, way, lambd) for lambd in LAMBDS] for way in WAYS]
-    rho, gamma = (
-        np.broadcast_to(np.array([[getattr(s, key) for s in row] for row in theirs])[:, :, None], shape).ravel() for key in ("rho", "gamma")
-    )
-    lambd = np.broadcast_to(np.array(LAMBDS)[None, :, None], shape).ravel()
-    samplers = [ImportanceSampler(lipschitz=torch.ones(len(b)) if way == "uniform" else problem.smoothness) for way in WAYS]
-    generators = [torch.Generator().manual_seed(seed) for seed in range(len(WAYS))]
-    x = np.zeros((math.prod(shape), a.shape[1]))
+    theirs = [[steps_of(problem, way, lambd) for lambd in LAMBDS] for way in WAYS for _ in range(seeds)]
+    rho, gamma = (np.array([[getattr(each, key) for each in row] for row in theirs]) for key in ("rho", "gamma"))
+    samplers = [ImportanceSampler(lipschitz=torch.ones(len(problem.b)) if way == "uniform" else problem.smoothness) for way in WAYS]
+    models = problem.models(len(theirs))
+    runs = batched.Steps(rho, np.array(LAMBDS), gamma)
+    for x in batched.trajectories(models, np.zeros((*rho.shape, models.d)), draws(samplers, seeds, steps), runs):
+        yield x.reshape(len(WAYS), seeds, len(LAMBDS), -1).swapaxes(1, 2)
+
+
+def draws(samplers: Sequence[ImportanceSampler], seeds: int, steps: int, tau: int = 1) -> Iterator[Draw]:
+    """``steps`` batches of tau elements for each sampler and seed, (samplers · seeds, tau). Sampler k has the generator seeded with k."""
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(samplers))]
     for start in range(0, steps, BLOCK):
-        drawn = [sampler.draw(BLOCK * seeds, generator) for sampler, generator in zip(samplers, generators, strict=True)]
-        indices, weights = (
-            np.broadcast_to(np.stack([part[k].numpy().reshape(BLOCK, 1, seeds) for part in drawn], 1), (BLOCK, *shape)).reshape(BLOCK, -1)
-            for k in range(2)
-        )
-        for i, w in zip(indices[: steps - start], weights, strict=False):
-            row, target = a[i], b[i]
-            g = row * (w * (np.einsum("ij,ij->i", row, x) - target))[:, None] + (RIDGE * w)[:, None] * x
-            ascent = rho * (1 - lambd + lambd / np.sqrt(np.einsum("ij,ij->i", g, g)))
-            there = x + ascent[:, None] * g
-            residual = np.einsum("ij,ij->i", row, there) - target
-            x = x - row * (gamma * w * residual)[:, None] - (gamma * w * RIDGE)[:, None] * there
-            yield x.reshape(*shape, -1)
+        drawn = [sampler.draw(BLOCK * seeds * tau, generator) for sampler, generator in zip(samplers, generators, strict=True)]
+        shape = (BLOCK, len(samplers) * seeds, tau)
+        indices, weights = (np.stack([part[k].numpy().reshape(BLOCK, -1) for part in drawn], 1).reshape(shape) for k in range(2))
+        yield from zip(indices[: steps - start], weights / tau, strict=False)
 
 
 def times_of(steps: int, points: int) -> list[int]:

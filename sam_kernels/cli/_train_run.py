@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from sam_kernels.cli._train_clock import StepClock
 from sam_kernels.cli._train_data import Digits, flip_labels
@@ -49,8 +50,12 @@ def run(
     plan: Plan,
     *,
     advance: Callable[[], None] = lambda: None,
+    schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
 ) -> Run:
-    """Initial weights, flipped labels and batches depend on ``seed`` alone. Calls ``advance`` after each epoch."""
+    """Initial weights, flipped labels and batches depend on ``seed`` alone. Calls ``advance`` after each epoch.
+
+    ``schedule`` makes what the learning rate follows, a step an epoch; a cosine to 0, a step a step, where it is None.
+    """
     device = data.train_images.device
     labels = flip_labels(data.train_labels.cpu(), plan.label_noise, seed).to(device)
     torch.manual_seed(seed)
@@ -58,7 +63,8 @@ def run(
     optimizer = build(name, model, settings, seed)
     batches = torch.Generator().manual_seed(seed)
     steps_per_epoch = len(labels) // plan.batch_size
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=plan.epochs * steps_per_epoch)
+    by_step = None if schedule else CosineAnnealingLR(optimizer, T_max=plan.epochs * steps_per_epoch)
+    by_epoch = schedule(optimizer) if schedule else None
     result = Run(name, seed)
     clock = StepClock(device)
     step = _StepOf(name, model, optimizer, settings, clock)
@@ -69,7 +75,10 @@ def run(
         for batch in torch.split(order, plan.batch_size):
             chosen = batch.to(device)
             losses.append(step(data.train_images[chosen], labels[chosen]))
-            schedule.step()
+            if by_step is not None:
+                by_step.step()
+        if by_epoch is not None:
+            by_epoch.step()
         result.train_loss.append(torch.stack(losses).mean().item())
         result.test_accuracy.append(_accuracy(model, data.test_images, data.test_labels))
         advance()

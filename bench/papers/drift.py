@@ -1,0 +1,179 @@
+"""The mean step of SAM, USAM, m-SAM and n-SAM over every mini-batch, against the gradients of the regularised losses. arXiv 2509.18001."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import sam_kernels
+from bench.papers.experiment import Column, Experiment, Measured, cut, tune_axes
+
+__all__ = ["CASES", "EXPERIMENT", "RADII", "Case", "Problem", "drift", "partitions", "regulariser"]
+
+N = 8  # samples
+RADII = (1e-1, 1e-2, 1e-3, 1e-4)
+Subset = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """|S| = ``batch`` samples a step, perturbed by gradients of ``m`` samples each: pieces of S, or all data where m > |S|."""
+
+    name: str
+    batch: int
+    m: int
+
+
+CASES = (
+    Case("mini-batch", 2, 2),
+    Case("mini-batch", 4, 4),
+    Case("mini-batch", 8, 8),
+    Case("m", 4, 1),
+    Case("m", 4, 2),
+    Case("m", 8, 2),
+    Case("m", 8, 4),
+    Case("n", 2, 8),
+    Case("n", 4, 8),
+)
+
+
+class Problem:
+    """f_i(W, v) = (v'tanh(W a_i) - b_i)² / 2 with two hidden units, three inputs and N samples: 8 numbers, float64."""
+
+    def __init__(self, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.inputs, self.targets, self.start = (
+            torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((N, 3), (N,), (8,))
+        )
+
+    def losses(self, x: Tensor) -> Tensor:  # (8,) -> (N,)
+        return (torch.tanh(self.inputs @ x[:6].reshape(2, 3).T) @ x[6:] - self.targets) ** 2 / 2
+
+    def gradients(self, x: Tensor) -> Tensor:
+        """(N, 8): of every sample, differentiable."""
+        rows = [torch.autograd.grad(loss, x, create_graph=True)[0] for loss in self.losses(x)]
+        return torch.stack(rows)
+
+
+def partitions(samples: Subset, m: int) -> Iterator[list[Subset]]:
+    """Every way to cut the samples into pieces of m, whatever their order."""
+    if not samples:
+        yield []
+        return
+    for others in combinations(samples[1:], m - 1):
+        left = tuple(sample for sample in samples[1:] if sample not in others)
+        for rest in partitions(left, m):
+            yield [(samples[0], *others), *rest]
+
+
+def regulariser(problem: Problem, lambd: float, m: int) -> Callable[[Tensor], Tensor]:
+    """R of the regularised loss f + ρ R. V is the covariance of one sample's gradient.
+
+    λ = 0: ‖∇f‖² / 2 + tr V (N - m) / (N - 1) / (2 m), drawn without replacement. λ = 1: E‖∇f_I‖, |I| = m.
+    """
+
+    def of_squares(x: Tensor) -> Tensor:
+        gradients = problem.gradients(x)
+        mean = gradients.mean(0)
+        variance = (gradients - mean).square().sum(1).mean()
+        return mean.square().sum() / 2 + variance * (N - m) / (N - 1) / (2 * m)
+
+    def of_norms(x: Tensor) -> Tensor:
+        gradients = problem.gradients(x)
+        return torch.stack([gradients[list(chosen)].mean(0).norm() for chosen in combinations(range(N), m)]).mean()
+
+    return of_norms if lambd else of_squares
+
+
+def drift(problem: Problem, case: Case, lambd: float, rho: float) -> Tensor:
+    """(8,): the mean of x - x⁺ over every mini-batch and every way to cut it, at learning rate 1, by :class:`sam_kernels.UnifiedSAM`."""
+    x = problem.start.clone().requires_grad_()
+    optimizer = sam_kernels.UnifiedSAM([x], torch.optim.SGD, rho=rho, lambd=lambd, lr=1.0)
+
+    def closure_of(chosen: Subset) -> Callable[[], Tensor]:
+        def closure() -> Tensor:
+            x.grad = None
+            loss = problem.losses(x)[list(chosen)].mean()
+            loss.backward()
+            return loss
+
+        return closure
+
+    moved = []
+    for samples in combinations(range(N), case.batch):
+        for pieces in partitions(samples, min(case.m, case.batch)):
+            x.data.copy_(problem.start)
+            if case.m > case.batch:
+                optimizer.step(closure_of(samples), ascent_closure=closure_of(tuple(range(N))))
+            else:
+                optimizer.step([closure_of(piece) for piece in pieces])
+            moved.append(problem.start - x.detach())
+    return torch.stack(moved).mean(0)
+
+
+def gradient_of(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    x = at.clone().requires_grad_()
+    return torch.autograd.grad(function(x), x)[0]
+
+
+def order_of(radii: Sequence[float], errors: Sequence[float]) -> float:
+    """Slope of log error over log ρ."""
+    return float(np.polyfit(np.log(radii), np.log(errors), 1)[0])
+
+
+def measure(quick: bool, tell: Callable[[str], None]) -> Measured:
+    problem = Problem()
+    plain = gradient_of(lambda x: problem.losses(x).mean(), problem.start)
+    rows, points = [], []
+    for lambd in (0.0, 1.0):
+        for case in (CASES[0], CASES[2], CASES[6]) if quick else CASES:
+            wanted = gradient_of(regulariser(problem, lambd, case.m), problem.start)
+            errors = []
+            for rho in RADII:
+                left = (drift(problem, case, lambd, rho) - plain) / rho - wanted
+                errors.append(cut((left.norm() / wanted.norm()).item(), 3))
+            order = order_of(RADII[1:], errors[1:])  # at 0.1 the next orders show
+            name = f"{case.name}{', normalised' if lambd else ''}"
+            rows.append({"kind": name, "batch": case.batch, "m": case.m, "lambd": lambd, "order": cut(order, 4)})
+            rows[-1] |= {f"error_{k}": error for k, error in enumerate(errors, 1)}
+            points += [
+                {"kind": name, "batch": case.batch, "m": case.m, "rho": rho, "error": e} for rho, e in zip(RADII, errors, strict=True)
+            ]
+        tell(f"λ = {lambd:g}")
+    return Measured({"samples": N, "radii": list(RADII)}, rows, points)
+
+
+def draw(measured: Measured) -> Figure:
+    figure = Figure(figsize=(7.6, 3.6))
+    for axis, lambd, title in zip(figure.subplots(1, 2, sharey=True), (0.0, 1.0), ("USAM: λ = 0", "SAM: λ = 1"), strict=True):
+        for row in (row for row in measured.rows if row["lambd"] == lambd):
+            errors = [row[f"error_{k}"] for k in range(1, len(RADII) + 1)]
+            axis.plot(
+                RADII, errors, marker="o", markersize=3, label=f"{row['kind'].partition(',')[0]}, |S| = {row['batch']}, m = {row['m']}"
+            )
+        axis.plot(RADII, RADII, color="#444444", linewidth=0.8, linestyle=":", label="ρ")
+        axis.set(xscale="log", yscale="log", xlabel="ρ")
+        axis.set_title(title, fontsize=9)
+    figure.axes[0].set_ylabel("‖(drift − ∇f) / ρ − ∇R‖ / ‖∇R‖", fontsize=8)
+    figure.axes[0].legend(fontsize=6.5, frameon=False)
+    return tune_axes(figure)
+
+
+EXPERIMENT = Experiment(
+    "What SAM regularises",
+    (
+        Column("kind", "perturbed by"),
+        Column("batch", "batch"),
+        Column("m", "m"),
+        *(Column(f"error_{k}", f"ρ = {rho:g}", lambda value: f"{value:.2g}") for k, rho in enumerate(RADII, 1)),
+        Column("order", "order in ρ", lambda value: f"{value:.2f}"),
+    ),
+    measure,
+    draw,
+)

@@ -1,0 +1,97 @@
+"""What an experiment is, and what all of them share: times to look at, the comparison with the optimizer, cells of tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from bench import batched
+from bench.linear_models import Draw, Floats, LinearModels
+
+__all__ = ["COMPARED", "TOLERANCE", "Column", "Experiment", "Measured", "compare", "curve", "cut", "look", "times_of", "tune_axes"]
+
+# Of one step, relative: the two ways add up the same products in another order, n and d <= 100 of them twice, with 2^-53 each, and
+# terms are no more than some ten times as large as their sum.
+TOLERANCE = 1e-12
+COMPARED = {False: 300, True: 30}  # steps that are compared, by whether the run is a quick one
+
+
+@dataclass
+class Measured:
+    settings: dict[str, Any]
+    rows: list[dict[str, Any]]  # of the table
+    points: list[dict[str, Any]] = field(default_factory=list)  # of the figure: goes into the CSV
+
+
+@dataclass(frozen=True)
+class Column:
+    key: str
+    heading: str
+    shown: Callable[[Any], str] = str
+
+
+@dataclass(frozen=True)
+class Experiment:
+    title: str
+    columns: Sequence[Column]
+    measure: Callable[[bool, Callable[[str], None]], Measured]  # quick, and what is told how far it is
+    draw: Callable[[Measured], Figure]
+
+    def cells(self, row: dict[str, Any]) -> list[str]:
+        return ["–" if row[column.key] is None else column.shown(row[column.key]) for column in self.columns]
+
+
+def times_of(steps: int, points: int) -> list[int]:
+    """0, 1 and about ``points`` steps up to the last one, in geometric progression."""
+    return [0, *np.unique(np.geomspace(1, steps, points).round().astype(int)).tolist()]
+
+
+def look(
+    models: LinearModels,
+    start: Floats,
+    draws: Iterable[Draw],
+    steps: batched.Steps,
+    times: Sequence[int],
+    see: Callable[[Floats], Floats],
+) -> Floats:
+    """``see`` of the points at ``times``, of which the first is 0: (times, …)."""
+    found, wanted = [see(start)], iter([*times[1:], 0])
+    following = next(wanted)
+    with np.errstate(over="ignore", invalid="ignore"):  # a step that is too long diverges: its runs show it
+        for t, x in enumerate(batched.trajectories(models, start, draws, steps), 1):
+            if t == following:
+                found.append(see(x))
+                following = next(wanted)
+    return np.stack(found)
+
+
+def compare(models: LinearModels, start: Floats, draws: Sequence[Draw], steps: batched.Steps, runs: int) -> dict[str, Any]:
+    """Settings that say how far ``runs`` runs, spread over all of them, are from the library's optimizer. Raises RuntimeError where it is
+    more than rounding."""
+    pairs = [(k % start.shape[0], k) for k in np.unique(np.linspace(0, start.shape[1] - 1, runs).round().astype(int)).tolist()]
+    worst = batched.deviation(models, start, draws, steps, pairs)
+    if not worst <= TOLERANCE:
+        raise RuntimeError(f"the batched steps are {worst:.2g} away from those of sam_kernels.UnifiedSAM")
+    return {"compared_runs": len(pairs), "compared_steps": len(draws), "largest_deviation": cut(worst, 2)}
+
+
+def cut(value: float, digits: int = 5) -> float:
+    """As many digits as a result file needs."""
+    return float(f"{value:.{digits}g}")
+
+
+def curve(series: dict[str, Any], times: Sequence[int], **values: Floats) -> list[dict[str, Any]]:
+    """Lines of the CSV: one a time."""
+    return [series | {"step": t} | {name: cut(float(found[k])) for name, found in values.items()} for k, t in enumerate(times)]
+
+
+def tune_axes(figure: Figure) -> Figure:
+    for axis in figure.axes:
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    return figure

@@ -1,0 +1,197 @@
+"""Unified SAM at the steps that theory gives, λ = 0, 0.1, …, 1: constant against decreasing, uniform against importance sampling.
+
+Least squares with all the data and ridge regression with batches drawn with replacement, n = d = 100. arXiv 2503.02225.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bench import batched
+from bench.importance.problem import N, Ridge, make_problem, rows_of
+from bench.importance.run import draws
+from bench.linear_models import Draw, Floats, LinearModels
+from bench.papers.experiment import COMPARED, Column, Experiment, Measured, compare, curve, cut, look, times_of, tune_axes
+from sam_kernels import theory
+from sam_kernels.sampling import ImportanceSampler
+
+__all__ = ["EXPERIMENT", "LAMBDS", "PUBLISHED", "bounds", "constants_of", "least_squares"]
+
+LAMBDS = tuple(k / 10 for k in range(11))
+KINDS = ("constant", "decreasing")
+MU, L = 0.1, 10.0  # of least squares
+TAU = 10  # draws of a batch
+# (ρ, γ) of least squares by λ, form 1: what the paper's code prints.
+PUBLISHED = {0.0: (0.0166667, 0.0236842), 0.5: (0.0333333, 0.0236842), 1.0: (0.05, 0.025)}
+SAMPLINGS = ("full", "uniform", "importance")
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What theory needs to know of a problem and a way of sampling."""
+
+    mu: float
+    L: float
+    A: float
+    B: float
+    C: float
+
+
+def least_squares(seed: int = 0) -> tuple[LinearModels, Constants]:
+    """Eigenvalues of the Hessian between μ and L, both among them, evenly on a logarithmic scale; one point fits all samples: f* = 0."""
+    generator = torch.Generator().manual_seed(seed)
+    a = rows_of(torch.logspace(np.log10(MU), np.log10(L), N, dtype=torch.float64), generator, mixed=True)
+    b = a @ torch.randn(N, generator=generator, dtype=torch.float64)
+    A, B = theory.expected_residual("full", n=N, L=L)
+    return LinearModels("squares", a.numpy()[None], b.numpy()[None]), Constants(MU, L, A, B, 0.0)
+
+
+def constants_of(problem: Ridge, probabilities: Tensor) -> Constants:
+    """Of ridge regression by batches of TAU draws."""
+    sampling: dict[str, Any] = {"n": N, "L": problem.smoothness, "tau": TAU, "probabilities": probabilities}
+    A, B = theory.expected_residual("with_replacement", **sampling)
+    smoothness = theory.sampled_smoothness("with_replacement", **sampling)
+    return Constants(problem.mu, smoothness, A, B, theory.residual_constant(A, problem.f_inf, problem.mean_f_i_inf))
+
+
+def schedule(by_stream: Sequence[Constants], runs: Sequence[tuple[str, float]]) -> batched.Steps:
+    """(streams, runs) steps of theory: :func:`theory.pl_decreasing_steps`, or the constant ones they begin with."""
+    constant = np.array([[theory.pl_constant_steps(c.mu, c.L, c.A, c.B, lambd) for _, lambd in runs] for c in by_stream])
+    rho, gamma = constant[..., 0], constant[..., 1]
+    is_constant = np.array([kind == "constant" for kind, _ in runs])
+    mu = np.array([c.mu for c in by_stream])[:, None]
+
+    def rho_at(t: int) -> Floats:  # theory counts from 0
+        return np.where(is_constant, rho, np.minimum(rho, 1 / (2 * t - 1)))
+
+    def gamma_at(t: int) -> Floats:
+        return np.where(is_constant, gamma, np.minimum(gamma, (2 * t - 1) / (t * t * mu)))
+
+    return batched.Steps(rho_at, np.array([lambd for _, lambd in runs]), gamma_at)
+
+
+def bounds(c: Constants, kind: str, lambd: float, gap: float, times: Sequence[int]) -> list[float]:
+    """On E[f - f*] at ``times``. With constant steps :func:`theory.pl_bound`.
+
+    With decreasing steps that bound from each time to the next: a step takes a share γ_t μ of what is above the floor of (ρ_t, γ_t), which
+    are at most those at the beginning and at least those at the end.
+    """
+    if kind == "constant":
+        rho, gamma = theory.pl_constant_steps(c.mu, c.L, c.A, c.B, lambd)
+        return [theory.pl_bound(t, gap, c.mu, c.L, c.C, lambd, rho, gamma) for t in times]
+    found = [gap]
+    for start, end in pairwise(times):
+        first, last = (theory.pl_decreasing_steps(t, c.mu, c.L, c.A, c.B, lambd) for t in (start, end - 1))
+        floor = theory.pl_floor(c.mu, c.L, c.C, lambd, *first)
+        found.append(floor + (1 - last[1] * c.mu) ** (end - start) * max(0.0, found[-1] - floor))
+    return found
+
+
+def measure(quick: bool, tell: Callable[[str], None]) -> Measured:
+    seeds = 2
+    full_steps, ridge_steps = (300, 300) if quick else (20_000, 150_000)
+    runs = list(product(KINDS, LAMBDS))
+    settings: dict[str, Any] = {"steps_full": full_steps, "steps_ridge": ridge_steps, "tau": TAU, "seeds": seeds}
+
+    models, constants = least_squares()
+    start, times = np.zeros((1, len(runs), N)), times_of(full_steps, 120)
+    steps = schedule([constants], runs)
+    settings["full"] = compare(models, start, [None] * COMPARED[quick], steps, 6)
+    gaps = look(models, start, (None for _ in range(full_steps)), steps, times, models.f)
+    rows, points = _rows("full", constants, runs, times, gaps[:, 0])
+    tell("least squares")
+
+    problem = make_problem("mixed")
+    samplers = {"uniform": ImportanceSampler(lipschitz=torch.ones(N)), "importance": ImportanceSampler(lipschitz=problem.smoothness)}
+    models = problem.models(len(samplers) * seeds)
+    by_sampling = {name: constants_of(problem, sampler.probabilities) for name, sampler in samplers.items()}
+    steps = schedule([by_sampling[name] for name in samplers for _ in range(seeds)], runs)
+    start, times = np.zeros((models.streams, len(runs), N)), times_of(ridge_steps, 120)
+
+    def batches(number: int) -> Iterator[Draw]:
+        return draws(list(samplers.values()), seeds, number, TAU)
+
+    settings["ridge"] = compare(models, start, list(batches(COMPARED[quick])), steps, 12)
+    gaps = look(models, start, batches(ridge_steps), steps, times, lambda x: models.f(x) - problem.f_inf)
+    means = gaps.reshape(len(times), len(samplers), seeds, len(runs)).mean(2)
+    for k, sampling in enumerate(samplers):
+        more = _rows(sampling, by_sampling[sampling], runs, times, means[:, k])
+        rows, points = rows + more[0], points + more[1]
+    return Measured(settings, rows, points)
+
+
+def _rows(
+    sampling: str, c: Constants, runs: Sequence[tuple[str, float]], times: Sequence[int], gaps: Floats
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    rows: list[dict[str, Any]] = []
+    points: list[dict[str, Any]] = []
+    late = np.array(times) >= 0.8 * times[-1]
+    for lambd in LAMBDS:
+        rho, gamma = theory.pl_constant_steps(c.mu, c.L, c.A, c.B, lambd)
+        row: dict[str, Any] = {"sampling": sampling, "lambd": lambd, "rho": rho, "gamma": gamma}
+        row["floor"] = cut(theory.pl_floor(c.mu, c.L, c.C, lambd, rho, gamma))
+        for kind in KINDS:
+            gap = gaps[:, runs.index((kind, lambd))]
+            bound = np.array(bounds(c, kind, lambd, float(gap[0]), times))
+            row[kind] = cut(_mean(gap, late))
+            row[f"share_{kind}"] = cut(float((gap / bound).max()))
+            points += curve({"sampling": sampling, "steps": kind, "lambd": lambd}, times, gap=gap, bound=bound)
+        rows.append(row)
+    return rows, points
+
+
+def _mean(values: Floats, where: NDArray[np.bool_]) -> float:
+    return max(0.0, float(values[where].mean()))
+
+
+def draw(measured: Measured) -> Figure:
+    from matplotlib import colormaps
+
+    figure = Figure(figsize=(11.0, 6.2))
+    axes = figure.subplots(2, 3)
+    titles = ("least squares, all the data", "ridge, uniform", "ridge, importance")
+    for column, sampling in enumerate(SAMPLINGS):
+        for line, kind in enumerate(KINDS):
+            axis = axes[line][column]
+            for lambd in (0.0, 0.3, 0.5, 0.7, 0.9, 1.0):
+                chosen = {"sampling": sampling, "steps": kind, "lambd": lambd}
+                shown = [point for point in measured.points if point["step"] > 0 and chosen.items() <= point.items()]
+                color, times = colormaps["viridis"](0.9 * lambd), [point["step"] for point in shown]
+                axis.plot(times, [point["gap"] for point in shown], color=color, label=f"λ = {lambd:g}")
+                axis.plot(times, [point["bound"] for point in shown], color=color, linestyle="--", linewidth=0.8)
+            axis.set(xscale="log", yscale="log", xlabel="step", ylabel="f(x) − f*")
+            axis.set_ylim(bottom=1e-10 if sampling == "full" else None)  # λ = 0 goes on to the last bit
+            axis.set_title(f"{titles[column]}: {kind} steps", fontsize=9)
+    axes[0][0].legend(fontsize=7, frameon=False)
+    return tune_axes(figure)
+
+
+def _short(value: float) -> str:
+    return f"{value:.2g}"
+
+
+EXPERIMENT = Experiment(
+    "Unified SAM at the steps of its theory",
+    (
+        Column("sampling", "sampling"),
+        Column("lambd", "λ", lambda value: f"{value:g}"),
+        Column("rho", "ρ", _short),
+        Column("gamma", "γ", _short),
+        Column("floor", "floor: bound", _short),
+        Column("constant", "f − f*, constant steps", _short),
+        Column("share_constant", "largest share of its bound", _short),
+        Column("decreasing", "f − f*, decreasing steps", _short),
+        Column("share_decreasing", "largest share of its bound", _short),
+    ),
+    measure,
+    draw,
+)
