@@ -141,9 +141,10 @@ def records_of(*calls: Callable[[], object]) -> list[Variant]:
 
 def _operations() -> Iterator[Callable[[], object]]:
     for op, options in OPTIONS.items():
-        for option, dtype in itertools.product(options, DTYPES):
+        cases = ("single", "slices", "long_slices") if op == "centralize_" else ("single",)
+        for option, dtype, case in itertools.product(options, DTYPES, cases):
             if concerns(op, option, dtype):
-                problem = build(op, "single", dtype, option)
+                problem = build(op, case, dtype, option)
                 yield lambda problem=problem: run(problem)
 
 

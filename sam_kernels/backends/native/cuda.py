@@ -36,6 +36,8 @@ __all__ = [
     "KNOWS_SKIPS",
     "REASON_MISSING",
     "adamw_step_",
+    "centralize_",
+    "centralize_roundings",
     "check_finite_",
     "current_grads",
     "describe",
@@ -89,9 +91,9 @@ def _stream(tensor: Tensor) -> int:
     return 0 if CUDA_ON_HOST else torch.cuda.current_stream(tensor.device).cuda_stream
 
 
-def _sums(described: Any, like: Tensor) -> Tensor:  # (chunks,) float64
+def _sums(described: Any, like: Tensor, slice_sizes: Sequence[int] | None = None) -> Tensor:  # (chunks,) float64
     """Scratch for partial sums. Made anew each time: steps on several streams must not share it."""
-    return torch.empty(_cuda.count_sums(described), dtype=torch.float64, device=like.device)
+    return torch.empty(_cuda.count_sums(described, slice_sizes), dtype=torch.float64, device=like.device)
 
 
 def grad_norms(
@@ -231,6 +233,37 @@ def direction_norm_(
         stream=_stream(grads[0]),
     )
     return norm
+
+
+def centralize_(
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor] | None,
+    slice_sizes: Sequence[int],  # n: 0 for a tensor that is left as it is
+    *,
+    adaptive: bool,
+    eta: float,
+) -> Tensor:  # () float64
+    """Reads g (and p when adaptive); writes g."""
+    written(grads)
+    described = _lists.describe(grads)
+    sums = _sums(described, grads[0], slice_sizes)
+    norm = torch.empty((), dtype=torch.float64, device=grads[0].device)
+    _cuda.centralize(
+        grads=described,
+        params=_lists.describe(params) if adaptive else None,
+        slice_sizes=slice_sizes,
+        adaptive=adaptive,
+        eta=eta,
+        sums=sums.data_ptr(),
+        norm=norm.data_ptr(),
+        stream=_stream(grads[0]),
+    )
+    return norm
+
+
+def centralize_roundings(numels: Sequence[int], slice_sizes: Sequence[int]) -> tuple[None, None]:
+    """float32 roundings that an element passes through in each tensor's means, and a term in the norm: none, sums are in float64."""
+    return None, None
 
 
 def random_perturb_(
