@@ -215,14 +215,15 @@ PYBIND11_MODULE(SAM_CUDA_MODULE, module) {
   module.def(
       "centralize",
       [](List grads, List params, const std::vector<int64_t>& slice_sizes, bool adaptive, double eta, uintptr_t sums, uintptr_t norm,
-         uintptr_t stream) {
+         bool is_double, uintptr_t found_inf, uintptr_t stream) {
         const auto [firsts, total] = first_sums(grads, &slice_sizes);
         const auto bounds = bounds_of(firsts, total, {firsts.size()});
         const Launch launch("centralize_", grads, stream);
         centralize({{grads, params}, &firsts, &slice_sizes}, {eta, adaptive, pointer<double>(sums)}, launch.place);
-        finish_norms({pointer<double>(sums), pointer<void>(norm), true, nullptr, nullptr}, bounds, launch.place);
+        finish_norms({pointer<double>(sums), pointer<void>(norm), is_double, pointer<float>(found_inf), nullptr}, bounds, launch.place);
       },
-      py::kw_only(), arg("grads"), arg("params"), arg("slice_sizes"), arg("adaptive"), arg("eta"), arg("sums"), arg("norm"), arg("stream"));
+      py::kw_only(), arg("grads"), arg("params"), arg("slice_sizes"), arg("adaptive"), arg("eta"), arg("sums"), arg("norm"),
+      arg("is_double"), arg("found_inf"), arg("stream"));
 
   module.def(
       "check_finite",

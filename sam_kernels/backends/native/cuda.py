@@ -242,12 +242,14 @@ def centralize_(
     *,
     adaptive: bool,
     eta: float,
-) -> Tensor:  # () float64
+    found_inf: Tensor | None,
+) -> Tensor:  # () float32, float64 where a gradient is float64
     """Reads g (and p when adaptive); writes g."""
     written(grads)
     described = _lists.describe(grads)
     sums = _sums(described, grads[0], slice_sizes)
-    norm = torch.empty((), dtype=torch.float64, device=grads[0].device)
+    norm = torch.empty((), dtype=torch.float64 if described.has_float64 else torch.float32, device=grads[0].device)
+    flag = flag_of(found_inf)
     _cuda.centralize(
         grads=described,
         params=_lists.describe(params) if adaptive else None,
@@ -256,8 +258,11 @@ def centralize_(
         eta=eta,
         sums=sums.data_ptr(),
         norm=norm.data_ptr(),
+        is_double=described.has_float64,
+        found_inf=address(flag),
         stream=_stream(grads[0]),
     )
+    write_back(found_inf, flag)
     return norm
 
 

@@ -177,6 +177,7 @@ def centralize_(
     *,
     adaptive: bool,
     eta: float,
+    found_inf: Tensor | None,
 ) -> Tensor:  # () float32
     """See :func:`sam_kernels.functional.centralize_`."""
     written(grads)
@@ -201,7 +202,7 @@ def centralize_(
             **group.constants,
         )
     norm = torch.empty(1, dtype=torch.float32, device=table.device)
-    finish(table, (table.count,), norm, None, None)
+    finish(table, (table.count,), norm, found_inf, None)
     return norm[0]
 
 
