@@ -29,11 +29,7 @@ struct RowLists {
       if (list != nullptr && list->numels != numels()) throw std::invalid_argument("tensor lists of different sizes");
     }
     if (tags != nullptr && tags->size() != numels().size()) throw std::invalid_argument("one tag a tensor");
-    if (slice_sizes != nullptr && slice_sizes->size() != numels().size()) throw std::invalid_argument("one size of slices a tensor");
-    for (std::size_t i = 0; slice_sizes != nullptr && i < slice_sizes->size(); ++i) {
-      const int64_t size = (*slice_sizes)[i];
-      if (size < 0 || (size > 0 && numels()[i] % size != 0)) throw std::invalid_argument("slices that do not divide their tensor");
-    }
+    if (slice_sizes != nullptr) check_slices(numels(), *slice_sizes);
   }
 };
 

@@ -62,7 +62,7 @@ def _short_sums(
 
 
 @triton.jit
-def _short_kernel(
+def _short_slices_kernel(
     grad_pointers,  # (R,) int64
     param_pointers,  # (R,) int64, None unless adaptive
     numels,  # (R,) int64
@@ -132,7 +132,7 @@ def _finish_part(
 
 
 @triton.jit
-def _long_kernel(
+def _long_slices_kernel(
     grad_pointers,  # (R,) int64
     param_pointers,  # (R,) int64, None unless adaptive
     numels,  # (R,) int64
@@ -186,7 +186,7 @@ def centralize_(
         if group.columns == 0:
             launch_sums(table, [group], eta, None)
             continue
-        kernel, width = (_long_kernel, {}) if group.columns is None else (_short_kernel, {"COLUMNS": group.columns})
+        kernel, width = (_long_slices_kernel, {}) if group.columns is None else (_short_slices_kernel, {"COLUMNS": group.columns})
         launch(
             kernel,
             group.chunks,
