@@ -19,15 +19,9 @@ from sam_kernels._tensor_list import TensorList
 from sam_kernels.backends.native import CUDA_ON_HOST
 from sam_kernels.backends.native._architectures import runs_on
 from sam_kernels.backends.native._arguments import address, flag_of, number_of, write_back
-from sam_kernels.backends.native._lists import Lists, written
-
-try:
-    if CUDA_ON_HOST:
-        from sam_kernels import _cuda_on_host as _cuda
-    else:
-        from sam_kernels import _cuda  # type: ignore[no-redef]  # the same functions
-except ImportError as error:
-    raise ImportError(f"the compiled CUDA module of sam_kernels cannot be imported ({error}); reinstall with CUDA's nvcc") from error
+from sam_kernels.backends.native._cuda_lists import _cuda, _lists, _stream, _sums
+from sam_kernels.backends.native._lists import written
+from sam_kernels.backends.native.cuda_centralize import centralize_, centralize_roundings
 
 __all__ = [
     "DEVICE_TYPES",
@@ -57,7 +51,6 @@ DTYPES = None  # all that operations take
 IS_AUTOMATIC = True
 KNOWS_SKIPS = False  # that would mean to wait for the device
 
-_lists = Lists(_cuda)
 vouch, current_grads, is_current = _lists.vouch, _lists.current_grads, _lists.is_current
 
 
@@ -85,15 +78,6 @@ REASON_MISSING = _reason_missing()
 def describe() -> str:
     """One line for ``python -m sam_kernels info``."""
     return "CUDA kernels compiled for the host" if CUDA_ON_HOST else f"CUDA kernels for compute capabilities {_cuda.ARCHITECTURES}"
-
-
-def _stream(tensor: Tensor) -> int:
-    return 0 if CUDA_ON_HOST else torch.cuda.current_stream(tensor.device).cuda_stream
-
-
-def _sums(described: Any, like: Tensor, slice_sizes: Sequence[int] | None = None) -> Tensor:  # (chunks,) float64
-    """Scratch for partial sums. Made anew each time: steps on several streams must not share it."""
-    return torch.empty(_cuda.count_sums(described, slice_sizes), dtype=torch.float64, device=like.device)
 
 
 def grad_norms(
@@ -233,42 +217,6 @@ def direction_norm_(
         stream=_stream(grads[0]),
     )
     return norm
-
-
-def centralize_(
-    grads: Sequence[Tensor],
-    params: Sequence[Tensor] | None,
-    slice_sizes: Sequence[int],  # n: 0 for a tensor that is left as it is
-    *,
-    adaptive: bool,
-    eta: float,
-    found_inf: Tensor | None,
-) -> Tensor:  # () float32, float64 where a gradient is float64
-    """Reads g (and p when adaptive); writes g."""
-    written(grads)
-    described = _lists.describe(grads)
-    sums = _sums(described, grads[0], slice_sizes)
-    norm = torch.empty((), dtype=torch.float64 if described.has_float64 else torch.float32, device=grads[0].device)
-    flag = flag_of(found_inf)
-    _cuda.centralize(
-        grads=described,
-        params=_lists.describe(params) if adaptive else None,
-        slice_sizes=slice_sizes,
-        adaptive=adaptive,
-        eta=eta,
-        sums=sums.data_ptr(),
-        norm=norm.data_ptr(),
-        is_double=described.has_float64,
-        found_inf=address(flag),
-        stream=_stream(grads[0]),
-    )
-    write_back(found_inf, flag)
-    return norm
-
-
-def centralize_roundings(numels: Sequence[int], slice_sizes: Sequence[int]) -> tuple[None, None]:
-    """float32 roundings that an element passes through in each tensor's means, and a term in the norm: none, sums are in float64."""
-    return None, None
 
 
 def random_perturb_(
