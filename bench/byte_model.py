@@ -26,6 +26,7 @@ class Traffic:
 
 OPS = {
     "grad_norm": Traffic(reads=("grads",)),
+    "centralize_": Traffic(reads=(), updates=("grads",)),
     "direction_norm_": Traffic(reads=("grads",), updates=("ema",)),
     "perturb_": Traffic(reads=("grads",), updates=("params",), writes=("old_params",)),
     "random_perturb_": Traffic(reads=(), updates=("params",), writes=("old_params",)),

@@ -18,18 +18,29 @@ __all__ = ["ADAMW", "SGD", "Lists", "describe_once", "make_lists", "ours", "torc
 Lists = dict[str, list[Tensor]]
 Call = Callable[[Lists], object]
 
+_SLICE = 1000  # elements, where a workload has no matrices
+
 SGD = {"lr": 0.1, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False}
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "maximize": False}
 
 
 def make_lists(op: str, shapes: tuple[Shape, ...], dtype: torch.dtype, device: str = "cpu") -> Lists:
     """What the operation touches, positive everywhere (second moments must be), plus the scalars it needs."""
+    if op == "centralize_":
+        shapes = tuple(map(_with_slices, shapes))
     lists = {name: [torch.rand(shape, device=device).to(dtype) for shape in shapes] for name in OPS[op].lists}
     if op == "perturb_":
         lists["norm"] = [torch.tensor(3.0, device=device)]
     if op == "adamw_step_":
         lists["state_steps"] = [torch.tensor(1.0, device=device) for _ in shapes]
     return lists
+
+
+def _with_slices(shape: Shape) -> Shape:
+    """One dimension more where there is one: a vector would not be written, and the byte model count too many."""
+    if len(shape) != 1:
+        return shape
+    return (shape[0] // _SLICE, _SLICE) if shape[0] % _SLICE == 0 else (1, shape[0])
 
 
 def describe_once(lists: Lists) -> Lists:
@@ -39,6 +50,7 @@ def describe_once(lists: Lists) -> Lists:
 
 _OURS: dict[str, Call] = {
     "grad_norm": lambda b: F.grad_norm(b["grads"]),
+    "centralize_": lambda b: F.centralize_(b["grads"]),
     "direction_norm_": lambda b: F.direction_norm_(b["grads"], b["ema"], kind="friendly"),
     "perturb_": lambda b: F.perturb_(b["params"], b["grads"], b["old_params"], b["norm"][0], rho=1e-6),
     "random_perturb_": lambda b: F.random_perturb_(b["params"], b["old_params"], seed=1, scale=1e-6, distribution="normal"),
@@ -56,6 +68,13 @@ def ours(op: str, backend: str) -> Call:
             _OURS[op](lists)
 
     return run
+
+
+def _torch_centralize(b: Lists) -> object:
+    for grad in b["grads"]:
+        if grad.dim() > 1:
+            grad.sub_(grad.mean(dim=tuple(range(1, grad.dim())), keepdim=True))
+    return torch.nn.utils.get_total_norm(b["grads"])
 
 
 def _torch_direction_norm(b: Lists) -> object:
@@ -93,6 +112,7 @@ def _torch_adamw(b: Lists) -> None:
 
 _TORCH: dict[str, Call] = {
     "grad_norm": lambda b: torch.nn.utils.get_total_norm(b["grads"]),
+    "centralize_": _torch_centralize,
     "direction_norm_": _torch_direction_norm,
     "perturb_": _torch_perturb,
     "random_perturb_": _torch_random_perturb,

@@ -68,8 +68,8 @@ uint32_t low(uint64_t seed) { return static_cast<uint32_t>(seed); }
 uint32_t high(uint64_t seed) { return static_cast<uint32_t>(seed >> 32); }
 
 // The first of each row's partial sums, and how many there are.
-std::pair<std::vector<uint32_t>, uint32_t> first_sums(List list) {
-  std::vector<uint32_t> firsts = chunk_counts(list->numels);
+std::pair<std::vector<uint32_t>, uint32_t> first_sums(List list, const std::vector<int64_t>* slice_sizes = nullptr) {
+  std::vector<uint32_t> firsts = chunk_counts(list->numels, slice_sizes);
   uint32_t total = 0;
   for (uint32_t& first : firsts) {
     const uint32_t count = first;
@@ -176,7 +176,12 @@ PYBIND11_MODULE(SAM_CUDA_MODULE, module) {
       py::kw_only(), arg("chunk_size") = cut().chunk_size, arg("blocks_per_processor") = 0, arg("backwards") = true);
 
   // Partial sums a list needs: float64 numbers.
-  module.def("count_sums", [](List list) { return first_sums(list).second; }, arg("list"));
+  module.def(
+      "count_sums",
+      [](List list, const std::optional<std::vector<int64_t>>& slice_sizes) {
+        return first_sums(list, slice_sizes ? &*slice_sizes : nullptr).second;
+      },
+      arg("list"), arg("slice_sizes") = std::nullopt);
 
   module.def(
       "grad_norms",
@@ -206,6 +211,19 @@ PYBIND11_MODULE(SAM_CUDA_MODULE, module) {
       },
       py::kw_only(), arg("grads"), arg("ema"), arg("params"), arg("adaptive"), arg("friendly"), arg("first_step"), arg("eta"),
       arg("grad_scale"), arg("decay"), arg("gain"), arg("sigma"), arg("sums"), arg("norm"), arg("stream"));
+
+  module.def(
+      "centralize",
+      [](List grads, List params, const std::vector<int64_t>& slice_sizes, bool adaptive, double eta, uintptr_t sums, uintptr_t norm,
+         bool is_double, uintptr_t found_inf, uintptr_t stream) {
+        const auto [firsts, total] = first_sums(grads, &slice_sizes);
+        const auto bounds = bounds_of(firsts, total, {firsts.size()});
+        const Launch launch("centralize_", grads, stream);
+        centralize({{grads, params}, &firsts, &slice_sizes}, {eta, adaptive, pointer<double>(sums)}, launch.place);
+        finish_norms({pointer<double>(sums), pointer<void>(norm), is_double, pointer<float>(found_inf), nullptr}, bounds, launch.place);
+      },
+      py::kw_only(), arg("grads"), arg("params"), arg("slice_sizes"), arg("adaptive"), arg("eta"), arg("sums"), arg("norm"),
+      arg("is_double"), arg("found_inf"), arg("stream"));
 
   module.def(
       "check_finite",

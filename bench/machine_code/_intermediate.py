@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 __all__ = ["Access", "Loop", "address_violations", "loops", "uses_fma"]
 
 _BITS = {"f32": 32, "bf16": 16, "f16": 16, "i64": 64, "i32": 32, "i16": 16, "i8": 8, "i1": 8, "f64": 64}
-_ACCESS = re.compile(r"tt\.(load|store) ([^:]*) : tensor<(\d+)x!tt\.ptr<(\w+)>>")
+_ACCESS = re.compile(r"tt\.(load|store) ([^:]*) : tensor<(\d+(?:x\d+)*)x!tt\.ptr<(\w+)>>")
 _NARROW_ARITHMETIC = re.compile(r"arith\.(muli|addi|subi|shli)\b.* : i32$")
 _VALUE = re.compile(r"%[\w.$-]+")
 
@@ -57,7 +58,7 @@ def _access(line: str) -> Access | None:
         return None
     kind, operands, elements, element = found.groups()
     given = len(_VALUE.findall(operands))
-    return Access(kind, int(elements), _BITS[element], given > (1 if kind == "load" else 2))
+    return Access(kind, math.prod(map(int, elements.split("x"))), _BITS[element], given > (1 if kind == "load" else 2))
 
 
 def loops(ttir: str) -> list[Loop]:

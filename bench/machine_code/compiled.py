@@ -61,25 +61,33 @@ class Code:
         return [loop for loop in self.loops if loop.masked]
 
     @property
+    def main_loops(self) -> list[Loop]:
+        """Those whose accesses are to be wide: without a mask, or over whole blocks of slices."""
+        block = dict(self.variant.constants).get("BLOCK_SIZE")
+        whole = [loop for loop in self.loops if all(access.elements == block for access in loop.accesses)]
+        return whole if self.variant.holds_slices else self.full_loops
+
+    @property
     def bytes_per_element(self) -> float:
-        """What the busiest loop over full blocks loads and stores. (Random numbers: an operand takes several accesses a block.)"""
+        """What the busiest main loop loads and stores. (Random numbers: an operand takes several accesses a block.)"""
         block = dict(self.variant.constants)["BLOCK_SIZE"]
-        return max(sum(access.bytes for access in loop.accesses) for loop in self.full_loops) / block
+        return max(sum(access.bytes for access in loop.accesses) for loop in self.main_loops) / block
 
     def wanted(self, kind: str) -> Counter[int]:
-        """Bits of an access -> bytes a thread, over all loops without a mask, if each operand had accesses of 16 bytes, or less where a
+        """Bits of an access -> bytes a thread, over all main loops, if each operand had accesses of 16 bytes, or less where a
         thread has less of it."""
         found: Counter[int] = Counter()
-        for access in (access for loop in self.full_loops for access in loop.accesses if access.kind == kind):
+        for access in (access for loop in self.main_loops for access in loop.accesses if access.kind == kind):
             bytes_of_thread = access.bytes // self.threads
             found[min(8 * bytes_of_thread, 128)] += bytes_of_thread
         return found
 
     def got(self, kind: str) -> Counter[int]:
-        """The same, of what full blocks do. Wider accesses count as 16 bytes."""
+        """The same, of what main loops do. Wider accesses count as 16 bytes."""
+        masked = self.variant.holds_slices and self.target.backend != "hip"  # where masks are branches
         found: Counter[int] = Counter()
         for (which, under, bits), n in self.accesses.items():
-            if which == kind and not under and bits >= 64:
+            if which == kind and under == masked and bits >= 64:
                 found[min(bits, 128)] += n * bits // 8
         return found
 

@@ -19,6 +19,7 @@ _LOOPS = {
     "perturb_variant": {_COPY, (3, 2)},  # p, g, m; old_p, p
     "random_normal": {(4, 8)},  # the four words of a counter: p; old_p, p each
     "random_rademacher": {(4, 8)},
+    "centralize": {(1, 0), (2, 0), (2, 1)},  # of a tensor without slices, and the sum of one: g; without slices, adaptive: g, p; g, p; g
     "direction": {(2, 1), (3, 1)},  # the first: g, p; m. Later: g, m, p; m
     "sgd": {_COPY, (2, 1), (2, 2), (3, 2)},  # without momentum: p, g; p. The first: p, g; p, m. Later: p, g, m; p, m
     "adamw": {_COPY, (4, 3)},  # p, g, m, v; p, m, v
@@ -44,7 +45,7 @@ def least_threads(kernel: Kernel) -> int:
         return 1024 if kernel.storage in ("fp32", "mixed") else 512  # a thread has the words of 16 elements at hand; others: of 8 or 32
     if kernel.op == "random_normal":
         return 512
-    return 1024  # direction: sums in float64. advance and finish are small
+    return 1024  # centralize, direction: sums in float64. advance and finish are small
 
 
 def resident_threads(kernel: Kernel) -> int:
@@ -80,8 +81,9 @@ def _operands_are_wide(kernel: Kernel) -> list[str]:
 
 
 def _no_double_in_main_loops(kernel: Kernel) -> list[str]:
-    """Where no operand is float64. Scalars are made in it once a block, and so are sums of threads; sums of directions are all the way."""
-    if kernel.op == "direction" or kernel.storage == "fp64":
+    """Where no operand is float64. Scalars are made in it once a block, and so are sums of threads; sums of what is written in the same
+    pass are all the way."""
+    if kernel.op in ("centralize", "direction") or kernel.storage == "fp64":
         return []
     doubles = sum(loop.doubles for loop in kernel.wide_loops)
     return [f"{doubles} instructions in float64 in main loops"] if doubles else []

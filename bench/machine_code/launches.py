@@ -49,6 +49,11 @@ class Variant:
         return self.kernel == "_random_kernel" or ("STOCHASTIC", True) in self.constants
 
     @property
+    def holds_slices(self) -> bool:
+        """Whether slices of a tensor lie side by side in a block, a slice a line, so that every access has a mask."""
+        return any(name == "COLUMNS" for name, _ in self.constants)
+
+    @property
     def dtypes(self) -> tuple[tuple[str, str], ...]:
         """Storage type of each operand, in the order of the kernel's arguments."""
         return tuple((name, str(value)) for name, value in self.constants if type(value).__name__ == "dtype")
@@ -141,9 +146,10 @@ def records_of(*calls: Callable[[], object]) -> list[Variant]:
 
 def _operations() -> Iterator[Callable[[], object]]:
     for op, options in OPTIONS.items():
-        for option, dtype in itertools.product(options, DTYPES):
+        cases = ("single", "slices", "long_slices") if op == "centralize_" else ("single",)
+        for option, dtype, case in itertools.product(options, DTYPES, cases):
             if concerns(op, option, dtype):
-                problem = build(op, "single", dtype, option)
+                problem = build(op, case, dtype, option)
                 yield lambda problem=problem: run(problem)
 
 
@@ -180,7 +186,7 @@ def _optimizer_steps() -> Iterator[Callable[[], object]]:
 
 def timed_call(op: str) -> Callable[[], object]:
     """The call that ``python -m bench`` times, and whose bytes bench/byte_model.py gives."""
-    lists = op_calls.make_lists(op, ((128,),), torch.float32)
+    lists = op_calls.make_lists(op, ((2, 2048),), torch.float32)
     return lambda: op_calls.ours(op, "triton")(lists)
 
 

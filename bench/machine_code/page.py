@@ -35,7 +35,7 @@ def _span(numbers: Iterable[int]) -> str:
 
 def _bytes(codes: Sequence[Code]) -> str:
     """Bytes an element of the loop that moves most, over the variants."""
-    found = {code.bytes_per_element for code in codes if code.full_loops}
+    found = {code.bytes_per_element for code in codes if code.main_loops}
     return "–".join(f"{number:g}" for number in dict.fromkeys((min(found), max(found)))) if found else "–"
 
 

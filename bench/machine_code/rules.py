@@ -13,19 +13,20 @@ _SCALARS = 4  # instructions: of perturb, whose rho and lambd are read, lambd is
 
 
 def _full_blocks_are_wide(code: Code) -> list[str]:
-    """All that blocks without a mask load and store goes 16 bytes at a time; beside a type of 32 bits, one of 16 bits 8 at a time."""
+    """All that blocks without a mask (of slices: whole blocks) load and store goes 16 bytes at a time; beside a type of 32 bits, one of
+    16 bits 8 at a time."""
     found = []
     for kind in ("load", "store"):
         wanted, got = code.wanted(kind), code.got(kind)
         if wanted != got:
             found.append(f"full blocks should {kind} {dict(wanted)} (bits: bytes a thread), and do {dict(got)}")
     narrowest, widest = (
-        ([limit(bits for kind in ("load", "store") for bits in code.wanted(kind)) for limit in (min, max)]) if code.full_loops else (0, 0)
+        ([limit(bits for kind in ("load", "store") for bits in code.wanted(kind)) for limit in (min, max)]) if code.main_loops else (0, 0)
     )
     if widest != 128 or narrowest < (64 if code.variant.dtype == "mixed" else 128):
         found.append(f"blocks are too small: accesses of {narrowest} to {widest} bits")
-    if not code.full_loops:
-        found.append("no loop goes without a mask")
+    if not code.main_loops:
+        found.append("no loop goes without a mask, or over whole blocks of slices")
     if code.disassembled is not None:
         # ptxas repeats the bodies of loops that it unrolls, some of them under a predicate; and it must not split what is wide.
         for kind in ("load", "store"):
@@ -36,9 +37,9 @@ def _full_blocks_are_wide(code: Code) -> list[str]:
 
 
 def _masked_blocks_do_the_same(code: Code) -> list[str]:
-    """Every loop without a mask has a twin with one that touches the same operands."""
-    full = Counter(frozenset(loop.counts().items()) for loop in code.full_loops)
-    masked = Counter(frozenset(loop.counts().items()) for loop in code.masked_loops)
+    """Every loop without a mask has a twin with one that touches the same operands, and so has one over whole blocks of slices."""
+    full = Counter(frozenset(loop.counts().items()) for loop in code.main_loops)
+    masked = Counter(frozenset(loop.counts().items()) for loop in code.loops if loop not in code.main_loops)
     return [] if full == masked else [f"loops without a mask access {dict(full)}, those with one {dict(masked)}"]
 
 
@@ -71,21 +72,24 @@ def _nothing_is_spilled(code: Code) -> list[str]:
 
 def _enough_threads_fit(code: Code) -> list[str]:
     # Random numbers: the words of eight counters for each thread, or accesses of 16-bit types would not be 16 bytes. A quarter is enough:
-    # their arithmetic, not the memory, is what such a pass waits for.
-    least = code.target.threads // (4 if code.variant.draws else 2)
+    # their arithmetic, not the memory, is what such a pass waits for. Slices: elements wait in registers for their mean.
+    least = code.target.threads // (4 if code.variant.draws or code.variant.holds_slices else 2)
     if code.resident_threads >= least:
         return []
     return [f"{code.registers} registers, {code.shared} bytes shared: {code.resident_threads} threads resident, fewer than {least}"]
 
 
 def _no_element_changes_hands(code: Code) -> list[str]:
-    """Shared memory is for one number a warp, when sums are put together: no operand goes through it from thread to thread.
+    """Shared memory is for one number a warp, when sums are put together (of each slice in a block): no operand goes through it from thread
+    to thread.
 
     Random numbers do: Triton makes them one lane a thread, while wide accesses want four or eight neighbours, and it does not lay a whole
     Philox out anew. One block of words at a time, then.
     """
-    words = 4 * dict(code.variant.constants)["BLOCK_SIZE"] // 4 if code.variant.draws else 0
-    most = max(words, 4 * code.threads // code.target.warp_size)
+    constants = dict(code.variant.constants)
+    words = 4 * constants["BLOCK_SIZE"] // 4 if code.variant.draws else 0
+    slices = constants["BLOCK_SIZE"] // constants["COLUMNS"] if code.variant.holds_slices else 1
+    most = max(words, 4 * slices * code.threads // code.target.warp_size)
     return [f"{code.shared} bytes of shared memory, more than {most}"] if code.shared > most else []
 
 

@@ -9,35 +9,26 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LRScheduler
 
 from bench.papers.experiment import Column, Experiment, Measured, curve, cut, tune_axes
+from sam_kernels import schedules
 from sam_kernels.cli._train_data import load
 from sam_kernels.cli._train_optimizers import BASES, SHARPNESS_AWARE, Settings
 from sam_kernels.cli._train_run import Plan, run
 
-__all__ = ["EXPERIMENT", "LR", "SCHEDULES", "schedule_of"]
+__all__ = ["EXPERIMENT", "LR", "SCHEDULES"]
 
 LR = 0.1
 SEEDS = 4
 DATA = "digits"
-# Share of LR at epoch 0, 1, …
-SCHEDULES: dict[str, Callable[[int], float]] = {
-    "Constant": lambda epoch: 1.0,
-    "Diminish 1": lambda epoch: 1 / (epoch + 1),
-    "Diminish 2": lambda epoch: 1 / epoch**0.5001 if epoch else 1.0,
-    "Diminish 3": lambda epoch: 1 / _m_ln_m(3 + (epoch - 1) // 5) if epoch else 1.0,
+SCHEDULES: dict[str, Callable[[Optimizer], LRScheduler]] = {  # a step an epoch
+    "Constant": schedules.Constant,
+    "Diminish 1": schedules.Diminish1,
+    "Diminish 2": schedules.Diminish2,
+    "Diminish 3": schedules.Diminish3,
 }
 OPTIMIZERS = {"sgd": "SGD", "sam": "SAM"}
-
-
-def _m_ln_m(m: int) -> float:
-    return m * math.log(m)
-
-
-def schedule_of(name: str) -> Callable[[Optimizer], LRScheduler]:
-    """A step an epoch."""
-    return lambda optimizer: LambdaLR(optimizer, SCHEDULES[name])
 
 
 def measure(quick: bool, tell: Callable[[str], None]) -> Measured:
@@ -48,7 +39,7 @@ def measure(quick: bool, tell: Callable[[str], None]) -> Measured:
     rows, points = [], []
     for optimizer, title in OPTIMIZERS.items():
         for name in SCHEDULES:
-            runs = [run(optimizer, seed, data, settings, plan, schedule=schedule_of(name)) for seed in range(seeds)]
+            runs = [run(optimizer, seed, data, settings, plan, schedule=SCHEDULES[name]) for seed in range(seeds)]
             accuracies, losses = (np.array([getattr(each, key) for each in runs]) for key in ("test_accuracy", "train_loss"))
             last = 100 * accuracies[:, -1]
             rows.append(

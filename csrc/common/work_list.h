@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
 #include <vector>
 
 #include "common/bits.h"
@@ -28,6 +29,15 @@ struct Chunk {
 SAM_INLINE int64_t whole_slices(int64_t slice_size, int64_t chunk_size) {
   if (slice_size == 0) return chunk_size;
   return slice_size < chunk_size ? chunk_size / slice_size * slice_size : slice_size;
+}
+
+// Throws std::invalid_argument unless every tensor is made of whole slices.
+inline void check_slices(const std::vector<int64_t>& numels, const std::vector<int64_t>& slice_sizes) {
+  if (slice_sizes.size() != numels.size()) throw std::invalid_argument("one size of slices a tensor");
+  for (std::size_t i = 0; i < numels.size(); ++i) {
+    const int64_t size = slice_sizes[i];
+    if (size < 0 || (size > 0 && numels[i] % size != 0)) throw std::invalid_argument("slices that do not divide their tensor");
+  }
 }
 
 // Chunks of every tensor, in order; empty tensors have none. numels: (n,); slice_sizes: (n,), null where tensors may be cut anywhere.

@@ -98,11 +98,7 @@ double direction_norm(const Lists& lists, const DirectionArgs& args, int threads
 
 double centralize(const Lists& lists, const NormArgs& args, const std::vector<int64_t>& slice_sizes, int threads) {
   const KernelTable& kernels = kernel_table();
-  if (slice_sizes.size() != numels_of(lists).size()) throw std::invalid_argument("one size of slices a tensor");
-  for (std::size_t i = 0; i < slice_sizes.size(); ++i) {
-    const int64_t size = slice_sizes[i], numel = numels_of(lists)[i];
-    if (size < 0 || (size > 0 && numel % size != 0)) throw std::invalid_argument("slices that do not divide their tensor");
-  }
+  check_slices(numels_of(lists), slice_sizes);
   const auto kernel = [&](const Row& row, Span span, int64_t tensor) {
     const int64_t slice_size = slice_sizes[static_cast<std::size_t>(tensor)];
     return slice_size == 0 ? kernels.norm(row, span, args) : kernels.centralize(row, span, {args, slice_size});

@@ -166,15 +166,15 @@ SAM_INLINE bool is_aligned(const Piece<kRoles>& piece) {
   return aligned;
 }
 
-// Calls body(Width<n>, i) for this thread's elements [i, i + n) of the chunk.
+// Calls body(Width<n>, i) for this thread's elements [i, i + n) of the chunk, which so many threads share.
 template <class Access, int kRoles, class Body>
-SAM_INLINE void for_each_pack(const Piece<kRoles>& piece, int thread, Body body) {
+SAM_INLINE void for_each_pack(const Piece<kRoles>& piece, int thread, Body body, int threads = kThreads) {
   constexpr int kWidth = Access::kWidth;
   const int whole = is_aligned<Access>(piece) ? piece.count / kWidth * kWidth : 0;
   SAM_NO_UNROLL
-  for (int i = thread * kWidth; i < whole; i += kThreads * kWidth) body(Width<kWidth>{}, i);
+  for (int i = thread * kWidth; i < whole; i += threads * kWidth) body(Width<kWidth>{}, i);
   SAM_NO_UNROLL
-  for (int i = whole + thread; i < piece.count; i += kThreads) body(Width<1>{}, i);
+  for (int i = whole + thread; i < piece.count; i += threads) body(Width<1>{}, i);
 }
 
 // The chunk of one operand to another, without arithmetic.

@@ -65,11 +65,14 @@ void launch_norms(const Norms& norms, unsigned count, const Place& place) {
 
 }  // namespace
 
-std::vector<uint32_t> chunk_counts(const std::vector<int64_t>& numels) {
+std::vector<uint32_t> chunk_counts(const std::vector<int64_t>& numels, const std::vector<int64_t>* slice_sizes) {
+  if (slice_sizes != nullptr) check_slices(numels, *slice_sizes);
   std::vector<uint32_t> counts;
   counts.reserve(numels.size());
-  const int64_t chunk_size = cut().chunk_size;
-  for (const int64_t numel : numels) counts.push_back(static_cast<uint32_t>((numel + chunk_size - 1) / chunk_size));
+  for (std::size_t i = 0; i < numels.size(); ++i) {
+    const int64_t chunk_size = whole_slices(slice_sizes == nullptr ? 0 : (*slice_sizes)[i], cut().chunk_size);
+    counts.push_back(static_cast<uint32_t>((numels[i] + chunk_size - 1) / chunk_size));
+  }
   return counts;
 }
 

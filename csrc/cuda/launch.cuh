@@ -2,11 +2,13 @@
 //
 // An operation is a struct Op<Access> with kRoles, kBlocks (resident on a processor), Options (trivially copyable), a constructor from
 // these, and either apply(piece, thread), or, where kSums, sum(piece, thread) and finish(piece, total). kBackwards: it follows a read of
-// the same gradients.
+// the same gradients. One whose threads need each other's results (a struct Shared in it) has together(piece, shared), which leaves a
+// thread's sum in shared.squares, in place of sum; its rows have slices.
 #pragma once
 
 #include <cstddef>
 #include <new>
+#include <type_traits>
 
 #include "cuda/access.cuh"
 #include "cuda/device.h"
@@ -18,6 +20,11 @@
 #endif
 
 namespace sam::cuda {
+
+template <class Op, class = void>
+struct Sharing : std::false_type {};
+template <class Op>
+struct Sharing<Op, std::void_t<typename Op::Shared>> : std::true_type {};
 
 // The chunk whose turn it is.
 template <class Op, class Table>
@@ -35,6 +42,7 @@ SAM_INLINE Piece<Op::kRoles> piece_of(const Table& table, uint32_t turn) {
   piece.chunk = location.chunk;
   piece.tag = table.tags[location.row];
   piece.count = location.count;
+  piece.slice_size = table.slice_size(location.row);
   return piece;
 }
 
@@ -47,7 +55,11 @@ void launch_table(const Table& table, const typename Op::Options& options, const
     const auto piece = piece_of<Op>(table, chunk);
     // More threads than elements have nothing to do: most tensors of the tests are small.
     const int threads = static_cast<int>(std::min<int64_t>(kThreads, piece.count));
-    if constexpr (Op::kSums) {
+    if constexpr (Sharing<Op>::value) {
+      typename Op::Shared shared;
+      op.together(piece, shared);
+      op.finish(piece, block_sum_on_host(shared.squares));
+    } else if constexpr (Op::kSums) {
       double partials[kThreads] = {};
       for (int thread = 0; thread < threads; ++thread) partials[thread] = op.sum(piece, thread);
       op.finish(piece, block_sum_on_host(partials));
@@ -73,7 +85,12 @@ __global__ void __launch_bounds__(kThreads, Op::kBlocks < kMostBlocks ? Op::kBlo
   SAM_NO_UNROLL
   for (uint32_t chunk = blockIdx.x; chunk < table.chunks(); chunk += gridDim.x) {
     const auto piece = piece_of<Op>(table, chunk);
-    if constexpr (Op::kSums) {
+    if constexpr (Sharing<Op>::value) {
+      __shared__ typename Op::Shared shared;
+      op.together(piece, shared);
+      const double total = block_sum(shared.squares[threadIdx.x]);
+      if (threadIdx.x == 0) op.finish(piece, total);
+    } else if constexpr (Op::kSums) {
       const double total = block_sum(op.sum(piece, static_cast<int>(threadIdx.x)));
       if (threadIdx.x == 0) op.finish(piece, total);
     } else {
@@ -98,8 +115,8 @@ inline bool large_arguments() { return takes_large_arguments(); }
 template <class Op>
 void launch(const RowLists<Op::kRoles>& lists, const std::vector<uint32_t>* members, const typename Op::Options& options,
             const Place& place) {
-  using Small = Table<Op::kRoles, kSmallArguments>;
-  using Large = Table<Op::kRoles, kLargeArguments>;
+  using Small = Table<Op::kRoles, kSmallArguments, Sharing<Op>::value>;
+  using Large = Table<Op::kRoles, kLargeArguments, Sharing<Op>::value>;
   const auto launch_one = [&](const auto& table) { launch_table<Op>(table, options, place); };
   const std::size_t count = members == nullptr ? lists.numels().size() : members->size();
   if (count <= static_cast<std::size_t>(Small::kCapacity) || !large_arguments()) {

@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "common/bits.h"
-#include "common/operand.h"
+#include "common/work_list.h"
 
 namespace sam::cuda {
 
@@ -23,11 +23,29 @@ struct Location {
   int count;
 };
 
-template <int kRoles, int kArgumentBytes>
-struct Table {
+// Sizes of slices that no chunk cuts, where an operation has them.
+template <int kRows, bool kSlices>
+struct SliceTable {
+  SAM_INLINE int64_t slice_size(int) const { return 0; }
+};
+
+template <int kRows>
+struct SliceTable<kRows, true> {
+  int64_t slice_sizes[kRows];  // 0: of a row that is cut anywhere
+  SAM_INLINE int64_t slice_size(int row) const { return slice_sizes[row]; }
+};
+
+template <int kRoles, int kArgumentBytes, bool kSlices>
+constexpr int capacity() {
+  constexpr int kRowBytes = kRoles * static_cast<int>(sizeof(char*) + sizeof(DType)) + 8 + 4 + 4 + (kSlices ? 8 : 0);
+  return (kArgumentBytes - kOptionBytes - 16) / kRowBytes;
+}
+
+template <int kRoles, int kArgumentBytes, bool kHasSlices = false>
+struct Table : SliceTable<capacity<kRoles, kArgumentBytes, kHasSlices>(), kHasSlices> {
   static constexpr int kBytes = kArgumentBytes;
-  static constexpr int kRowBytes = kRoles * static_cast<int>(sizeof(char*) + sizeof(DType)) + 8 + 4 + 4;
-  static constexpr int kCapacity = (kBytes - kOptionBytes - 16) / kRowBytes;
+  static constexpr bool kSlices = kHasSlices;
+  static constexpr int kCapacity = capacity<kRoles, kArgumentBytes, kHasSlices>();
 
   char* pointers[kRoles][kCapacity];  // null: the role takes no part
   int64_t numels[kCapacity];
@@ -51,9 +69,10 @@ struct Table {
       }
     }
     const uint32_t chunk_of_row = chunk - (low == 0 ? 0 : chunk_ends[low - 1]);
-    const int64_t begin = static_cast<int64_t>(chunk_of_row) * chunk_size;
+    const auto elements = kSlices ? whole_slices(this->slice_size(low), chunk_size) : chunk_size;
+    const int64_t begin = static_cast<int64_t>(chunk_of_row) * elements;
     const int64_t left = numels[low] - begin;
-    return {low, chunk_of_row, begin, static_cast<int>(left < chunk_size ? left : chunk_size)};
+    return {low, chunk_of_row, begin, static_cast<int>(left < elements ? left : elements)};
   }
 };
 
@@ -63,7 +82,8 @@ struct Piece {
   Operand operands[kRoles];  // data: its first element
   int64_t begin;             // elements of the row
   uint32_t chunk, tag;
-  int count;
+  int count;           // of a chunk that is one long slice, the lower bits of its size
+  int64_t slice_size;  // 0: no slices
 };
 
 }  // namespace sam::cuda

@@ -11,8 +11,8 @@
 
 namespace sam::cuda {
 
-// Partial sums of rows, a float64 a chunk, in the order of rows: how many each row has.
-std::vector<uint32_t> chunk_counts(const std::vector<int64_t>& numels);
+// Partial sums of rows, a float64 a chunk, in the order of rows: how many each row has. slice_sizes: as of RowLists.
+std::vector<uint32_t> chunk_counts(const std::vector<int64_t>& numels, const std::vector<int64_t>* slice_sizes);
 
 struct NormOptions {
   double eta;
@@ -22,6 +22,9 @@ struct NormOptions {
 // Reads g (and p when adaptive).
 enum NormRole { kNormGrad, kNormParam, kNormRoles };
 void sum_squares(const RowLists<kNormRoles>& lists, const NormOptions& options, const Place& place);
+
+// Reads g (and p when adaptive), writes g where a row has slices.
+void centralize(const RowLists<kNormRoles>& lists, const NormOptions& options, const Place& place);
 
 struct DirectionOptions {
   Scalar grad_scale;

@@ -17,8 +17,9 @@ constexpr uint32_t kMostChunks = 0x7FFFFFFF;
 
 template <int kRoles>
 struct RowLists {
-  const TensorList* roles[kRoles] = {};         // null: takes no part; the first never is
-  const std::vector<uint32_t>* tags = nullptr;  // (n,); null: the rows' numbers
+  const TensorList* roles[kRoles] = {};               // null: takes no part; the first never is
+  const std::vector<uint32_t>* tags = nullptr;        // (n,); null: the rows' numbers
+  const std::vector<int64_t>* slice_sizes = nullptr;  // (n,) of slices that no chunk cuts; 0, or null: none
 
   const std::vector<int64_t>& numels() const { return roles[0]->numels; }
 
@@ -28,6 +29,7 @@ struct RowLists {
       if (list != nullptr && list->numels != numels()) throw std::invalid_argument("tensor lists of different sizes");
     }
     if (tags != nullptr && tags->size() != numels().size()) throw std::invalid_argument("one tag a tensor");
+    if (slice_sizes != nullptr) check_slices(numels(), *slice_sizes);
   }
 };
 
@@ -49,7 +51,8 @@ void for_each_table(const RowLists<kRoles>& lists, const std::vector<uint32_t>* 
   for (std::size_t i = 0; i < count; ++i) {
     const std::size_t row = members == nullptr ? i : (*members)[i];
     if (numels[row] == 0) continue;
-    const int64_t wanted = (numels[row] - 1) / chunk_size + 1;
+    const int64_t slice_size = lists.slice_sizes == nullptr ? 0 : (*lists.slice_sizes)[row];
+    const int64_t wanted = (numels[row] - 1) / whole_slices(slice_size, chunk_size) + 1;
     if (wanted > kMostChunks) throw std::length_error("a tensor of more than 2^31 chunks");
     if (table->rows == Table::kCapacity || wanted > kMostChunks - chunks) flush();
     chunks += static_cast<uint32_t>(wanted);
@@ -59,6 +62,7 @@ void for_each_table(const RowLists<kRoles>& lists, const std::vector<uint32_t>* 
       table->pointers[role][slot] = static_cast<char*>(operand.data);
       table->dtypes[role][slot] = operand.dtype;
     }
+    if constexpr (Table::kSlices) table->slice_sizes[slot] = slice_size;
     table->numels[slot] = numels[row];
     table->chunk_ends[slot] = chunks;
     table->tags[slot] = lists.tags == nullptr ? static_cast<uint32_t>(row) : (*lists.tags)[row];

@@ -45,12 +45,15 @@ def centralize_(
     lists: dict[str, Tensors | None] = {"grads": grads, "params": params if adaptive else None}
     if not all(tensors is None or isinstance(tensors, TensorList) for tensors in lists.values()):
         _validate.check_lists(op, lists, written=("grads",))
+    row_groups = split(lists, written=("grads",), by_slices=True)
+    # One backend reports by itself, on a device within the launch that finishes the norm.
+    alone = len(row_groups) == 1 and (found_inf is None or found_inf.device == grads[0].device)
     norms = []
-    for rows in split(lists, written=("grads",), by_slices=True):
+    for rows in row_groups:
         given = rows.lists["grads"]
         assert given is not None
-        norms.append(rows.backend.centralize_(given, rows.lists["params"], slice_sizes(given), adaptive=adaptive, eta=eta))
+        options = {"adaptive": adaptive, "eta": eta, "found_inf": found_inf if alone else None}
+        norms.append(rows.backend.centralize_(given, rows.lists["params"], slice_sizes(given), **options))
         rows.finish()
-    dtype = torch.float64 if any(grad.dtype is torch.float64 for grad in grads) else torch.float32
-    result = combine_norms(norms).to(dtype) if norms else torch.zeros(())
-    return report_norm(result, found_inf, None, None)
+    result = combine_norms(norms) if norms else torch.zeros(())
+    return result if alone else report_norm(result, found_inf, None, None)

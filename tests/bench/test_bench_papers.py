@@ -177,7 +177,7 @@ def test_the_way_of_each_run_of_log_is_what_its_title_says() -> None:
 )
 def test_learning_rates_of_the_epochs(name: str, rates: list[float]) -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=schedules.LR)
-    schedule = schedules.schedule_of(name)(optimizer)
+    schedule = schedules.SCHEDULES[name](optimizer)
     for rate in rates:
         assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
         optimizer.step()
@@ -191,7 +191,7 @@ def test_a_run_follows_the_learning_rate_of_its_epoch() -> None:
 
     def schedule(optimizer: torch.optim.Optimizer) -> Any:
         made.append(optimizer)
-        return schedules.schedule_of("Diminish 1")(optimizer)
+        return schedules.SCHEDULES["Diminish 1"](optimizer)
 
     rates: list[float] = []  # of the epoch to come
     settings = Settings("sgd", schedules.LR, 0.0, 0.05, 1.0)

@@ -19,7 +19,19 @@ if (REASON := cuda.reason_missing()) is not None:
 ROOT = cuda.ROOT
 STORAGE = ("fp32", "bf16", "fp16", "mixed", "fp64")
 TABLES = (4096, 32764)
-OPS = ("adamw", "check", "copy", "direction", "norm", "perturb", "perturb_variant", "random_normal", "random_rademacher", "sgd")
+OPS = (
+    "adamw",
+    "centralize",
+    "check",
+    "copy",
+    "direction",
+    "norm",
+    "perturb",
+    "perturb_variant",
+    "random_normal",
+    "random_rademacher",
+    "sgd",
+)
 
 
 @pytest.fixture(scope="module")

@@ -49,6 +49,33 @@ def test_elementwise(op: str, device: str) -> None:
             assert torch.equal(tensor[window], part), f"list {i}, elements {window.start} to {window.stop}"
 
 
+@pytest.mark.parametrize("columns", [64, 4096])
+def test_slices(columns: int, device: str) -> None:
+    """Short ones and long ones, before and behind 2^31."""
+    lines = 2**31 // columns + 300
+    need(3 * 2 * lines * columns)
+    grad = torch.empty(lines, columns, dtype=torch.bfloat16, device=device).uniform_(0.5, 1.0)
+    windows = [slice(0, 5), slice(2**31 // columns - 3, 2**31 // columns + 3), slice(lines - 5, lines)]
+    expected = [grad[window].clone() for window in windows]
+    norm = F.centralize_([grad])
+    assert norm.item() == pytest.approx(torch.linalg.vector_norm(grad, dtype=torch.float32).item(), rel=1e-3)  # which is after rounding
+    for window, part in zip(windows, expected, strict=True):
+        F.centralize_([part])
+        assert torch.equal(grad[window], part), f"lines {window.start} to {window.stop}"
+
+
+def test_a_slice_of_more_than_31_bits(device: str) -> None:
+    """Its mean is summed in blocks: of ones and zeros, one for each other element."""
+    numel = 2**31 + 2**20
+    need(3 * 2 * numel)
+    grad = torch.zeros(1, numel, dtype=torch.bfloat16, device=device)
+    grad[0, ::2] = 1.0
+    norm = F.centralize_([grad])
+    assert norm.item() == pytest.approx(0.5 * math.sqrt(numel), rel=1e-5)
+    for i in (0, 1, 2**31 - 1, 2**31, numel - 2, numel - 1):
+        assert grad[0, i].item() == (-0.5 if i % 2 else 0.5)
+
+
 def test_norm(device: str) -> None:
     need(3 * NUMEL)
     grad = torch.zeros(NUMEL, dtype=torch.bfloat16, device=device)

@@ -36,6 +36,7 @@ def prepare() -> None:
             _config.CONFIGS[name] = dataclasses.replace(config, chunk=small[0], block=small[1])
     _cases.CHUNK = CHUNK
     _cases.CASES["chunk_edges"] = _cases._uniform((CHUNK - 1,), (CHUNK,), (CHUNK + 1,))
+    _cases.CASES["long_slices"] = _cases._uniform((1, 3_000), (2, 2 * CHUNK + 1), (4, 1_200))
     _cases.CASES["many_tiny"] = _cases._uniform(*[(3,)] * MANY)
     _patch_once()
 

@@ -158,10 +158,12 @@ def lists(count: int) -> list[TensorList]:
 def calls() -> dict[str, Callable[[], object]]:
     params, grads, old_params, buffers = lists(4)
     norm, found_inf, skipped = torch.ones(()), torch.zeros(()), torch.zeros(())
+    images = TensorList([torch.rand(40, 3, 3, 3), torch.rand(2, 3, 3, 3), torch.rand(3, 700), torch.rand(7)])
     single, double = torch.tensor(0.1), torch.tensor(0.1, dtype=torch.float64)
     return {
         "grad_norm_": lambda: functional.grad_norm_(norm, grads, found_inf=found_inf, skipped=skipped),
         "check_finite_": lambda: functional.check_finite_(grads, found_inf),
+        "centralize_": lambda: functional.centralize_(images, found_inf=found_inf),
         "perturb_": lambda: functional.perturb_(params, grads, old_params, norm, rho=0.1, found_inf=found_inf),
         "perturb_ by tensors": lambda: functional.perturb_(params, grads, old_params, norm, rho=single, lambd=double),
         "random_perturb_ by tensors": lambda: functional.random_perturb_(
@@ -181,7 +183,7 @@ def test_an_operation_reads_nothing_back(kernels: list[str], op: str) -> None:
     call = calls()[op]
     call()
     work = work_of(kernels, call)
-    assert len(kernels) == (2 if op == "grad_norm_" else 1)
+    assert len(kernels) == {"grad_norm_": 2, "centralize_": 4}.get(op, 1)  # of slices side by side, of long ones, of none; the norm
     assert work.reads == []
 
 

@@ -167,6 +167,39 @@ def test_chunks_cover_every_element_once_in_order() -> None:
             }
 
 
+def test_no_chunk_cuts_a_slice() -> None:
+    """Random slices: chunks are whole ones, as many as fit or one that is longer, and each group is of one width."""
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(50):
+        count = int(torch.randint(1, 40, (), generator=generator))
+        lines, sizes = (torch.randint(low, high, (count,), generator=generator).tolist() for low, high in ((1, 60), (0, 90)))
+        tensors = [torch.zeros(line * max(size, 1)) for line, size in zip(lines, sizes, strict=True)]
+        table = _table.table_of({"grads": TensorList(tensors)}, "centralize", tuple(sizes))
+        chunk, block = table.constants["CHUNK_SIZE"], table.constants["BLOCK_SIZE"]
+        found: list[tuple[int, int, int]] = []
+        for group in table.groups:
+            found += zip(group.slots.tolist(), group.rows.tolist(), group.chunk_indices.tolist(), strict=True)
+            for row in set(group.rows.tolist()):
+                fits = group.columns is not None and sizes[row] <= group.columns <= block // 2
+                assert group.columns == 0 if sizes[row] == 0 else fits or (group.columns is None and 2 * sizes[row] > block)
+        expected = []
+        for row, size in enumerate(sizes):
+            elements = chunk if size == 0 else size if 2 * size > block else chunk // size * size
+            expected += [(row, index) for index in range(-(-tensors[row].numel() // elements))]
+        assert [piece[1:] for piece in sorted(found)] == expected
+
+
+def test_a_change_of_slices_makes_another_table(events: Events) -> None:
+    params = vouch([torch.ones(12)])
+    assert params is not None
+    for shape in ((3, 4), (4, 3), (3, 4)):
+        grads = vouch([torch.arange(12.0).reshape(shape)], params)
+        assert grads is not None
+        norm = functional.centralize_(grads)
+        assert norm.item() == pytest.approx((shape[0] * shape[1] * (shape[1] ** 2 - 1) / 12) ** 0.5, rel=1e-6)
+    assert events.since_last()[0] == 2
+
+
 def test_lists_of_different_sizes_are_refused(events: Events) -> None:
     params, grads = TensorList([torch.ones(3)]), TensorList([torch.ones(4)])
     with pytest.raises(ValueError, match="different sizes"):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sam_kernels import _dispatch
+from sam_kernels import _dispatch, functional
 from sam_kernels.backends.native import cpu, cuda
 from tests.helpers.bits import RANDOM, assert_same_perturbation, compare_written
 from tests.helpers.cases import DTYPES, MIXED_NARROW, build, combinations, run
@@ -100,6 +100,19 @@ def test_a_norm_does_not_depend_on_how_rows_are_split_into_launches(adaptive: bo
     (alone,) = norms_of([group], **kwargs)
     for count in (1, capacity // 2, *range(capacity, 2 * capacity, capacity // 12)):
         assert_same_bits(f"behind {count} rows", [norms_of([before[:count], group], **kwargs)[1]], [alone])
+
+
+@pytest.mark.parametrize("adaptive", [False, True], ids=["plain", "adaptive"])
+def test_slices_do_not_depend_on_how_rows_are_split_into_launches(adaptive: bool) -> None:
+    """Rows of a list that takes several launches, beside the same rows in lists of a few."""
+    shapes = [(3, 5), (64,), (1, 70_000), (40, 27), (7, 1), (2, 600)]
+    grads = [torch.randn(shape) for shape, _ in zip(itertools.cycle(shapes), range(2 * cuda._cuda.LargeSplit.CAPACITY), strict=False)]
+    whole, parts = [grad.clone() for grad in grads], [grad.clone() for grad in grads]
+    params = [grad.cos() for grad in grads]
+    functional.centralize_(whole, params, adaptive=adaptive)
+    for i in range(0, len(parts), 11):
+        functional.centralize_(parts[i : i + 11], params[i : i + 11], adaptive=adaptive)
+    assert_same_bits("grads", whole, parts)
 
 
 def norms_of(groups: list[list[Tensor]], **kwargs: Any) -> Tensor:

@@ -147,6 +147,16 @@ def test_autograd_hears_of_the_write(backend: str) -> None:
     assert grad._version > before
 
 
+@pytest.mark.native
+@pytest.mark.parametrize("sizes", [[5], [-4], [4, 4], []], ids=str)
+def test_slices_that_do_not_fit_are_refused_by_the_kernels(sizes: list[int]) -> None:
+    native = module_of("native")
+    grad = torch.ones(3, 4)
+    with pytest.raises(ValueError, match=r"slices that do not divide their tensor|one size of slices a tensor"):
+        native.centralize_([grad], None, sizes, adaptive=False, eta=0.0, found_inf=None)
+    assert torch.equal(grad, torch.ones(3, 4))
+
+
 PLANTED: dict[str, Callable[[list[Tensor], list[int]], tuple[list[Tensor], list[int]]]] = {
     "tensors are left as they are": lambda grads, sizes: (grads, [0] * len(sizes)),
     "a mean over everything": lambda grads, sizes: ([g.view(1, *g.shape) if g.dim() > 1 else g for g in grads], sizes),

@@ -10,7 +10,7 @@ from sam_kernels.backends import foreach
 from sam_kernels.cli._check import check
 from sam_kernels.cli.validate import combinations
 
-OPERATIONS = ("centralize_", "direction_norm_", "grad_dots", "combine_", "perturb_", "random_perturb_", "sgd_step_", "adamw_step_")
+OPERATIONS = ("direction_norm_", "grad_dots", "combine_", "perturb_", "random_perturb_", "sgd_step_", "adamw_step_")
 
 
 @pytest.fixture(autouse=True)

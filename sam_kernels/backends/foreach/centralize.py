@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sam_kernels._flags import report_norm
 from sam_kernels.backends.foreach._rows import arithmetic_dtypes, widen, write
 
 __all__ = ["centralize_", "centralize_roundings"]
@@ -19,7 +20,8 @@ def centralize_(
     *,
     adaptive: bool,
     eta: float,
-) -> Tensor:  # () float64
+    found_inf: Tensor | None,
+) -> Tensor:  # () float32, float64 where a gradient is float64
     """See :func:`sam_kernels.functional.centralize_`."""
     used = params if adaptive else None
     directions = widen(grads, arithmetic_dtypes(grads, used))
@@ -33,8 +35,8 @@ def centralize_(
         weights = torch._foreach_abs([p.to(torch.float64) for p in used])
         torch._foreach_add_(weights, eta)
         terms = list(torch._foreach_mul(weights, terms))
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(terms)))
-    return norm
+    dtype = torch.float64 if any(grad.dtype is torch.float64 for grad in grads) else torch.float32
+    return report_norm(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(terms))).to(dtype), found_inf, None, None)
 
 
 def centralize_roundings(numels: Sequence[int], slice_sizes: Sequence[int]) -> tuple[None, None]:

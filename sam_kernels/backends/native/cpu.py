@@ -209,18 +209,21 @@ def centralize_(
     *,
     adaptive: bool,
     eta: float,
-) -> Tensor:  # () float64
+    found_inf: Tensor | None,
+) -> Tensor:  # () float32, float64 where a gradient is float64
     """Reads g (and p when adaptive); writes g."""
     written(grads)
+    described = _lists.describe(grads)
     norm = _cpu.centralize(
         params=_lists.describe(params) if adaptive else None,
-        grads=_lists.describe(grads),
+        grads=described,
         slice_sizes=slice_sizes,
         adaptive=adaptive,
         eta=eta,
         threads=torch.get_num_threads(),
     )
-    return torch.tensor(norm, dtype=torch.float64)
+    result = torch.tensor(norm, dtype=torch.float64 if described.has_float64 else torch.float32)
+    return report_norm(result, found_inf, None, None)
 
 
 def centralize_roundings(numels: Sequence[int], slice_sizes: Sequence[int]) -> tuple[None, None]:

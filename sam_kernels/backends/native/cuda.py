@@ -19,15 +19,9 @@ from sam_kernels._tensor_list import TensorList
 from sam_kernels.backends.native import CUDA_ON_HOST
 from sam_kernels.backends.native._architectures import runs_on
 from sam_kernels.backends.native._arguments import address, flag_of, number_of, write_back
-from sam_kernels.backends.native._lists import Lists, written
-
-try:
-    if CUDA_ON_HOST:
-        from sam_kernels import _cuda_on_host as _cuda
-    else:
-        from sam_kernels import _cuda  # type: ignore[no-redef]  # the same functions
-except ImportError as error:
-    raise ImportError(f"the compiled CUDA module of sam_kernels cannot be imported ({error}); reinstall with CUDA's nvcc") from error
+from sam_kernels.backends.native._cuda_lists import _cuda, _lists, _stream, _sums
+from sam_kernels.backends.native._lists import written
+from sam_kernels.backends.native.cuda_centralize import centralize_, centralize_roundings
 
 __all__ = [
     "DEVICE_TYPES",
@@ -36,6 +30,8 @@ __all__ = [
     "KNOWS_SKIPS",
     "REASON_MISSING",
     "adamw_step_",
+    "centralize_",
+    "centralize_roundings",
     "check_finite_",
     "current_grads",
     "describe",
@@ -55,7 +51,6 @@ DTYPES = None  # all that operations take
 IS_AUTOMATIC = True
 KNOWS_SKIPS = False  # that would mean to wait for the device
 
-_lists = Lists(_cuda)
 vouch, current_grads, is_current = _lists.vouch, _lists.current_grads, _lists.is_current
 
 
@@ -83,15 +78,6 @@ REASON_MISSING = _reason_missing()
 def describe() -> str:
     """One line for ``python -m sam_kernels info``."""
     return "CUDA kernels compiled for the host" if CUDA_ON_HOST else f"CUDA kernels for compute capabilities {_cuda.ARCHITECTURES}"
-
-
-def _stream(tensor: Tensor) -> int:
-    return 0 if CUDA_ON_HOST else torch.cuda.current_stream(tensor.device).cuda_stream
-
-
-def _sums(described: Any, like: Tensor) -> Tensor:  # (chunks,) float64
-    """Scratch for partial sums. Made anew each time: steps on several streams must not share it."""
-    return torch.empty(_cuda.count_sums(described), dtype=torch.float64, device=like.device)
 
 
 def grad_norms(

@@ -40,6 +40,7 @@ CONFIGS = {
     "adamw": Config(16384, 1024),
     "steps": Config(1, 1),  # counters of one element: only their addresses are of interest
     "direction": Config(16384, 1024),
+    "centralize": Config(16384, 2048, num_warps=8),  # three sums, as direction; twice the warps, so that half a block holds a slice
     "random": Config(16384, 4096, words=4),  # 1024 counters of four elements: eight a thread; half of it a multiple of a random tile (1024)
 }
 

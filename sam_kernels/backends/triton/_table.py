@@ -7,7 +7,7 @@ pinned memory) only when they did. A steady step therefore copies nothing or one
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from sam_kernels.backends.triton._config import CONFIGS, Config
 from sam_kernels.backends.triton._device import is_recording, keep, on
 from sam_kernels.backends.triton._lists import Contents, Description, describe_list
+from sam_kernels.backends.triton._slices import columns_of, whole_slices
 from sam_kernels.backends.triton._staging import Staging, upload
 
 __all__ = ["ChunkTable", "LaunchGroup", "table_of"]
@@ -28,7 +29,7 @@ _TABLES_KEPT = 16  # a list takes part in a handful of operations; the oldest go
 
 @dataclass(frozen=True)
 class LaunchGroup:
-    """Chunks of the rows that share their dtypes: one launch."""
+    """Chunks of the rows that share their dtypes, and the width of blocks for their slices: one launch."""
 
     dtypes: Mapping[str, Any]  # role -> triton dtype; None for a role that takes no part
     chunks: int
@@ -36,12 +37,19 @@ class LaunchGroup:
     chunk_indices: Tensor  # (chunks,) int32: which chunk of its row
     slots: Tensor  # (chunks,) int32: its place among all chunks, in the order of rows
     constants: Mapping[str, int]  # as ChunkTable.constants, for kernels that compute every element by itself
+    columns: int | None  # as columns_of says of its slices
 
 
 class ChunkTable:
     """The chunks of some lists of equal sizes and the addresses of their tensors, on the device."""
 
-    def __init__(self, described: Mapping[str, Contents | None], config: Config, device: torch.device) -> None:
+    def __init__(
+        self,
+        described: Mapping[str, Contents | None],
+        config: Config,
+        device: torch.device,
+        slice_sizes: Sequence[int] = (),  # (R,) of slices that no chunk cuts, 0 for a row without; () for none at all
+    ) -> None:
         given = {role: description for role, description in described.items() if description is not None}
         first = next(iter(given.values()))
         if any(description.numels != first.numels for description in given.values()):
@@ -66,34 +74,40 @@ class ChunkTable:
                 self._staging.write(self._slices[role] * self._stride, description.pointers)
         numels = torch.tensor(first.numels, dtype=torch.int64)
         self.numels = upload(numels, self.device)
-        self._chunk_counts = (numels + config.chunk - 1) // config.chunk
-        self.groups = self._make_groups(given)
+        self.slice_sizes = upload(torch.tensor(slice_sizes, dtype=torch.int64), self.device) if slice_sizes else None
+        dtypes = list(zip(*(description.dtypes for description in given.values()), strict=True))
+        blocks = [config.block if len({dtype.itemsize for dtype in row}) == 1 else config.mixed_block for row in dtypes]
+        sliced = list(zip(slice_sizes or [0] * self.count, blocks, strict=True))
+        chunk = torch.tensor([whole_slices(size, block, config.chunk) for size, block in sliced], dtype=torch.int64)
+        self._chunk_counts = (numels + chunk - 1) // chunk
+        columns = [columns_of(size, block) for size, block in sliced]
+        self.groups = self._make_groups(given, list(zip(dtypes, blocks, columns, strict=True)))
         self._sums: tuple[Tensor, Tensor] | None = None
         self._corrections: tuple[Tensor, Tensor] | None = None
         self._row_indices: dict[tuple[int, ...], Tensor] = {}
         self._bounds: dict[tuple[int, ...], Tensor] = {}
 
-    def _make_groups(self, given: Mapping[str, Contents]) -> list[LaunchGroup]:
+    def _make_groups(self, given: Iterable[str], kinds: Sequence[tuple[tuple[torch.dtype, ...], int, int | None]]) -> list[LaunchGroup]:
+        """``kinds``: of each row, its dtypes, the size of blocks and the columns for its slices."""
         rows = torch.repeat_interleave(torch.arange(self.count), self._chunk_counts)
         first_slots = self._chunk_counts.cumsum(0) - self._chunk_counts
         slots = torch.arange(len(rows))
-        by_dtypes: dict[tuple[torch.dtype, ...], list[int]] = {}
-        for row, dtypes in enumerate(zip(*(description.dtypes for description in given.values()), strict=True)):
-            by_dtypes.setdefault(dtypes, []).append(row)
+        alike: dict[tuple[tuple[torch.dtype, ...], int, int | None], list[int]] = {}
+        for row, kind in enumerate(kinds):
+            alike.setdefault(kind, []).append(row)
         groups = []
-        for dtypes, members in by_dtypes.items():
+        for (dtypes, block, columns), members in alike.items():
             chosen = slots
-            if len(by_dtypes) > 1:
+            if len(alike) > 1:
                 belongs = torch.zeros(self.count, dtype=torch.bool)
                 belongs[members] = True
                 chosen = slots[belongs[rows]]
             mine = rows[chosen]
             named = dict(zip(given, (TRITON_DTYPES[dtype] for dtype in dtypes), strict=True))
             row_of, chunk_of, slot_of = (upload(part.to(torch.int32), self.device) for part in (mine, chosen - first_slots[mine], chosen))
-            block = self._config.block if len({dtype.itemsize for dtype in dtypes}) == 1 else self._config.mixed_block
             constants = _constants(self._config, block)
             roles = {role: named.get(role) for role in self._roles}
-            groups.append(LaunchGroup(roles, len(mine), row_of, chunk_of, slot_of, constants))
+            groups.append(LaunchGroup(roles, len(mine), row_of, chunk_of, slot_of, constants, columns))
         return groups
 
     def arguments(self, group: LaunchGroup, *roles: str) -> list[Tensor | None]:
@@ -174,20 +188,20 @@ def _constants(config: Config, block: int) -> dict[str, int]:
     return {"CHUNK_SIZE": config.chunk, "BLOCK_SIZE": block, "num_warps": config.num_warps}
 
 
-def table_of(lists: Mapping[str, Sequence[Tensor] | None], kernel: str) -> ChunkTable:
+def table_of(lists: Mapping[str, Sequence[Tensor] | None], kernel: str, slice_sizes: tuple[int, ...] = ()) -> ChunkTable:
     """The table of these lists for a kernel, kept with the list that lives longest: the parameters', or the one the gradients belong to."""
     described = {role: None if tensors is None else describe_list(tensors) for role, tensors in lists.items()}
     anchor = described.get("params") or next(description for description in described.values() if description is not None)
     anchor = anchor.owner or anchor
     config = CONFIGS[kernel]
-    key = (kernel, config, tuple(role for role, description in described.items() if description is not None))
+    key = (kernel, config, slice_sizes, tuple(role for role, description in described.items() if description is not None))
     table: ChunkTable | None = anchor.tables.get(key)
     contents = {role: None if description is None else description.contents for role, description in described.items()}
     with on(anchor.device):
         recording = is_recording(anchor.device)
         # What a graph copies into its table at a replay, nobody here is told: eager calls get one of their own.
         if table is None or not table.matches(contents) or (table.is_recorded and not recording):
-            table = ChunkTable(contents, config, anchor.device)
+            table = ChunkTable(contents, config, anchor.device, slice_sizes)
             _keep(anchor, key, table)
         else:
             table.update(contents)

@@ -23,9 +23,9 @@ from sam_kernels.backends.triton._blocks import full_blocks, is_finite, load_flo
 from sam_kernels.backends.triton._config import CONFIGS, FINISH_BLOCK
 from sam_kernels.backends.triton._finish import GROW, GROWN, IN_RANGE, SHRINK, SHRUNK, finish
 from sam_kernels.backends.triton._launch import launch
-from sam_kernels.backends.triton._table import ChunkTable, table_of
+from sam_kernels.backends.triton._table import ChunkTable, LaunchGroup, table_of
 
-__all__ = ["check_finite_", "grad_norms", "norm_roundings"]
+__all__ = ["check_finite_", "grad_norms", "launch_sums", "norm_roundings"]
 
 _HIGH = tl.constexpr(2.0**100)
 _LOW = tl.constexpr(2.0**-100)
@@ -108,18 +108,20 @@ def grad_norms(
     """Norms of consecutive groups of rows. Reads g (and p when adaptive)."""
     table = table_of({"grads": grads, "params": params if adaptive else None}, "norm")
     norms = torch.empty(len(group_sizes), dtype=torch.float32, device=table.device) if out is None else out.reshape(1)
-    _launch_sums(table, eta, None)
+    launch_sums(table, table.groups, eta, None)
     finish(table, tuple(group_sizes), norms, found_inf, skipped)
     return norms
 
 
 def check_finite_(grads: Sequence[Tensor], found_inf: Tensor) -> None:
     """Sets found_inf where a gradient is not finite: the first stage alone. Reads g."""
-    _launch_sums(table_of({"grads": grads}, "norm"), 0.0, found_inf)
+    table = table_of({"grads": grads}, "norm")
+    launch_sums(table, table.groups, 0.0, found_inf)
 
 
-def _launch_sums(table: ChunkTable, eta: float, found_inf: Tensor | None) -> None:
-    for group in table.groups:
+def launch_sums(table: ChunkTable, groups: Sequence[LaunchGroup], eta: float, found_inf: Tensor | None) -> None:
+    """The first stage of a norm, for some of the groups of a table."""
+    for group in groups:
         launch(
             _norm_kernel,
             group.chunks,
