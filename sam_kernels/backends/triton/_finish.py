@@ -15,11 +15,33 @@ from sam_kernels.backends.triton._config import FINISH_BLOCK
 from sam_kernels.backends.triton._launch import launch
 from sam_kernels.backends.triton._table import ChunkTable
 
-__all__ = ["GROW", "GROWN", "IN_RANGE", "SHRINK", "SHRUNK", "finish"]
+__all__ = ["GROW", "GROWN", "HIGH", "IN_RANGE", "LOW", "SHRINK", "SHRUNK", "add_by_size", "finish", "sum_of_sizes"]
 
 SHRINK = tl.constexpr(2.0**-80)
 GROW = tl.constexpr(2.0**100)
 IN_RANGE, SHRUNK, GROWN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+HIGH, LOW = tl.constexpr(2.0**100), tl.constexpr(2.0**-100)  # a sum of squares of a chunk as it is lies between
+# Squares of a chunk of terms between these add up to less than 2^100, as those of larger ones times SHRINK and smaller ones times GROW do.
+_LARGE, _SMALL = tl.constexpr(2.0**40), tl.constexpr(2.0**-56)
+
+
+@triton.jit
+def add_by_size(terms, medium, big, small):
+    """Adds squares to three sums, each term's to that of its size, where a chunk cannot be read again."""
+    size = tl.abs(terms)
+    is_big, is_small = size >= _LARGE, size < _SMALL
+    down, up = tl.where(is_big, terms * SHRINK, 0.0), tl.where(is_small, terms * GROW, 0.0)
+    same = tl.where(is_big | is_small, 0.0, terms)
+    return tl.fma(same, same, medium), tl.fma(down, down, big), tl.fma(up, up, small)
+
+
+@triton.jit
+def sum_of_sizes(medium, big, small):
+    """The three sums of a chunk as one, and its kind."""
+    with_big = big + medium * SHRINK * SHRINK
+    with_medium = medium + small * (1.0 / GROW) * (1.0 / GROW)
+    kind = tl.where(big != 0.0, SHRUNK, tl.where(medium != 0.0, IN_RANGE, GROWN))
+    return tl.where(big != 0.0, with_big, tl.where(medium != 0.0, with_medium, small)), kind
 
 
 @triton.jit

@@ -69,6 +69,7 @@ class ChunkTable:
         self._chunk_counts = (numels + config.chunk - 1) // config.chunk
         self.groups = self._make_groups(given)
         self._sums: tuple[Tensor, Tensor] | None = None
+        self._dot_sums: tuple[Tensor, Tensor] | None = None
         self._corrections: tuple[Tensor, Tensor] | None = None
         self._row_indices: dict[tuple[int, ...], Tensor] = {}
         self._bounds: dict[tuple[int, ...], Tensor] = {}
@@ -142,6 +143,14 @@ class ChunkTable:
                 torch.empty(chunks, dtype=torch.int32, device=self.device),
             )
         return self._sums
+
+    @property
+    def dot_sums(self) -> tuple[Tensor, Tensor]:
+        """(C, 3) float32 and (C,) int32: three sums a chunk and how they are scaled. Allocated once."""
+        if self._dot_sums is None:
+            kinds = torch.empty(int(self._chunk_counts.sum()), dtype=torch.int32, device=self.device)
+            self._dot_sums = torch.empty(len(kinds), 3, dtype=torch.float32, device=self.device), kinds
+        return self._dot_sums
 
     @property
     def corrections(self) -> tuple[Tensor, Tensor]:

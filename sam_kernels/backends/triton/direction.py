@@ -16,15 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from sam_kernels.backends.triton._blocks import full_blocks, inverse_of, load_float, locate, operand, store
-from sam_kernels.backends.triton._finish import GROW, GROWN, IN_RANGE, SHRINK, SHRUNK, finish
+from sam_kernels.backends.triton._finish import add_by_size, finish, sum_of_sizes
 from sam_kernels.backends.triton._launch import launch, single
 from sam_kernels.backends.triton._table import table_of
 
 __all__ = ["direction_norm_"]
-
-# Squares of a chunk of terms between these add up to less than 2^100, as those of larger ones times SHRINK and smaller ones times GROW do.
-_LARGE = tl.constexpr(2.0**40)
-_SMALL = tl.constexpr(2.0**-56)
 
 
 @triton.jit
@@ -46,10 +42,7 @@ def _direction_block(
         d = g - sigma * before
     if ADAPTIVE:
         d = (tl.abs(load_float(param, offsets, count, MASKED)) + eta) * d
-    size = tl.abs(d)
-    is_big, is_small = size >= _LARGE, size < _SMALL
-    down, up, same = tl.where(is_big, d * SHRINK, 0.0), tl.where(is_small, d * GROW, 0.0), tl.where(is_big | is_small, 0.0, d)
-    return tl.fma(same, same, medium), tl.fma(down, down, big), tl.fma(up, up, small)
+    return add_by_size(d, medium, big, small)
 
 
 @triton.jit
@@ -112,11 +105,7 @@ def _direction_kernel(
     medium_rest, big_rest, small_rest = _direction_sums(
         grad, ema, param, full, count, count, inverse, decay, gain, sigma, eta, FRIENDLY, FIRST_STEP, ADAPTIVE, HALF, True
     )
-    medium_sum, big_sum, small_sum = medium_sum + medium_rest, big_sum + big_rest, small_sum + small_rest
-    with_big = big_sum + medium_sum * SHRINK * SHRINK
-    with_medium = medium_sum + small_sum * (1.0 / GROW) * (1.0 / GROW)
-    kind = tl.where(big_sum != 0.0, SHRUNK, tl.where(medium_sum != 0.0, IN_RANGE, GROWN))
-    total = tl.where(big_sum != 0.0, with_big, tl.where(medium_sum != 0.0, with_medium, small_sum))
+    total, kind = sum_of_sizes(medium_sum + medium_rest, big_sum + big_rest, small_sum + small_rest)
     slot = tl.load(work_slots + tl.program_id(0))
     tl.store(sums + slot, total)
     tl.store(kinds + slot, kind)
