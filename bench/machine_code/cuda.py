@@ -23,7 +23,10 @@ __all__ = ["ARCHITECTURES", "ROOT", "SOURCES", "Kernel", "compile_all", "compile
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # All of csrc/cuda/*.cu with kernels, the slowest to compile first.
-SOURCES = ("adamw", "sgd", "random", "direction", "perturb_variant", "norm", "perturb", "check", "copy", "sharpness", "advance", "finish")
+SOURCES = (
+    "adamw", "sgd", "random", "direction", "perturb_variant", "grad_dots", "combine", "norm", "perturb", "check", "copy", "sharpness",
+    "advance", "finish", "finish_dots",
+)  # fmt: skip
 _STORAGE = {
     "7UniformIf": "fp32",
     "7UniformINS0_8BFloat16": "bf16",

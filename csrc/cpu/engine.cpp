@@ -99,9 +99,7 @@ Dots grad_dots(const Lists& lists, int threads) {
   lists.check();
   const std::vector<Chunk> chunks = make_chunks(numels_of(lists));
   Dots sum{0, 0, 0};
-  for (const Dots& dots : partial_sums<Dots>(lists, chunks, false, threads, kernels.grad_dots)) {
-    sum.left += dots.left, sum.product += dots.product, sum.right += dots.right;
-  }
+  for (const Dots& dots : partial_sums<Dots>(lists, chunks, false, threads, kernels.grad_dots)) sum += dots;
   return sum;
 }
 

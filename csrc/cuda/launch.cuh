@@ -1,8 +1,8 @@
 // Running an operation over lists: rows by how they are accessed, tables, kernels; on the host, the same code thread by thread.
 //
 // An operation is a struct Op<Access> with kRoles, kBlocks (resident on a processor), Options (trivially copyable), a constructor from
-// these, and either apply(piece, thread), or, where kSums, sum(piece, thread) and finish(piece, total). kBackwards: it follows a read of
-// the same gradients.
+// these, and either apply(piece, thread), or, where kSums, sum(piece, thread), a double or Dots, and finish(piece, total). kBackwards: it
+// follows a read of the same gradients.
 #pragma once
 
 #include <cstddef>
@@ -48,7 +48,7 @@ void launch_table(const Table& table, const typename Op::Options& options, const
     // More threads than elements have nothing to do: most tensors of the tests are small.
     const int threads = static_cast<int>(std::min<int64_t>(kThreads, piece.count));
     if constexpr (Op::kSums) {
-      double partials[kThreads] = {};
+      decltype(op.sum(piece, 0)) partials[kThreads] = {};
       for (int thread = 0; thread < threads; ++thread) partials[thread] = op.sum(piece, thread);
       op.finish(piece, block_sum_on_host(partials));
     } else {
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads, Op::kBlocks < kMostBlocks ? Op::kBlo
   for (uint32_t chunk = blockIdx.x; chunk < table.chunks(); chunk += gridDim.x) {
     const auto piece = piece_of<Op>(table, chunk);
     if constexpr (Op::kSums) {
-      const double total = block_sum(op.sum(piece, static_cast<int>(threadIdx.x)));
+      const auto total = block_sum(op.sum(piece, static_cast<int>(threadIdx.x)));
       if (threadIdx.x == 0) op.finish(piece, total);
     } else {
       op.apply(piece, static_cast<int>(threadIdx.x));

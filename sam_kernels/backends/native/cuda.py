@@ -19,15 +19,9 @@ from sam_kernels._tensor_list import TensorList
 from sam_kernels.backends.native import CUDA_ON_HOST
 from sam_kernels.backends.native._architectures import runs_on
 from sam_kernels.backends.native._arguments import address, flag_of, number_of, write_back
-from sam_kernels.backends.native._lists import Lists, written
-
-try:
-    if CUDA_ON_HOST:
-        from sam_kernels import _cuda_on_host as _cuda
-    else:
-        from sam_kernels import _cuda  # type: ignore[no-redef]  # the same functions
-except ImportError as error:
-    raise ImportError(f"the compiled CUDA module of sam_kernels cannot be imported ({error}); reinstall with CUDA's nvcc") from error
+from sam_kernels.backends.native._cuda_lists import _cuda, _lists, _stream, _sums
+from sam_kernels.backends.native._lists import written
+from sam_kernels.backends.native.cuda_combinations import combine_, grad_dots
 
 __all__ = [
     "DEVICE_TYPES",
@@ -37,9 +31,11 @@ __all__ = [
     "REASON_MISSING",
     "adamw_step_",
     "check_finite_",
+    "combine_",
     "current_grads",
     "describe",
     "direction_norm_",
+    "grad_dots",
     "grad_norms",
     "is_current",
     "norm_roundings",
@@ -55,7 +51,6 @@ DTYPES = None  # all that operations take
 IS_AUTOMATIC = True
 KNOWS_SKIPS = False  # that would mean to wait for the device
 
-_lists = Lists(_cuda)
 vouch, current_grads, is_current = _lists.vouch, _lists.current_grads, _lists.is_current
 
 
@@ -83,15 +78,6 @@ REASON_MISSING = _reason_missing()
 def describe() -> str:
     """One line for ``python -m sam_kernels info``."""
     return "CUDA kernels compiled for the host" if CUDA_ON_HOST else f"CUDA kernels for compute capabilities {_cuda.ARCHITECTURES}"
-
-
-def _stream(tensor: Tensor) -> int:
-    return 0 if CUDA_ON_HOST else torch.cuda.current_stream(tensor.device).cuda_stream
-
-
-def _sums(described: Any, like: Tensor) -> Tensor:  # (chunks,) float64
-    """Scratch for partial sums. Made anew each time: steps on several streams must not share it."""
-    return torch.empty(_cuda.count_sums(described), dtype=torch.float64, device=like.device)
 
 
 def grad_norms(
@@ -134,8 +120,8 @@ def grad_norms(
 
 def norm_roundings(numels: Sequence[int], kernel: str = "norm") -> int:
     """float32 roundings that a term of a norm passes through at most: adding it within its thread (sums of threads and chunks are float64,
-    and so are those of directions) and with those of the same pack."""
-    if kernel != "norm":
+    and so are those of what was written in the same pass) and with those of the same pack."""
+    if kernel not in ("norm", "dots"):
         return 0
     longest: int = min(max(numels, default=0), _cuda.chunk_size())
     threads: int = _cuda.THREADS

@@ -5,14 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sam_kernels.backends.native import CUDA_ON_HOST
 from sam_kernels.backends.native._arguments import number_of
-from sam_kernels.backends.native.cuda import _lists, _stream
-
-if CUDA_ON_HOST:
-    from sam_kernels import _cuda_on_host as _cuda
-else:
-    from sam_kernels import _cuda  # type: ignore[no-redef]  # the same functions
+from sam_kernels.backends.native._cuda_lists import _cuda, _lists, _stream
 
 __all__ = ["sharpness_sample", "sharpness_weights"]
 

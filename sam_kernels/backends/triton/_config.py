@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["CONFIGS", "FINISH_BLOCK", "Config"]
+__all__ = ["CONFIGS", "FINISH_BLOCK", "FINISH_DOTS_BLOCK", "Config"]
 
 
 @dataclass(frozen=True)
@@ -46,3 +46,4 @@ CONFIGS = {
 }
 
 FINISH_BLOCK = 1024  # sums of chunks that the finishing stage of a norm takes at a time
+FINISH_DOTS_BLOCK = 256  # the same of inner products: three sums, in float64

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sam_kernels.backends.triton._blocks import full_blocks, load_float, locate, operand
-from sam_kernels.backends.triton._config import FINISH_BLOCK
+from sam_kernels.backends.triton._config import FINISH_DOTS_BLOCK
 from sam_kernels.backends.triton._finish import GROW, GROWN, HIGH, IN_RANGE, LOW, SHRINK, SHRUNK
 from sam_kernels.backends.triton._launch import launch
 from sam_kernels.backends.triton._table import table_of
@@ -177,5 +177,5 @@ def grad_dots(
         )
     dots = torch.empty(3, dtype=torch.float64, device=table.device)
     bounds = table.bounds((table.count,))
-    launch(_finish_dots_kernel, 1, table.device, *table.dot_sums, bounds, dots, found_inf, BLOCK_SIZE=FINISH_BLOCK)
+    launch(_finish_dots_kernel, 1, table.device, *table.dot_sums, bounds, dots, found_inf, BLOCK_SIZE=FINISH_DOTS_BLOCK)
     return dots

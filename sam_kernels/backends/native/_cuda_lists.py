@@ -1,0 +1,32 @@
+"""The compiled module of the CUDA kernels, and what its functions are given: lists as it knows them, streams, scratch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sam_kernels.backends.native import CUDA_ON_HOST
+from sam_kernels.backends.native._lists import Lists
+
+try:
+    if CUDA_ON_HOST:
+        from sam_kernels import _cuda_on_host as _cuda
+    else:
+        from sam_kernels import _cuda  # type: ignore[no-redef]  # the same functions
+except ImportError as error:
+    raise ImportError(f"the compiled CUDA module of sam_kernels cannot be imported ({error}); reinstall with CUDA's nvcc") from error
+
+__all__ = ["_cuda", "_lists", "_stream", "_sums"]
+
+_lists = Lists(_cuda)
+
+
+def _stream(tensor: Tensor) -> int:
+    return 0 if CUDA_ON_HOST else torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def _sums(described: Any, like: Tensor, of_chunk: int = 1) -> Tensor:  # (chunks * of_chunk,) float64
+    """Scratch for partial sums. Made anew each time: steps on several streams must not share it."""
+    return torch.empty(_cuda.count_sums(described) * of_chunk, dtype=torch.float64, device=like.device)
