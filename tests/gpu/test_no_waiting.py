@@ -25,10 +25,11 @@ SHAPES = ((1000,), (33, 17), (3,), ())
 # the counters. What does not fit one launch's arguments takes another, native's counters of a thousand tensors seven.
 MOST_LAUNCHES = {"sgd": 5, "adamw": 6}
 MOST_OF_MANY = {"sgd": 8, "adamw": 15}  # native, a thousand tensors
-# direction_norm_ returns a number of its own at each call. Native's scratch is made anew: sums of chunks, bias corrections.
+# direction_norm_, combine_ and grad_dots return numbers of their own at each call. Native's scratch is made anew: sums of chunks, bias
+# corrections.
 ALLOCATIONS = {
-    "native": {"grad_norm": 1, "direction_norm_": 2, "adamw_step_": 1, "sgd": 1, "adamw": 2},
-    "triton": {"direction_norm_": 1},
+    "native": {"grad_norm": 1, "direction_norm_": 2, "grad_dots": 2, "combine_": 2, "adamw_step_": 1, "sgd": 1, "adamw": 2},
+    "triton": {"direction_norm_": 1, "grad_dots": 1, "combine_": 1},
 }
 
 

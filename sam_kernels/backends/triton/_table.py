@@ -69,7 +69,7 @@ class ChunkTable:
         self._chunk_counts = (numels + config.chunk - 1) // config.chunk
         self.groups = self._make_groups(given)
         self._sums: tuple[Tensor, Tensor] | None = None
-        self._dot_sums: tuple[Tensor, Tensor] | None = None
+        self._dot_sums: tuple[Tensor, ...] | None = None
         self._corrections: tuple[Tensor, Tensor] | None = None
         self._row_indices: dict[tuple[int, ...], Tensor] = {}
         self._bounds: dict[tuple[int, ...], Tensor] = {}
@@ -145,11 +145,11 @@ class ChunkTable:
         return self._sums
 
     @property
-    def dot_sums(self) -> tuple[Tensor, Tensor]:
-        """(C, 3) float32 and (C,) int32: three sums a chunk and how they are scaled. Allocated once."""
+    def dot_sums(self) -> tuple[Tensor, ...]:
+        """(C,) float32 three times and (C,) int32: three sums a chunk and how they are scaled. Allocated once."""
         if self._dot_sums is None:
-            kinds = torch.empty(int(self._chunk_counts.sum()), dtype=torch.int32, device=self.device)
-            self._dot_sums = torch.empty(len(kinds), 3, dtype=torch.float32, device=self.device), kinds
+            squares, kinds = self.sums
+            self._dot_sums = squares, torch.empty_like(squares), torch.empty_like(squares), kinds
         return self._dot_sums
 
     @property

@@ -85,7 +85,9 @@ def _dots_kernel(
     work_rows,  # (C,) int32
     work_chunks,  # (C,) int32
     work_slots,  # (C,) int32
-    sums,  # (C, 3) float32
+    square_sums,  # (C,) float32
+    product_sums,  # (C,) float32
+    other_sums,  # (C,) float32
     kinds,  # (C,) int32: how l is scaled, and 4 times how d is
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
@@ -115,9 +117,9 @@ def _dots_kernel(
             HAS_ORIGIN, True, BLOCK_SIZE,
         )  # fmt: skip
     slot = tl.load(work_slots + tl.program_id(0))
-    tl.store(sums + 3 * slot, squares)
-    tl.store(sums + 3 * slot + 1, products)
-    tl.store(sums + 3 * slot + 2, others)
+    tl.store(square_sums + slot, squares)
+    tl.store(product_sums + slot, products)
+    tl.store(other_sums + slot, others)
     tl.store(kinds + slot, left_kind + 4 * right_kind)
 
 
@@ -129,7 +131,9 @@ def _unscaled(kind):
 
 @triton.jit
 def _finish_dots_kernel(
-    sums,  # (C, 3) float32
+    square_sums,  # (C,) float32
+    product_sums,  # (C,) float32
+    other_sums,  # (C,) float32
     kinds,  # (C,) int32
     bounds,  # (2,) int32: 0, C
     dots,  # (3,) float64
@@ -145,9 +149,9 @@ def _finish_dots_kernel(
         is_one = slots < end
         kind = tl.load(kinds + slots, mask=is_one, other=0)
         left, right = _unscaled(kind & 3), _unscaled(kind >> 2)
-        squares += tl.load(sums + 3 * slots, mask=is_one, other=0.0).to(tl.float64) * left * left
-        products += tl.load(sums + 3 * slots + 1, mask=is_one, other=0.0).to(tl.float64) * left * right
-        others += tl.load(sums + 3 * slots + 2, mask=is_one, other=0.0).to(tl.float64) * right * right
+        squares += tl.load(square_sums + slots, mask=is_one, other=0.0).to(tl.float64) * left * left
+        products += tl.load(product_sums + slots, mask=is_one, other=0.0).to(tl.float64) * left * right
+        others += tl.load(other_sums + slots, mask=is_one, other=0.0).to(tl.float64) * right * right
     square, product, other = tl.sum(squares), tl.sum(products), tl.sum(others)
     tl.store(dots, square)
     tl.store(dots + 1, product)
