@@ -28,6 +28,8 @@ OPS = {
     "grad_norm": Traffic(reads=("grads",)),
     "centralize_": Traffic(reads=(), updates=("grads",)),
     "direction_norm_": Traffic(reads=("grads",), updates=("ema",)),
+    "grad_dots": Traffic(reads=("lefts", "rights")),
+    "combine_": Traffic(reads=("lefts", "rights"), writes=("outs",)),
     "perturb_": Traffic(reads=("grads",), updates=("params",), writes=("old_params",)),
     "random_perturb_": Traffic(reads=(), updates=("params",), writes=("old_params",)),
     "restore_": Traffic(reads=("old_params",), writes=("params",)),

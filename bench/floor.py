@@ -86,11 +86,12 @@ def _repeat_copy(buffers: list[Tensor], times: float) -> None:
 
 
 def _library_sums() -> dict[str, Pass]:
+    """Of one buffer or two."""
     return {
-        "torch.sum": lambda buffers: buffers[0].sum(),
-        "torch.dot": lambda buffers: torch.dot(buffers[0], buffers[0]),
-        "torch.linalg.vector_norm": lambda buffers: torch.linalg.vector_norm(buffers[0]),
-        "numpy.dot": lambda buffers: buffers[0].numpy().dot(buffers[0].numpy()),
+        "torch.sum": lambda buffers: sum(buffer.sum() for buffer in buffers),
+        "torch.dot": lambda buffers: torch.dot(buffers[0], buffers[-1]),
+        "torch.linalg.vector_norm": lambda buffers: [torch.linalg.vector_norm(buffer) for buffer in buffers],
+        "numpy.dot": lambda buffers: buffers[0].numpy().dot(buffers[-1].numpy()),
     }
 
 
@@ -104,7 +105,11 @@ def _compiled_sums() -> dict[str, Pass]:
         return {}
 
     def sum_with(flags: int) -> Pass:
-        return lambda buffers: compiled.read_sum(buffers[0].data_ptr(), buffers[0].numel(), torch.get_num_threads(), flags)
+        def read(buffer: Tensor) -> float:
+            total: float = compiled.read_sum(buffer.data_ptr(), buffer.numel(), torch.get_num_threads(), flags)
+            return total
+
+        return lambda buffers: sum(map(read, buffers))
 
     return {_label("C++ sum", flags): sum_with(flags) for flags in (0, PREFETCH, DYNAMIC, PREFETCH | DYNAMIC)}
 

@@ -52,6 +52,8 @@ _OURS: dict[str, Call] = {
     "grad_norm": lambda b: F.grad_norm(b["grads"]),
     "centralize_": lambda b: F.centralize_(b["grads"]),
     "direction_norm_": lambda b: F.direction_norm_(b["grads"], b["ema"], kind="friendly"),
+    "grad_dots": lambda b: F.grad_dots(b["lefts"], b["rights"]),
+    "combine_": lambda b: F.combine_(b["outs"], b["lefts"], b["rights"], left_weight=1.5, right_weight=-0.5),
     "perturb_": lambda b: F.perturb_(b["params"], b["grads"], b["old_params"], b["norm"][0], rho=1e-6),
     "random_perturb_": lambda b: F.random_perturb_(b["params"], b["old_params"], seed=1, scale=1e-6, distribution="normal"),
     "restore_": lambda b: F.restore_(b["params"], b["old_params"]),
@@ -84,6 +86,19 @@ def _torch_direction_norm(b: Lists) -> object:
     return torch.nn.utils.get_total_norm(directions)
 
 
+def _torch_dots(b: Lists) -> object:
+    """torch has no inner product of lists: one of all products' sums, and two norms."""
+    products = torch._foreach_mul(b["lefts"], b["rights"])
+    return [torch.stack([product.sum() for product in products]).sum(), *map(torch.nn.utils.get_total_norm, (b["lefts"], b["rights"]))]
+
+
+def _torch_combine(b: Lists) -> object:
+    torch._foreach_copy_(b["outs"], b["lefts"])
+    torch._foreach_mul_(b["outs"], 1.5)
+    torch._foreach_add_(b["outs"], b["rights"], alpha=-0.5)
+    return torch.nn.utils.get_total_norm(b["outs"])
+
+
 def _torch_perturb(b: Lists) -> None:
     torch._foreach_copy_(b["old_params"], b["params"])
     torch._foreach_add_(b["params"], b["grads"], alpha=(1e-6 / b["norm"][0]).item())
@@ -114,6 +129,8 @@ _TORCH: dict[str, Call] = {
     "grad_norm": lambda b: torch.nn.utils.get_total_norm(b["grads"]),
     "centralize_": _torch_centralize,
     "direction_norm_": _torch_direction_norm,
+    "grad_dots": _torch_dots,
+    "combine_": _torch_combine,
     "perturb_": _torch_perturb,
     "random_perturb_": _torch_random_perturb,
     "restore_": lambda b: torch._foreach_copy_(b["params"], b["old_params"]),

@@ -212,6 +212,33 @@ PYBIND11_MODULE(SAM_CUDA_MODULE, module) {
       py::kw_only(), arg("grads"), arg("ema"), arg("params"), arg("adaptive"), arg("friendly"), arg("first_step"), arg("eta"),
       arg("grad_scale"), arg("decay"), arg("gain"), arg("sigma"), arg("sums"), arg("norm"), arg("stream"));
 
+  // sums: the address of as many times three float64 as count_sums says. dots: of three.
+  module.def(
+      "grad_dots",
+      [](List lefts, List rights, List origins, uintptr_t sums, uintptr_t dots, uintptr_t found_inf, uintptr_t stream) {
+        const auto [firsts, total] = first_sums(lefts);
+        const Launch launch("grad_dots", lefts, stream);
+        sum_dots({{lefts, rights, origins}, &firsts}, {pointer<Dots>(sums)}, launch.place);
+        finish_dots({pointer<Dots>(sums), total, pointer<Dots>(dots), pointer<float>(found_inf)}, launch.place);
+      },
+      py::kw_only(), arg("lefts"), arg("rights"), arg("origins"), arg("sums"), arg("dots"), arg("found_inf"), arg("stream"));
+
+  // found_inf: the address of a float32, read first and set last.
+  module.def(
+      "combine",
+      [](List outs, List lefts, List rights, List origins, const Number& left_weight, const Number& right_weight,
+         const Number& origin_weight, uintptr_t sums, uintptr_t norm, bool is_double, uintptr_t found_inf, uintptr_t stream) {
+        const auto [firsts, total] = first_sums(outs);
+        const auto bounds = bounds_of(firsts, total, {firsts.size()});
+        const Scalar flag{0.0, pointer<void>(found_inf), false};
+        const Launch launch("combine_", outs, stream);
+        combine({{outs, lefts, rights, origins}, &firsts},
+                {scalar_of(left_weight), scalar_of(right_weight), scalar_of(origin_weight), flag, pointer<double>(sums)}, launch.place);
+        finish_norms({pointer<double>(sums), pointer<void>(norm), is_double, pointer<float>(found_inf), nullptr}, bounds, launch.place);
+      },
+      py::kw_only(), arg("outs"), arg("lefts"), arg("rights"), arg("origins"), arg("left_weight"), arg("right_weight"),
+      arg("origin_weight"), arg("sums"), arg("norm"), arg("is_double"), arg("found_inf"), arg("stream"));
+
   module.def(
       "centralize",
       [](List grads, List params, const std::vector<int64_t>& slice_sizes, bool adaptive, double eta, uintptr_t sums, uintptr_t norm,

@@ -37,9 +37,13 @@ def rows(measured: Sequence[Row]) -> list[dict[str, Any]]:
     return found
 
 
-def _words(row: Row) -> str:
-    what = row["op"] if row["base"] is None else f"step {row['base']}"
-    return f"{what} {row['dtype']} {row['factor']:.2f}"
+def _words(rows: Sequence[Row]) -> str:
+    """Each operation once, with its dtypes."""
+    found: dict[str, str] = {}
+    for row in rows:
+        what = row["op"] if row["base"] is None else f"step {row['base']}"
+        found[what] = f"{found.get(what, what)} {row['dtype']} {row['factor']:.2f}"
+    return ", ".join(found.values()) or "–"
 
 
 def lines(measured: Sequence[Row]) -> list[str]:
@@ -54,4 +58,4 @@ def lines(measured: Sequence[Row]) -> list[str]:
 def _of_workload(workload: str, mine: Sequence[Row]) -> Iterator[str]:
     for backend in BACKENDS:
         wins = [row for row in mine if row["winner"] == backend and row["factor"] > EQUAL]
-        yield f"  {workload:<10} {backend:<7} {len(wins):>2} of {len(mine)}: {', '.join(map(_words, wins)) or '–'}"
+        yield f"  {workload:<10} {backend:<7} {len(wins):>2} of {len(mine)}: {_words(wins)}"

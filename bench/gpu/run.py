@@ -15,11 +15,11 @@ from typing import Any
 
 import click
 
-from bench.gpu import bars, dispatch, gate, sanitize, sweep, sweep_products
+from bench.gpu import bars, gate, sanitize, sweep, sweep_products
 from bench.gpu.build import build_phases
 from bench.gpu.device import describe, device_name, gpu_environment
 from bench.gpu.phases import Outcome, Phase, run_together, xdist_options
-from bench.gpu.summary import bench_lines
+from bench.gpu.summary import bench_lines, winner_lines
 
 __all__ = ["PHASES", "main"]
 
@@ -114,7 +114,7 @@ def closing(out: Path, results: Sequence[str], lines: Sequence[str]) -> list[str
             result = json.loads(path.read_text())
             found += table(result)
             measured += result["rows"]
-    return [*found, *dispatch.lines(measured), *lines, *(bars.lines(measured) if "default" in results and measured else [])]
+    return [*found, *winner_lines(measured), *lines, *(bars.lines(measured) if "default" in results and measured else [])]
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

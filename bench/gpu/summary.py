@@ -12,7 +12,7 @@ from bench.gpu.steps import BACKENDS, COMBINATIONS, LOOPS, graph_of, provider
 from bench.gpu.workloads import GPU_WORKLOADS
 from bench.workloads import DTYPES
 
-__all__ = ["bandwidth_line", "bench_lines", "launch_rows", "op_rows", "step_rows", "verdict_lines"]
+__all__ = ["bandwidth_line", "bench_lines", "launch_rows", "op_rows", "step_rows", "verdict_lines", "winner_lines"]
 
 Row = Mapping[str, Any]
 FULL = next(iter(GPU_WORKLOADS))  # with every operation; the others with those of a step
@@ -85,7 +85,7 @@ def bench_lines(found: Mapping[str, Any]) -> list[str]:
     result = [f"{found['gpu']}: {bandwidth_line(found['bandwidth'])}; gate {found['gate'].partition(':')[0]}"]
     result.append(f"operations: {' and '.join(BACKENDS)}, each: ms, of copy, host µs; torch's best takes longer by; {' | '.join(DTYPES)}")
     for (workload, op), by_dtype in op_rows(rows).items():
-        if workload == LIKE_FULL or (workload != FULL and op not in OF_STEPS):
+        if not _is_shown(workload, op):
             continue
         result.append(f"{workload:<9} {op:<15} " + " | ".join(_op_cell(by_dtype.get(dtype, {})) for dtype in DTYPES))
     heads = f"ms, of copy, µs to launch, ms of a replay, how much longer take {' and '.join(LOOPS)}"
@@ -99,6 +99,16 @@ def bench_lines(found: Mapping[str, Any]) -> list[str]:
     return result
 
 
+def _is_shown(workload: str, op: str) -> bool:
+    return workload == FULL or (workload != LIKE_FULL and op in OF_STEPS)
+
+
+def winner_lines(rows: Sequence[Row]) -> list[str]:
+    """Who wins, of what the tables show and of whole steps."""
+    winners = [row for row in rows if row["kind"] == "dispatch"]
+    return dispatch.lines([row for row in winners if row["base"] is not None or _is_shown(row["workload"], row["op"])])
+
+
 def verdict_lines(found: Mapping[str, Any]) -> list[str]:
     """Who wins, and the bars."""
-    return [*dispatch.lines(found["rows"]), *bars.lines(found["rows"])]
+    return [*winner_lines(found["rows"]), *bars.lines(found["rows"])]

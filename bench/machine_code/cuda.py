@@ -24,20 +24,9 @@ ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # All of csrc/cuda/*.cu with kernels, the slowest to compile first.
 SOURCES = (
-    "adamw",
-    "sgd",
-    "random",
-    "centralize",
-    "direction",
-    "perturb_variant",
-    "norm",
-    "perturb",
-    "check",
-    "copy",
-    "sharpness",
-    "advance",
-    "finish",
-)
+    "adamw", "sgd", "random", "centralize", "direction", "perturb_variant", "grad_dots", "combine", "norm", "perturb", "check", "copy",
+    "sharpness", "advance", "finish", "finish_dots",
+)  # fmt: skip
 _STORAGE = {
     "7UniformIf": "fp32",
     "7UniformINS0_8BFloat16": "bf16",

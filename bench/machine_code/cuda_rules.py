@@ -20,6 +20,8 @@ _LOOPS = {
     "random_normal": {(4, 8)},  # the four words of a counter: p; old_p, p each
     "random_rademacher": {(4, 8)},
     "centralize": {(1, 0), (2, 0), (2, 1)},  # of a tensor without slices, and the sum of one: g; without slices, adaptive: g, p; g, p; g
+    "grad_dots": {(2, 0), (3, 0)},  # l, r; l, r, o
+    "combine": {(2, 1), (3, 1)},  # l, r; out. l, r, o; out
     "direction": {(2, 1), (3, 1)},  # the first: g, p; m. Later: g, m, p; m
     "sgd": {_COPY, (2, 1), (2, 2), (3, 2)},  # without momentum: p, g; p. The first: p, g; p, m. Later: p, g, m; p, m
     "adamw": {_COPY, (4, 3)},  # p, g, m, v; p, m, v
@@ -45,7 +47,7 @@ def least_threads(kernel: Kernel) -> int:
         return 1024 if kernel.storage in ("fp32", "mixed") else 512  # a thread has the words of 16 elements at hand; others: of 8 or 32
     if kernel.op == "random_normal":
         return 512
-    return 1024  # centralize, direction: sums in float64. advance and finish are small
+    return 1024  # centralize, combine, direction: sums in float64; grad_dots: twelve sums. advance and finish are small
 
 
 def resident_threads(kernel: Kernel) -> int:
@@ -81,9 +83,9 @@ def _operands_are_wide(kernel: Kernel) -> list[str]:
 
 
 def _no_double_in_main_loops(kernel: Kernel) -> list[str]:
-    """Where no operand is float64. Scalars are made in it once a block, and so are sums of threads; sums of what is written in the same
-    pass are all the way."""
-    if kernel.op in ("centralize", "direction") or kernel.storage == "fp64":
+    """Where no operand is float64. Scalars are made in it once a block, and so are sums of threads. Sums of what is written in the same
+    pass are float64 all the way."""
+    if kernel.op in ("centralize", "combine", "direction") or kernel.storage == "fp64":
         return []
     doubles = sum(loop.doubles for loop in kernel.wide_loops)
     return [f"{doubles} instructions in float64 in main loops"] if doubles else []
@@ -100,10 +102,10 @@ def _arguments_fit(kernel: Kernel) -> list[str]:
 
 def _arithmetic_is_ieee(kernel: Kernel) -> list[str]:
     """Divisions and roots are rounded to nearest, denormals kept, and a multiplication and an addition are fused where the source says so:
-    in the norm. (Adam's counters and weights by sharpness: what CUDA's pow, exp and log are made of.)"""
+    in the norm and in inner products. (Adam's counters and weights by sharpness: what CUDA's pow, exp and log are made of.)"""
     if kernel.op == "advance" or kernel.op.startswith("sharpness"):
         return []
-    fused = [] if kernel.op == "norm" else kernel.fused
+    fused = [] if kernel.op in ("norm", "grad_dots") else kernel.fused
     return [f"{name} in PTX" for name in (*kernel.approximate, *fused)]
 
 

@@ -9,6 +9,7 @@ from bench.machine_code.compiled import Code
 __all__ = ["RULES", "violations"]
 
 _WAITING = 16  # bytes of an address or two
+_ADD_IN_DOUBLE = ("_finish_dots_kernel",)
 _SCALARS = 4  # instructions: of perturb, whose rho and lambd are read, lambd is taken from 1, and all three are rounded
 
 
@@ -48,7 +49,10 @@ def _addresses_are_64_bit(code: Code) -> list[str]:
 
 
 def _no_double(code: Code) -> list[str]:
-    """None, but for hyperparameters that lie in memory as float64: once a program, far from any element."""
+    """None, but for hyperparameters that lie in memory as float64: once a program, far from any element. And where sums of chunks are added
+    up to a result in float64."""
+    if code.variant.kernel in _ADD_IN_DOUBLE:
+        return []
     most = _SCALARS if any(kind == "*fp64" for _, kind in code.variant.signature) else 0
     return [f"{code.doubles} instructions in float64, more than {most}"] if code.doubles > most else []
 
@@ -89,7 +93,8 @@ def _no_element_changes_hands(code: Code) -> list[str]:
     constants = dict(code.variant.constants)
     words = 4 * constants["BLOCK_SIZE"] // 4 if code.variant.draws else 0
     slices = constants["BLOCK_SIZE"] // constants["COLUMNS"] if code.variant.holds_slices else 1
-    most = max(words, 4 * slices * code.threads // code.target.warp_size)
+    number = 8 if code.variant.kernel in _ADD_IN_DOUBLE else 4
+    most = max(words, number * slices * code.threads // code.target.warp_size)
     return [f"{code.shared} bytes of shared memory, more than {most}"] if code.shared > most else []
 
 

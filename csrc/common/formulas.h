@@ -71,6 +71,16 @@ SAM_INLINE double norm_term(double grad) { return grad * grad; }
 
 SAM_INLINE double dot_term(double left, double right) { return left * right; }
 
+// Sums of l^2, l d and d^2.
+struct Dots {
+  double left, product, right;
+
+  SAM_INLINE Dots& operator+=(const Dots& other) {
+    left += other.left, product += other.product, right += other.right;
+    return *this;
+  }
+};
+
 SAM_INLINE double norm_term_adaptive(double param, double grad, double eta) {
   const double scaled = adaptive_weight(param, eta) * grad;
   return scaled * scaled;

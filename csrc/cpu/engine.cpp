@@ -112,9 +112,7 @@ Dots grad_dots(const Lists& lists, int threads) {
   const std::vector<Chunk> chunks = make_chunks(numels_of(lists));
   const auto kernel = [&](const Row& row, Span span, int64_t) { return kernels.grad_dots(row, span); };
   Dots sum{0, 0, 0};
-  for (const Dots& dots : partial_sums<Dots>(lists, chunks, false, threads, kernel)) {
-    sum.left += dots.left, sum.product += dots.product, sum.right += dots.right;
-  }
+  for (const Dots& dots : partial_sums<Dots>(lists, chunks, false, threads, kernel)) sum += dots;
   return sum;
 }
 

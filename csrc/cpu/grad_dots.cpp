@@ -8,6 +8,12 @@ struct DotLanes {
   Lanes left, product, right;
 };
 
+static inline void add_terms(double left, double right, int lane, DotLanes& lanes) {
+  lanes.left.sum[lane] += norm_term(left);
+  lanes.product.sum[lane] += dot_term(left, right);
+  lanes.right.sum[lane] += norm_term(right);
+}
+
 template <class T>
 static inline void add_dots(const T* left, const T* right, int count, bool prefetches, DotLanes& lanes) {
   int i = 0;
@@ -16,19 +22,10 @@ static inline void add_dots(const T* left, const T* right, int count, bool prefe
       prefetch<2>(reinterpret_cast<const char*>(left + i), kLanes * sizeof(T));
       prefetch<2>(reinterpret_cast<const char*>(right + i), kLanes * sizeof(T));
     }
-    // One sum after the other: all three at once want more registers than there are.
 #pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane) lanes.left.sum[lane] += norm_term(left[i + lane]);
-#pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane) lanes.product.sum[lane] += dot_term(left[i + lane], right[i + lane]);
-#pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane) lanes.right.sum[lane] += norm_term(right[i + lane]);
+    for (int lane = 0; lane < kLanes; ++lane) add_terms(left[i + lane], right[i + lane], lane, lanes);
   }
-  for (int lane = 0; i + lane < count; ++lane) {
-    lanes.left.sum[lane] += norm_term(left[i + lane]);
-    lanes.product.sum[lane] += dot_term(left[i + lane], right[i + lane]);
-    lanes.right.sum[lane] += norm_term(right[i + lane]);
-  }
+  for (int lane = 0; i + lane < count; ++lane) add_terms(left[i + lane], right[i + lane], lane, lanes);
 }
 
 template <class T>

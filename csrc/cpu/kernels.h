@@ -70,11 +70,6 @@ struct AdamArgs : AdamOptions {
   bool decoupled, streaming;
 };
 
-// Sums of l^2, l d and d^2.
-struct Dots {
-  double left, product, right;
-};
-
 struct CombineArgs {
   double left_weight, right_weight, origin_weight;
   bool writes;     // otherwise only the sum of squares is wanted

@@ -1,9 +1,9 @@
 // Running an operation over lists: rows by how they are accessed, tables, kernels; on the host, the same code thread by thread.
 //
 // An operation is a struct Op<Access> with kRoles, kBlocks (resident on a processor), Options (trivially copyable), a constructor from
-// these, and either apply(piece, thread), or, where kSums, sum(piece, thread) and finish(piece, total). kBackwards: it follows a read of
-// the same gradients. One whose threads need each other's results (a struct Shared in it) has together(piece, shared), which leaves a
-// thread's sum in shared.squares, in place of sum; its rows have slices.
+// these, and either apply(piece, thread), or, where kSums, sum(piece, thread), a double or Dots, and finish(piece, total). kBackwards: it
+// follows a read of the same gradients. One whose threads need each other's results (a struct Shared in it) has together(piece, shared),
+// which leaves a thread's sum in shared.squares, in place of sum; its rows have slices.
 #pragma once
 
 #include <cstddef>
@@ -60,7 +60,7 @@ void launch_table(const Table& table, const typename Op::Options& options, const
       op.together(piece, shared);
       op.finish(piece, block_sum_on_host(shared.squares));
     } else if constexpr (Op::kSums) {
-      double partials[kThreads] = {};
+      decltype(op.sum(piece, 0)) partials[kThreads] = {};
       for (int thread = 0; thread < threads; ++thread) partials[thread] = op.sum(piece, thread);
       op.finish(piece, block_sum_on_host(partials));
     } else {
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, Op::kBlocks < kMostBlocks ? Op::kBlo
       const double total = block_sum(shared.squares[threadIdx.x]);
       if (threadIdx.x == 0) op.finish(piece, total);
     } else if constexpr (Op::kSums) {
-      const double total = block_sum(op.sum(piece, static_cast<int>(threadIdx.x)));
+      const auto total = block_sum(op.sum(piece, static_cast<int>(threadIdx.x)));
       if (threadIdx.x == 0) op.finish(piece, total);
     } else {
       op.apply(piece, static_cast<int>(threadIdx.x));

@@ -9,8 +9,6 @@
 namespace sam::cuda {
 namespace {
 
-constexpr float kHigh = 0x1p100f, kLow = 0x1p-100f;
-
 template <class A>
 struct SumSquares {
   using Access = A;
@@ -41,7 +39,7 @@ struct SumSquares {
       return exact_sum<kAdaptive>(piece, thread);
     } else {
       const Sum found = fast_sum<kAdaptive>(piece, thread);
-      const bool in_range = found.total >= kLow && found.total < kHigh;
+      const bool in_range = found.total >= kLeastSquare && found.total < kMostSquare;
       return in_range || found.largest == 0.0f ? static_cast<double>(found.total) : exact_sum<kAdaptive>(piece, thread);
     }
   }

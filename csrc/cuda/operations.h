@@ -36,6 +36,29 @@ struct DirectionOptions {
 enum DirectionRole { kDirectionGrad, kDirectionEma, kDirectionParam, kDirectionRoles };
 void sum_direction(const RowLists<kDirectionRoles>& lists, const DirectionOptions& options, const Place& place);
 
+struct DotsOptions {
+  Dots* sums;  // (C,) device: receives three sums a chunk
+};
+// Reads l, r (and o).
+enum DotsRole { kDotsLeft, kDotsRight, kDotsOrigin, kDotsRoles };
+void sum_dots(const RowLists<kDotsRoles>& lists, const DotsOptions& options, const Place& place);
+
+struct FinishDotsOptions {
+  const Dots* sums;  // (C,) device
+  uint32_t count;    // C
+  Dots* dots;        // () device
+  float* found_inf;  // () device or null: set where one of the three is not finite
+};
+void finish_dots(const FinishDotsOptions& options, const Place& place);
+
+struct CombineOptions {
+  Scalar left, right, origin, found_inf;  // weights
+  double* sums;                           // (C,) device
+};
+// Reads l, r (and o); writes out.
+enum CombineRole { kCombineOut, kCombineLeft, kCombineRight, kCombineOrigin, kCombineRoles };
+void combine(const RowLists<kCombineRoles>& lists, const CombineOptions& options, const Place& place);
+
 struct FinishOptions {
   const double* sums;  // (C,) device
   void* norms;         // (M,) device, float32 or float64

@@ -1,25 +1,36 @@
 // The sum of a block's partial sums, in one order whatever runs it: halves of a warp, then halves of the warps. No atomics.
 #pragma once
 
+#include "common/formulas.h"
 #include "cuda/config.h"
 
 namespace sam::cuda {
 
 constexpr int kWarp = 32, kWarps = kThreads / kWarp;
 
+// A float32 sum of squares between these has lost nothing that counts: other threads read their elements again in float64.
+constexpr float kLeastSquare = 0x1p-100f, kMostSquare = 0x1p100f;
+
 #if defined(__CUDACC__)
 
-// The sum, in thread 0 alone. All threads of the block call it; two calls may follow each other.
-__device__ inline double block_sum(double partial) {
-  __shared__ double warp_sums[kWarps];
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) partial += __shfl_down_sync(0xFFFFFFFFu, partial, offset);
+__device__ inline double shuffle_down(double value, int offset) { return __shfl_down_sync(0xFFFFFFFFu, value, offset); }
+
+__device__ inline Dots shuffle_down(const Dots& dots, int offset) {
+  return {shuffle_down(dots.left, offset), shuffle_down(dots.product, offset), shuffle_down(dots.right, offset)};
+}
+
+// The sum (a double, or Dots), in thread 0 alone. All threads of the block call it; two calls may follow each other.
+template <class Sum>
+__device__ inline Sum block_sum(Sum partial) {
+  __shared__ Sum warp_sums[kWarps];
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) partial += shuffle_down(partial, offset);
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   if (lane == 0) warp_sums[warp] = partial;
   __syncthreads();
-  double sum = 0;
+  Sum sum{};
   if (warp == 0) {
-    sum = lane < kWarps ? warp_sums[lane] : 0.0;
-    for (int offset = kWarps / 2; offset > 0; offset /= 2) sum += __shfl_down_sync(0xFFFFFFFFu, sum, offset);
+    if (lane < kWarps) sum = warp_sums[lane];
+    for (int offset = kWarps / 2; offset > 0; offset /= 2) sum += shuffle_down(sum, offset);
   }
   __syncthreads();  // the next sum writes where this one reads
   return sum;
@@ -28,9 +39,10 @@ __device__ inline double block_sum(double partial) {
 #endif
 
 // The same on the host. partials: (kThreads,), overwritten.
-inline double block_sum_on_host(double* partials) {
+template <class Sum>
+Sum block_sum_on_host(Sum* partials) {
   for (int warp = 0; warp < kWarps; ++warp) {
-    double* lanes = partials + warp * kWarp;
+    Sum* lanes = partials + warp * kWarp;
     for (int offset = kWarp / 2; offset > 0; offset /= 2) {
       for (int lane = 0; lane < offset; ++lane) lanes[lane] += lanes[lane + offset];
     }

@@ -47,7 +47,8 @@ def grad_dots(
 
     d is rounded to the row's arithmetic. Sums are float64 on the CPU, in the order of :func:`grad_norm`'s: bits depend neither on the
     number of threads nor on the instruction set. The CUDA and the Triton kernels sum float32 terms in float32 within a thread or a chunk,
-    the chunks in float64, in one order too; the error of sum l d is then relative to |l| |d|. Neither overflows where float64 does not.
+    the chunks in float64, in one order too; the error of sum l d is then relative to |l| |d|. On every backend a sum is infinite only where
+    float64 is, or where an element, or a difference r - o, is not finite in the row's arithmetic.
     ``found_inf`` is set to 1 where one of the three is not finite, and left alone otherwise. Empty lists give zeros.
     Reads l, r (and o): 2 N s bytes (3 N s).
     """

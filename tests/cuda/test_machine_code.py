@@ -19,19 +19,8 @@ if (REASON := cuda.reason_missing()) is not None:
 ROOT = cuda.ROOT
 STORAGE = ("fp32", "bf16", "fp16", "mixed", "fp64")
 TABLES = (4096, 32764)
-OPS = (
-    "adamw",
-    "centralize",
-    "check",
-    "copy",
-    "direction",
-    "norm",
-    "perturb",
-    "perturb_variant",
-    "random_normal",
-    "random_rademacher",
-    "sgd",
-)
+OPS = ("adamw", "centralize", "check", "combine", "copy", "direction", "grad_dots", "norm", "perturb", "perturb_variant")
+OPS += ("random_normal", "random_rademacher", "sgd")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +39,8 @@ def of(kernels: list[Kernel], arch: str) -> list[Kernel]:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_kernel_is_there(kernels: list[Kernel], arch: str) -> None:
     found = sorted((kernel.op, kernel.storage, kernel.table) for kernel in of(kernels, arch))
-    others = [("advance", "", 4096), *((op, "", 0) for op in ("finish", "sharpness_draw", "sharpness_rank", "sharpness_weights"))]
+    alone = ("finish", "finish_dots", "sharpness_draw", "sharpness_rank", "sharpness_weights")
+    others = [("advance", "", 4096), *((op, "", 0) for op in alone)]
     assert found == sorted([(op, storage, table) for op in OPS for storage in STORAGE for table in TABLES] + others)
 
 

@@ -25,11 +25,20 @@ SHAPES = ((1000,), (33, 17), (3,), ())
 # the counters. What does not fit one launch's arguments takes another, native's counters of a thousand tensors seven.
 MOST_LAUNCHES = {"sgd": 5, "adamw": 6}
 MOST_OF_MANY = {"sgd": 8, "adamw": 15}  # native, a thousand tensors
-# centralize_ and direction_norm_ return a number of their own at each call. Native's scratch is made anew: sums of chunks, bias
-# corrections.
+# centralize_, direction_norm_, combine_ and grad_dots return numbers of their own at each call. Native's scratch is made anew: sums of
+# chunks, bias corrections.
 ALLOCATIONS = {
-    "native": {"grad_norm": 1, "centralize_": 2, "direction_norm_": 2, "adamw_step_": 1, "sgd": 1, "adamw": 2},
-    "triton": {"centralize_": 1, "direction_norm_": 1},
+    "native": {
+        "grad_norm": 1,
+        "centralize_": 2,
+        "direction_norm_": 2,
+        "grad_dots": 2,
+        "combine_": 2,
+        "adamw_step_": 1,
+        "sgd": 1,
+        "adamw": 2,
+    },
+    "triton": {"centralize_": 1, "direction_norm_": 1, "grad_dots": 1, "combine_": 1},
 }
 
 

@@ -10,7 +10,7 @@ from tests.helpers.cases import Problem
 
 __all__ = ["EXACT_OPS", "with_exact_scalars"]
 
-EXACT_OPS = ("perturb_", "random_perturb_", "restore_", "sgd_step_", "direction_norm_")  # not Adam's
+EXACT_OPS = ("perturb_", "random_perturb_", "restore_", "sgd_step_", "direction_norm_", "combine_")  # not Adam's
 
 
 def with_exact_scalars(problem: Problem) -> Problem:

@@ -18,7 +18,7 @@ from tests.helpers.cases import DTYPES, MIXED_NARROW, build, combinations, run
 from tests.helpers.compare import assert_same_bits
 from tests.helpers.tolerance import norm_bound, ulp
 
-ELEMENTWISE = ("perturb_", "random_perturb_", "restore_", "sgd_step_", "adamw_step_")
+ELEMENTWISE = ("combine_", "perturb_", "random_perturb_", "restore_", "sgd_step_", "adamw_step_")
 ROWS = [3, 5, 64, 0, 1030]  # again and again, in lists of more rows than a launch takes
 
 
@@ -66,12 +66,12 @@ def test_random_numbers_across_chunks(distribution: str, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", ["grad_norm", "grad_norms", "direction_norm_"])
+@pytest.mark.parametrize("op", ["grad_norm", "grad_norms", "direction_norm_", "combine_"])
 def test_norms_agree_within_their_roundings(op: str, dtype: str) -> None:
     """Sums of float64 on the CPU; here a term passes through as many float32 additions as the module says."""
     for case, option in combinations(op, dtype):
         (found, numels), (expected, _) = (norm_of(op, case, dtype, option, choose) for choose in (cuda_kernels, cpu_kernels))
-        roundings = cuda.norm_roundings(numels, "direction" if op == "direction_norm_" else "norm")
+        roundings = cuda.norm_roundings(numels, {"direction_norm_": "direction", "combine_": "combine"}.get(op, "norm"))
         bound = norm_bound(expected.double(), sum(numels), roundings) + ulp(expected, expected.dtype)  # both are rounded to it
         near = (found.double() - expected.double()).abs() <= bound
         same = found.eq(expected) | (found.isnan() & expected.isnan())
@@ -83,8 +83,8 @@ def norm_of(op: str, case: str, dtype: str, option: str, choose: Callable[[], An
     problem = build(op, case, dtype, option)
     with choose():
         result = run(problem)
-    grads = next(tensors for name, tensors in problem.lists.items() if name.startswith("grads"))
-    return result, [0 if grad is None else grad.numel() for grad in grads]
+    first = next(iter(problem.lists.values()))
+    return result, [0 if tensor is None else tensor.numel() for tensor in first]
 
 
 def gradients(count: int) -> list[Tensor]:
@@ -143,6 +143,13 @@ def perturb(make: Callable[[float], Any]) -> list[Tensor]:
     return params
 
 
+def combine(make: Callable[[float], Any]) -> list[Tensor]:
+    outs = rows(1)
+    weights = {"left_weight": make(0.625), "right_weight": make(-1.5), "origin_weight": make(0.375)}
+    norm = cuda.combine_(outs, outs, rows(2), rows(3), found_inf=torch.tensor(0.0), **weights)
+    return [*outs, norm]
+
+
 def random_perturb(make: Callable[[float], Any]) -> list[Tensor]:
     params = rows(1)
     cuda.random_perturb_(params, rows(2), [0, 1], seed=5, scale=make(0.625), distribution="normal", from_old=False)
@@ -173,7 +180,7 @@ def adamw(make: Callable[[float], Any]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("call", [perturb, random_perturb, sgd, adamw])
+@pytest.mark.parametrize("call", [perturb, combine, random_perturb, sgd, adamw])
 def test_scalars_on_the_device_are_the_numbers(call: Callable[[Callable[[float], Any]], list[Tensor]], dtype: torch.dtype) -> None:
     found = call(lambda value: torch.tensor(value, dtype=dtype))
     assert_same_bits(call.__name__, found, call(float))

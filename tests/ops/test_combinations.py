@@ -1,5 +1,6 @@
 """Inner products and weighted sums: what the rules made of them rely on."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from sam_kernels import _dispatch, functional
 from sam_kernels._tensor_list import TensorList
 from tests.helpers.backends import module_of, require_dtype, widest
+from tests.helpers.cases import check
 from tests.helpers.compare import assert_same_bits
 from tests.helpers.tolerance import norm_bound
 
@@ -163,3 +165,23 @@ def test_a_negative_radius_steps_against_the_gradient(backend: str, rho: float |
     functional.restore_(params, olds)
     functional.perturb_(params, grads, olds, functional.grad_norm(grads), rho=rho)
     assert (flat(params) - flat(olds)).dot(flat(grads)).item() == pytest.approx(-0.05 * flat(grads).norm().item(), rel=1e-4)
+
+
+WRONG = {
+    "a sum": ("grad_dots", "origins", lambda call, *lists, **kwargs: call(*lists, **kwargs) * torch.tensor([1.0, 1.0, 1.0 + 1e-5])),
+    "another sum": ("grad_dots", "plain", lambda call, *lists, **kwargs: call(*lists, **kwargs) * torch.tensor([1.0 + 1e-5, 1.0, 1.0])),
+    "products": ("grad_dots", "plain", lambda call, *lists, **kwargs: call(*lists, **kwargs) * torch.tensor([1.0, 1.0 + 1e-4, 1.0])),
+    "a weight": ("combine_", "origins", lambda call, *lists, **kwargs: call(*lists, **{**kwargs, "origin_weight": 0.9 + 1e-6})),
+    "a norm": ("combine_", "plain", lambda call, *lists, **kwargs: call(*lists, **kwargs) * (1 + 1e-6)),
+    "written": ("combine_", "found_inf", lambda call, *lists, **kwargs: call(*lists, **{**kwargs, "found_inf": None})),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_result_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The derived bounds are not so wide that they hold for anything."""
+    op, option, wrong = WRONG[name]
+    module = module_of("foreach")
+    assert check(op, ["foreach"], "float32", "odd_sizes", option)["foreach"].passed
+    monkeypatch.setattr(module, op, functools.partial(wrong, getattr(module, op)))
+    assert not check(op, ["foreach"], "float32", "odd_sizes", option)["foreach"].passed

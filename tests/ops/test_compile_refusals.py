@@ -31,6 +31,11 @@ def direction(one: Tensor, **changes: Any) -> Tensor:
     return functional.direction_norm_(**{"grads": [one], "ema": [one + 1], "kind": "vasso", **changes})
 
 
+def combine(one: Tensor, **changes: Any) -> Tensor:
+    given = {"outs": [one], "lefts": [one + 1], "rights": [one + 2], "left_weight": 0.5, "right_weight": 0.5}
+    return functional.combine_(**{**given, **changes})
+
+
 def into(one: Tensor, **changes: Any) -> None:
     functional.grad_norm_(**{"norm": one, "grads": [one + 1], **changes})
 
@@ -43,7 +48,9 @@ def check(one: Tensor, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("call", "changes", "error", "words"),
     [
-        (perturb, {"rho": -1.0}, ValueError, r"perturb_: rho must be a finite number in \[0.0, inf\), got -1.0"),
+        (perturb, {"rho": torch.inf}, ValueError, r"perturb_: rho must be a finite number in \(-inf, inf\), got inf"),
+        (combine, {"origin_weight": 0.5}, ValueError, r"combine_: origin_weight needs origins"),
+        (combine, {"rights": []}, ValueError, r"combine_: rights has 0 tensors, outs has 1"),
         (perturb, {"grads": [torch.ones(4)]}, ValueError, r"perturb_: grads\[0\] has shape \(4,\)"),
         (perturb, {"grads": []}, ValueError, r"perturb_: grads has 0 tensors, params has 1"),
         (perturb, {"grads": [torch.ones(3).int()]}, TypeError, r"perturb_: grads\[0\] has dtype torch.int32"),

@@ -28,6 +28,6 @@ def _stream(tensor: Tensor) -> int:
     return 0 if CUDA_ON_HOST else torch.cuda.current_stream(tensor.device).cuda_stream
 
 
-def _sums(described: Any, like: Tensor, slice_sizes: Sequence[int] | None = None) -> Tensor:  # (chunks,) float64
-    """Scratch for partial sums. Made anew each time: steps on several streams must not share it."""
-    return torch.empty(_cuda.count_sums(described, slice_sizes), dtype=torch.float64, device=like.device)
+def _sums(described: Any, like: Tensor, *, slice_sizes: Sequence[int] | None = None, of_chunk: int = 1) -> Tensor:
+    """(chunks * of_chunk,) float64, scratch for partial sums. Made anew each time: steps on several streams must not share it."""
+    return torch.empty(_cuda.count_sums(described, slice_sizes) * of_chunk, dtype=torch.float64, device=like.device)

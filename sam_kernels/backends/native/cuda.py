@@ -22,6 +22,7 @@ from sam_kernels.backends.native._arguments import address, flag_of, number_of, 
 from sam_kernels.backends.native._cuda_lists import _cuda, _lists, _stream, _sums
 from sam_kernels.backends.native._lists import written
 from sam_kernels.backends.native.cuda_centralize import centralize_, centralize_roundings
+from sam_kernels.backends.native.cuda_combinations import combine_, grad_dots
 
 __all__ = [
     "DEVICE_TYPES",
@@ -33,9 +34,11 @@ __all__ = [
     "centralize_",
     "centralize_roundings",
     "check_finite_",
+    "combine_",
     "current_grads",
     "describe",
     "direction_norm_",
+    "grad_dots",
     "grad_norms",
     "is_current",
     "norm_roundings",
@@ -120,8 +123,8 @@ def grad_norms(
 
 def norm_roundings(numels: Sequence[int], kernel: str = "norm") -> int:
     """float32 roundings that a term of a norm passes through at most: adding it within its thread (sums of threads and chunks are float64,
-    and so are those of directions) and with those of the same pack."""
-    if kernel != "norm":
+    and so are those of what was written in the same pass) and with those of the same pack."""
+    if kernel not in ("norm", "dots"):
         return 0
     longest: int = min(max(numels, default=0), _cuda.chunk_size())
     threads: int = _cuda.THREADS

@@ -26,7 +26,7 @@ def centralize_(
     """Reads g (and p when adaptive); writes g."""
     written(grads)
     described = _lists.describe(grads)
-    sums = _sums(described, grads[0], slice_sizes)
+    sums = _sums(described, grads[0], slice_sizes=slice_sizes)
     norm = torch.empty((), dtype=torch.float64 if described.has_float64 else torch.float32, device=grads[0].device)
     flag = flag_of(found_inf)
     _cuda.centralize(

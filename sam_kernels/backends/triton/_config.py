@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["CONFIGS", "FINISH_BLOCK", "Config"]
+__all__ = ["CONFIGS", "FINISH_BLOCK", "FINISH_DOTS_BLOCK", "Config"]
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Config:
 
 
 # A block of 2048 and four warps: 16 elements a thread, so four 16-byte loads of float32 (two of a 16-bit type) in flight for each operand.
-# sgd has three operands, adamw four, and direction three sums: half of that, or registers would cost occupancy. Chunks of 16384 make
-# 6,000 programs of 10^8 elements (eleven waves on 132 processors with four programs each) and keep the finishing stage of the norm below
-# 1 % of it.
+# sgd has three operands, adamw four, and direction, dots and combine three sums: half of that, or registers would cost occupancy. Chunks of
+# 16384 make 6,000 programs of 10^8 elements (eleven waves on 132 processors with four programs each) and keep the finishing stage of the
+# norm below 1 % of it.
 CONFIGS = {
     "norm": Config(16384, 2048),
     "perturb": Config(16384, 2048),
@@ -41,7 +41,10 @@ CONFIGS = {
     "steps": Config(1, 1),  # counters of one element: only their addresses are of interest
     "direction": Config(16384, 1024),
     "centralize": Config(16384, 2048, num_warps=8),  # three sums, as direction; twice the warps, so that half a block holds a slice
+    "dots": Config(16384, 1024),
+    "combine": Config(16384, 1024),
     "random": Config(16384, 4096, words=4),  # 1024 counters of four elements: eight a thread; half of it a multiple of a random tile (1024)
 }
 
 FINISH_BLOCK = 1024  # sums of chunks that the finishing stage of a norm takes at a time
+FINISH_DOTS_BLOCK = 256  # the same of inner products: three sums, in float64

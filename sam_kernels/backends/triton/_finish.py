@@ -15,11 +15,12 @@ from sam_kernels.backends.triton._config import FINISH_BLOCK
 from sam_kernels.backends.triton._launch import launch
 from sam_kernels.backends.triton._table import ChunkTable
 
-__all__ = ["GROW", "GROWN", "IN_RANGE", "SHRINK", "SHRUNK", "finish"]
+__all__ = ["GROW", "GROWN", "HIGH", "IN_RANGE", "LOW", "SHRINK", "SHRUNK", "finish"]
 
 SHRINK = tl.constexpr(2.0**-80)
 GROW = tl.constexpr(2.0**100)
 IN_RANGE, SHRUNK, GROWN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+HIGH, LOW = tl.constexpr(2.0**100), tl.constexpr(2.0**-100)  # a sum of squares of a chunk as it is lies between
 
 
 @triton.jit

@@ -83,6 +83,7 @@ class ChunkTable:
         columns = [columns_of(size, block) for size, block in sliced]
         self.groups = self._make_groups(given, list(zip(dtypes, blocks, columns, strict=True)))
         self._sums: tuple[Tensor, Tensor] | None = None
+        self._dot_sums: tuple[Tensor, ...] | None = None
         self._corrections: tuple[Tensor, Tensor] | None = None
         self._row_indices: dict[tuple[int, ...], Tensor] = {}
         self._bounds: dict[tuple[int, ...], Tensor] = {}
@@ -156,6 +157,14 @@ class ChunkTable:
                 torch.empty(chunks, dtype=torch.int32, device=self.device),
             )
         return self._sums
+
+    @property
+    def dot_sums(self) -> tuple[Tensor, ...]:
+        """(C,) float32 three times and (C,) int32: three sums a chunk and how they are scaled. Allocated once."""
+        if self._dot_sums is None:
+            squares, kinds = self.sums
+            self._dot_sums = squares, torch.empty_like(squares), torch.empty_like(squares), kinds
+        return self._dot_sums
 
     @property
     def corrections(self) -> tuple[Tensor, Tensor]:

@@ -21,14 +21,11 @@ from torch import Tensor
 
 from sam_kernels.backends.triton._blocks import full_blocks, is_finite, load_float, locate, operand
 from sam_kernels.backends.triton._config import CONFIGS, FINISH_BLOCK
-from sam_kernels.backends.triton._finish import GROW, GROWN, IN_RANGE, SHRINK, SHRUNK, finish
+from sam_kernels.backends.triton._finish import GROW, GROWN, HIGH, IN_RANGE, LOW, SHRINK, SHRUNK, finish
 from sam_kernels.backends.triton._launch import launch
 from sam_kernels.backends.triton._table import ChunkTable, LaunchGroup, table_of
 
 __all__ = ["check_finite_", "grad_norms", "launch_sums", "norm_roundings"]
-
-_HIGH = tl.constexpr(2.0**100)
-_LOW = tl.constexpr(2.0**-100)
 
 
 @triton.jit
@@ -82,9 +79,9 @@ def _norm_kernel(
     full = full_blocks(address, count, BLOCK_SIZE)
     kind = IN_RANGE
     total = _chunk_sum(grad, aligned_grad, param, aligned_param, count, full, eta, 1.0, ADAPTIVE, False, BLOCK_SIZE)
-    if (total >= _HIGH) | (total < _LOW):
-        factor = tl.where(total < _LOW, GROW, SHRINK)
-        kind = tl.where(total < _LOW, GROWN, SHRUNK)
+    if (total >= HIGH) | (total < LOW):
+        factor = tl.where(total < LOW, GROW, SHRINK)
+        kind = tl.where(total < LOW, GROWN, SHRUNK)
         total = _chunk_sum(grad, aligned_grad, param, aligned_param, count, full, eta, factor, ADAPTIVE, True, BLOCK_SIZE)
     slot = tl.load(work_slots + tl.program_id(0))
     tl.store(sums + slot, total)
@@ -139,10 +136,10 @@ def launch_sums(table: ChunkTable, groups: Sequence[LaunchGroup], eta: float, fo
 
 def norm_roundings(numels: Sequence[int], kernel: str = "norm") -> int:
     """float32 roundings that a term of the sum passes through at most: adding it within its thread, the tree over the block, the sums of
-    chunks likewise, and putting the kinds together. ``kernel``: "norm" or "direction"."""
+    chunks likewise (of dots in float64), and putting the kinds together. ``kernel``: "norm", "direction", "combine" or "dots"."""
     config = CONFIGS[kernel]
     block = config.block if kernel == "norm" else config.mixed_block // 2  # the smallest: of masked blocks in a row of several types
     chunks = sum(-(-numel // config.chunk) for numel in numels)
     within = config.chunk // block + math.ceil(math.log2(config.block))
-    across = -(-chunks // FINISH_BLOCK) + math.ceil(math.log2(FINISH_BLOCK))
+    across = 0 if kernel == "dots" else -(-chunks // FINISH_BLOCK) + math.ceil(math.log2(FINISH_BLOCK))
     return within + across + 4

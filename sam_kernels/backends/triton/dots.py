@@ -1,0 +1,185 @@
+"""Inner products of two lists: sums of l^2, l d and d^2 with d = r - o, or d = r.
+
+Specification: ``sam_kernels.reference.grad_dots``; twin: ``csrc/cpu/grad_dots.cpp``. float32, bfloat16 and float16 storage in any mix.
+Three float32 sums a chunk in a fixed order without atomics; then one program adds those up in float64, which the result is in.
+Reads l, r (and o): 2 N s bytes (3 N s).
+
+As in ``norm.py`` a chunk whose |l|^2 or |d|^2 leaves [2^-100, 2^100] is read again, each of the two scaled by a power of two of its own.
+The sum of products is then no larger than the larger of theirs (Cauchy and Schwarz): only what float32 cannot hold, an r - o, is infinite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sam_kernels.backends.triton._blocks import full_blocks, load_float, locate, operand
+from sam_kernels.backends.triton._config import FINISH_DOTS_BLOCK
+from sam_kernels.backends.triton._finish import GROW, GROWN, HIGH, IN_RANGE, LOW, SHRINK, SHRUNK
+from sam_kernels.backends.triton._launch import launch
+from sam_kernels.backends.triton._table import table_of
+
+__all__ = ["grad_dots"]
+
+
+@triton.jit
+def _dots_block(
+    left, right, origin, offsets, count, left_factor, right_factor, squares, products, others,
+    HAS_ORIGIN: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    a = load_float(left, offsets, count, MASKED)
+    b = load_float(right, offsets, count, MASKED)
+    if HAS_ORIGIN:
+        b = b - load_float(origin, offsets, count, MASKED)
+    if SCALED:
+        a, b = a * left_factor, b * right_factor
+    return tl.fma(a, a, squares), tl.fma(a, b, products), tl.fma(b, b, others)
+
+
+@triton.jit
+def _dots_of(
+    left, right, origin, begin, end, count, left_factor, right_factor,
+    HAS_ORIGIN: tl.constexpr, SCALED: tl.constexpr, BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    offsets = tl.arange(0, BLOCK_SIZE)
+    squares = tl.zeros([BLOCK_SIZE], tl.float32)
+    products = tl.zeros([BLOCK_SIZE], tl.float32)
+    others = tl.zeros([BLOCK_SIZE], tl.float32)
+    for block in range(begin, end, BLOCK_SIZE):
+        squares, products, others = _dots_block(
+            left, right, origin, block + offsets, count, left_factor, right_factor, squares, products, others, HAS_ORIGIN, SCALED, MASKED
+        )
+    return tl.sum(squares), tl.sum(products), tl.sum(others)
+
+
+@triton.jit
+def _chunk_dots(
+    left, aligned_left, right, aligned_right, origin, aligned_origin, count, full, left_factor, right_factor,
+    HAS_ORIGIN: tl.constexpr, SCALED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = BLOCK_SIZE // 2  # of the masked blocks: see _blocks.py
+    squares, products, others = _dots_of(
+        aligned_left, aligned_right, aligned_origin, 0, full, count, left_factor, right_factor, HAS_ORIGIN, SCALED, BLOCK_SIZE, False
+    )
+    more_squares, more_products, more_others = _dots_of(
+        left, right, origin, full, count, count, left_factor, right_factor, HAS_ORIGIN, SCALED, HALF, True
+    )
+    return squares + more_squares, products + more_products, others + more_others
+
+
+@triton.jit
+def _kind_of(square):
+    return tl.where(square >= HIGH, SHRUNK, tl.where(square < LOW, GROWN, IN_RANGE))
+
+
+@triton.jit
+def _dots_kernel(
+    left_pointers,  # (R,) int64
+    right_pointers,  # (R,) int64
+    origin_pointers,  # (R,) int64 or None
+    numels,  # (R,) int64
+    work_rows,  # (C,) int32
+    work_chunks,  # (C,) int32
+    work_slots,  # (C,) int32
+    square_sums,  # (C,) float32
+    product_sums,  # (C,) float32
+    other_sums,  # (C,) float32
+    kinds,  # (C,) int32: how l is scaled, and 4 times how d is
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    ORIGIN: tl.constexpr,
+    CHUNK_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    row, start, count = locate(work_rows, work_chunks, numels, CHUNK_SIZE)
+    left_address, left, aligned_left = operand(left_pointers, row, start, LEFT)
+    right_address, right, aligned_right = operand(right_pointers, row, start, RIGHT)
+    addresses = left_address | right_address
+    origin, aligned_origin = right, aligned_right
+    HAS_ORIGIN: tl.constexpr = origin_pointers is not None
+    if HAS_ORIGIN:
+        origin_address, origin, aligned_origin = operand(origin_pointers, row, start, ORIGIN)
+        addresses = addresses | origin_address
+    full = full_blocks(addresses, count, BLOCK_SIZE)
+    squares, products, others = _chunk_dots(
+        left, aligned_left, right, aligned_right, origin, aligned_origin, count, full, 1.0, 1.0, HAS_ORIGIN, False, BLOCK_SIZE
+    )
+    left_kind, right_kind = _kind_of(squares), _kind_of(others)
+    if (left_kind != IN_RANGE) | (right_kind != IN_RANGE):
+        left_factor = tl.where(left_kind == GROWN, GROW, tl.where(left_kind == SHRUNK, SHRINK, 1.0))
+        right_factor = tl.where(right_kind == GROWN, GROW, tl.where(right_kind == SHRUNK, SHRINK, 1.0))
+        squares, products, others = _chunk_dots(
+            left, aligned_left, right, aligned_right, origin, aligned_origin, count, full, left_factor, right_factor,
+            HAS_ORIGIN, True, BLOCK_SIZE,
+        )  # fmt: skip
+    slot = tl.load(work_slots + tl.program_id(0))
+    tl.store(square_sums + slot, squares)
+    tl.store(product_sums + slot, products)
+    tl.store(other_sums + slot, others)
+    tl.store(kinds + slot, left_kind + 4 * right_kind)
+
+
+@triton.jit
+def _unscaled(kind):
+    """1 / factor in float64, where its square has a place."""
+    return tl.where(kind == GROWN, 1.0 / GROW, tl.where(kind == SHRUNK, 1.0 / SHRINK, 1.0)).to(tl.float64)
+
+
+@triton.jit
+def _finish_dots_kernel(
+    square_sums,  # (C,) float32
+    product_sums,  # (C,) float32
+    other_sums,  # (C,) float32
+    kinds,  # (C,) int32
+    bounds,  # (2,) int32: 0, C
+    dots,  # (3,) float64
+    found_inf,  # () floating point or None: set where one of the three is not finite
+    BLOCK_SIZE: tl.constexpr,
+):
+    squares = tl.zeros([BLOCK_SIZE], tl.float64)
+    products = tl.zeros([BLOCK_SIZE], tl.float64)
+    others = tl.zeros([BLOCK_SIZE], tl.float64)
+    end = tl.load(bounds + 1)
+    for block in range(0, end, BLOCK_SIZE):
+        slots = block + tl.arange(0, BLOCK_SIZE)
+        is_one = slots < end
+        kind = tl.load(kinds + slots, mask=is_one, other=0)
+        left, right = _unscaled(kind & 3), _unscaled(kind >> 2)
+        squares += tl.load(square_sums + slots, mask=is_one, other=0.0).to(tl.float64) * left * left
+        products += tl.load(product_sums + slots, mask=is_one, other=0.0).to(tl.float64) * left * right
+        others += tl.load(other_sums + slots, mask=is_one, other=0.0).to(tl.float64) * right * right
+    square, product, other = tl.sum(squares), tl.sum(products), tl.sum(others)
+    tl.store(dots, square)
+    tl.store(dots + 1, product)
+    tl.store(dots + 2, other)
+    if found_inf is not None:
+        if (square - square != 0.0) | (product - product != 0.0) | (other - other != 0.0):
+            tl.store(found_inf, 1.0)
+
+
+def grad_dots(
+    lefts: Sequence[Tensor], rights: Sequence[Tensor], origins: Sequence[Tensor] | None, *, found_inf: Tensor | None
+) -> Tensor:  # (3,) float64
+    """See :func:`sam_kernels.functional.grad_dots`."""
+    table = table_of({"lefts": lefts, "rights": rights, "origins": origins}, "dots")
+    for group in table.groups:
+        launch(
+            _dots_kernel,
+            group.chunks,
+            table.device,
+            *table.arguments(group, "lefts", "rights", "origins"),
+            group.slots,
+            *table.dot_sums,
+            LEFT=group.dtypes["lefts"],
+            RIGHT=group.dtypes["rights"],
+            ORIGIN=group.dtypes["origins"],
+            **group.constants,
+        )
+    dots = torch.empty(3, dtype=torch.float64, device=table.device)
+    bounds = table.bounds((table.count,))
+    launch(_finish_dots_kernel, 1, table.device, *table.dot_sums, bounds, dots, found_inf, BLOCK_SIZE=FINISH_DOTS_BLOCK)
+    return dots
