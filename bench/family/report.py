@@ -24,7 +24,7 @@ def section(result: dict[str, Any]) -> str:
         lines += [f"| {' | '.join(cell(row) for cell in CELLS)} |" for row in rows]
     measured = {row["method"] for row in result["rows"]}
     notes = {provider.note: method.title for method in METHODS.values() if method.name in measured for provider in method.providers}
-    lines += ["", *(f"{title}: pytorch_optimizer {note}." for note, title in notes.items() if note)]
+    lines += [f"\n{title}: pytorch_optimizer {note}." for note, title in notes.items() if note]
     where = f"{result['cpu']}, {result['threads']} threads, {result['instruction_set']}, torch {result['torch']}, commit {result['commit']}"
     return "\n".join([*lines, "", f"{where}; allocator: {result['allocator']}; load when it began: {result['load_1min']}."])
 
