@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["OPS", "STEP_OPS", "Traffic", "op_bytes", "step_bytes"]
+__all__ = ["FAMILY", "OPS", "STEP_OPS", "Traffic", "family_passes", "op_bytes", "step_bytes"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,30 @@ CHECK = Traffic(reads=("grads",))
 PERTURB_AGAIN = Traffic(reads=("old_params", "grads"), writes=("params",))
 COPY = Traffic(reads=("grads",), writes=("mean_grads",))
 ADD_TO_MEAN = Traffic(reads=("grads",), updates=("mean_grads",))
+
+# The family, gradients given and kept by somebody: what a rule needs of the first pass is copied. (After a backward pass it is taken over.)
+ALONG_AVERAGE = Traffic(reads=("ema",), updates=("params",), writes=("old_params",))
+ALONG_BOTH = Traffic(reads=("grads", "ema"), updates=("params",), writes=("old_params",))
+GRAD_DOTS = Traffic(reads=("grads", "kept_grads"))
+COMBINE = Traffic(reads=("kept_grads",), updates=("grads",))
+COMBINE_THREE = Traffic(reads=("grads", "kept_grads"), updates=("params",))
+ORTHOGONAL = Traffic(reads=("grads", "kept_grads"), writes=("orthogonal_grads",))
+_SAM_ASCENT = (OPS["grad_norm"], OPS["perturb_"])
+FAMILY = {
+    "vasso": (OPS["direction_norm_"], ALONG_AVERAGE, CHECK),
+    "fsam": (OPS["direction_norm_"], ALONG_BOTH, CHECK),
+    "gsam": (*_SAM_ASCENT, COPY, GRAD_DOTS, COMBINE),
+    "wsam": (*_SAM_ASCENT, COPY, CHECK, COMBINE_THREE),
+    "looksam": (*_SAM_ASCENT, COPY, GRAD_DOTS, ORTHOGONAL),
+}
+BETWEEN_LOOKS = (GRAD_DOTS, COMBINE)
+
+
+def family_passes(method: str, base: str, every: int = 1) -> int:
+    """Lists that a step reads and writes, its descent included; of LookSAM a cycle of ``every`` steps."""
+    descent = OPS[STEP_OPS[base][-1]].passes
+    between = sum(traffic.passes for traffic in BETWEEN_LOOKS) + descent
+    return sum(traffic.passes for traffic in FAMILY[method]) + descent + (every - 1) * between
 
 
 def op_bytes(op: str, numel: int, itemsize: int) -> int:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -32,12 +32,14 @@ def takes(numel: int, rounds: int | None) -> int:
     return rounds if rounds is not None else 12 if numel > 50e6 else 30 if numel > 1e6 else 60
 
 
-def participants(names: Sequence[str], n_tensors: int, say: Say) -> tuple[list[Provider], dict[str, str]]:
+def participants(
+    names: Sequence[str], n_tensors: int, say: Say, known: Mapping[str, Provider] = PROVIDERS
+) -> tuple[list[Provider], dict[str, str]]:
     """The providers that run here, and the reasons of those that do not, which are also said aloud."""
-    missing = {name: reason for name in names if (reason := PROVIDERS[name].missing(n_tensors)) is not None}
+    missing = {name: reason for name in names if (reason := known[name].missing(n_tensors)) is not None}
     for name, reason in missing.items():
         say(f"skipped {name}: {reason}")
-    return [PROVIDERS[name] for name in names if name not in missing], missing
+    return [known[name] for name in names if name not in missing], missing
 
 
 def batches(providers: Sequence[Provider], bytes_each: int, bytes_shared: int, budget: int) -> list[list[Provider]]:
@@ -65,10 +67,13 @@ def _step(stepper: Stepper, params: Sequence[Tensor], grads: Sequence[Tensor], m
 def _time(
     providers: Sequence[Provider], base: Base, grads: list[Tensor], rounds: int, regime: str, say: Say, micro_batches: int
 ) -> dict[str, list[float]]:
-    calls = {}
+    calls, before = {}, {}
     for provider in providers:
-        params = make_params(grads)
-        step = _step(provider.make(params, base), params, grads, micro_batches)
+        own = [grad.clone() for grad in grads] if provider.writes_grads else grads
+        params = make_params(own)
+        if provider.writes_grads:  # every turn begins as after a backward pass
+            before[provider.name] = partial(_put, params, own, grads)
+        step = _step(provider.make(params, base), params, own, micro_batches)
         try:
             step()  # compiles, where there is something to compile
         except Exception as error:  # a peer that fails here must not take the others' results along
@@ -77,7 +82,12 @@ def _time(
             say(f"skipped {provider.name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             continue
         calls[provider.name] = step
-    return interleave(calls, rounds=rounds, warmup=2, settle=1 if regime == "cached" else 0)
+    return interleave(calls, rounds=rounds, warmup=2, settle=1 if regime == "cached" else 0, before=before)
+
+
+def _put(params: Sequence[Tensor], own: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    for param, mine, grad in zip(params, own, grads, strict=True):
+        param.grad = mine.copy_(grad)
 
 
 def _release_memory() -> None:
@@ -99,21 +109,26 @@ def measure(
     budget: int,
     say: Say,
     micro_batches: int = 1,
+    known: Mapping[str, Provider] = PROVIDERS,
+    passes: int | None = None,
+    more_lists: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the result file. ``reference_ms_50``: the median of ``REFERENCE`` in the same rounds, so speed-ups are pairs.
+    """Rows of the result file. ``reference_ms_50``: the median of ``REFERENCE`` in the same rounds, so speed-ups are pairs;
+    ``over_reference_*``: quantiles of the ratios round by round.
 
-    ``micro_batches`` > 1: steps of m-SAM, of the providers that take them.
+    ``micro_batches`` > 1: steps of m-SAM, of the providers that take them. ``known``, ``passes``, ``more_lists``: the providers of another
+    method than SAM, the lists that a step of it reads and writes, and those that it holds beside SAM's.
     """
     base, dtype = BASES[base_name], DTYPES[dtype_name]
-    names = [name for name in names if micro_batches == 1 or PROVIDERS[name].takes_micro_batches]
-    providers, _ = participants(names, workload.n_tensors, say)
+    names = [name for name in names if micro_batches == 1 or known[name].takes_micro_batches]
+    providers, _ = participants(names, workload.n_tensors, say, known)
     rounds = takes(workload.numel, rounds)
     one_list = workload.numel * dtype.itemsize
-    held = one_list * (2 + (micro_batches > 1) + sum(key != "step" for key in base.state_keys))
+    held = one_list * (2 + more_lists + (micro_batches > 1) + sum(key != "step" for key in base.state_keys))
     # State is used again at every step, as in training; whether it is still cached then is the workload's size, not our choice.
     regime = "cached" if held + one_list < last_level_cache_bytes() else "memory"
     grads = make_grads(workload.shapes, dtype)
-    nbytes = step_bytes(base_name, workload.numel, dtype.itemsize, micro_batches)
+    nbytes = step_bytes(base_name, workload.numel, dtype.itemsize, micro_batches) if passes is None else passes * one_list
     seen_reference = False
     for number, group in enumerate(batches(providers, held, 3 * one_list, budget)):
         kind = f"{workload.name} {dtype_name} {base_name}" + (f", {micro_batches} micro-batches" if micro_batches > 1 else "")
@@ -126,6 +141,8 @@ def measure(
                 continue
             seen_reference |= name == REFERENCE
             q = quantiles(values)
+            pairs = zip(values, samples.get(REFERENCE, ()), strict=False)
+            over = quantiles([ms / of_reference for ms, of_reference in pairs]) if REFERENCE in samples else None
             yield {
                 "kind": "step",
                 "op": "step",
@@ -142,8 +159,9 @@ def measure(
                 "ms_80": q.ms_80,
                 "gbps": nbytes / q.ms_50 / 1e6,
                 "reference_ms_50": reference,
+                **{f"over_reference_{share}": None if over is None else getattr(over, f"ms_{share}") for share in (20, 50, 80)},
                 "samples": len(values),
                 "regime": regime,
                 "group": number,
-                "note": PROVIDERS[name].note,
+                "note": known[name].note,
             }

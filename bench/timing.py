@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter_ns
+from types import MappingProxyType
 
 import numpy as np
 
@@ -43,12 +44,20 @@ def _no_collector() -> Iterator[None]:
 
 
 def interleave(
-    calls: Mapping[str, Call], *, rounds: int, warmup: int = 2, settle: int = 0, inner: int = 1, clock: Callable[[], int] = perf_counter_ns
+    calls: Mapping[str, Call],
+    *,
+    rounds: int,
+    warmup: int = 2,
+    settle: int = 0,
+    inner: int = 1,
+    before: Mapping[str, Call] = MappingProxyType({}),
+    clock: Callable[[], int] = perf_counter_ns,
 ) -> dict[str, list[float]]:
     """Milliseconds of ``rounds * inner`` samples of each call.
 
-    Every round gives each call one turn, in an order drawn anew so that no call always follows the same other. A turn is ``settle`` untimed
-    calls, which bring the call's own data back into the caches where it fits, then ``inner`` timed ones.
+    Every round gives each call one turn, in an order drawn anew so that no call always follows the same other. A turn is what stands in
+    ``before`` for it, untimed, where something does; ``settle`` untimed calls, which bring the call's own data back into the caches where
+    it fits; then ``inner`` timed ones.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
@@ -61,6 +70,8 @@ def interleave(
             shuffle(order)
             for name in order:
                 call = calls[name]
+                if name in before:
+                    before[name]()
                 for _ in range(settle):
                     call()
                 for _ in range(inner):

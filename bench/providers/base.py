@@ -54,7 +54,8 @@ class MicroBatchStepper(Stepper, Protocol):
 
 @dataclass(frozen=True)
 class Provider:
-    """``missing`` tells why it cannot run a workload of so many tensors here, or None. ``takes_micro_batches``: a MicroBatchStepper."""
+    """``missing`` tells why it cannot run a workload of so many tensors here, or None. ``takes_micro_batches``: a MicroBatchStepper.
+    ``writes_grads``: the gradients are not what they were after a step, so that it needs gradients of its own."""
 
     name: str
     title: str
@@ -63,6 +64,7 @@ class Provider:
     is_python_loop: bool = True
     note: str = ""
     takes_micro_batches: bool = False
+    writes_grads: bool = False
 
 
 def fused_or_foreach(implementation: str) -> dict[str, bool]:

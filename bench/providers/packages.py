@@ -10,10 +10,10 @@ import torch
 
 from bench.providers.base import RHO, Base, Provider, Stepper, fused_or_foreach
 
-__all__ = ["PROVIDERS"]
+__all__ = ["PROVIDERS", "unless_installed"]
 
 
-def _unless_installed(module: str) -> Callable[[int], str | None]:
+def unless_installed(module: str) -> Callable[[int], str | None]:
     reason = None if importlib.util.find_spec(module) else f"{module} is not installed (pip install {module})"
     return lambda n_tensors: reason
 
@@ -35,14 +35,14 @@ PROVIDERS = (
         "pytorch_optimizer/foreach",
         "pytorch_optimizer, foreach=True",
         partial(_pytorch_optimizer, "foreach"),
-        _unless_installed("pytorch_optimizer"),
+        unless_installed("pytorch_optimizer"),
         note="foreach=True reaches both its own passes (float32 only) and the base",
     ),
     Provider(
         "pytorch_optimizer/fused",
         "pytorch_optimizer, fused base",
         partial(_pytorch_optimizer, "fused"),
-        _unless_installed("pytorch_optimizer"),
+        unless_installed("pytorch_optimizer"),
         note="with a fused base it loops over the parameters: its foreach=True would reach the base as well, which refuses both",
     ),
     *(
@@ -50,7 +50,7 @@ PROVIDERS = (
             f"unifiedsam/{implementation}",
             f"unifiedsam, {implementation} base",
             partial(_unifiedsam, implementation),
-            _unless_installed("unifiedsam"),
+            unless_installed("unifiedsam"),
         )
         for implementation in ("foreach", "fused")
     ),

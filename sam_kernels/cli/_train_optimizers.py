@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import sam_kernels
+from sam_kernels.cli._train_family import FAMILY
 
 __all__ = ["BASES", "BY_DEFAULT", "NORMS", "SHARPNESS_AWARE", "Settings", "build", "kind_of", "options_of"]
 
@@ -30,7 +31,10 @@ BASES = {
 # The radius of each. They do not compare: SAM moves by rho whatever the gradient, USAM by rho times the gradient's norm.
 # Chosen with seed 0 and --base sgd between 0.1 and 1, for clean and for 40 % noisy labels together, on held-out training images; those of
 # msam and rwsam, which move by rho too, are SAM's.
-SHARPNESS_AWARE: dict[str, float] = {"sam": 0.3, "usam": 0.5, "unified": 0.5, "msam": 0.3, "rwsam": 0.3}
+SHARPNESS_AWARE: dict[str, float] = {
+    **{"sam": 0.3, "usam": 0.5, "unified": 0.5, "msam": 0.3, "rwsam": 0.3},
+    **{name: member.rho for name, member in FAMILY.items()},
+}
 BY_DEFAULT = ("sam", "usam", "unified")  # two passes over the whole batch each: what takes longer is asked for
 NORMS = ("exact", "finite_difference", "jvp", "last_layer", "norm_layers")
 
@@ -57,7 +61,8 @@ def kind_of(name: str) -> str:
 
 
 def options_of(name: str, settings: Settings) -> dict[str, Any]:
-    """What ``name`` is run with beyond the base's options. A number behind a colon takes the place of msam's m, of rwsam's beta."""
+    """What ``name`` is run with beyond the base's options. A number behind a colon takes the place of msam's m, of rwsam's beta, of what
+    else the family's table says."""
     kind, _, number = name.partition(":")
     if kind not in SHARPNESS_AWARE:
         return {}
@@ -70,11 +75,14 @@ def options_of(name: str, settings: Settings) -> dict[str, Any]:
         options |= {"beta": float(number or settings.beta), "norms": settings.norms, "micro_batch": settings.micro_batch}
         if settings.norms in ("finite_difference", "jvp"):
             options["num_directions"] = settings.num_directions
+    if kind in FAMILY and (key := FAMILY[kind].option) is not None:
+        default = FAMILY[kind].default
+        options[key] = type(default)(number) if number else default  # type: ignore[misc]  # a number where there is an option
     return options
 
 
 def build(name: str, model: nn.Module, settings: Settings, seed: int) -> torch.optim.Optimizer:
-    """``seed`` is of random directions, where there are any."""
+    """``seed`` is of random directions and moves, where there are any."""
     kind, base = kind_of(name), BASES[settings.base]
     base_options = {"lr": settings.lr, "weight_decay": settings.weight_decay, **base.options}
     options = options_of(name, settings)
@@ -82,6 +90,10 @@ def build(name: str, model: nn.Module, settings: Settings, seed: int) -> torch.o
         return base.build(model.parameters(), **base_options)
     if kind == "rwsam":
         return sam_kernels.RWSAM(model, base.build, seed=seed, **options, **base_options)
+    if kind in FAMILY:
+        member = FAMILY[kind]
+        seeds = {"seed": seed} if member.takes_seed else {}
+        return member.make(model.parameters(), base.build, model=model, **options, **seeds, **base_options)
     options.pop("micro_batch_size", None)  # of the step, not of the optimizer
     presets: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "sam": sam_kernels.SAM,

@@ -11,13 +11,17 @@ import click
 import torch
 
 from sam_kernels import _dispatch
+from sam_kernels.cli._train_family import FAMILY
 from sam_kernels.cli._train_optimizers import BASES, BY_DEFAULT, SHARPNESS_AWARE, Settings, options_of
 from sam_kernels.cli._train_run import Plan
 
 __all__ = ["check_backend", "check_device", "check_extra", "finite", "lambd", "micro_batches", "optimizer_names"]
 
 # What may stand behind a colon of a name.
-NUMBERS: dict[str, click.ParamType[Any]] = {"msam": click.IntRange(min=1), "rwsam": click.FloatRange(0)}
+NUMBERS: dict[str, click.ParamType[Any]] = {
+    **{"msam": click.IntRange(min=1), "rwsam": click.FloatRange(0)},
+    **{name: member.number for name, member in FAMILY.items() if member.number is not None},
+}
 
 
 def finite(_ctx: click.Context | None, _param: click.Parameter | None, value: float | None) -> float | None:
@@ -45,6 +49,8 @@ def optimizer_names(text: str | None, base: str) -> list[str]:
         if kind not in known or (colon and kind not in NUMBERS):
             other = f" ({name} needs --base {name})" if name in BASES else ""
             raise click.BadParameter(f"unknown optimizer {name!r}{other}; the names are {', '.join(known)}.", param_hint="'--optimizers'")
+        if kind in FAMILY and base not in FAMILY[kind].bases:
+            raise click.BadParameter(f"{name} needs --base {' or '.join(FAMILY[kind].bases)}.", param_hint="'--optimizers'")
         if colon:
             try:
                 finite(None, None, NUMBERS[kind].convert(number, None, None))

@@ -21,6 +21,10 @@ SHOWN = {
     "norms": "{}",
     "micro_batch": "m {}",
     "num_directions": "K {}",
+    "theta": "theta {:g}",
+    "alpha": "alpha {:g}",
+    "kappa": "kappa {:g}",
+    "k": "k {}",
 }
 
 

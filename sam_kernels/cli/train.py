@@ -15,8 +15,9 @@ from sam_kernels import _dispatch
 from sam_kernels.cli import _train_options as check
 from sam_kernels.cli._train_compare import compare
 from sam_kernels.cli._train_data import DATA_SETS, load
+from sam_kernels.cli._train_family import NUMBERED
 from sam_kernels.cli._train_model import NORMALIZATIONS
-from sam_kernels.cli._train_optimizers import BASES, NORMS, Settings, options_of
+from sam_kernels.cli._train_optimizers import BASES, NORMS, SHARPNESS_AWARE, Settings, options_of
 from sam_kernels.cli._train_plot import save_curves
 from sam_kernels.cli._train_report import to_json
 from sam_kernels.cli._train_run import Plan
@@ -32,8 +33,8 @@ __all__ = ["train"]
     "--optimizers",
     metavar="NAME,...",
     show_default="the base, sam, usam, unified",
-    help="Of: the base's own name (sgd or adamw), sam, usam, unified, msam, rwsam. msam:8 is msam with micro-batches of 8, rwsam:2 is "
-    "rwsam with beta 2; several are run beside each other.",
+    help=f"Of: the base's own name (sgd or adamw), {', '.join(SHARPNESS_AWARE)}. msam:8 is msam with micro-batches of 8, rwsam:2 is "
+    f"rwsam with beta 2, and so are {', '.join(NUMBERED)}; several are run beside each other.",
 )
 @click.option("--base", type=click.Choice(list(BASES)), default="sgd", help="The optimizer that the others wrap.")
 @click.option(
@@ -116,7 +117,7 @@ def train(
     """Train a small CNN on handwritten digits with each optimizer, and compare.
 
     All get the same epochs, learning rates, initial weights, labels and batches; a sharpness-aware step computes two gradients, so at equal
-    epochs it takes about twice the time. The radius is each optimizer's own, chosen on held-out training images, not on the test set.
+    epochs it takes about twice the time. The radius is each optimizer's own, and no radius was chosen by looking at the test set.
     """
     check.check_extra()
     names = check.optimizer_names(optimizers, base)

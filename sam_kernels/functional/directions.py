@@ -90,6 +90,6 @@ def direction_norm_(
         if fresh is not None:
             for i, average in zip(indices or (), fresh, strict=True):
                 cast("list[Tensor | None]", ema)[i] = average
-    dtype = torch.float64 if any(grad.dtype is torch.float64 for grad in grads) else torch.float32
+    dtype = torch.float64 if torch.float64 in {grad.dtype for grad in grads} else torch.float32
     result = combine_norms(norms).to(dtype) if norms else torch.zeros(())
     return report_norm(result, found_inf, None, None)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sam_kernels import functional
+from sam_kernels._tensor_list import TensorList
 from sam_kernels.optim._group import Current, GroupLists
 from sam_kernels.optim._ownership import nobody_else_has
 
@@ -20,6 +21,7 @@ class KeptGrads:
     def __init__(self) -> None:
         self._kept: dict[int, tuple[GroupLists, list[Tensor]]] = {}
         self._copies: dict[Tensor, Tensor] = {}
+        self._described: dict[int, tuple[GroupLists, TensorList]] = {}  # by group: copies of all its gradients
 
     def keep(self, currents: Sequence[Current], *, hand_over: bool) -> None:
         """Keeps the gradients as they are. ``hand_over``: one that nobody else has is no longer its parameter's ``grad``, where the second
@@ -28,25 +30,35 @@ class KeptGrads:
 
     def _keep(self, current: Current, hand_over: bool) -> list[Tensor]:
         params, grads = current.lists.params, current.grads
-        ours = [False] * len(grads)
-        if hand_over:
-            for param in params:
-                param.grad = None
-            ours = nobody_else_has(grads)
-        kept, copied = [], []
-        for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-            if ours[i]:
-                kept.append(grad)
-                continue
-            param.grad = grad
-            copy = self._copies.get(param)
-            if copy is None or copy.dtype != grad.dtype or copy.device != grad.device or copy.stride() != grad.stride():
-                copy = self._copies[param] = torch.empty_like(grad, requires_grad=False)
-            kept.append(copy)
-            copied.append(i)
+        ours = _taken_over(params, grads) if hand_over else [False]
+        if not any(ours):
+            copies = self._copies_of(current)
+            functional.restore_(copies, grads)
+            return copies
+        rows = list(zip(params, grads, ours, strict=True))
+        kept = [grad if is_ours else self._copy_of(param, grad) for param, grad, is_ours in rows]
+        copied = [(copy, grad) for copy, (_, grad, is_ours) in zip(kept, rows, strict=True) if not is_ours]
         if copied:
-            functional.restore_([kept[i] for i in copied], [grads[i] for i in copied])
+            functional.restore_([copy for copy, _ in copied], [grad for _, grad in copied])
         return current.lists.grads(kept)
+
+    def _copies_of(self, current: Current) -> list[Tensor]:
+        """Memory for a copy of every gradient, described once for as long as these lists describe the group."""
+        lists, grads = current.lists, current.grads
+        described_for, known = self._described.get(current.index, (None, TensorList()))
+        is_known = described_for is lists and isinstance(grads, TensorList)  # both lists in the parameters' memory order
+        if is_known and [copy.dtype for copy in known] == [grad.dtype for grad in grads]:
+            return known
+        copies = lists.grads([self._copy_of(param, grad) for param, grad in zip(lists.params, grads, strict=True)])
+        if isinstance(copies, TensorList):
+            self._described[current.index] = lists, copies
+        return copies
+
+    def _copy_of(self, param: Tensor, grad: Tensor) -> Tensor:
+        copy = self._copies.get(param)
+        if copy is None or copy.dtype != grad.dtype or copy.device != grad.device or copy.stride() != grad.stride():
+            copy = self._copies[param] = torch.empty_like(grad, requires_grad=False)
+        return copy
 
     def of(self, current: Current) -> list[Tensor]:
         """One for each parameter of ``current``: zeros for one that had no gradient in the first pass."""
@@ -63,4 +75,15 @@ class KeptGrads:
 
     def release(self) -> None:
         """Frees the copies."""
-        self._kept, self._copies = {}, {}
+        self._kept, self._copies, self._described = {}, {}, {}
+
+
+def _taken_over(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[bool]:
+    """Which of the gradients nobody else has: they are no longer their parameter's ``grad``."""
+    for param in params:
+        param.grad = None
+    ours = nobody_else_has(grads)
+    for param, grad, is_ours in zip(params, grads, ours, strict=True):
+        if not is_ours:
+            param.grad = grad
+    return ours

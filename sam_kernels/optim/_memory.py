@@ -34,8 +34,9 @@ class ParamMemory:
             entries = [kept.get(param) for param in lists.params]
             if any(entry is None for entry in entries):
                 return entries
-            known = lists.memory[name] = (self._version, cast("list[Tensor]", entries))
-        return cast("list[Tensor | None]", lists.state(name, known[1]))
+            # Described once: nobody else has these tensors, so they lie where they lay.
+            known = lists.memory[name] = (self._version, lists.state(name, cast("list[Tensor]", entries)))
+        return cast("list[Tensor | None]", known[1])
 
     def of_or_zeros(self, name: str, lists: GroupLists) -> list[Tensor]:
         """As :meth:`of`, beginning with zeros."""

@@ -106,10 +106,10 @@ class Passes:
 
     def ascend(
         self, groups: list[dict[str, Any]], direction: Direction, *, eps: float, grad_scale: Tensor | None, loss: Any = None
-    ) -> None:
+    ) -> list[Current]:
         """Saves and perturbs the parameters of the groups with ρ > 0, for SAM along their gradients as they are: 4 N s bytes.
 
-        ``loss``: what the closure returned, for radii that follow it.
+        ``loss``: what the closure returned, for radii that follow it. Returns what the direction was made from, by group.
         Later in a step (m-SAM's second micro-batch) they are the same weights again, which are not saved a second time: 3 N s.
         """
         mixes = [lambd_at(group["lambd"], group["sam_step"]) for group in groups]
@@ -143,6 +143,7 @@ class Passes:
             self._unsure = None
             self._saved[current.index] = current.lists
         torch.clear_autocast_cache()  # where autocast is around the whole step: casts of what the weights were
+        return currents
 
     def perturb_randomly(self, trainable: dict[int, GroupLists], seeds: Sequence[int], *, scale: float, distribution: str) -> None:
         """Adds scale z to what :meth:`trainable` gave, z from a seed for each group: 3 N s bytes.

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sam_kernels import functional
+from sam_kernels._tensor_list import TensorList
 from sam_kernels._validate import check_number, check_seed
 from sam_kernels.optim._group import Current
 from sam_kernels.optim._passes import Passes
@@ -81,7 +82,8 @@ class _MovingAverage(Direction):
         norms = []
         for lists, grads, adaptive, eta in passes.joined(currents, normalised=True):
             averages = passes.memory.of(self.keeps[0], lists)
-            new = [param for param, average in zip(lists.params, averages, strict=True) if average is None]
+            is_whole = isinstance(averages, TensorList)  # which none of them is missing from
+            new = [] if is_whole else [param for param, average in zip(lists.params, averages, strict=True) if average is None]
             params = lists.params if adaptive else None
             how: dict[str, Any] = {"adaptive": adaptive, "eta": eta, "grad_scale": grad_scale, "found_inf": passes.found_inf}
             norms.append(functional.direction_norm_(grads, averages, params, **self._options(), **how))

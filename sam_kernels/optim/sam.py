@@ -297,9 +297,9 @@ class SAM(Wrapper):
     def _ascend(self, grad_scale: Tensor | None, loss: Any = None, *, hand_over: bool = False) -> None:
         if not self.direction.needs_no_gradient:  # the only forward pass is yet to come
             self._guard.save()
-        self._passes.ascend(self.param_groups, self.direction, eps=self.eps, grad_scale=grad_scale, loss=loss)
-        if self.descent.keeps_grads:
-            self._kept_grads.keep(self._passes.current(self.param_groups), hand_over=hand_over)
+        currents = self._passes.ascend(self.param_groups, self.direction, eps=self.eps, grad_scale=grad_scale, loss=loss)
+        if self.descent.keeps_grads:  # its direction is made from gradients
+            self._kept_grads.keep(currents, hand_over=hand_over)
 
     def _descend(
         self,

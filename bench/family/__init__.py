@@ -1,0 +1,1 @@
+"""Whole steps of the family of SAM against the same methods written in Python."""
