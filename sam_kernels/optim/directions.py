@@ -30,6 +30,7 @@ class Direction:
     sign: ClassVar[float] = 1.0
     begins_elsewhere: ClassVar[bool] = False  # the first gradient is not the one at w
     needs_no_gradient: ClassVar[bool] = False  # the ascent comes before the only forward pass
+    rewrites_descent: ClassVar[bool] = False  # descent_norm writes the gradients
     is_capturable: ClassVar[bool] = True
     is_scaled: ClassVar[bool] = True  # d and its norm are multiplied by grad_scale, as the gradients are
 
@@ -143,6 +144,7 @@ class Centralized(Direction):
     """
 
     name = "centralized"
+    rewrites_descent = True
 
     def norm(self, passes: Passes, currents: list[Current], grad_scale: Tensor | None) -> Tensor:
         passes.forget_last_step()
