@@ -116,7 +116,12 @@ class RSAM(SAM):
         """For the two-step API, before the first forward pass: moves the weights to w + Δ. :meth:`first_step` goes on from there."""
         self._restore()
         self._begin()
-        self.direction.begin(self._passes, self.param_groups, 0)
+        try:
+            self.direction.begin(self._passes, self.param_groups, 0)
+        except BaseException:
+            self._restore()
+            raise
+        self._awaits_ascent = True
 
 
 class GCSAM(SAM):
