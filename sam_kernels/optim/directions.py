@@ -189,14 +189,15 @@ class Randomized(Direction):
 
     def norm(self, passes: Passes, currents: list[Current], grad_scale: Tensor | None) -> Tensor:
         passes.forget_last_step()
-        weight = self.c if grad_scale is None else self.c / grad_scale
+        weight = self.c if grad_scale is None else self.c / grad_scale.to(torch.float64)  # float32 would round c
         norms = []
         for current in currents:
             lists, grads, group = current.lists, current.grads, current.group
             moves: dict[str, Any] = {"left_weight": weight, "right_weight": 1.0, "origin_weight": -1.0, "found_inf": passes.found_inf}
-            norm = functional.combine_(grads, grads, lists.params, passes.origins(current), **moves)
+            origins = passes.origins(current) or lists.params  # frozen ones that still have a gradient were not moved
+            norm = functional.combine_(grads, grads, lists.params, origins, **moves)
             if group["adaptive"]:
-                norm = functional.grad_norm(grads, passes.origins(current), adaptive=True, eta=group["eta"])
+                norm = functional.grad_norm(grads, origins, adaptive=True, eta=group["eta"])
             norms.append(norm)
         passes.restore_others(currents)
         return functional.combine_norms(norms) if norms else torch.zeros(())
