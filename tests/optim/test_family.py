@@ -25,7 +25,7 @@ def convolutional() -> nn.Module:
 def follows(name: str, base: str, model: nn.Module, steps: int = 10, **options: Any) -> None:
     member, (base_class, kwargs) = MEMBERS[name], BASES[base]
     other = twin(model)
-    theirs = {"lr": 1.0, "weight_decay": 0.1, **kwargs} if base.startswith("sps") else kwargs
+    theirs = {"lr": member.options["gamma_b"], "weight_decay": 0.1, **kwargs} if base.startswith("sps") else kwargs
     expected = member.transcribe(other, base_class(other.parameters(), **theirs), **options)
     optimizer = member.make(model.parameters(), base_class, **options, **kwargs)
     for t in range(steps):
