@@ -338,7 +338,7 @@ class SAM(Wrapper):
             found_inf=found_inf,
             known_norm=known_norm if outcome.norm is None else outcome.norm,
             options=outcome.options,
-            is_plain=outcome is NOTHING,
+            is_plain=outcome is NOTHING and not (has_ascended and self.direction.needs_no_gradient),  # before there is a momentum
         )
         if outcome.finish is not None:
             outcome.finish(is_unscaled)
