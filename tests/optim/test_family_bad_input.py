@@ -19,6 +19,8 @@ NAN = float("nan")
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
 SCHEDULE = {"rho_max": 0.2, "rho_min": 0.1, "lr_max": 0.1, "lr_min": 0.0}
 
+BY_DIRECTION = ["VaSSO", "FriendlySAM", "Extragradient", "RSAM", "GCSAM", "MomentumSAM"]
+BY_DESCENT = ["GSAM", "WSAM", "LookSAM"]
 HYPERPARAMETERS = [
     ("VaSSO", {"theta": 0.0}, ValueError, r"VaSSO: theta must be a finite number in \(0\.0, 1\.0\], got 0\.0"),
     ("VaSSO", {"theta": 1.5}, ValueError, "VaSSO: theta"),
@@ -60,8 +62,8 @@ HYPERPARAMETERS = [
     ("SAM", {"direction": directions.Friendly}, TypeError, "SAM: direction must be one of"),
     ("SAM", {"descent": 3}, TypeError, r"SAM: descent must be one of sam_kernels\.optim\.descents, .* got 3"),
     ("SAM", {"descent": directions.Friendly()}, TypeError, "SAM: descent must be one of"),
-    ("VaSSO", {"direction": directions.Friendly()}, TypeError, "direction"),
-    ("GSAM", {"rho": 0.1, "descent": descents.Look()}, TypeError, "descent"),
+    *((name, {"direction": directions.Gradient()}, TypeError, f"{name}: its direction is what makes it") for name in BY_DIRECTION),
+    *((name, {"rho": 0.1, "descent": descents.Plain()}, TypeError, f"{name}: its descent is what makes it") for name in BY_DESCENT),
 ]
 
 
@@ -78,6 +80,7 @@ def test_hyperparameters(name: str, arguments: dict[str, Any], error: type[Excep
         ({"f_star": None}, TypeError, "SAMSPS: f_star"),
         ({"gamma_b": -1.0}, ValueError, "learning rate"),
         ({"weight_decay": -1.0}, ValueError, "weight_decay"),
+        ({"descent": descents.Plain()}, TypeError, "SAMSPS: its descent is what makes it SAMSPS"),
         ({"lr": 0.1}, TypeError, "SAMSPS: lr is found at each step; gamma_b bounds it"),
         ({"base_optimizer": torch.optim.Adam}, ValueError, "SAMSPS: the Polyak step size is that of SGD, got Adam"),
         ({"nesterov": True, "momentum": 0.9}, ValueError, "SAMSPS: .* nesterov=True"),
