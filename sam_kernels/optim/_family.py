@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch.optim import Optimizer
 
 from sam_kernels._validate import describe
+from sam_kernels.optim._closures import TwoPasses
 from sam_kernels.optim.descents import Descent
 from sam_kernels.optim.directions import Direction
 
-__all__ = ["check_family", "check_micro_batches"]
+__all__ = ["check_family", "check_passes", "check_weighted"]
 
 
 def check_family(direction: Any, descent: Any, base: Optimizer, *, clips: bool, capturable: bool) -> None:
@@ -30,8 +32,19 @@ def check_family(direction: Any, descent: Any, base: Optimizer, *, clips: bool, 
             raise ValueError(f"SAM: capturable=True, but what {part.name!r} does at a step is decided, or drawn, by the host")
 
 
-def check_micro_batches(direction: Direction, descent: Descent, count: int) -> None:
-    """Raises ValueError where several micro-batches have no meaning."""
+def check_weighted(direction: Any, descent: Any) -> None:
+    """Raises ValueError for what cannot be made of RW-SAM's ascent gradient, which is a weighted one, taken at the weights."""
+    if isinstance(direction, Direction) and (direction.begins_elsewhere or direction.needs_no_gradient):
+        raise ValueError(f"RWSAM: direction {direction.name!r} does not ascend along a gradient at the weights, so nothing can be weighted")
+    if isinstance(descent, Descent) and descent.keeps_grads:
+        raise ValueError(f"RWSAM: descent {descent.name!r} needs the plain gradient at the weights; the first pass makes the weighted one")
+
+
+def check_passes(direction: Direction, descent: Descent, passes: Sequence[TwoPasses]) -> None:
+    """Raises ValueError where several micro-batches, or a closure for the ascent alone, have no meaning."""
+    if direction.needs_no_gradient and any(ascent is not following for ascent, following in passes):
+        raise ValueError(f"SAM.step: direction {direction.name!r} takes no gradient before the ascent; ascent_closure has no use")
+    count = len(passes)
     if count == 1:
         return
     if not descent.is_plain:

@@ -27,6 +27,7 @@ class BufferGuard:
                 if not isinstance(module, nn.Module):
                     raise TypeError(f"SAM: model[{i}] must be a torch.nn.Module, got {type(module).__name__}")
         self._saved: list[tuple[Tensor, Tensor]] = []
+        self._is_current = False  # whether they are this step's
 
     def _buffers(self) -> list[Tensor]:
         if self.model is None:
@@ -50,12 +51,17 @@ class BufferGuard:
         if saved:
             torch._foreach_copy_([copy for _, copy in saved], [buffer for buffer, _ in saved])
         self._saved = saved
+        self._is_current = True
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Puts them back."""
-        if self._saved:
+        """Puts them back, where they were saved in this step."""
+        if self._saved and self._is_current:
             torch._foreach_copy_([buffer for buffer, _ in self._saved], [copy for _, copy in self._saved])
+
+    def begin(self) -> None:
+        """A new step: what was saved is an older one's, and buffers may have been changed since."""
+        self._is_current = False
 
     def release(self) -> None:
         """Frees the copies."""

@@ -38,6 +38,10 @@ class ParamMemory:
             known = lists.memory[name] = (self._version, lists.state(name, cast("list[Tensor]", entries)))
         return cast("list[Tensor | None]", known[1])
 
+    def has(self, name: str) -> bool:
+        """Whether anything is kept under this name."""
+        return bool(self._tensors[name])
+
     def of_or_zeros(self, name: str, lists: GroupLists) -> list[Tensor]:
         """As :meth:`of`, beginning with zeros."""
         entries = self.of(name, lists)
@@ -58,7 +62,8 @@ class ParamMemory:
         """``state_dict`` with what is kept.
 
         ``blanks``: a parameter that has nothing gets NaN, which nothing that is kept is. So has the checkpoint of an optimizer that made
-        no step of its own all the keys that ``torch.distributed.checkpoint`` fills when it loads another's into it.
+        no step of its own all the keys that ``torch.distributed.checkpoint`` fills when it loads another's into it. A parameter without
+        state of the base, where others have some, gets none: the base would take it for initialised.
         """
         if not self.names:
             return state_dict
@@ -66,17 +71,18 @@ class ParamMemory:
         for param_id, param in zip(_ids(state_dict), params, strict=True):
             for name in self.names:
                 kept = self._tensors[name].get(param)
-                if kept is None and blanks:
+                if kept is None and blanks and (param_id in state_dict["state"] or not state_dict["state"]):
                     kept = torch.full_like(param, torch.nan, requires_grad=False)
                 if kept is not None:
                     state.setdefault(param_id, {})[name] = kept
         return {**state_dict, "state": state}
 
-    def load(self, state_dict: dict[str, Any], params: Sequence[Tensor]) -> dict[str, Any]:
-        """Takes what is kept out of a checkpoint; returns the rest, which is the base optimizer's."""
+    def taken_out(self, state_dict: dict[str, Any], params: Sequence[Tensor]) -> tuple[dict[str, Any], ParamMemory]:
+        """The base optimizer's part of a checkpoint, and what was kept as a memory of its own: nothing here changes before
+        :meth:`replace`, since torch may still refuse the checkpoint."""
+        found = ParamMemory(self.names)
         if not self.names or len(_ids(state_dict)) != len(params):  # torch says what is wrong
-            return state_dict
-        tensors: dict[str, dict[Tensor, Tensor]] = {name: {} for name in self.names}
+            return state_dict, found
         state = {key: dict(value) for key, value in state_dict["state"].items()}
         for param_id, param in zip(_ids(state_dict), params, strict=True):
             for name in self.names:
@@ -85,10 +91,13 @@ class ParamMemory:
                     continue
                 if kept.shape != param.shape:
                     raise ValueError(f"SAM: {name} in the checkpoint has shape {tuple(kept.shape)}, its parameter {tuple(param.shape)}")
-                tensors[name][param] = torch.empty_like(param, dtype=kept.dtype, requires_grad=False).copy_(kept)
-        self._tensors = tensors
+                found._tensors[name][param] = torch.empty_like(param, dtype=kept.dtype, requires_grad=False).copy_(kept)
+        return {**state_dict, "state": {key: value for key, value in state.items() if value}}, found
+
+    def replace(self, other: ParamMemory) -> None:
+        """What ``other`` keeps in the place of what is kept here."""
+        self._tensors = other._tensors
         self._version = object()
-        return {**state_dict, "state": {key: value for key, value in state.items() if value}}
 
 
 def _ids(state_dict: dict[str, Any]) -> list[Any]:

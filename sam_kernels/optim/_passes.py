@@ -214,8 +214,9 @@ class Passes:
         known_norm: Tensor | None = None,
         options: Mapping[int, dict[str, Any]] = MappingProxyType({}),
         is_plain: bool = True,
-    ) -> None:
-        """Restores the parameters and makes the base's step along the gradients as they are, unless something was not finite.
+    ) -> bool:
+        """Restores the parameters and makes the base's step along the gradients as they are, unless something was not finite. Returns
+        whether it has divided them by ``grad_scale``.
 
         ``known_norm``: () their norm, which has told ``found_inf`` already. ``options``: by group, options of the base for this step.
         ``is_plain``: with nothing perturbed the step is the base's own, bit for bit.
@@ -231,7 +232,8 @@ class Passes:
         if found_inf is not None:
             self.found_inf.logical_or_(found_inf.to(self.found_inf.device))
         amp: dict[str, Any] = {"grad_scale": grad_scale, "found_inf": self.found_inf, "norm": norm}
-        if (self._perturbed or not is_plain) and can_fuse(self.base, self.own_hooks):
+        fuses = (bool(self._perturbed) or not is_plain) and can_fuse(self.base, self.own_hooks)
+        if fuses:
             by_index = {current.index: current for current in currents}
             for i, group in enumerate(groups):
                 group = {**group, **options[i]} if i in options else group
@@ -250,6 +252,7 @@ class Passes:
                 plain_step(self.base, [grad for current in currents for grad in current.grads], max_norm=max_norm, **amp)
         self.is_perturbed = False
         torch.clear_autocast_cache()
+        return not fuses and grad_scale is not None
 
     def restore(self) -> None:
         """Back to the weights of before the ascent, bit for bit; nothing to do when there was none."""

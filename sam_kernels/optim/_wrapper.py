@@ -50,6 +50,8 @@ class Wrapper(Optimizer):
             param_group.setdefault("sam_step", max(int(group.get("sam_step", 0)) for group in groups))
             self._check_group_values(param_group)
             check_params(param_group, next(i for i, group in enumerate(groups) if group is param_group))
+            self.direction.check_base(self.base_optimizer)
+            self.descent.check_base(self.base_optimizer)
         except (TypeError, ValueError):
             if is_new:
                 groups.pop()
@@ -69,10 +71,11 @@ class Wrapper(Optimizer):
         """
         self._require_unperturbed("load_state_dict")
         state_dict = _checkpoint.without_names(state_dict, self.direction.name, self.descent.name)
-        state_dict = self._memory.load(state_dict, self._all_params())
+        state_dict, memory = self._memory.taken_out(state_dict, self._all_params())
         super().load_state_dict(_checkpoint.with_group_values(state_dict, self.param_groups, (*self._group_keys, "sam_step")))
         if can_fuse(self.base_optimizer, self._passes.own_hooks):
             _checkpoint.keep_wide_state(self.state, self.param_groups, state_dict)
+        self._memory.replace(memory)
         for group in self.param_groups:
             (_capturable.to_tensors if self.capturable else _capturable.to_numbers)(group)
 
@@ -95,8 +98,15 @@ class Wrapper(Optimizer):
 
         def restore_first(*_: Any) -> None:
             optimizer = reference()
-            if optimizer is not None:
-                optimizer._restore()
+            if optimizer is None:
+                return
+            rewriter = optimizer.direction if optimizer.direction.rewrites_descent else optimizer.descent
+            if optimizer._passes.is_perturbed and (optimizer.direction.rewrites_descent or not optimizer.descent.is_plain):
+                raise RuntimeError(
+                    f"SAM: base_optimizer.step() after first_step would step along the gradients as they are, without the rule of "
+                    f"{rewriter.name!r}; call second_step()"
+                )
+            optimizer._restore()
 
         self._passes = Passes(self.base_optimizer, {self.base_optimizer.register_step_pre_hook(restore_first).id}, self._memory)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sam_kernels import functional
-from sam_kernels._validate import check_count, check_flag, check_number
+from sam_kernels._validate import check_count, check_flag, check_number, describe
 from sam_kernels.optim._group import Current
 from sam_kernels.optim._kept_grads import KeptGrads
 from sam_kernels.optim._passes import Passes
@@ -55,6 +55,10 @@ class DescentStep:
         device = self.passes.found_inf.device
         return torch.stack([part.to(device) for part in parts]).sum(0) if len(parts) != 1 else parts[0]
 
+    def or_zero(self, value: Tensor) -> Tensor:  # () float64
+        """``value``, 0 where the step is skipped: it may then be NaN, which no operation takes for a weight."""
+        return value.masked_fill(self.passes.found_inf.to(value.device) != 0, 0.0)
+
     def combine_(self, others: Callable[[Current], list[Tensor]], weight: Any, other_weight: Any) -> Tensor:  # ()
         """g_p <- weight g_p + other_weight o in place; returns the norm of that."""
         weights: dict[str, Any] = {"left_weight": weight, "right_weight": other_weight, "found_inf": self.passes.found_inf}
@@ -72,7 +76,7 @@ class Outcome:
     is_scaled: bool = True  # the gradients are still multiplied by grad_scale
     options: dict[int, dict[str, Any]] = field(default_factory=dict)  # by group: options of the base for this step alone
     step_sizes: dict[int, Tensor] = field(default_factory=dict)  # () by group, where the rule has chosen them
-    finish: Callable[[], None] | None = None  # after the base's step
+    finish: Callable[[bool], None] | None = None  # after the base's step; told whether that has divided the gradients by grad_scale
 
 
 NOTHING = Outcome(is_checked=False)  # the gradients are as they were
@@ -125,7 +129,8 @@ class SurrogateGap(Descent):
         if not step.has_ascended or not step.currents:
             return NOTHING
         squares, along, _ = step.dots(step.kept.of)
-        return Outcome(norm=step.combine_(step.kept.of, 1.0 + self.alpha * along / squares.clamp_min(_TINY), -self.alpha))
+        share = step.or_zero(along / squares.clamp_min(_TINY))
+        return Outcome(norm=step.combine_(step.kept.of, 1.0 + self.alpha * share, -self.alpha))
 
 
 @dataclass(frozen=True)
@@ -162,10 +167,11 @@ class WeightedSharpness(Descent):
             for param, grad in zip(current.lists.params, kept, strict=True):
                 param.grad = grad
 
-        def finish() -> None:
+        def finish(kept_is_unscaled: bool) -> None:
             for current, grads, kept in sharp:
                 rate = -current.group["lr"] * k if current.group.get("maximize") else current.group["lr"] * k
-                weights: dict[str, Any] = {"left_weight": 1.0, "right_weight": -rate / step.scale, "origin_weight": rate / step.scale}
+                kept_weight = rate if kept_is_unscaled else rate / step.scale
+                weights: dict[str, Any] = {"left_weight": 1.0, "right_weight": -rate / step.scale, "origin_weight": kept_weight}
                 functional.combine_(current.lists.params, current.lists.params, grads, kept, **weights, found_inf=step.passes.found_inf)
                 for param, grad in zip(current.lists.params, grads, strict=True):
                     param.grad = grad
@@ -177,6 +183,8 @@ class WeightedSharpness(Descent):
 class Look(Descent):
     """LookSAM (arXiv 2203.02714): a step of SAM every ``k`` steps, from the first on, which keeps g_v = g_p - ⟨g_p, ĝ⟩ ĝ, ĝ = g / ‖g‖;
     between them one pass, and a step along g + alpha (‖g‖ / ‖g_v‖) g_v. Memory: g_v, N s, and g, N s, between the passes.
+
+    Where there is no g_v yet, as with ρ = 0 or a radius that begins late, a step between is the base's own.
 
     Bytes: a step of SAM 4 N s more (inner products 2 in the place of the look for NaN, g_v 3), a step between 4 more than the base's
     alone (norms 2 in the place of the look, sum 3).
@@ -202,11 +210,13 @@ class Look(Descent):
             return NOTHING
         memory, name = step.passes.memory, self.keeps[0]
         if not step.has_ascended:
+            if not memory.has(name):
+                return NOTHING
             squares, _, kept_squares = step.dots(lambda current: memory.of_or_zeros(name, current.lists))
-            ratio = torch.where(kept_squares > 0, (squares / kept_squares.clamp_min(_TINY)).sqrt(), 0.0)
+            ratio = step.or_zero(torch.where(kept_squares > 0, (squares / kept_squares.clamp_min(_TINY)).sqrt(), 0.0))
             return Outcome(norm=step.combine_(lambda current: memory.of_or_zeros(name, current.lists), 1.0, self.alpha * ratio))
         squares, along, ascent_squares = step.dots(step.kept.of)
-        along = along / ascent_squares.clamp_min(_TINY)
+        along = step.or_zero(along / ascent_squares.clamp_min(_TINY))
         for current in step.currents:
             orthogonal, grads, kept = memory.of_or_zeros(name, current.lists), current.grads, step.kept.of(current)
             weights: dict[str, Any] = {"left_weight": 1.0 / step.scale, "right_weight": -along / step.scale}
@@ -258,8 +268,10 @@ class Polyak(Descent):
             else:
                 parts.append(functional.grad_dots(current.grads, current.lists.params, moved, found_inf=passes.found_inf))
         squares, along, _ = step.sum_of(parts)
-        gap = self._loss(step.loss, squares.device) - self.f_star - along / step.scale
-        gamma = gap.clamp_min(0.0) * step.scale**2 / squares.clamp_min(_TINY)
+        loss = self._loss(step.loss, squares.device)
+        passes.found_inf.logical_or_(~loss.isfinite().to(passes.found_inf.device))
+        gap = loss - self.f_star - along / step.scale
+        gamma = step.or_zero(gap.clamp_min(0.0) * step.scale**2 / squares.clamp_min(_TINY))
         steps = {current.index: torch.clamp(gamma, max=current.group["lr"]) for current in step.currents}
         if not any(current.group["momentum"] for current in step.currents):
             return Outcome(norm=squares.sqrt(), step_sizes=steps, options={i: {"lr": each} for i, each in steps.items()})
@@ -276,6 +288,8 @@ class Polyak(Descent):
             raise RuntimeError(
                 "SAMSPS: the loss at the perturbed point is needed: return it from the closure, or give second_step(loss=...)"
             )
-        if not isinstance(loss, Tensor):
-            return torch.tensor(check_number("SAMSPS", "loss", loss), dtype=torch.float64, device=device)
-        return loss.detach().to(device, torch.float64).reshape(())
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            return loss.detach().to(device, torch.float64).reshape(())
+        if isinstance(loss, bool) or not isinstance(loss, int | float):
+            raise TypeError(f"SAMSPS: the loss must be a number or a tensor of one element, got {describe(loss)}")
+        return torch.tensor(float(loss), dtype=torch.float64, device=device)

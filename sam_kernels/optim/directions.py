@@ -31,6 +31,7 @@ class Direction:
     sign: ClassVar[float] = 1.0
     begins_elsewhere: ClassVar[bool] = False  # the first gradient is not the one at w
     needs_no_gradient: ClassVar[bool] = False  # the ascent comes before the only forward pass
+    rewrites_descent: ClassVar[bool] = False  # descent_norm writes the gradients
     is_capturable: ClassVar[bool] = True
     is_scaled: ClassVar[bool] = True  # d and its norm are multiplied by grad_scale, as the gradients are
 
@@ -145,6 +146,7 @@ class Centralized(Direction):
     """
 
     name = "centralized"
+    rewrites_descent = True
 
     def norm(self, passes: Passes, currents: list[Current], grad_scale: Tensor | None) -> Tensor:
         passes.forget_last_step()
@@ -189,14 +191,15 @@ class Randomized(Direction):
 
     def norm(self, passes: Passes, currents: list[Current], grad_scale: Tensor | None) -> Tensor:
         passes.forget_last_step()
-        weight = self.c if grad_scale is None else self.c / grad_scale
+        weight = self.c if grad_scale is None else self.c / grad_scale.to(torch.float64)  # float32 would round c
         norms = []
         for current in currents:
             lists, grads, group = current.lists, current.grads, current.group
             moves: dict[str, Any] = {"left_weight": weight, "right_weight": 1.0, "origin_weight": -1.0, "found_inf": passes.found_inf}
-            norm = functional.combine_(grads, grads, lists.params, passes.origins(current), **moves)
+            origins = passes.origins(current) or lists.params  # frozen ones that still have a gradient were not moved
+            norm = functional.combine_(grads, grads, lists.params, origins, **moves)
             if group["adaptive"]:
-                norm = functional.grad_norm(grads, passes.origins(current), adaptive=True, eta=group["eta"])
+                norm = functional.grad_norm(grads, origins, adaptive=True, eta=group["eta"])
             norms.append(norm)
         passes.restore_others(currents)
         return functional.combine_norms(norms) if norms else torch.zeros(())

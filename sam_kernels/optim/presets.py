@@ -32,6 +32,11 @@ __all__ = [
 ]
 
 
+def _is_given(name: str, part: str, kwargs: dict[str, Any]) -> None:
+    if part in kwargs:
+        raise TypeError(f"{name}: its {part} is what makes it {name}; combine directions and descent rules with SAM(direction=, descent=)")
+
+
 class USAM(SAM):
     """Unnormalised SAM, e = ρ g: :class:`SAM` with ``lambd=0`` (arXiv 2503.02225).
 
@@ -75,6 +80,7 @@ class Extragradient(SAM):
     """
 
     def __init__(self, params: Any, base_optimizer: Any, *, lambd: Schedule = 0.0, **kwargs: Any) -> None:
+        _is_given("Extragradient", "direction", kwargs)
         super().__init__(params, base_optimizer, lambd=lambd, direction=directions.Extragradient(), **kwargs)
 
 
@@ -86,6 +92,7 @@ class VaSSO(SAM):
     """
 
     def __init__(self, params: Any, base_optimizer: Any, *, theta: float = 0.9, **kwargs: Any) -> None:
+        _is_given("VaSSO", "direction", kwargs)
         super().__init__(params, base_optimizer, direction=directions.VarianceSuppressed(theta), **kwargs)
 
 
@@ -97,6 +104,7 @@ class FriendlySAM(SAM):
     """
 
     def __init__(self, params: Any, base_optimizer: Any, *, sigma: float = 1.0, lmbda: float = 0.6, **kwargs: Any) -> None:
+        _is_given("FriendlySAM", "direction", kwargs)
         super().__init__(params, base_optimizer, direction=directions.Friendly(sigma, lmbda), **kwargs)
 
 
@@ -109,6 +117,7 @@ class RSAM(SAM):
     """
 
     def __init__(self, params: Any, base_optimizer: Any, *, sigma: float = 0.01, c: float = 1.0, seed: int = 0, **kwargs: Any) -> None:
+        _is_given("RSAM", "direction", kwargs)
         super().__init__(params, base_optimizer, direction=directions.Randomized(sigma, c, seed), **kwargs)
 
     @torch.no_grad()
@@ -116,7 +125,12 @@ class RSAM(SAM):
         """For the two-step API, before the first forward pass: moves the weights to w + Δ. :meth:`first_step` goes on from there."""
         self._restore()
         self._begin()
-        self.direction.begin(self._passes, self.param_groups, 0)
+        try:
+            self.direction.begin(self._passes, self.param_groups, 0)
+        except BaseException:
+            self._restore()
+            raise
+        self._awaits_ascent = True
 
 
 class GCSAM(SAM):
@@ -127,6 +141,7 @@ class GCSAM(SAM):
     """
 
     def __init__(self, params: Any, base_optimizer: Any, **kwargs: Any) -> None:
+        _is_given("GCSAM", "direction", kwargs)
         super().__init__(params, base_optimizer, direction=directions.Centralized(), **kwargs)
 
 
@@ -151,6 +166,7 @@ class GSAM(SAM):
         rho: RhoSchedule | None = None,
         **kwargs: Any,
     ) -> None:
+        _is_given("GSAM", "descent", kwargs)
         schedule = {"rho_max": rho_max, "rho_min": rho_min, "lr_max": lr_max, "lr_min": lr_min}
         missing = [name for name, value in schedule.items() if value is None]
         if rho is None and missing:
@@ -171,6 +187,7 @@ class WSAM(SAM):
     """
 
     def __init__(self, params: Any, base_optimizer: Any, *, kappa: float = 0.9, decoupled: bool = True, **kwargs: Any) -> None:
+        _is_given("WSAM", "descent", kwargs)
         super().__init__(params, base_optimizer, descent=descents.WeightedSharpness(kappa, decoupled), **kwargs)
 
 
@@ -182,6 +199,7 @@ class LookSAM(SAM):
     """
 
     def __init__(self, params: Any, base_optimizer: Any, *, k: int = 5, alpha: float = 0.7, **kwargs: Any) -> None:
+        _is_given("LookSAM", "descent", kwargs)
         super().__init__(params, base_optimizer, descent=descents.Look(k, alpha), **kwargs)
 
 
@@ -194,6 +212,7 @@ class MomentumSAM(SAM):
     """
 
     def __init__(self, params: Any, base_optimizer: Any, *, rho: RhoSchedule = 0.3, **kwargs: Any) -> None:
+        _is_given("MomentumSAM", "direction", kwargs)
         super().__init__(params, base_optimizer, rho=rho, direction=directions.Momentum(), **kwargs)
 
 
@@ -217,6 +236,7 @@ class SAMSPS(SAM):
         weight_decay: float = 5e-4,
         **kwargs: Any,
     ) -> None:
+        _is_given("SAMSPS", "descent", kwargs)
         if "lr" in kwargs:
             raise TypeError("SAMSPS: lr is found at each step; gamma_b bounds it")
         super().__init__(params, base_optimizer, rho=rho, descent=descents.Polyak(f_star), lr=gamma_b, weight_decay=weight_decay, **kwargs)

@@ -17,6 +17,7 @@ from sam_kernels._validate import describe
 from sam_kernels.optim import _amp, _capturable
 from sam_kernels.optim._closures import Closure, passes_of
 from sam_kernels.optim._directional import DirectionalNorms
+from sam_kernels.optim._family import check_weighted
 from sam_kernels.optim._group import param_name
 from sam_kernels.optim._held_still import RandomState
 from sam_kernels.optim._reweighting import Reweighting, check_modules, chosen_modules
@@ -73,7 +74,9 @@ class RWSAM(SAM):
         unsupported: as for :class:`~sam_kernels.per_sample.GradNorms`.
         params: as for :class:`SAM`, of the model's parameters; None: all of them. Others of the model that are trainable have gradients
             added to their ``.grad``, as by any backward pass.
-        sam_and_base_kwargs: :class:`SAM`'s keywords but ``model``, and the base optimizer's.
+        sam_and_base_kwargs: :class:`SAM`'s keywords but ``model``, and the base optimizer's. The ascent gradient that a ``direction`` or
+            a ``descent`` works on is v: averages, extragradient, centralised gradients and the Polyak step size go with it. Directions
+            that take no gradient at w, and rules that keep it (which mean ∇f, not v), do not.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong type or out of range.
@@ -122,6 +125,7 @@ class RWSAM(SAM):
         chosen_modules(model, self.reweighting.norms)
         if sam_and_base_kwargs.get("capturable") and (self.reweighting.is_directional or sampling == "draw"):
             raise ValueError("RWSAM: capturable=True needs exact norms and sampling='weights': a graph would draw the same numbers again")
+        check_weighted(sam_and_base_kwargs.get("direction"), sam_and_base_kwargs.get("descent"))
         self._more_defaults = {"beta": beta}
         super().__init__(model.parameters() if params is None else params, base_optimizer, model=model, **sam_and_base_kwargs)
         known = set(map(id, model.parameters()))

@@ -14,7 +14,7 @@ from sam_kernels._validate import check_flag, check_number
 from sam_kernels.optim import _amp, _capturable
 from sam_kernels.optim._base import make_base
 from sam_kernels.optim._closures import Closure, TwoPasses, passes_of
-from sam_kernels.optim._family import check_family, check_micro_batches
+from sam_kernels.optim._family import check_family, check_passes
 from sam_kernels.optim._held_still import BufferGuard, RandomState
 from sam_kernels.optim._kept_grads import KeptGrads
 from sam_kernels.optim._memory import ParamMemory
@@ -119,6 +119,7 @@ class SAM(Wrapper):
         self._kept_grads = KeptGrads()
         self._loss: Any = None  # of the last pass, for rules that need it
         self._step_sizes: dict[int, Tensor] = {}  # by group, of the last step, where a rule has chosen them
+        self._awaits_ascent = False  # moved to where the first gradient is taken, and not yet further
 
     # --- the step ---
 
@@ -180,10 +181,11 @@ class SAM(Wrapper):
             return self._step_with_closures(passes, scaler)
         except BaseException:  # out of memory, Ctrl-C: whatever it was, the weights must be the caller's
             self._restore()
+            self._forget_first_pass()
             raise
 
     def _step_with_closures(self, passes: Sequence[TwoPasses], scaler: GradScaler | None) -> Any:
-        check_micro_batches(self.direction, self.descent, len(passes))
+        check_passes(self.direction, self.descent, passes)
         self._begin()
         mean = GradientMean(len(passes), self._passes) if len(passes) > 1 else None
         ascends = any(takes_part(group["rho"], group["sam_step"]) for group in self.param_groups)
@@ -228,13 +230,19 @@ class SAM(Wrapper):
         direction of SAM does not depend on the scale). :class:`MomentumSAM` takes this step before the only forward and backward pass.
         """
         scaler = _amp.check_scaler(grad_scaler)
-        if self.descent.needs_closure or (self.direction.begins_elsewhere and not self._passes.is_perturbed):
-            raise RuntimeError(f"SAM.first_step: {type(self).__name__} needs step(closure): the first pass is not the usual one")
+        if self.descent.needs_closure:
+            raise RuntimeError(f"SAM.first_step: {type(self).__name__} needs step(closure): not every step has two passes")
+        if self.direction.begins_elsewhere and not self._awaits_ascent:
+            raise RuntimeError(
+                f"SAM.first_step: {type(self).__name__} needs RSAM.random_step() before the first forward pass, or step(closure)"
+            )
+        if self.preserve_rng_state and self._random_state is None and not self.direction.needs_no_gradient:
+            raise RuntimeError("SAM.first_step: preserve_rng_state=True needs record_rng_state() before the first forward pass")
         if not self.direction.begins_elsewhere:
             self._restore()
-        if self.preserve_rng_state and self._random_state is None:
-            raise RuntimeError("SAM.first_step: preserve_rng_state=True needs record_rng_state() before the first forward pass")
-        self._begin()
+            self._begin()
+        self._awaits_ascent = False
+        self._forget_first_pass()
         try:
             self._ascend(None if self.direction.needs_no_gradient else _amp.scale_of(scaler), hand_over=zero_grad)
         except BaseException:
@@ -252,7 +260,7 @@ class SAM(Wrapper):
 
         Raises RuntimeError without a :meth:`first_step` before it.
         """
-        if not self._passes.is_perturbed:
+        if not self._passes.is_perturbed or self._awaits_ascent:
             raise RuntimeError("SAM.second_step: call first_step first")
         self._loss = loss
         self.step(grad_scaler=grad_scaler)  # through step(), so that hooks and schedulers see one step
@@ -284,10 +292,13 @@ class SAM(Wrapper):
             if counts:
                 group["sam_step"] += 1  # a tensor in place
         self._passes.begin(device)
+        self._guard.begin()
 
     def _finish(self, scaler: GradScaler | None) -> None:
         """``step()`` without a closure: the descent after :meth:`first_step`, otherwise a plain step of the base."""
         is_sam = self._passes.is_perturbed
+        if self._awaits_ascent:
+            raise RuntimeError("SAM.step: call first_step after random_step, or give a closure")
         if not is_sam:
             self._begin(counts=False)  # t counts steps of SAM; torch.distributed.checkpoint makes plain ones of its own
         grad_scale = getattr(self, "grad_scale", None) if scaler is None else _amp.scale_of(scaler)
@@ -317,9 +328,10 @@ class SAM(Wrapper):
             known_norm = known_norm if centralized is None else centralized
         outcome = NOTHING
         if is_sam and not self.descent.is_plain:
+            self._passes.forget_last_step()  # where there was no ascent, nothing has yet
             step = DescentStep(self._passes, self.param_groups, self._kept_grads, has_ascended, grad_scale, self._loss)
             outcome = self.descent.rewrite(step)
-        self._passes.descend(
+        is_unscaled = self._passes.descend(
             self.param_groups,
             max_norm=self.max_grad_norm,
             check_finite=not outcome.is_checked and (self.check_finite or grad_scale is not None),
@@ -327,19 +339,23 @@ class SAM(Wrapper):
             found_inf=found_inf,
             known_norm=known_norm if outcome.norm is None else outcome.norm,
             options=outcome.options,
-            is_plain=outcome is NOTHING,
+            is_plain=outcome is NOTHING and not (has_ascended and self.direction.needs_no_gradient),  # before there is a momentum
         )
         if outcome.finish is not None:
-            outcome.finish()
+            outcome.finish(is_unscaled)
         self._step_sizes = outcome.step_sizes
-        self._kept_grads.forget()
-        self._loss = None
+        self._forget_first_pass()
         self._has_stepped = True
         _amp.report_step(scaler, self, self._passes.found_inf)
+
+    def _forget_first_pass(self) -> None:
+        self._kept_grads.forget()
+        self._loss = None
 
     @torch.no_grad()
     def _restore(self) -> None:
         """Back to the weights and buffers of before the ascent, where there was one."""
+        self._awaits_ascent = False
         if self._passes.is_perturbed:
             self._guard.restore()
         super()._restore()

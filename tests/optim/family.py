@@ -15,10 +15,22 @@ from sam_kernels.optim._seeds import derived_seed
 from tests.optim.problem import loss_of
 from tests.optim.transcriptions import TRANSCRIPTIONS, Transcription
 
-__all__ = ["ADAM", "MEMBERS", "SGD", "Member"]
+__all__ = ["ADAM", "BASES", "MEMBERS", "SGD", "Member"]
 
 SGD = "sgd-momentum", "sgd-nesterov", "sgd-maximize"
 ADAM = "adam", "adamw", "adamw-amsgrad"
+BASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "sgd": (torch.optim.SGD, {"lr": 0.1}),
+    "sgd-momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1}),
+    "sgd-nesterov": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    "sgd-maximize": (torch.optim.SGD, {"lr": 0.01, "momentum": 0.5, "maximize": True}),
+    "adam": (torch.optim.Adam, {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.1}),
+    "adamw": (torch.optim.AdamW, {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.1}),
+    "adamw-amsgrad": (torch.optim.AdamW, {"lr": 0.01, "amsgrad": True}),
+    "rmsprop": (torch.optim.RMSprop, {"lr": 0.01}),
+    "sps": (torch.optim.SGD, {}),
+    "sps-momentum": (torch.optim.SGD, {"momentum": 0.6}),
+}
 SIGMA, SEED = 0.05, 7
 
 

@@ -9,21 +9,9 @@ import torch
 from torch import nn
 
 import sam_kernels
-from tests.optim.family import MEMBERS
+from tests.optim.family import BASES, MEMBERS
 from tests.optim.problem import BACKENDS, closure_of, loss_of, make_batch, make_model, twin, weights
 
-BASES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "sgd": (torch.optim.SGD, {"lr": 0.1}),
-    "sgd-momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1}),
-    "sgd-nesterov": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
-    "sgd-maximize": (torch.optim.SGD, {"lr": 0.01, "momentum": 0.5, "maximize": True}),
-    "adam": (torch.optim.Adam, {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.1}),
-    "adamw": (torch.optim.AdamW, {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.1}),
-    "adamw-amsgrad": (torch.optim.AdamW, {"lr": 0.01, "amsgrad": True}),
-    "rmsprop": (torch.optim.RMSprop, {"lr": 0.01}),
-    "sps": (torch.optim.SGD, {}),
-    "sps-momentum": (torch.optim.SGD, {"momentum": 0.6}),
-}
 CASES = [pytest.param(name, base, id=f"{name}-{base}") for name, member in MEMBERS.items() for base in member.bases]
 
 
@@ -37,7 +25,7 @@ def convolutional() -> nn.Module:
 def follows(name: str, base: str, model: nn.Module, steps: int = 10, **options: Any) -> None:
     member, (base_class, kwargs) = MEMBERS[name], BASES[base]
     other = twin(model)
-    theirs = {"lr": 1.0, "weight_decay": 0.1, **kwargs} if base.startswith("sps") else kwargs
+    theirs = {"lr": member.options["gamma_b"], "weight_decay": 0.1, **kwargs} if base.startswith("sps") else kwargs
     expected = member.transcribe(other, base_class(other.parameters(), **theirs), **options)
     optimizer = member.make(model.parameters(), base_class, **options, **kwargs)
     for t in range(steps):

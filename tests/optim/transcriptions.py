@@ -21,7 +21,11 @@ def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
 
 
 class Transcription:
-    """SAM itself; every method that a member changes is one of its formula's lines."""
+    """SAM itself; every method that a member changes is one of its formula's lines.
+
+    ``rho`` and ``adaptive`` are one value, or one for each parameter. A parameter without a gradient has 0 in the formulas, and is not
+    stepped where it is the last pass that gave none.
+    """
 
     def __init__(
         self,
@@ -29,14 +33,16 @@ class Transcription:
         base: torch.optim.Optimizer,
         loss_of: LossOf,
         *,
-        rho: float,
+        rho: float | Sequence[float],
         lambd: float = 1.0,
-        adaptive: bool = False,
+        adaptive: bool | Sequence[bool] = False,
         eta: float = 0.0,
+        max_grad_norm: float | None = None,
         **options: Any,
     ) -> None:
         self.model, self.base, self.loss_of, self.options = model, base, loss_of, options
         self.rho, self.lambd, self.adaptive, self.eta = rho, lambd, adaptive, eta
+        self.max_grad_norm = max_grad_norm
         self.t = 0
         self.memory: list[Tensor] = []
 
@@ -45,7 +51,21 @@ class Transcription:
         loss = self.loss_of(self.model, batch)
         loss.backward()
         self.loss = loss.item()
-        return [param.grad.clone() for param in self.model.parameters()]  # type: ignore[union-attr]
+        self.absent = [param.grad is None for param in self.model.parameters()]
+        return [torch.zeros_like(param) if param.grad is None else param.grad.clone() for param in self.model.parameters()]
+
+    def each(self, value: Any) -> list[Any]:
+        """One for each parameter."""
+        return list(value) if isinstance(value, Sequence) else [value for _ in self.model.parameters()]
+
+    def of_groups(self, key: str) -> list[Any]:
+        """A base option, for each parameter."""
+        known = {param: group[key] for group in self.base.param_groups for param in group["params"]}
+        return [known[param] for param in self.model.parameters()]
+
+    def move(self, by: list[Tensor]) -> None:
+        """Weights that have a gradient are moved."""
+        set_weights(self.model, [w if gone else w + each for w, each, gone in zip(weights(self.model), by, self.absent, strict=True)])
 
     def gradients_at(self, point: list[Tensor], batch: Any) -> list[Tensor]:
         start = weights(self.model)
@@ -55,15 +75,23 @@ class Transcription:
         return found
 
     def perturbed(self, start: list[Tensor], d: list[Tensor]) -> list[Tensor]:
-        """x + ρ (1 - λ + λ / (‖T d‖ + ε)) T² d"""
-        scaling = [param.abs() + self.eta if self.adaptive else torch.ones_like(param) for param in start]
+        """x + ρ (1 - λ + λ / (‖T d‖ + ε)) T² d, over the parameters with ρ > 0"""
+        rhos = self.each(self.rho)
+        scaling = [
+            param.abs() + self.eta if adaptive else torch.ones_like(param)
+            for param, adaptive in zip(start, self.each(self.adaptive), strict=True)
+        ]
+        scaling = [t if rho > 0 else torch.zeros_like(t) for t, rho in zip(scaling, rhos, strict=True)]
         norm = dot([t * each for t, each in zip(scaling, d, strict=True)], [t * each for t, each in zip(scaling, d, strict=True)]).sqrt()
-        s = self.rho * (1 - self.lambd + self.lambd / (norm + EPS))
-        return [w + s * t * t * each for w, t, each in zip(start, scaling, d, strict=True)]
+        self.norm = norm.item()
+        s = 1 - self.lambd + self.lambd / (norm + EPS)
+        return [w + rho * s * t * t * each for w, rho, t, each in zip(start, rhos, scaling, d, strict=True)]
 
     def base_step(self, grads: list[Tensor]) -> None:
-        for param, grad in zip(self.model.parameters(), grads, strict=True):
-            param.grad = grad.clone()
+        for param, grad, gone in zip(self.model.parameters(), grads, self.absent, strict=True):
+            param.grad = None if gone else grad.clone()
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         self.base.step()
 
     def direction(self, g: list[Tensor]) -> list[Tensor]:
@@ -83,14 +111,14 @@ class Transcription:
 class VaSSO(Transcription):
     def direction(self, g: list[Tensor]) -> list[Tensor]:
         theta = self.options["theta"]
-        self.memory = g if self.t == 1 else [(1 - theta) * m + theta * each for m, each in zip(self.memory, g, strict=True)]
-        return self.memory
+        self.memory = g if not self.memory else [(1 - theta) * m + theta * each for m, each in zip(self.memory, g, strict=True)]
+        return list(self.memory)
 
 
 class FriendlySAM(Transcription):
     def direction(self, g: list[Tensor]) -> list[Tensor]:
         sigma, lmbda = self.options["sigma"], self.options["lmbda"]
-        if self.t == 1:
+        if not self.memory:
             self.memory = g
             return g
         d = [each - sigma * m for m, each in zip(self.memory, g, strict=True)]
@@ -123,7 +151,7 @@ class RSAM(Transcription):
         start = weights(self.model)
         delta = self.options["draw"](self.t, start)
         there = self.gradients_at([w + each for w, each in zip(start, delta, strict=True)], batch)
-        d = [each + self.options["c"] * g for each, g in zip(delta, there, strict=True)]
+        d = [torch.zeros_like(g) if gone else each + self.options["c"] * g for each, g, gone in zip(delta, there, self.absent, strict=True)]
         self.base_step(self.gradients_at(self.perturbed(start, d), batch))
 
 
@@ -145,9 +173,8 @@ class WSAM(Transcription):
     def base_step(self, grads: list[Tensor]) -> None:
         super().base_step(grads)
         if self.options["decoupled"]:
-            lr = self.base.param_groups[0]["lr"]
             sign = -1 if self.base.param_groups[0].get("maximize") else 1
-            set_weights(self.model, [w - sign * lr * s for w, s in zip(weights(self.model), self.sharpness, strict=True)])
+            self.move([-sign * lr * s for lr, s in zip(self.of_groups("lr"), self.sharpness, strict=True)])
 
 
 class LookSAM(Transcription):
@@ -158,7 +185,8 @@ class LookSAM(Transcription):
         norm = dot(g, g).sqrt()
         if (self.t - 1) % self.options["k"] == 0:
             g_s = self.gradients_at(self.perturbed(start, g), batch)
-            unit = [each / norm for each in g]
+            g = [torch.zeros_like(each) if gone else each for each, gone in zip(g, self.absent, strict=True)]
+            unit = [each / dot(g, g).sqrt() for each in g]
             self.memory = [s - dot(g_s, unit) * u for s, u in zip(g_s, unit, strict=True)]
             self.base_step(g_s)
         else:
@@ -171,27 +199,27 @@ class MomentumSAM(Transcription):
         self.t += 1
         start = weights(self.model)
         key = "momentum_buffer" if isinstance(self.base, torch.optim.SGD) else "exp_avg"
-        if self.t == 1:
+        if not self.base.state:
             self.base_step(self.gradients(batch))
         else:
-            v = [self.base.state[param][key] for param in self.model.parameters()]
+            v = [self.base.state.get(param, {}).get(key, torch.zeros_like(param)) for param in self.model.parameters()]
             self.base_step(self.gradients_at(self.perturbed(start, [-each for each in v]), batch))
 
 
 class SAMSPS(Transcription):
     def step(self, batch: Any) -> None:
         self.t += 1
-        group = self.base.param_groups[0]
+        momentum, decay = (self.base.param_groups[0][key] for key in ("momentum", "weight_decay"))
         start = weights(self.model)
         point = self.perturbed(start, self.gradients(batch))
         g_p = self.gradients_at(point, batch)
         moved = [there - w for there, w in zip(point, start, strict=True)]
         gap = max(self.loss - self.options["f_star"] - dot(g_p, moved).item(), 0.0)
-        gamma = min(gap / dot(g_p, g_p).item(), self.options["gamma_b"]) * (1 - group["momentum"])
+        gammas = [(1 - momentum) * min(gap / dot(g_p, g_p).item(), bound) for bound in self.of_groups("lr")]
         before = self.memory or start
         self.memory = start
-        decayed = [g + group["weight_decay"] * w for g, w in zip(g_p, start, strict=True)]
-        set_weights(self.model, [w - gamma * g + group["momentum"] * (w - old) for w, g, old in zip(start, decayed, before, strict=True)])
+        decayed = [g + decay * w for g, w in zip(g_p, start, strict=True)]
+        self.move([momentum * (w - old) - gamma * g for w, g, old, gamma in zip(start, decayed, before, gammas, strict=True)])
 
 
 TRANSCRIPTIONS: dict[str, type[Transcription]] = {
