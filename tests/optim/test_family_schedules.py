@@ -122,7 +122,7 @@ def test_schedulers_of_torch_move_the_learning_rate(name: str, base: str) -> Non
         ours.step()
         theirs.step()
         close(weights(model), weights(other))
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(BASES[base][1].get("lr", 0.4) / 64)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(BASES[base][1].get("lr", MEMBERS["SAMSPS"].options["gamma_b"]) / 64)
 
 
 @pytest.mark.parametrize("scheduled", [True, False])
@@ -167,7 +167,7 @@ def test_a_radius_sees_the_norm_of_the_direction_without_a_scale(backend: str, n
     radius, scaler = Listening(), torch.amp.GradScaler("cpu", init_scale=scale)
     member = MEMBERS[name]
     base_class, kwargs = BASES[base]
-    kwargs = {"lr": 0.4, "weight_decay": 0.1, **kwargs} if name == "SAMSPS" else kwargs
+    kwargs = {"lr": member.options["gamma_b"], "weight_decay": 0.1, **kwargs} if name == "SAMSPS" else kwargs
     expected = member.transcribe(other, base_class(other.parameters(), **kwargs), rho=0.1, adaptive=True, eta=0.1)
     with using(backend):
         optimizer = make(name, model.parameters(), base, rho=radius, adaptive=True, eta=0.1)
