@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# A process a core, of one thread each, unless a test asks for more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 BUILD := setup.py $(wildcard csrc/*.py)
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CPP_FILES := $(CSRC) $(wildcard bench/*.cpp)
@@ -28,15 +30,15 @@ demo: $(VENV)/.installed-demo $(VENV)/.native  ## train on real data and print t
 	$(BIN)/python -m sam_kernels train $(ARGS)
 
 test: lint  ## lint, then every test
-	$(BIN)/python -m pytest $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/ops tests/interpreted
-	SAM_KERNELS_CUDA_ON_HOST=1 $(BIN)/python -m pytest -n auto tests/ops tests/optim tests/on_host
+	$(PYTEST) $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) tests/ops tests/interpreted
+	SAM_KERNELS_CUDA_ON_HOST=1 $(PYTEST) tests/ops tests/optim tests/on_host
 
 interpreted: install  ## only the tests of the Triton kernels, run by Triton's interpreter
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/ops tests/interpreted $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) tests/ops tests/interpreted $(ARGS)
 
 on-host: install  ## only the tests of the CUDA kernels, compiled for the CPU
-	SAM_KERNELS_CUDA_ON_HOST=1 $(BIN)/python -m pytest -n auto tests/ops tests/optim tests/on_host $(ARGS)
+	SAM_KERNELS_CUDA_ON_HOST=1 $(PYTEST) tests/ops tests/optim tests/on_host $(ARGS)
 
 install: $(VENV)/.installed-test $(VENV)/.native  ## only make the environment, with everything in it
 

@@ -15,10 +15,15 @@ import torch
 import sam_kernels
 from bench.linear_models import Draw, Floats, LinearModels
 
-__all__ = ["EPS", "Schedule", "Steps", "deviation", "trajectories"]
+__all__ = ["EPS", "Schedule", "Steps", "deviation", "times_of", "trajectories"]
 
 Schedule: TypeAlias = Floats | float | Callable[[int], Floats | float]  # of t = 1, 2, …; broadcast to (streams, runs)
 EPS = 1e-12  # the optimizer's own, added to the norm
+
+
+def times_of(steps: int, points: int, first: int = 1) -> list[int]:
+    """When to look at a run: 0, and about ``points`` steps from ``first`` to the last one, in geometric progression."""
+    return [0, *np.unique(np.geomspace(first, steps, points).round().astype(int)).tolist()]
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from rich.markdown import Markdown
 from rich.progress import Progress, TaskID
 
 from bench import gate
+from bench.batched import times_of
 from bench.command import write
 from bench.environment import environment
 from bench.importance.chart import draw
 from bench.importance.problem import PROBLEMS, make_problem
 from bench.importance.report import ROOT, section
-from bench.importance.run import measure, times_of
+from bench.importance.run import measure
 
 __all__ = ["main"]
 
@@ -42,7 +43,7 @@ def main(steps: int, points: int, seeds: int, with_gate: bool, json_path: Path |
     with Progress(disable=not os.isatty(1), transient=True) as progress:
         for name in PROBLEMS:
             problem, bar = make_problem(name), progress.add_task(name, total=steps)
-            times, advance = times_of(steps, points), partial(_advance, progress, bar)
+            times, advance = times_of(steps, points, first=max(1, steps // 1000)), partial(_advance, progress, bar)
             smoothness = problem.smoothness
             result["problems"].append(
                 {

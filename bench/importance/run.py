@@ -17,7 +17,7 @@ from bench.linear_models import Draw, Floats
 from sam_kernels import theory
 from sam_kernels.sampling import ImportanceSampler
 
-__all__ = ["LAMBDS", "WAYS", "draws", "measure", "rate_of", "steps_of", "times_of", "trajectories"]
+__all__ = ["LAMBDS", "WAYS", "draws", "measure", "rate_of", "steps_of", "trajectories"]
 
 LAMBDS = (0.0, 0.5, 1.0)
 # Importance sampling twice: every draw's objective is L_avg-smooth, which allows longer steps than the paper's L_max.
@@ -64,11 +64,6 @@ def draws(samplers: Sequence[ImportanceSampler], seeds: int, steps: int, tau: in
         shape = (BLOCK, len(samplers) * seeds, tau)
         indices, weights = (np.stack([part[k].numpy().reshape(BLOCK, -1) for part in drawn], 1).reshape(shape) for k in range(2))
         yield from zip(indices[: steps - start], weights / tau, strict=False)
-
-
-def times_of(steps: int, points: int) -> list[int]:
-    """0, and about ``points`` steps more in geometric progression: some ways of sampling are a hundred times faster than others."""
-    return [0, *np.unique(np.geomspace(max(1, steps // 1000), steps, points).round().astype(int)).tolist()]
 
 
 def measure(problem: Ridge, times: list[int], seeds: int, tick: Callable[[int], Any] = lambda t: None) -> list[dict[str, Any]]:

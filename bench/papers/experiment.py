@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from bench import batched
 from bench.linear_models import Draw, Floats, LinearModels
 
-__all__ = ["COMPARED", "TOLERANCE", "Column", "Experiment", "Measured", "compare", "curve", "cut", "look", "times_of", "tune_axes"]
+__all__ = ["COMPARED", "TOLERANCE", "Column", "Experiment", "Measured", "compare", "curve", "cut", "look", "tune_axes"]
 
 # Of one step, relative: the two ways add up the same products in another order, n and d <= 100 of them twice, with 2^-53 each, and
 # terms are no more than some ten times as large as their sum.
@@ -43,11 +43,6 @@ class Experiment:
 
     def cells(self, row: dict[str, Any]) -> list[str]:
         return ["–" if row[column.key] is None else column.shown(row[column.key]) for column in self.columns]
-
-
-def times_of(steps: int, points: int) -> list[int]:
-    """0, 1 and about ``points`` steps up to the last one, in geometric progression."""
-    return [0, *np.unique(np.geomspace(1, steps, points).round().astype(int)).tolist()]
 
 
 def look(

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from bench import batched
 from bench.linear_models import Floats, LinearModels
-from bench.papers.experiment import COMPARED, Column, Experiment, Measured, compare, curve, cut, look, times_of, tune_axes
+from bench.papers.experiment import COMPARED, Column, Experiment, Measured, compare, curve, cut, look, tune_axes
 
 __all__ = ["EXPERIMENT", "WAYS", "make_models"]
 
@@ -56,7 +56,7 @@ def steps_of(models: LinearModels) -> batched.Steps:
 
 def measure(quick: bool, tell: Callable[[str], None]) -> Measured:
     number = 500 if quick else 30_000
-    times = times_of(number, 120)
+    times = batched.times_of(number, 120)
     settings: dict[str, Any] = {"steps": number, "instances": INSTANCES}
     rows, points = [], []
     for n in SIZES[:2] if quick else SIZES:

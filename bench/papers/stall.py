@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from bench import batched
 from bench.linear_models import Floats, LinearModels
-from bench.papers.experiment import COMPARED, Column, Experiment, Measured, compare, curve, cut, look, times_of, tune_axes
+from bench.papers.experiment import COMPARED, Column, Experiment, Measured, compare, curve, cut, look, tune_axes
 
 __all__ = ["EXPERIMENT", "cycle"]
 
@@ -38,7 +38,7 @@ def cycle(a: float, t: float, rho: float) -> float:
 
 def measure(quick: bool, tell: Callable[[str], None]) -> Measured:
     number = 2000 if quick else 200_000
-    times = times_of(number, 150)
+    times = batched.times_of(number, 150)
     # The minimiser is 0, and A'A = diag(1, 3).
     models = LinearModels("squares", np.diag(np.sqrt(CURVATURES))[None], np.zeros((1, 2)), weight=1.0)
     ways = list(product(WAYS, STARTS))

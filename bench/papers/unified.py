@@ -20,7 +20,7 @@ from bench import batched
 from bench.importance.problem import N, Ridge, make_problem, rows_of
 from bench.importance.run import draws
 from bench.linear_models import Draw, Floats, LinearModels
-from bench.papers.experiment import COMPARED, Column, Experiment, Measured, compare, curve, cut, look, times_of, tune_axes
+from bench.papers.experiment import COMPARED, Column, Experiment, Measured, compare, curve, cut, look, tune_axes
 from sam_kernels import theory
 from sam_kernels.sampling import ImportanceSampler
 
@@ -103,7 +103,7 @@ def measure(quick: bool, tell: Callable[[str], None]) -> Measured:
     settings: dict[str, Any] = {"steps_full": full_steps, "steps_ridge": ridge_steps, "tau": TAU, "seeds": seeds}
 
     models, constants = least_squares()
-    start, times = np.zeros((1, len(runs), N)), times_of(full_steps, 120)
+    start, times = np.zeros((1, len(runs), N)), batched.times_of(full_steps, 120)
     steps = schedule([constants], runs)
     settings["full"] = compare(models, start, [None] * COMPARED[quick], steps, 6)
     gaps = look(models, start, (None for _ in range(full_steps)), steps, times, models.f)
@@ -115,7 +115,7 @@ def measure(quick: bool, tell: Callable[[str], None]) -> Measured:
     models = problem.models(len(samplers) * seeds)
     by_sampling = {name: constants_of(problem, sampler.probabilities) for name, sampler in samplers.items()}
     steps = schedule([by_sampling[name] for name in samplers for _ in range(seeds)], runs)
-    start, times = np.zeros((models.streams, len(runs), N)), times_of(ridge_steps, 120)
+    start, times = np.zeros((models.streams, len(runs), N)), batched.times_of(ridge_steps, 120)
 
     def batches(number: int) -> Iterator[Draw]:
         return draws(list(samplers.values()), seeds, number, TAU)

@@ -12,10 +12,11 @@ import torch
 from click.testing import CliRunner
 
 import sam_kernels
+from bench.batched import times_of
 from bench.importance import report
 from bench.importance.__main__ import main
 from bench.importance.problem import PROBLEMS, RIDGE, make_problem
-from bench.importance.run import LAMBDS, WAYS, rate_of, steps_of, times_of, trajectories
+from bench.importance.run import LAMBDS, WAYS, rate_of, steps_of, trajectories
 from sam_kernels.sampling import ImportanceSampler
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +77,7 @@ def test_steps_follow_the_sampling() -> None:
 
 
 def test_rates_of_a_decay_that_is_exponential() -> None:
-    times = np.array(times_of(5000, 60))
+    times = np.array(times_of(5000, 60, first=5))
     assert times[0] == 0
     assert times[-1] == 5000
     assert (np.diff(times) > 0).all()

@@ -18,7 +18,7 @@ from bench import batched
 from bench.linear_models import LOSSES, LinearModels
 from bench.papers import drift, log, report, schedules, stall, unified
 from bench.papers.__main__ import main
-from bench.papers.experiment import TOLERANCE, compare, look, times_of
+from bench.papers.experiment import TOLERANCE, compare, look
 from bench.papers.experiments import EXPERIMENTS
 from bench.papers.lambda_choice import MIXES, SGD, Chosen, choose, row_of
 from bench.papers.lambda_problems import CLASSES, Grid, batches, make, minima
@@ -74,7 +74,7 @@ def test_a_slope_is_the_derivative_and_the_curvature_its_largest(loss: str) -> N
 
 def test_what_is_looked_at_is_at_the_times_asked_for() -> None:
     models, start = some_models("squares"), np.ones((3, 4, 5))
-    times = times_of(30, 8)
+    times = batched.times_of(30, 8)
     assert times[:2] == [0, 1]
     assert times[-1] == 30
     points = [start, *batched.trajectories(models, start, [None] * 30, SOME_STEPS)]
@@ -143,7 +143,7 @@ def test_decreasing_steps_and_their_bound_are_those_of_theory() -> None:
     c = unified.Constants(mu=0.1, L=10.0, A=2.0, B=1.0, C=0.5)
     steps = unified.schedule([c], [("constant", 0.3), ("decreasing", 0.3)])
     constant = theory.pl_constant_steps(c.mu, c.L, c.A, c.B, 0.3)
-    exact, times = [5.0], times_of(4000, 40)
+    exact, times = [5.0], batched.times_of(4000, 40)
     for t in range(times[-1]):
         rho, gamma = theory.pl_decreasing_steps(t, c.mu, c.L, c.A, c.B, 0.3)
         found = steps.at(t + 1)
