@@ -60,7 +60,7 @@ void mix_chunk(float* const* lists, int64_t begin, int64_t end) {
     if constexpr (kAhead) {
       for (int j = 0; j < kReads + kUpdates; ++j) __builtin_prefetch(lists[j] + i + kPrefetchFloats);
     }
-    Vec sum = {};
+    Vec sum = Vec{} + 0.5f;  // with nothing to read, updates stay where they are: halved again and again they would become denormal
     if constexpr (kReads > 0) sum = *reinterpret_cast<const Vec*>(reads[0] + i);
     for (int j = 1; j < kReads; ++j) sum += *reinterpret_cast<const Vec*>(reads[j] + i);
     Vec result = sum;
@@ -130,6 +130,7 @@ extern "C" float read_sum(const float* in, int64_t n, int threads, int flags) {
 extern "C" int mix_pass(float* const* lists, int reads, int updates, int writes, int64_t n, int threads, int flags) {
   switch (100 * reads + 10 * updates + writes) {
     case 101: mix<1, 0, 1>(lists, n, threads, flags); break;
+    case 10: mix<0, 1, 0>(lists, n, threads, flags); break;
     case 11: mix<0, 1, 1>(lists, n, threads, flags); break;
     case 110: mix<1, 1, 0>(lists, n, threads, flags); break;
     case 111: mix<1, 1, 1>(lists, n, threads, flags); break;

@@ -69,7 +69,9 @@ def candidates(traffic: Traffic) -> dict[str, Pass]:
     if not traffic.writes and not traffic.updates:
         return {**_compiled_sums(), **_library_sums()}
     passes = _compiled_mixes(traffic)
-    if traffic.passes == 2:
+    if not traffic.reads and not traffic.writes:
+        passes["torch neg_"] = lambda buffers: [buffer.neg_() for buffer in buffers]
+    elif traffic.passes == 2:
         passes["torch copy_"] = lambda buffers: buffers[1].copy_(buffers[0])
     elif not passes:
         # No compiler: the copy's bandwidth stands in, over as many bytes as the pass moves.

@@ -13,6 +13,8 @@ from bench.machine_code import _sass, cuda, cuda_page, generated
 from bench.machine_code.cuda import ARCHITECTURES, Kernel
 from bench.machine_code.cuda_rules import RULES, least_threads, resident_threads, violations
 
+pytestmark = pytest.mark.xdist_group("tests/cuda/test_machine_code.py")  # one process compiles for all its tests
+
 if (REASON := cuda.reason_missing()) is not None:
     pytest.skip(REASON, allow_module_level=True)
 
@@ -131,7 +133,7 @@ FAULTS = {
     ),
     "an atomic addition": Fault("check.cu", "*found_inf = 1.0f;", "::atomicAdd(found_inf, 1.0f);", "check", "no_atomics"),
     "no place left for options": Fault(  # the other kernels' launcher asserts it
-        "multi_tensor.cuh", "(kBytes - kOptionBytes - 16)", "(kBytes - 16)", "advance", "arguments_fit"
+        "multi_tensor.cuh", "(kArgumentBytes - kOptionBytes - 16)", "(kArgumentBytes - 16)", "advance", "arguments_fit"
     ),
     "an approximate division": Fault(
         "../common/formulas.h", "(exp_avg / denominator)", "T(__fdividef(exp_avg, denominator))", "adamw", "arithmetic_is_ieee"

@@ -18,6 +18,8 @@ import pytest
 
 from tests.packaging.support import ROOT, run
 
+pytestmark = pytest.mark.xdist_group("builds")  # which its fixtures share
+
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
 TOOLKIT = SETUP["cuda_toolkit"]
 BUILD = SETUP["ninja_build"]

@@ -13,7 +13,7 @@ import pytest
 
 from tests.packaging.support import ROOT, copy_tree, install, new_environment, pip_wheel, run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("builds")]  # which its fixtures share
 
 VERSION = "0.1.0"
 NATIVE = f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"

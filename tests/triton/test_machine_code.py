@@ -24,6 +24,8 @@ from bench.machine_code.launches import Variant, covering, recorded, records_of,
 from bench.machine_code.rules import RULES, violations  # noqa: E402 - after the skip
 from bench.machine_code.targets import TARGETS, reason_missing  # noqa: E402 - after the skip
 
+pytestmark = pytest.mark.xdist_group("tests/triton/test_machine_code.py")  # one process compiles for all its tests
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "sam_kernels.backends.triton"
 SM_90 = TARGETS["sm_90"]

@@ -24,6 +24,8 @@ from bench.machine_code.targets import TARGETS  # noqa: E402 - after the skip
 from sam_kernels.functional import per_sample  # noqa: E402 - after the skip
 from tests.triton.test_machine_code import PACKAGE, ROOT, Fault, planted, with_constants  # noqa: E402 - after the skip
 
+pytestmark = pytest.mark.xdist_group("tests/triton/test_machine_code_products.py")  # one process compiles for all its tests
+
 SM_90 = TARGETS["sm_90"]
 
 

@@ -24,6 +24,8 @@ from bench.machine_code.targets import TARGETS, Target  # noqa: E402 - after the
 from sam_kernels import functional  # noqa: E402 - after the skip
 from tests.triton.test_machine_code import PACKAGE, ROOT, Fault, planted, with_constants  # noqa: E402 - after the skip
 
+pytestmark = pytest.mark.xdist_group("tests/triton/test_machine_code_sharpness.py")  # one process compiles for all its tests
+
 LEAST_THREADS = 256  # two blocks, of which one waits while the other computes
 # In float32: only conversions, moves and comparisons (CUDA's exponential looks at the upper half of a number so).
 _SINGLE = re.compile(r"\b(?:add|sub|mul|fma|div|ex2|lg2|sqrt|rcp)(?:\.\w+)*\.f32\b")
