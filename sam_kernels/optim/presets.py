@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sam_kernels._validate import check_number, check_number_or_tensor
 from sam_kernels.optim import descents, directions
 from sam_kernels.optim.sam import SAM
 from sam_kernels.schedules import LRProportional
@@ -120,18 +121,6 @@ class RSAM(SAM):
         _is_given("RSAM", "direction", kwargs)
         super().__init__(params, base_optimizer, direction=directions.Randomized(sigma, c, seed), **kwargs)
 
-    @torch.no_grad()
-    def random_step(self) -> None:
-        """For the two-step API, before the first forward pass: moves the weights to w + Δ. :meth:`first_step` goes on from there."""
-        self._restore()
-        self._begin()
-        try:
-            self.direction.begin(self._passes, self.param_groups, 0)
-        except BaseException:
-            self._restore()
-            raise
-        self._awaits_ascent = True
-
 
 class GCSAM(SAM):
     """SAM with centralised gradients (arXiv 2501.11584): the mean over all dimensions but the first is taken off both gradients.
@@ -231,7 +220,7 @@ class SAMSPS(SAM):
         base_optimizer: Any = torch.optim.SGD,
         *,
         f_star: float = 0.0,
-        gamma_b: float = 1.0,
+        gamma_b: float | torch.Tensor = 1.0,
         rho: RhoSchedule = 0.1,
         weight_decay: float = 5e-4,
         **kwargs: Any,
@@ -239,6 +228,8 @@ class SAMSPS(SAM):
         _is_given("SAMSPS", "descent", kwargs)
         if "lr" in kwargs:
             raise TypeError("SAMSPS: lr is found at each step; gamma_b bounds it")
+        check_number_or_tensor("SAMSPS", "gamma_b", gamma_b, low=0.0)
+        check_number("SAMSPS", "weight_decay", weight_decay, low=0.0)
         super().__init__(params, base_optimizer, rho=rho, descent=descents.Polyak(f_star), lr=gamma_b, weight_decay=weight_decay, **kwargs)
 
     @property
