@@ -28,7 +28,7 @@ __all__ = ["SAM"]
 
 
 class SAM(Wrapper):
-    r"""Sharpness-aware minimization around any ``torch.optim`` optimizer.
+    r"""Sharpness-aware minimization (arXiv 2010.01412, also the source of ρ = 0.05) around any ``torch.optim`` optimizer.
 
     One step, with g = ∇f(w) over all parameters and t = 1, 2, … the step (Unified SAM, arXiv 2503.02225)::
 
@@ -58,7 +58,8 @@ class SAM(Wrapper):
         capturable: steps can be recorded into a CUDA graph, and a graph that is replayed follows its schedules; see below.
         base_kwargs: passed to the base optimizer's class.
 
-    A step whose gradients are not finite, in either pass, changes nothing and is counted in :attr:`skipped_steps`.
+    A step whose gradients are not finite, in either pass, changes nothing and is counted in :attr:`skipped_steps`. (Moving averages of a
+    direction may have moved, by what was finite.)
 
     With ``capturable`` ρ, λ and the step t (``sam_step``) are 0-dim tensors on the device, kept in ``param_groups`` (numbers become
     float64), and schedules are computed from them there; a callable is given t as a tensor and makes a tensor of it. Change ρ and λ between
@@ -290,7 +291,8 @@ class SAM(Wrapper):
         self._random_state = RandomState(self._devices())
 
     def release_buffers(self) -> None:
-        """Frees the copy of the parameters; the next step allocates it again. Raises RuntimeError between the two passes."""
+        """Frees the copies of parameters and, for rules that keep them, of gradients (N s where gradients are not the optimizer's to take
+        over: see docs/family.md); a later step allocates them again. Raises RuntimeError between the two passes."""
         self._require_unperturbed("release_buffers")
         self._passes.release()
         self._kept_grads.release()
