@@ -20,12 +20,14 @@ class KeptGrads:
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[GroupLists, list[Tensor]]] = {}
+        self._are_scaled = False
         self._copies: dict[Tensor, Tensor] = {}
         self._described: dict[int, tuple[GroupLists, TensorList]] = {}  # by group: copies of all its gradients
 
-    def keep(self, currents: Sequence[Current], *, hand_over: bool) -> None:
+    def keep(self, currents: Sequence[Current], *, hand_over: bool, are_scaled: bool = False) -> None:
         """Keeps the gradients as they are. ``hand_over``: one that nobody else has is no longer its parameter's ``grad``, where the second
-        pass would write it."""
+        pass would write it. ``are_scaled``: they are multiplied by a known loss scale."""
+        self._are_scaled = are_scaled
         self._kept = {current.index: (current.lists, self._keep(current, hand_over)) for current in currents}
 
     def _keep(self, current: Current, hand_over: bool) -> list[Tensor]:
@@ -68,6 +70,15 @@ class KeptGrads:
         kept = {} if known is None else dict(zip(known[0].params, known[1], strict=True))
         zeros = (torch.zeros_like(grad) for grad in current.grads)
         return current.lists.grads([kept.get(param, zero) for param, zero in zip(current.lists.params, zeros, strict=True)])
+
+    def check_scale(self, are_scaled: bool) -> None:
+        """Raises RuntimeError where only one pass has gradients multiplied by a known loss scale: no rule can put them together."""
+        if self._kept and are_scaled is not self._are_scaled:
+            scaled, other = ("second", "first") if are_scaled else ("first", "second")
+            raise RuntimeError(
+                f"SAM: the {scaled} pass was given a loss scale, the {other} one was not, and the step is made of the gradients of both; "
+                "give grad_scaler to first_step and the scale to the second step, or unscale the gradients of both passes"
+            )
 
     def forget(self) -> None:
         """The step is over. Copies are kept for the next."""

@@ -66,6 +66,7 @@ class Passes:
         self.found_inf = torch.zeros(())
         self.skipped = torch.zeros(())
         self.is_perturbed = False
+        self.has_ascended = False  # in the last ascent it was the turn of a group at least
         self._lists: dict[int, GroupLists] = {}
         self._perturbed: dict[int, GroupLists] = {}
         self._joint: tuple[list[GroupLists], GroupLists] | None = None  # several groups' lists, and those of all their parameters
@@ -119,6 +120,7 @@ class Passes:
         known_scale = grad_scale if direction.is_scaled else None
         radii = {each.index: radius_of_group(each.group, norm=norm, grad_scale=known_scale, loss=loss) for each in taking_part}
         self.is_perturbed = True
+        self.has_ascended = any(takes_part(group["rho"], group["sam_step"]) for group in groups)
         for current in taking_part:
             group = current.group
             rho = radii[current.index]
@@ -250,7 +252,7 @@ class Passes:
             self.restore()
             with _with_options(groups, options):
                 plain_step(self.base, [grad for current in currents for grad in current.grads], max_norm=max_norm, **amp)
-        self.is_perturbed = False
+        self.is_perturbed = self.has_ascended = False
         torch.clear_autocast_cache()
         return not fuses and grad_scale is not None
 
@@ -264,7 +266,7 @@ class Passes:
                 functional.restore_([lists.params[i] for i in rows], [lists.old_params[i] for i in rows])
         self._perturbed = {}
         self._unsure = None
-        self.is_perturbed = False
+        self.is_perturbed = self.has_ascended = False
         torch.clear_autocast_cache()
 
     def current(self, groups: list[dict[str, Any]]) -> list[Current]:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from sam_kernels import functional
 from sam_kernels._validate import check_count, check_flag, check_number, describe
+from sam_kernels.optim._capturable import is_recording, not_recordable
 from sam_kernels.optim._group import Current
 from sam_kernels.optim._kept_grads import KeptGrads
 from sam_kernels.optim._passes import Passes
@@ -90,11 +91,15 @@ class Descent:
     keeps_grads: ClassVar[bool] = False  # those of the first pass, until the descent
     is_plain: ClassVar[bool] = False
     needs_closure: ClassVar[bool] = False
+    needs_loss: ClassVar[bool] = False
     is_capturable: ClassVar[bool] = True
     can_clip: ClassVar[bool] = True
 
     def check_base(self, base: Optimizer) -> None:
         """Raises ValueError for a base optimizer, or options of it, for which the rule is not defined."""
+
+    def check_loss(self, loss: Any, device: torch.device) -> None:
+        """Raises TypeError or RuntimeError where the rule cannot do with what the last pass on ``device`` gave as its loss."""
 
     def ascends(self, t: Any) -> bool:
         """Whether step t = 1, 2, … has an ascent."""
@@ -144,12 +149,15 @@ class WeightedSharpness(Descent):
 
     kappa: float = 0.9
     decoupled: bool = True
-    name = "wsam"
     keeps_grads = True
 
     def __post_init__(self) -> None:
         check_number("WSAM", "kappa", self.kappa, low=0.0, high=1.0, open_high=True)
         check_flag("WSAM", "decoupled", self.decoupled)
+
+    @property
+    def name(self) -> str:  # type: ignore[override]  # what the base's momentum is made of depends on the option
+        return "wsam" if self.decoupled else "wsam-coupled"
 
     @property
     def can_clip(self) -> bool:  # type: ignore[override]  # depends on the option
@@ -164,15 +172,18 @@ class WeightedSharpness(Descent):
         sharp = [(current, current.grads, step.kept.of(current)) for current in step.currents]
         for current, grads, kept in sharp:
             functional.check_finite_(grads, step.passes.found_inf)
+            if step.passes.origins(current) is None:  # a group that did not ascend was in no norm
+                functional.check_finite_(kept, step.passes.found_inf)
             for param, grad in zip(current.lists.params, kept, strict=True):
                 param.grad = grad
 
         def finish(kept_is_unscaled: bool) -> None:
+            found_inf = step.passes.found_inf.clone()  # the step is made: weights that overflow now do not make it a skipped one
             for current, grads, kept in sharp:
                 rate = -current.group["lr"] * k if current.group.get("maximize") else current.group["lr"] * k
                 kept_weight = rate if kept_is_unscaled else rate / step.scale
                 weights: dict[str, Any] = {"left_weight": 1.0, "right_weight": -rate / step.scale, "origin_weight": kept_weight}
-                functional.combine_(current.lists.params, current.lists.params, grads, kept, **weights, found_inf=step.passes.found_inf)
+                functional.combine_(current.lists.params, current.lists.params, grads, kept, **weights, found_inf=found_inf)
                 for param, grad in zip(current.lists.params, grads, strict=True):
                     param.grad = grad
 
@@ -242,6 +253,7 @@ class Polyak(Descent):
 
     f_star: float = 0.0
     name = "polyak"
+    needs_loss = True
     can_clip = False
 
     def __post_init__(self) -> None:
@@ -264,11 +276,12 @@ class Polyak(Descent):
             moved = passes.origins(current)
             if moved is None:  # this group lies where it was
                 dots = functional.grad_dots(current.grads, current.grads, found_inf=passes.found_inf)
-                parts.append(dots * torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64, device=dots.device))
+                parts.append(torch.cat([dots[:1], dots.new_zeros(2)]))
             else:
                 parts.append(functional.grad_dots(current.grads, current.lists.params, moved, found_inf=passes.found_inf))
         squares, along, _ = step.sum_of(parts)
-        loss = self._loss(step.loss, squares.device)
+        self.check_loss(step.loss, squares.device)
+        loss = torch.as_tensor(step.loss, dtype=torch.float64, device=squares.device).detach().reshape(())
         passes.found_inf.logical_or_(~loss.isfinite().to(passes.found_inf.device))
         gap = loss - self.f_star - along / step.scale
         gamma = step.or_zero(gap.clamp_min(0.0) * step.scale**2 / squares.clamp_min(_TINY))
@@ -283,13 +296,15 @@ class Polyak(Descent):
             functional.combine_(current.grads, current.grads, start, **weights, found_inf=passes.found_inf)
         return Outcome(norm=squares.sqrt(), is_scaled=False, step_sizes=steps, options={i: {"lr": 1.0, "weight_decay": 0.0} for i in steps})
 
-    def _loss(self, loss: Any, device: torch.device) -> Tensor:  # () float64
+    def check_loss(self, loss: Any, device: torch.device) -> None:
         if loss is None:
             raise RuntimeError(
                 "SAMSPS: the loss at the perturbed point is needed: return it from the closure, or give second_step(loss=...)"
             )
-        if isinstance(loss, Tensor) and loss.numel() == 1:
-            return loss.detach().to(device, torch.float64).reshape(())
-        if isinstance(loss, bool) or not isinstance(loss, int | float):
+        is_tensor = isinstance(loss, Tensor) and loss.numel() == 1
+        if not is_tensor and (isinstance(loss, bool) or not isinstance(loss, int | float)):
             raise TypeError(f"SAMSPS: the loss must be a number or a tensor of one element, got {describe(loss)}")
-        return torch.tensor(float(loss), dtype=torch.float64, device=device)
+        if is_recording(device) and not (is_tensor and loss.device == device):
+            raise not_recordable(
+                "the loss is a number, or a tensor elsewhere, which would be a constant of the graph; give one on the device"
+            )

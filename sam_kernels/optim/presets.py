@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sam_kernels._validate import check_number, check_number_or_tensor
 from sam_kernels.optim import descents, directions
 from sam_kernels.optim.sam import SAM
 from sam_kernels.schedules import LRProportional
@@ -38,9 +39,10 @@ def _is_given(name: str, part: str, kwargs: dict[str, Any]) -> None:
 
 
 class USAM(SAM):
-    """Unnormalised SAM, e = ρ g: :class:`SAM` with ``lambd=0`` (arXiv 2503.02225).
+    """Unnormalised SAM, e = ρ g: :class:`SAM` with ``lambd=0`` (arXiv 2503.02225). Memory and bytes: SAM's.
 
-    The length of the perturbation follows the gradient's, so the useful ρ is another than SAM's, usually larger: tune it.
+    The length of the perturbation follows the gradient's, so the useful ρ is another than SAM's, usually larger: tune it. ρ = 0.05 is
+    SAM's.
     """
 
     def __init__(self, params: Any, base_optimizer: Any, **kwargs: Any) -> None:
@@ -50,9 +52,9 @@ class USAM(SAM):
 
 
 class UnifiedSAM(SAM):
-    """SAM and USAM mixed: :class:`SAM` with λ = 0.5 unless given (arXiv 2503.02225).
+    """SAM and USAM mixed, e = ρ (1 - λ + λ / ‖g‖) g (arXiv 2503.02225). Memory and bytes: SAM's.
 
-    λ is a number in [0, 1], ``'1/t'``, ``'1-1/t'`` or a callable t → λ.
+    λ is a number in [0, 1], ``'1/t'``, ``'1-1/t'`` or a callable t → λ. λ = 0.5 is ours, ρ = 0.05 is SAM's.
     """
 
     def __init__(self, params: Any, base_optimizer: Any, *, lambd: Schedule = 0.5, **kwargs: Any) -> None:
@@ -62,8 +64,8 @@ class UnifiedSAM(SAM):
 class ASAM(SAM):
     """Adaptive SAM (arXiv 2102.11600): e = ρ T² g / ‖T g‖ with T = |w| + eta, so that ρ does not depend on the weights' scale.
 
-    ρ = 0.5 and eta = 0.01 in the authors' code, which takes T = 1 for parameters that are no weights (biases, normalisation): give
-    those a group with ``adaptive=False``.
+    Memory and bytes: SAM's. ρ = 0.5 and eta = 0.01 in the authors' code, which takes T = 1 for parameters that are no weights (biases,
+    normalisation): give those a group with ``adaptive=False``.
     """
 
     def __init__(self, params: Any, base_optimizer: Any, *, rho: RhoSchedule = 0.5, eta: float = 0.01, **kwargs: Any) -> None:
@@ -76,7 +78,7 @@ class Extragradient(SAM):
     """The extragradient method, w <- w - lr ∇f(w - ρ ∇f(w)): λ = 0 and a step downhill (arXiv 2401.08060). Memory beside SAM's: none.
 
     With λ > 0 the extrapolation is normalised. ρ < 1 / L and a small enough lr make f decrease at every step
-    (:func:`sam_kernels.theory.descent_step`).
+    (:func:`sam_kernels.theory.descent_step`). λ = 0 is the paper's, ρ = 0.05 is SAM's. Bytes: SAM's.
     """
 
     def __init__(self, params: Any, base_optimizer: Any, *, lambd: Schedule = 0.0, **kwargs: Any) -> None:
@@ -88,7 +90,7 @@ class VaSSO(SAM):
     """Variance-suppressed SAM (arXiv 2309.15639): the ascent goes along m <- (1 - theta) m + theta g. Memory beside SAM's: m, N s.
 
     ``theta`` in (0, 1] is 0.9 in the authors' code (0.2 and 0.4 are tried too); 1 is SAM. See :class:`directions.VarianceSuppressed`.
-    Bytes: 13 N s a step with SGD and momentum (SAM: 11).
+    ρ = 0.05 is SAM's. Bytes: 13 N s a step with SGD and momentum (SAM: 11). A skipped step may have moved m, which stays finite.
     """
 
     def __init__(self, params: Any, base_optimizer: Any, *, theta: float = 0.9, **kwargs: Any) -> None:
@@ -99,8 +101,8 @@ class VaSSO(SAM):
 class FriendlySAM(SAM):
     """Friendly SAM, F-SAM (arXiv 2403.12350): the ascent goes along g - sigma m, m <- lmbda m + (1 - lmbda) g. Memory beside SAM's: m, N s.
 
-    ``sigma`` = 1, ``lmbda`` = 0.6 in the authors' code. See :class:`directions.Friendly`. Bytes: 14 N s a step with SGD and momentum
-    (SAM: 11).
+    ``sigma`` = 1, ``lmbda`` = 0.6 in the authors' code; ρ = 0.05 is SAM's. See :class:`directions.Friendly`. Bytes: 14 N s a step with SGD
+    and momentum (SAM: 11). A skipped step may have moved m, which stays finite.
     """
 
     def __init__(self, params: Any, base_optimizer: Any, *, sigma: float = 1.0, lmbda: float = 0.6, **kwargs: Any) -> None:
@@ -111,33 +113,22 @@ class FriendlySAM(SAM):
 class RSAM(SAM):
     """Random SAM: the ascent goes along Δ + c ∇f(w + Δ), Δ ~ N(0, sigma²) fresh at every step. Memory beside SAM's: none.
 
+    Source: Liu et al., Random Sharpness-Aware Minimization, NeurIPS 2022.
     Two gradients a step, as SAM: the first is the one at w + Δ, and the loss that ``step`` returns is the one there. ``sigma``, ``c``: no
-    published values are known here; 0.01 and 1 are ours. See :class:`directions.Randomized`. Bytes: 16 N s a step with SGD and
-    momentum.
+    published values are known here; 0.01 and 1 are ours; ρ = 0.05 is SAM's. See :class:`directions.Randomized`. Bytes: 16 N s a step
+    with SGD and momentum. The two-step API begins with :meth:`random_step`.
     """
 
     def __init__(self, params: Any, base_optimizer: Any, *, sigma: float = 0.01, c: float = 1.0, seed: int = 0, **kwargs: Any) -> None:
         _is_given("RSAM", "direction", kwargs)
         super().__init__(params, base_optimizer, direction=directions.Randomized(sigma, c, seed), **kwargs)
 
-    @torch.no_grad()
-    def random_step(self) -> None:
-        """For the two-step API, before the first forward pass: moves the weights to w + Δ. :meth:`first_step` goes on from there."""
-        self._restore()
-        self._begin()
-        try:
-            self.direction.begin(self._passes, self.param_groups, 0)
-        except BaseException:
-            self._restore()
-            raise
-        self._awaits_ascent = True
-
 
 class GCSAM(SAM):
     """SAM with centralised gradients (arXiv 2501.11584): the mean over all dimensions but the first is taken off both gradients.
 
-    Gradient centralisation: arXiv 2004.01461. Memory beside SAM's: none. See :class:`directions.Centralized`. Bytes: 13 N s a step with SGD
-    and momentum (SAM: 11).
+    Gradient centralisation: arXiv 2004.01461. Memory beside SAM's: none. ρ = 0.05 is SAM's. See :class:`directions.Centralized`.
+    Bytes: 13 N s a step with SGD and momentum (SAM: 11).
     """
 
     def __init__(self, params: Any, base_optimizer: Any, **kwargs: Any) -> None:
@@ -146,7 +137,8 @@ class GCSAM(SAM):
 
 
 class GSAM(SAM):
-    """Surrogate gap guided SAM (arXiv 2203.08065): the step goes along g_p - alpha g_⊥. Memory beside SAM's: g, N s, between the passes.
+    """Surrogate gap guided SAM (arXiv 2203.08065): the step goes along g_p - alpha g_⊥, with g = ∇f(w), g_p = ∇f(w + e) and
+    g_⊥ = g - (⟨g, g_p⟩ / ‖g_p‖²) g_p. Memory beside SAM's: g, N s, between the passes.
 
     The radius follows the learning rate: from ``rho_min`` at ``lr_min`` to ``rho_max`` at ``lr_max``, linearly
     (:class:`sam_kernels.schedules.LRProportional`). All four are needed, unless ``rho`` gives a radius of your own. ``alpha`` is 0.4 in the
@@ -182,8 +174,8 @@ class WSAM(SAM):
     the passes.
 
     ``decoupled`` (the authors' default): the base steps along g, and the sharpness is stepped down by lr beside it. ``kappa`` is 0.9 in the
-    authors' code, where it is called gamma. See :class:`descents.WeightedSharpness`. Bytes of a step with SGD and momentum: 13 N s coupled,
-    15 N s decoupled.
+    authors' code, where it is called gamma; ρ = 0.05 is SAM's. See :class:`descents.WeightedSharpness`. Bytes of a step with SGD and
+    momentum: 13 N s coupled, 15 N s decoupled.
     """
 
     def __init__(self, params: Any, base_optimizer: Any, *, kappa: float = 0.9, decoupled: bool = True, **kwargs: Any) -> None:
@@ -192,10 +184,11 @@ class WSAM(SAM):
 
 
 class LookSAM(SAM):
-    """LookSAM (arXiv 2203.02714): SAM on every ``k``-th step; between, what that found is reused. Memory beside SAM's: 2 N s.
+    """LookSAM (arXiv 2203.02714): SAM on every ``k``-th step, which keeps g_v = g_p - ⟨g_p, ĝ⟩ ĝ with ĝ = g / ‖g‖; between, a step along
+    g + alpha (‖g‖ / ‖g_v‖) g_v. Memory beside SAM's: g_v, N s, and g, N s, between the passes.
 
-    ``k`` = 5 and ``alpha`` = 0.7 are the paper's usual values. See :class:`descents.Look`. Needs closures, one call between and two on
-    the k-th. Bytes with SGD and momentum: 15 N s on the k-th step, 10 N s between.
+    ``k`` = 5 and ``alpha`` = 0.7 are the paper's usual values, ρ = 0.05 is SAM's. See :class:`descents.Look`. Needs closures, one call
+    between and two on the k-th. Bytes with SGD and momentum: 15 N s on the k-th step, 10 N s between.
     """
 
     def __init__(self, params: Any, base_optimizer: Any, *, k: int = 5, alpha: float = 0.7, **kwargs: Any) -> None:
@@ -204,7 +197,7 @@ class LookSAM(SAM):
 
 
 class MomentumSAM(SAM):
-    """Momentum-SAM (arXiv 2401.12033): w is perturbed along the base's momentum before the only forward and backward pass.
+    """Momentum-SAM (arXiv 2401.12033): e = -ρ v / ‖v‖ along the base's momentum v, before the only forward and backward pass.
 
     ``step`` calls the closure once. Bytes: 11 N s a step with SGD and momentum. Between steps the weights are where they belong, for
     evaluation too. With the two-step API: :meth:`first_step`, forward, backward, :meth:`second_step`.
@@ -217,7 +210,9 @@ class MomentumSAM(SAM):
 
 
 class SAMSPS(SAM):
-    """SAM with the stochastic Polyak step size, for every λ: lr is found at each step, at most ``gamma_b``.
+    """SAM with the stochastic Polyak step size, for every λ: lr is found at each step, at most ``gamma_b``::
+
+        gamma = min{ max{ f(w + e) - f_star - ⟨g_p, e⟩, 0 } / ‖g_p‖², gamma_b },   w = w - gamma (g_p + weight_decay w)
 
     Source: arXiv 2606.01827; defaults are those of its package, PyPI ``sam-sps``: ``f_star`` = 0, ``gamma_b`` = 1, ρ = 0.1,
     ``weight_decay`` = 5e-4. ``gamma_b`` is the groups' ``lr``, so that schedulers apply to it. The base is ``torch.optim.SGD``, with or
@@ -231,7 +226,7 @@ class SAMSPS(SAM):
         base_optimizer: Any = torch.optim.SGD,
         *,
         f_star: float = 0.0,
-        gamma_b: float = 1.0,
+        gamma_b: float | torch.Tensor = 1.0,
         rho: RhoSchedule = 0.1,
         weight_decay: float = 5e-4,
         **kwargs: Any,
@@ -239,6 +234,8 @@ class SAMSPS(SAM):
         _is_given("SAMSPS", "descent", kwargs)
         if "lr" in kwargs:
             raise TypeError("SAMSPS: lr is found at each step; gamma_b bounds it")
+        check_number_or_tensor("SAMSPS", "gamma_b", gamma_b, low=0.0)
+        check_number("SAMSPS", "weight_decay", weight_decay, low=0.0)
         super().__init__(params, base_optimizer, rho=rho, descent=descents.Polyak(f_star), lr=gamma_b, weight_decay=weight_decay, **kwargs)
 
     @property

@@ -28,7 +28,7 @@ __all__ = ["SAM"]
 
 
 class SAM(Wrapper):
-    r"""Sharpness-aware minimization around any ``torch.optim`` optimizer.
+    r"""Sharpness-aware minimization (arXiv 2010.01412, also the source of ρ = 0.05) around any ``torch.optim`` optimizer.
 
     One step, with g = ∇f(w) over all parameters and t = 1, 2, … the step (Unified SAM, arXiv 2503.02225)::
 
@@ -58,7 +58,8 @@ class SAM(Wrapper):
         capturable: steps can be recorded into a CUDA graph, and a graph that is replayed follows its schedules; see below.
         base_kwargs: passed to the base optimizer's class.
 
-    A step whose gradients are not finite, in either pass, changes nothing and is counted in :attr:`skipped_steps`.
+    A step whose gradients are not finite, in either pass, changes nothing and is counted in :attr:`skipped_steps`. (Moving averages of a
+    direction may have moved, by what was finite.)
 
     With ``capturable`` ρ, λ and the step t (``sam_step``) are 0-dim tensors on the device, kept in ``param_groups`` (numbers become
     float64), and schedules are computed from them there; a callable is given t as a tensor and makes a tensor of it. Change ρ and λ between
@@ -223,19 +224,35 @@ class SAM(Wrapper):
         return loss
 
     @torch.no_grad()
+    def random_step(self) -> None:
+        """For the two-step API of :class:`RSAM`, before the first forward pass: moves the weights to w + Δ, where :meth:`first_step` goes
+        on. Called again before that, it moves them from w by the same Δ. Raises RuntimeError where the direction begins at w.
+        """
+        if not self.direction.begins_elsewhere:
+            raise RuntimeError(f"SAM.random_step: direction {self.direction.name!r} begins at the weights; call first_step")
+        is_new = not self._awaits_ascent
+        self._restore()
+        self._begin(counts=is_new)
+        try:
+            self.direction.begin(self._passes, self.param_groups, 0)
+        except BaseException:
+            self._restore()
+            raise
+        self._awaits_ascent = True
+
+    @torch.no_grad()
     def first_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None) -> None:
         """The ascent, from the gradients as they are. Follow with forward, backward and :meth:`second_step`.
 
-        ``grad_scaler``: the gradients are still scaled by it (needed only for λ < 1 and for radii that follow the norm: the
-        direction of SAM does not depend on the scale). :class:`MomentumSAM` takes this step before the only forward and backward pass.
+        ``grad_scaler``: the gradients are still scaled by it. Needed for λ < 1, for radii that follow the norm, for every direction but
+        the gradient's own (VaSSO, F-SAM, RSAM) and for rules that keep the gradients (GSAM, WSAM); what SAM with λ = 1 ascends along does
+        not depend on the scale. :class:`MomentumSAM` takes this step before the only forward and backward pass.
         """
         scaler = _amp.check_scaler(grad_scaler)
         if self.descent.needs_closure:
             raise RuntimeError(f"SAM.first_step: {type(self).__name__} needs step(closure): not every step has two passes")
         if self.direction.begins_elsewhere and not self._awaits_ascent:
-            raise RuntimeError(
-                f"SAM.first_step: {type(self).__name__} needs RSAM.random_step() before the first forward pass, or step(closure)"
-            )
+            raise RuntimeError(f"SAM.first_step: {type(self).__name__} needs random_step() before the first forward pass, or step(closure)")
         if self.preserve_rng_state and self._random_state is None and not self.direction.needs_no_gradient:
             raise RuntimeError("SAM.first_step: preserve_rng_state=True needs record_rng_state() before the first forward pass")
         if not self.direction.begins_elsewhere:
@@ -258,10 +275,12 @@ class SAM(Wrapper):
         """The descent: weights are restored and stepped along the gradients as they are. ``loss``: that at the perturbed weights, for rules
         that need it (:class:`SAMSPS`).
 
-        Raises RuntimeError without a :meth:`first_step` before it.
+        Raises RuntimeError without a :meth:`first_step` before it; TypeError or RuntimeError for a loss that the rule cannot do with:
+        nothing has been touched then, and it can be called again with the loss.
         """
         if not self._passes.is_perturbed or self._awaits_ascent:
             raise RuntimeError("SAM.second_step: call first_step first")
+        self.descent.check_loss(loss, self._passes.found_inf.device)
         self._loss = loss
         self.step(grad_scaler=grad_scaler)  # through step(), so that hooks and schedulers see one step
         if zero_grad:
@@ -272,7 +291,8 @@ class SAM(Wrapper):
         self._random_state = RandomState(self._devices())
 
     def release_buffers(self) -> None:
-        """Frees the copy of the parameters; the next step allocates it again. Raises RuntimeError between the two passes."""
+        """Frees the copies of parameters and, for rules that keep them, of gradients (N s where gradients are not the optimizer's to take
+        over: see docs/family.md); a later step allocates them again. Raises RuntimeError between the two passes."""
         self._require_unperturbed("release_buffers")
         self._passes.release()
         self._kept_grads.release()
@@ -299,6 +319,9 @@ class SAM(Wrapper):
         is_sam = self._passes.is_perturbed
         if self._awaits_ascent:
             raise RuntimeError("SAM.step: call first_step after random_step, or give a closure")
+        # torch.distributed.checkpoint makes a step with lr = 0 for the state that it is to fill.
+        if self.descent.needs_loss and (is_sam or any(group["lr"] != 0 for group in self.param_groups)):
+            self.descent.check_loss(self._loss, self._passes.found_inf.device)
         if not is_sam:
             self._begin(counts=False)  # t counts steps of SAM; torch.distributed.checkpoint makes plain ones of its own
         grad_scale = getattr(self, "grad_scale", None) if scaler is None else _amp.scale_of(scaler)
@@ -309,8 +332,8 @@ class SAM(Wrapper):
         if not self.direction.needs_no_gradient:  # the only forward pass is yet to come
             self._guard.save()
         currents = self._passes.ascend(self.param_groups, self.direction, eps=self.eps, grad_scale=grad_scale, loss=loss)
-        if self.descent.keeps_grads:  # its direction is made from gradients
-            self._kept_grads.keep(currents, hand_over=hand_over)
+        if self.descent.keeps_grads and self._passes.has_ascended:  # its direction is made from gradients
+            self._kept_grads.keep(currents, hand_over=hand_over, are_scaled=grad_scale is not None)
 
     def _descend(
         self,
@@ -321,9 +344,12 @@ class SAM(Wrapper):
         *,
         is_sam: bool = True,
     ) -> None:
-        has_ascended = self._passes.is_perturbed
+        has_ascended = self._passes.has_ascended
         if has_ascended:
+            self._kept_grads.check_scale(grad_scale is not None)
+        if self._passes.is_perturbed:
             self._guard.restore()
+        if has_ascended:
             centralized = self.direction.descent_norm(self._passes, self.param_groups)
             known_norm = known_norm if centralized is None else centralized
         outcome = NOTHING

@@ -35,7 +35,7 @@ class _Phases(Radius):
         if isinstance(ascends, Tensor):
             value = radius_at(self.rho, info)
             value = value if isinstance(value, Tensor) else torch.full_like(info.norm, value, dtype=torch.float64)
-            return value.masked_fill(~ascends, 0.0)
+            return value.to(ascends.device).masked_fill(~ascends, 0.0)  # a tensor that was given may be on the CPU
         return radius_at(self.rho, info) if ascends else 0.0
 
     def takes_part(self, t: int) -> bool:

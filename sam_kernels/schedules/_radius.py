@@ -19,10 +19,11 @@ class AscentInfo:
     Attributes:
         t: the step 1, 2, …; with ``capturable=True`` a () float64 tensor on the parameters' device.
         group: the parameter group, to be read: its ``lr``, ``initial_lr`` (where a scheduler has set it), ``weight_decay``, …
-        norm: () float32 (float64 where a gradient is) on the device: ‖g‖ over all groups that take part, ‖T g‖ where ``adaptive``; of the
-            gradients of the loss itself, without a ``GradScaler``'s scale.
-        loss: what the first closure returned: a number, a () tensor without its graph, or None where that is neither, and in the
-            two-step API, which sees no loss.
+        norm: () float32 (float64 where a gradient is) on the device: ‖d‖ over all groups that take part, ‖T d‖ where ``adaptive``, with
+            d what the ascent goes along: the gradient, the moving average of VaSSO, the momentum of Momentum-SAM, …; of the loss
+            itself, without a ``GradScaler``'s scale.
+        loss: what the first closure returned: a number, a () tensor without its graph, or None where that is neither, in the two-step
+            API, which sees no loss, and for Momentum-SAM, which ascends before its only pass.
     """
 
     t: int | Tensor

@@ -10,7 +10,8 @@ import torch
 
 from sam_kernels.schedules import Interval, LRProportional
 from tests.helpers.compare import assert_same_bits
-from tests.helpers.training import BASES, closure_of, everything, make
+from tests.helpers.training import BASES, CAPTURABLE_MEMBERS, closure_of, everything, make, make_member
+from tests.optim.family_runs import memory_of
 from tests.schedules.rules import LossOverNorm
 
 pytestmark = [pytest.mark.cuda, pytest.mark.only_cuda, pytest.mark.usefixtures("kernels")]
@@ -60,6 +61,23 @@ def test_replays_are_eager_steps(base: str, set_to_none: bool, options: dict[str
         eager.step(twin_closure)
         eager.step(twin_closure)
         assert_same_bits("after replays again", everything(model, optimizer), everything(twin, eager))
+
+
+@pytest.mark.parametrize("name", CAPTURABLE_MEMBERS)
+def test_replays_of_the_family_are_eager_steps(name: str, device: str) -> None:
+    """Averages and step sizes too."""
+    (model, optimizer), (twin, eager) = make_member(name, device, capturable=True), make_member(name, device, capturable=True)
+    closure, twin_closure = closure_of(optimizer, model), closure_of(eager, twin)
+    warm_up(3, lambda: optimizer.step(closure))
+    graph = capture(lambda: optimizer.step(closure))
+    for _ in range(3):
+        eager.step(twin_closure)
+    for _ in range(5):
+        graph.replay()
+        eager.step(twin_closure)
+    assert_same_bits("after five replays", everything(model, optimizer), everything(twin, eager))
+    assert_same_bits("what is kept", *([each.cpu() for each in memory_of(one)] for one in (optimizer, eager)))
+    assert optimizer.skipped_steps == 0
 
 
 @pytest.mark.parametrize("base", BASES)

@@ -17,7 +17,7 @@ from bench.providers import BASES as BENCH_BASES
 from bench.providers import RHO
 from bench.workloads import WORKLOADS, make_grads, make_params
 from sam_kernels import SAM, functional
-from tests.helpers.training import BASES, closure_of, make
+from tests.helpers.training import BASES, CAPTURABLE_MEMBERS, closure_of, make, make_member
 
 pytestmark = [pytest.mark.cuda, pytest.mark.only_cuda, pytest.mark.usefixtures("kernels")]
 SHAPES = ((1000,), (33, 17), (3,), ())
@@ -93,6 +93,19 @@ def test_checking_for_infinities_neither_waits_nor_allocates(device: str) -> Non
 def test_a_step_does_not_wait(base: str, options: dict[str, Any], set_to_none: bool, device: str) -> None:
     model, optimizer = make(base, device, **options)
     closure = closure_of(optimizer, model, set_to_none=set_to_none)
+    for _ in range(4):
+        optimizer.step(closure)
+    torch.cuda.synchronize()
+    with no_waiting():
+        for _ in range(5):
+            optimizer.step(closure)
+    assert optimizer.skipped_steps == 0
+
+
+@pytest.mark.parametrize("name", CAPTURABLE_MEMBERS)
+def test_a_step_of_the_family_does_not_wait(name: str, device: str) -> None:
+    model, optimizer = make_member(name, device)
+    closure = closure_of(optimizer, model)
     for _ in range(4):
         optimizer.step(closure)
     torch.cuda.synchronize()

@@ -9,14 +9,17 @@ import torch
 from torch import Tensor, nn
 
 import sam_kernels
+from tests.optim.family_runs import make as member_of_family
 
-__all__ = ["BASES", "Bowl", "closure_of", "everything", "make"]
+__all__ = ["BASES", "CAPTURABLE_MEMBERS", "Bowl", "closure_of", "everything", "make", "make_member"]
 
 # AdamW: a base whose step counters lie on the device.
 BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
     "adamw": (torch.optim.AdamW, {"lr": 0.01, "fused": True}),
 }
+# Of the family, those whose steps a graph can hold.
+CAPTURABLE_MEMBERS = ("VaSSO", "GCSAM", "GSAM", "WSAM-coupled", "WSAM-decoupled", "MomentumSAM", "SAMSPS")
 SHAPES = ((1000,), (33, 17), (3,), (), (2, 3, 5, 7))
 
 
@@ -40,6 +43,12 @@ def make(base: str, device: str, **sam: Any) -> tuple[Bowl, Any]:
     model = Bowl(device)
     optimizer_class, kwargs = BASES[base]
     return model, sam_kernels.SAM(model.parameters(), optimizer_class, **{"rho": 0.05, **sam}, **kwargs)
+
+
+def make_member(name: str, device: str, **options: Any) -> tuple[Bowl, Any]:
+    """A member of the family around SGD with momentum."""
+    model = Bowl(device)
+    return model, member_of_family(name, model.parameters(), **options)
 
 
 def closure_of(optimizer: Any, model: Bowl, *, set_to_none: bool = True) -> Callable[[], Tensor]:

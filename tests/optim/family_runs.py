@@ -73,7 +73,7 @@ def run(optimizer: Any, model: nn.Module, steps: int, *, start: int = 0, after: 
 def two_steps(optimizer: Any, model: nn.Module, batch: Any, *, zero_first: bool = True, zero_second: bool = True) -> None:
     """One step by first_step and second_step, in the order that the member asks for."""
     optimizer.zero_grad()
-    if isinstance(optimizer, sam_kernels.RSAM):
+    if optimizer.direction.begins_elsewhere:
         optimizer.random_step()
     if not isinstance(optimizer, sam_kernels.MomentumSAM):
         loss_of(model, batch).backward()

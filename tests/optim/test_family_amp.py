@@ -12,7 +12,7 @@ import sam_kernels
 from sam_kernels import schedules
 from tests.optim.family import MEMBERS
 from tests.optim.family_runs import CASES, TWO_STEP_CASES, close, everything_of, make, run, using
-from tests.optim.problem import assert_same_bits, every_backend, loss_of, make_batch, make_model, twin
+from tests.optim.problem import assert_same_bits, every_backend, loss_of, make_batch, make_model, twin, weights
 from tests.optim.scaler_flows import SCALE, InfOnPass
 
 OPTIONS: dict[str, Any] = {"lambd": 0.6}  # a mix with USAM: a scale that is forgotten anywhere shows
@@ -42,7 +42,7 @@ def two_steps_with(flow: str, optimizer: Any, model: nn.Module, scaler: Any, bat
         return loss
 
     optimizer.zero_grad()
-    if isinstance(optimizer, sam_kernels.RSAM):
+    if optimizer.direction.begins_elsewhere:
         optimizer.random_step()
     if not isinstance(optimizer, sam_kernels.MomentumSAM):
         backward()
@@ -100,6 +100,41 @@ def test_scaler_step_of_sam_sps_names_what_is_missing() -> None:
     optimizer = make("SAMSPS", model.parameters())
     with pytest.raises(RuntimeError, match=r"give second_step\(loss=\.\.\.\)"):
         two_steps_with("scaler.step", optimizer, model, scaler_of(), make_batch())
+
+
+@pytest.mark.parametrize("scaled", ["first", "second", "first, and then unscaled by scaler.step"])
+@pytest.mark.parametrize("name", ["SAM", "GSAM", "WSAM-coupled", "WSAM-decoupled"])
+def test_a_scale_in_one_pass_alone_is_refused_where_the_step_is_made_of_both(name: str, scaled: str) -> None:
+    model, batch = make_model(torch.float64), make_batch(torch.float64)
+    optimizer, scaler = make(name, model.parameters()), scaler_of()
+
+    def backward() -> None:
+        scaler.scale(loss_of(model, batch)).backward()
+
+    def second_step() -> None:
+        if scaled == "second":
+            optimizer.second_step(grad_scaler=scaler)
+        elif scaled == "first":
+            optimizer.second_step()
+        else:
+            scaler.step(optimizer)
+
+    backward()
+    if scaled == "second":
+        scaler.unscale_(optimizer)
+    optimizer.first_step(zero_grad=True, grad_scaler=None if scaled == "second" else scaler)
+    backward()
+    if scaled != "second":
+        scaler.unscale_(optimizer)
+    moved = weights(model)
+    if name == "SAM":
+        second_step()
+        assert optimizer.skipped_steps == 0
+        assert not torch.equal(weights(model)[0], moved[0])
+        return
+    with pytest.raises(RuntimeError, match=r"SAM: the (first|second) pass was given a loss scale, the (first|second) one was not"):
+        second_step()
+    assert_same_bits(weights(model), moved)
 
 
 @every_backend

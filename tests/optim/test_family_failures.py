@@ -220,3 +220,37 @@ def test_buffers_that_were_changed_between_steps_survive_an_error_in_the_first_p
     with pytest.raises(RuntimeError, match="before any"):
         optimizer.step(closure)
     assert (model[1].running_mean == 7.0).all()
+
+
+@every_backend
+@pytest.mark.parametrize("name", ["GSAM", "WSAM-coupled", "WSAM-decoupled", "LookSAM"])
+def test_a_kept_gradient_of_a_group_without_an_ascent_is_looked_at_too(backend: str, name: str) -> None:
+    """No norm of the ascent has seen it, and the step is made of it."""
+    model = make_model()
+
+    def spoil() -> None:
+        model[2].bias.grad[1] = float("nan")  # type: ignore[index, union-attr]
+
+    with using(backend):
+        optimizer = make(name, [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters()), "rho": 0.0}])
+        before = weights(model)
+        optimizer.step(spoiled(optimizer, model, 1, spoil))
+    assert_same_bits(weights(model), before)
+    assert optimizer.skipped_steps == 1
+
+
+@every_backend
+def test_weights_that_overflow_in_a_step_that_was_made_do_not_make_it_a_skipped_one(backend: str) -> None:
+    weight = nn.Parameter(torch.ones(4))
+    with using(backend):
+        optimizer = sam_kernels.WSAM([weight], torch.optim.SGD, lr=3e38, rho=0.1)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = weight.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    assert not weight.isfinite().any()
+    assert optimizer.skipped_steps == 0

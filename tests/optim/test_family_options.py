@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from sam_kernels.optim import descents
 from tests.optim.family import BASES, MEMBERS
 from tests.optim.family_runs import CASES, ONE_CASE_EACH, close, everything_of, make, run, two_steps, using
 from tests.optim.problem import assert_same_bits, closure_of, every_backend, loss_of, make_batch, make_model, twin, weights
@@ -32,9 +33,33 @@ def test_capturable_takes_the_same_steps(backend: str, name: str, base: str) -> 
     close(everything_of(recorded, model)[: len(weights(model))], weights(other))
 
 
+@pytest.mark.parametrize("loss", [1.5, torch.ones((), device="meta")], ids=["number", "elsewhere"])
+def test_a_loss_that_a_graph_would_freeze_is_refused(loss: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    optimizer = make("SAMSPS", model.parameters(), capturable=True)
+    run(optimizer, model, 1)
+    monkeypatch.setattr(descents, "is_recording", lambda device: True)
+    run(optimizer, model, 1)  # the closure's loss is a tensor where the weights are
+    before = weights(model)
+    with pytest.raises(RuntimeError, match="recorded into a CUDA graph, but the loss is a number, or a tensor elsewhere"):
+        optimizer.step(lambda: closure_of(optimizer, model, make_batch())() and loss)
+    assert_same_bits(weights(model), before)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_a_polyak_loss_keeps_its_digits(momentum: float) -> None:
+    """A Python number is a float64, whatever torch's default is."""
+    models = [make_model(torch.float64) for _ in range(2)]
+    for model, as_number in zip(models, (True, False), strict=True):
+        optimizer = make("SAMSPS", model.parameters(), momentum=momentum)
+        closure = closure_of(optimizer, model, make_batch(torch.float64))
+        optimizer.step(lambda closure=closure, as_number=as_number: closure().item() if as_number else closure())
+    assert_same_bits(weights(models[0]), weights(models[1]))
+
+
 @pytest.mark.parametrize("name", NOT_CAPTURABLE)
 def test_capturable_is_refused_where_the_host_decides(name: str) -> None:
-    with pytest.raises(ValueError, match=r"SAM: capturable=True, but what '\w+' does at a step is decided, or drawn, by the host"):
+    with pytest.raises(ValueError, match=r"SAM: capturable=True, but what '[\w-]+' does at a step is decided, or drawn, by the host"):
         make(name, make_model().parameters(), capturable=True)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import sam_kernels
 from sam_kernels.optim import descents, directions
+from sam_kernels.schedules import Tail
 from tests.optim.family import MEMBERS
 from tests.optim.family_runs import ONE_CASE_EACH, TWO_STEP_CASES, everything_of, make, run, two_steps, using
 from tests.optim.problem import assert_same_bits, closure_of, every_backend, loss_of, make_batch, make_model, twin, weights
@@ -59,7 +60,7 @@ def test_rsam_is_told_which_step_is_missing() -> None:
     model = make_model()
     optimizer = make("RSAM", model.parameters())
     loss_of(model, make_batch()).backward()
-    with pytest.raises(RuntimeError, match=r"RSAM needs RSAM\.random_step\(\) before the first forward pass, or step\(closure\)"):
+    with pytest.raises(RuntimeError, match=r"RSAM needs random_step\(\) before the first forward pass, or step\(closure\)"):
         optimizer.first_step()
     optimizer.random_step()
     with pytest.raises(RuntimeError, match="call first_step first"):
@@ -70,6 +71,69 @@ def test_rsam_is_told_which_step_is_missing() -> None:
     with pytest.raises(RuntimeError, match=r"random_step\(\) before"):
         optimizer.first_step()
     optimizer.second_step()
+
+
+@pytest.mark.parametrize("name", [name for name in MEMBERS if name != "RSAM"])
+def test_random_step_is_for_directions_that_begin_elsewhere(name: str) -> None:
+    optimizer = make(name, make_model().parameters())
+    with pytest.raises(RuntimeError, match=r"SAM\.random_step: direction '\w+' begins at the weights; call first_step"):
+        optimizer.random_step()
+    assert optimizer.param_groups[0]["sam_step"] == 0
+
+
+def test_random_step_called_again_is_the_same_step() -> None:
+    model, batch = make_model(), make_batch()
+    other = twin(model)
+    optimizer, expected = make("RSAM", model.parameters()), make("RSAM", other.parameters())
+    for _ in range(2):
+        optimizer.random_step()
+        two_steps(optimizer, model, batch)
+        two_steps(expected, other, batch)
+    assert optimizer.param_groups[0]["sam_step"] == 2
+    assert_same_bits(everything_of(optimizer, model), everything_of(expected, other))
+
+
+@every_backend
+@pytest.mark.parametrize(("name", "base"), TWO_STEP_CASES)
+def test_two_steps_where_nothing_ascends_are_a_step_where_nothing_does(backend: str, name: str, base: str) -> None:
+    model = make_model()
+    other, radius = twin(model), Tail(0.1, start=2)
+    with using(backend):
+        two, one = make(name, model.parameters(), base, rho=radius), make(name, other.parameters(), base, rho=radius)
+        for k in range(4):
+            two_steps(two, model, make_batch(seed=k))
+            run(one, other, 1, start=k)
+            assert_same_bits(everything_of(two, model), everything_of(one, other))
+
+
+def test_sam_sps_without_a_loss_or_a_first_step_is_refused() -> None:
+    """It would be SGD with gamma_b for its lr. (With lr = 0 torch.distributed.checkpoint makes its state.)"""
+    model = make_model()
+    optimizer = make("SAMSPS", model.parameters())
+    closure_of(optimizer, model, make_batch())()
+    before = weights(model)
+    with pytest.raises(RuntimeError, match="the loss at the perturbed point is needed"):
+        optimizer.step()
+    assert_same_bits(everything_of(optimizer, model), before)
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    assert_same_bits(weights(model), before)
+
+
+def test_sam_sps_asks_for_the_loss_before_anything_is_touched() -> None:
+    """Running statistics are those of the second pass until then, and hooks have seen no step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    optimizer, seen = sam_kernels.SAMSPS(model.parameters(), model=model), []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(1))
+    loss_of(model, make_batch()).backward()
+    optimizer.first_step(zero_grad=True)
+    loss_of(model, make_batch()).backward()
+    before = [value.clone() for value in model.state_dict().values()]
+    with pytest.raises(RuntimeError, match="the loss at the perturbed point is needed"):
+        optimizer.second_step()
+    assert_same_bits(list(model.state_dict().values()), before)
+    assert not seen
 
 
 def test_sam_sps_without_a_loss_says_so_and_can_go_on() -> None:
@@ -193,19 +257,24 @@ def test_the_bases_own_step_is_no_way_around_the_rule(name: str, base: str) -> N
         assert not optimizer._passes.is_perturbed
         return
     moved = weights(model)
-    with pytest.raises(RuntimeError, match=r"without the rule of '\w+'; call second_step\(\)"):
+    with pytest.raises(RuntimeError, match=r"without the rule of '[\w-]+'; call second_step\(\)"):
         optimizer.base_optimizer.step()
     assert_same_bits(weights(model), moved)
     optimizer.second_step(**({"loss": loss} if name == "SAMSPS" else {}))
     assert not torch.equal(weights(model)[0], start[0])
 
 
-def test_a_direction_that_moves_first_works_through_closures_without_its_own_class() -> None:
+@pytest.mark.parametrize("api", ["closure", "two-step"])
+def test_a_direction_that_moves_first_works_without_its_own_class(api: str) -> None:
     model, other = make_model(), make_model()
     direction = directions.Randomized(0.05, 0.8, 7)
     optimizer = sam_kernels.SAM(model.parameters(), torch.optim.SGD, lr=0.1, direction=direction, descent=descents.Plain())
     expected = sam_kernels.RSAM(other.parameters(), torch.optim.SGD, lr=0.1, sigma=0.05, c=0.8, seed=7)
-    run(optimizer, model, 3)
+    if api == "closure":
+        run(optimizer, model, 3)
+    else:
+        for k in range(3):
+            two_steps(optimizer, model, make_batch(seed=k))
     run(expected, other, 3)
     assert_same_bits(weights(model), weights(other))
 

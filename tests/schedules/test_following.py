@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import sam_kernels
-from sam_kernels.schedules import AscentInfo, Interval, LRProportional, Radius
+from sam_kernels.schedules import AscentInfo, Interval, LRProportional, Radius, Tail
 from tests.optim.problem import (
     assert_same_bits,
     closure_of,
@@ -80,6 +81,24 @@ def test_the_norm_is_over_the_groups_that_take_part() -> None:
         optimizer.step(closure_of(optimizer, model, batch))
         assert norms[-1] == pytest.approx(norm_of(grads), rel=1e-14)
     assert [info.group is optimizer.param_groups[0] for info in told.infos] == [True, False, True]
+
+
+@pytest.mark.parametrize("radius", [Interval, Tail])
+def test_a_tensor_on_the_cpu_goes_where_the_step_is(radius: Any) -> None:
+    """torch masks nothing with a mask on another device; "meta" would not mind."""
+    devices = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is Tensor.masked_fill:
+                devices.append([each.device.type for each in args[:2]])
+            return func(*args, **(kwargs or {}))
+
+    elsewhere = torch.ones((), dtype=torch.float64, device="meta")
+    with Watch():
+        value = radius(torch.tensor(0.1), 2).radius(AscentInfo(elsewhere, {}, elsewhere, None))
+    assert devices == [["meta", "meta"]]
+    assert (value.device.type, value.shape) == ("meta", ())
 
 
 @pytest.mark.parametrize("lambd", [1.0, 0.3])
