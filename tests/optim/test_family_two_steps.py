@@ -221,6 +221,10 @@ def test_kept_gradients_are_not_overwritten_by_the_second_pass(backend: str, nam
         for _ in range(5):
             optimizer.step(closure)
             run(expected, other, 1, start=5)
+    if how == "flat buffer":  # views at any offset: inner products add up in another order where packs of 16 bytes do not fit
+        for got, wanted in zip(everything_of(optimizer, model), everything_of(expected, other), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)
+        return
     assert_same_bits(everything_of(optimizer, model), everything_of(expected, other))
 
 
