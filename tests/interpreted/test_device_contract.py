@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sam_kernels import _validate, functional, use_backend
 from sam_kernels._tensor_list import TensorList
-from sam_kernels.optim import _schedules
 from sam_kernels.schedules import (
     AscentInfo,
     DecreasingRadius,
