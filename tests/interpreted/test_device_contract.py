@@ -23,6 +23,7 @@ from sam_kernels.schedules import (
     LRProportional,
     Radius,
     Tail,
+    _at_step,
 )
 from tests.helpers.compare import assert_same_bits
 from tests.helpers.training import closure_of, everything, make
@@ -110,7 +111,7 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     def without_a_look(op: str, name: str, value: Any, **bounds: Any) -> Any:
         return value if isinstance(value, torch.Tensor) else real(op, name, value, **bounds)
 
-    for module in (_validate, _schedules):
+    for module in (_validate, _at_step):
         monkeypatch.setattr(module, "check_number_or_tensor", without_a_look)
 
 
