@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import click
+from rich.console import Console
 from rich.table import Table
 
 from bench import allocator, gate, steps
@@ -73,7 +75,7 @@ def main(
             [name for name in known if name == REFERENCE or name in providers],
             rounds=repeats,
             budget=int(memory_budget * 2**30),
-            say=lambda line, method=method: console.print(f"{method}: {line}", style="dim", highlight=False),  # type: ignore[misc]
+            say=partial(_say, console, method),
             known=known,
             passes=METHODS[method].passes(base),
             more_lists=METHODS[method].more_lists,
@@ -87,6 +89,10 @@ def main(
         console.print(table)
     for line in verdicts(result["rows"]):
         console.print(line, highlight=False)
+
+
+def _say(console: Console, method: str, line: str) -> None:
+    console.print(f"{method}: {line}", style="dim", highlight=False)
 
 
 if __name__ == "__main__":

@@ -150,16 +150,18 @@ class Centralized(Direction):
 
     def norm(self, passes: Passes, currents: list[Current], grad_scale: Tensor | None) -> Tensor:
         passes.forget_last_step()
+        return self._centralize(passes, currents, normalised=True)
+
+    def descent_norm(self, passes: Passes, groups: list[dict[str, Any]]) -> Tensor | None:
+        currents = passes.current(groups)
+        return self._centralize(passes, currents, normalised=False) if currents else None
+
+    def _centralize(self, passes: Passes, currents: list[Current], *, normalised: bool) -> Tensor:  # ()
         norms = []
-        for lists, grads, adaptive, eta in passes.joined(currents, normalised=True):
+        for lists, grads, adaptive, eta in passes.joined(currents, normalised=normalised):
             params = lists.params if adaptive else None
             norms.append(functional.centralize_(grads, params, adaptive=adaptive, eta=eta, found_inf=passes.found_inf))
         return functional.combine_norms(norms) if norms else torch.zeros(())
-
-    def descent_norm(self, passes: Passes, groups: list[dict[str, Any]]) -> Tensor | None:
-        joined = passes.joined(passes.current(groups), normalised=False)
-        norms = [functional.centralize_(grads, found_inf=passes.found_inf) for _, grads, *_ in joined]
-        return functional.combine_norms(norms) if norms else None
 
 
 @dataclass(frozen=True)

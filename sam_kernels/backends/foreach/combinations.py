@@ -22,8 +22,9 @@ def grad_dots(
     others = widen(rights, dtypes)
     if origins is not None:
         others = list(torch._foreach_sub(others, widen(origins, dtypes)))
-    left, other = ([tensor.reshape(-1).to(torch.float64) for tensor in tensors] for tensors in (lefts, others))
-    sums = [torch.stack([_total(l * l), _total(l * d), _total(d * d)]) for l, d in zip(left, other, strict=True)]  # noqa: E741
+    wide_lefts, wide_others = ([tensor.reshape(-1).to(torch.float64) for tensor in tensors] for tensors in (lefts, others))
+    pairs = zip(wide_lefts, wide_others, strict=True)
+    sums = [torch.stack([_total(left * left), _total(left * other), _total(other * other)]) for left, other in pairs]
     result = torch.stack(sums).sum(dim=0)
     _report(result, found_inf)
     return result
