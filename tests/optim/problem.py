@@ -42,7 +42,9 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return nn.functional.mse_loss(model(inputs), targets)
 
 
-def closure_of(optimizer: Any, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
+def closure_of(
+    optimizer: Any, model: nn.Module, batch: tuple[Tensor, Tensor], loss_of: Callable[[nn.Module, Any], Tensor] = loss_of
+) -> Callable[[], Tensor]:
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = loss_of(model, batch)

@@ -13,7 +13,8 @@ from sam_kernels import functional
 from sam_kernels.optim._seeds import derived_seed
 from tests.optim.family import BASES, MEMBERS, SEED, SIGMA
 from tests.optim.family_runs import CASES, ONE_CASE_EACH, base_of, close, everything_of, make, run, using
-from tests.optim.problem import assert_same_bits, every_backend, loss_of, make_batch, make_model, twin, weights
+from tests.optim.problem import assert_same_bits, closure_of, every_backend, loss_of, make_batch, make_model, twin, weights
+from tests.optim.transcriptions import Transcription
 
 
 def in_two(model: nn.Module, first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, Any]]:
@@ -47,18 +48,16 @@ def follows(
         theirs = {"draw": draw_by_group(other), **theirs}
     expected = member.transcribe(other, base_class(in_two(other, *only_base), **given), loss, **theirs)
     optimizer = make(name, in_two(model, first, second), base)
+    step_alike(optimizer, model, expected, loss)
+
+
+def step_alike(optimizer: Any, model: nn.Module, expected: Transcription, loss: Any) -> None:
+    """Six steps are the transcription's."""
     for k in range(6):
         batch = make_batch(torch.float64, seed=k)
-
-        def closure(batch: Any = batch) -> Tensor:
-            optimizer.zero_grad()
-            found = loss(model, batch)
-            found.backward()
-            return found
-
-        optimizer.step(closure)
+        optimizer.step(closure_of(optimizer, model, batch, loss))
         expected.step(batch)
-        close(weights(model), weights(other))
+        close(weights(model), weights(expected.model))
 
 
 @every_backend
@@ -128,19 +127,7 @@ def test_parameters_without_a_gradient(backend: str, name: str, base: str, missi
     expected = member.transcribe(other, base_class(other.parameters(), **kwargs), Gaps(name, missing))
     loss, start = Gaps(name, missing), weights(model)[1]
     with using(backend):
-        optimizer = make(name, model.parameters(), base)
-        for k in range(6):
-            batch = make_batch(torch.float64, seed=k)
-
-            def closure(batch: Any = batch) -> Tensor:
-                optimizer.zero_grad()
-                found = loss(model, batch)
-                found.backward()
-                return found
-
-            optimizer.step(closure)
-            expected.step(batch)
-            close(weights(model), weights(other))
+        step_alike(make(name, model.parameters(), base), model, expected, loss)
     assert torch.equal(model[0].bias.detach(), start) is (2 in missing)
 
 
