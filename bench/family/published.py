@@ -17,63 +17,53 @@ __all__ = ["FRIENDLY", "VASSO", "PublishedFriendlySAM", "PublishedVaSSO"]
 
 
 class PublishedVaSSO:
-    """The perturbation is kept and taken off again: no copy of the weights."""
+    """Moving averages in place, then a new tensor for each perturbation, which is kept to take it off again: no copy of the weights."""
 
     def __init__(self, params: Sequence[torch.nn.Parameter], base_optimizer: torch.optim.Optimizer, rho: float, theta: float) -> None:
         self.params = list(params)
         self.base_optimizer = base_optimizer
-        self.state: dict[Tensor, dict[str, Tensor]] = {p: {} for p in self.params}
-        self.rho = rho
-        self.theta = theta
+        self.rho, self.theta = rho, theta
+        self.averages: dict[Tensor, Tensor] = {}
+        self.moves: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
     def first_step(self) -> None:
-        for p in self.params:
-            if p.grad is None:
-                continue
-            if "ema" not in self.state[p]:
-                self.state[p]["ema"] = p.grad.clone().detach()
+        present = [param for param in self.params if param.grad is not None]
+        for param in present:
+            average = self.averages.get(param)
+            if average is None:
+                self.averages[param] = param.grad.clone()
             else:
-                self.state[p]["ema"].mul_(1 - self.theta)
-                self.state[p]["ema"].add_(p.grad, alpha=self.theta)
-        norms = [self.state[p]["ema"].norm(p=2) for p in self.params if p.grad is not None]
-        scale = self.rho / (torch.norm(torch.stack(norms), p=2) + 1e-7)
-        for p in self.params:
-            if p.grad is None:
-                continue
-            e_w = self.state[p]["ema"] * scale
-            p.add_(e_w)
-            self.state[p]["e_w"] = e_w
+                average.mul_(1 - self.theta).add_(param.grad, alpha=self.theta)
+        norm = torch.norm(torch.stack([self.averages[param].norm(p=2) for param in present]), p=2)
+        for param in present:
+            self.moves[param] = self.averages[param] * (self.rho / (norm + 1e-7))
+            param.add_(self.moves[param])
 
     @torch.no_grad()
     def second_step(self) -> None:
-        for p in self.params:
-            if p.grad is None:
-                continue
-            p.sub_(self.state[p]["e_w"])
+        for param in self.params:
+            if param.grad is not None:
+                param.sub_(self.moves[param])
         self.base_optimizer.step()
 
 
 class PublishedFriendlySAM(PublishedSAM):
-    """The direction takes the gradient's place, and then the loop of SAM."""
+    """The direction takes the gradient's place, out of new tensors, and then comes the loop of SAM."""
 
     def __init__(self, params: Any, base_optimizer: type[torch.optim.Optimizer], *, sigma: float, lmbda: float, **kwargs: Any) -> None:
         super().__init__(params, base_optimizer, **kwargs)
-        self.sigma = sigma
-        self.lmbda = lmbda
+        self.sigma, self.lmbda = sigma, lmbda
+        self.averages: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
     def first_step(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                grad = p.grad.clone()
-                if "momentum" not in self.state[p]:
-                    self.state[p]["momentum"] = grad
-                else:
-                    p.grad -= self.state[p]["momentum"] * self.sigma
-                    self.state[p]["momentum"] = self.state[p]["momentum"] * self.lmbda + grad * (1 - self.lmbda)
+        for param in (param for group in self.param_groups for param in group["params"] if param.grad is not None):
+            given, average = param.grad.clone(), self.averages.get(param)
+            self.averages[param] = given
+            if average is not None:
+                param.grad.sub_(average * self.sigma)
+                self.averages[param] = average * self.lmbda + given * (1 - self.lmbda)
         super().first_step()
 
 
