@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -213,3 +214,12 @@ def check_probabilities(op: str, name: str, value: Any) -> Tensor:  # (n,) float
     if abs(total - 1) > tolerance:
         raise ValueError(f"{op}: {name} must sum to 1 within {tolerance:.3g}, got {total!r}")
     return p / total
+
+
+def plain_number(value: Any) -> Any:
+    """``value``, with a Python number in the place of another library's scalar (NumPy's): a checkpoint that holds it loads with
+    ``weights_only``. Anything else is returned as it is."""
+    if type(value) in (float, int) or isinstance(value, Tensor | bool | str) or not isinstance(value, numbers.Real):
+        return value
+    item = getattr(value, "item", None)
+    return float(value) if item is None else item()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
-__all__ = ["check_scaler", "hide_grad_scaler", "report_step", "scale_of"]
+__all__ = ["check_order", "check_scaler", "check_unscaled", "hide_grad_scaler", "report_step", "scale_of"]
 
 
 def check_scaler(grad_scaler: Any) -> GradScaler | None:
@@ -29,6 +29,26 @@ def scale_of(grad_scaler: GradScaler | None) -> Tensor | None:
     if scale is None:
         raise RuntimeError("SAM: grad_scaler was given, but the closure has not called grad_scaler.scale(loss).backward()")
     return scale
+
+
+def check_unscaled(grad_scaler: GradScaler | None, optimizer: Optimizer) -> None:
+    """Raises RuntimeError where ``first_step`` is given a scaler whose scale is not in the gradients any more."""
+    if grad_scaler is not None and grad_scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.UNSCALED:
+        raise RuntimeError(
+            "SAM.first_step: grad_scaler.unscale_(optimizer) has been called already, so the gradients are not scaled; call first_step() "
+            "without grad_scaler, then grad_scaler.unscale_(optimizer.base_optimizer) and second_step() after the second backward pass"
+        )
+
+
+def check_order(scale_is_known: bool, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    """Raises RuntimeError where ``scaler.step(optimizer)`` takes the gradients of the second pass for unscaled, and the first pass may have
+    been the one that was unscaled. ``scale_is_known``: first_step was given the scaler, so that one was not."""
+    if found_inf is not None and grad_scale is None and not scale_is_known:
+        raise RuntimeError(
+            "SAM: grad_scaler.unscale_(optimizer) was called before grad_scaler.step(optimizer), and whether for the first or the second "
+            "pass is not known; give grad_scaler to first_step, or call grad_scaler.unscale_(optimizer.base_optimizer) and second_step() "
+            "in the place of grad_scaler.step(optimizer)"
+        )
 
 
 def report_step(grad_scaler: GradScaler | None, optimizer: Optimizer, found_inf: Tensor) -> None:

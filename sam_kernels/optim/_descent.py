@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import repeat
 from typing import Any
 
@@ -19,11 +21,11 @@ __all__ = ["can_fuse", "fused_step", "plain_step"]
 
 
 def can_fuse(base: Optimizer, own_hook_ids: set[int]) -> bool:
-    """Whether restore and update can be one pass: torch's own class, options the kernels know, nobody listening to ``base.step``."""
+    """Whether restore and update can be one pass: torch's own class, options the kernels know, nobody listening to ``base.step``. (Global
+    hooks listen to SAM's own step.)"""
     if type(base) not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
         return False
-    listeners = len(set(base._optimizer_step_pre_hooks) - own_hook_ids) + len(base._optimizer_step_post_hooks)
-    listeners += len(torch_optimizer._global_optimizer_pre_hooks) + len(torch_optimizer._global_optimizer_post_hooks)
+    listeners = len(set(base._optimizer_step_pre_hooks) - own_hook_ids) + len(base._optimizer_step_post_hooks)  # not global ones
     patched = "step" in base.__dict__ and not hasattr(base.step, "_wrapped_by_lr_sched")
     return listeners == 0 and not patched and all(_group_can_fuse(group) for group in base.param_groups)
 
@@ -145,4 +147,19 @@ def plain_step(
     if norm is not None and max_norm is not None:
         unscaled = norm if grad_scale is None else norm / grad_scale
         torch._foreach_mul_(grads, min(1.0, max_norm / (unscaled.item() + 1e-6)))
-    base.step()
+    with _global_hooks_once():
+        base.step()
+
+
+@contextmanager
+def _global_hooks_once() -> Iterator[None]:
+    """Global step hooks have been called for the wrapper's step, of which the base's is a part."""
+    hooks: tuple[dict[int, Any], ...] = (torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks)
+    kept = [dict(each) for each in hooks]
+    for each in hooks:
+        each.clear()
+    try:
+        yield
+    finally:
+        for each, before in zip(hooks, kept, strict=True):
+            each.update(before)

@@ -20,6 +20,7 @@ from sam_kernels import functional
 from sam_kernels.optim._group import GroupLists
 from sam_kernels.optim._held_still import BufferGuard, RandomState
 from sam_kernels.optim._passes import Passes
+from sam_kernels.optim._plan import StepPlan
 from sam_kernels.optim._reweighting import Reweighting
 from sam_kernels.optim._seeds import derived_seed
 
@@ -51,7 +52,7 @@ class DirectionalNorms:
     def slopes(
         self,
         closure: Callable[[], Tensor],  # () -> (B,)
-        groups: list[dict[str, Any]],
+        plan: StepPlan,
         passes: Passes,
         random_state: RandomState,
         seed: int,
@@ -59,9 +60,9 @@ class DirectionalNorms:
         """z·∇f_i along each direction; of finite differences, f_i(w + δz). No such pass leaves a trace: not in weights, not in buffers, and
         each sees the random numbers that the next pass will see, so that losses are compared under the same dropout masks."""
         self._guard.save()
-        trainable, found = passes.trainable(groups), []
+        trainable, found = passes.trainable(plan), []
         for k in range(self._how.num_directions):
-            seeds = [derived_seed(seed, k, i) for i in range(len(groups))]
+            seeds = [derived_seed(seed, k, i) for i in range(len(plan.groups))]
             try:
                 with torch.no_grad():
                     slope = (self._slope if self._how.norms == "jvp" else self._loss_beside)(closure, trainable, passes, seeds)

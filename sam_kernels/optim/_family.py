@@ -12,7 +12,7 @@ from sam_kernels.optim._closures import TwoPasses
 from sam_kernels.optim.descents import Descent
 from sam_kernels.optim.directions import Direction
 
-__all__ = ["check_family", "check_passes", "check_weighted"]
+__all__ = ["check_family", "check_gradient", "check_passes", "check_weighted"]
 
 
 def check_family(direction: Any, descent: Any, base: Optimizer, *, clips: bool, capturable: bool) -> None:
@@ -51,3 +51,14 @@ def check_passes(direction: Direction, descent: Descent, passes: Sequence[TwoPas
         raise ValueError(f"SAM.step: descent {descent.name!r} is defined for one batch, not for {count} micro-batches")
     if direction.keeps or direction.needs_no_gradient:
         raise ValueError(f"SAM.step: direction {direction.name!r} is defined for one gradient a step, not for {count} micro-batches")
+
+
+def check_gradient(direction: Direction, descent: Descent, made: int) -> None:
+    """Raises ValueError where SAM's gradient alone, to be added to others, is not what the method steps along. ``made``: how many were
+    made since the last step."""
+    if not descent.makes_gradient:
+        raise ValueError(f"SAM.backward: descent {descent.name!r} chooses more than a gradient; call step(closure)")
+    if made and direction.keeps:
+        raise ValueError(
+            f"SAM.backward: direction {direction.name!r} keeps an average of one gradient a step; call backward once for each step"
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sam_kernels import _dispatch
 from sam_kernels._tensor_list import TensorList
 from sam_kernels._validate import SUPPORTED_DTYPES
 
-__all__ = ["Backups", "Current", "GroupLists", "check_params", "param_name", "same_bits", "same_tensors", "with_grads"]
+__all__ = ["Backups", "Current", "GroupLists", "check_param", "param_name", "same_bits", "same_tensors", "with_grads"]
 
 
 def same_tensors(left: Sequence[Any] | None, right: Sequence[Any]) -> bool:
@@ -36,22 +37,25 @@ def param_name(group: dict[str, Any], group_index: int, index: int) -> str:
     return repr(names[index]) if names else f"param_groups[{group_index}]['params'][{index}]"
 
 
-def check_params(group: dict[str, Any], group_index: int) -> None:
-    """Every parameter is an ordinary dense floating-point tensor. Raises TypeError naming it."""
-    for i, param in enumerate(group["params"]):
-        name = param_name(group, group_index, i)
-        if param.layout is not torch.strided:
-            raise TypeError(f"SAM: parameter {name} is a {param.layout} tensor; only dense (strided) parameters are supported")
-        if param.dtype not in SUPPORTED_DTYPES:
-            supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED_DTYPES)
-            raise TypeError(f"SAM: parameter {name} has dtype {param.dtype}; supported are {supported}")
+def check_param(group: dict[str, Any], group_index: int, index: int) -> None:
+    """An ordinary dense floating-point tensor, or TypeError by name. Parameters that require no gradient are nobody's business here."""
+    param = group["params"][index]
+    name = param_name(group, group_index, index)
+    if param.layout is not torch.strided:
+        raise TypeError(f"SAM: parameter {name} is a {param.layout} tensor; only dense (strided) parameters are supported")
+    if param.dtype not in SUPPORTED_DTYPES:
+        supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED_DTYPES)
+        raise TypeError(f"SAM: parameter {name} has dtype {param.dtype}; supported are {supported}")
 
 
 class Backups:
-    """Copies of the unperturbed parameters: allocated once, outside ``optimizer.state`` so that no checkpoint carries them."""
+    """Copies of the unperturbed parameters: allocated once, outside ``optimizer.state`` so that no checkpoint carries them.
+
+    A copy lives as long as its parameter: one that was replaced or removed takes its backup along.
+    """
 
     def __init__(self) -> None:
-        self._copies: dict[Tensor, Tensor] = {}
+        self._copies: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
 
     def of(self, params: Sequence[Tensor]) -> list[Tensor]:
         """A tensor for each parameter, of its shape, dtype, device and strides; contents are whatever was last saved."""
@@ -66,7 +70,7 @@ class Backups:
 
     def release(self) -> None:
         """Frees the memory."""
-        self._copies = {}
+        self._copies = WeakTensorKeyDictionary()
 
 
 class GroupLists:

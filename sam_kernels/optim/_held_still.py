@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 __all__ = ["BufferGuard", "RandomState"]
 
@@ -14,7 +16,8 @@ __all__ = ["BufferGuard", "RandomState"]
 class BufferGuard:
     """Puts module buffers back to what they were after the first pass.
 
-    For one module these are the running statistics of its normalisation layers; for a list of modules, every buffer of each module named.
+    For one module these are the running statistics of its normalisation layers and the vectors of spectral normalisation, which every
+    forward pass in training mode moves on; for a list of modules, every buffer of each module named.
     """
 
     def __init__(self, model: nn.Module | Iterable[nn.Module] | None) -> None:
@@ -33,8 +36,7 @@ class BufferGuard:
         if self.model is None:
             return []
         if isinstance(self.model, nn.Module):  # found anew each time: layers may have been replaced
-            layers = [module for module in self.model.modules() if isinstance(module, _NormBase)]
-            return [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
+            return [buffer for module in self.model.modules() for buffer in _statistics(module)]
         return [buffer for module in self.model for buffer in module.buffers()]
 
     @torch.no_grad()
@@ -68,15 +70,76 @@ class BufferGuard:
         self._saved = []
 
 
+def _statistics(module: nn.Module) -> list[Tensor]:
+    if isinstance(module, _NormBase | _SpectralNorm):
+        return list(module.buffers(recurse=False))
+    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)]
+    return [getattr(module, f"{hook.name}{end}") for hook in hooks for end in ("_u", "_v")]
+
+
 class RandomState:
-    """The random generators of the CPU and of the devices in use, so that both passes draw the same dropout masks."""
+    """The random generators of the CPU and of the devices in use, so that both passes draw the same dropout masks.
+
+    Made before the first forward pass; :meth:`replay` before the second; :meth:`settle` after it.
+    """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
-        self._cpu = torch.get_rng_state()
-        self._devices = [(device, torch.cuda.get_rng_state(device)) for device in devices if device.type == "cuda"]
+        self._devices = [device for device in devices if device.type not in ("cpu", "meta")]
+        self._start = self._now()
+        self._first_end: list[Tensor] | None = None
+
+    def _now(self) -> list[Tensor]:
+        return [torch.get_rng_state(), *(torch.get_device_module(device).get_rng_state(device) for device in self._devices)]
+
+    def _set(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for device, state in zip(self._devices, states[1:], strict=True):
+            torch.get_device_module(device).set_rng_state(state, device)
 
     def replay(self) -> None:
-        """Sets the generators to where they were when this was made."""
-        torch.set_rng_state(self._cpu)
-        for device, state in self._devices:
-            torch.cuda.set_rng_state(state, device)
+        """Sets the generators to where they were when this was made, and remembers how far the first pass has taken them."""
+        self._first_end = self._now()
+        self._set(self._start)
+
+    def settle(self) -> None:
+        """Sets each generator to the further of the two ends, so that the next step draws no number again."""
+        if self._first_end is None:
+            return
+        ends = self._now()
+        first, self._first_end = self._first_end, None
+        further = [_further(*each) for each in zip(self._start, first, ends, strict=True)]
+        if any(each is not end for each, end in zip(further, ends, strict=True)):
+            self._set(further)
+
+
+def _further(start: Tensor, first: Tensor, second: Tensor) -> Tensor:  # (bytes,) uint8, states of one generator
+    """The state that is reached from ``start`` after more draws; ``second`` where that cannot be told (somebody has set a seed)."""
+    if torch.equal(first, second):
+        return second
+    if len(start) == 16:  # Philox, on devices: seed and offset, 8 bytes each
+        seeds_and_offsets = [state.view(torch.int64).tolist() for state in (start, first, second)]
+        (seed, _), (seed_1, offset_1), (seed_2, offset_2) = seeds_and_offsets
+        return first if seed == seed_1 == seed_2 and offset_1 > offset_2 else second
+    if len(start) < _WORDS.stop:
+        return second
+    blocks = [state[_WORDS] for state in (first, second)]
+    if torch.equal(*blocks):  # in one block of 624 words: the index of the next one
+        nexts = [int(state[_NEXT].clone().view(torch.int64)) for state in (first, second)]
+        return first if nexts[0] > nexts[1] else second
+    generator = torch.Generator()
+    generator.set_state(start)
+    for _ in range(_BLOCKS_LOOKED_AT):
+        block = generator.get_state()[_WORDS]
+        if torch.equal(block, blocks[1]):
+            return first
+        if torch.equal(block, blocks[0]):
+            return second
+        torch.empty(_BLOCK, dtype=torch.int32).random_(generator=generator)
+    return second
+
+
+# The CPU's generator as torch saves it: seed, words left, flag, next word (8 bytes), 624 words of 8 bytes, cached normals.
+_BLOCK = 624  # of the Mersenne Twister
+_NEXT = slice(16, 24)
+_WORDS = slice(24, 24 + 8 * _BLOCK)
+_BLOCKS_LOOKED_AT = 1 << 14  # 10 million draws, 0.1 s: only where two passes have drawn differently often

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sam_kernels import functional
 from sam_kernels._tensor_list import TensorList
@@ -21,7 +22,7 @@ class KeptGrads:
     def __init__(self) -> None:
         self._kept: dict[int, tuple[GroupLists, list[Tensor]]] = {}
         self._are_scaled = False
-        self._copies: dict[Tensor, Tensor] = {}
+        self._copies: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()  # a copy goes with its parameter
         self._described: dict[int, tuple[GroupLists, TensorList]] = {}  # by group: copies of all its gradients
 
     def keep(self, currents: Sequence[Current], *, hand_over: bool, are_scaled: bool = False) -> None:
@@ -86,7 +87,7 @@ class KeptGrads:
 
     def release(self) -> None:
         """Frees the copies."""
-        self._kept, self._copies, self._described = {}, {}, {}
+        self._kept, self._copies, self._described = {}, WeakTensorKeyDictionary(), {}
 
 
 def _taken_over(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[bool]:

@@ -6,12 +6,13 @@ under the parameter's state.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from itertools import chain
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sam_kernels.optim._group import GroupLists
 
@@ -23,8 +24,18 @@ class ParamMemory:
 
     def __init__(self, names: Sequence[str] = ()) -> None:
         self.names = tuple(names)
-        self._tensors: dict[str, dict[Tensor, Tensor]] = {name: {} for name in self.names}
+        # What is kept for a parameter goes with it.
+        self._tensors: dict[str, MutableMapping[Tensor, Tensor]] = {name: WeakTensorKeyDictionary() for name in self.names}
         self._version = object()  # another one whenever other tensors are kept; not a number, which a copy would share
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"names": self.names, "tensors": {name: dict(kept.items()) for name, kept in self._tensors.items()}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.names, self._version = state["names"], object()
+        self._tensors = {
+            name: WeakTensorKeyDictionary(kept) for name, kept in (state["tensors"] if "tensors" in state else state["_tensors"]).items()
+        }
 
     def of(self, name: str, lists: GroupLists) -> list[Tensor | None]:
         """What is kept for the parameters of ``lists``, None for one that has nothing; as operations take it where nothing is missing."""
@@ -40,7 +51,7 @@ class ParamMemory:
 
     def has(self, name: str) -> bool:
         """Whether anything is kept under this name."""
-        return bool(self._tensors[name])
+        return len(self._tensors[name]) > 0
 
     def of_or_zeros(self, name: str, lists: GroupLists) -> list[Tensor]:
         """As :meth:`of`, beginning with zeros."""
@@ -67,11 +78,12 @@ class ParamMemory:
         """
         if not self.names:
             return state_dict
-        state = {key: dict(value) for key, value in state_dict["state"].items()}
+        state = _copied(state_dict["state"])
+        has_state = {param_id for param_id in _ids(state_dict) if param_id in state}
         for param_id, param in zip(_ids(state_dict), params, strict=True):
             for name in self.names:
                 kept = self._tensors[name].get(param)
-                if kept is None and blanks and (param_id in state_dict["state"] or not state_dict["state"]):
+                if kept is None and blanks and (param_id in has_state or not has_state):
                     kept = torch.full_like(param, torch.nan, requires_grad=False)
                 if kept is not None:
                     state.setdefault(param_id, {})[name] = kept
@@ -83,7 +95,7 @@ class ParamMemory:
         found = ParamMemory(self.names)
         if not self.names or len(_ids(state_dict)) != len(params):  # torch says what is wrong
             return state_dict, found
-        state = {key: dict(value) for key, value in state_dict["state"].items()}
+        state = _copied(state_dict["state"])
         for param_id, param in zip(_ids(state_dict), params, strict=True):
             for name in self.names:
                 kept = state.get(param_id, {}).pop(name, None)
@@ -92,12 +104,18 @@ class ParamMemory:
                 if kept.shape != param.shape:
                     raise ValueError(f"SAM: {name} in the checkpoint has shape {tuple(kept.shape)}, its parameter {tuple(param.shape)}")
                 found._tensors[name][param] = torch.empty_like(param, dtype=kept.dtype, requires_grad=False).copy_(kept)
-        return {**state_dict, "state": {key: value for key, value in state.items() if value}}, found
+        emptied = [key for key, value in state.items() if isinstance(value, dict) and not value and state_dict["state"][key]]
+        return {**state_dict, "state": {key: value for key, value in state.items() if key not in emptied}}, found
 
     def replace(self, other: ParamMemory) -> None:
         """What ``other`` keeps in the place of what is kept here."""
         self._tensors = other._tensors
         self._version = object()
+
+
+def _copied(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """As deep as parameters' entries are; a hook may have put other things beside them."""
+    return {key: dict(value) if isinstance(value, dict) else value for key, value in state.items()}
 
 
 def _ids(state_dict: dict[str, Any]) -> list[Any]:

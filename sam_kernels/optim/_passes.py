@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,13 +19,18 @@ from sam_kernels._tensor_list import TensorList
 from sam_kernels.optim._capturable import is_recording, not_recordable
 from sam_kernels.optim._descent import can_fuse, fused_step, plain_step
 from sam_kernels.optim._group import Backups, Current, GroupLists, param_name, same_bits, same_tensors, with_grads
+from sam_kernels.optim._identity import IdentityCheck
 from sam_kernels.optim._memory import ParamMemory
-from sam_kernels.schedules._at_step import lambd_at, radius_of_group, takes_part
+from sam_kernels.optim._plan import StepPlan
 
 if TYPE_CHECKING:
+    from sam_kernels.optim._ascent_step import AscentStep
     from sam_kernels.optim.directions import Direction
 
 __all__ = ["Passes"]
+
+_WATCHED = 64  # parameters whose versions are noted between first_step and second_step
+_FOLD_EVERY = 1 << 20  # steps after which the float32 count of skipped steps is added to the whole one
 
 
 @dataclass
@@ -54,17 +60,21 @@ class Passes:
 
     ``found_inf`` () float32 is set once a gradient of either pass was not finite; ``skipped`` () float32 counts such steps before the
     last. Both live on the device. ``memory`` is what the direction and the descent rule keep; ``begun`` are the parameters for which a
-    moving average has begun in this step.
+    moving average has begun in this step. ``plan`` is that of the step under way, None in a plain step of the base.
     """
 
-    def __init__(self, base: Optimizer, own_hooks: set[int], memory: ParamMemory) -> None:
+    def __init__(self, base: Optimizer, own_hooks: set[int], memory: ParamMemory, check: IdentityCheck) -> None:
         self.base = base
         self.own_hooks = own_hooks  # of the base's step hooks, those that do not count as somebody listening
         self.memory = memory
+        self.plan: StepPlan | None = None
         self.begun: set[Tensor] = set()
         self.backups = Backups()
-        self.found_inf = torch.zeros(())
-        self.skipped = torch.zeros(())
+        self.found_inf = torch.zeros((), dtype=torch.float32, device="cpu")
+        self.skipped = torch.zeros((), dtype=torch.float32, device="cpu")
+        self._skipped_before = torch.zeros((), dtype=torch.int64, device="cpu")  # float32 counts to 2^24
+        self._begins_to_fold = _FOLD_EVERY
+        self._check = check
         self.is_perturbed = False
         self.has_ascended = False  # in the last ascent it was the turn of a group at least
         self._lists: dict[int, GroupLists] = {}
@@ -74,21 +84,32 @@ class Passes:
         self._saved: dict[int, GroupLists] = {}  # by group: what has been saved in this step
         self._trainable: dict[int, GroupLists] = {}  # where not every trainable parameter has a gradient
         self._begins = False  # found_inf is still the last step's
+        self._versions: list[tuple[Tensor, int]] = []  # of perturbed parameters, as the ascent of the two-step API left them
+        self._watches_all = True
+        self.agree: Callable[[Tensor], None] | None = None  # makes found_inf () the same on all replicas
 
-    def begin(self, device: torch.device) -> None:
+    def begin(self, device: torch.device, plan: StepPlan | None) -> None:
         """A new step: nothing is known to be wrong with it."""
         if self.found_inf.device != device:
             if is_recording(device):
                 raise not_recordable("no step was made before; make an eager one first, as torch asks for")
-            self.found_inf, self.skipped = self.found_inf.to(device), self.skipped.to(device)
+            self.found_inf, self.skipped, self._skipped_before = (
+                each.to(device) for each in (self.found_inf, self.skipped, self._skipped_before)
+            )
+        self._begins_to_fold -= 1
+        if self._begins_to_fold <= 0 and not is_recording(device):
+            self._begins_to_fold = _FOLD_EVERY
+            self._skipped_before += self.skipped.to(torch.int64)
+            self.skipped.zero_()
         self._begins = True
+        self.plan = plan
         self._saved = {}
         self.begun = set()
 
     @property
     def skipped_steps(self) -> int:
         """Waits for the device."""
-        return int((self.skipped + self.found_inf).item())
+        return int((self._skipped_before + self.skipped.to(torch.int64) + self.found_inf.to(torch.int64)).item())
 
     def forget_last_step(self) -> None:
         """``found_inf`` is this step's from now on; where no norm has seen to that in passing."""
@@ -106,35 +127,37 @@ class Passes:
         self._joint = None
 
     def ascend(
-        self, groups: list[dict[str, Any]], direction: Direction, *, eps: float, grad_scale: Tensor | None, loss: Any = None
+        self, plan: StepPlan, direction: Direction, step: AscentStep, *, eps: float, grad_scale: Tensor | None, loss: Any = None
     ) -> list[Current]:
-        """Saves and perturbs the parameters of the groups with ρ > 0, for SAM along their gradients as they are: 4 N s bytes.
+        """Saves and perturbs the parameters of the groups that participate, for SAM along their gradients as they are: 4 N s bytes.
 
         ``loss``: what the closure returned, for radii that follow it. Returns what the direction was made from, by group.
         Later in a step (m-SAM's second micro-batch) they are the same weights again, which are not saved a second time: 3 N s.
         """
-        mixes = [lambd_at(group["lambd"], group["sam_step"]) for group in groups]
-        currents = direction.currents(self, groups)
-        taking_part = [current for current in currents if takes_part(current.group["rho"], current.group["sam_step"])]
-        norm = direction.norm(self, taking_part, grad_scale)
+        currents = direction.currents(step)
+        participating = [current for current in currents if plan.groups[current.index].participates]
+        norm = direction.norm(step, participating, grad_scale)
+        if self._begins:  # the direction took a norm without reporting to found_inf
+            self.forget_last_step()
+            self.found_inf.logical_or_(~norm.isfinite().to(self.found_inf.device))
         known_scale = grad_scale if direction.is_scaled else None
-        radii = {each.index: radius_of_group(each.group, norm=norm, grad_scale=known_scale, loss=loss) for each in taking_part}
+        radii = [plan.groups[each.index].radius(norm, known_scale, loss) for each in participating]
         self.is_perturbed = True
-        self.has_ascended = any(takes_part(group["rho"], group["sam_step"]) for group in groups)
-        for current in taking_part:
-            group = current.group
-            rho = radii[current.index]
+        self.has_ascended = plan.ascends
+        for current, rho in zip(participating, radii, strict=True):
+            group = plan.groups[current.index]
+            is_downhill = (direction.sign < 0) is not (group.maximize and not direction.knows_maximize)
             options: dict[str, Any] = {
                 "grads": current.grads,
                 "norm": norm,
-                "rho": rho if direction.sign > 0 else -rho,
-                "lambd": mixes[current.index],
-                "adaptive": group["adaptive"],
-                "eta": group["eta"],
+                "rho": -rho if is_downhill else rho,
+                "lambd": group.lambd,
+                "adaptive": group.adaptive,
+                "eta": group.eta,
                 "eps": eps,
                 "grad_scale": grad_scale,
                 "found_inf": self.found_inf,
-                **direction.perturb_options(self, current),
+                **direction.perturb_options(step, current),
             }
             perturb_: Callable[..., None] = partial(functional.perturb_, **options)
             # Other lists than those saved: other parameters have a gradient now, or some have moved. Saving all of them is right as well.
@@ -164,14 +187,13 @@ class Passes:
             self._saved[i] = lists
         torch.clear_autocast_cache()
 
-    def trainable(self, groups: list[dict[str, Any]]) -> dict[int, GroupLists]:
-        """By the index of a group with ρ > 0, its parameters that require a gradient, whether they have one or not."""
+    def trainable(self, plan: StepPlan) -> dict[int, GroupLists]:
+        """By the index of a group that participates, its parameters that require a gradient, whether they have one or not."""
         found = {}
-        for i, group in enumerate(groups):
-            params = [param for param in group["params"] if param.requires_grad]
-            if not params or not takes_part(group["rho"], group["sam_step"]):
-                continue
-            found[i] = self.lists_of(i, params)
+        for i, group in enumerate(plan.groups):
+            params = [param for param in group.group["params"] if param.requires_grad]
+            if params and group.participates:
+                found[i] = self.lists_of(i, params)
         return found
 
     def lists_of(self, i: int, params: list[Tensor]) -> GroupLists:
@@ -225,6 +247,8 @@ class Passes:
         """
         currents = self.current(groups)
         norm = None
+        if max_norm is not None and math.isinf(max_norm):  # asks for the check, and clips nothing
+            max_norm, check_finite = None, True
         if max_norm is not None:
             norm = self.norm(currents, normalised=False) if known_norm is None else known_norm
         self.forget_last_step()
@@ -233,6 +257,8 @@ class Passes:
                 functional.check_finite_(grads, self.found_inf)
         if found_inf is not None:
             self.found_inf.logical_or_(found_inf.to(self.found_inf.device))
+        if self.agree is not None:
+            self.agree(self.found_inf)
         amp: dict[str, Any] = {"grad_scale": grad_scale, "found_inf": self.found_inf, "norm": norm}
         fuses = (bool(self._perturbed) or not is_plain) and can_fuse(self.base, self.own_hooks)
         if fuses:
@@ -242,6 +268,7 @@ class Passes:
                 for lists, grads, old_params in self._parts(i, by_index.get(i)):
                     fused_step(self.base, group, lists, grads, old_params=old_params, max_norm=max_norm, **amp)
             self._perturbed = {}
+            self._versions = []
             self.base._opt_called = True  # type: ignore[attr-defined]  # or a scheduler on the base would warn
         else:
             if is_recording(self.found_inf.device):
@@ -256,21 +283,59 @@ class Passes:
         torch.clear_autocast_cache()
         return not fuses and grad_scale is not None
 
-    def restore(self) -> None:
-        """Back to the weights of before the ascent, bit for bit; nothing to do when there was none."""
+    def restore(self, kept: Collection[Tensor] = ()) -> None:
+        """Back to the weights of before the ascent, bit for bit, but for those in ``kept``; nothing to do when there was none."""
         for lists in self._perturbed.values():
-            if self._unsure is None or lists is not self._unsure.lists:
-                functional.restore_(lists.params, lists.old_params)
-            else:
+            rows: Sequence[int] = range(len(lists.params))
+            if self._unsure is not None and lists is self._unsure.lists:
                 rows = self._unsure.saved_rows()
+            if kept:
+                rows = [i for i in rows if lists.params[i] not in kept]
+            if len(rows) == len(lists.params) and lists.is_current(lists.params):
+                functional.restore_(lists.params, lists.old_params)
+            else:  # plain lists: a parameter may lie elsewhere by now
                 functional.restore_([lists.params[i] for i in rows], [lists.old_params[i] for i in rows])
         self._perturbed = {}
+        self._versions = []
         self._unsure = None
         self.is_perturbed = self.has_ascended = False
         torch.clear_autocast_cache()
 
+    def watch_weights(self) -> None:
+        """Notes which weights the ascent has left, for :meth:`check_unwritten`. Of many tensors a sample: a version costs 40 ns to read."""
+        params = [param for lists in self._perturbed.values() for param in lists.params]
+        stride = -(-len(params) // _WATCHED)
+        self._versions = [(param, param._version) for param in params[:: max(1, stride)]]
+        self._watches_all = stride <= 1
+
+    def _written(self) -> list[Tensor]:
+        return [param for param, version in self._versions if param._version != version]
+
+    def check_unwritten(self) -> None:
+        """Raises RuntimeError where somebody else has written weights since the ascent: the update would overwrite them."""
+        if written := self._written():
+            raise RuntimeError(
+                f"SAM: {len(written)} of {len(self._versions)} parameters looked at were written between first_step and second_step, which "
+                "starts from the weights of before; begin the step anew with first_step, which keeps what was written"
+            )
+
+    def abandon(self) -> bool:
+        """Gives an unfinished step up: restores the weights, but keeps those that somebody else has written since the ascent. Returns
+        whether there are none of these."""
+        written = self._written()
+        if written and not self._watches_all and len(written) < len(self._versions):
+            raise RuntimeError(
+                "SAM: after first_step some of the parameters were written by somebody else and some were not, and of so many it is not "
+                "known which; call second_step before loading weights into a part of the model"
+            )
+        everything = [param for lists in self._perturbed.values() for param in lists.params] if not self._watches_all else written
+        self.restore(set(everything) if written else ())
+        return not written
+
     def current(self, groups: list[dict[str, Any]]) -> list[Current]:
         found = []
+        if len(self._lists) > len(groups):  # of groups that are gone
+            self._lists = {i: lists for i, lists in self._lists.items() if i < len(groups)}
         for i, group in enumerate(groups):
             lists = self._lists.get(i)
             vouched = None if lists is None else lists.current_grads(group["params"])
@@ -279,8 +344,13 @@ class Passes:
                 continue
             params, grads = with_grads(group["params"])
             if not params:
+                if lists is not None and not group["params"]:
+                    del self._lists[i]  # or its parameters would stay in memory
                 continue
             if lists is None or not lists.is_current(params):
+                self._check(groups)
+                self._joint = None
+                self._trainable.pop(i, None)
                 lists = self._lists[i] = GroupLists(params, self.backups)
             described = lists.grads(grads)
             if described is grads:  # not vouched for: perhaps one of them is no dense tensor
@@ -300,12 +370,15 @@ class Passes:
         if len(norms) == 1:
             return norms[0]
         if not norms:
-            return torch.zeros(())
+            return torch.zeros((), dtype=torch.float32, device=self.found_inf.device)
         return functional.combine_norms(norms)
 
     def joined(self, currents: list[Current], *, normalised: bool) -> list[tuple[GroupLists, list[Tensor], bool, float]]:
         """Lists, gradients, adaptive and eta of the norms to take: one norm of all groups where they agree and one call can take them."""
-        kinds = [(bool(c.group["adaptive"]), float(c.group["eta"])) if normalised else (False, 0.0) for c in currents]
+        kinds = [(False, 0.0)] * len(currents)
+        if normalised:
+            assert self.plan is not None
+            kinds = [(self.plan.groups[each.index].adaptive, self.plan.groups[each.index].eta) for each in currents]
         if len(currents) > 1 and len(set(kinds)) == 1:
             members = [current.lists for current in currents]
             if self._joint is None or not same_tensors(self._joint[0], members):
@@ -322,7 +395,7 @@ class Passes:
         if perturbed is None:
             return [] if current is None else [(current.lists, current.grads, None)]
         if current is not None and (current.lists is perturbed or same_tensors(current.lists.params, perturbed.params)):
-            return [(perturbed, current.grads, perturbed.old_params)]
+            return [(current.lists, current.grads, current.lists.old_params)]  # not the others: parameters may have moved
         params, grads = ([], []) if current is None else (current.lists.params, current.grads)
         with_gradient, were_perturbed = set(params), set(perturbed.params)
         gone = [param for param in perturbed.params if param not in with_gradient]

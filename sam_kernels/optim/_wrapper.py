@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sam_kernels._validate import check_flag, check_number
+from sam_kernels._validate import check_flag, check_number, plain_number
 from sam_kernels.optim import _capturable, _checkpoint
 from sam_kernels.optim._descent import can_fuse
-from sam_kernels.optim._group import check_params
+from sam_kernels.optim._group import same_tensors
+from sam_kernels.optim._identity import IdentityCheck
 from sam_kernels.optim._memory import ParamMemory
+from sam_kernels.optim._options import check_group_names, check_keywords
 from sam_kernels.optim._passes import Passes
 from sam_kernels.optim.descents import Descent
 from sam_kernels.optim.directions import Direction
@@ -25,11 +27,15 @@ __all__ = ["Wrapper"]
 
 
 class Wrapper(Optimizer):
-    """``param_groups`` and ``state`` are the base's own objects: what reads or changes the one finds the other."""
+    """``param_groups`` and ``state`` are the base's own: what is read, written, loaded or added on either optimizer is so on the other.
+
+    SAM's options lie in the groups under the keys of ``_keys``: their own names, or ``sam_<name>`` where the base has an option so named.
+    """
 
     _group_keys: tuple[str, ...] = ("rho", "lambd", "adaptive", "eta")  # of a parameter group, beside the base's own and the step t
+    _shared_keywords: tuple[str, ...] = ("rho", "capturable")  # of the constructor: never the base's, or of one meaning for both
     _more_defaults: Mapping[str, Any] = MappingProxyType({})  # a subclass's own values of parameter groups
-    _kept: tuple[str, ...] = ("base_optimizer", "direction", "descent", "capturable", "_memory", "_has_stepped")  # in copies and pickles
+    _kept: tuple[str, ...] = ("base_optimizer", "direction", "descent", "capturable", "_memory", "_has_stepped", "_keys")  # in copies
 
     base_optimizer: Optimizer
     direction: Direction
@@ -37,63 +43,168 @@ class Wrapper(Optimizer):
     capturable: bool
     _memory: ParamMemory
     _has_stepped: bool  # since it was made or copied
+    _keys: dict[str, str]
+    _groups: list[dict[str, Any]]  # adopted, in a list of SAM's own
+    _group_list: list[dict[str, Any]] | None  # the base's list when they were
+    _identity: IdentityCheck
+    _passes: Passes
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Wrapper:
+        if kwargs:  # as they were given, whatever a subclass makes of them
+            base = kwargs.get("base_optimizer", args[1] if len(args) > 1 else None)
+            check_keywords(cls, base, kwargs, cls._shared_keywords)
+        return super().__new__(cls)
+
+    # --- one optimizer from both sides ---
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base's, each with SAM's options."""
+        groups = self.base_optimizer.param_groups
+        if len(groups) != len(self._groups) or groups is not self._group_list:
+            self._adopt()
+        return groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        if "_groups" in self.__dict__:  # not while torch's constructor makes an empty list
+            self.base_optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The base's."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        if "_groups" in self.__dict__:
+            self.base_optimizer.state = state
+
+    def __getattr__(self, name: str) -> Any:
+        # Bases that have two modes (ScheduleFree): trainers look for these names.
+        base = self.__dict__.get("base_optimizer")
+        if name in ("train", "eval") and base is not None and hasattr(base, name):
+            return getattr(base, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The base optimizer's."""
+        self.base_optimizer.zero_grad(set_to_none=set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As ``torch.optim.Optimizer.add_param_group``; the base optimizer gets the group too."""
         groups = self.base_optimizer.param_groups
-        is_new = not any(param_group is group for group in groups)
-        if is_new:
-            self.base_optimizer.add_param_group(param_group)
+        if any(param_group is group for group in groups):
+            return  # torch's constructor: they have been adopted
+        count = len(groups)
+        if isinstance(param_group, dict):
+            check_group_names(param_group, param_group, count, self._keys, self.base_optimizer)
+        self.base_optimizer.add_param_group(param_group)
         try:
-            for key in self._group_keys:
-                param_group.setdefault(key, self.defaults[key])
-            param_group.setdefault("sam_step", max(int(group.get("sam_step", 0)) for group in groups))
-            self._check_group_values(param_group)
-            check_params(param_group, next(i for i, group in enumerate(groups) if group is param_group))
+            self._adopt()
             self.direction.check_base(self.base_optimizer)
             self.descent.check_base(self.base_optimizer)
         except (TypeError, ValueError):
-            if is_new:
-                groups.pop()
+            del self.base_optimizer.param_groups[count:]
+            self._adopt()
             raise
-        if self.capturable:
-            _capturable.to_tensors(param_group)
+
+    def _adopt(self) -> None:
+        """Gives groups that have come since the last time SAM's options: those of the group in whose place they are, or the defaults.
+
+        Raises TypeError or ValueError for a group that SAM cannot take.
+        """
+        groups = self.base_optimizer.param_groups
+        before = self._groups
+        if not same_tensors(before, groups):
+            t = self._keys["sam_step"]
+            count = max((int(group[t]) for group in before if t in group), default=0)
+            for i, group in enumerate(groups):
+                if any(group is each for each in before):
+                    continue
+                follows = before[i] if len(before) == len(groups) else self.defaults
+                for name in self._group_keys:
+                    key = self._keys[name]
+                    group.setdefault(key, follows.get(key, self.defaults[key]))
+                group.setdefault(t, count)
+                self._check_group_values(group)
+                if self.capturable:
+                    _capturable.to_tensors(group, self._keys)
+            self._identity(groups)
+        self._groups, self._group_list = list(groups), groups
+
+    # --- checkpoints ---
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state and the groups, with ρ, λ and the step t. Callables are not saved: give them to the constructor."""
-        saved = self._memory.saved(super().state_dict(), self._all_params(), blanks=self._has_stepped)
-        return _checkpoint.with_names(_checkpoint.without_callables(saved), self.direction.name, self.descent.name)
+        """The base optimizer's state and the groups, with ρ, λ and the step t. Callables are not saved: give them to the constructor.
+
+        Made by the base's own ``state_dict``. Where that has a format of its own, it is found whole under ``"base_optimizer"``.
+        """
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        groups = self.param_groups
+        state_dict: dict[str, Any] = _checkpoint.with_base(self.base_optimizer.state_dict(), groups, self._keys)
+        state_dict = self._memory.saved(state_dict, self._all_params(), blanks=self._has_stepped)
+        state_dict = _checkpoint.with_names(_checkpoint.with_plain_values(state_dict), self.direction.name, self.descent.name)
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what :meth:`state_dict` gave, or the base optimizer's own checkpoint. float32 state of 16-bit parameters stays float32.
+        """Loads what :meth:`state_dict` gave, or the base optimizer's own checkpoint, by the base's own ``load_state_dict``. float32 state
+        of 16-bit parameters stays float32.
 
         Raises ValueError for the checkpoint of another direction or descent rule.
         """
         self._require_unperturbed("load_state_dict")
-        state_dict = _checkpoint.without_names(state_dict, self.direction.name, self.descent.name)
-        state_dict, memory = self._memory.taken_out(state_dict, self._all_params())
-        super().load_state_dict(_checkpoint.with_group_values(state_dict, self.param_groups, (*self._group_keys, "sam_step")))
-        if can_fuse(self.base_optimizer, self._passes.own_hooks):
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        base_dict = state_dict.get("base_optimizer")
+        if "param_groups" in state_dict:
+            state_dict = _checkpoint.without_names(state_dict, self.direction.name, self.descent.name, self._keys["sam_step"])
+            state_dict, memory = self._memory.taken_out(state_dict, self._all_params())
+            state_dict = _checkpoint.with_group_values(state_dict, self.param_groups, self._keys)
+        else:  # a base that has a format of its own, from a run without SAM
+            memory, base_dict = None, state_dict
+        self.base_optimizer.load_state_dict(state_dict if base_dict is None else base_dict)
+        if base_dict is not None and memory is not None:
+            _checkpoint.put_group_values(state_dict, self.base_optimizer.param_groups, self._keys)
+        self._adopt()
+        if base_dict is None and can_fuse(self.base_optimizer, self._passes.own_hooks):
             _checkpoint.keep_wide_state(self.state, self.param_groups, state_dict)
-        self._memory.replace(memory)
+        if memory is not None:
+            self._memory.replace(memory)
         for group in self.param_groups:
-            (_capturable.to_tensors if self.capturable else _capturable.to_numbers)(group)
+            (_capturable.to_tensors if self.capturable else _capturable.to_numbers)(group, self._keys)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    # --- copies ---
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_unperturbed("copying or pickling the optimizer")
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in self._kept}}
+        return {"defaults": self.defaults, **{name: self.__dict__[name] for name in self._kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        shared = {name: state.pop(name) for name in ("state", "param_groups") if name in state}
+        if "eps" in state:  # as it was called
+            state["norm_eps"] = state.pop("eps")
         super().__setstate__(state)
         if "base_optimizer" in state:  # unpickled or copied
+            self.__dict__.setdefault("_keys", {name: name for name in (*self._group_keys, "sam_step")})
             self._link()
-        else:  # load_state_dict made new groups and a new state: the base shares those
-            self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
+        else:
+            for name, value in shared.items():
+                setattr(self, name, value)
 
     def _link(self) -> None:
-        """Shares the base's groups and state, and listens to its ``step`` so that it is never made from perturbed weights."""
-        self.param_groups = self.base_optimizer.param_groups
-        self.state = self.base_optimizer.state
+        """Adopts the base's groups, and listens to its ``step`` so that it is never made from perturbed weights."""
+        self._groups, self._group_list = [], None
+        self._identity = IdentityCheck()
         reference = weakref.ref(self)
 
         def restore_first(*_: Any) -> None:
@@ -108,26 +219,28 @@ class Wrapper(Optimizer):
                 )
             optimizer._restore()
 
-        self._passes = Passes(self.base_optimizer, {self.base_optimizer.register_step_pre_hook(restore_first).id}, self._memory)
+        own_hooks = {self.base_optimizer.register_step_pre_hook(restore_first).id}
+        self._passes = Passes(self.base_optimizer, own_hooks, self._memory, self._identity)
+        self._adopt()
 
-    @torch.no_grad()
     def _restore(self) -> None:
         """Back to the weights of before the ascent, where there was one."""
-        self._passes.restore()
+        raise NotImplementedError
 
     def _require_unperturbed(self, what: str) -> None:
         if self._passes.is_perturbed:
             raise RuntimeError(f"SAM: {what} between first_step and second_step, while the weights are perturbed")
 
     def _check_group_values(self, values: dict[str, Any]) -> None:
+        """Raises TypeError or ValueError. NumPy's numbers become Python's."""
         first_step = FIRST_STEP if self.capturable else 1
         for name in ("rho", "lambd", "beta"):
-            if name in values:
-                check_schedule(name, values[name], first_step)
-        if "adaptive" in values:
-            check_flag("SAM", "adaptive", values["adaptive"])
-        if "eta" in values:
-            check_number("SAM", "eta", values["eta"], low=0.0)
+            key = self._keys.get(name)
+            if key in values:
+                values[key] = plain_number(values[key])
+                check_schedule(name, values[key], first_step)
+        check_flag("SAM", "adaptive", values[self._keys["adaptive"]])
+        values[self._keys["eta"]] = check_number("SAM", "eta", values[self._keys["eta"]], low=0.0)
 
     def _all_params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]

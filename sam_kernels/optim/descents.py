@@ -94,6 +94,7 @@ class Descent:
     needs_loss: ClassVar[bool] = False
     is_capturable: ClassVar[bool] = True
     can_clip: ClassVar[bool] = True
+    makes_gradient: ClassVar[bool] = True  # all it does is done to the gradients of one batch
 
     def check_base(self, base: Optimizer) -> None:
         """Raises ValueError for a base optimizer, or options of it, for which the rule is not defined."""
@@ -163,6 +164,10 @@ class WeightedSharpness(Descent):
     def can_clip(self) -> bool:  # type: ignore[override]  # depends on the option
         return not self.decoupled
 
+    @property
+    def makes_gradient(self) -> bool:  # type: ignore[override]  # depends on the option
+        return not self.decoupled
+
     def rewrite(self, step: DescentStep) -> Outcome:
         if not step.has_ascended or not step.currents:
             return NOTHING
@@ -208,6 +213,7 @@ class Look(Descent):
     keeps_grads = True
     needs_closure = True
     is_capturable = False
+    makes_gradient = False
 
     def __post_init__(self) -> None:
         check_count("LookSAM", "k", self.k, low=1)
@@ -255,6 +261,7 @@ class Polyak(Descent):
     name = "polyak"
     needs_loss = True
     can_clip = False
+    makes_gradient = False
 
     def __post_init__(self) -> None:
         check_number("SAMSPS", "f_star", self.f_star)

@@ -16,15 +16,19 @@ from torch.optim import Optimizer
 from sam_kernels import functional
 from sam_kernels._tensor_list import TensorList
 from sam_kernels._validate import check_number, check_seed
+from sam_kernels.optim._ascent_step import AscentStep
 from sam_kernels.optim._group import Current
-from sam_kernels.optim._passes import Passes
 from sam_kernels.optim._seeds import derived_seed
 
 __all__ = ["Centralized", "Direction", "Extragradient", "Friendly", "Gradient", "Momentum", "Randomized", "VarianceSuppressed"]
 
 
 class Direction:
-    """The gradient, d = g, unless a subclass says otherwise. Memory: none."""
+    """The gradient, d = g, unless a subclass says otherwise. Memory: none.
+
+    A subclass overrides :meth:`norm`, and :meth:`perturb_options` or :meth:`currents` where d is not the gradient. All it may use is the
+    :class:`~sam_kernels.optim._ascent_step.AscentStep` that it is given; beginning and skipping steps is the optimizer's.
+    """
 
     name: ClassVar[str] = "gradient"
     keeps: ClassVar[tuple[str, ...]] = ()  # what is kept for each parameter between steps
@@ -34,26 +38,27 @@ class Direction:
     rewrites_descent: ClassVar[bool] = False  # descent_norm writes the gradients
     is_capturable: ClassVar[bool] = True
     is_scaled: ClassVar[bool] = True  # d and its norm are multiplied by grad_scale, as the gradients are
+    knows_maximize: ClassVar[bool] = False  # d is already that of the function to be minimised; otherwise it is negated for ``maximize``
 
     def check_base(self, base: Optimizer) -> None:
         """Raises ValueError for a base optimizer that the direction cannot be made from."""
 
-    def begin(self, passes: Passes, groups: list[dict[str, Any]], micro_batch: int) -> None:
+    def begin(self, step: AscentStep) -> None:
         """Called before the first forward pass of a micro-batch."""
 
-    def currents(self, passes: Passes, groups: list[dict[str, Any]]) -> list[Current]:
-        """What d is made from, by group."""
-        return passes.current(groups)
+    def currents(self, step: AscentStep) -> list[Current]:
+        """What d is made from, by group: ``index``, ``group``, ``lists.params`` and ``grads``."""
+        return step.grads()
 
-    def norm(self, passes: Passes, currents: list[Current], grad_scale: Tensor | None) -> Tensor:  # ()
-        """‖d‖, or ‖T d‖, over the groups that take part; ``found_inf`` is told."""
-        return passes.norm(currents, normalised=True)
+    def norm(self, step: AscentStep, currents: list[Current], grad_scale: Tensor | None) -> Tensor:  # ()
+        """‖d‖, or ‖T d‖, over the groups that participate. A norm that is not finite skips the step, as does setting ``step.found_inf``."""
+        return step.norm(currents)
 
-    def perturb_options(self, passes: Passes, current: Current) -> dict[str, Any]:
+    def perturb_options(self, step: AscentStep, current: Current) -> dict[str, Any]:
         """What :func:`sam_kernels.functional.perturb_` is given beside the usual: how to find d again."""
         return {}
 
-    def descent_norm(self, passes: Passes, groups: list[dict[str, Any]]) -> Tensor | None:  # ()
+    def descent_norm(self, step: AscentStep) -> Tensor | None:  # ()
         """Does to the descent gradients what the method asks for. Returns their norm where that is known then."""
         return None
 
@@ -78,25 +83,24 @@ class _MovingAverage(Direction):
     def _options(self) -> dict[str, Any]:
         raise NotImplementedError
 
-    def norm(self, passes: Passes, currents: list[Current], grad_scale: Tensor | None) -> Tensor:
-        passes.forget_last_step()
+    def norm(self, step: AscentStep, currents: list[Current], grad_scale: Tensor | None) -> Tensor:
         norms = []
-        for lists, grads, adaptive, eta in passes.joined(currents, normalised=True):
-            averages = passes.memory.of(self.keeps[0], lists)
+        for lists, grads, adaptive, eta in step.joined(currents):
+            averages = step.kept(self.keeps[0], lists)
             is_whole = isinstance(averages, TensorList)  # which none of them is missing from
             new = [] if is_whole else [param for param, average in zip(lists.params, averages, strict=True) if average is None]
             params = lists.params if adaptive else None
-            how: dict[str, Any] = {"adaptive": adaptive, "eta": eta, "grad_scale": grad_scale, "found_inf": passes.found_inf}
+            how: dict[str, Any] = {"adaptive": adaptive, "eta": eta, "grad_scale": grad_scale, "found_inf": step.found_inf}
             norms.append(functional.direction_norm_(grads, averages, params, **self._options(), **how))
             if new:
-                passes.begun.update(new)
-                passes.memory.put(self.keeps[0], lists, cast("list[Tensor]", averages))
-        return functional.combine_norms(norms) if norms else torch.zeros(())
+                step.begun.update(new)
+                step.keep(self.keeps[0], lists, cast("list[Tensor]", averages))
+        return step.combined(norms)
 
-    def perturb_options(self, passes: Passes, current: Current) -> dict[str, Any]:
-        averages = passes.memory.of(self.keeps[0], current.lists)
-        if passes.begun:  # those have d = g
-            averages = [None if param in passes.begun else m for param, m in zip(current.lists.params, averages, strict=True)]
+    def perturb_options(self, step: AscentStep, current: Current) -> dict[str, Any]:
+        averages = step.kept(self.keeps[0], current.lists)
+        if step.begun:  # those have d = g
+            averages = [None if param in step.begun else m for param, m in zip(current.lists.params, averages, strict=True)]
         options = self._options()
         options.pop("theta", None)
         return {"ema": averages, **options}
@@ -148,20 +152,19 @@ class Centralized(Direction):
     name = "centralized"
     rewrites_descent = True
 
-    def norm(self, passes: Passes, currents: list[Current], grad_scale: Tensor | None) -> Tensor:
-        passes.forget_last_step()
-        return self._centralize(passes, currents, normalised=True)
+    def norm(self, step: AscentStep, currents: list[Current], grad_scale: Tensor | None) -> Tensor:
+        return self._centralize(step, currents, normalised=True)
 
-    def descent_norm(self, passes: Passes, groups: list[dict[str, Any]]) -> Tensor | None:
-        currents = passes.current(groups)
-        return self._centralize(passes, currents, normalised=False) if currents else None
+    def descent_norm(self, step: AscentStep) -> Tensor | None:
+        currents = step.grads()
+        return self._centralize(step, currents, normalised=False) if currents else None
 
-    def _centralize(self, passes: Passes, currents: list[Current], *, normalised: bool) -> Tensor:  # ()
+    def _centralize(self, step: AscentStep, currents: list[Current], *, normalised: bool) -> Tensor:  # ()
         norms = []
-        for lists, grads, adaptive, eta in passes.joined(currents, normalised=normalised):
+        for lists, grads, adaptive, eta in step.joined(currents, normalised=normalised):
             params = lists.params if adaptive else None
-            norms.append(functional.centralize_(grads, params, adaptive=adaptive, eta=eta, found_inf=passes.found_inf))
-        return functional.combine_norms(norms) if norms else torch.zeros(())
+            norms.append(functional.centralize_(grads, params, adaptive=adaptive, eta=eta, found_inf=step.found_inf))
+        return step.combined(norms)
 
 
 @dataclass(frozen=True)
@@ -180,33 +183,33 @@ class Randomized(Direction):
     begins_elsewhere = True
     is_capturable = False
     is_scaled = False
+    knows_maximize = True
 
     def __post_init__(self) -> None:
         check_number("RSAM", "sigma", self.sigma, low=0.0)
         check_number("RSAM", "c", self.c)
         check_seed("RSAM", "seed", self.seed)
 
-    def begin(self, passes: Passes, groups: list[dict[str, Any]], micro_batch: int) -> None:
-        trainable = passes.trainable(groups)
-        seeds = [derived_seed(self.seed, int(group["sam_step"]), micro_batch, i) for i, group in enumerate(groups)]
-        passes.perturb_randomly(trainable, seeds, scale=self.sigma, distribution="normal")
+    def begin(self, step: AscentStep) -> None:
+        seeds = [derived_seed(self.seed, int(group.t), step.micro_batch, i) for i, group in enumerate(step.groups)]
+        step.perturb_randomly(step.trainable(), seeds, scale=self.sigma, distribution="normal")
 
-    def norm(self, passes: Passes, currents: list[Current], grad_scale: Tensor | None) -> Tensor:
-        passes.forget_last_step()
-        weight = self.c if grad_scale is None else self.c / grad_scale.to(torch.float64)  # float32 would round c
+    def norm(self, step: AscentStep, currents: list[Current], grad_scale: Tensor | None) -> Tensor:
         norms = []
         for current in currents:
-            lists, grads, group = current.lists, current.grads, current.group
-            moves: dict[str, Any] = {"left_weight": weight, "right_weight": 1.0, "origin_weight": -1.0, "found_inf": passes.found_inf}
-            origins = passes.origins(current) or lists.params  # frozen ones that still have a gradient were not moved
+            lists, grads, group = current.lists, current.grads, step.options(current)
+            c = -self.c if group.maximize else self.c  # of the function to be minimised
+            weight = c if grad_scale is None else c / grad_scale.to(torch.float64)  # float32 would round c
+            moves: dict[str, Any] = {"left_weight": weight, "right_weight": 1.0, "origin_weight": -1.0, "found_inf": step.found_inf}
+            origins = step.origins(current) or lists.params  # frozen ones that still have a gradient were not moved
             norm = functional.combine_(grads, grads, lists.params, origins, **moves)
-            if group["adaptive"]:
-                norm = functional.grad_norm(grads, origins, adaptive=True, eta=group["eta"])
+            if group.adaptive:
+                norm = functional.grad_norm(grads, origins, adaptive=True, eta=group.eta)
             norms.append(norm)
-        passes.restore_others(currents)
-        return functional.combine_norms(norms) if norms else torch.zeros(())
+        step.restore_others(currents)
+        return step.combined(norms)
 
-    def perturb_options(self, passes: Passes, current: Current) -> dict[str, Any]:
+    def perturb_options(self, step: AscentStep, current: Current) -> dict[str, Any]:
         return {"grad_scale": None}  # d is that of the loss itself
 
 
@@ -222,6 +225,7 @@ class Momentum(Direction):
     sign = -1.0
     needs_no_gradient = True
     is_scaled = False
+    knows_maximize = True  # the base's momentum is made of gradients that it has negated
 
     def check_base(self, base: Optimizer) -> None:
         if type(base) in (torch.optim.Adam, torch.optim.AdamW):
@@ -232,15 +236,16 @@ class Momentum(Direction):
             if not group["momentum"]:
                 raise ValueError(f"MomentumSAM: param_groups[{i}] has momentum=0; the perturbation goes along the momentum")
 
-    def currents(self, passes: Passes, groups: list[dict[str, Any]]) -> list[Current]:
-        key = "momentum_buffer" if type(passes.base) is torch.optim.SGD else "exp_avg"
+    def currents(self, step: AscentStep) -> list[Current]:
+        key = "momentum_buffer" if type(step.base) is torch.optim.SGD else "exp_avg"
         found = []
-        for i, group in enumerate(groups):
-            params = [param for param in group["params"] if passes.base.state.get(param, {}).get(key) is not None]
+        for i, group in enumerate(step.groups):
+            state = step.base.state
+            params = [param for param in group.group["params"] if param.requires_grad and state.get(param, {}).get(key) is not None]
             if params:
-                lists = passes.lists_of(i, params)
-                found.append(Current(i, group, lists, lists.state(key, [passes.base.state[param][key] for param in params])))
+                lists = step.lists_of(i, params)
+                found.append(Current(i, group.group, lists, lists.state(key, [state[param][key] for param in params])))
         return found
 
-    def perturb_options(self, passes: Passes, current: Current) -> dict[str, Any]:
+    def perturb_options(self, step: AscentStep, current: Current) -> dict[str, Any]:
         return {"grad_scale": None}

@@ -15,16 +15,17 @@ from torch.optim import Optimizer
 from sam_kernels import functional
 from sam_kernels._validate import describe
 from sam_kernels.optim import _amp, _capturable
-from sam_kernels.optim._closures import Closure, passes_of
+from sam_kernels.optim._closures import Closure, TwoPasses, passes_of
 from sam_kernels.optim._directional import DirectionalNorms
 from sam_kernels.optim._family import check_weighted
 from sam_kernels.optim._group import param_name
 from sam_kernels.optim._held_still import RandomState
+from sam_kernels.optim._plan import StepPlan
 from sam_kernels.optim._reweighting import Reweighting, check_modules, chosen_modules
 from sam_kernels.optim._seeds import derived_seed
 from sam_kernels.optim.sam import SAM
 from sam_kernels.per_sample import GradNorms
-from sam_kernels.schedules._at_step import Schedule, Step, beta_at, takes_part
+from sam_kernels.schedules._at_step import Schedule
 
 __all__ = ["RWSAM"]
 
@@ -83,6 +84,7 @@ class RWSAM(SAM):
     """
 
     _group_keys = (*SAM._group_keys, "beta")
+    _shared_keywords = (*SAM._shared_keywords, "beta", "params")
     _kept = (*SAM._kept, "model", "reweighting")
 
     def __init__(
@@ -142,7 +144,7 @@ class RWSAM(SAM):
         self._directional = DirectionalNorms(self.model, how) if how.is_directional else None
         self._norms: list[Tensor] = []  # (B / m,) for each closure of the last step
         self._weights: list[Tensor] = []
-        self._recorded: float | Tensor | None = None  # β of the forward pass under recording()
+        self._recorded: StepPlan | None = None  # of the forward pass under recording()
 
     # --- the step ---
 
@@ -173,8 +175,24 @@ class RWSAM(SAM):
         if pairs is None:
             return self._finish(scaler)
         self._norms, self._weights = [], []
-        passes = [(partial(self._ascent, each, i, scaler), partial(self._descent, each, scaler)) for i, (each, _) in enumerate(pairs)]
-        return self._make_step(passes, scaler)
+        return self._make_step([self._pair(each, i, scaler) for i, (each, _) in enumerate(pairs)], scaler)
+
+    @torch.no_grad()
+    def backward(self, closure: Callable[[], Tensor], *, grad_scaler: GradScaler | None = None) -> Tensor:  # type: ignore[override]
+        """As :meth:`SAM.backward`, with a closure as for :meth:`step`: it returns the samples' losses (B,) and calls no ``backward``.
+
+        Adds ∇ mean_i f_i at the perturbed point to ``.grad``; the ascent is reweighted. Returns the mean of the losses of the first pass.
+        """
+        scaler = _amp.check_scaler(grad_scaler)
+        if not callable(closure):
+            raise TypeError(f"RWSAM.backward: closure must be a callable, got {describe(closure)}")
+        if self._gradients_made == 0:
+            self._norms, self._weights = [], []
+        loss: Tensor = self._add_gradient(*self._pair(closure, self._gradients_made, scaler, zeroes=False), scaler)
+        return loss
+
+    def _pair(self, closure: Callable[[], Tensor], index: int, scaler: GradScaler | None, *, zeroes: bool = True) -> TwoPasses:
+        return partial(self._ascent, closure, index, scaler, zeroes), partial(self._descent, closure, scaler, zeroes)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -192,9 +210,8 @@ class RWSAM(SAM):
         self._require_unperturbed("recording")
         if self._engine is None:
             raise RuntimeError(f"RWSAM.recording: norms={self.reweighting.norms!r} calls a closure several times; use step(closure)")
-        t: Step = self.param_groups[0]["sam_step"] + 1
-        self._recorded = self._beta(t)
-        with self._without_averaging(), nullcontext() if self._is_plain(self._recorded, t) else self._engine_at(t):
+        self._recorded = plan = self._plan_ahead()
+        with self._without_averaging(), nullcontext() if self._is_plain(plan) else self._engine_for(plan):
             yield
 
     @torch.no_grad()
@@ -204,68 +221,67 @@ class RWSAM(SAM):
         ``grad_scaler`` scales them; :meth:`first_step` then needs it too (for λ < 1).
         """
         self._require_unperturbed("weighted_backward")
-        beta, self._recorded = self._recorded, None
-        if beta is None:
+        plan, self._recorded = self._recorded, None
+        if plan is None:
             raise RuntimeError("RWSAM.weighted_backward: run the forward pass under recording() first, once for each call")
         self._norms, self._weights = [], []
         self.zero_grad()
-        t: Step = self.param_groups[0]["sam_step"] + 1
         with torch.enable_grad(), self._without_averaging():
-            self._backward(self._differentiable(losses), beta, t, 0, _amp.check_scaler(grad_scaler))
+            self._backward(self._differentiable(losses), plan, 0, _amp.check_scaler(grad_scaler))
 
-    def _ascent(self, closure: Closure, index: int, scaler: GradScaler | None) -> Tensor:
+    def _ascent(self, closure: Closure, index: int, scaler: GradScaler | None, zeroes: bool) -> Tensor:
         """Leaves v (scaled) in ``.grad``. Returns the mean loss."""
-        self.zero_grad()
-        t: Step = self.param_groups[0]["sam_step"]
-        beta, norms = self._beta(t), None
-        plain = self._is_plain(beta, t)
+        if zeroes:
+            self.zero_grad()
+        plan = self._passes.plan if self._passes.plan is not None else self._plan_ahead()
+        norms, plain = None, self._is_plain(plan)
         with self._without_averaging():
             if plain or self._directional is None:
-                with nullcontext() if plain else self._engine_at(t):
+                with nullcontext() if plain else self._engine_for(plan):
                     losses = self._differentiable(closure())
             else:
                 self._guard.save()  # what an exception puts back
-                seed = derived_seed(self.reweighting.seed, int(t), index, 1)
+                seed = derived_seed(self.reweighting.seed, int(plan.groups[0].t), index, 1)
                 state = RandomState(self._devices())
-                slopes = self._directional.slopes(lambda: self._checked(closure()), self.param_groups, self._passes, state, seed)
+                slopes = self._directional.slopes(lambda: self._checked(closure()), plan, self._passes, state, seed)
                 losses = self._differentiable(closure())
                 norms = self._directional.norms(slopes, losses)
-            self._backward(losses, beta, t, index, scaler, norms)
+            self._backward(losses, plan, index, scaler, norms)
         return losses.detach().mean()
 
-    def _descent(self, closure: Closure, scaler: GradScaler | None) -> Tensor:
-        self.zero_grad()
+    def _descent(self, closure: Closure, scaler: GradScaler | None, zeroes: bool) -> Tensor:
+        if zeroes:
+            self.zero_grad()
         loss = self._differentiable(closure()).mean()
         _scaled(loss, scaler).backward()  # type: ignore[no-untyped-call]  # torch's own is untyped
         return loss.detach()
 
-    def _backward(
-        self, losses: Tensor, beta: float | Tensor, t: Step, index: int, scaler: GradScaler | None, norms: Tensor | None = None
-    ) -> None:
+    def _backward(self, losses: Tensor, plan: StepPlan, index: int, scaler: GradScaler | None, norms: Tensor | None = None) -> None:
         """v (scaled) into ``.grad``. Norms (B / m,) that are not known are those of the engine that was around the forward pass."""
         m = self.reweighting.micro_batch
-        if self._is_plain(beta, t):
+        if self._is_plain(plan):
             _scaled(losses.mean(), scaler).backward()  # type: ignore[no-untyped-call]  # as above
             dtype = torch.promote_types(losses.dtype, torch.float32)
             self._weights.append(losses.new_full((len(losses) // m,), m / len(losses), dtype=dtype))
         elif norms is not None:
-            each = (self._weigh(norms, beta, t, index) / m).repeat_interleave(m)
+            each = (self._weigh(norms, plan, index) / m).repeat_interleave(m)
             torch.autograd.backward(_scaled(losses, scaler), each.to(losses.dtype))
         else:
             assert self._engine is not None
             norms, scale = self._engine(_scaled(losses, scaler)), _amp.scale_of(scaler)
-            self._engine.weighted_grads_(self._weigh(norms if scale is None else norms / scale, beta, t, index))
+            self._engine.weighted_grads_(self._weigh(norms if scale is None else norms / scale, plan, index))
 
     @torch.no_grad()
-    def _weigh(self, norms: Tensor, beta: float | Tensor, t: Step, index: int) -> Tensor:  # (B / m,)
+    def _weigh(self, norms: Tensor, plan: StepPlan, index: int) -> Tensor:  # (B / m,)
         """The weight of each in v."""
+        beta = plan.beta
         weights = functional.sharpness_weights(norms, beta=beta)
         self._norms.append(norms)
         self._weights.append(weights)
         how = self.reweighting
         if how.sampling == "weights":
             return weights
-        seed = derived_seed(how.seed, int(t), index, 0)
+        seed = derived_seed(how.seed, int(plan.groups[0].t), index, 0)
         drawn, _ = functional.sharpness_sample(norms, how.draws, beta=beta, replacement=how.replacement, seed=seed)
         # A norm that is not finite makes weights NaN: then the step must be skipped, whatever was drawn.
         counts = torch.zeros_like(norms).index_add_(0, drawn, torch.ones_like(norms[:1]).expand(how.draws))
@@ -305,31 +321,37 @@ class RWSAM(SAM):
 
     # --- parts ---
 
-    def _beta(self, t: Step) -> float | Tensor:
-        """β_t. What is equal in all groups becomes one object, so that tensors are compared, which waits for the device, once."""
-        first = self.param_groups[0]["beta"]
+    def _new_plan(self, *, ahead: bool) -> StepPlan:
+        self._unify_beta()
+        return super()._new_plan(ahead=ahead)
+
+    def _unify_beta(self) -> None:
+        """One β for all groups. What is equal in all of them becomes one object, so that tensors are compared, which waits for the device,
+        once."""
+        key = self._keys["beta"]
+        first = self.param_groups[0][key]
         for group in self.param_groups[1:]:
-            other = group["beta"]
+            other = group[key]
             if other is first:
                 continue
             if isinstance(first, Tensor) and _capturable.is_recording(first.device):
                 raise _capturable.not_recordable("param_groups hold different tensors for beta, which only an eager step makes one")
             if callable(other) or callable(first) or float(other) != float(first):
                 raise ValueError("RWSAM: param_groups have different values of beta; the weights of a batch are those of all parameters")
-            group["beta"] = first
-        return beta_at(first, t)
+            group[key] = first
 
-    def _is_plain(self, beta: float | Tensor, t: Step) -> bool:
+    def _is_plain(self, plan: StepPlan) -> bool:
         """Whether no norm is needed, without looking at a device: all weights are the same, or nothing ascends."""
-        if self.reweighting.sampling == "weights" and not isinstance(beta, Tensor) and beta == 0:
+        if not plan.ascends:
             return True
-        return not any(takes_part(group["rho"], t) for group in self.param_groups)
+        beta = plan.beta
+        return self.reweighting.sampling == "weights" and not isinstance(beta, Tensor) and beta == 0
 
-    def _engine_at(self, t: Step) -> GradNorms:
-        """Its norms are over the parameters of groups with ρ > 0, and of the chosen modules."""
+    def _engine_for(self, plan: StepPlan) -> GradNorms:
+        """Its norms are over the parameters of groups that participate, and of the chosen modules."""
         assert self._engine is not None
         how = self.reweighting
-        counted = [param for group in self.param_groups if takes_part(group["rho"], t) for param in group["params"]]
+        counted = [param for group in plan.groups if group.participates for param in group.group["params"]]
         if how.norms != "exact":  # found anew each time: layers may have been replaced, or frozen
             chosen = {id(param) for module in how.modules or chosen_modules(self.model, how.norms) for param in module.parameters()}
             counted = [param for param in counted if id(param) in chosen]

@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from sam_kernels._validate import check_flag, check_number
-from sam_kernels.optim import _amp, _capturable
-from sam_kernels.optim._base import make_base
-from sam_kernels.optim._closures import Closure, TwoPasses, passes_of
-from sam_kernels.optim._family import check_family, check_passes
+from sam_kernels._validate import check_flag, check_number, describe
+from sam_kernels.optim import _amp
+from sam_kernels.optim._ascent_step import AscentStep
+from sam_kernels.optim._base import keys_given, make_base, materialised
+from sam_kernels.optim._closures import Closure, passes_of
+from sam_kernels.optim._engine import Engine
+from sam_kernels.optim._family import check_family
 from sam_kernels.optim._held_still import BufferGuard, RandomState
-from sam_kernels.optim._kept_grads import KeptGrads
 from sam_kernels.optim._memory import ParamMemory
-from sam_kernels.optim._micro_batches import GradientMean, mean_loss
-from sam_kernels.optim._wrapper import Wrapper
-from sam_kernels.optim.descents import NOTHING, Descent, DescentStep, Plain
+from sam_kernels.optim._options import check_group_names, group_keys
+from sam_kernels.optim.descents import Descent, Plain
 from sam_kernels.optim.directions import Direction, Gradient
-from sam_kernels.schedules._at_step import RhoSchedule, Schedule, takes_part
+from sam_kernels.schedules._at_step import RhoSchedule, Schedule
 
 __all__ = ["SAM"]
 
+Loss = TypeVar("Loss")
 
-class SAM(Wrapper):
+
+class SAM(Engine):
     r"""Sharpness-aware minimization (arXiv 2010.01412, also the source of ρ = 0.05) around any ``torch.optim`` optimizer.
 
     One step, with g = ∇f(w) over all parameters and t = 1, 2, … the step (Unified SAM, arXiv 2503.02225)::
 
-        e = rho_t (1 - lambd_t + lambd_t / (‖g‖ + eps)) g            ascent; adaptive: T² g and ‖T g‖ with T = |w| + eta (ASAM)
+        e = rho_t (1 - lambd_t + lambd_t / (‖g‖ + norm_eps)) g            ascent; adaptive: T² g and ‖T g‖ with T = |w| + eta (ASAM)
         w = base_optimizer(w, ∇f(w + e))                              descent, from w restored bit for bit
 
     Args:
@@ -46,7 +49,7 @@ class SAM(Wrapper):
         adaptive, eta: ASAM's normalisation T = |w| + eta.
         direction: what the ascent goes along, of :mod:`sam_kernels.optim.directions`; the gradient unless given.
         descent: what the base steps along, of :mod:`sam_kernels.optim.descents`; the gradient of the second pass unless given.
-        eps: added to the norm. (The base's own ``eps``, such as Adam's, is set through a base instance.)
+        norm_eps: added to the norm. (``eps`` is the base's, where it takes one.)
         max_grad_norm: clips the descent gradient to this norm, as ``torch.nn.utils.clip_grad_norm_``, inside the fused step.
         model: module whose normalisation layers keep their running statistics in the second pass; or a list of modules, all of whose
             buffers are kept.
@@ -76,7 +79,7 @@ class SAM(Wrapper):
         TypeError, ValueError: for arguments of the wrong type or out of range, sparse or complex parameters, an empty parameter list.
     """
 
-    _kept = (*Wrapper._kept, "eps", "max_grad_norm", "preserve_rng_state", "check_finite", "_guard")
+    _kept = (*Engine._kept, "norm_eps", "max_grad_norm", "preserve_rng_state", "check_finite", "_guard")
     _step_supports_amp_scaling = True  # GradScaler.step then always calls step() and hands over grad_scale and found_inf
 
     def __init__(
@@ -90,7 +93,7 @@ class SAM(Wrapper):
         eta: float = 0.0,
         direction: Direction | None = None,
         descent: Descent | None = None,
-        eps: float = 1e-12,
+        norm_eps: float = 1e-12,
         max_grad_norm: float | None = None,
         model: nn.Module | Iterable[nn.Module] | None = None,
         preserve_rng_state: bool = False,
@@ -98,29 +101,29 @@ class SAM(Wrapper):
         capturable: bool = False,
         **base_kwargs: Any,
     ) -> None:
-        self.eps = check_number("SAM", "eps", eps, low=0.0)
-        self.max_grad_norm = None if max_grad_norm is None else check_number("SAM", "max_grad_norm", max_grad_norm, low=0.0)
+        self.norm_eps = check_number("SAM", "norm_eps", norm_eps, low=0.0)
+        self.max_grad_norm = _checked_norm(max_grad_norm)
         self.preserve_rng_state = check_flag("SAM", "preserve_rng_state", preserve_rng_state)
         self.check_finite = check_flag("SAM", "check_finite", check_finite)
         self.capturable = check_flag("SAM", "capturable", capturable)
-        own = {"rho": rho, "lambd": lambd, "adaptive": adaptive, "eta": eta, **self._more_defaults}
-        self._check_group_values(own)
         self.direction, self.descent = Gradient() if direction is None else direction, Plain() if descent is None else descent
         self._guard = BufferGuard(model)
+        params = materialised(params)
+        given = keys_given(params)
         self.base_optimizer = make_base(params, base_optimizer, base_kwargs)
         check_family(self.direction, self.descent, self.base_optimizer, clips=self.max_grad_norm is not None, capturable=self.capturable)
         self._memory = ParamMemory((*self.direction.keeps, *self.descent.keeps))
         self._has_stepped = False
-        super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **own, "sam_step": 0})
+        is_instance = self.base_optimizer is base_optimizer
+        self._keys = group_keys((*self._group_keys, "sam_step"), self.base_optimizer, [] if is_instance else given)
+        if not is_instance:
+            for i, (group, keys) in enumerate(zip(self.base_optimizer.param_groups, given, strict=False)):
+                check_group_names(group, keys, i, self._keys, self.base_optimizer)
+        own = {"rho": rho, "lambd": lambd, "adaptive": adaptive, "eta": eta, **self._more_defaults}
+        defaults = {self._keys[name]: value for name, value in own.items()}
+        self._check_group_values(defaults)
+        super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **defaults, self._keys["sam_step"]: 0})
         self._link()
-
-    def _link(self) -> None:
-        super()._link()
-        self._random_state: RandomState | None = None
-        self._kept_grads = KeptGrads()
-        self._loss: Any = None  # of the last pass, for rules that need it
-        self._step_sizes: dict[int, Tensor] = {}  # by group, of the last step, where a rule has chosen them
-        self._awaits_ascent = False  # moved to where the first gradient is taken, and not yet further
 
     # --- the step ---
 
@@ -128,6 +131,23 @@ class SAM(Wrapper):
     def skipped_steps(self) -> int:
         """Steps skipped for non-finite gradients. Reading it waits for the device."""
         return self._passes.skipped_steps
+
+    @overload
+    def step(self, closure: None = None, *, grad_scaler: GradScaler | None = None) -> None: ...
+
+    @overload
+    def step(
+        self,
+        closure: Callable[..., Loss],
+        *,
+        grad_scaler: GradScaler | None = None,
+        batch: Sequence[Any] | None = None,
+        micro_batches: int | None = None,
+        ascent_closure: Callable[[], Loss] | None = None,
+    ) -> Loss: ...
+
+    @overload
+    def step(self, closure: Sequence[Callable[[], Loss]], *, grad_scaler: GradScaler | None = None) -> Loss: ...
 
     @torch.no_grad()
     def step(
@@ -170,58 +190,42 @@ class SAM(Wrapper):
         passes = passes_of(closure, batch, micro_batches, ascent_closure)
         return self._finish(scaler) if passes is None else self._make_step(passes, scaler)
 
-    def _make_step(self, passes: Sequence[TwoPasses], scaler: GradScaler | None) -> Any:
-        """A whole step, out of pairs of passes."""
-        if hasattr(self, "found_inf"):
-            raise RuntimeError(
-                "SAM.step was given a closure by GradScaler.step, which cannot tell the scaler about gradients computed inside it; "
-                "call optimizer.step(closure, grad_scaler=scaler) and scaler.update()"
-            )
-        self._restore()
-        try:
-            return self._step_with_closures(passes, scaler)
-        except BaseException:  # out of memory, Ctrl-C: whatever it was, the weights must be the caller's
-            self._restore()
-            self._forget_first_pass()
-            raise
+    @torch.no_grad()
+    def backward(self, closure: Callable[[], Loss], *, grad_scaler: GradScaler | None = None) -> Loss:
+        """SAM's gradient, in the place of ``loss.backward()``, for loops and trainers that clip, unscale, accumulate and step themselves.
 
-    def _step_with_closures(self, passes: Sequence[TwoPasses], scaler: GradScaler | None) -> Any:
-        check_passes(self.direction, self.descent, passes)
-        self._begin()
-        mean = GradientMean(len(passes), self._passes) if len(passes) > 1 else None
-        ascends = any(takes_part(group["rho"], group["sam_step"]) for group in self.param_groups)
-        ascends = ascends and self.descent.ascends(self.param_groups[0]["sam_step"])
-        losses = []
-        for i, (ascent, descent) in enumerate(passes):
-            losses.append(self._two_passes(ascent, descent, i, scaler) if ascends else self._called(descent))
-            if mean is not None:
-                mean.add(self.param_groups)
-                if i < len(passes) - 1:  # the last time the descent does it
-                    self._restore()
-        norm = None if mean is None else mean.put(self.param_groups)
-        self._descend(_amp.scale_of(scaler), None, scaler, norm)
-        return losses[0] if len(losses) == 1 else mean_loss(losses)
+        Runs the closure at the weights, perturbs them, runs it at the perturbed point, restores the weights bit for bit and adds the
+        gradient found there to ``.grad``. Then :meth:`step` without a closure is the base's step along ``.grad``::
 
-    def _two_passes(self, ascent: Closure, descent: Closure, micro_batch: int, scaler: GradScaler | None) -> Any:
-        """The loss of the first."""
-        if self.direction.needs_no_gradient:
-            self._ascend(None)
-            return self._called(descent)
-        random_state = RandomState(self._devices()) if self.preserve_rng_state else None
-        self.direction.begin(self._passes, self.param_groups, micro_batch)
-        loss = self._called(ascent)
-        self._ascend(_amp.scale_of(scaler), loss, hand_over=True)
-        if random_state is not None:
-            random_state.replay()
-        self._called(descent)
-        return loss
+            for i, batch in enumerate(loader):
+                loss = optimizer.backward(lambda: loss_and_backward(batch))
+                if (i + 1) % k == 0:
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                    optimizer.step()
+                    optimizer.zero_grad()
 
-    def _called(self, closure: Closure) -> Any:
-        with torch.enable_grad():
-            loss = closure()
-        if not self.descent.is_plain:
-            self._loss = loss.detach() if isinstance(loss, Tensor) else loss
-        return loss
+        k calls are m-SAM with k micro-batches (arXiv 2509.18001), by ordinary accumulation: divide each loss by k. ρ, λ and t are those of
+        the step to come, which :meth:`step` counts, once for all calls. With ρ = 0 everywhere the closure runs once.
+
+        Bytes: norm 1, perturb 4, restore 2, and 3 where ``.grad`` held gradients before: 10 N s (with several processes 2 more).
+
+        Args:
+            closure: runs forward and ``backward()`` and returns the loss; it does not zero the gradients. Called twice.
+            grad_scaler: the scaler that the closure scales its loss with. Needed where :meth:`first_step` needs it; ``unscale_``, ``step``
+                and ``update`` follow as usual.
+
+        Returns the loss of the first pass. A gradient of the first pass that is not finite makes the gradient left not finite, so that
+        whoever looks at it skips, and :meth:`step` does. After an exception ``.grad`` and weights are as before the call.
+
+        Raises:
+            ValueError: for LookSAM, SAM-SPS and decoupled WSAM, whose steps are more than a gradient; for a second call in one step where
+                the direction keeps an average (VaSSO, F-SAM).
+            RuntimeError: between :meth:`first_step` and :meth:`second_step`; for a closure that computes no gradient.
+        """
+        scaler = _amp.check_scaler(grad_scaler)
+        if not callable(closure):
+            raise TypeError(f"SAM.backward: closure must be a callable, got {describe(closure)}")
+        return cast(Loss, self._add_gradient(closure, closure, scaler))
 
     @torch.no_grad()
     def random_step(self) -> None:
@@ -230,11 +234,13 @@ class SAM(Wrapper):
         """
         if not self.direction.begins_elsewhere:
             raise RuntimeError(f"SAM.random_step: direction {self.direction.name!r} begins at the weights; call first_step")
-        is_new = not self._awaits_ascent
+        plan = self._plan if self._awaits_ascent else None  # called again: the same step
         self._restore()
-        self._begin(counts=is_new)
+        if plan is None:
+            plan = self._begin()
+            assert plan is not None
         try:
-            self.direction.begin(self._passes, self.param_groups, 0)
+            self.direction.begin(AscentStep(self._passes, plan))
         except BaseException:
             self._restore()
             raise
@@ -255,19 +261,25 @@ class SAM(Wrapper):
             raise RuntimeError(f"SAM.first_step: {type(self).__name__} needs random_step() before the first forward pass, or step(closure)")
         if self.preserve_rng_state and self._random_state is None and not self.direction.needs_no_gradient:
             raise RuntimeError("SAM.first_step: preserve_rng_state=True needs record_rng_state() before the first forward pass")
+        _amp.check_unscaled(scaler, self)
         if not self.direction.begins_elsewhere:
             self._restore()
             self._begin()
         self._awaits_ascent = False
         self._forget_first_pass()
+        self._forget_gradients()
+        assert self._plan is not None
+        step = AscentStep(self._passes, self._plan)
         try:
-            self._ascend(None if self.direction.needs_no_gradient else _amp.scale_of(scaler), hand_over=zero_grad)
+            self._ascend(step, None if self.direction.needs_no_gradient else _amp.scale_of(scaler), hand_over=zero_grad)
+            self._passes.watch_weights()
         except BaseException:
             self._restore()
             raise
+        self._scale_is_known = scaler is not None
         if self._random_state is not None:
             self._random_state.replay()
-            self._random_state = None
+            self._replayed_state, self._random_state = self._random_state, None
         if zero_grad:
             self.zero_grad()
 
@@ -281,6 +293,7 @@ class SAM(Wrapper):
         if not self._passes.is_perturbed or self._awaits_ascent:
             raise RuntimeError("SAM.second_step: call first_step first")
         self.descent.check_loss(loss, self._passes.found_inf.device)
+        self._passes.check_unwritten()
         self._loss = loss
         self.step(grad_scaler=grad_scaler)  # through step(), so that hooks and schedulers see one step
         if zero_grad:
@@ -298,93 +311,12 @@ class SAM(Wrapper):
         self._kept_grads.release()
         self._guard.release()
 
-    def _begin(self, *, counts: bool = True) -> None:
-        device = next(param for group in self.param_groups for param in group["params"]).device
-        if _capturable.is_recording(device):
-            if not self.capturable:
-                raise _capturable.not_recordable("the optimizer was made without capturable=True: rho, lambd and t would be constants")
-            if self.preserve_rng_state:
-                raise _capturable.not_recordable("preserve_rng_state=True reads the states of random generators, which waits")
-        for group in self.param_groups:
-            self._check_group_values({key: group[key] for key in self._group_keys if not callable(group[key])})
-            if self.capturable:
-                _capturable.to_tensors(group)
-            if counts:
-                group["sam_step"] += 1  # a tensor in place
-        self._passes.begin(device)
-        self._guard.begin()
 
-    def _finish(self, scaler: GradScaler | None) -> None:
-        """``step()`` without a closure: the descent after :meth:`first_step`, otherwise a plain step of the base."""
-        is_sam = self._passes.is_perturbed
-        if self._awaits_ascent:
-            raise RuntimeError("SAM.step: call first_step after random_step, or give a closure")
-        # torch.distributed.checkpoint makes a step with lr = 0 for the state that it is to fill.
-        if self.descent.needs_loss and (is_sam or any(group["lr"] != 0 for group in self.param_groups)):
-            self.descent.check_loss(self._loss, self._passes.found_inf.device)
-        if not is_sam:
-            self._begin(counts=False)  # t counts steps of SAM; torch.distributed.checkpoint makes plain ones of its own
-        grad_scale = getattr(self, "grad_scale", None) if scaler is None else _amp.scale_of(scaler)
-        found_inf = getattr(self, "found_inf", None)
-        self._descend(grad_scale, found_inf if isinstance(found_inf, Tensor) else None, scaler, is_sam=is_sam)
-
-    def _ascend(self, grad_scale: Tensor | None, loss: Any = None, *, hand_over: bool = False) -> None:
-        if not self.direction.needs_no_gradient:  # the only forward pass is yet to come
-            self._guard.save()
-        currents = self._passes.ascend(self.param_groups, self.direction, eps=self.eps, grad_scale=grad_scale, loss=loss)
-        if self.descent.keeps_grads and self._passes.has_ascended:  # its direction is made from gradients
-            self._kept_grads.keep(currents, hand_over=hand_over, are_scaled=grad_scale is not None)
-
-    def _descend(
-        self,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        scaler: GradScaler | None,
-        known_norm: Tensor | None = None,
-        *,
-        is_sam: bool = True,
-    ) -> None:
-        has_ascended = self._passes.has_ascended
-        if has_ascended:
-            self._kept_grads.check_scale(grad_scale is not None)
-        if self._passes.is_perturbed:
-            self._guard.restore()
-        if has_ascended:
-            centralized = self.direction.descent_norm(self._passes, self.param_groups)
-            known_norm = known_norm if centralized is None else centralized
-        outcome = NOTHING
-        if is_sam and not self.descent.is_plain:
-            self._passes.forget_last_step()  # where there was no ascent, nothing has yet
-            step = DescentStep(self._passes, self.param_groups, self._kept_grads, has_ascended, grad_scale, self._loss)
-            outcome = self.descent.rewrite(step)
-        is_unscaled = self._passes.descend(
-            self.param_groups,
-            max_norm=self.max_grad_norm,
-            check_finite=not outcome.is_checked and (self.check_finite or grad_scale is not None),
-            grad_scale=grad_scale if outcome.is_scaled else None,
-            found_inf=found_inf,
-            known_norm=known_norm if outcome.norm is None else outcome.norm,
-            options=outcome.options,
-            is_plain=outcome is NOTHING and not (has_ascended and self.direction.needs_no_gradient),  # before there is a momentum
-        )
-        if outcome.finish is not None:
-            outcome.finish(is_unscaled)
-        self._step_sizes = outcome.step_sizes
-        self._forget_first_pass()
-        self._has_stepped = True
-        _amp.report_step(scaler, self, self._passes.found_inf)
-
-    def _forget_first_pass(self) -> None:
-        self._kept_grads.forget()
-        self._loss = None
-
-    @torch.no_grad()
-    def _restore(self) -> None:
-        """Back to the weights and buffers of before the ascent, where there was one."""
-        self._awaits_ascent = False
-        if self._passes.is_perturbed:
-            self._guard.restore()
-        super()._restore()
+def _checked_norm(max_grad_norm: Any) -> float | None:
+    """Infinity is one, as for ``clip_grad_norm_``: it clips nothing."""
+    if max_grad_norm is None or (isinstance(max_grad_norm, int | float) and max_grad_norm == math.inf):
+        return None if max_grad_norm is None else math.inf
+    return check_number("SAM", "max_grad_norm", max_grad_norm, low=0.0)
 
 
 _amp.hide_grad_scaler(SAM.step)

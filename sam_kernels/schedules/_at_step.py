@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from sam_kernels._validate import check_number, check_number_or_tensor, describe
+from sam_kernels._validate import check_number, check_number_or_tensor, describe, plain_number
 from sam_kernels.schedules._radius import AscentInfo, Radius
 
 __all__ = [
@@ -27,11 +27,12 @@ __all__ = [
     "almost_constant",
     "beta_at",
     "check_schedule",
+    "is_ascending",
     "lambd_at",
+    "loss_for_radius",
     "radius_at",
-    "radius_of_group",
+    "resolved_at",
     "rho_at",
-    "takes_part",
 ]
 
 Step = int | Tensor
@@ -44,13 +45,19 @@ _NUMBER = r"\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?"
 _ALMOST_CONSTANT = re.compile(rf"\s*(?P<c>{_NUMBER})\s*/\s*k\s*\^\s*(?P<p>{_NUMBER})\s*")
 
 
+def _number_in(value: Schedule) -> Schedule:
+    """The number that a string holds, as the authors' package of Unified SAM takes it; anything else as it is."""
+    return float(value) if isinstance(value, str) and re.fullmatch(rf"\s*[+-]?(?:{_NUMBER})\s*", value) else value
+
+
 def almost_constant(C: float, p: float, t: Step) -> float | Tensor:
     """C / t^p."""
     return cast("float | Tensor", C / t**p)
 
 
 def lambd_at(value: Schedule, t: Step) -> float | Tensor:
-    """λ_t in [0, 1]: a number, ``'1/t'`` (SAM → USAM), ``'1-1/t'`` (USAM → SAM) or a callable t → λ."""
+    """λ_t in [0, 1]: a number (``'0.5'`` is one), ``'1/t'`` (SAM → USAM), ``'1-1/t'`` (USAM → SAM) or a callable t → λ."""
+    value = _number_in(value)
     if isinstance(value, str):
         if value.replace(" ", "") not in _LAMBDS:
             raise ValueError(f"SAM: lambd must be a number, '1/t', '1-1/t' or a callable t -> lambda, got {value!r}")
@@ -59,7 +66,8 @@ def lambd_at(value: Schedule, t: Step) -> float | Tensor:
 
 
 def rho_at(value: Schedule, t: Step) -> float | Tensor:
-    """ρ_t ≥ 0: a number, ``'C/k^p'`` such as ``'0.1/k^0.001'`` (k is the step) or a callable t → ρ."""
+    """ρ_t ≥ 0: a number (``'0.05'`` is one), ``'C/k^p'`` such as ``'0.1/k^0.001'`` (k is the step) or a callable t → ρ."""
+    value = _number_in(value)
     if isinstance(value, str):
         match = _ALMOST_CONSTANT.fullmatch(value)
         if match is None:
@@ -75,29 +83,26 @@ def beta_at(value: Schedule, t: Step) -> float | Tensor:
     return _evaluated("beta", value, t, low=0.0)
 
 
-def radius_of_group(group: Mapping[str, Any], *, norm: Tensor, grad_scale: Tensor | None, loss: Any) -> float | Tensor:
-    """ρ_t of a group whose turn it is to ascend.
+def resolved_at(rho: RhoSchedule, t: Step) -> float | Tensor | Radius:
+    """ρ_t, or the :class:`Radius` that is to be asked for it once the gradient's norm is known; 0 where a radius rests in step t.
 
-    Args:
-        norm: () of the gradients as they are.
-        grad_scale: () what their loss was multiplied by.
-        loss: what the closure returned, whatever it was.
+    The only place that asks a schedule for its value at a step: a plan calls it once a step and group.
     """
-    rho, t = group["rho"], group["sam_step"]
     if not isinstance(rho, Radius):
         return rho_at(rho, t)
-    if isinstance(loss, Tensor):
-        loss = loss.detach().reshape(()) if loss.numel() == 1 else None
-    elif isinstance(loss, bool) or not isinstance(loss, int | float):
-        loss = None
-    return radius_at(rho, AscentInfo(t, group, norm if grad_scale is None else norm / grad_scale.to(norm.device), loss))
+    return rho if isinstance(t, Tensor) else rho.at_step(t)
+
+
+def is_ascending(rho: float | Tensor | Radius) -> bool:
+    """Whether a group with this result of :func:`resolved_at` takes part in the ascent. A tensor and a ``Radius`` do."""
+    return not isinstance(rho, int | float) or rho > 0
 
 
 def radius_at(rho: RhoSchedule, info: AscentInfo) -> float | Tensor:
-    """As :func:`rho_at`, with all that a :class:`Radius` wants to know."""
+    """ρ_t out of a result of :func:`resolved_at`, or of a schedule inside a ``Radius``."""
     if not isinstance(rho, Radius):
         return rho_at(rho, info.t)
-    value, name = rho.radius(info), f"{type(rho).__name__}.radius"
+    value, name = plain_number(rho.radius(info)), f"{type(rho).__name__}.radius"
     # A norm that is not finite skips the step; a radius made of it would be refused before that.
     if isinstance(value, Tensor):
         if value.device == info.norm.device:
@@ -110,19 +115,18 @@ def radius_at(rho: RhoSchedule, info: AscentInfo) -> float | Tensor:
     return check_number("SAM", name, value, low=0.0)
 
 
-def takes_part(rho: RhoSchedule, t: Step) -> bool:
-    """Whether a group ascends: ρ_t > 0. Where t is a tensor only a number says no; anything else may change while nobody here looks."""
-    if isinstance(t, Tensor) and not isinstance(rho, int | float):
-        return True
-    if isinstance(rho, Radius):
-        return rho.takes_part(cast(int, t))
-    return bool(rho_at(rho, t) > 0)
+def loss_for_radius(loss: Any) -> float | Tensor | None:  # ()
+    """What a closure returned, as :class:`AscentInfo` has it: None where it is no number."""
+    if isinstance(loss, Tensor):
+        return loss.detach().reshape(()) if loss.numel() == 1 else None
+    return None if isinstance(loss, bool) or not isinstance(loss, int | float) else loss
 
 
 def check_schedule(name: str, value: Any, t: Step) -> None:
     """``value`` is usable as ``rho``, ``lambd`` or ``beta``; a callable is tried at t, the first step. Raises TypeError or ValueError."""
     if name == "rho" and isinstance(value, Radius):
         return
+    value = plain_number(value)
     if isinstance(value, bool) or not (isinstance(value, int | float | str | Tensor) or callable(value)):
         raise TypeError(f"SAM: {name} must be a number, a tensor, a string or a callable, got {describe(value)}")
     {"rho": rho_at, "lambd": lambd_at, "beta": beta_at}[name](cast(Schedule, value), t)
@@ -130,9 +134,10 @@ def check_schedule(name: str, value: Any, t: Step) -> None:
 
 def _evaluated(name: str, value: Any, t: Step, *, low: float, high: float | None = None) -> float | Tensor:
     if not callable(value):
+        value = plain_number(value)
         check = check_number_or_tensor if isinstance(t, Tensor) else check_number
         return check("SAM", name, value, low=low, high=high)
-    result = value(t)
+    result = plain_number(value(t))
     if not isinstance(t, Tensor):
         return check_number("SAM", f"{name}({t})", result, low=low, high=high)
     if not isinstance(result, Tensor):

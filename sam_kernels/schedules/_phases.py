@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sam_kernels._validate import check_count, check_number_or_tensor
-from sam_kernels.schedules._at_step import RhoSchedule, Step, radius_at, rho_at, takes_part
+from sam_kernels.schedules._at_step import RhoSchedule, Step, is_ascending, radius_at, resolved_at, rho_at
 from sam_kernels.schedules._radius import AscentInfo, Radius
 
 __all__ = ["Interval", "Tail"]
@@ -40,7 +41,11 @@ class _Phases(Radius):
 
     def takes_part(self, t: int) -> bool:
         """In its steps, where ``rho`` does."""
-        return bool(self._ascends(t)) and takes_part(self.rho, t)
+        return is_ascending(self.at_step(t))
+
+    def at_step(self, t: int) -> Any:
+        """``rho`` is asked here, once, where it is a function of the step."""
+        return resolved_at(self.rho, t) if self._ascends(t) else 0.0
 
 
 @dataclass(frozen=True)

@@ -41,13 +41,18 @@ class Radius(ABC):
     @abstractmethod
     def radius(self, info: AscentInfo) -> float | Tensor:
         """ρ ≥ 0 of this step: a number, or a tensor of one element, float32 or float64 (always one with ``capturable=True``: a number would
-        be a constant of the graph). Called once for each ascent of each group, before any weight is moved.
+        be a constant of the graph). Called once for each ascent of each group, before any weight is moved: once a step, and in m-SAM once
+        for each micro-batch, which has a norm and a loss of its own.
 
         A tensor on the device is never read by the host. Where ``info.norm`` is not finite the step is skipped, whatever this returns.
         """
 
     def takes_part(self, t: int) -> bool:
         """Whether the group ascends in step t, which must be known before there is a gradient: if not, its gradient is in no norm, and
-        where no group ascends the closure runs once. Not asked with ``capturable=True``: there it does.
+        where no group ascends the closure runs once. Asked once a step and group; not asked with ``capturable=True``: there it does.
         """
         return True
+
+    def at_step(self, t: int) -> Any:
+        """What is known of ρ_t before there is a gradient: 0.0 where the group rests in step t, a number, or the radius to ask later."""
+        return self if self.takes_part(t) else 0.0

@@ -1,0 +1,108 @@
+"""What a direction sees of the step under way: gradients, norms, what is kept. The engine begins and ends a step; a direction cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sam_kernels import functional
+from sam_kernels.optim._group import Current, GroupLists
+from sam_kernels.optim._passes import Passes
+from sam_kernels.optim._plan import GroupPlan, StepPlan
+from sam_kernels.schedules._at_step import Step
+
+__all__ = ["AscentStep"]
+
+
+class AscentStep:
+    """One ascent, as a :class:`~sam_kernels.optim.directions.Direction` may use it.
+
+    Attributes:
+        groups: a :class:`GroupPlan` for each parameter group: radius, mix, ``adaptive``, ``eta``, ``maximize``, ``participates``.
+        micro_batch: which of the step's micro-batches, from 0.
+        t: the step, 1, 2, …
+    """
+
+    def __init__(self, passes: Passes, plan: StepPlan, micro_batch: int = 0) -> None:
+        self._passes = passes
+        self._plan = plan
+        self.groups: Sequence[GroupPlan] = plan.groups
+        self.micro_batch = micro_batch
+
+    @property
+    def t(self) -> Step:
+        """The step that the first group counts."""
+        return self.groups[0].t
+
+    @property
+    def base(self) -> Optimizer:
+        """The base optimizer, to be read."""
+        return self._passes.base
+
+    @property
+    def found_inf(self) -> Tensor:  # () float32
+        """Set it to 1 where something is not finite: the step is then skipped. It is this step's own, 0 at first."""
+        self._passes.forget_last_step()
+        return self._passes.found_inf
+
+    def options(self, current: Current) -> GroupPlan:
+        """What the step has decided about a group."""
+        return self.groups[current.index]
+
+    # --- gradients ---
+
+    def grads(self) -> list[Current]:
+        """The gradients as they are, by group; groups without any are left out."""
+        return self._passes.current([each.group for each in self.groups])
+
+    def norm(self, currents: list[Current], *, normalised: bool = True) -> Tensor:  # ()
+        """‖g‖ over these groups, or ‖T g‖ where a group is adaptive and ``normalised``; sets :attr:`found_inf`. Reads g: 1 N s."""
+        return self._passes.norm(currents, normalised=normalised)
+
+    def joined(self, currents: list[Current], *, normalised: bool = True) -> list[tuple[GroupLists, list[Tensor], bool, float]]:
+        """(lists, gradients, adaptive, eta): one row for all groups where one call can take them."""
+        return self._passes.joined(currents, normalised=normalised)
+
+    def combined(self, norms: list[Tensor]) -> Tensor:  # ()
+        """The norm of all out of norms of parts; 0 of none."""
+        return functional.combine_norms(norms) if norms else torch.zeros((), dtype=torch.float32, device=self._passes.found_inf.device)
+
+    def lists_of(self, index: int, params: list[Tensor]) -> GroupLists:
+        """Lists of parameters of a group, whether they have a gradient or not."""
+        return self._passes.lists_of(index, params)
+
+    # --- what is kept between steps ---
+
+    def kept(self, name: str, lists: GroupLists) -> list[Tensor | None]:
+        """What the direction keeps under ``name`` for these parameters; None for one that has nothing yet."""
+        return self._passes.memory.of(name, lists)
+
+    def keep(self, name: str, lists: GroupLists, tensors: Sequence[Tensor]) -> None:
+        """Keeps ``tensors``, one for each parameter; those of parameters that had none begin in this step (:attr:`begun`)."""
+        self._passes.memory.put(name, lists, tensors)
+
+    @property
+    def begun(self) -> set[Tensor]:
+        """Parameters for which something has begun to be kept in this step."""
+        return self._passes.begun
+
+    # --- moves before the first gradient ---
+
+    def trainable(self) -> dict[int, GroupLists]:
+        """By the index of a group that participates, its parameters that require a gradient."""
+        return self._passes.trainable(self._plan)
+
+    def perturb_randomly(self, trainable: dict[int, GroupLists], seeds: Sequence[int], *, scale: float, distribution: str) -> None:
+        """Adds scale z to what :meth:`trainable` gave, z from a seed for each group: 3 N s bytes."""
+        self._passes.perturb_randomly(trainable, seeds, scale=scale, distribution=distribution)
+
+    def origins(self, current: Current) -> list[Tensor] | None:
+        """Where the parameters were at the beginning of the step, one for each; None where none of them has moved."""
+        return self._passes.origins(current)
+
+    def restore_others(self, currents: list[Current]) -> None:
+        """Before an ascent from perturbed weights: parameters that it does not save by itself are where they were."""
+        self._passes.restore_others(currents)

@@ -1,0 +1,349 @@
+"""The steps of every sharpness-aware optimizer, out of pairs of passes, out of two half steps, or as a gradient to be accumulated."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+
+from sam_kernels.optim import _amp, _capturable
+from sam_kernels.optim._ascent_step import AscentStep
+from sam_kernels.optim._closure_watch import ClosureWatch
+from sam_kernels.optim._closures import Closure, TwoPasses
+from sam_kernels.optim._family import check_gradient, check_passes
+from sam_kernels.optim._held_still import BufferGuard, RandomState
+from sam_kernels.optim._kept_grads import KeptGrads
+from sam_kernels.optim._micro_batches import GradientMean, mean_loss
+from sam_kernels.optim._oracle import OuterGrads, add_not_finite
+from sam_kernels.optim._plan import StepPlan
+from sam_kernels.optim._skips import SkipWatch
+from sam_kernels.optim._wrapper import Wrapper
+from sam_kernels.optim.descents import NOTHING, DescentStep
+
+__all__ = ["Engine"]
+
+
+class Engine(Wrapper):
+    """What :class:`sam_kernels.SAM` does, without its options and its documentation."""
+
+    norm_eps: float
+    max_grad_norm: float | None
+    preserve_rng_state: bool
+    check_finite: bool
+    _guard: BufferGuard
+
+    def _link(self) -> None:
+        self._plan: StepPlan | None = None  # of the step under way
+        self._next_plan: StepPlan | None = None  # of the step to come, where it was needed early
+        super()._link()
+        self._random_state: RandomState | None = None  # recorded before a first forward pass
+        self._replayed_state: RandomState | None = None  # of the step under way
+        self._scale_is_known = False  # first_step was given the scaler
+        self._kept_grads = KeptGrads()
+        self._skips = SkipWatch()
+        self._loss: Any = None  # of the last pass, for rules that need it
+        self._step_sizes: dict[int, Tensor] = {}  # by group, of the last step, where a rule has chosen them
+        self._awaits_ascent = False  # moved to where the first gradient is taken, and not yet further
+        self._gradients_made = 0  # by backward(), since the last step
+        self._not_finite: Tensor | None = None  # () whether the ascent of one of those was not finite
+        self._plain_steps = 0  # in a row
+        self._has_warned = False
+
+    # --- what a step decides ---
+
+    def _new_plan(self, *, ahead: bool) -> StepPlan:
+        return StepPlan(self.param_groups, self._keys, self.base_optimizer, ahead=ahead)
+
+    def _plan_ahead(self) -> StepPlan:
+        """The plan of the next step. What is needed of it before the step begins (a gradient, a forward pass) asks no schedule again."""
+        if self._next_plan is None or not self._next_plan.is_of(self.param_groups, self._keys):
+            self._next_plan = self._new_plan(ahead=True)
+        return self._next_plan
+
+    def _begin(self, *, counts: bool = True) -> StepPlan | None:
+        """``counts``: a step of SAM, with a plan; otherwise one of the base alone."""
+        groups = self.param_groups
+        device = next((param.device for group in groups for param in group["params"]), self._passes.found_inf.device)
+        if _capturable.is_recording(device):
+            if not self.capturable:
+                raise _capturable.not_recordable("the optimizer was made without capturable=True: rho, lambd and t would be constants")
+            if self.preserve_rng_state:
+                raise _capturable.not_recordable("preserve_rng_state=True reads the states of random generators, which waits")
+        if self.capturable:
+            for group in groups:
+                _capturable.to_tensors(group, self._keys)
+        plan = None
+        if counts:
+            plan = self._next_plan if self._next_plan is not None and self._next_plan.is_of(groups, self._keys) else None
+            t = self._keys["sam_step"]
+            if plan is None and not self.capturable:
+                plan = self._new_plan(ahead=True)  # before anything is written
+            for group in groups:
+                group[t] += 1  # a tensor in place
+            plan = self._new_plan(ahead=False) if plan is None else plan
+            self._next_plan = None
+            self._plain_steps = 0
+        self._plan = plan
+        self._passes.begin(device, plan)
+        self._guard.begin()
+        return plan
+
+    # --- a step out of pairs of passes ---
+
+    def _make_step(self, passes: Sequence[TwoPasses], scaler: GradScaler | None) -> Any:
+        """A whole step."""
+        if hasattr(self, "found_inf"):
+            raise RuntimeError(
+                "SAM.step was given a closure by GradScaler.step, which cannot tell the scaler about gradients computed inside it; "
+                "call optimizer.step(closure, grad_scaler=scaler) and scaler.update()"
+            )
+        check_passes(self.direction, self.descent, passes)
+        self._restore()
+        self._forget_gradients()
+        try:
+            return self._step_with_closures(passes, scaler)
+        except BaseException:  # out of memory, Ctrl-C: whatever it was, the weights must be the caller's
+            self._restore()
+            self._forget_first_pass()
+            raise
+
+    def _step_with_closures(self, passes: Sequence[TwoPasses], scaler: GradScaler | None) -> Any:
+        plan = self._begin()
+        assert plan is not None
+        mean = GradientMean(len(passes), self._passes) if len(passes) > 1 else None
+        ascends = plan.ascends and self.descent.ascends(plan.groups[0].t)
+        losses = []
+        for i, (ascent, descent) in enumerate(passes):
+            if ascends:
+                losses.append(self._two_passes(AscentStep(self._passes, plan, i), ascent, descent, scaler))
+            else:
+                losses.append(self._called(descent))
+            if mean is not None:
+                mean.add(self.param_groups)
+                if i < len(passes) - 1:  # the last time the descent does it
+                    self._guard.restore()
+                    self._passes.restore()
+        norm = None if mean is None else mean.put(self.param_groups)
+        self._descend(_amp.scale_of(scaler), None, scaler, norm)
+        return losses[0] if len(losses) == 1 else mean_loss(losses)
+
+    def _two_passes(self, step: AscentStep, ascent: Closure, descent: Closure, scaler: GradScaler | None) -> Any:
+        """The loss of the first."""
+        if self.direction.needs_no_gradient:
+            self._ascend(step, None)
+            with self._watch():
+                return self._called(descent)
+        random_state = RandomState(self._devices()) if self.preserve_rng_state else None
+        self.direction.begin(step)
+        with self._watch():
+            loss = self._called(ascent)
+        self._ascend(step, _amp.scale_of(scaler), loss, hand_over=True)
+        if random_state is not None:
+            random_state.replay()
+        with self._watch():
+            self._called(descent)
+        if random_state is not None:
+            random_state.settle()
+        return loss
+
+    def _watch(self) -> AbstractContextManager[Any]:
+        return nullcontext() if _capturable.is_recording(self._passes.found_inf.device) else ClosureWatch(self.param_groups)
+
+    def _called(self, closure: Closure) -> Any:
+        with torch.enable_grad():
+            loss = closure()
+        if not self.descent.is_plain:
+            self._loss = loss.detach() if isinstance(loss, Tensor) else loss
+        return loss
+
+    # --- a gradient ---
+
+    def _add_gradient(self, ascent: Closure, descent: Closure, scaler: GradScaler | None) -> Any:
+        """Adds SAM's gradient to ``.grad``. Returns the loss of the first pass."""
+        self._require_unperturbed("backward")
+        check_gradient(self.direction, self.descent, self._gradients_made)
+        groups, plan = self.param_groups, self._plan_ahead()
+        if not plan.ascends:
+            loss = self._called(descent)
+            self._gradients_made += 1
+            return loss
+        device = groups[0]["params"][0].device if groups[0]["params"] else self._passes.found_inf.device
+        outer = OuterGrads(groups)
+        if outer.are_shared and not (self.descent.is_plain and not self.direction.rewrites_descent):
+            outer.put_back()
+            name = self.direction.name if self.direction.rewrites_descent else self.descent.name
+            raise ValueError(
+                f"SAM.backward: {name!r} rewrites the gradient of one call, and with several processes gradients are accumulated before "
+                "they are reduced; call backward once a step"
+            )
+        self._passes.begin(device, plan)
+        self._guard.begin()
+        try:
+            step = AscentStep(self._passes, plan, self._gradients_made)
+            random_state = RandomState(self._devices()) if self.preserve_rng_state else None
+            loss = None
+            if self.direction.needs_no_gradient:
+                self._ascend(step, None)
+            else:
+                self.direction.begin(step)
+                loss = outer.called(lambda: self._called(ascent))
+                self._ascend(step, _amp.scale_of(scaler), loss, hand_over=True)
+                outer.before_second_pass()
+                if random_state is not None:
+                    random_state.replay()
+            second_loss = outer.called(lambda: self._called(descent))
+            if random_state is not None:
+                random_state.settle()
+            self._kept_grads.check_scale(_amp.scale_of(scaler) is not None)
+            self.direction.descent_norm(step)
+            if not self.descent.is_plain:
+                self.descent.rewrite(DescentStep(self._passes, groups, self._kept_grads, True, _amp.scale_of(scaler), self._loss))
+            self._guard.restore()
+            self._passes.restore()
+            self._passes.forget_last_step()
+            found_inf = self._passes.found_inf
+            if self._passes.agree is not None:
+                self._passes.agree(found_inf)
+            outer.add()
+            add_not_finite(groups, found_inf)
+        except BaseException:
+            self._restore()
+            self._forget_first_pass()
+            outer.put_back()
+            raise
+        # It is the step that is skipped, and counted, once.
+        self._not_finite = found_inf.clone() if self._not_finite is None else self._not_finite.logical_or_(found_inf)
+        found_inf.zero_()
+        self._gradients_made += 1
+        self._forget_first_pass()
+        return second_loss if self.direction.needs_no_gradient else loss
+
+    def _forget_gradients(self) -> None:
+        self._gradients_made, self._not_finite = 0, None
+
+    # --- halves of a step ---
+
+    def _finish(self, scaler: GradScaler | None) -> None:
+        """``step()`` without a closure: the descent after :meth:`first_step` or :meth:`backward`, otherwise a plain step of the base."""
+        is_sam = self._passes.is_perturbed
+        if self._awaits_ascent:
+            raise RuntimeError("SAM.step: call first_step after random_step, or give a closure")
+        # torch.distributed.checkpoint makes a step with lr = 0 for the state that it is to fill.
+        moves = any(group.get("lr", 1.0) != 0 for group in self.param_groups) if self.descent.needs_loss or not is_sam else True
+        if self.descent.needs_loss and (is_sam or moves):
+            self.descent.check_loss(self._loss, self._passes.found_inf.device)
+        grad_scale = getattr(self, "grad_scale", None) if scaler is None else _amp.scale_of(scaler)
+        found_inf = getattr(self, "found_inf", None)
+        found_inf = found_inf if isinstance(found_inf, Tensor) else None
+        if is_sam:
+            self._passes.check_unwritten()
+            _amp.check_order(self._scale_is_known, grad_scale, found_inf)
+            self._descend(grad_scale, found_inf, scaler)
+            return
+        has_gradient = self._gradients_made > 0
+        if has_gradient:
+            self._begin()
+            known = self._not_finite
+            if known is not None:
+                found_inf = known if found_inf is None else known.logical_or_(found_inf.to(known.device))
+            self._forget_gradients()
+        else:
+            if moves:
+                self._warn_of_plain_steps()
+            self._begin(counts=False)  # t counts steps of SAM; torch.distributed.checkpoint makes plain ones of its own
+        self._descend(grad_scale, found_inf, scaler, is_sam=has_gradient, rewrites=False)
+
+    def _warn_of_plain_steps(self) -> None:
+        """Two steps in a row with nothing perturbed, where a radius is positive."""
+        self._plain_steps += 1
+        if self._has_warned or self._plain_steps < 2 or _capturable.is_recording(self._passes.found_inf.device):
+            return
+        if not self._plan_ahead().ascends:
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"{type(self).__name__}: two steps without an ascent: step() alone is a step of {type(self.base_optimizer).__name__}. For "
+            "sharpness-aware steps call step(closure), or first_step and second_step, or optimizer.backward(closure) in the place of "
+            "loss.backward(); with rho=0 nothing is said",
+            UserWarning,
+            stacklevel=5,
+        )
+
+    def _ascend(self, step: AscentStep, grad_scale: Tensor | None, loss: Any = None, *, hand_over: bool = False) -> None:
+        if not self.direction.needs_no_gradient:  # the only forward pass is yet to come
+            self._guard.save()
+        plan = self._passes.plan
+        assert plan is not None
+        currents = self._passes.ascend(plan, self.direction, step, eps=self.norm_eps, grad_scale=grad_scale, loss=loss)
+        self._skips.after_ascent(self._passes.found_inf)
+        if self.descent.keeps_grads and self._passes.has_ascended:  # its direction is made from gradients
+            self._kept_grads.keep(currents, hand_over=hand_over, are_scaled=grad_scale is not None)
+
+    def _descend(
+        self,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        scaler: GradScaler | None,
+        known_norm: Tensor | None = None,
+        *,
+        is_sam: bool = True,
+        rewrites: bool = True,
+    ) -> None:
+        """``is_sam``: the step is one of SAM, fused where it can be. ``rewrites``: the gradients are those of the second pass, still to be
+        made what the base is to step along."""
+        has_ascended = self._passes.has_ascended
+        if has_ascended:
+            self._kept_grads.check_scale(grad_scale is not None)
+        if self._passes.is_perturbed:
+            self._guard.restore()
+        if has_ascended:
+            assert self._plan is not None
+            centralized = self.direction.descent_norm(AscentStep(self._passes, self._plan))
+            known_norm = known_norm if centralized is None else centralized
+        outcome = NOTHING
+        if rewrites and not self.descent.is_plain:
+            self._passes.forget_last_step()  # where there was no ascent, nothing has yet
+            step = DescentStep(self._passes, self.param_groups, self._kept_grads, has_ascended, grad_scale, self._loss)
+            outcome = self.descent.rewrite(step)
+        is_gradient = is_sam and not rewrites  # SAM's own, by backward()
+        is_unscaled = self._passes.descend(
+            self.param_groups,
+            max_norm=self.max_grad_norm,
+            check_finite=not outcome.is_checked and (self.check_finite or grad_scale is not None),
+            grad_scale=grad_scale if outcome.is_scaled else None,
+            found_inf=found_inf,
+            known_norm=known_norm if outcome.norm is None else outcome.norm,
+            options=outcome.options,
+            # A step of momentum's direction before there is a momentum is one of SAM.
+            is_plain=outcome is NOTHING and not is_gradient and not (has_ascended and self.direction.needs_no_gradient),
+        )
+        if outcome.finish is not None:
+            outcome.finish(is_unscaled)
+        self._step_sizes = outcome.step_sizes
+        self._forget_first_pass()
+        self._has_stepped = True
+        self._settle_random_state()
+        self._skips.after_step(self._passes.found_inf, self._passes.skipped)
+        _amp.report_step(scaler, self, self._passes.found_inf)
+
+    def _settle_random_state(self) -> None:
+        """The two-step API's: its second forward pass is over."""
+        if self._replayed_state is not None:
+            self._replayed_state.settle()
+            self._replayed_state = None
+
+    def _forget_first_pass(self) -> None:
+        self._kept_grads.forget()
+        self._loss = None
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        """Back to the weights and buffers of before the ascent, where there was one. A checkpoint that was loaded since stays."""
+        self._awaits_ascent = False
+        if self._passes.is_perturbed and self._passes.abandon():
+            self._guard.restore()

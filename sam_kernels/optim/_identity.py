@@ -1,0 +1,92 @@
+"""Parameters have identity: each lies in memory of its own, once, so that a backup of it is one of its unperturbed values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sam_kernels.optim._group import check_param, param_name
+
+__all__ = ["IdentityCheck"]
+
+
+class IdentityCheck:
+    """Remembers which parameters it has seen, so that a step costs a comparison of lists only where a list was made anew."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[int, bool]] = []
+
+    def __call__(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Check every parameter that requires a gradient; others are never perturbed.
+
+        Raises: TypeError for one that no kernel takes, ValueError for one that is listed twice or shares memory with another one.
+        """
+        now = [(id(param), param.requires_grad) for group in groups for param in group["params"]]
+        if now == self._seen:
+            return
+        places: dict[int, tuple[int, int]] = {}
+        for i, group in enumerate(groups):
+            for j, param in enumerate(group["params"]):
+                if not param.requires_grad:
+                    continue
+                check_param(group, i, j)
+                if id(param) in places:
+                    first = param_name(groups[places[id(param)][0]], *places[id(param)])
+                    name = f"param_groups[{i}]['params'][{j}]" if first == param_name(group, i, j) else param_name(group, i, j)
+                    raise ValueError(f"SAM: parameter {name} is {first} as well; list it once")
+                places[id(param)] = i, j
+        _check_memory(groups, list(places.values()))
+        self._seen = now
+
+
+def _check_memory(groups: Sequence[dict[str, Any]], places: Sequence[tuple[int, int]]) -> None:
+    """Raises ValueError where elements of two parameters, or two elements of one, lie in the same place."""
+    spans = []
+    for i, j in places:
+        param = groups[i]["params"][j]
+        if param.numel() == 0 or param.is_meta:
+            continue
+        begin = param.data_ptr()
+        if begin == 0:  # no memory of its own (fake tensors): nothing can be said
+            continue
+        reach = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True)) + 1
+        if reach < param.numel():
+            raise ValueError(
+                f"SAM: parameter {param_name(groups[i], i, j)} is expanded: several of its elements are one place in memory; clone it"
+            )
+        spans.append((str(param.device), begin, begin + reach * param.element_size(), (i, j)))
+    spans.sort()
+    end, open_spans = 0, []  # spans that begin before the furthest end so far, which only interleaved views do
+    device = ""
+    for span in spans:
+        if span[0] != device or span[1] >= end:
+            device, end, open_spans = span[0], span[2], [span]
+            continue
+        for other in open_spans:
+            if span[1] < other[2] and _overlap(groups, other[3], span[3]):
+                first, second = (param_name(groups[i], i, j) for i, j in (other[3], span[3]))
+                raise ValueError(
+                    f"SAM: parameters {first} and {second} share memory; list one of them, or the tensor that both are views of"
+                )
+        open_spans.append(span)
+        end = max(end, span[2])
+
+
+def _overlap(groups: Sequence[dict[str, Any]], *places: tuple[int, int]) -> bool:
+    """Whether two parameters whose spans of memory meet have a byte in common."""
+    left, right = (groups[i]["params"][j] for i, j in places)
+    if left.is_contiguous() and right.is_contiguous():
+        return True
+    begin = min(left.data_ptr(), right.data_ptr())
+    return bool(torch.isin(_bytes_of(left, begin), _bytes_of(right, begin)).any())
+
+
+def _bytes_of(param: Tensor, begin: int) -> Tensor:  # (bytes,) int64
+    """Where the bytes of a strided tensor lie, counted from ``begin``."""
+    at = torch.tensor([param.data_ptr() - begin], device="cpu")
+    for length, stride in zip((*param.shape, param.element_size()), (*[s * param.element_size() for s in param.stride()], 1), strict=True):
+        at = (at.unsqueeze(1) + torch.arange(length, device="cpu") * stride).flatten()
+    return at

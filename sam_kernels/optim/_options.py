@@ -1,0 +1,97 @@
+"""SAM's own options beside those of a base optimizer that may use the same names: as keywords, and as keys of parameter groups."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+
+__all__ = ["check_group_names", "check_keywords", "group_keys", "takes"]
+
+
+def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):  # builtins without a signature
+        return {}
+
+
+def takes(base: Any, name: str) -> bool | None:
+    """Whether an optimizer class or factory takes the keyword ``name``; None where its signature does not tell (``**kwargs``)."""
+    parameters = _parameters(base)
+    if name in parameters:
+        return True
+    has_kwargs = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return None if has_kwargs or not parameters else False
+
+
+def _own_keywords(optimizer_type: type[Optimizer]) -> set[str]:
+    """Keyword-only arguments of the class and of its bases."""
+    found: set[str] = set()
+    for cls in optimizer_type.__mro__:
+        if cls is Optimizer:
+            break
+        if "__init__" in cls.__dict__:
+            found |= {name for name, each in _parameters(cls.__dict__["__init__"]).items() if each.kind is inspect.Parameter.KEYWORD_ONLY}
+    return found
+
+
+def check_keywords(optimizer_type: type[Optimizer], base: Any, given: Collection[str], shared: Collection[str]) -> None:
+    """Refuse a keyword that both the optimizer and the class of its base take: which of them is meant cannot be known.
+
+    ``shared``: keywords that are never ambiguous. A base instance, or a keyword bound by ``functools.partial``, settles the base's value.
+
+    Raises: TypeError that names the keyword and both ways to write it.
+    """
+    if isinstance(base, Optimizer) or not callable(base):
+        return
+    bound: Collection[str] = base.keywords if isinstance(base, functools.partial) else ()
+    name_of_base = getattr(base.func if isinstance(base, functools.partial) else base, "__name__", type(base).__name__)
+    own = optimizer_type.__name__
+    for name in sorted((_own_keywords(optimizer_type) & set(given)) - set(shared) - set(bound)):
+        if takes(base, name):
+            raise TypeError(
+                f"{own}: {name} is an option of {own} and of {name_of_base}; to set {own}'s, give the base its own value as well: "
+                f"{own}(..., functools.partial({name_of_base}, {name}=...), {name}=...); to set the base's alone, leave {name} out"
+            )
+    if "eps" in given and takes(base, "eps") is False:
+        raise TypeError(f"{own}: eps is an option of the base optimizer, and {name_of_base} takes none; {own}'s own is norm_eps")
+
+
+def group_keys(names: Sequence[str], base: Optimizer, given: Sequence[Collection[str]]) -> dict[str, str]:
+    """Option -> key in the parameter groups: its own name, or ``sam_<name>`` where the base has an option so named.
+
+    ``given``: the keys that the caller gave in each group. A key that is in a group without having been given is the base's as well.
+
+    Raises: ValueError where the base has taken both names.
+    """
+    taken = set(base.defaults)
+    for group, names_given in zip(base.param_groups, given, strict=False):
+        taken |= set(group) - set(names_given)
+    keys: dict[str, str] = {}
+    for name in names:
+        keys[name] = f"sam_{name}" if name in taken else name
+        if keys[name] != name and keys[name] in base.defaults:
+            raise ValueError(f"SAM: {type(base).__name__} has options {name!r} and {keys[name]!r} of its own; no key is left for SAM's")
+    return keys
+
+
+def check_group_names(group: dict[str, Any], given: Collection[str], index: int, keys: Mapping[str, str], base: Optimizer) -> None:
+    """Settle the keys that a caller gave in a new group: ``sam_<name>`` is always SAM's; ``<name>`` is refused where the base has it too.
+
+    Raises: ValueError.
+    """
+    for name, key in keys.items():
+        if key != name:
+            if name in given:
+                raise ValueError(
+                    f"SAM: param_groups[{index}][{name!r}] is an option of SAM and of {type(base).__name__}; write {key!r} for SAM's, and "
+                    f"give the base's by an instance of {type(base).__name__}, or by base_optimizer.add_param_group"
+                )
+        elif f"sam_{name}" in given:
+            if name in given:
+                raise ValueError(f"SAM: param_groups[{index}] has {name!r} and {f'sam_{name}'!r}; give one of them")
+            group[name] = group.pop(f"sam_{name}")

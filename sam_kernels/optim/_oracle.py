@@ -1,0 +1,113 @@
+"""SAM's gradient in the place of an ordinary one: what ``opt.backward(closure)`` does with ``.grad``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+__all__ = ["OuterGrads", "add_not_finite"]
+
+
+class OuterGrads:
+    """The gradients that were there before the call, put aside while both passes run.
+
+    Adding SAM's gradient to them is one pass, 3 N s; nothing where there were none. With several processes the second pass is given a copy
+    of them to accumulate into (2 N s more): DistributedDataParallel reduces all that has been accumulated, and may keep it in memory that
+    the first pass writes.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
+        self._params = [param for group in groups for param in group["params"] if param.requires_grad]
+        self._outer = [param.grad for param in self._params]
+        self._is_shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self._copies = [grad if grad is None or not self._is_shared else grad.clone() for grad in self._outer]
+        self._hook: Any = None
+        self._was_zeroed = False
+        self.clear()
+
+    @property
+    def are_there(self) -> bool:
+        """Whether a parameter had a gradient."""
+        return any(grad is not None for grad in self._outer)
+
+    @property
+    def are_shared(self) -> bool:
+        """Whether the second pass accumulates into them."""
+        return self._is_shared and self.are_there
+
+    def called(self, closure: Callable[[], Any]) -> Any:
+        """What the closure returns. Raises RuntimeError where it computes no gradient, or zeroes those it is to add to."""
+        result = closure()
+        if not any(param.grad is not None for param in self._params):
+            raise RuntimeError("SAM.backward: the closure left no gradient; it must run the forward pass and call backward() on the loss")
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        if self._was_zeroed:
+            raise RuntimeError(
+                "SAM.backward: the closure zeroed gradients that were accumulated before the call; leave zero_grad() to the training loop"
+            )
+        return result
+
+    def clear(self) -> None:
+        """No gradient, as if nothing had been accumulated."""
+        for param in self._params:
+            param.grad = None
+
+    def before_second_pass(self) -> None:
+        """Where gradients are reduced, what is accumulated so far must be reduced with them."""
+        for param, copy in zip(self._params, self._copies, strict=True):
+            param.grad = copy if self._is_shared else None
+        watched = next((each for each in zip(self._params, self._copies, strict=True) if each[1] is not None), None)
+        if self._is_shared and watched is not None:
+            self._watch(*watched)
+
+    def _watch(self, param: Tensor, copy: Tensor) -> None:
+        version = copy._version
+
+        def about_to_accumulate(_: Tensor) -> None:
+            if param.grad is None or (param.grad is copy and copy._version != version and not copy.any()):
+                self._was_zeroed = True
+
+        self._hook = param.register_hook(about_to_accumulate)  # type: ignore[no-untyped-call]  # torch's
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """``.grad`` becomes what it was before the call plus what it is now."""
+        if self._is_shared:
+            return
+        both = []
+        for param, outer in zip(self._params, self._outer, strict=True):
+            if outer is None:
+                continue
+            if param.grad is not None:
+                both.append((outer, param.grad))
+            param.grad = outer
+        dense = [(outer, grad) for outer, grad in both if grad.dtype is outer.dtype and not grad.is_sparse]
+        if dense:
+            torch._foreach_add_([outer for outer, _ in dense], [grad for _, grad in dense])
+        for outer, grad in both:
+            if grad.dtype is not outer.dtype or grad.is_sparse:
+                outer.add_(grad)
+
+    def put_back(self) -> None:
+        """After an exception: ``.grad`` is as before the call."""
+        if self._hook is not None:
+            self._hook.remove()
+        for param, outer in zip(self._params, self._outer, strict=True):
+            param.grad = outer
+
+
+@torch.no_grad()
+def add_not_finite(groups: Sequence[dict[str, Any]], found_inf: Tensor) -> None:  # ()
+    """Makes one element of the gradients NaN where ``found_inf`` is set, so that whoever looks at them skips the step. Nobody waits."""
+    for group in groups:
+        for param in group["params"]:
+            if param.grad is not None and param.grad.numel():
+                first = param.grad.as_strided((1,), (1,), param.grad.storage_offset())
+                first.masked_fill_((found_inf != 0).to(first.device), torch.nan)
+                return

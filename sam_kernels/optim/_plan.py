@@ -1,0 +1,92 @@
+"""What one step has decided before it writes anything: radius, mix and participation of every parameter group, each asked once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sam_kernels._validate import check_flag, check_number
+from sam_kernels.schedules._at_step import Step, beta_at, is_ascending, lambd_at, loss_for_radius, radius_at, resolved_at
+from sam_kernels.schedules._radius import AscentInfo, Radius
+
+__all__ = ["GroupPlan", "StepPlan"]
+
+
+@dataclass(slots=True)
+class GroupPlan:
+    """The ascent of one parameter group in one step."""
+
+    group: dict[str, Any]
+    t: Step
+    rho: float | Tensor | Radius  # a Radius: asked when the norm is known
+    lambd: float | Tensor
+    adaptive: bool
+    eta: float
+    maximize: bool
+    participates: bool
+
+    def radius(self, norm: Tensor, grad_scale: Tensor | None, loss: Any) -> float | Tensor:  # norm: ()
+        """ρ_t. ``norm`` is that of the gradients as they are, multiplied by ``grad_scale`` where that is given."""
+        if not isinstance(self.rho, Radius):
+            return self.rho
+        unscaled = norm if grad_scale is None else norm / grad_scale.to(norm.device)
+        return radius_at(self.rho, AscentInfo(self.t, self.group, unscaled, loss_for_radius(loss)))
+
+
+class StepPlan:
+    """Step t of all groups. ``groups`` has a :class:`GroupPlan` for each; ``raw`` the options that it was made from."""
+
+    def __init__(self, groups: Sequence[dict[str, Any]], keys: Mapping[str, str], base: Optimizer, *, ahead: bool) -> None:
+        """``ahead``: the plan of the step after the one that the groups count.
+
+        Raises: TypeError or ValueError for an option that is none.
+        """
+        self.raw = _raw(groups, keys)
+        self.groups = [_planned(group, keys, base, ahead) for group in groups]
+        self.ascends = any(each.participates for each in self.groups)
+        self._beta_key = keys.get("beta")
+        self._beta: float | Tensor | None = None
+
+    def is_of(self, groups: Sequence[dict[str, Any]], keys: Mapping[str, str]) -> bool:
+        """Whether the groups still have the options that this plan was made from."""
+        raw = _raw(groups, keys)
+        return len(raw) == len(self.raw) and all(map(_is_same, raw, self.raw))
+
+    @property
+    def beta(self) -> float | Tensor:
+        """β_t of RW-SAM, asked when it is first needed. The groups hold one value (the optimizer sees to that)."""
+        if self._beta is None:
+            assert self._beta_key is not None
+            first = self.groups[0]
+            self._beta = beta_at(first.group[self._beta_key], first.t)
+        return self._beta
+
+
+def _raw(groups: Sequence[dict[str, Any]], keys: Mapping[str, str]) -> list[Any]:
+    return [group[key] for group in groups for key in keys.values()]
+
+
+def _is_same(left: Any, right: Any) -> bool:
+    return left is right or (isinstance(left, int | float) and type(left) is type(right) and left == right)
+
+
+def _planned(group: dict[str, Any], keys: Mapping[str, str], base: Optimizer, ahead: bool) -> GroupPlan:
+    t: Step = group[keys["sam_step"]]
+    if ahead:
+        t = t + 1
+    rho = resolved_at(group[keys["rho"]], t)
+    return GroupPlan(
+        group,
+        t,
+        rho,
+        lambd_at(group[keys["lambd"]], t),
+        check_flag("SAM", "adaptive", group[keys["adaptive"]]),
+        check_number("SAM", "eta", group[keys["eta"]], low=0.0),
+        # Some optimizers keep the option for themselves, for all groups.
+        bool(group.get("maximize", getattr(base, "maximize", False))),
+        is_ascending(rho),
+    )
