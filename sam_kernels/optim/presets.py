@@ -220,6 +220,8 @@ class SAMSPS(SAM):
     with momentum 16 N s.
     """
 
+    _shared_keywords = (*SAM._shared_keywords, "weight_decay")  # passed on to SGD
+
     def __init__(
         self,
         params: Any,

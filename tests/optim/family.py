@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ BASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "adam": (torch.optim.Adam, {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.1}),
     "adamw": (torch.optim.AdamW, {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.1}),
     "adamw-amsgrad": (torch.optim.AdamW, {"lr": 0.01, "amsgrad": True}),
-    "rmsprop": (torch.optim.RMSprop, {"lr": 0.01}),
+    "rmsprop": (partial(torch.optim.RMSprop, alpha=0.99), {"lr": 0.01}),  # members have an alpha of their own
     "sps": (torch.optim.SGD, {}),
     "sps-momentum": (torch.optim.SGD, {"momentum": 0.6}),
 }

@@ -22,11 +22,18 @@ def convolutional() -> nn.Module:
     return nn.Sequential(*layers).to(torch.float64)
 
 
+def negated(model: nn.Module, batch: Any) -> torch.Tensor:
+    return -loss_of(model, batch)
+
+
 def follows(name: str, base: str, model: nn.Module, steps: int = 10, **options: Any) -> None:
     member, (base_class, kwargs) = MEMBERS[name], BASES[base]
     other = twin(model)
-    theirs = {"lr": member.options["gamma_b"], "weight_decay": 0.1, **kwargs} if base.startswith("sps") else kwargs
-    expected = member.transcribe(other, base_class(other.parameters(), **theirs), **options)
+    theirs = {"lr": member.options["gamma_b"], "weight_decay": 0.1, **kwargs} if base.startswith("sps") else dict(kwargs)
+    loss = loss_of
+    if theirs.pop("maximize", False):  # maximising f is minimising -f
+        loss = negated
+    expected = member.transcribe(other, base_class(other.parameters(), **theirs), loss, **options)
     optimizer = member.make(model.parameters(), base_class, **options, **kwargs)
     for t in range(steps):
         batch = make_batch(torch.float64, seed=t)

@@ -173,8 +173,7 @@ class WSAM(Transcription):
     def base_step(self, grads: list[Tensor]) -> None:
         super().base_step(grads)
         if self.options["decoupled"]:
-            sign = -1 if self.base.param_groups[0].get("maximize") else 1
-            self.move([-sign * lr * s for lr, s in zip(self.of_groups("lr"), self.sharpness, strict=True)])
+            self.move([-lr * s for lr, s in zip(self.of_groups("lr"), self.sharpness, strict=True)])
 
 
 class LookSAM(Transcription):
