@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sam_kernels._memory_of import why_no_memory
+
 __all__ = [
     "SUPPORTED_DTYPES",
     "check_choice",
@@ -39,7 +41,19 @@ def describe(value: object) -> str:
 
 
 def check_tensor(op: str, name: str, tensor: object) -> Tensor:
-    """``tensor`` is strided and of a supported dtype. Raises TypeError otherwise."""
+    """``tensor`` is strided, of a supported dtype, and not on the meta device. Raises TypeError otherwise."""
+    checked = _check_kind(op, name, tensor)
+    if checked.is_meta:
+        raise _no_memory(op, name, checked)
+    return checked
+
+
+def _no_memory(op: str, name: str, tensor: Tensor) -> TypeError:
+    return TypeError(f"{op}: {name} {why_no_memory(tensor)}")
+
+
+def _check_kind(op: str, name: str, tensor: object) -> Tensor:
+    """As :func:`check_tensor`, whatever the device."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {describe(tensor)}")
     if tensor.layout is not torch.strided:
@@ -64,7 +78,9 @@ def check_lists(op: str, lists: Mapping[str, Sequence[Tensor] | None], *, writte
         if len(tensors) != len(reference):
             raise ValueError(f"{op}: {name} has {len(tensors)} tensors, {reference_name} has {len(reference)}")
         for i, tensor in enumerate(tensors):
-            check_tensor(op, f"{name}[{i}]", tensor)
+            _check_kind(op, f"{name}[{i}]", tensor)
+            if tensors is reference and tensor.is_meta:  # the others are on its device
+                raise _no_memory(op, f"{name}[{i}]", tensor)
             if tensor.shape != reference[i].shape:
                 raise ValueError(
                     f"{op}: {name}[{i}] has shape {tuple(tensor.shape)}, {reference_name}[{i}] has {tuple(reference[i].shape)}"
@@ -82,7 +98,10 @@ def check_distinct(op: str, written: Mapping[str, Sequence[Tensor | None]]) -> N
             if tensor is None or tensor.numel() == 0:
                 continue
             here = f"{name}[{i}]"
-            first = seen.setdefault(tensor.data_ptr(), here)
+            address = tensor.data_ptr()
+            if address == 0:
+                raise _no_memory(op, here, tensor)
+            first = seen.setdefault(address, here)
             if first != here:
                 raise ValueError(f"{op}: {first} and {here} are the same memory and would be written twice; pass it once")
             if not tensor.is_contiguous() and any(
@@ -92,9 +111,11 @@ def check_distinct(op: str, written: Mapping[str, Sequence[Tensor | None]]) -> N
 
 
 def check_scalar_tensor(op: str, name: str, tensor: object) -> Tensor:
-    """``tensor`` holds one floating-point number. Raises TypeError or ValueError otherwise."""
+    """``tensor`` holds one floating-point number, of any floating dtype, in dense memory. Raises TypeError or ValueError otherwise."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a 0-dim tensor, got {describe(tensor)}")
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        raise _no_memory(op, name, tensor)
     if tensor.numel() != 1 or not tensor.is_floating_point():
         raise ValueError(f"{op}: {name} must hold one floating-point number, got {describe(tensor)}")
     return tensor
