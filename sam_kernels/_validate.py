@@ -16,6 +16,7 @@ __all__ = [
     "SUPPORTED_DTYPES",
     "check_choice",
     "check_count",
+    "check_counter",
     "check_distinct",
     "check_flag",
     "check_lists",
@@ -119,6 +120,17 @@ def check_scalar_tensor(op: str, name: str, tensor: object) -> Tensor:
     if tensor.numel() != 1 or not tensor.is_floating_point():
         raise ValueError(f"{op}: {name} must hold one floating-point number, got {describe(tensor)}")
     return tensor
+
+
+def check_counter(op: str, name: str, tensor: object) -> Tensor:
+    """``tensor`` holds one number that is counted up: float32 or float64. Raises TypeError or ValueError otherwise.
+
+    bfloat16 counts no further than 256, float16 no further than 2048: adding 1 changes nothing from there on.
+    """
+    checked = check_scalar_tensor(op, name, tensor)
+    if checked.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{op}: {name} has dtype {checked.dtype}, in which no long count fits; supported are float32, float64")
+    return checked
 
 
 def check_number(
