@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch._C import _get_dispatch_mode, _TorchDispatchModeKey  # type: ignore[attr-defined]  # not in torch's stubs
 from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import Parameter
 from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["ORDINARY_TYPES", "fake_mode_is_active", "is_fake", "is_inside_transform", "why_no_memory", "without_memory"]
+__all__ = ["ORDINARY_TYPES", "active_fake_mode", "is_fake", "is_inside_transform", "why_no_memory", "without_memory"]
 
 # Types whose tensors are strided memory, up to what only the tensor itself shows (layout, device, freed storage).
 ORDINARY_TYPES = frozenset({Tensor, Parameter})
@@ -32,9 +33,9 @@ def is_fake(tensor: object) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
-def fake_mode_is_active() -> bool:
-    """Whether a FakeTensorMode is active, in which ``torch.empty`` and every other function of torch make FakeTensors."""
-    return _get_dispatch_mode(_FAKE) is not None
+def active_fake_mode() -> FakeTensorMode | None:
+    """The FakeTensorMode that is active, in which ``torch.empty`` and every other function of torch make FakeTensors; None without one."""
+    return cast("FakeTensorMode | None", _get_dispatch_mode(_FAKE))
 
 
 def is_inside_transform() -> bool:

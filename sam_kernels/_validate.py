@@ -20,6 +20,7 @@ __all__ = [
     "check_distinct",
     "check_flag",
     "check_lists",
+    "check_memory",
     "check_number",
     "check_number_or_tensor",
     "check_probabilities",
@@ -42,11 +43,16 @@ def describe(value: object) -> str:
 
 
 def check_tensor(op: str, name: str, tensor: object) -> Tensor:
-    """``tensor`` is strided, of a supported dtype, and not on the meta device. Raises TypeError otherwise."""
+    """``tensor`` is strided, of a supported dtype, and has memory. Raises TypeError otherwise."""
     checked = _check_kind(op, name, tensor)
-    if checked.is_meta:
-        raise _no_memory(op, name, checked)
+    check_memory(op, name, checked)
     return checked
+
+
+def check_memory(op: str, name: str, tensor: Tensor) -> None:
+    """``tensor`` has memory, or no elements. Raises TypeError otherwise."""
+    if tensor.layout is not torch.strided or tensor.is_meta or (tensor.numel() > 0 and tensor.data_ptr() == 0):
+        raise _no_memory(op, name, tensor)
 
 
 def _no_memory(op: str, name: str, tensor: Tensor) -> TypeError:
@@ -80,13 +86,15 @@ def check_lists(op: str, lists: Mapping[str, Sequence[Tensor] | None], *, writte
             raise ValueError(f"{op}: {name} has {len(tensors)} tensors, {reference_name} has {len(reference)}")
         for i, tensor in enumerate(tensors):
             _check_kind(op, f"{name}[{i}]", tensor)
-            if tensors is reference and tensor.is_meta:  # the others are on its device
+            if tensors is reference and tensor.is_meta:  # the others are on its device, or found below
                 raise _no_memory(op, f"{name}[{i}]", tensor)
             if tensor.shape != reference[i].shape:
                 raise ValueError(
                     f"{op}: {name}[{i}] has shape {tuple(tensor.shape)}, {reference_name}[{i}] has {tuple(reference[i].shape)}"
                 )
             if tensor.device != reference[i].device:
+                if tensor.is_meta:
+                    raise _no_memory(op, f"{name}[{i}]", tensor)
                 raise ValueError(f"{op}: {name}[{i}] is on {tensor.device}, {reference_name}[{i}] is on {reference[i].device}")
     check_distinct(op, {name: given[name] for name in written if name in given})
 
@@ -115,8 +123,7 @@ def check_scalar_tensor(op: str, name: str, tensor: object) -> Tensor:
     """``tensor`` holds one floating-point number, of any floating dtype, in dense memory. Raises TypeError or ValueError otherwise."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a 0-dim tensor, got {describe(tensor)}")
-    if tensor.layout is not torch.strided or tensor.is_meta:
-        raise _no_memory(op, name, tensor)
+    check_memory(op, name, tensor)
     if tensor.numel() != 1 or not tensor.is_floating_point():
         raise ValueError(f"{op}: {name} must hold one floating-point number, got {describe(tensor)}")
     return tensor
@@ -170,6 +177,7 @@ def check_number_or_tensor(
     if value.layout is not torch.strided or value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{op}: {name} must be a number or a dense float32 or float64 tensor that holds one, got {describe(value)}")
     if value.is_cpu:
+        check_memory(op, name, value)
         check_number(op, name, value.item(), low=low, high=high)
     return value
 

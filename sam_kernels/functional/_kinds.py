@@ -11,12 +11,13 @@ from inspect import Signature
 from typing import Any
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from sam_kernels import _validate
-from sam_kernels._memory_of import ORDINARY_TYPES, fake_mode_is_active, is_fake, is_inside_transform, why_no_memory
+from sam_kernels._memory_of import ORDINARY_TYPES, active_fake_mode, is_inside_transform, why_no_memory
 from sam_kernels._tensor_list import TensorList
 
-__all__ = ["are_ordinary", "explain", "has_fakes"]
+__all__ = ["are_ordinary", "explain", "fake_mode_of"]
 
 _ORDINARY = ORDINARY_TYPES | {type(None), bool, int, float, str}
 _LISTS = frozenset({list, tuple, TensorList})
@@ -24,7 +25,7 @@ _LISTS = frozenset({list, tuple, TensorList})
 
 def are_ordinary(values: Iterable[object]) -> bool:
     """Whether all arguments are of types that an operation takes as they are, and no mode of torch changes what tensors are."""
-    if fake_mode_is_active() or is_inside_transform():
+    if active_fake_mode() is not None or is_inside_transform():
         return False
     for value in values:
         kind = type(value)
@@ -42,27 +43,35 @@ def _are_groups(value: Iterable[object]) -> bool:
     return all(type(group) in _LISTS and _ORDINARY.issuperset(map(type, group)) for group in value)  # type: ignore[call-overload]
 
 
-def has_fakes(op: str, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the arguments are FakeTensors, or real ones while a FakeTensorMode is active.
+def fake_mode_of(op: str, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FakeTensorMode | None:
+    """The mode of the first FakeTensor among the arguments, or the active one; None where all are real and no mode is active.
 
     Raises TypeError, naming list and index, for a tensor without memory that is no FakeTensor. Fake lists are checked as real ones are, as
     far as shapes, dtypes and devices go.
     """
     arguments = _bound(signature, args, kwargs)
-    fakes = False
+    if is_inside_transform():  # whatever an operation allocates there may be without memory too
+        name = next((name for name, tensor in _tensors(arguments) if why_no_memory(tensor) is not None), None)
+        what = "called" if name is None else f"given {name}"
+        raise TypeError(f"{op}: {what} inside a transform of torch.func (vmap, grad, ...); kernels read memory, call it outside of the transform")
+    mode = active_fake_mode()
     for name, tensor in _tensors(arguments):
-        if is_fake(tensor):
-            fakes = True
+        if isinstance(tensor, FakeTensor):
+            mode = mode or tensor.fake_mode
         elif (reason := why_no_memory(tensor)) is not None:
             raise TypeError(f"{op}: {name} {reason}")
-    fakes = fakes or fake_mode_is_active()
-    if fakes:
+    if mode is not None:
         _check_fake_lists(op, arguments)
-    return fakes
+    return mode
 
 
-def explain(op: str, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TypeError | None:
-    """The error for the first tensor without memory among the arguments; None where all have some, and the cause is another."""
+def explain(
+    error: Exception, op: str, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> TypeError | None:
+    """The error for the first tensor without memory among the arguments, which ``error`` does not name: it comes from inside torch or a
+    kernel's binding. None where the operation's own words are there, or all tensors have memory and the cause is another."""
+    if str(error).startswith(f"{op}: "):
+        return None
     for name, tensor in _tensors(_bound(signature, args, kwargs)):
         reason = why_no_memory(tensor)
         if reason is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sam_kernels import _dispatch
 from sam_kernels.functional._common import Number, Tensors, TensorsOrNone
-from sam_kernels.functional._kinds import are_ordinary, explain, has_fakes
+from sam_kernels.functional._kinds import are_ordinary, explain, fake_mode_of
 
 __all__ = ["Arguments", "Flat", "operation"]
 
@@ -101,15 +101,18 @@ def operation(
         def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
             if _is_traced():
                 return cast(_R, traced(*args, **kwargs))
-            if not are_ordinary((*args, *kwargs.values())) and has_fakes(op.__name__, signature, args, kwargs):
-                return cast(_R, traced(*args, **kwargs))  # the fake implementation: shapes and dtypes, no kernel
+            if not are_ordinary((*args, *kwargs.values())):
+                mode = fake_mode_of(op.__name__, signature, args, kwargs)
+                if mode is not None:
+                    with mode:
+                        return cast(_R, traced(*args, **kwargs))  # the fake implementation: shapes and dtypes, no kernel
             try:
                 if not torch.is_grad_enabled():  # an optimizer calls operations with autograd already off
                     return op(*args, **kwargs)
                 with torch.no_grad():
                     return op(*args, **kwargs)
             except (TypeError, RuntimeError) as error:
-                reason = explain(op.__name__, signature, args, kwargs)
+                reason = explain(error, op.__name__, signature, args, kwargs)
                 if reason is None:
                     raise
                 raise reason from error

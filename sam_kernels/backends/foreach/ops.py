@@ -31,6 +31,7 @@ __all__ = [
     "DTYPES",
     "IS_AUTOMATIC",
     "KNOWS_SKIPS",
+    "REFUSES_NO_MEMORY",
     "adamw_step_",
     "check_finite_",
     "current_grads",
@@ -48,6 +49,7 @@ DEVICE_TYPES = None  # every device torch knows
 DTYPES = None  # all that operations take
 IS_AUTOMATIC = True
 KNOWS_SKIPS = True  # on the CPU
+REFUSES_NO_MEMORY = False  # torch reads what it is given
 
 
 def describe() -> str:

@@ -30,6 +30,7 @@ __all__ = [
     "IS_AUTOMATIC",
     "KNOWS_SKIPS",
     "REASON_MISSING",
+    "REFUSES_NO_MEMORY",
     "adamw_step_",
     "centralize_",
     "centralize_roundings",
@@ -53,6 +54,7 @@ DEVICE_TYPES = frozenset({"cpu" if CUDA_ON_HOST else "cuda"})
 DTYPES = None  # all that operations take
 IS_AUTOMATIC = True
 KNOWS_SKIPS = False  # that would mean to wait for the device
+REFUSES_NO_MEMORY = True
 
 vouch, current_grads, is_current = _lists.vouch, _lists.current_grads, _lists.is_current
 
