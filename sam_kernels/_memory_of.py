@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._C import _get_dispatch_mode, _TorchDispatchModeKey  # type: ignore[attr-defined]  # not in torch's stubs
+from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
 from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import Parameter
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # not in torch's stub
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = ["ORDINARY_TYPES", "active_fake_mode", "is_fake", "is_inside_transform", "why_no_memory", "without_memory"]
@@ -86,8 +86,9 @@ def _why_wrapper(tensor: Tensor) -> str | None:
         return "is a DTensor, which has no memory of its own; pass its local part, tensor.to_local()"
     if tensor.layout is torch.jagged:
         return "is a nested tensor (torch.jagged); pass its values, tensor.values()"
-    if is_traceable_wrapper_subclass(tensor):
-        inner = ", ".join(f"tensor.{attribute}" for attribute in tensor.__tensor_flatten__()[0])
+    wrapper: Any = tensor
+    if is_traceable_wrapper_subclass(wrapper):
+        inner = ", ".join(f"tensor.{attribute}" for attribute in wrapper.__tensor_flatten__()[0])
         return f"is a {name}, which wraps other tensors and has no memory of its own; pass what it wraps ({inner})"
     return None
 

@@ -62,7 +62,9 @@ def layer_of(module: str) -> str:
     if len(parts) == 1:
         return "package"
     head = parts[1]
-    fixed = {"_tensor_list": "bottom", "_flags": "bottom", "_memory_of": "bottom", "_unfold": "bottom", "__main__": "main"} | dict.fromkeys(COMPILED, "compiled")
+    fixed = {"_tensor_list": "bottom", "_flags": "bottom", "_memory_of": "bottom", "_unfold": "bottom", "__main__": "main"} | dict.fromkeys(
+        COMPILED, "compiled"
+    )
     if head in fixed:
         return fixed[head]
     if head in USERS:

@@ -53,7 +53,9 @@ def fake_mode_of(op: str, signature: Signature, args: tuple[Any, ...], kwargs: d
     if is_inside_transform():  # whatever an operation allocates there may be without memory too
         name = next((name for name, tensor in _tensors(arguments) if why_no_memory(tensor) is not None), None)
         what = "called" if name is None else f"given {name}"
-        raise TypeError(f"{op}: {what} inside a transform of torch.func (vmap, grad, ...); kernels read memory, call it outside of the transform")
+        raise TypeError(
+            f"{op}: {what} inside a transform of torch.func (vmap, grad, ...); kernels read memory, call it outside of the transform"
+        )
     mode = active_fake_mode()
     for name, tensor in _tensors(arguments):
         if isinstance(tensor, FakeTensor):
@@ -65,9 +67,7 @@ def fake_mode_of(op: str, signature: Signature, args: tuple[Any, ...], kwargs: d
     return mode
 
 
-def explain(
-    error: Exception, op: str, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> TypeError | None:
+def explain(error: Exception, op: str, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TypeError | None:
     """The error for the first tensor without memory among the arguments, which ``error`` does not name: it comes from inside torch or a
     kernel's binding. None where the operation's own words are there, or all tensors have memory and the cause is another."""
     if str(error).startswith(f"{op}: "):

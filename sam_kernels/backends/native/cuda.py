@@ -99,9 +99,9 @@ def grad_norms(
     """Norms of consecutive groups of rows. Reads g (and p when adaptive)."""
     described = _lists.describe(grads)
     dtype = torch.float64 if described.has_float64 else torch.float32
-    if out is not None and out.dtype is dtype:
-        norms = out.reshape(1)
-    else:  # kernels write float32 or float64; another dtype is rounded once, as on every backend
+    # Kernels write float32 or float64: into ``out`` where that is its dtype. Another one is rounded once, as on every backend.
+    norms = None if out is None or out.dtype is not dtype else out.reshape(1)
+    if norms is None:
         norms = torch.empty(len(group_sizes), dtype=dtype, device=grads[0].device)
     sums = _sums(described, grads[0])
     flag, count = flag_of(found_inf), flag_of(skipped)
