@@ -62,9 +62,8 @@ def layer_of(module: str) -> str:
     if len(parts) == 1:
         return "package"
     head = parts[1]
-    fixed = {"_tensor_list": "bottom", "_flags": "bottom", "_memory_of": "bottom", "_unfold": "bottom", "__main__": "main"} | dict.fromkeys(
-        COMPILED, "compiled"
-    )
+    bottom = dict.fromkeys(("_tensor_list", "_flags", "_memory_of", "_unfold"), "bottom")
+    fixed = bottom | {"__main__": "main"} | dict.fromkeys(COMPILED, "compiled")
     if head in fixed:
         return fixed[head]
     if head in USERS:
