@@ -44,8 +44,8 @@ def grad_norm(
 
     Sums in float64 on the CPU, in float32 in the Triton kernels. The order is fixed: bits depend neither on the number of threads nor on
     the instruction set.
-    ``found_inf`` is set to 1 where the norm is not finite, and left alone otherwise. An adaptive norm is NaN where a weight is not finite and
-    its gradient is 0 (inf 0): :func:`perturb_` with this norm or ``found_inf`` then changes nothing.
+    ``found_inf`` is set to 1 where the norm is not finite, and left alone otherwise. An adaptive norm is NaN where a weight is not finite
+    and its gradient is 0 (inf 0): :func:`perturb_` with this norm or ``found_inf`` then changes nothing.
     Reads g (and p): N s bytes.
     """
     return _grad_norms("grad_norm", [grads], params, adaptive=adaptive, eta=eta, found_inf=found_inf)[0]
