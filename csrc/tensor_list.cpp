@@ -175,6 +175,11 @@ void PyTensorList::reserve(std::size_t count) {
 
 void PyTensorList::append(PyObject* tensor) {
   const View view = view_of(tensor);
+  // A wrapper (DTensor, FakeTensor), or a tensor whose storage was freed. The kernels would read address 0.
+  if (view.data == nullptr && view.numel > 0) {
+    const std::string type = Py_TYPE(tensor)->tp_name;
+    throw py::type_error("tensor " + std::to_string(objects.size()) + " of the list, a " + type + ", has no memory");
+  }
   if (objects.empty()) device = view.device;
   if (view.device != device) throw py::type_error("tensors of several devices in one list");
   objects.push_back(tensor);

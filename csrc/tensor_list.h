@@ -22,7 +22,7 @@ struct PyTensorList : TensorList {
   int32_t device = 0;  // which one of its type; 0 for the CPU
 
   PyTensorList() = default;
-  explicit PyTensorList(const pybind11::list& tensors);  // throws TypeError for a dtype without kernels or several devices
+  explicit PyTensorList(const pybind11::list& tensors);  // throws TypeError: a dtype without kernels, no memory, several devices
 
   // Whether these are the same tensors, still where they lay.
   bool is_current(const pybind11::list& tensors) const;

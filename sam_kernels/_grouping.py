@@ -74,5 +74,15 @@ def _dense_rows(
             if name in written and dense is not tensors[row]:
                 rows.write_back.append((tensors[row], dense))
             tensors[row] = dense
+    if not backend.REFUSES_NO_MEMORY:
+        for tensors in picked.values():
+            _check_addresses(tensors or ())
     rows.lists = {name: None if tensors is None else TensorList(tensors) for name, tensors in picked.items()}
     return rows
+
+
+def _check_addresses(tensors: Iterable[Tensor]) -> None:
+    """Raises TypeError for a tensor whose storage was freed: torch's own loops over lists read address 0."""
+    for tensor in tensors:
+        if tensor.device.type in ("cpu", "cuda") and tensor.numel() > 0 and tensor.data_ptr() == 0:
+            raise TypeError(f"a {type(tensor).__name__} of shape {tuple(tensor.shape)} has no memory")

@@ -11,13 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sam_kernels._memory_of import why_no_memory
+
 __all__ = [
     "SUPPORTED_DTYPES",
     "check_choice",
     "check_count",
+    "check_counter",
     "check_distinct",
     "check_flag",
     "check_lists",
+    "check_memory",
     "check_number",
     "check_number_or_tensor",
     "check_probabilities",
@@ -40,7 +44,24 @@ def describe(value: object) -> str:
 
 
 def check_tensor(op: str, name: str, tensor: object) -> Tensor:
-    """``tensor`` is strided and of a supported dtype. Raises TypeError otherwise."""
+    """``tensor`` is strided, of a supported dtype, and has memory. Raises TypeError otherwise."""
+    checked = _check_kind(op, name, tensor)
+    check_memory(op, name, checked)
+    return checked
+
+
+def check_memory(op: str, name: str, tensor: Tensor) -> None:
+    """``tensor`` has memory, or no elements. Raises TypeError otherwise."""
+    if tensor.layout is not torch.strided or tensor.is_meta or (tensor.numel() > 0 and tensor.data_ptr() == 0):
+        raise _no_memory(op, name, tensor)
+
+
+def _no_memory(op: str, name: str, tensor: Tensor) -> TypeError:
+    return TypeError(f"{op}: {name} {why_no_memory(tensor)}")
+
+
+def _check_kind(op: str, name: str, tensor: object) -> Tensor:
+    """As :func:`check_tensor`, whatever the device."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {describe(tensor)}")
     if tensor.layout is not torch.strided:
@@ -65,12 +86,16 @@ def check_lists(op: str, lists: Mapping[str, Sequence[Tensor] | None], *, writte
         if len(tensors) != len(reference):
             raise ValueError(f"{op}: {name} has {len(tensors)} tensors, {reference_name} has {len(reference)}")
         for i, tensor in enumerate(tensors):
-            check_tensor(op, f"{name}[{i}]", tensor)
+            _check_kind(op, f"{name}[{i}]", tensor)
+            if tensors is reference and tensor.is_meta:  # the others are on its device, or found below
+                raise _no_memory(op, f"{name}[{i}]", tensor)
             if tensor.shape != reference[i].shape:
                 raise ValueError(
                     f"{op}: {name}[{i}] has shape {tuple(tensor.shape)}, {reference_name}[{i}] has {tuple(reference[i].shape)}"
                 )
             if tensor.device != reference[i].device:
+                if tensor.is_meta:
+                    raise _no_memory(op, f"{name}[{i}]", tensor)
                 raise ValueError(f"{op}: {name}[{i}] is on {tensor.device}, {reference_name}[{i}] is on {reference[i].device}")
     check_distinct(op, {name: given[name] for name in written if name in given})
 
@@ -83,7 +108,10 @@ def check_distinct(op: str, written: Mapping[str, Sequence[Tensor | None]]) -> N
             if tensor is None or tensor.numel() == 0:
                 continue
             here = f"{name}[{i}]"
-            first = seen.setdefault(tensor.data_ptr(), here)
+            address = tensor.data_ptr()
+            if address == 0:
+                raise _no_memory(op, here, tensor)
+            first = seen.setdefault(address, here)
             if first != here:
                 raise ValueError(f"{op}: {first} and {here} are the same memory and would be written twice; pass it once")
             if not tensor.is_contiguous() and any(
@@ -93,12 +121,24 @@ def check_distinct(op: str, written: Mapping[str, Sequence[Tensor | None]]) -> N
 
 
 def check_scalar_tensor(op: str, name: str, tensor: object) -> Tensor:
-    """``tensor`` holds one floating-point number. Raises TypeError or ValueError otherwise."""
+    """``tensor`` holds one floating-point number, of any floating dtype, in dense memory. Raises TypeError or ValueError otherwise."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a 0-dim tensor, got {describe(tensor)}")
+    check_memory(op, name, tensor)
     if tensor.numel() != 1 or not tensor.is_floating_point():
         raise ValueError(f"{op}: {name} must hold one floating-point number, got {describe(tensor)}")
     return tensor
+
+
+def check_counter(op: str, name: str, tensor: object) -> Tensor:
+    """``tensor`` holds one number that is counted up: float32 or float64. Raises TypeError or ValueError otherwise.
+
+    bfloat16 counts no further than 256, float16 no further than 2048: adding 1 changes nothing from there on.
+    """
+    checked = check_scalar_tensor(op, name, tensor)
+    if checked.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{op}: {name} has dtype {checked.dtype}, in which no long count fits; supported are float32, float64")
+    return checked
 
 
 def check_number(
@@ -138,6 +178,7 @@ def check_number_or_tensor(
     if value.layout is not torch.strided or value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{op}: {name} must be a number or a dense float32 or float64 tensor that holds one, got {describe(value)}")
     if value.is_cpu:
+        check_memory(op, name, value)
         check_number(op, name, value.item(), low=low, high=high)
     return value
 

@@ -20,7 +20,7 @@ USERS = ("optim", "monitors", "per_sample", "sampling", "theory", "schedules", "
 COMPILED = ("_cpu", "_cuda", "_cuda_on_host")
 CORE = ("_dispatch", "_grouping", "_validate")
 ALLOWED: dict[str, set[str]] = {
-    "bottom": {"own"},  # _tensor_list, _flags, _unfold: depend on nothing, everyone may use them
+    "bottom": {"own"},  # _tensor_list, _flags, _memory_of, _unfold: depend on nothing, everyone may use them
     "compiled": set(),
     "backends": {"own", "bottom", "compiled"},
     "core": {"own", "bottom", "backends"},
@@ -62,7 +62,8 @@ def layer_of(module: str) -> str:
     if len(parts) == 1:
         return "package"
     head = parts[1]
-    fixed = {"_tensor_list": "bottom", "_flags": "bottom", "_unfold": "bottom", "__main__": "main"} | dict.fromkeys(COMPILED, "compiled")
+    bottom = dict.fromkeys(("_tensor_list", "_flags", "_memory_of", "_unfold"), "bottom")
+    fixed = bottom | {"__main__": "main"} | dict.fromkeys(COMPILED, "compiled")
     if head in fixed:
         return fixed[head]
     if head in USERS:

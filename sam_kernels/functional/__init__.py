@@ -8,6 +8,11 @@ Numbers that change from step to step, ``rho``, ``lambd``, ``lr``, ``scale`` and
 one float32 or float64 element, on the CPU or on the device of the tensors beside them. On a device they are read where they are used and
 nobody waits for them, so that a CUDA graph follows them; their range is then not checked.
 
+Tensors have memory of their own, subclasses included (``Parameter``, ``Buffer``). FakeTensors, and calls while a ``FakeTensorMode`` is
+active, give fake results of the right dtype, shape and device, and no kernel runs. DTensors and other wrappers, tensors inside a
+transform of ``torch.func``, meta tensors and tensors whose storage was freed are refused with ``TypeError``. Scalar tensors (``norm``,
+``grad_scale``, ``found_inf``) are of any floating dtype; ``skipped`` and ``state_steps``, which count, of float32 or float64.
+
 Errors, common to all: ``TypeError`` for a wrong type, layout (sparse) or dtype (complex, integer), ``ValueError`` for lists whose lengths,
 shapes or devices do not fit, for a tensor written twice, and for a number out of range. They name the operation, the list and the index,
 and are raised before any memory is touched.

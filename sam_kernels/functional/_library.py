@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sam_kernels import _dispatch
 from sam_kernels.functional._common import Number, Tensors, TensorsOrNone
+from sam_kernels.functional._kinds import are_ordinary, explain, fake_mode_of
 
 __all__ = ["Arguments", "Flat", "operation"]
 
@@ -82,7 +83,9 @@ def operation(
     fake: Callable[..., Results] | None = None,
     flat: Flat = _AS_IT_IS,
 ) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Makes a public function run without autograd, and traced by ``torch.compile`` as the operator of its name.
+    """Makes a public function run without autograd, traced by ``torch.compile`` as the operator of its name, and refuse what has no memory.
+
+    FakeTensors go to the operator too: its fake implementation makes their result.
 
     The schema follows from the annotations (``_KINDS``). ``written`` names what the operation writes: tensors, tensors that may be
     None, and lists that may not. What is annotated ``Number`` goes into the graph as a tensor, and ``scheduled`` seeds as symbolic
@@ -91,16 +94,28 @@ def operation(
     """
 
     def register(op: Callable[_P, _R]) -> Callable[_P, _R]:
+        signature = inspect.signature(op)
         traced = _define(op, written, scheduled, fake, flat)
 
         @functools.wraps(op)
         def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
             if _is_traced():
                 return cast(_R, traced(*args, **kwargs))
-            if not torch.is_grad_enabled():  # an optimizer calls operations with autograd already off
-                return op(*args, **kwargs)
-            with torch.no_grad():
-                return op(*args, **kwargs)
+            if not are_ordinary((*args, *kwargs.values())):
+                mode = fake_mode_of(op.__name__, signature, args, kwargs)
+                if mode is not None:
+                    with mode:
+                        return cast(_R, traced(*args, **kwargs))  # the fake implementation: shapes and dtypes, no kernel
+            try:
+                if not torch.is_grad_enabled():  # an optimizer calls operations with autograd already off
+                    return op(*args, **kwargs)
+                with torch.no_grad():
+                    return op(*args, **kwargs)
+            except (TypeError, RuntimeError) as error:
+                reason = explain(error, op.__name__, signature, args, kwargs)
+                if reason is None:
+                    raise
+                raise reason from error
 
         return wrapper
 

@@ -54,6 +54,7 @@ def perturb_(
 
     ``rho`` may be negative: the extragradient method (arXiv 2401.08060) and Momentum-SAM step against a direction, p - |rho| g.
     ``lambd`` = 1 is SAM, 0 is USAM. ``adaptive``: g is replaced by T_w^2 g, T_w = |p| + eta, and ``norm`` is that of T_w g (ASAM).
+    A weight or gradient that is not finite, with a norm that is, reaches its own element alone.
     ``from_old``: p <- old_p + ..., without saving again. ``grad_scale``: gradients and norm are those of a loss multiplied by it; the
     perturbation is that of the loss itself. Where ``found_inf`` is set or the norm is not finite, parameters are only saved (``from_old``:
     restored).

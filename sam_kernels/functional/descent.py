@@ -121,7 +121,7 @@ def adamw_step_(
     grads: Tensors,  # n tensors
     exp_avgs: Tensors,  # n tensors
     exp_avg_sqs: Tensors,  # n tensors
-    state_steps: Tensors,  # n () float32: steps made so far
+    state_steps: Tensors,  # n () float32 or float64: steps made so far
     *,
     old_params: Tensors | None = None,  # n tensors
     lr: Number,
@@ -159,7 +159,7 @@ def adamw_step_(
         if not isinstance(state_steps, list | tuple):
             raise TypeError(f"{op}: state_steps must be a list or tuple of tensors, got {_validate.describe(state_steps)}")
         for i, step in enumerate(state_steps):
-            _validate.check_scalar_tensor(op, f"state_steps[{i}]", step)
+            _validate.check_counter(op, f"state_steps[{i}]", step)
         _validate.check_distinct(op, {"state_steps": state_steps})
     if len(state_steps) != len(params):
         raise ValueError(f"{op}: state_steps has {len(state_steps)} tensors, params has {len(params)}")

@@ -44,7 +44,8 @@ def grad_norm(
 
     Sums in float64 on the CPU, in float32 in the Triton kernels. The order is fixed: bits depend neither on the number of threads nor on
     the instruction set.
-    ``found_inf`` is set to 1 where the norm is not finite, and left alone otherwise.
+    ``found_inf`` is set to 1 where the norm is not finite, and left alone otherwise. An adaptive norm is NaN where a weight is not finite
+    and its gradient is 0 (inf 0): :func:`perturb_` with this norm or ``found_inf`` then changes nothing.
     Reads g (and p): N s bytes.
     """
     return _grad_norms("grad_norm", [grads], params, adaptive=adaptive, eta=eta, found_inf=found_inf)[0]
@@ -52,14 +53,14 @@ def grad_norm(
 
 @operation(written=("norm", "found_inf", "skipped"))
 def grad_norm_(
-    norm: Tensor,  # () float32, float64 where a gradient is float64
+    norm: Tensor,  # () any floating dtype, into which the norm of grad_norm is rounded
     grads: Tensors,  # n tensors
     params: Tensors | None = None,  # n tensors
     *,
     adaptive: bool = False,
     eta: float = 0.0,
     found_inf: Tensor | None = None,  # ()
-    skipped: Tensor | None = None,  # ()
+    skipped: Tensor | None = None,  # () float32 or float64
 ) -> None:
     """:func:`grad_norm` into ``norm``, so that nothing is allocated.
 
@@ -68,7 +69,7 @@ def grad_norm_(
     """
     _validate.check_scalar_tensor("grad_norm_", "norm", norm)
     if skipped is not None:
-        _validate.check_scalar_tensor("grad_norm_", "skipped", skipped)
+        _validate.check_counter("grad_norm_", "skipped", skipped)
         if found_inf is None:
             raise ValueError("grad_norm_: skipped needs found_inf, which it counts")
     _grad_norms("grad_norm_", [grads], params, adaptive=adaptive, eta=eta, found_inf=found_inf, skipped=skipped, out=norm)

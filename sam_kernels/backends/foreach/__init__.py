@@ -12,6 +12,7 @@ from sam_kernels.backends.foreach.ops import (
     DTYPES,
     IS_AUTOMATIC,
     KNOWS_SKIPS,
+    REFUSES_NO_MEMORY,
     adamw_step_,
     check_finite_,
     current_grads,
@@ -27,7 +28,8 @@ from sam_kernels.backends.foreach.ops import (
 from sam_kernels.backends.foreach.random import random_perturb_
 
 __all__ = [
-    "DEVICE_TYPES", "DTYPES", "IS_AUTOMATIC", "KNOWS_SKIPS", "adamw_step_", "centralize_", "centralize_roundings", "check_finite_",
+    "DEVICE_TYPES", "DTYPES", "IS_AUTOMATIC", "KNOWS_SKIPS", "REFUSES_NO_MEMORY",
+    "adamw_step_", "centralize_", "centralize_roundings", "check_finite_",
     "combine_", "current_grads", "describe", "direction_norm_", "grad_dots", "grad_norms", "is_current", "norm_roundings", "perturb_",
     "random_perturb_", "restore_", "sgd_step_", "vouch",
 ]  # fmt: skip

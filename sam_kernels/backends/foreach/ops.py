@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sam_kernels._flags import report_norm
+from sam_kernels._memory_of import without_memory
 from sam_kernels._tensor_list import TensorList
 from sam_kernels.backends.foreach._rows import (
     add_scaled_,
@@ -30,6 +31,7 @@ __all__ = [
     "DTYPES",
     "IS_AUTOMATIC",
     "KNOWS_SKIPS",
+    "REFUSES_NO_MEMORY",
     "adamw_step_",
     "check_finite_",
     "current_grads",
@@ -47,6 +49,7 @@ DEVICE_TYPES = None  # every device torch knows
 DTYPES = None  # all that operations take
 IS_AUTOMATIC = True
 KNOWS_SKIPS = True  # on the CPU
+REFUSES_NO_MEMORY = False  # torch reads what it is given
 
 
 def describe() -> str:
@@ -55,8 +58,10 @@ def describe() -> str:
 
 
 def vouch(tensors: Sequence[Tensor], like: TensorList | None = None) -> TensorList | None:
-    """A :class:`TensorList` of these tensors, None where one of them is sparse. Torch's own operations take any strides."""
-    return TensorList(tensors) if all(tensor.layout is torch.strided for tensor in tensors) else None
+    """A :class:`TensorList` of these tensors, None where one is sparse or has no memory. Torch's own operations take any strides."""
+    if without_memory(tensors) or not all(tensor.layout is torch.strided for tensor in tensors):
+        return None
+    return TensorList(tensors)
 
 
 def current_grads(known: TensorList, params: list[Tensor]) -> TensorList | None:
@@ -64,7 +69,7 @@ def current_grads(known: TensorList, params: list[Tensor]) -> TensorList | None:
     grads = [param.grad for param in params]
     if not is_current(known, params) or not all(grad is not None and grad.layout is torch.strided for grad in grads):
         return None
-    return TensorList(grads)  # type: ignore[arg-type]  # none of them is None
+    return None if without_memory(grads) else TensorList(grads)  # type: ignore[arg-type]  # none of them is None
 
 
 def is_current(known: TensorList, tensors: list[Tensor]) -> bool:

@@ -28,6 +28,7 @@ __all__ = [
     "DTYPES",
     "IS_AUTOMATIC",
     "KNOWS_SKIPS",
+    "REFUSES_NO_MEMORY",
     "adamw_step_",
     "centralize_",
     "centralize_roundings",
@@ -51,6 +52,7 @@ DEVICE_TYPES = frozenset({"cpu"})
 DTYPES = None  # all that operations take
 IS_AUTOMATIC = True
 KNOWS_SKIPS = True
+REFUSES_NO_MEMORY = True
 
 _lists = Lists(_cpu)
 vouch, current_grads, is_current = _lists.vouch, _lists.current_grads, _lists.is_current
@@ -90,12 +92,7 @@ def grad_norms(
 def _norms(grads: Any, params: Any, group_sizes: Sequence[int], *, adaptive: bool, eta: float) -> list[float]:
     """Of lists as C++ describes them."""
     norms: list[float] = _cpu.grad_norms(
-        grads=grads,
-        params=params,
-        group_sizes=list(group_sizes),
-        adaptive=adaptive,
-        eta=eta,
-        threads=torch.get_num_threads(),
+        grads=grads, params=params, group_sizes=list(group_sizes), adaptive=adaptive, eta=eta, threads=torch.get_num_threads()
     )
     return norms
 

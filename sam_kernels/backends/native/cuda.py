@@ -18,7 +18,7 @@ from torch import Tensor
 from sam_kernels._tensor_list import TensorList
 from sam_kernels.backends.native import CUDA_ON_HOST
 from sam_kernels.backends.native._architectures import runs_on
-from sam_kernels.backends.native._arguments import address, flag_of, number_of, write_back
+from sam_kernels.backends.native._arguments import address, flag_of, number_of, readable, write_back
 from sam_kernels.backends.native._cuda_lists import _cuda, _lists, _stream, _sums
 from sam_kernels.backends.native._lists import written
 from sam_kernels.backends.native.cuda_centralize import centralize_, centralize_roundings
@@ -30,6 +30,7 @@ __all__ = [
     "IS_AUTOMATIC",
     "KNOWS_SKIPS",
     "REASON_MISSING",
+    "REFUSES_NO_MEMORY",
     "adamw_step_",
     "centralize_",
     "centralize_roundings",
@@ -53,6 +54,7 @@ DEVICE_TYPES = frozenset({"cpu" if CUDA_ON_HOST else "cuda"})
 DTYPES = None  # all that operations take
 IS_AUTOMATIC = True
 KNOWS_SKIPS = False  # that would mean to wait for the device
+REFUSES_NO_MEMORY = True
 
 vouch, current_grads, is_current = _lists.vouch, _lists.current_grads, _lists.is_current
 
@@ -96,11 +98,11 @@ def grad_norms(
 ) -> Tensor:  # (len(group_sizes),) float32, float64 where a gradient is float64
     """Norms of consecutive groups of rows. Reads g (and p when adaptive)."""
     described = _lists.describe(grads)
-    if out is None:
-        dtype = torch.float64 if described.has_float64 else torch.float32
+    dtype = torch.float64 if described.has_float64 else torch.float32
+    # Kernels write float32 or float64: into ``out`` where that is its dtype. Another one is rounded once, as on every backend.
+    norms = None if out is None or out.dtype is not dtype else out.reshape(1)
+    if norms is None:
         norms = torch.empty(len(group_sizes), dtype=dtype, device=grads[0].device)
-    else:
-        norms = out.reshape(1)
     sums = _sums(described, grads[0])
     flag, count = flag_of(found_inf), flag_of(skipped)
     _cuda.grad_norms(
@@ -118,6 +120,8 @@ def grad_norms(
     )
     write_back(found_inf, flag)
     write_back(skipped, count)
+    if out is not None and out.dtype is not dtype:
+        out.copy_(norms.reshape(out.shape))
     return norms
 
 
@@ -163,19 +167,20 @@ def perturb_(
     With ``ema``, m, the direction is grad_weight g / grad_scale + ema_weight m (without g where its weight is 0) and ``norm`` is its own.
     """
     written(params)
+    scale, flag, length = readable(grad_scale, found_inf, norm)
     _cuda.perturb(
         params=_lists.describe(params),
         grads=_lists.describe(grads),
         old_params=_lists.describe(old_params),
         ema=_lists.describe(ema),
         row_indices=None if rounding_seed is None else row_indices,
-        norm=number_of(norm),
+        norm=number_of(length),
         rho=number_of(rho),
         lambd=number_of(lambd),
         eps=eps,
         eta=eta,
-        grad_scale=number_of(grad_scale),
-        found_inf=number_of(found_inf),
+        grad_scale=number_of(scale),
+        found_inf=number_of(flag),
         adaptive=adaptive,
         from_old=from_old,
         grad_weight=grad_weight,
@@ -202,6 +207,7 @@ def direction_norm_(
     """Reads g, m (and p when adaptive); writes m. ``first_step``: m is only written."""
     described = _lists.describe(grads)
     sums = _sums(described, grads[0])
+    (scale,) = readable(grad_scale)
     norm = torch.empty((), dtype=torch.float64, device=grads[0].device)
     _cuda.direction_norm(
         grads=described,
@@ -211,7 +217,7 @@ def direction_norm_(
         friendly=kind == "friendly",
         first_step=first_step,
         eta=eta,
-        grad_scale=number_of(grad_scale),
+        grad_scale=number_of(scale),
         decay=lmbda if kind == "friendly" else 1.0 - theta,
         gain=1.0 - lmbda if kind == "friendly" else theta,
         sigma=sigma,
@@ -272,6 +278,7 @@ def sgd_step_(
 ) -> bool:  # always True: whether the step was made only the device knows
     """Reads old_p (or p), g, m; writes p, m. ``first_step``: m is only written."""
     written(params)
+    scale, flag, length = readable(grad_scale, found_inf, norm)
     _cuda.sgd(
         params=_lists.describe(params),
         grads=_lists.describe(grads),
@@ -284,9 +291,9 @@ def sgd_step_(
         nesterov=nesterov,
         maximize=maximize,
         first_step=first_step,
-        grad_scale=number_of(grad_scale),
-        found_inf=number_of(found_inf),
-        norm=number_of(norm),
+        grad_scale=number_of(scale),
+        found_inf=number_of(flag),
+        norm=number_of(length),
         max_norm=max_norm,
         stream=_stream(params[0]),
     )
@@ -320,6 +327,7 @@ def adamw_step_(
     if described is None:
         steps = [step.to(device, torch.float32, copy=True) for step in state_steps]
         described = _lists.describe(steps)
+    scale, flag, length = readable(grad_scale, found_inf, norm)
     corrections = torch.empty(2 * len(steps), dtype=torch.float64, device=device)
     _cuda.adamw(
         params=_lists.describe(params),
@@ -336,9 +344,9 @@ def adamw_step_(
         weight_decay=weight_decay,
         decoupled=decoupled,
         maximize=maximize,
-        grad_scale=number_of(grad_scale),
-        found_inf=number_of(found_inf),
-        norm=number_of(norm),
+        grad_scale=number_of(scale),
+        found_inf=number_of(flag),
+        norm=number_of(length),
         max_norm=max_norm,
         stream=_stream(params[0]),
     )

@@ -20,6 +20,7 @@ if REASON_MISSING is None:
 
 IS_AUTOMATIC = not IS_INTERPRETED  # the interpreter is for those who ask
 KNOWS_SKIPS = False  # that would mean to wait for the device
+REFUSES_NO_MEMORY = True
 
 
 def describe() -> str:
@@ -28,7 +29,8 @@ def describe() -> str:
 
 
 __all__ = [
-    "DEVICE_TYPES", "DTYPES", "IS_AUTOMATIC", "KNOWS_SKIPS", "REASON_MISSING", "adamw_step_", "centralize_", "centralize_roundings",
+    "DEVICE_TYPES", "DTYPES", "IS_AUTOMATIC", "KNOWS_SKIPS", "REASON_MISSING", "REFUSES_NO_MEMORY",
+    "adamw_step_", "centralize_", "centralize_roundings",
     "check_finite_", "combine_", "current_grads", "describe", "direction_norm_", "grad_dots", "grad_norms", "is_current",
     "norm_roundings", "perturb_",
     "random_perturb_", "restore_", "sgd_step_", "vouch",

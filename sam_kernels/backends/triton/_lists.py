@@ -54,9 +54,12 @@ def describe_list(tensors: Sequence[Tensor]) -> Description:
     devices = {tensor.device for tensor in tensors}
     if len(devices) != 1 or next(iter(devices)).type not in DEVICE_TYPES:
         raise ValueError(f"backend 'triton' takes tensors of one device of type {sorted(DEVICE_TYPES)}, got {sorted(map(str, devices))}")
+    pointers, numels = [tensor.data_ptr() for tensor in tensors], tuple([tensor.numel() for tensor in tensors])
+    if 0 in pointers and (i := next((i for i, numel in enumerate(numels) if numel > 0 and pointers[i] == 0), None)) is not None:
+        raise TypeError(f"tensor {i} of the list, a {type(tensors[i]).__name__}, has no memory")
     described = Description(
         devices.pop(),
-        Contents([tensor.data_ptr() for tensor in tensors], tuple([tensor.numel() for tensor in tensors]), dtypes),
+        Contents(pointers, numels, dtypes),
         [i for i, tensor in enumerate(tensors) if not tensor.is_contiguous()],
     )
     if isinstance(tensors, TensorList):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sam_kernels import _dispatch
-from sam_kernels._validate import check_choice, check_tensor, describe
+from sam_kernels._validate import check_choice, check_memory, check_tensor, describe
 
 __all__ = ["METHODS", "PRECISIONS", "arithmetic_of", "backend_for", "check_how", "check_on", "check_output", "check_shape"]
 
@@ -29,15 +29,17 @@ def check_output(op: str, name: str, tensor: object, shape: tuple[int, ...], dty
     """A contiguous tensor of this shape and dtype, to be written. Raises TypeError or ValueError."""
     if not isinstance(tensor, Tensor) or tensor.dtype is not dtype:
         raise TypeError(f"{op}: {name} must be a {dtype} tensor, got {describe(tensor)}")
+    check_memory(op, name, tensor)
     if tuple(tensor.shape) != shape or not tensor.is_contiguous():
         raise ValueError(f"{op}: {name} must be contiguous and of shape {shape}, got {describe(tensor)}")
     return tensor
 
 
 def check_on(op: str, device: torch.device, tensors: dict[str, Tensor | None]) -> None:
-    """All on one device. Raises ValueError."""
+    """All on one device. Raises TypeError for the meta device, ValueError for another."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != device:
+            check_memory(op, name, tensor)
             raise ValueError(f"{op}: {name} is on {tensor.device}, grad_outputs is on {device}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sam_kernels._validate import describe
+from sam_kernels._validate import check_memory, describe
 from sam_kernels.functional._library import operation
 from sam_kernels.functional.per_sample._checks import backend_for, check_on, check_output, check_shape
 
@@ -28,6 +28,7 @@ def embedding_square_norms_(
     check_shape(op, "grad_outputs", grad_outputs, 3, "(groups, tokens, embedding_dim)")
     if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{op}: indices must be an int64 or int32 tensor, got {describe(indices)}")
+    check_memory(op, "indices", indices)
     if indices.shape != grad_outputs.shape[:2]:
         raise ValueError(
             f"{op}: indices has shape {tuple(indices.shape)}, grad_outputs {tuple(grad_outputs.shape)}: groups and tokens differ"
