@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from sam_kernels import _dispatch
 from sam_kernels._tensor_list import TensorList
 from sam_kernels._validate import SUPPORTED_DTYPES
+from sam_kernels.optim._sharded import check_no_sharding_optimizer, check_whole
 
 __all__ = ["Backups", "Current", "GroupLists", "check_params", "param_name", "same_bits", "same_tensors", "with_grads"]
 
@@ -37,9 +38,11 @@ def param_name(group: dict[str, Any], group_index: int, index: int) -> str:
 
 
 def check_params(group: dict[str, Any], group_index: int) -> None:
-    """Every parameter is an ordinary dense floating-point tensor. Raises TypeError naming it."""
+    """Every parameter is an ordinary dense floating-point tensor, and whole. Raises TypeError naming it."""
+    check_no_sharding_optimizer(group)
     for i, param in enumerate(group["params"]):
         name = param_name(group, group_index, i)
+        check_whole(param, name)
         if param.layout is not torch.strided:
             raise TypeError(f"SAM: parameter {name} is a {param.layout} tensor; only dense (strided) parameters are supported")
         if param.dtype not in SUPPORTED_DTYPES:
