@@ -215,12 +215,14 @@ class Passes:
         found_inf: Tensor | None,
         known_norm: Tensor | None = None,
         options: Mapping[int, dict[str, Any]] = MappingProxyType({}),
+        agree: Callable[[Tensor], None] | None = None,
         is_plain: bool = True,
     ) -> bool:
         """Restores the parameters and makes the base's step along the gradients as they are, unless something was not finite. Returns
         whether it has divided them by ``grad_scale``.
 
         ``known_norm``: () their norm, which has told ``found_inf`` already. ``options``: by group, options of the base for this step.
+        ``agree``: is given ``found_inf`` once it is known on this rank, and sets it where it is set on another.
         ``is_plain``: with nothing perturbed the step is the base's own, bit for bit.
         """
         currents = self.current(groups)
@@ -233,6 +235,8 @@ class Passes:
                 functional.check_finite_(grads, self.found_inf)
         if found_inf is not None:
             self.found_inf.logical_or_(found_inf.to(self.found_inf.device))
+        if agree is not None:  # the last moment before the update is decided
+            agree(self.found_inf)
         amp: dict[str, Any] = {"grad_scale": grad_scale, "found_inf": self.found_inf, "norm": norm}
         fuses = (bool(self._perturbed) or not is_plain) and can_fuse(self.base, self.own_hooks)
         if fuses:

@@ -20,6 +20,7 @@ from sam_kernels.optim._directional import DirectionalNorms
 from sam_kernels.optim._family import check_weighted
 from sam_kernels.optim._group import param_name
 from sam_kernels.optim._held_still import RandomState
+from sam_kernels.optim._replicas import check_weights_within_the_rank
 from sam_kernels.optim._reweighting import Reweighting, check_modules, chosen_modules
 from sam_kernels.optim._seeds import derived_seed
 from sam_kernels.optim.sam import SAM
@@ -60,7 +61,7 @@ class RWSAM(SAM):
             neither those at w + δz nor the second pass change them. In training mode BatchNorm makes samples depend on each other: exact
             norms are then those of contributions (see :class:`~sam_kernels.per_sample.GradNorms`), which add up to the batch's gradient.
             Wrapped in DistributedDataParallel, each rank weights its own samples and climbs along their gradient, which is not
-            averaged (as m-SAM); the descent is.
+            averaged (as m-SAM); the descent is. (See ``local_ascent``.)
         base_optimizer: as for :class:`SAM`, made with ``base_kwargs``.
         beta: inverse temperature ≥ 0: a number, a 0-dim tensor or a callable t → β. Kept in ``param_groups``, alike in all.
         norms: see above.
@@ -74,6 +75,8 @@ class RWSAM(SAM):
         unsupported: as for :class:`~sam_kernels.per_sample.GradNorms`.
         params: as for :class:`SAM`, of the model's parameters; None: all of them. Others of the model that are trainable have gradients
             added to their ``.grad``, as by any backward pass.
+        local_ascent: True, which is what None means where the model has ``no_sync`` (DistributedDataParallel): weights within the rank,
+            as above, with the rules of :class:`SAM`. False with such a model is refused: there are no weights over all ranks' samples.
         sam_and_base_kwargs: :class:`SAM`'s keywords but ``model``, and the base optimizer's. The ascent gradient that a ``direction`` or
             a ``descent`` works on is v: averages, extragradient, centralised gradients and the Polyak step size go with it. Directions
             that take no gradient at w, and rules that keep it (which mean ∇f, not v), do not.
@@ -103,6 +106,7 @@ class RWSAM(SAM):
         seed: int = 0,
         unsupported: str = "error",
         params: Any = None,
+        local_ascent: bool | None = None,
         **sam_and_base_kwargs: Any,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -127,7 +131,9 @@ class RWSAM(SAM):
             raise ValueError("RWSAM: capturable=True needs exact norms and sampling='weights': a graph would draw the same numbers again")
         check_weighted(sam_and_base_kwargs.get("direction"), sam_and_base_kwargs.get("descent"))
         self._more_defaults = {"beta": beta}
-        super().__init__(model.parameters() if params is None else params, base_optimizer, model=model, **sam_and_base_kwargs)
+        check_weights_within_the_rank(model, local_ascent)
+        parameters = model.parameters() if params is None else params
+        super().__init__(parameters, base_optimizer, model=model, local_ascent=local_ascent, **sam_and_base_kwargs)
         known = set(map(id, model.parameters()))
         for i, group in enumerate(self.param_groups):
             for j, param in enumerate(group["params"]):
@@ -173,7 +179,10 @@ class RWSAM(SAM):
         if pairs is None:
             return self._finish(scaler)
         self._norms, self._weights = [], []
-        passes = [(partial(self._ascent, each, i, scaler), partial(self._descent, each, scaler)) for i, (each, _) in enumerate(pairs)]
+        index_of = partial(self._replicas.index_of, count=len(pairs))
+        passes = [
+            (partial(self._ascent, each, index_of(i), scaler), partial(self._descent, each, scaler)) for i, (each, _) in enumerate(pairs)
+        ]
         return self._make_step(passes, scaler)
 
     @contextmanager
@@ -194,7 +203,7 @@ class RWSAM(SAM):
             raise RuntimeError(f"RWSAM.recording: norms={self.reweighting.norms!r} calls a closure several times; use step(closure)")
         t: Step = self.param_groups[0]["sam_step"] + 1
         self._recorded = self._beta(t)
-        with self._without_averaging(), nullcontext() if self._is_plain(self._recorded, t) else self._engine_at(t):
+        with self._replicas.without_averaging(), nullcontext() if self._is_plain(self._recorded, t) else self._engine_at(t):
             yield
 
     @torch.no_grad()
@@ -210,8 +219,8 @@ class RWSAM(SAM):
         self._norms, self._weights = [], []
         self.zero_grad()
         t: Step = self.param_groups[0]["sam_step"] + 1
-        with torch.enable_grad(), self._without_averaging():
-            self._backward(self._differentiable(losses), beta, t, 0, _amp.check_scaler(grad_scaler))
+        with torch.enable_grad(), self._replicas.without_averaging():
+            self._backward(self._differentiable(losses), beta, t, self._replicas.index_of(0, 1), _amp.check_scaler(grad_scaler))
 
     def _ascent(self, closure: Closure, index: int, scaler: GradScaler | None) -> Tensor:
         """Leaves v (scaled) in ``.grad``. Returns the mean loss."""
@@ -219,18 +228,17 @@ class RWSAM(SAM):
         t: Step = self.param_groups[0]["sam_step"]
         beta, norms = self._beta(t), None
         plain = self._is_plain(beta, t)
-        with self._without_averaging():
-            if plain or self._directional is None:
-                with nullcontext() if plain else self._engine_at(t):
-                    losses = self._differentiable(closure())
-            else:
-                self._guard.save()  # what an exception puts back
-                seed = derived_seed(self.reweighting.seed, int(t), index, 1)
-                state = RandomState(self._devices())
-                slopes = self._directional.slopes(lambda: self._checked(closure()), self.param_groups, self._passes, state, seed)
+        if plain or self._directional is None:
+            with nullcontext() if plain else self._engine_at(t):
                 losses = self._differentiable(closure())
-                norms = self._directional.norms(slopes, losses)
-            self._backward(losses, beta, t, index, scaler, norms)
+        else:
+            self._guard.save()  # what an exception puts back
+            seed = derived_seed(self.reweighting.seed, int(t), index, 1)
+            state = RandomState(self._devices())
+            slopes = self._directional.slopes(lambda: self._checked(closure()), self.param_groups, self._passes, state, seed)
+            losses = self._differentiable(closure())
+            norms = self._directional.norms(slopes, losses)
+        self._backward(losses, beta, t, index, scaler, norms)
         return losses.detach().mean()
 
     def _descent(self, closure: Closure, scaler: GradScaler | None) -> Tensor:
@@ -337,13 +345,6 @@ class RWSAM(SAM):
             raise ValueError(f"RWSAM: norms={how.norms!r}: none of their parameters is trainable and in a group with rho > 0")
         self._engine.over = counted
         return self._engine
-
-    @contextmanager
-    def _without_averaging(self) -> Iterator[None]:
-        """DistributedDataParallel must not wait for gradients that do not come by it."""
-        no_sync = getattr(self.model, "no_sync", nullcontext)
-        with no_sync():
-            yield
 
     def _checked(self, losses: Any) -> Tensor:  # (B,)
         if not isinstance(losses, Tensor) or not losses.is_floating_point():

@@ -18,7 +18,8 @@ from sam_kernels.optim._family import check_family, check_passes
 from sam_kernels.optim._held_still import BufferGuard, RandomState
 from sam_kernels.optim._kept_grads import KeptGrads
 from sam_kernels.optim._memory import ParamMemory
-from sam_kernels.optim._micro_batches import GradientMean, mean_loss
+from sam_kernels.optim._micro_batches import mean_loss
+from sam_kernels.optim._replicas import Replicas, is_blank
 from sam_kernels.optim._wrapper import Wrapper
 from sam_kernels.optim.descents import NOTHING, Descent, DescentStep, Plain
 from sam_kernels.optim.directions import Direction, Gradient
@@ -49,7 +50,9 @@ class SAM(Wrapper):
         eps: added to the norm. (The base's own ``eps``, such as Adam's, is set through a base instance.)
         max_grad_norm: clips the descent gradient to this norm, as ``torch.nn.utils.clip_grad_norm_``, inside the fused step.
         model: module whose normalisation layers keep their running statistics in the second pass; or a list of modules, all of whose
-            buffers are kept.
+            buffers are kept. With a ``DistributedDataParallel`` module, its replicas agree on skipped steps (docs/distributed.md).
+        local_ascent: m-SAM over ranks: every replica perturbs by its own gradient, and the update is along the mean. ``model`` must be (or
+            list) the ``DistributedDataParallel`` module. None: True with such a module.
         preserve_rng_state: both passes see the same random numbers (dropout masks). With the two-step API call
             :meth:`record_rng_state` before the first forward pass.
         check_finite: the descent gradients are looked at before anything is updated: one more read of them, 1 of 11 N s. False is for those
@@ -76,7 +79,7 @@ class SAM(Wrapper):
         TypeError, ValueError: for arguments of the wrong type or out of range, sparse or complex parameters, an empty parameter list.
     """
 
-    _kept = (*Wrapper._kept, "eps", "max_grad_norm", "preserve_rng_state", "check_finite", "_guard")
+    _kept = (*Wrapper._kept, "eps", "max_grad_norm", "preserve_rng_state", "check_finite", "_guard", "_replicas")
     _step_supports_amp_scaling = True  # GradScaler.step then always calls step() and hands over grad_scale and found_inf
 
     def __init__(
@@ -93,6 +96,7 @@ class SAM(Wrapper):
         eps: float = 1e-12,
         max_grad_norm: float | None = None,
         model: nn.Module | Iterable[nn.Module] | None = None,
+        local_ascent: bool | None = False,
         preserve_rng_state: bool = False,
         check_finite: bool = True,
         capturable: bool = False,
@@ -109,6 +113,7 @@ class SAM(Wrapper):
         self._guard = BufferGuard(model)
         self.base_optimizer = make_base(params, base_optimizer, base_kwargs)
         check_family(self.direction, self.descent, self.base_optimizer, clips=self.max_grad_norm is not None, capturable=self.capturable)
+        self._replicas = Replicas(self._guard.model, self.direction, self.descent, local_ascent=local_ascent)
         self._memory = ParamMemory((*self.direction.keeps, *self.descent.keeps))
         self._has_stepped = False
         super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **own, "sam_step": 0})
@@ -187,13 +192,14 @@ class SAM(Wrapper):
 
     def _step_with_closures(self, passes: Sequence[TwoPasses], scaler: GradScaler | None) -> Any:
         check_passes(self.direction, self.descent, passes)
+        mean = self._replicas.mean(len(passes), self._passes)
+        passes = self._replicas.arranged(passes, mean, self.param_groups)
         self._begin()
-        mean = GradientMean(len(passes), self._passes) if len(passes) > 1 else None
         ascends = any(takes_part(group["rho"], group["sam_step"]) for group in self.param_groups)
         ascends = ascends and self.descent.ascends(self.param_groups[0]["sam_step"])
         losses = []
         for i, (ascent, descent) in enumerate(passes):
-            losses.append(self._two_passes(ascent, descent, i, scaler) if ascends else self._called(descent))
+            losses.append(self._two_passes(ascent, descent, i, len(passes), scaler) if ascends else self._called(descent))
             if mean is not None:
                 mean.add(self.param_groups)
                 if i < len(passes) - 1:  # the last time the descent does it
@@ -202,13 +208,13 @@ class SAM(Wrapper):
         self._descend(_amp.scale_of(scaler), None, scaler, norm)
         return losses[0] if len(losses) == 1 else mean_loss(losses)
 
-    def _two_passes(self, ascent: Closure, descent: Closure, micro_batch: int, scaler: GradScaler | None) -> Any:
+    def _two_passes(self, ascent: Closure, descent: Closure, micro_batch: int, count: int, scaler: GradScaler | None) -> Any:
         """The loss of the first."""
         if self.direction.needs_no_gradient:
             self._ascend(None)
             return self._called(descent)
         random_state = RandomState(self._devices()) if self.preserve_rng_state else None
-        self.direction.begin(self._passes, self.param_groups, micro_batch)
+        self.direction.begin(self._passes, self.param_groups, self._replicas.index_of(micro_batch, count))
         loss = self._called(ascent)
         self._ascend(_amp.scale_of(scaler), loss, hand_over=True)
         if random_state is not None:
@@ -234,7 +240,7 @@ class SAM(Wrapper):
         self._restore()
         self._begin(counts=is_new)
         try:
-            self.direction.begin(self._passes, self.param_groups, 0)
+            self.direction.begin(self._passes, self.param_groups, self._replicas.index_of(0, 1))
         except BaseException:
             self._restore()
             raise
@@ -261,6 +267,7 @@ class SAM(Wrapper):
         self._awaits_ascent = False
         self._forget_first_pass()
         try:
+            self._replicas.check_first_pass()
             self._ascend(None if self.direction.needs_no_gradient else _amp.scale_of(scaler), hand_over=zero_grad)
         except BaseException:
             self._restore()
@@ -331,6 +338,7 @@ class SAM(Wrapper):
     def _ascend(self, grad_scale: Tensor | None, loss: Any = None, *, hand_over: bool = False) -> None:
         if not self.direction.needs_no_gradient:  # the only forward pass is yet to come
             self._guard.save()
+        loss = self._replicas.loss_for_radii(loss, self.param_groups, self._passes.found_inf.device)
         currents = self._passes.ascend(self.param_groups, self.direction, eps=self.eps, grad_scale=grad_scale, loss=loss)
         if self.descent.keeps_grads and self._passes.has_ascended:  # its direction is made from gradients
             self._kept_grads.keep(currents, hand_over=hand_over, are_scaled=grad_scale is not None)
@@ -355,7 +363,8 @@ class SAM(Wrapper):
         outcome = NOTHING
         if is_sam and not self.descent.is_plain:
             self._passes.forget_last_step()  # where there was no ascent, nothing has yet
-            step = DescentStep(self._passes, self.param_groups, self._kept_grads, has_ascended, grad_scale, self._loss)
+            loss = self._replicas.loss_for_descent(self._loss, self._passes.found_inf.device)
+            step = DescentStep(self._passes, self.param_groups, self._kept_grads, has_ascended, grad_scale, loss)
             outcome = self.descent.rewrite(step)
         is_unscaled = self._passes.descend(
             self.param_groups,
@@ -365,6 +374,7 @@ class SAM(Wrapper):
             found_inf=found_inf,
             known_norm=known_norm if outcome.norm is None else outcome.norm,
             options=outcome.options,
+            agree=self._replicas.agree if is_sam or not is_blank(self.param_groups) else None,
             is_plain=outcome is NOTHING and not (has_ascended and self.direction.needs_no_gradient),  # before there is a momentum
         )
         if outcome.finish is not None:
