@@ -50,9 +50,8 @@ class SAM(Wrapper):
         eps: added to the norm. (The base's own ``eps``, such as Adam's, is set through a base instance.)
         max_grad_norm: clips the descent gradient to this norm, as ``torch.nn.utils.clip_grad_norm_``, inside the fused step.
         model: module whose normalisation layers keep their running statistics in the second pass; or a list of modules, all of whose
-            buffers are kept. With a ``DistributedDataParallel`` module, its replicas agree on skipped steps (docs/distributed.md).
-        local_ascent: m-SAM over ranks: every replica perturbs by its own gradient, and the update is along the mean. ``model`` must be (or
-            list) the ``DistributedDataParallel`` module. None: True with such a module.
+            buffers are kept. Replicas of a ``DistributedDataParallel`` module agree on skipped steps.
+        local_ascent: m-SAM over ranks (docs/distributed.md); ``model`` must be, or list, the ``DistributedDataParallel`` module.
         preserve_rng_state: both passes see the same random numbers (dropout masks). With the two-step API call
             :meth:`record_rng_state` before the first forward pass.
         check_finite: the descent gradients are looked at before anything is updated: one more read of them, 1 of 11 N s. False is for those
@@ -375,7 +374,8 @@ class SAM(Wrapper):
             known_norm=known_norm if outcome.norm is None else outcome.norm,
             options=outcome.options,
             agree=self._replicas.agree if is_sam or not is_blank(self.param_groups) else None,
-            is_plain=outcome is NOTHING and not (has_ascended and self.direction.needs_no_gradient),  # before there is a momentum
+            # Not before there is a momentum, nor where another rank may have ascended: the base's own step has other last bits.
+            is_plain=outcome is NOTHING and not (has_ascended and self.direction.needs_no_gradient) and not self._replicas.ascends_locally,
         )
         if outcome.finish is not None:
             outcome.finish(is_unscaled)
