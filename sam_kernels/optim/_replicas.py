@@ -48,12 +48,7 @@ class Replicas:
         if local_ascent:
             self._check_can_ascend_locally(model)
         self._averaging: list[Any] = [*self._replicated, *others] if self.ascends_locally else []
-        ranks = {tuple(distributed.get_process_group_ranks(module.process_group)) for module in self._replicated}
-        if len(ranks) > 1:
-            raise ValueError(
-                f"SAM: the modules in model= are replicated over different ranks, {sorted(map(list, ranks))}; replicas agree on a skipped "
-                "step over one process group: make one optimizer for the modules of each"
-            )
+        self._check_one_group()
         self._check_static_graph()
         if self.ascends_locally:
             self._check_parts()
@@ -170,6 +165,16 @@ class Replicas:
             )
         if not distributed.is_initialized():
             raise ValueError("SAM: local_ascent=True needs a process group; call torch.distributed.init_process_group first")
+
+    def _check_one_group(self) -> None:
+        if len(self._replicated) < 2:
+            return
+        ranks = {tuple(distributed.get_process_group_ranks(module.process_group)) for module in self._replicated}
+        if len(ranks) > 1:
+            raise ValueError(
+                f"SAM: the modules in model= are replicated over different ranks, {sorted(map(list, ranks))}; replicas agree on a skipped "
+                "step over one process group: make one optimizer for the modules of each"
+            )
 
     def _check_parts(self) -> None:
         """Refuses parts that would make an update, or a checkpoint, from numbers of one rank. SAM refuses the same parts for several
