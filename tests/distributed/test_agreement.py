@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from sam_kernels import RWSAM, SAM
@@ -77,6 +78,19 @@ def _two_steps(run: Stepping, k: int) -> None:
         run.scaler.update()
 
 
+def _unscaled_by_hand(run: Stepping, k: int) -> None:
+    """With the scaler that combines what ``unscale_`` finds: torch's own keeps the finding of one rank."""
+    batch = batch_of(run.step, run.rank, k)
+    scaler: Any = run.scaler
+    run.without_averaging(*batch)
+    scaler.unscale_(run.optimizer)
+    run.optimizer.first_step(zero_grad=True)
+    run.closure(*batch)
+    scaler.unscale_(run.optimizer.base_optimizer)
+    run.optimizer.second_step()
+    scaler.update()
+
+
 def _reweighted(run: Stepping, k: int) -> None:
     run.optimizer.step(run.losses, batch=batch_of(run.step, run.rank, k), micro_batches=k)
 
@@ -114,6 +128,7 @@ WAYS: dict[str, tuple[Callable[[Stepping, int], None], int, Any, dict[str, Any],
     "scaler-not-fused": (_closure, 1, RMSPROP, LOCAL, 0, True),
     "scaler-micro-batches": (_closure, 2, SGD, LOCAL, 0, True),
     "scaler-two-steps": (_two_steps, 1, SGD, LOCAL, 0, True),
+    "scaler-unscaled-by-hand": (_unscaled_by_hand, 1, SGD, LOCAL, 0, True),
     "reweighted": (_reweighted, 1, SGD, {}, 0, False),
     "reweighted-micro-batches": (_reweighted, 2, SGD, {}, 0, False),
     "reweighted-two-steps": (_reweighted_two_steps, 1, SGD, {}, 0, False),
@@ -128,7 +143,8 @@ def _run(rank: int, name: str, bad_rank: int) -> dict[str, Any]:
         optimizer: Any = RWSAM(ddp, base, beta=2.0, rho=0.3, **options, **more)
     else:
         optimizer = SAM(ddp.parameters(), base, rho=0.3, model=[nn.Identity(), ddp], **options, **more)
-    run = Stepping(rank, bad_pass, bad_rank, ddp, optimizer, torch.amp.GradScaler("cpu", init_scale=4.0) if scales else None)
+    make_scaler: Any = ShardedGradScaler if way is _unscaled_by_hand else torch.amp.GradScaler
+    run = Stepping(rank, bad_pass, bad_rank, ddp, optimizer, make_scaler(device="cpu", init_scale=4.0) if scales else None)
     for run.step in range(STEPS):
         run.passes = 0
         way(run, k)
