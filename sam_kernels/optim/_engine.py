@@ -18,9 +18,10 @@ from sam_kernels.optim._closures import Closure, TwoPasses
 from sam_kernels.optim._family import check_gradient, check_passes
 from sam_kernels.optim._held_still import BufferGuard, RandomState
 from sam_kernels.optim._kept_grads import KeptGrads
-from sam_kernels.optim._micro_batches import GradientMean, mean_loss
+from sam_kernels.optim._micro_batches import mean_loss
 from sam_kernels.optim._oracle import OuterGrads, add_not_finite
 from sam_kernels.optim._plan import StepPlan
+from sam_kernels.optim._replicas import Replicas, is_blank
 from sam_kernels.optim._skips import SkipWatch
 from sam_kernels.optim._wrapper import Wrapper
 from sam_kernels.optim.descents import NOTHING, DescentStep
@@ -36,6 +37,7 @@ class Engine(Wrapper):
     preserve_rng_state: bool
     check_finite: bool
     _guard: BufferGuard
+    _replicas: Replicas
 
     def _link(self) -> None:
         self._plan: StepPlan | None = None  # of the step under way
@@ -113,14 +115,16 @@ class Engine(Wrapper):
             raise
 
     def _step_with_closures(self, passes: Sequence[TwoPasses], scaler: GradScaler | None) -> Any:
+        mean = self._replicas.mean(len(passes), self._passes)
+        passes = self._replicas.arranged(passes, mean, self.param_groups)
         plan = self._begin()
         assert plan is not None
-        mean = GradientMean(len(passes), self._passes) if len(passes) > 1 else None
         ascends = plan.ascends and self.descent.ascends(plan.groups[0].t)
         losses = []
         for i, (ascent, descent) in enumerate(passes):
             if ascends:
-                losses.append(self._two_passes(AscentStep(self._passes, plan, i), ascent, descent, scaler))
+                step = AscentStep(self._passes, plan, self._replicas.index_of(i, len(passes)))
+                losses.append(self._two_passes(step, ascent, descent, scaler))
             else:
                 losses.append(self._called(descent))
             if mean is not None:
@@ -184,14 +188,16 @@ class Engine(Wrapper):
         self._passes.begin(device, plan)
         self._guard.begin()
         try:
-            step = AscentStep(self._passes, plan, self._gradients_made)
+            step = AscentStep(self._passes, plan, self._replicas.index_of(self._gradients_made, 1))
             random_state = RandomState(self._devices()) if self.preserve_rng_state else None
             loss = None
             if self.direction.needs_no_gradient:
                 self._ascend(step, None)
             else:
                 self.direction.begin(step)
-                loss = outer.called(lambda: self._called(ascent))
+                with self._replicas.without_averaging():
+                    loss = outer.called(lambda: self._called(ascent))
+                self._replicas.check_first_pass()
                 self._ascend(step, _amp.scale_of(scaler), loss, hand_over=True)
                 outer.before_second_pass()
                 if random_state is not None:
@@ -207,8 +213,7 @@ class Engine(Wrapper):
             self._passes.restore()
             self._passes.forget_last_step()
             found_inf = self._passes.found_inf
-            if self._passes.agree is not None:
-                self._passes.agree(found_inf)
+            self._replicas.agree(found_inf)
             outer.add()
             add_not_finite(groups, found_inf)
         except BaseException:
@@ -279,6 +284,7 @@ class Engine(Wrapper):
             self._guard.save()
         plan = self._passes.plan
         assert plan is not None
+        loss = self._replicas.loss_for_radii(loss, [each.rho for each in plan.groups], self._passes.found_inf.device)
         currents = self._passes.ascend(plan, self.direction, step, eps=self.norm_eps, grad_scale=grad_scale, loss=loss)
         self._skips.after_ascent(self._passes.found_inf)
         if self.descent.keeps_grads and self._passes.has_ascended:  # its direction is made from gradients
@@ -308,7 +314,8 @@ class Engine(Wrapper):
         outcome = NOTHING
         if rewrites and not self.descent.is_plain:
             self._passes.forget_last_step()  # where there was no ascent, nothing has yet
-            step = DescentStep(self._passes, self.param_groups, self._kept_grads, has_ascended, grad_scale, self._loss)
+            loss = self._replicas.loss_for_descent(self._loss, self._passes.found_inf.device)
+            step = DescentStep(self._passes, self.param_groups, self._kept_grads, has_ascended, grad_scale, loss)
             outcome = self.descent.rewrite(step)
         is_gradient = is_sam and not rewrites  # SAM's own, by backward()
         is_unscaled = self._passes.descend(
@@ -319,8 +326,11 @@ class Engine(Wrapper):
             found_inf=found_inf,
             known_norm=known_norm if outcome.norm is None else outcome.norm,
             options=outcome.options,
-            # A step of momentum's direction before there is a momentum is one of SAM.
-            is_plain=outcome is NOTHING and not is_gradient and not (has_ascended and self.direction.needs_no_gradient),
+            agree=self._replicas.agree if is_sam or not is_blank(self.param_groups) else None,
+            # Not momentum's direction before there is a momentum, nor where another rank may have ascended: the base's own step has other
+            # last bits.
+            is_plain=outcome is NOTHING
+            and not (is_gradient or self._replicas.ascends_locally or (has_ascended and self.direction.needs_no_gradient)),
         )
         if outcome.finish is not None:
             outcome.finish(is_unscaled)

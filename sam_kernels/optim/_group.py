@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sam_kernels import _dispatch
+from sam_kernels._memory_of import is_fake, why_no_memory
 from sam_kernels._tensor_list import TensorList
 from sam_kernels._validate import SUPPORTED_DTYPES
+from sam_kernels.optim._sharded import check_whole
 
 __all__ = ["Backups", "Current", "GroupLists", "check_param", "param_name", "same_bits", "same_tensors", "with_grads"]
 
@@ -38,11 +39,15 @@ def param_name(group: dict[str, Any], group_index: int, index: int) -> str:
 
 
 def check_param(group: dict[str, Any], group_index: int, index: int) -> None:
-    """An ordinary dense floating-point tensor, or TypeError by name. Parameters that require no gradient are nobody's business here."""
+    """A whole, ordinary, dense floating-point tensor, or TypeError by name. (Parameters that require no gradient may be anything.)"""
     param = group["params"][index]
     name = param_name(group, group_index, index)
+    check_whole(param, name)
     if param.layout is not torch.strided:
         raise TypeError(f"SAM: parameter {name} is a {param.layout} tensor; only dense (strided) parameters are supported")
+    why = None if is_fake(param) or param.is_meta else why_no_memory(param)  # meta: may get memory before the first step
+    if why is not None:
+        raise TypeError(f"SAM: parameter {name} {why}")
     if param.dtype not in SUPPORTED_DTYPES:
         supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED_DTYPES)
         raise TypeError(f"SAM: parameter {name} has dtype {param.dtype}; supported are {supported}")
@@ -77,11 +82,10 @@ class GroupLists:
     """Lists over the parameters of one group that have a gradient now."""
 
     def __init__(self, params: list[Tensor], backups: Backups) -> None:
-        if any(map(is_traceable_wrapper_subclass, params)):  # no memory of their own: a pointer would be null
-            raise TypeError("SAM: sharded and wrapped tensors (DTensor) are not supported in this version")
         self.backend = _dispatch.select(params[0].device.type)
-        one_device = all(param.device == params[0].device for param in params)
-        vouched: TensorList | None = self.backend.vouch(params) if one_device else None
+        # FakeTensors (shapes without values, of memory estimators) stay a plain list: operations then run their fake implementations.
+        is_usual = all(param.device == params[0].device for param in params) and not any(map(is_fake, params))
+        vouched: TensorList | None = self.backend.vouch(params) if is_usual else None
         self.params: list[Tensor] = list(params) if vouched is None else vouched
         self._backups = backups
         self._old_params: list[Tensor] | None = None

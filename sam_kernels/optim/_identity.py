@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sam_kernels.optim._group import check_param, param_name
+from sam_kernels.optim._sharded import check_no_sharding_optimizer
 
 __all__ = ["IdentityCheck"]
 
@@ -29,6 +30,7 @@ class IdentityCheck:
             return
         places: dict[int, tuple[int, int]] = {}
         for i, group in enumerate(groups):
+            check_no_sharding_optimizer(group)
             for j, param in enumerate(group["params"]):
                 if not param.requires_grad:
                     continue

@@ -86,7 +86,6 @@ class Passes:
         self._begins = False  # found_inf is still the last step's
         self._versions: list[tuple[Tensor, int]] = []  # of perturbed parameters, as the ascent of the two-step API left them
         self._watches_all = True
-        self.agree: Callable[[Tensor], None] | None = None  # makes found_inf () the same on all replicas
 
     def begin(self, device: torch.device, plan: StepPlan | None) -> None:
         """A new step: nothing is known to be wrong with it."""
@@ -236,6 +235,7 @@ class Passes:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         known_norm: Tensor | None = None,
+        agree: Callable[[Tensor], None] | None = None,
         options: Mapping[int, dict[str, Any]] = MappingProxyType({}),
         is_plain: bool = True,
     ) -> bool:
@@ -243,7 +243,8 @@ class Passes:
         whether it has divided them by ``grad_scale``.
 
         ``known_norm``: () their norm, which has told ``found_inf`` already. ``options``: by group, options of the base for this step.
-        ``is_plain``: with nothing perturbed the step is the base's own, bit for bit.
+        ``agree``: makes ``found_inf`` the same on all replicas. ``is_plain``: with nothing perturbed the step is the base's own, bit for
+        bit.
         """
         currents = self.current(groups)
         norm = None
@@ -257,8 +258,8 @@ class Passes:
                 functional.check_finite_(grads, self.found_inf)
         if found_inf is not None:
             self.found_inf.logical_or_(found_inf.to(self.found_inf.device))
-        if self.agree is not None:
-            self.agree(self.found_inf)
+        if agree is not None:  # the last moment before the update is decided
+            agree(self.found_inf)
         amp: dict[str, Any] = {"grad_scale": grad_scale, "found_inf": self.found_inf, "norm": norm}
         fuses = (bool(self._perturbed) or not is_plain) and can_fuse(self.base, self.own_hooks)
         if fuses:

@@ -21,6 +21,7 @@ from sam_kernels.optim._family import check_weighted
 from sam_kernels.optim._group import param_name
 from sam_kernels.optim._held_still import RandomState
 from sam_kernels.optim._plan import StepPlan
+from sam_kernels.optim._replicas import check_weights_within_the_rank
 from sam_kernels.optim._reweighting import Reweighting, check_modules, chosen_modules
 from sam_kernels.optim._seeds import derived_seed
 from sam_kernels.optim.sam import SAM
@@ -61,7 +62,7 @@ class RWSAM(SAM):
             neither those at w + δz nor the second pass change them. In training mode BatchNorm makes samples depend on each other: exact
             norms are then those of contributions (see :class:`~sam_kernels.per_sample.GradNorms`), which add up to the batch's gradient.
             Wrapped in DistributedDataParallel, each rank weights its own samples and climbs along their gradient, which is not
-            averaged (as m-SAM); the descent is.
+            averaged (as m-SAM); the descent is. (See ``local_ascent``.)
         base_optimizer: as for :class:`SAM`, made with ``base_kwargs``.
         beta: inverse temperature ≥ 0: a number, a 0-dim tensor or a callable t → β. Kept in ``param_groups``, alike in all.
         norms: see above.
@@ -75,6 +76,8 @@ class RWSAM(SAM):
         unsupported: as for :class:`~sam_kernels.per_sample.GradNorms`.
         params: as for :class:`SAM`, of the model's parameters; None: all of them. Others of the model that are trainable have gradients
             added to their ``.grad``, as by any backward pass.
+        local_ascent: True, which is what None means where the model has ``no_sync`` (DistributedDataParallel): weights within the rank,
+            as above, with the rules of :class:`SAM`. False with such a model is refused: there are no weights over all ranks' samples.
         sam_and_base_kwargs: :class:`SAM`'s keywords but ``model``, and the base optimizer's. The ascent gradient that a ``direction`` or
             a ``descent`` works on is v: averages, extragradient, centralised gradients and the Polyak step size go with it. Directions
             that take no gradient at w, and rules that keep it (which mean ∇f, not v), do not.
@@ -105,6 +108,7 @@ class RWSAM(SAM):
         seed: int = 0,
         unsupported: str = "error",
         params: Any = None,
+        local_ascent: bool | None = None,
         **sam_and_base_kwargs: Any,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -129,7 +133,9 @@ class RWSAM(SAM):
             raise ValueError("RWSAM: capturable=True needs exact norms and sampling='weights': a graph would draw the same numbers again")
         check_weighted(sam_and_base_kwargs.get("direction"), sam_and_base_kwargs.get("descent"))
         self._more_defaults = {"beta": beta}
-        super().__init__(model.parameters() if params is None else params, base_optimizer, model=model, **sam_and_base_kwargs)
+        check_weights_within_the_rank(model, local_ascent)
+        parameters = model.parameters() if params is None else params
+        super().__init__(parameters, base_optimizer, model=model, local_ascent=local_ascent, **sam_and_base_kwargs)
         known = set(map(id, model.parameters()))
         for i, group in enumerate(self.param_groups):
             for j, param in enumerate(group["params"]):
@@ -175,7 +181,8 @@ class RWSAM(SAM):
         if pairs is None:
             return self._finish(scaler)
         self._norms, self._weights = [], []
-        return self._make_step([self._pair(each, i, scaler) for i, (each, _) in enumerate(pairs)], scaler)
+        index_of = partial(self._replicas.index_of, count=len(pairs))
+        return self._make_step([self._pair(each, index_of(i), scaler) for i, (each, _) in enumerate(pairs)], scaler)
 
     @torch.no_grad()
     def backward(self, closure: Callable[[], Tensor], *, grad_scaler: GradScaler | None = None) -> Tensor:  # type: ignore[override]
@@ -188,7 +195,8 @@ class RWSAM(SAM):
             raise TypeError(f"RWSAM.backward: closure must be a callable, got {describe(closure)}")
         if self._gradients_made == 0:
             self._norms, self._weights = [], []
-        loss: Tensor = self._add_gradient(*self._pair(closure, self._gradients_made, scaler, zeroes=False), scaler)
+        index = self._replicas.index_of(self._gradients_made, 1)
+        loss: Tensor = self._add_gradient(*self._pair(closure, index, scaler, zeroes=False), scaler)
         return loss
 
     def _pair(self, closure: Callable[[], Tensor], index: int, scaler: GradScaler | None, *, zeroes: bool = True) -> TwoPasses:
@@ -211,7 +219,7 @@ class RWSAM(SAM):
         if self._engine is None:
             raise RuntimeError(f"RWSAM.recording: norms={self.reweighting.norms!r} calls a closure several times; use step(closure)")
         self._recorded = plan = self._plan_ahead()
-        with self._without_averaging(), nullcontext() if self._is_plain(plan) else self._engine_for(plan):
+        with self._replicas.without_averaging(), nullcontext() if self._is_plain(plan) else self._engine_for(plan):
             yield
 
     @torch.no_grad()
@@ -226,8 +234,8 @@ class RWSAM(SAM):
             raise RuntimeError("RWSAM.weighted_backward: run the forward pass under recording() first, once for each call")
         self._norms, self._weights = [], []
         self.zero_grad()
-        with torch.enable_grad(), self._without_averaging():
-            self._backward(self._differentiable(losses), plan, 0, _amp.check_scaler(grad_scaler))
+        with torch.enable_grad(), self._replicas.without_averaging():
+            self._backward(self._differentiable(losses), plan, self._replicas.index_of(0, 1), _amp.check_scaler(grad_scaler))
 
     def _ascent(self, closure: Closure, index: int, scaler: GradScaler | None, zeroes: bool) -> Tensor:
         """Leaves v (scaled) in ``.grad``. Returns the mean loss."""
@@ -235,18 +243,17 @@ class RWSAM(SAM):
             self.zero_grad()
         plan = self._passes.plan if self._passes.plan is not None else self._plan_ahead()
         norms, plain = None, self._is_plain(plan)
-        with self._without_averaging():
-            if plain or self._directional is None:
-                with nullcontext() if plain else self._engine_for(plan):
-                    losses = self._differentiable(closure())
-            else:
-                self._guard.save()  # what an exception puts back
-                seed = derived_seed(self.reweighting.seed, int(plan.groups[0].t), index, 1)
-                state = RandomState(self._devices())
-                slopes = self._directional.slopes(lambda: self._checked(closure()), plan, self._passes, state, seed)
+        if plain or self._directional is None:
+            with nullcontext() if plain else self._engine_for(plan):
                 losses = self._differentiable(closure())
-                norms = self._directional.norms(slopes, losses)
-            self._backward(losses, plan, index, scaler, norms)
+        else:
+            self._guard.save()  # what an exception puts back
+            seed = derived_seed(self.reweighting.seed, int(plan.groups[0].t), index, 1)
+            state = RandomState(self._devices())
+            slopes = self._directional.slopes(lambda: self._checked(closure()), plan, self._passes, state, seed)
+            losses = self._differentiable(closure())
+            norms = self._directional.norms(slopes, losses)
+        self._backward(losses, plan, index, scaler, norms)
         return losses.detach().mean()
 
     def _descent(self, closure: Closure, scaler: GradScaler | None, zeroes: bool) -> Tensor:
@@ -359,13 +366,6 @@ class RWSAM(SAM):
             raise ValueError(f"RWSAM: norms={how.norms!r}: none of their parameters is trainable and in a group with rho > 0")
         self._engine.over = counted
         return self._engine
-
-    @contextmanager
-    def _without_averaging(self) -> Iterator[None]:
-        """DistributedDataParallel must not wait for gradients that do not come by it."""
-        no_sync = getattr(self.model, "no_sync", nullcontext)
-        with no_sync():
-            yield
 
     def _checked(self, losses: Any) -> Tensor:  # (B,)
         if not isinstance(losses, Tensor) or not losses.is_floating_point():

@@ -21,6 +21,7 @@ from sam_kernels.optim._family import check_family
 from sam_kernels.optim._held_still import BufferGuard, RandomState
 from sam_kernels.optim._memory import ParamMemory
 from sam_kernels.optim._options import check_group_names, group_keys
+from sam_kernels.optim._replicas import Replicas
 from sam_kernels.optim.descents import Descent, Plain
 from sam_kernels.optim.directions import Direction, Gradient
 from sam_kernels.schedules._at_step import RhoSchedule, Schedule
@@ -52,7 +53,8 @@ class SAM(Engine):
         norm_eps: added to the norm. (``eps`` is the base's, where it takes one.)
         max_grad_norm: clips the descent gradient to this norm, as ``torch.nn.utils.clip_grad_norm_``, inside the fused step.
         model: module whose normalisation layers keep their running statistics in the second pass; or a list of modules, all of whose
-            buffers are kept.
+            buffers are kept. Replicas of a ``DistributedDataParallel`` module agree on skipped steps.
+        local_ascent: m-SAM over ranks (docs/distributed.md); ``model`` must be, or list, the ``DistributedDataParallel`` module.
         preserve_rng_state: both passes see the same random numbers (dropout masks). With the two-step API call
             :meth:`record_rng_state` before the first forward pass.
         check_finite: the descent gradients are looked at before anything is updated: one more read of them, 1 of 11 N s. False is for those
@@ -79,7 +81,7 @@ class SAM(Engine):
         TypeError, ValueError: for arguments of the wrong type or out of range, sparse or complex parameters, an empty parameter list.
     """
 
-    _kept = (*Engine._kept, "norm_eps", "max_grad_norm", "preserve_rng_state", "check_finite", "_guard")
+    _kept = (*Engine._kept, "norm_eps", "max_grad_norm", "preserve_rng_state", "check_finite", "_guard", "_replicas")
     _step_supports_amp_scaling = True  # GradScaler.step then always calls step() and hands over grad_scale and found_inf
 
     def __init__(
@@ -96,6 +98,7 @@ class SAM(Engine):
         norm_eps: float = 1e-12,
         max_grad_norm: float | None = None,
         model: nn.Module | Iterable[nn.Module] | None = None,
+        local_ascent: bool | None = False,
         preserve_rng_state: bool = False,
         check_finite: bool = True,
         capturable: bool = False,
@@ -112,6 +115,7 @@ class SAM(Engine):
         given = keys_given(params)
         self.base_optimizer = make_base(params, base_optimizer, base_kwargs)
         check_family(self.direction, self.descent, self.base_optimizer, clips=self.max_grad_norm is not None, capturable=self.capturable)
+        self._replicas = Replicas(self._guard.model, self.direction, self.descent, local_ascent=local_ascent)
         self._memory = ParamMemory((*self.direction.keeps, *self.descent.keeps))
         self._has_stepped = False
         is_instance = self.base_optimizer is base_optimizer
@@ -240,7 +244,7 @@ class SAM(Engine):
             plan = self._begin()
             assert plan is not None
         try:
-            self.direction.begin(AscentStep(self._passes, plan))
+            self.direction.begin(AscentStep(self._passes, plan, self._replicas.index_of(0, 1)))
         except BaseException:
             self._restore()
             raise
@@ -271,6 +275,7 @@ class SAM(Engine):
         assert self._plan is not None
         step = AscentStep(self._passes, self._plan)
         try:
+            self._replicas.check_first_pass()
             self._ascend(step, None if self.direction.needs_no_gradient else _amp.scale_of(scaler), hand_over=zero_grad)
             self._passes.watch_weights()
         except BaseException:

@@ -1,0 +1,245 @@
+"""The replicas of ``DistributedDataParallel``: the passes that average gradients over them, and their agreement on a skipped step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sam_kernels._validate import check_flag
+from sam_kernels.optim._closures import Closure, TwoPasses
+from sam_kernels.optim._micro_batches import GradientMean
+from sam_kernels.optim._passes import Passes
+from sam_kernels.optim._rank_mean import RankMean
+from sam_kernels.schedules import Radius
+
+if TYPE_CHECKING:
+    from sam_kernels.optim.descents import Descent
+    from sam_kernels.optim.directions import Direction
+
+__all__ = ["Replicas", "check_weights_within_the_rank", "is_blank"]
+
+
+class Replicas:
+    """The ``DistributedDataParallel`` modules among the optimizer's ``model``; without one, every method does nothing.
+
+    Args:
+        model: a module or a list of modules, as the optimizer was given them.
+        direction, descent: the parts of the optimizer.
+        local_ascent: every rank perturbs by its own gradient. None: it does so wherever a module has ``no_sync``.
+
+    Every collective here is issued by all ranks or by none, whatever the numbers of one rank are: the decision depends on the arguments of
+    the optimizer and on the method that was called. Tensors are reduced where they are, so the host does not wait for a device.
+    """
+
+    def __init__(
+        self, model: nn.Module | Sequence[nn.Module] | None, direction: Direction, descent: Descent, *, local_ascent: bool | None
+    ) -> None:
+        self._direction, self._descent = direction, descent
+        self._replicated, others = _found(model)
+        if local_ascent is None:
+            self.ascends_locally = bool(self._replicated or others)
+        else:
+            self.ascends_locally = check_flag("SAM", "local_ascent", local_ascent)
+        if local_ascent:
+            self._check_can_ascend_locally(model)
+        self._averaging: list[Any] = [*self._replicated, *others] if self.ascends_locally else []
+        self._check_one_group()
+        self._check_static_graph()
+        if self.ascends_locally:
+            self._check_parts()
+
+    # --- the passes ---
+
+    @contextmanager
+    def without_averaging(self) -> Iterator[None]:
+        """Within it, forward and backward leave the rank's own gradients, where the ascent is local."""
+        with ExitStack() as stack:
+            for module in self._averaging:
+                stack.enter_context(module.no_sync())
+            yield
+
+    def mean(self, count: int, passes: Passes) -> GradientMean | None:
+        """The mean of the descent gradients of ``count`` micro-batches; None for one, whose gradient is the mean."""
+        if count == 1:
+            return None
+        return RankMean(count, passes) if self._averaging else GradientMean(count, passes)
+
+    def arranged(self, passes: Sequence[TwoPasses], mean: GradientMean | None, groups: list[dict[str, Any]]) -> Sequence[TwoPasses]:
+        """The passes of a step. With a local ascent all but the last descent run without averaging: one all-reduce of gradients a step."""
+        if not self._replicated and not self._averaging:
+            return passes
+        self._check_usable()
+        descents = [self._local(descent) for _, descent in passes[:-1]] + [self._last(passes[-1][1], mean, groups)]
+        return [(self._checked(self._local(ascent)), descent) for (ascent, _), descent in zip(passes, descents, strict=True)]
+
+    def index_of(self, micro_batch: int, count: int) -> int:
+        """The place of this rank's micro-batch among those of all ranks, for what is drawn by it: rank by rank, ``count`` each."""
+        if not self._averaging or not self._replicated:
+            return micro_batch
+        return distributed.get_rank(self._replicated[0].process_group) * count + micro_batch
+
+    def check_first_pass(self) -> None:
+        """After the first pass. Raises RuntimeError where its gradient is averaged and should not be, or the other way round, and that
+        would make another step, or replicas that drift apart. ``DistributedDataParallel`` notes how its last forward pass ran."""
+        if not self._replicated or self._direction.needs_no_gradient:
+            return
+        averaged = [module.require_forward_param_sync for module in self._replicated]
+        if self._averaging and all(averaged):
+            raise RuntimeError(
+                "SAM: local_ascent=True, but the first pass did not run under no_sync(); call the DistributedDataParallel module in the "
+                "closure, and in the two-step API put the first forward and backward into `with ddp.no_sync():`"
+            )
+        uses_gradient = bool(self._direction.keeps) or not self._descent.is_plain  # beyond the perturbation, which is undone
+        if not self._averaging and uses_gradient and not all(averaged):
+            part = f"direction {self._direction.name!r}" if self._descent.is_plain else f"descent {self._descent.name!r}"
+            raise RuntimeError(
+                f"SAM: {part} needs the gradient of all ranks in the first pass, and the last forward pass of the "
+                "DistributedDataParallel module ran under no_sync() or torch.no_grad(); run it outside of both"
+            )
+
+    def _local(self, closure: Closure) -> Closure:
+        def called() -> Any:
+            with self.without_averaging():
+                return closure()
+
+        return called if self._averaging else closure
+
+    def _last(self, closure: Closure, mean: GradientMean | None, groups: list[dict[str, Any]]) -> Closure:
+        if not isinstance(mean, RankMean):
+            return closure
+        rank_mean = mean
+
+        def called() -> Any:
+            with rank_mean.carried_by_the_next_backward(groups):
+                return closure()
+
+        return called
+
+    def _checked(self, closure: Closure) -> Closure:
+        def called() -> Any:
+            loss = closure()
+            self.check_first_pass()
+            return loss
+
+        return called
+
+    # --- what the ranks agree on ---
+
+    def agree(self, found_inf: Tensor) -> None:  # ()
+        """Sets ``found_inf`` where it is set on any rank: the replicas skip a step together. 4 bytes."""
+        if self._replicated:
+            self._check_usable()
+            distributed.all_reduce(found_inf, op=distributed.ReduceOp.MAX, group=self._replicated[0].process_group)
+
+    def loss_for_radii(self, loss: Any, radii: Sequence[Any], device: torch.device) -> Any:
+        """The loss that radii may follow: with averaged gradients the one of all ranks, or each would perturb by a radius of its own."""
+        return self._mean_loss(loss, device) if any(isinstance(rho, Radius) for rho in radii) else loss
+
+    def loss_for_descent(self, loss: Any, device: torch.device) -> Any:
+        """The loss that the update follows (the Polyak step size): the one of all ranks, or the replicas would drift apart."""
+        return self._mean_loss(loss, device) if self._descent.needs_loss else loss
+
+    def _mean_loss(self, loss: Any, device: torch.device) -> Any:
+        """() float64. With a local ascent, or where the loss is no number, it is returned as it is."""
+        is_number = isinstance(loss, int | float) and not isinstance(loss, bool)
+        if not self._replicated or self._averaging or not (is_number or (isinstance(loss, Tensor) and loss.numel() == 1)):
+            return loss
+        self._check_usable()
+        group = self._replicated[0].process_group
+        mean = torch.as_tensor(loss, dtype=torch.float64).detach().reshape(()).to(device, copy=True)
+        distributed.all_reduce(mean, group=group)
+        return mean / distributed.get_world_size(group)
+
+    # --- what is refused ---
+
+    def _check_can_ascend_locally(self, model: Any) -> None:
+        if not self._replicated:
+            raise ValueError(
+                f"SAM: local_ascent=True needs a DistributedDataParallel module, got model={_type_names(model)}; write "
+                "SAM(ddp.parameters(), ..., model=ddp, local_ascent=True) with ddp = DistributedDataParallel(module)"
+            )
+        if not distributed.is_initialized():
+            raise ValueError("SAM: local_ascent=True needs a process group; call torch.distributed.init_process_group first")
+
+    def _check_one_group(self) -> None:
+        if len(self._replicated) < 2:
+            return
+        ranks = {tuple(distributed.get_process_group_ranks(module.process_group)) for module in self._replicated}
+        if len(ranks) > 1:
+            raise ValueError(
+                f"SAM: the modules in model= are replicated over different ranks, {sorted(map(list, ranks))}; replicas agree on a skipped "
+                "step over one process group: make one optimizer for the modules of each"
+            )
+
+    def _check_parts(self) -> None:
+        """Refuses parts that would make an update, or a checkpoint, from numbers of one rank. SAM refuses the same parts for several
+        micro-batches: with a local ascent, the ranks are micro-batches."""
+        if not self._descent.is_plain:
+            raise ValueError(
+                f"SAM: a local ascent with descent {self._descent.name!r}: the update would depend on the rank's own first pass, and the "
+                "replicas would drift apart; use the plain descent, or SAM(..., model=ddp) without local_ascent"
+            )
+        if self._direction.keeps:
+            raise ValueError(
+                f"SAM: a local ascent with direction {self._direction.name!r}: every rank would keep an average of its own, of which a "
+                "checkpoint holds one; use a direction that keeps nothing, or SAM(..., model=ddp) without local_ascent"
+            )
+        if self._direction.needs_no_gradient:
+            raise ValueError(
+                f"SAM: a local ascent with direction {self._direction.name!r}: it takes no gradient before the ascent, so all ranks "
+                "perturb alike; leave local_ascent out"
+            )
+
+    def _check_usable(self) -> None:
+        if any(module._join_config.enable for module in self._replicated):
+            raise RuntimeError(
+                "SAM: DistributedDataParallel.join() is not supported: a rank without inputs makes no step, and the others would wait for "
+                "its part in the agreement; give every rank the same number of batches (DistributedSampler does)"
+            )
+        self._check_static_graph()
+
+    def _check_static_graph(self) -> None:
+        if self._averaging and any(module.static_graph for module in self._replicated):
+            raise ValueError(
+                "SAM: a local ascent with DistributedDataParallel(static_graph=True): torch then averages wrongly, without an error, where "
+                "some backward passes run under no_sync(); leave static_graph out (find_unused_parameters=True is supported)"
+            )
+
+
+def is_blank(groups: Sequence[dict[str, Any]]) -> bool:
+    """Whether a plain step with these groups has lr = 0. ``torch.distributed.checkpoint`` makes such a step for the state that it is to
+    fill, perhaps on one rank alone, which must not wait for the others."""
+    rates = [group["lr"] for group in groups if "lr" in group]
+    return bool(rates) and all((not isinstance(rate, Tensor) or rate.is_cpu) and float(rate) == 0.0 for rate in rates)
+
+
+def check_weights_within_the_rank(model: nn.Module, local_ascent: bool | None) -> None:
+    """For RW-SAM. Raises ValueError for a ``local_ascent`` of False with a replicated model."""
+    if local_ascent is False and any(_found(model)):
+        raise ValueError(
+            "RWSAM: local_ascent=False: weights over the samples of all ranks are not supported; leave local_ascent out, and every rank "
+            "weights its own samples and perturbs by their gradient"
+        )
+
+
+def _found(model: nn.Module | Sequence[nn.Module] | None) -> tuple[list[DistributedDataParallel], list[nn.Module]]:
+    """The ``DistributedDataParallel`` modules, inside of wrappers such as torch.compile's too; and others that have ``no_sync``."""
+    modules = [] if model is None else [model] if isinstance(model, nn.Module) else list(model)
+    replicated, others = [], []
+    for module in modules:
+        inner = [each for each in module.modules() if isinstance(each, DistributedDataParallel)]
+        replicated += inner
+        if not inner and callable(getattr(module, "no_sync", None)):
+            others.append(module)
+    return replicated, others
+
+
+def _type_names(model: Any) -> str:
+    if model is None or isinstance(model, nn.Module):
+        return "None" if model is None else type(model).__name__
+    return f"[{', '.join(type(module).__name__ for module in model)}]"

@@ -1,0 +1,204 @@
+"""What replicas and shards would do silently otherwise is refused, by name and before a weight moves. One process is enough to see it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+from sam_kernels import ASAM, GSAM, RSAM, RWSAM, SAM, SAMSPS, WSAM, FriendlySAM, LookSAM, MomentumSAM, VaSSO
+from sam_kernels.optim import descents, directions
+from tests.distributed.problem import batch_of, losses_of, make_model, weights_of
+
+SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def replicated(**kwargs: Any) -> DistributedDataParallel:
+    return DistributedDataParallel(make_model(), **kwargs)
+
+
+def closure_of(optimizer: Any, model: nn.Module) -> Callable[..., torch.Tensor]:
+    def closure(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = losses_of(model, inputs, targets).mean()
+        loss.backward()
+        return loss
+
+    return closure
+
+
+# --- a local ascent ---
+
+
+@pytest.mark.parametrize("as_model", [None, "module", "list"])
+def test_a_local_ascent_needs_replicas(as_model: str | None) -> None:
+    model = make_model()
+    given = {None: None, "module": model, "list": [model, nn.Identity()]}[as_model]
+    with pytest.raises(ValueError, match=r"needs a DistributedDataParallel module, got model=.*model=ddp, local_ascent=True"):
+        SAM(model.parameters(), torch.optim.SGD, model=given, local_ascent=True, **SGD)
+    with pytest.raises(ValueError, match="needs a DistributedDataParallel module"):
+        RWSAM(model, torch.optim.SGD, beta=1.0, local_ascent=True, **SGD)
+
+
+def test_a_local_ascent_needs_a_process_group(group: None) -> None:
+    ddp = replicated()
+    distributed.destroy_process_group()
+    with pytest.raises(ValueError, match=r"call torch\.distributed\.init_process_group first"):
+        SAM(ddp.parameters(), torch.optim.SGD, model=ddp, local_ascent=True, **SGD)
+
+
+def test_a_local_ascent_is_a_flag(group: None) -> None:
+    ddp = replicated()
+    with pytest.raises(TypeError, match="local_ascent"):
+        SAM(ddp.parameters(), torch.optim.SGD, model=ddp, local_ascent=1, **SGD)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [(GSAM, "gsam"), (WSAM, "wsam"), (LookSAM, "looksam"), (VaSSO, "vasso"), (FriendlySAM, "friendly"), (MomentumSAM, "momentum")],
+)
+def test_parts_that_use_numbers_of_one_rank_are_refused_by_name(group: None, make: Any, name: str) -> None:
+    ddp = replicated()
+    with pytest.raises(ValueError, match=f"local ascent with (descent|direction) '{name}'"):
+        make(ddp.parameters(), torch.optim.SGD, rho=0.1, model=ddp, local_ascent=True, **SGD)
+    make(ddp.parameters(), torch.optim.SGD, rho=0.1, model=ddp, **SGD)
+
+
+def test_so_is_the_polyak_step_size(group: None) -> None:
+    ddp = replicated()
+    with pytest.raises(ValueError, match="local ascent with descent 'polyak'"):
+        SAMSPS(ddp.parameters(), model=ddp, local_ascent=True)
+    with pytest.raises(ValueError, match="local ascent with descent 'polyak'"):
+        RWSAM(ddp, torch.optim.SGD, beta=1.0, lr=0.1, descent=descents.Polyak())
+    with pytest.raises(ValueError, match="local ascent with direction 'vasso'"):
+        RWSAM(ddp, torch.optim.SGD, beta=1.0, lr=0.1, direction=directions.VarianceSuppressed())
+
+
+def test_reweighting_over_all_ranks_is_refused(group: None) -> None:
+    with pytest.raises(ValueError, match="weights over the samples of all ranks are not supported"):
+        RWSAM(replicated(), torch.optim.SGD, beta=1.0, local_ascent=False, **SGD)
+
+
+def test_a_static_graph_is_refused(group: None) -> None:
+    ddp = replicated(static_graph=True)
+    with pytest.raises(ValueError, match=r"static_graph=True.*leave static_graph out"):
+        SAM(ddp.parameters(), torch.optim.SGD, model=ddp, local_ascent=True, **SGD)
+    with pytest.raises(ValueError, match=r"static_graph=True.*leave static_graph out"):
+        RWSAM(ddp, torch.optim.SGD, beta=1.0, **SGD)
+    ddp = replicated()
+    optimizer = SAM(ddp.parameters(), torch.optim.SGD, model=ddp, local_ascent=True, **SGD)
+    ddp._set_static_graph()  # type: ignore[no-untyped-call]
+    with pytest.raises(ValueError, match="static_graph=True"):
+        optimizer.step(closure_of(optimizer, ddp), batch=batch_of(0, 0, 1))
+
+
+def test_uneven_inputs_are_refused(group: None) -> None:
+    ddp = replicated()
+    optimizer = SAM(ddp.parameters(), torch.optim.SGD, model=ddp, **SGD)
+    start = weights_of(ddp)
+    with ddp.join(), pytest.raises(RuntimeError, match=r"DistributedDataParallel.join\(\) is not supported"):
+        optimizer.step(closure_of(optimizer, ddp), batch=batch_of(0, 0, 1))
+    assert all(map(torch.equal, start, weights_of(ddp)))
+
+
+@pytest.mark.parametrize("two_steps", [False, True])
+def test_an_ascent_that_is_averaged_after_all_is_refused(group: None, two_steps: bool) -> None:
+    ddp = replicated()
+    optimizer = SAM(ddp.parameters(), torch.optim.SGD, model=ddp, local_ascent=True, **SGD)
+    start, act = weights_of(ddp), optimizer.first_step
+    if two_steps:
+        closure_of(optimizer, ddp)(*batch_of(0, 0, 1))
+    else:  # it passes the replicated module by
+        act = partial(optimizer.step, closure_of(optimizer, ddp.module), batch=batch_of(0, 0, 1))
+    with pytest.raises(RuntimeError, match=r"first pass did not run under no_sync\(\).*with ddp.no_sync\(\):"):
+        act()
+    assert all(map(torch.equal, start, weights_of(ddp)))
+
+
+@pytest.mark.parametrize("make", [GSAM, VaSSO])
+@pytest.mark.parametrize("two_steps", [False, True])
+def test_a_kept_gradient_of_one_rank_is_refused(group: None, make: Any, two_steps: bool) -> None:
+    ddp = replicated()
+    optimizer = make(ddp.parameters(), torch.optim.SGD, rho=0.1, model=ddp, **SGD)
+    closure, start = closure_of(optimizer, ddp), weights_of(ddp)
+
+    def alone() -> torch.Tensor:
+        with ddp.no_sync():
+            return closure(*batch_of(0, 0, 1))
+
+    act = optimizer.first_step
+    if two_steps:
+        alone()
+    else:
+        act = partial(optimizer.step, lambda: closure(*batch_of(0, 0, 1)), ascent_closure=alone)
+    with pytest.raises(RuntimeError, match=r"needs the gradient of all ranks in the first pass.*no_sync\(\)"):
+        act()
+    assert all(map(torch.equal, start, weights_of(ddp)))
+
+
+def test_micro_batches_without_a_backward_pass_are_an_error(group: None) -> None:
+    ddp = replicated()
+    optimizer = SAM(ddp.parameters(), torch.optim.SGD, model=ddp, local_ascent=True, rho=0.0, **SGD)
+    closure = closure_of(optimizer, ddp)
+    with pytest.raises(RuntimeError, match=r"ran no backward pass.*call loss.backward\(\)"):
+        optimizer.step([lambda: closure(*batch_of(0, 0, 1)), lambda: None])
+
+
+def test_a_copy_of_the_optimizer_has_the_copy_of_the_replicas(group: None) -> None:
+    ddp = replicated()
+    pair = copy.deepcopy((ddp, SAM(ddp.parameters(), torch.optim.SGD, model=ddp, local_ascent=True, **SGD)))
+    other, optimizer = pair
+    optimizer.step(closure_of(optimizer, other), batch=batch_of(0, 0, 2), micro_batches=2)
+    assert not torch.equal(weights_of(other)[0], weights_of(ddp)[0])
+    closure_of(optimizer, other)(*batch_of(0, 0, 1))  # averaged: the copy's own ascent is refused
+    with pytest.raises(RuntimeError, match=r"did not run under no_sync\(\)"):
+        optimizer.first_step()
+
+
+# --- shards ---
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_parameters_of_fsdp1_are_refused(group: None, use_orig_params: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one process is not sharded, and FSDP1 is deprecated
+        model: Any = FullyShardedDataParallel(make_model(), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    words = r"sharded by FullyShardedDataParallel \(FSDP1\); the norm of a shard .*ZeroRedundancyOptimizer"
+    with pytest.raises(TypeError, match=words):
+        SAM(model.parameters(), torch.optim.SGD, **SGD)
+    with pytest.raises(TypeError, match=words):
+        SAM(model.parameters(), torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer = SAM(make_model().parameters(), torch.optim.SGD, **SGD)
+    with pytest.raises(TypeError, match=words):
+        optimizer.add_param_group({"params": list(model.parameters())})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_sam_inside_of_zero_is_refused(group: None) -> None:
+    params = list(make_model().parameters())
+    words = r"made inside ZeroRedundancyOptimizer.*SAM\(ddp.parameters\(\), ZeroRedundancyOptimizer, optimizer_class="
+    for make in (SAM, ASAM, RSAM):
+        with pytest.raises(TypeError, match=words):
+            ZeroRedundancyOptimizer(params, make, base_optimizer=torch.optim.SGD, lr=0.1)
+    with pytest.raises(TypeError, match=words):
+        ZeroRedundancyOptimizer(params, partial(SAM, base_optimizer=torch.optim.SGD), lr=0.1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=words):
+        ZeroRedundancyOptimizer(params, lambda shard, **options: SAM(shard, torch.optim.SGD, **options), lr=0.1)  # type: ignore[arg-type]
