@@ -234,7 +234,7 @@ def check_vector(op: str, name: str, value: object, *, low: float, open_low: boo
     if isinstance(value, Tensor):
         vector = check_tensor(op, name, value).detach().to("cpu", torch.float64, copy=True)
     elif isinstance(value, Sequence) and all(isinstance(x, int | float) and not isinstance(x, bool) for x in value):
-        vector = torch.tensor(value, dtype=torch.float64)
+        vector = torch.tensor(value, dtype=torch.float64, device="cpu")
     else:
         raise TypeError(f"{op}: {name} must be a floating-point tensor or a sequence of numbers, got {describe(value)}")
     if vector.dim() != 1 or not len(vector):

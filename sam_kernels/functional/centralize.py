@@ -55,5 +55,5 @@ def centralize_(
         options = {"adaptive": adaptive, "eta": eta, "found_inf": found_inf if alone else None}
         norms.append(rows.backend.centralize_(given, rows.lists["params"], slice_sizes(given), **options))
         rows.finish()
-    result = combine_norms(norms) if norms else torch.zeros(())
+    result = combine_norms(norms) if norms else torch.zeros((), dtype=torch.float32, device="cpu")
     return result if alone else report_norm(result, found_inf, None, None)

@@ -21,11 +21,11 @@ __all__ = ["combine_", "grad_dots"]
 
 
 def _fake_dots(*, lefts: Tensors, **_: Any) -> Tensor:
-    return lefts[0].new_empty(3, dtype=torch.float64) if lefts else torch.zeros(3, dtype=torch.float64)
+    return lefts[0].new_empty(3, dtype=torch.float64) if lefts else torch.zeros(3, dtype=torch.float64, device="cpu")
 
 
 def _fake_norm(*, outs: Tensors, **_: Any) -> Tensor:
-    return outs[0].new_empty((), dtype=_norm_dtype(outs)) if outs else torch.zeros(())
+    return outs[0].new_empty((), dtype=_norm_dtype(outs)) if outs else torch.zeros((), dtype=torch.float32, device="cpu")
 
 
 def _norm_dtype(outs: Sequence[Tensor]) -> torch.dtype:
@@ -63,7 +63,9 @@ def grad_dots(
         parts.append(rows.backend.grad_dots(given["lefts"], given["rights"], given["origins"], found_inf=found_inf if alone else None))
     if alone:
         return parts[0]
-    result = torch.stack([part.to(lefts[0].device) for part in parts]).sum(dim=0) if parts else torch.zeros(3, dtype=torch.float64)
+    result = (
+        torch.stack([part.to(lefts[0].device) for part in parts]).sum(dim=0) if parts else torch.zeros(3, dtype=torch.float64, device="cpu")
+    )
     report_norm(torch.linalg.vector_norm(result, ord=torch.inf), found_inf, None, None)
     return result
 
@@ -121,7 +123,7 @@ def combine_(
         rows.finish()
     if len(norms) == 1 and (found_inf is None or found_inf.device == outs[0].device):
         return norms[0]  # whose backend has reported it
-    return report_norm(combine_norms(norms) if norms else torch.zeros(()), found_inf, None, None)
+    return report_norm(combine_norms(norms) if norms else torch.zeros((), dtype=torch.float32, device="cpu"), found_inf, None, None)
 
 
 def _is_zero(weight: Number) -> bool:

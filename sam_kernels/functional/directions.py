@@ -24,7 +24,11 @@ DIRECTIONS = ("vasso", "friendly")
 def _fake_direction_norm(*, grads: Tensors, first_steps: Sequence[int], **_: Any) -> Tensor:
     """First steps are made first: the norm is on the device of the first of these."""
     dtype = torch.float64 if any(grad.dtype is torch.float64 for grad in grads) else torch.float32
-    return grads[first_steps[0] if first_steps else 0].new_empty((), dtype=dtype) if grads else torch.zeros(())
+    return (
+        grads[first_steps[0] if first_steps else 0].new_empty((), dtype=dtype)
+        if grads
+        else torch.zeros((), dtype=torch.float32, device="cpu")
+    )
 
 
 @operation(written=("ema", "found_inf"), fake=_fake_direction_norm, flat=EMA)
@@ -91,5 +95,5 @@ def direction_norm_(
             for i, average in zip(indices or (), fresh, strict=True):
                 cast("list[Tensor | None]", ema)[i] = average
     dtype = torch.float64 if torch.float64 in {grad.dtype for grad in grads} else torch.float32
-    result = combine_norms(norms).to(dtype) if norms else torch.zeros(())
+    result = combine_norms(norms).to(dtype) if norms else torch.zeros((), dtype=torch.float32, device="cpu")
     return report_norm(result, found_inf, None, None)

@@ -26,7 +26,7 @@ def fake_norm(*, grads: Tensors, **_: Any) -> Tensor:
 def _fake_norms(*, grad_groups: Tensors, group_sizes: Sequence[int], **_: Any) -> Tensor:
     """``grad_groups`` flattened."""
     if not grad_groups:
-        return torch.zeros(len(group_sizes))
+        return torch.zeros(len(group_sizes), dtype=torch.float32, device="cpu")
     dtype = torch.float64 if any(grad.dtype is torch.float64 for grad in grad_groups) else torch.float32
     return grad_groups[0].new_empty(len(group_sizes), dtype=dtype)
 
@@ -123,7 +123,7 @@ def _grad_norms(
         sizes = [len(rows.indices)] if group_of_row is None else _count(group_of_row, rows.indices, len(groups))
         reported = report if alone else dict.fromkeys(report)
         norms.append(rows.backend.grad_norms(rows.lists["grads"], rows.lists["params"], sizes, adaptive=adaptive, eta=eta, **reported))
-    result = combine_norms(norms) if norms else torch.zeros(len(groups))
+    result = combine_norms(norms) if norms else torch.zeros(len(groups), dtype=torch.float32, device="cpu")
     return result if alone or len(groups) != 1 else report_norm(result[0], **report).reshape(1)
 
 

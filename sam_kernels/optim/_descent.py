@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from sam_kernels import functional
+from sam_kernels._memory_of import is_fake
 from sam_kernels.optim._capturable import is_recording, not_recordable
 from sam_kernels.optim._group import GroupLists
 
@@ -140,13 +141,14 @@ def plain_step(
     max_norm: float | None,
 ) -> None:
     """``base.step()`` from restored parameters, gradients unscaled and clipped in place first. Waits for the device to know of a skip."""
-    if found_inf.item() != 0.0:
-        return
-    if grad_scale is not None and grads:
-        torch._foreach_div_(grads, grad_scale.item())
-    if norm is not None and max_norm is not None:
-        unscaled = norm if grad_scale is None else norm / grad_scale
-        torch._foreach_mul_(grads, min(1.0, max_norm / (unscaled.item() + 1e-6)))
+    if not is_fake(found_inf):  # of a tensor without values nothing can be read; shapes do not depend on it
+        if found_inf.item() != 0.0:
+            return
+        if grad_scale is not None and grads:
+            torch._foreach_div_(grads, grad_scale.item())
+        if norm is not None and max_norm is not None:
+            unscaled = norm if grad_scale is None else norm / grad_scale
+            torch._foreach_mul_(grads, min(1.0, max_norm / (unscaled.item() + 1e-6)))
     with _global_hooks_once():
         base.step()
 

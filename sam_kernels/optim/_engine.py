@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
+from sam_kernels._memory_of import why_no_memory
 from sam_kernels.optim import _amp, _capturable
 from sam_kernels.optim._ascent_step import AscentStep
 from sam_kernels.optim._closure_watch import ClosureWatch
 from sam_kernels.optim._closures import Closure, TwoPasses
 from sam_kernels.optim._family import check_gradient, check_passes
+from sam_kernels.optim._group import param_name
 from sam_kernels.optim._held_still import BufferGuard, RandomState
 from sam_kernels.optim._kept_grads import KeptGrads
 from sam_kernels.optim._micro_batches import mean_loss
@@ -71,6 +73,9 @@ class Engine(Wrapper):
         """``counts``: a step of SAM, with a plan; otherwise one of the base alone."""
         groups = self.param_groups
         device = next((param.device for group in groups for param in group["params"]), self._passes.found_inf.device)
+        if device.type == "meta":
+            i = next(i for i, group in enumerate(groups) if group["params"])
+            raise TypeError(f"SAM: parameter {param_name(groups[i], i, 0)} {why_no_memory(groups[i]['params'][0])}")
         if _capturable.is_recording(device):
             if not self.capturable:
                 raise _capturable.not_recordable("the optimizer was made without capturable=True: rho, lambd and t would be constants")

@@ -126,7 +126,7 @@ def _further(start: Tensor, first: Tensor, second: Tensor) -> Tensor:  # (bytes,
     if torch.equal(*blocks):  # in one block of 624 words: the index of the next one
         nexts = [int(state[_NEXT].clone().view(torch.int64)) for state in (first, second)]
         return first if nexts[0] > nexts[1] else second
-    generator = torch.Generator()
+    generator = torch.Generator("cpu")
     generator.set_state(start)
     for _ in range(_BLOCKS_LOOKED_AT):
         block = generator.get_state()[_WORDS]
@@ -134,7 +134,7 @@ def _further(start: Tensor, first: Tensor, second: Tensor) -> Tensor:  # (bytes,
             return first
         if torch.equal(block, blocks[0]):
             return second
-        torch.empty(_BLOCK, dtype=torch.int32).random_(generator=generator)
+        torch.empty(_BLOCK, dtype=torch.int32, device="cpu").random_(generator=generator)
     return second
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sam_kernels._memory_of import is_fake
 from sam_kernels.optim._group import check_param, param_name
 from sam_kernels.optim._sharded import check_no_sharding_optimizer
 
@@ -49,11 +50,9 @@ def _check_memory(groups: Sequence[dict[str, Any]], places: Sequence[tuple[int, 
     spans = []
     for i, j in places:
         param = groups[i]["params"][j]
-        if param.numel() == 0 or param.is_meta:
+        if param.numel() == 0 or param.is_meta or is_fake(param):
             continue
         begin = param.data_ptr()
-        if begin == 0:  # no memory of its own (fake tensors): nothing can be said
-            continue
         reach = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True)) + 1
         if reach < param.numel():
             raise ValueError(

@@ -151,7 +151,7 @@ class Replicas:
             return loss
         self._check_usable()
         group = self._replicated[0].process_group
-        mean = torch.as_tensor(loss, dtype=torch.float64).detach().reshape(()).to(device, copy=True)
+        mean = torch.as_tensor(loss, dtype=torch.float64, device=device).detach().reshape(()).clone()
         distributed.all_reduce(mean, group=group)
         return mean / distributed.get_world_size(group)
 

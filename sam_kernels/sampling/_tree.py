@@ -19,7 +19,7 @@ class SumTree:
 
     def __init__(self, n: int, k: int) -> None:
         self._n, self._depth = n, (n - 1).bit_length()
-        self._nodes = torch.zeros(2 << self._depth, k, dtype=torch.float64)
+        self._nodes = torch.zeros(2 << self._depth, k, dtype=torch.float64, device="cpu")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Tensors that come from another process are shared with it: a copy has its own."""

@@ -80,11 +80,11 @@ class AdaptiveImportanceSampler(BatchDraws):
         self.uniform_share = check_number(name, "uniform_share", uniform_share, low=0.0, high=1.0, open_low=True)
         self.decay = check_number(name, "decay", decay, low=0.0, high=1.0, open_high=True)
         # Of the current epoch: what was drawn, as probabilities do not tell it later. Read from a state's position on.
-        self._indices = torch.empty(self._steps, self.batch_size, dtype=torch.int64)
-        self._weights = torch.empty(self._steps, self.batch_size, dtype=torch.float64)
+        self._indices = torch.empty(self._steps, self.batch_size, dtype=torch.int64, device="cpu")
+        self._weights = torch.empty(self._steps, self.batch_size, dtype=torch.float64, device="cpu")
         self._drawn = 0
         self._sizes = {"data_size": self.data_size, "batch_size": self.batch_size}
-        self._set_estimates(torch.full((self.data_size,), torch.nan, dtype=torch.float64))
+        self._set_estimates(torch.full((self.data_size,), torch.nan, dtype=torch.float64, device="cpu"))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Tensors that come from another process are shared with it: a copy has its own."""
@@ -100,7 +100,7 @@ class AdaptiveImportanceSampler(BatchDraws):
     @property
     def probabilities(self) -> Tensor:  # (n,) float64
         """Those of the next draw."""
-        return self._probability(torch.arange(self.data_size))
+        return self._probability(torch.arange(self.data_size, device="cpu"))
 
     def update(self, indices: Tensor, norms: Tensor) -> None:  # (m,) int64, (m,)
         """Learns the gradient norms of some samples, such as :class:`sam_kernels.per_sample.GradNorms` gives them. They are the samples'
@@ -119,7 +119,7 @@ class AdaptiveImportanceSampler(BatchDraws):
         if (norms > largest).any():
             raise ValueError(f"{self._name}.update: norms must be at most {largest:.3g}, got {norms.max().item()}: sums would overflow")
         samples, inverse, counts = torch.unique(indices, return_inverse=True, return_counts=True)
-        means = torch.zeros(len(samples), dtype=torch.float64).index_add_(0, inverse, norms) / counts
+        means = torch.zeros(len(samples), dtype=torch.float64, device="cpu").index_add_(0, inverse, norms) / counts
         old, unseen = self._tree.leaves[samples].unbind(1)
         values = torch.where(unseen > 0, means, self.decay * old + (1 - self.decay) * means)
         self._tree.set_(samples, torch.stack([values, torch.zeros_like(values)], 1))
@@ -199,23 +199,23 @@ class AdaptiveImportanceSampler(BatchDraws):
     def _set_estimates(self, estimates: Tensor) -> None:  # (n,)
         """The tree's two numbers of a sample: its estimate, and 1 where there is none."""
         self._tree = SumTree(self.data_size, 2)
-        self._tree.set_(torch.arange(self.data_size), torch.stack([estimates.nan_to_num(), estimates.isnan().double()], 1))
+        self._tree.set_(torch.arange(self.data_size, device="cpu"), torch.stack([estimates.nan_to_num(), estimates.isnan().double()], 1))
 
     def _factors(self) -> Tensor:  # (2,)
         """A sample's e_i is the product of its two numbers with these: 1, and the mean of the estimates that there are."""
         total, unseen = self._tree.total.tolist()
-        return torch.tensor([1.0, total / (self.data_size - unseen) if unseen < self.data_size else 0.0], dtype=torch.float64)
+        return torch.tensor([1.0, total / (self.data_size - unseen) if unseen < self.data_size else 0.0], dtype=torch.float64, device="cpu")
 
     def _probability(self, indices: Tensor) -> Tensor:  # (m,) -> (m,)
         factors = self._factors()
         total = self._tree.total @ factors
         if total == 0:
-            return torch.full(indices.shape, 1 / self.data_size, dtype=torch.float64)
+            return torch.full(indices.shape, 1 / self.data_size, dtype=torch.float64, device="cpu")
         return (1 - self.uniform_share) * (self._tree.leaves[indices] @ factors / total) + self.uniform_share / self.data_size
 
     def _draws(self, generator: Generator, start: int) -> Iterator[Draw]:
         for step in range(self._steps):
-            uniforms = torch.rand(self.batch_size, 2, generator=generator, dtype=torch.float64)
+            uniforms = torch.rand(self.batch_size, 2, generator=generator, dtype=torch.float64, device="cpu")
             if step < start:
                 continue
             if step >= self._drawn:  # else a loaded state had it drawn, from the probabilities of that time

@@ -83,11 +83,11 @@ class ImportanceSampler(Draws[int]):
         """Indices and weights as tensors, for loops without a ``DataLoader``; no part of the epoch. Random numbers: ``generator``, or
         torch's own."""
         num_draws = check_count(self._name, "num_draws", num_draws, low=0)
-        return self._table.find(torch.rand(num_draws, generator=generator, dtype=torch.float64))
+        return self._table.find(torch.rand(num_draws, generator=generator, dtype=torch.float64, device="cpu"))
 
     def _all_draws(self, generator: Generator) -> Iterator[Draw]:
         while True:
-            block = self._table.find(torch.rand(_BLOCK, self.num_replicas, generator=generator, dtype=torch.float64))
+            block = self._table.find(torch.rand(_BLOCK, self.num_replicas, generator=generator, dtype=torch.float64, device="cpu"))
             yield from zip(*(part.tolist() for part in block), strict=True)
 
     def _part(self, draw: Draw) -> int:
@@ -129,5 +129,5 @@ class ImportanceBatchSampler(BatchDraws):
 
     def _all_draws(self, generator: Generator) -> Iterator[Draw]:
         while True:
-            indices, weights = self._table.find(torch.rand(self.batch_size, generator=generator, dtype=torch.float64))
+            indices, weights = self._table.find(torch.rand(self.batch_size, generator=generator, dtype=torch.float64, device="cpu"))
             yield indices.tolist(), weights.tolist()

@@ -47,7 +47,7 @@ class TauNiceBatchSampler(BatchDraws):
         default = self.data_size // self.batch_size
         self._steps = self._batches(num_batches, default)
         self._sizes = {"data_size": self.data_size, "batch_size": self.batch_size}
-        self._left = self.data_size - torch.arange(self.batch_size)  # samples to choose from, at each of the tau choices
+        self._left = self.data_size - torch.arange(self.batch_size, device="cpu")  # samples to choose from, at each of the tau choices
 
     def _all_draws(self, generator: Generator) -> Iterator[Draw]:
         weights = [1.0] * self.batch_size
@@ -116,7 +116,7 @@ class IndependentBatchSampler(BatchDraws):
     def _all_draws(self, generator: Generator) -> Iterator[Draw]:
         while True:
             # What is below 1 is drawn: a probability of 1 always, as the random number is less than 1.
-            yield self._draw(torch.rand(len(self.weights), generator=generator, dtype=torch.float64) / self.probabilities)
+            yield self._draw(torch.rand(len(self.weights), generator=generator, dtype=torch.float64, device="cpu") / self.probabilities)
 
     def _draw(self, tried: Tensor) -> Draw:  # (n,)
         drawn = (tried < 1).nonzero().flatten()

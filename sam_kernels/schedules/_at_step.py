@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 Step = int | Tensor
-FIRST_STEP = torch.ones((), dtype=torch.float64)
+FIRST_STEP = torch.ones((), dtype=torch.float64, device="cpu")
 Schedule = float | Tensor | str | Callable[[Any], float | Tensor]
 RhoSchedule = Schedule | Radius
 

@@ -85,7 +85,7 @@ def grad_norms(
     """Norms of consecutive groups of rows, reported where there is one. Reads g (and p when adaptive)."""
     described = _lists.describe(grads)
     norms = _norms(described, _lists.describe(params) if adaptive else None, group_sizes, adaptive=adaptive, eta=eta)
-    result = torch.tensor(norms, dtype=torch.float64 if described.has_float64 else torch.float32)
+    result = torch.tensor(norms, dtype=torch.float64 if described.has_float64 else torch.float32, device="cpu")
     return result if len(norms) != 1 else report_norm(result[0], found_inf, skipped, out).reshape(1)
 
 
@@ -196,7 +196,7 @@ def direction_norm_(
         sigma=sigma,
         threads=torch.get_num_threads(),
     )
-    return torch.tensor(norm, dtype=torch.float64)
+    return torch.tensor(norm, dtype=torch.float64, device="cpu")
 
 
 def centralize_(
@@ -219,7 +219,7 @@ def centralize_(
         eta=eta,
         threads=torch.get_num_threads(),
     )
-    result = torch.tensor(norm, dtype=torch.float64 if described.has_float64 else torch.float32)
+    result = torch.tensor(norm, dtype=torch.float64 if described.has_float64 else torch.float32, device="cpu")
     return report_norm(result, found_inf, None, None)
 
 
@@ -237,7 +237,7 @@ def grad_dots(
     )
     if found_inf is not None and not all(map(math.isfinite, dots)):
         found_inf.fill_(1.0)
-    return torch.tensor(dots, dtype=torch.float64)
+    return torch.tensor(dots, dtype=torch.float64, device="cpu")
 
 
 def combine_(
@@ -267,7 +267,7 @@ def combine_(
         writes=writes,
         threads=torch.get_num_threads(),
     )
-    result = torch.tensor(norm, dtype=torch.float64 if described.has_float64 else torch.float32)
+    result = torch.tensor(norm, dtype=torch.float64 if described.has_float64 else torch.float32, device="cpu")
     return report_norm(result, found_inf, None, None)
 
 
