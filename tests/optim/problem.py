@@ -75,7 +75,8 @@ def written_out_step(
 ) -> None:
     """One step of Unified SAM as the formula says it, with ``base`` a torch optimizer on ``model``'s own parameters."""
     start = weights(model)
-    grads = gradients(model, batch)
+    sign = -1.0 if base.param_groups[0].get("maximize") else 1.0  # to maximise f is to minimise -f
+    grads = [sign * grad for grad in gradients(model, batch)]
     scaling = [param.abs() + eta if adaptive else torch.ones_like(param) for param in start]
     norm = torch.sqrt(sum(((t * g) ** 2).sum() for t, g in zip(scaling, grads, strict=True)))
     scale = rho * (1 - lambd + lambd / (norm + 1e-12))

@@ -83,7 +83,7 @@ def test_beta_of_zero_is_sam_bit_for_bit(base: Any, kwargs: dict[str, Any], kind
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_weights_are_sam_to_rounding(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A β of zero that nobody looks at, as one on a device, takes the whole path."""
-    monkeypatch.setattr(RWSAM, "_is_plain", lambda self, beta, t: False)
+    monkeypatch.setattr(RWSAM, "_is_plain", lambda self, plan: False)
     model = make_model()
     other = twin(model)
     ours = RWSAM(model, torch.optim.SGD, beta=0.0, norms=kind, lr=0.1, rho=0.2)
