@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from sam_kernels.per_sample import _rules
 from sam_kernels.per_sample._attention import LinearCalls, attention_params, rows_of
 from sam_kernels.per_sample._call import Call
+from sam_kernels.per_sample._hidden import has_graph, refuse_inside_function
 from sam_kernels.per_sample._registry import Rule, rule_for
 from sam_kernels.per_sample._rules import linear_terms
 from sam_kernels.per_sample._vmap import by_vmap
@@ -115,6 +116,8 @@ class Recorder:
         if not self._listens:
             return output
         tensors = [output] if isinstance(output, Tensor) else [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        if not has_graph(watched.name, tensors):
+            return output
         if len(tensors) > 1:  # one may come from another, or be another: aliases get only the gradients from outside
             output = pytree.tree_map_only(Tensor, lambda tensor: tensor.view_as(tensor), output)
         # (B, features), as behind a mean over time, has no dimension for time
@@ -136,6 +139,8 @@ class Recorder:
 
     def _enter_attention(self, watched: _Watched, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._listens:
+            if not torch.is_grad_enabled():  # torch's fused attention calls no ``linear`` then
+                refuse_inside_function(watched.name)
             query = args[0] if args else kwargs["query"]
             batch = 1 if query.dim() < 3 else query.shape[0 if module.batch_first else 1]
             mode: Any = LinearCalls(partial(self._on_linear, watched, batch))
@@ -149,7 +154,7 @@ class Recorder:
     def _on_linear(self, watched: _Watched, batch: int, x: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor) -> None:
         found = {"weight": rows_of(weight, watched.params), "bias": rows_of(bias, watched.params)}
         used = {name: each for name, each in found.items() if each is not None}
-        if not used:
+        if not used or not has_graph(watched.name, [output]):
             return
         call = Call(
             watched.name,

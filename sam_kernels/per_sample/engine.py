@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
@@ -12,11 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from sam_kernels._validate import check_choice, check_flag, describe
+from sam_kernels._validate import check_choice, check_count, check_flag, describe
 from sam_kernels.per_sample._call import Call
 from sam_kernels.per_sample._gathered import Gathered
-from sam_kernels.per_sample._graph import ends_of
+from sam_kernels.per_sample._graph import graph_of
+from sam_kernels.per_sample._hidden import refuse_hidden
+from sam_kernels.per_sample._order import check_order
 from sam_kernels.per_sample._recorder import Recorder, refuse_compiled
 
 __all__ = ["GradNorms"]
@@ -82,6 +86,7 @@ class GradNorms:
         _require_owned(self.over, model)
         self._recorder = Recorder(model, batch_first=batch_first, unsupported=unsupported)
         self._gathered: Gathered | None = None
+        self._last: tuple[weakref.ref[Tensor], Tensor, bool] | None = None  # losses, norms, whether checkpoints run again
 
     @property
     def over(self) -> Collection[Tensor] | None:
@@ -95,7 +100,7 @@ class GradNorms:
     def __enter__(self) -> GradNorms:
         if self._recorder.is_on:
             raise RuntimeError("GradNorms: this engine is already around a forward pass; use one engine for each")
-        self._gathered = None
+        self._gathered = self._last = None
         self._recorder.start()
         return self
 
@@ -136,9 +141,11 @@ class GradNorms:
             for position, node in enumerate(call.nodes):
                 if node is not None:
                     nodes.setdefault(node, []).append((call, position))
-        reached, ends, reads = ends_of(losses.grad_fn, nodes)
-        _require_reached(calls, reached)
-        _require_all_seen(self._recorder.params, calls, reads)
+        graph = graph_of(losses.grad_fn, nodes)
+        recomputes = any(call.is_recomputed for call in calls)
+        refuse_hidden(losses.grad_fn, [call for call in calls if not call.expect(graph.reached)])
+        calls = [call for call in calls if call.is_awaited]  # by the others comes no gradient: they add nothing
+        _require_all_seen(self._recorder.params, calls, graph.reads)
         gathered = Gathered(calls, losses.shape[0], losses.shape[0] // self.micro_batch, losses.device, keep=keep, over=self._over)
 
         def pass_by(node: Any, grads: Sequence[Tensor | None]) -> None:
@@ -148,19 +155,20 @@ class GradNorms:
                 if call.receive(position, grads[call.output_nrs[position]]) and (call.is_recomputed or not keep):
                     gathered.add(call)
 
-        if backward:  # runs through all of them
-            ends = set()
-        handles = [node.register_prehook(partial(pass_by, node)) for node in reached - ends]
+        ends = set() if backward else graph.ends  # an ordinary backward pass runs through all of them
         edges = [GradientEdge(node, nr) for node in ends for nr in sorted({call.output_nrs[i] for call, i in nodes[node]})]
+        handles: list[Any] = []
         try:
             # What rules multiply must not be rounded on the way; what checkpoints run again brings its own autocast along.
-            again = self._recorder.replaying() if any(call.is_recomputed for call in calls) else nullcontext()
+            again = self._recorder.replaying() if recomputes else nullcontext()
             with again, torch.autocast(losses.device.type, enabled=False):
+                check_order(losses, calls, graph, mixes=_mixing(calls))
+                handles += [node.register_prehook(partial(pass_by, node)) for node in graph.reached - ends]
                 ones = torch.ones_like(losses)
                 found: tuple[Tensor, ...] = ()
                 if backward:
                     torch.autograd.backward(losses, ones, retain_graph=retain_graph)
-                else:
+                elif edges:
                     found = torch.autograd.grad(losses, edges, ones, retain_graph=retain_graph, allow_unused=True)
                 with torch.no_grad():
                     by_edge: dict[Any, Tensor | None] = {(edge.node, edge.output_nr): grad for edge, grad in zip(edges, found, strict=True)}
@@ -174,7 +182,51 @@ class GradNorms:
         norms = gathered.square_norms().clamp_(min=0.0).sqrt_()
         if self.reduction == "mean" and self.micro_batch > 1:
             norms /= self.micro_batch
-        return norms.to(torch.float64 if losses.dtype is torch.float64 else torch.float32)
+        norms = norms.to(torch.float64 if losses.dtype is torch.float64 else torch.float32)
+        self._last = weakref.ref(losses), norms, recomputes
+        return norms
+
+    def verify(
+        self,
+        losses: Tensor,  # (B,)
+        i: int,
+        *,
+        retain_graph: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # (), ()
+        """Return the norm of sample (or micro-batch) i, and the norm that a backward pass of its own loss gives.
+
+        The two agree, to rounding, where ``losses[i]`` depends on row i of the batch alone. They differ for a batch that is put into
+        another order inside the model, which no shape shows, for losses of several samples together, and under BatchNorm in training.
+        The second norm is over the parameters of ``over`` too.
+
+        Calls the engine first unless it has been called with these ``losses`` and ``retain_graph=True``; :meth:`weighted_grads_` may
+        follow. Costs a backward pass more. ``retain_graph``: as ``torch.autograd.grad``.
+
+        Raises what calling the engine raises; TypeError or ValueError where i is no number of a sample; RuntimeError for a freed graph.
+        """
+        is_new = self._last is None or self._last[0]() is not losses
+        if is_new:
+            self._check(losses)
+        i = check_count("GradNorms.verify", "i", i, low=0, high=len(losses) // self.micro_batch - 1)
+        if is_new:
+            self(losses, retain_graph=True)
+        assert self._last is not None
+        _, norms, recomputes = self._last
+        group = losses[i * self.micro_batch : (i + 1) * self.micro_batch]
+        loss = group.mean() if self.reduction == "mean" else group.sum()
+        params = [param for param in self._recorder.model.parameters() if param.requires_grad]
+        if self._over is not None:
+            params = [param for param in params if id(param) in self._over]
+        try:
+            with self._recorder.replaying() if recomputes else nullcontext():
+                grads = torch.autograd.grad(loss, params, retain_graph=retain_graph, allow_unused=True)
+        except RuntimeError as error:
+            if "second time" not in str(error):
+                raise
+            raise RuntimeError("GradNorms.verify: the graph of losses is gone; call the engine with retain_graph=True before") from error
+        squares = [grad.to(losses.device, torch.float64).square().sum() for grad in grads if grad is not None]
+        own = torch.stack(squares).sum().sqrt() if squares else norms.new_zeros(())
+        return norms[i], own.to(norms.dtype)
 
     @torch.no_grad()
     def weighted_grads_(self, weights: Tensor | None = None) -> None:  # (B / m,)
@@ -210,13 +262,13 @@ class GradNorms:
             )
         if len(losses) % self.micro_batch:
             raise ValueError(f"GradNorms: {len(losses)} losses cannot be cut into micro-batches of {self.micro_batch}")
+        if losses.grad_fn is None:
+            raise RuntimeError("GradNorms: losses have no graph: they were detached, or computed under torch.no_grad")
         if not self._recorder.calls:
             raise RuntimeError(
                 "GradNorms: no call of a layer with trainable parameters was seen: run the forward pass inside `with engine:`, "
                 "once for each call of the engine"
             )
-        if losses.grad_fn is None:
-            raise RuntimeError("GradNorms: losses have no graph: they were detached, or computed under torch.no_grad")
 
 
 def _require_owned(over: Iterable[object] | None, model: nn.Module) -> None:
@@ -241,13 +293,12 @@ class _Lookup(Sequence[Tensor | None]):
         return len(self._by_edge)
 
 
-def _require_reached(calls: Sequence[Call], reached: set[Any]) -> None:
+def _mixing(calls: Sequence[Call]) -> str | None:
+    """A layer that makes samples depend on each other."""
     for call in calls:
-        if not call.expect(reached):
-            raise RuntimeError(
-                f"GradNorms: the losses do not depend on the output of {call.name}; freeze its parameters, or leave its call out of the "
-                "`with` block"
-            )
+        if isinstance(call.module, _BatchNorm) and (call.was_training or call.module.running_mean is None):
+            return call.name
+    return None
 
 
 def _require_all_seen(params: Iterable[tuple[str, nn.Parameter]], calls: Sequence[Call], reads: Counter[int]) -> None:

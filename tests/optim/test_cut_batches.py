@@ -274,7 +274,7 @@ def test_a_step_is_that_of_the_list_of_closures() -> None:
     def closure(optimizer: Any, model: nn.Module, encoding: Any, labels: Tensor, scales: list[float]) -> Tensor:
         optimizer.zero_grad()
         loss: Tensor = ((model(encoding["x"]) - labels).square().squeeze(1) * torch.tensor(scales).double()).mean()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
     batch = (Encoding({"x": inputs}, None, tensor_type="pt"), labels, scales)
