@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from sam_kernels.per_sample._aliases import Extent
 from sam_kernels.per_sample._registry import Rule
 
 __all__ = ["Call", "Saved"]
@@ -72,6 +73,8 @@ class Call:
     ) -> None:
         self.name, self.module, self.rule, self.params = name, module, rule, params
         self.rows = rows or {}
+        self.extent: Extent | None = None  # this call's own, where layers inside it have its parameters too
+        self.extents: Sequence[Extent] = ()  # of the calls that this one was made in
         self.batch_dim, self.merged, self.reads_once = batch_dim, merged, reads_once
         # The usual case, one tensor in and one out of a module without children, takes the short ways: all this runs out of cold caches.
         self._training = [(child, child.training) for child in module.modules()] if module._modules else [(module, module.training)]
@@ -118,7 +121,7 @@ class Call:
     @property
     def first_order(self) -> int:
         """A number that is larger than that of every node made before this call's."""
-        return min(node._sequence_nr() for node in self.nodes if node is not None)
+        return min(int(node._sequence_nr()) for node in self.nodes if node is not None)
 
     def receive(self, position: int, grad: Tensor | None) -> bool:
         """The gradient of one of the outputs. Whether it was the last to come."""

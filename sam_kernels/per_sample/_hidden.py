@@ -79,6 +79,6 @@ def refuse_hidden(root: Any, calls: Collection[Call]) -> None:
             if node._sequence_nr() < call.first_order < last:
                 raise RuntimeError(
                     f"GradNorms: the losses do not depend on the output of {call.name}, but may on its parameters: {type(node).__name__} "
-                    "was being computed when it was called, a custom function that hides gradients; freeze the parameters, or call the layer "
-                    "outside the function"
+                    "was being computed when it was called, a custom function that hides gradients; freeze the parameters, or call the "
+                    "layer outside the function"
                 )

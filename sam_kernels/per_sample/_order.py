@@ -119,8 +119,8 @@ def _keeps_rows(node: Any, user: Any, batch: int) -> bool:
 def _is_known_to_keep(node: Any, name: str, shape: tuple[int, ...], batch: int) -> bool:  # of the output
     kind = name.removesuffix("Backward0")
     if name in _SUMMING:
-        dims = getattr(node, "_saved_dim", None)
-        dims = (dims,) if isinstance(dims, int) else dims
+        saved: Any = getattr(node, "_saved_dim", None)
+        dims: tuple[int, ...] = (saved,) if isinstance(saved, int) else tuple(saved or ())
         gone = len(dims) if dims and not getattr(node, "_saved_keepdim", True) else 0
         return bool(dims) and all(_dim(dim, (*shape, *[1] * gone)) != 0 for dim in dims)
     if kind == "Transpose":
@@ -156,7 +156,8 @@ def _index_keeps(indices: Sequence[Tensor | None], rows: int, shape: tuple[int, 
     for index in indices:
         if index is not None:
             given += index.nonzero().unbind(1) if index.dtype in (torch.bool, torch.uint8) else [index]
-    first = given[0].expand(torch.broadcast_shapes(*(index.shape for index in given)))
+    broadcast: Any = torch.broadcast_tensors
+    first: Tensor = broadcast(*given)[0]
     if first.dim() == 0:
         return False
     return _same_samples(torch.where(first < 0, first + rows, first).reshape(first.shape[0], -1), rows, batch)
@@ -203,8 +204,9 @@ def _probe(losses: Tensor, calls: Sequence[Call], nodes: Collection[Any], doubtf
             if bool((error > _CLOSE * size).any()):
                 raise ValueError(
                     f"GradNorms: losses[i] does not belong to row i of the output of {call.name}: {_named(doubtful)} puts rows into "
-                    "another order, or mixes them. Return the losses in the order of the batch (sort or pick them afterwards, by their values), "
-                    "and run no layer on rows in another order; engine.verify(losses, i) compares a norm with a backward pass of its own"
+                    "another order, or mixes them. Return the losses in the order of the batch (sort or pick them afterwards, by their "
+                    "values), and run no layer on rows in another order; engine.verify(losses, i) compares a norm with a backward pass of "
+                    "its own"
                 )
 
 

@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sam_kernels._validate import check_choice, check_count, check_flag, describe
+from sam_kernels.per_sample._aliases import settle
 from sam_kernels.per_sample._call import Call
 from sam_kernels.per_sample._gathered import Gathered
 from sam_kernels.per_sample._graph import graph_of
@@ -145,6 +146,7 @@ class GradNorms:
         recomputes = any(call.is_recomputed for call in calls)
         refuse_hidden(losses.grad_fn, [call for call in calls if not call.expect(graph.reached)])
         calls = [call for call in calls if call.is_awaited]  # by the others comes no gradient: they add nothing
+        calls = settle(calls, graph.reads)
         _require_all_seen(self._recorder.params, calls, graph.reads)
         gathered = Gathered(calls, losses.shape[0], losses.shape[0] // self.micro_batch, losses.device, keep=keep, over=self._over)
 

@@ -94,7 +94,7 @@ def test_losses_in_another_order_are_refused(case: str) -> None:
     engine = GradNorms(model)
     with engine:
         losses = function(model(x))
-    with pytest.raises(ValueError, match="Backward0|CopySlices"):
+    with pytest.raises(ValueError, match=r"Backward0|CopySlices"):
         engine.verify(losses, 0)
     losses.sum().backward()  # no hook is left, and the graph is there
 
