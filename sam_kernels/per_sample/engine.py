@@ -39,15 +39,15 @@ class GradNorms:
     The backward pass asks for the gradients of the layers' outputs alone: the products with the inputs that make a weight's gradient are
     formed once, by :meth:`weighted_grads_`, or never. Nothing of the model is changed and no hook stays on it. Modules may be shared,
     called several times and nested, parameters tied or frozen, blocks checkpointed (``use_reentrant=False``), the forward pass run under
-    autocast. Layers: Linear, Conv and ConvTranspose 1d to 3d, Embedding, LayerNorm, RMSNorm, GroupNorm, InstanceNorm, BatchNorm, PReLU,
-    MultiheadAttention and torch's transformers; others by :func:`register_rule`. Formulas: docs/architecture.md.
+    autocast. Layers: Linear, Conv and ConvTranspose 1d to 3d, Embedding, EmbeddingBag, LayerNorm, RMSNorm, GroupNorm, InstanceNorm,
+    BatchNorm, PReLU, MultiheadAttention and torch's transformers; others by :func:`register_rule`. Formulas: docs/architecture.md.
 
     Where samples depend on each other (BatchNorm in training) the norm is that of the sample's *contribution*: its terms of the sum that is
     the batch's gradient. Contributions add up to that gradient; they are not the gradients of the sample's own loss.
 
     Args:
         model: whose trainable parameters the norms are over. The batch is dimension 0 of every layer's input and output, but inside torch's
-            transformers, which say themselves where it is.
+            transformers, which say themselves where it is, and in the order of the losses: :meth:`verify` checks it for a sample.
         micro_batch: m, the number of consecutive samples whose gradients are added up before the norm is taken.
         reduction: of a micro-batch's gradients: ``"sum"`` or ``"mean"``. Also that of its loss in :meth:`weighted_grads_`.
         unsupported: what happens with a module that owns trainable parameters and has no rule: ``"error"`` when the forward pass begins, or
@@ -126,10 +126,12 @@ class GradNorms:
         ``retain_graph``: as ``torch.autograd.grad``; an ordinary backward pass may then follow, but not through checkpoints, which would
         save less when they run again than they did under the engine.
 
-        Raises RuntimeError where there is no forward pass to differentiate, it has been used already, the losses do not depend on a layer
-        that was called, or they read a parameter past its layer (``F.linear(x, embedding.weight)``, a penalty on weights); ValueError for
-        losses that are not one-dimensional, or whose number m does not divide, and where a layer's output has another batch;
-        NotImplementedError where a rule does not cover a module.
+        Calls of layers whose outputs get no gradient (a detached branch, an unused head, ``torch.no_grad``) add nothing.
+
+        Raises RuntimeError where there is no forward pass to differentiate, it has been used already, the losses read a parameter past its
+        layer (``F.linear(x, embedding.weight)``, a penalty on weights), or a custom function hides a layer's gradient; ValueError for
+        losses that are not one-dimensional, whose number m does not divide, or that are not in the order of the batch, and where a layer's
+        output has another batch; NotImplementedError where a rule does not cover a module.
         """
         self._check(losses)
         keep = keep and not backward
