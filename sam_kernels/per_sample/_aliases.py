@@ -58,7 +58,7 @@ def is_alias_alone(params: Mapping[str, nn.Parameter], model: nn.Module, built_i
     return all(id(param) in counted and id(param) not in others for param in params.values())
 
 
-def settle(calls: Sequence[Call], reads: Counter[int]) -> list[Call]:
+def settle(calls: Sequence[Call], readers: Mapping[int, Sequence[Any]]) -> list[Call]:
     """The calls with each use of a parameter in one of them."""
     outer = [call for call in calls if call.extent is not None]
     if not outer:
@@ -66,7 +66,7 @@ def settle(calls: Sequence[Call], reads: Counter[int]) -> list[Call]:
     counted = Counter(id(param) for call in calls if call.reads_once for param in call.params.values())
     for call in outer:
         assert call.extent is not None
-        needed = {key for key in call.extent.aliased if reads[key] != counted[key]}
+        needed = {key for key in call.extent.aliased if len(readers.get(key, ())) != counted[key]}
         call.params = dict(_without(call, call.extent.aliased - needed))
         for inner in calls:
             if call.extent in inner.extents:

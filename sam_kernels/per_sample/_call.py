@@ -73,6 +73,7 @@ class Call:
     ) -> None:
         self.name, self.module, self.rule, self.params = name, module, rule, params
         self.rows = rows or {}
+        self.span: tuple[int, int] | None = None  # numbers of the nodes made while it ran, where it does not read its parameters once
         self.extent: Extent | None = None  # this call's own, where layers inside it have its parameters too
         self.extents: Sequence[Extent] = ()  # of the calls that this one was made in
         self.batch_dim, self.merged, self.reads_once = batch_dim, merged, reads_once

@@ -1,8 +1,7 @@
-"""What autograd's graph says: where a backward pass may stop, how often a parameter is read, and where rows may change places."""
+"""What autograd's graph says: where a backward pass may stop, which nodes read a parameter, and where rows may change places."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +26,7 @@ class Graph:
     root: Any
     reached: set[Any] = field(default_factory=set)
     ends: set[Any] = field(default_factory=set)
-    reads: Counter[int] = field(default_factory=Counter)  # how often each leaf is read, by its id
+    readers: dict[int, list[Any]] = field(default_factory=dict)  # the nodes that read each leaf, by its id
     leads: dict[Any, bool] = field(default_factory=dict)  # whether a node is one of ``reached`` or leads to one
     reordering: list[Any] = field(default_factory=list)  # nodes that may put rows into another order
 
@@ -41,7 +40,7 @@ def graph_of(root: Any, nodes: Collection[Any]) -> Graph:
     Raises RuntimeError for a reentrant checkpoint around trainable parameters.
     """
     graph = Graph(root)
-    leads, reads = graph.leads, graph.reads
+    leads, readers = graph.leads, graph.readers
     stack: list[tuple[Any, list[Any] | None]] = [(root, None)]
     while stack:
         node, children = stack.pop()
@@ -60,7 +59,7 @@ def graph_of(root: Any, nodes: Collection[Any]) -> Graph:
                     kind = type(child)
                     leaf = child if kind is _Leaf else _cast_leaf(child) if kind.__name__ == _CAST else None
                     if leaf is not None:
-                        reads[id(leaf.variable)] += 1
+                        readers.setdefault(id(leaf.variable), []).append(node)
             stack.append((node, children))
             stack += [(child, None) for child in children if child not in leads]
             continue

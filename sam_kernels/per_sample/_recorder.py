@@ -19,6 +19,7 @@ from sam_kernels.per_sample._aliases import Extent, distinct, extent_of, is_alia
 from sam_kernels.per_sample._attention import LinearCalls, attention_params, rows_of
 from sam_kernels.per_sample._call import Call
 from sam_kernels.per_sample._hidden import has_graph, refuse_inside_function
+from sam_kernels.per_sample._reads import now
 from sam_kernels.per_sample._registry import Rule, rule_for
 from sam_kernels.per_sample._rules import linear_terms
 from sam_kernels.per_sample._vmap import by_vmap
@@ -58,6 +59,7 @@ class Recorder:
         self._layers: list[_Watched] = []
         self._modes: list[LinearCalls] = []  # of the attentions that are being called
         self._extents: list[Extent] = []  # of the modules that are being called
+        self._spans: list[int] = []  # the numbers of nodes at which they began
         self._listens = self._records = False
 
     @property
@@ -81,7 +83,7 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._extents = []
+        self._extents, self._spans = [], []
         while self._modes:  # an interrupt left an attention without its hook
             self._leave_attention()
 
@@ -116,6 +118,9 @@ class Recorder:
             if each.extent is not None:
                 self._handles.append(each.module.register_forward_pre_hook(partial(self._enter_extent, each.extent)))
                 self._handles.append(each.module.register_forward_hook(self._leave_extent, always_call=True))
+            if each.by_vmap or (each.rule is not None and not _is_built_in(each.rule)):
+                self._handles.append(each.module.register_forward_pre_hook(self._enter_span, prepend=True))
+                self._handles.append(each.module.register_forward_hook(self._leave_span, always_call=True))
             if each.rule is not None or each.by_vmap:  # before the model's own hooks, which may change the output
                 self._handles.append(each.module.register_forward_hook(partial(self._on_call, each), with_kwargs=True, prepend=True))
                 continue
@@ -139,6 +144,8 @@ class Recorder:
             rule = partial(self._by_vmap, batch_dim, partial(torch.autocast, device_type, dtype, enabled))
         reads_once = watched.rule is not None and _is_built_in(watched.rule)
         call = Call(watched.name, module, rule, watched.params, args, kwargs, output, batch_dim=batch_dim, reads_once=reads_once)
+        if not reads_once and self._spans:
+            call.span = (self._spans[-1], now())
         if watched.extent is not None and self._extents:
             call.extent = self._extents[-1]
         self._record(call)
@@ -150,6 +157,14 @@ class Recorder:
         if self._extents:
             call.extents = [extent for extent in self._extents if id(call.module) in extent.inside]
         self.calls.append(call)
+
+    def _enter_span(self, *_: Any) -> None:
+        if self._listens:
+            self._spans.append(now())
+
+    def _leave_span(self, *_: Any) -> None:
+        if self._spans:
+            self._spans.pop()
 
     def _enter_extent(self, extent: Extent, *_: Any) -> None:
         if self._listens:
@@ -169,6 +184,7 @@ class Recorder:
                 refuse_inside_function(watched.name)
             query = args[0] if args else kwargs["query"]
             batch = 1 if query.dim() < 3 else query.shape[0 if module.batch_first else 1]
+            self._spans.append(now())
             mode: Any = LinearCalls(partial(self._on_linear, watched, batch))
             self._modes.append(mode.__enter__())
 
@@ -176,6 +192,7 @@ class Recorder:
         if self._modes:
             mode: Any = self._modes.pop()
             mode.__exit__(None, None, None)
+            self._leave_span()
 
     def _on_linear(self, watched: _Watched, batch: int, x: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor) -> None:
         found = {"weight": rows_of(weight, watched.params), "bias": rows_of(bias, watched.params)}
@@ -193,6 +210,8 @@ class Recorder:
             rows={name: rows for name, (_, rows) in used.items()},
             merged=batch,  # attention works on (positions, batch, features), whatever it is given
         )
+        if self._spans:
+            call.span = (self._spans[-1], now())
         self._record(call)
 
     def _watched(self) -> Iterator[_Watched]:

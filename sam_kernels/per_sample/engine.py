@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -22,6 +21,7 @@ from sam_kernels.per_sample._gathered import Gathered
 from sam_kernels.per_sample._graph import graph_of
 from sam_kernels.per_sample._hidden import refuse_hidden
 from sam_kernels.per_sample._order import check_order
+from sam_kernels.per_sample._reads import check_reads
 from sam_kernels.per_sample._recorder import Recorder, refuse_compiled
 
 __all__ = ["GradNorms"]
@@ -148,8 +148,8 @@ class GradNorms:
         recomputes = any(call.is_recomputed for call in calls)
         refuse_hidden(losses.grad_fn, [call for call in calls if not call.expect(graph.reached)])
         calls = [call for call in calls if call.is_awaited]  # by the others comes no gradient: they add nothing
-        calls = settle(calls, graph.reads)
-        _require_all_seen(self._recorder.params, calls, graph.reads)
+        calls = settle(calls, graph.readers)
+        check_reads(self._recorder.params, calls, graph.readers, losses.grad_fn)
         gathered = Gathered(calls, losses.shape[0], losses.shape[0] // self.micro_batch, losses.device, keep=keep, over=self._over)
 
         def pass_by(node: Any, grads: Sequence[Tensor | None]) -> None:
@@ -303,17 +303,3 @@ def _mixing(calls: Sequence[Call]) -> str | None:
         if isinstance(call.module, _BatchNorm) and (call.was_training or call.module.running_mean is None):
             return call.name
     return None
-
-
-def _require_all_seen(params: Iterable[tuple[str, nn.Parameter]], calls: Sequence[Call], reads: Counter[int]) -> None:
-    """Whoever reads a parameter without calling its layer would be left out of the norm."""
-    seen = Counter(id(param) for call in calls for param in call.params.values())
-    many = {id(param) for call in calls if not call.reads_once for param in call.params.values()}
-    for name, param in params:
-        key = id(param)
-        if reads[key] > seen[key] and (not seen[key] or key not in many):
-            raise RuntimeError(
-                f"GradNorms: the losses read {name} {reads[key]} times, of which {seen[key]} are calls of its layer inside the `with` "
-                "block: call the layer rather than its forward method or a function of its weight, and leave penalties on weights out of "
-                "the losses"
-            )

@@ -195,6 +195,65 @@ def test_a_rule_for_two_names(apart: bool, monkeypatch: pytest.MonkeyPatch) -> N
     assert_right(model, lambda: losses_of(model(x)))
 
 
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(3, dtype=f64))
+        self.kept = torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x * self.scale
+        self.kept = h.square().sum(1, keepdim=True)
+        return h * self.scale
+
+
+def by_attribute_alone(m: Any, x: Tensor) -> Tensor:
+    m.a(x)
+    return x + m.a.kept
+
+
+PAST: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
+    "a penalty": (lambda m, x: m.a(x) + m.a.scale.square().sum(), r"read a\.scale . times"),
+    "read before": (lambda m, x: m.a(x + m.a.scale.exp()), r"read a\.scale . times"),
+    "read between two calls": (lambda m, x: m.a(m.a(x) * m.a.scale), r"read a\.scale . times"),
+    "an attribute": (lambda m, x: m.a(x) + m.a.kept, r"read a\.scale inside its module, but not by way of the module's output"),
+    "an attribute alone": (by_attribute_alone, r"read a\.scale . times, of which 0"),
+}
+
+
+@pytest.mark.parametrize("how", ["vmap", "a rule"])
+@pytest.mark.parametrize("case", [*PAST, "the output alone"])
+def test_reads_past_a_module_that_reads_often(case: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would be left out of the norm, as those past a layer would."""
+    monkeypatch.setattr(_registry, "_RULES", dict(_registry._RULES))
+    if how == "a rule":
+        register_rule(Scale, lambda module, args, kwargs, grad: {"scale": 2 * args[0] * grad * module.scale})
+    options: Any = {"unsupported": "vmap"} if how == "vmap" else {}
+    if case == "the output alone":
+        model, x = Model(lambda m, x: m.a(m.a(x).tanh()) + x, {}, a=Scale()), rows(3)
+        assert_right(model, lambda: losses_of(model(x)), **options)
+        return
+    function, words = PAST[case]
+    model, x = Model(function, {}, a=Scale()), rows(3)
+    engine = GradNorms(model, **options)
+    with engine:
+        losses = losses_of(model(x))
+    with pytest.raises(RuntimeError, match=words):
+        engine(losses)
+
+
+def test_reads_past_an_attention() -> None:
+    attention: Any = nn.MultiheadAttention(4, 2, batch_first=True).double()
+    x = rows(3, 4)
+    for name, param in attention.named_parameters():
+        engine = GradNorms(attention)
+        with engine:
+            losses = losses_of(attention(x, x.sin(), x)[0]) + param.square().sum()
+        with pytest.raises(RuntimeError, match=f"read {name} . times"):
+            engine(losses)
+    assert_right(attention, lambda: losses_of(attention(x, x.sin(), attention(x, x, x)[0])[0]))
+
+
 def test_an_interrupted_call_leaves_no_extent() -> None:
     model, x = Model(lambda m, x: m.a(x).tanh() @ m.w, W, a=linear()), rows(3)
     engine = GradNorms(model, unsupported="vmap")
@@ -204,6 +263,7 @@ def test_an_interrupted_call_leaves_no_extent() -> None:
         losses = losses_of(model(x))
     assert_close(engine(losses, retain_graph=True), group_norms(model, losses), 1e-10)
     assert not engine._recorder._extents
+    assert not engine._recorder._spans
 
 
 @pytest.mark.parametrize("where", ["parameter", "output"])
