@@ -245,3 +245,21 @@ def test_bad_arguments_of_verify() -> None:
         engine.verify(losses, 0)
     with pytest.raises(RuntimeError, match="no call of a layer"):
         engine.verify(squares(model(x)), 0)
+
+
+def test_two_samples_whose_first_seeds_are_equal() -> None:
+    """Samples 0 and 8 of more than eight."""
+    model, x = nn.Linear(3, 2).double(), torch.randn(10, 3, dtype=f64)
+    order = torch.tensor([8, 1, 2, 3, 4, 5, 6, 7, 0, 9])
+    with pytest.raises(ValueError, match="does not belong to row"):
+        run_engine(model, lambda: squares(model(x)).take(order))
+    assert_right(model, lambda: squares(model(x)).take(torch.arange(10)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_order_in_few_bits(dtype: torch.dtype) -> None:
+    model, x = Model().to(dtype), rows(3).to(dtype)
+    for function in (squares, RIGHT["one by one"], RIGHT["halves"]):
+        run_engine(model, lambda function=function: function(model(x)).float())
+    with pytest.raises(ValueError, match="does not belong to row"):
+        run_engine(model, lambda: squares(model(x)).float().flip(0))
