@@ -47,7 +47,8 @@ def check_reads(params: Iterable[tuple[str, nn.Parameter]], calls: Sequence[Call
         seen = sum(not _is_in(call.first_order, spans) for call in mine if call.span is None)
         if len(found) - len(inside) > seen:
             raise _read_past(name, len(found), len(inside) + seen)
-        if any(node in past for node in inside):
+        kept = [call.span for call in mine if call.span is not None and call.merged is None]
+        if any(node in past and _is_in(node._sequence_nr(), kept) for node in inside):
             raise RuntimeError(
                 f"GradNorms: the losses read {name} inside its module, but not by way of the module's output (a tensor kept as an "
                 "attribute, perhaps): return that tensor as one of the outputs"

@@ -203,7 +203,7 @@ class Scale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = x * self.scale
-        self.kept = h.square().sum(1, keepdim=True)
+        self.kept = h.square().sum(-1, keepdim=True)
         return h * self.scale
 
 
@@ -285,3 +285,10 @@ def test_complex_layers_are_named(where: str) -> None:
     x = torch.randn(B, 3)
     if where == "output":
         assert_right(model, lambda: model(x).abs().sum(1), relative=1e-4)
+
+
+def test_an_attention_beside_a_module_of_another_kind() -> None:
+    model = nn.ModuleList([Scale(), nn.MultiheadAttention(3, 1, batch_first=True).double()])
+    x = rows(4, 3)
+    assert_right(model, lambda: losses_of(model[1](*[model[0](x)] * 3)[0]), unsupported="vmap")
+    assert_right(model, lambda: losses_of(model[0](model[1](x, x, x)[0])), unsupported="vmap")
