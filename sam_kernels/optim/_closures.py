@@ -6,11 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils import _pytree
-
 from sam_kernels._validate import describe
+from sam_kernels.optim._cut import cut_batch
 
 __all__ = ["Closure", "TwoPasses", "passes_of", "split_batch"]
 
@@ -47,27 +44,11 @@ def passes_of(closure: Any, batch: Any, micro_batches: Any, ascent_closure: Any)
 
 
 def split_batch(batch: Any, micro_batches: Any) -> list[Sequence[Any]]:
-    """``batch`` as ``micro_batches`` batches of the same structure, each with its share of the rows of every tensor: views."""
+    """Return ``batch`` as ``micro_batches`` batches of the same structure: :func:`cut_batch`, behind the checks of its arguments."""
     if isinstance(micro_batches, bool) or not isinstance(micro_batches, int):
         raise TypeError(f"SAM.step: micro_batches must be an integer, got {describe(micro_batches)}")
     if micro_batches < 1:
         raise ValueError(f"SAM.step: micro_batches must be at least 1, got {micro_batches}")
     if not isinstance(batch, list | tuple):
         raise TypeError(f"SAM.step: batch must be a tuple or a list, what closure(*batch) is called with, got {describe(batch)}")
-    entries, structure = _pytree.tree_flatten_with_path(batch)
-    tensors = {f"batch{_pytree.keystr(path)}": entry for path, entry in entries if isinstance(entry, Tensor)}
-    if not tensors:
-        raise ValueError("SAM.step: batch holds no tensor")
-    first_name, first = next(iter(tensors.items()))
-    for name, tensor in tensors.items():
-        if tensor.dim() == 0:
-            raise ValueError(f"SAM.step: {name} has no dimension to cut; pass a number, or use it without passing it")
-        if len(tensor) != len(first):
-            raise ValueError(f"SAM.step: {name} has {len(tensor)} rows, {first_name} has {len(first)}")
-    if len(first) == 0 or len(first) % micro_batches != 0:
-        raise ValueError(f"SAM.step: {len(first)} rows of batch cannot be cut into {micro_batches} equal micro-batches")
-    if micro_batches == 1:
-        return [batch]
-    rows = len(first) // micro_batches
-    pieces = [torch.split(entry, rows) if isinstance(entry, Tensor) else [entry] * micro_batches for _, entry in entries]
-    return [_pytree.tree_unflatten(list(leaves), structure) for leaves in zip(*pieces, strict=True)]
+    return cut_batch(batch, micro_batches)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from sam_kernels.per_sample._aliases import Extent
 from sam_kernels.per_sample._registry import Rule
 
 __all__ = ["Call", "Saved"]
@@ -72,6 +73,9 @@ class Call:
     ) -> None:
         self.name, self.module, self.rule, self.params = name, module, rule, params
         self.rows = rows or {}
+        self.span: tuple[int, int] | None = None  # numbers of the nodes made while it ran, where it does not read its parameters once
+        self.extent: Extent | None = None  # this call's own, where layers inside it have its parameters too
+        self.extents: Sequence[Extent] = ()  # of the calls that this one was made in
         self.batch_dim, self.merged, self.reads_once = batch_dim, merged, reads_once
         # The usual case, one tensor in and one out of a module without children, takes the short ways: all this runs out of cold caches.
         self._training = [(child, child.training) for child in module.modules()] if module._modules else [(module, module.training)]
@@ -87,11 +91,6 @@ class Call:
         self._is_one = isinstance(output, Tensor)
         outputs = [output] if self._is_one else pytree.tree_leaves(output)
         tensors = [leaf for leaf in outputs if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        if not any(tensor.requires_grad for tensor in tensors):
-            raise RuntimeError(
-                f"GradNorms: {name} ran under torch.no_grad (or in a reentrant checkpoint: use_reentrant=False is supported); its "
-                "parameters want a gradient, freeze them with requires_grad_(False) if they should have none"
-            )
         # Nodes rather than tensors: they stay what they are when the output is modified in place by the layer that follows.
         origins = [_origin(tensors[0])] if len(tensors) == 1 else tensors
         self.nodes: list[Any] = [origin.grad_fn for origin in origins]
@@ -109,6 +108,21 @@ class Call:
         """Whether the losses depend on an output: on those whose nodes were ``reached``."""
         self._awaited = sum(node in reached for node in self.nodes)
         return self._awaited > 0
+
+    @property
+    def was_training(self) -> bool:
+        """The module's mode when it was called."""
+        return self._training[0][1]
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether gradients of outputs are still to come."""
+        return self._awaited > 0
+
+    @property
+    def first_order(self) -> int:
+        """A number that is larger than that of every node made before this call's."""
+        return min(int(node._sequence_nr()) for node in self.nodes if node is not None)
 
     def receive(self, position: int, grad: Tensor | None) -> bool:
         """The gradient of one of the outputs. Whether it was the last to come."""
@@ -145,6 +159,12 @@ class Call:
         del self._saved, self._leaves
         self._grads = []
         return arguments, keywords, grads[0] if self._is_one else grads
+
+    def rows_of(self, position: int, grad: Tensor, batch: int) -> Tensor:  # (B, elements)
+        """The gradient of one of the outputs, a row for each sample. Raises ValueError where it has another batch."""
+        grad = grad.reshape(self._shapes[position])
+        self._check_batch([grad], batch)
+        return self._batch_first(grad, batch).reshape(batch, -1)
 
     def _check_batch(self, outputs: Sequence[Tensor], batch: int) -> None:
         for tensor in outputs:

@@ -41,6 +41,8 @@ class Gathered:
             terms = self._terms_of(call)
             for name, param in call.params.items():
                 rows = call.rows.get(name)
+                if name not in terms:  # a second name of a parameter, by which the rule does not give it
+                    continue
                 whole = rows is None or rows == slice(0, len(param))
                 self._terms.setdefault(id(param), []).append((None if whole or rows is None else (rows.start, rows.stop), terms[name]))
             if self._take_together(call, terms):
@@ -107,10 +109,11 @@ class Gathered:
                 found = call.rule(call.module, arguments, keywords, grads)
         except NotImplementedError as error:
             raise NotImplementedError(f"GradNorms: {call.name}: {error}") from error
-        missing = [name for name in call.params if name not in found]
+        given = {id(param) for name, param in call.params.items() if name in found}
+        missing = [name for name, param in call.params.items() if id(param) not in given]
         if missing:
             raise NotImplementedError(f"GradNorms: the rule for {call.name} gives no gradient for {', '.join(missing)}")
-        return {name: self._checked(call, name, found[name]) for name in call.params}
+        return {name: self._checked(call, name, found[name]) for name in call.params if name in found}
 
     def _checked(self, call: Call, name: str, term: Tensor | Term) -> Term:
         term = Dense(term) if isinstance(term, Tensor) else term

@@ -1,30 +1,46 @@
-"""What autograd's graph says: where a backward pass may stop, and how often a parameter is read."""
+"""What autograd's graph says: where a backward pass may stop, which nodes read a parameter, and where rows may change places."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
-__all__ = ["ends_of"]
+from sam_kernels.per_sample._order import REORDERING
+
+__all__ = ["Graph", "graph_of"]
 
 
 _CAST = "ToCopyBackward0"
+_CHECKPOINT = "CheckpointFunctionBackward"
 _Leaf: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]  # not declared
 
 
-def ends_of(root: Any, nodes: Collection[Any]) -> tuple[set[Any], set[Any], Counter[int]]:
-    """Of ``nodes``: those that ``root`` leads to, and of these the ones that lead to no other. How often each leaf is read, by its id.
+@dataclass
+class Graph:
+    """``ends``: the nodes of ``reached`` that lead to no other of them."""
 
-    A backward pass towards the latter runs through all the others, and hands over only the latter's gradients: what comes by at the others
+    root: Any
+    reached: set[Any] = field(default_factory=set)
+    ends: set[Any] = field(default_factory=set)
+    readers: dict[int, list[Any]] = field(default_factory=dict)  # the nodes that read each leaf, by its id
+    leads: dict[Any, bool] = field(default_factory=dict)  # whether a node is one of ``reached`` or leads to one
+    reordering: list[Any] = field(default_factory=list)  # nodes that may put rows into another order
+
+
+def graph_of(root: Any, nodes: Collection[Any]) -> Graph:
+    """Walk from ``root`` to the leaves and note which of ``nodes`` are reached.
+
+    A backward pass towards ``ends`` runs through all the others, and hands over only the gradients of the ends: what comes by at the others
     is gone once it has been used.
+
+    Raises RuntimeError for a reentrant checkpoint around trainable parameters.
     """
-    reached: set[Any] = set()
-    leads: dict[Any, bool] = {}  # whether a node is one of ``nodes`` or leads to one
-    ends: set[Any] = set()
-    reads: Counter[int] = Counter()
+    graph = Graph(root)
+    leads, readers = graph.leads, graph.readers
     stack: list[tuple[Any, list[Any] | None]] = [(root, None)]
     while stack:
         node, children = stack.pop()
@@ -33,25 +49,39 @@ def ends_of(root: Any, nodes: Collection[Any]) -> tuple[set[Any], set[Any], Coun
                 continue
             leads[node] = False  # there are no cycles: only keeps the node from being expanded twice
             children = [child for child, _ in node.next_functions if child is not None]
-            if type(node).__name__ != _CAST or _cast_leaf(node) is None:
+            name = type(node).__name__
+            if name in REORDERING:
+                graph.reordering.append(node)
+            elif name == _CHECKPOINT:
+                _refuse_checkpoint(node)
+            if name != _CAST or _cast_leaf(node) is None:
                 for child in children:
                     kind = type(child)
                     leaf = child if kind is _Leaf else _cast_leaf(child) if kind.__name__ == _CAST else None
                     if leaf is not None:
-                        reads[id(leaf.variable)] += 1
+                        readers.setdefault(id(leaf.variable), []).append(node)
             stack.append((node, children))
             stack += [(child, None) for child in children if child not in leads]
             continue
         below = any(leads[child] for child in children)
         leads[node] = below or node in nodes
         if node in nodes:
-            reached.add(node)
+            graph.reached.add(node)
             if not below:
-                ends.add(node)
-    return reached, ends, reads
+                graph.ends.add(node)
+    return graph
 
 
 def _cast_leaf(node: Any) -> Any:
     """The leaf that a cast's node has to itself, else None. Autocast casts a weight once: who reads the cast reads the leaf."""
     child = node.next_functions[0][0]
     return child if type(child) is _Leaf else None
+
+
+def _refuse_checkpoint(node: Any) -> None:
+    """Its own backward pass makes the gradients of the parameters inside, and not every layer in it is seen when it is called."""
+    function = getattr(node, "run_function", None)
+    module = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
+    if isinstance(module, nn.Module) and not any(param.requires_grad for param in module.parameters()):
+        return
+    raise RuntimeError("GradNorms: the losses come through a reentrant checkpoint, which hides gradients; pass use_reentrant=False")

@@ -15,13 +15,19 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from sam_kernels.per_sample import _rules
+from sam_kernels.per_sample._aliases import Extent, distinct, extent_of, is_alias_alone
 from sam_kernels.per_sample._attention import LinearCalls, attention_params, rows_of
 from sam_kernels.per_sample._call import Call
+from sam_kernels.per_sample._hidden import has_graph, refuse_inside_function
+from sam_kernels.per_sample._reads import now
 from sam_kernels.per_sample._registry import Rule, rule_for
 from sam_kernels.per_sample._rules import linear_terms
 from sam_kernels.per_sample._vmap import by_vmap
 
 __all__ = ["Recorder", "refuse_compiled"]
+
+
+_READ = frozenset(("weight", "bias"))  # what the built-in rules give
 
 
 @dataclass
@@ -34,6 +40,7 @@ class _Watched:
     params: dict[str, nn.Parameter]
     rule: Rule | None  # None: nn.MultiheadAttention, or by vmap
     by_vmap: bool = False
+    extent: Extent | None = None  # by vmap, where layers inside have its parameters too
 
     @property
     def name(self) -> str:
@@ -51,6 +58,8 @@ class Recorder:
         self._handles: list[RemovableHandle] = []
         self._layers: list[_Watched] = []
         self._modes: list[LinearCalls] = []  # of the attentions that are being called
+        self._extents: list[Extent] = []  # of the modules that are being called
+        self._spans: list[int] = []  # the numbers of nodes at which they began
         self._listens = self._records = False
 
     @property
@@ -74,6 +83,7 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._extents, self._spans = [], []
         while self._modes:  # an interrupt left an attention without its hook
             self._leave_attention()
 
@@ -105,6 +115,12 @@ class Recorder:
 
     def _put_hooks(self) -> None:
         for each in self._layers:
+            if each.extent is not None:
+                self._handles.append(each.module.register_forward_pre_hook(partial(self._enter_extent, each.extent)))
+                self._handles.append(each.module.register_forward_hook(self._leave_extent, always_call=True))
+            if each.by_vmap or (each.rule is not None and not _is_built_in(each.rule)):
+                self._handles.append(each.module.register_forward_pre_hook(self._enter_span, prepend=True))
+                self._handles.append(each.module.register_forward_hook(self._leave_span, always_call=True))
             if each.rule is not None or each.by_vmap:  # before the model's own hooks, which may change the output
                 self._handles.append(each.module.register_forward_hook(partial(self._on_call, each), with_kwargs=True, prepend=True))
                 continue
@@ -115,6 +131,8 @@ class Recorder:
         if not self._listens:
             return output
         tensors = [output] if isinstance(output, Tensor) else [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        if not has_graph(watched.name, tensors):
+            return output
         if len(tensors) > 1:  # one may come from another, or be another: aliases get only the gradients from outside
             output = pytree.tree_map_only(Tensor, lambda tensor: tensor.view_as(tensor), output)
         # (B, features), as behind a mean over time, has no dimension for time
@@ -124,11 +142,37 @@ class Recorder:
             device_type = next(iter(watched.params.values())).device.type
             dtype, enabled = torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type)
             rule = partial(self._by_vmap, batch_dim, partial(torch.autocast, device_type, dtype, enabled))
-        reads_once = getattr(rule, "__module__", None) == _rules.__name__
+        reads_once = watched.rule is not None and _is_built_in(watched.rule)
         call = Call(watched.name, module, rule, watched.params, args, kwargs, output, batch_dim=batch_dim, reads_once=reads_once)
-        if self._records:
-            self.calls.append(call)
+        if not reads_once and self._spans:
+            call.span = (self._spans[-1], now())
+        if watched.extent is not None and self._extents:
+            call.extent = self._extents[-1]
+        self._record(call)
         return output
+
+    def _record(self, call: Call) -> None:
+        if not self._records:
+            return
+        if self._extents:
+            call.extents = [extent for extent in self._extents if id(call.module) in extent.inside]
+        self.calls.append(call)
+
+    def _enter_span(self, *_: Any) -> None:
+        if self._listens:
+            self._spans.append(now())
+
+    def _leave_span(self, *_: Any) -> None:
+        if self._spans:
+            self._spans.pop()
+
+    def _enter_extent(self, extent: Extent, *_: Any) -> None:
+        if self._listens:
+            self._extents.append(Extent(extent.aliased, extent.inside))
+
+    def _leave_extent(self, *_: Any) -> None:
+        if self._listens and self._extents:
+            self._extents.pop()
 
     def _by_vmap(self, batch_dim: int, autocast: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grad: Any) -> Any:
         with self.deaf(), autocast():
@@ -136,8 +180,11 @@ class Recorder:
 
     def _enter_attention(self, watched: _Watched, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._listens:
+            if not torch.is_grad_enabled():  # torch's fused attention calls no ``linear`` then
+                refuse_inside_function(watched.name)
             query = args[0] if args else kwargs["query"]
             batch = 1 if query.dim() < 3 else query.shape[0 if module.batch_first else 1]
+            self._spans.append(now())
             mode: Any = LinearCalls(partial(self._on_linear, watched, batch))
             self._modes.append(mode.__enter__())
 
@@ -145,11 +192,12 @@ class Recorder:
         if self._modes:
             mode: Any = self._modes.pop()
             mode.__exit__(None, None, None)
+            self._leave_span()
 
     def _on_linear(self, watched: _Watched, batch: int, x: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor) -> None:
         found = {"weight": rows_of(weight, watched.params), "bias": rows_of(bias, watched.params)}
         used = {name: each for name, each in found.items() if each is not None}
-        if not used:
+        if not used or not has_graph(watched.name, [output]):
             return
         call = Call(
             watched.name,
@@ -162,8 +210,9 @@ class Recorder:
             rows={name: rows for name, (_, rows) in used.items()},
             merged=batch,  # attention works on (positions, batch, features), whatever it is given
         )
-        if self._records:
-            self.calls.append(call)
+        if self._spans:
+            call.span = (self._spans[-1], now())
+        self._record(call)
 
     def _watched(self) -> Iterator[_Watched]:
         seen: set[nn.Module] = set()
@@ -183,14 +232,30 @@ class Recorder:
             prefix = f"{name}." if name else ""
             params = {each: param for each, param in module._parameters.items() if param is not None and param.requires_grad}
             if params:
-                rule = rule_for(module)
-                if rule is None and (self._unsupported != "vmap" or isinstance(module, ParametrizationList)):
-                    raise _no_rule(name, module, params)
-                yield _Watched(prefix, module, batch_dim, params, rule, by_vmap=rule is None)
+                yield from self._watched_itself(prefix, module, batch_dim, params)
             stack += [(prefix + each, child, batch_dim) for each, child in module._modules.items() if child is not None]
+
+    def _watched_itself(self, prefix: str, module: nn.Module, batch_dim: int, params: dict[str, nn.Parameter]) -> Iterator[_Watched]:
+        name, rule = prefix[:-1], rule_for(module)
+        _refuse_complex(name, module, params)
+        if rule is not None:
+            if not params.keys() <= _READ and _is_built_in(rule):  # a second name of its weight, or of its bias
+                own = {id(param) for each, param in params.items() if each in _READ}
+                params = {each: param for each, param in params.items() if each in _READ or id(param) not in own}
+            yield _Watched(prefix, module, batch_dim, params, rule)
+            return
+        if isinstance(module, ParametrizationList):
+            raise _no_rule(name, module, params)
+        if self._unsupported != "vmap":
+            if is_alias_alone(params, self.model, _counts_reads):
+                return
+            raise _no_rule(name, module, params)
+        params = distinct(params)
+        yield _Watched(prefix, module, batch_dim, params, None, by_vmap=True, extent=extent_of(module, params))
 
     def _attention(self, name: str, module: Any) -> Iterator[_Watched]:
         params = attention_params(module)
+        _refuse_complex(name, module, params)
         added = {each: param for each, param in params.items() if each in ("bias_k", "bias_v")}
         if not added:
             if params:
@@ -203,6 +268,28 @@ class Recorder:
 
 def _linear_rule(weight: bool, bias: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grad_output: Tensor) -> Any:
     return linear_terms(args[0], grad_output, weight=weight, bias=bias)
+
+
+def _is_built_in(rule: Rule) -> bool:
+    """Whether it is one of the package's, of layers that read each of their parameters once a call."""
+    return getattr(rule, "__module__", None) == _rules.__name__
+
+
+def _counts_reads(module: nn.Module) -> bool | None:
+    """None for a module without a rule; of others whether their reads are counted."""
+    if type(module).forward is nn.MultiheadAttention.forward:
+        return False
+    rule = rule_for(module)
+    return None if rule is None else _is_built_in(rule)
+
+
+def _refuse_complex(name: str, module: nn.Module, params: dict[str, nn.Parameter]) -> None:
+    for each, param in params.items():
+        if param.is_complex():
+            raise NotImplementedError(
+                f"GradNorms: {_described(name, module)}: parameter {each} has dtype {param.dtype}; complex parameters are not supported: "
+                "freeze it, or hold its real and imaginary parts in two real parameters"
+            )
 
 
 def _batch_dim_within(module: Any, batch_dim: int) -> int:

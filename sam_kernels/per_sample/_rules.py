@@ -113,6 +113,52 @@ def _embedding(module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, An
     return {"weight": Rows(indices.reshape(len(indices), -1), _sequence(grad_output), module.padding_idx)}
 
 
+@register_rule(nn.EmbeddingBag)
+def _embedding_bag(module: nn.EmbeddingBag, args: tuple[Any, ...], kwargs: dict[str, Any], grad_output: Tensor) -> Terms:
+    """An embedding whose rows get the bag's gradient, each times its weight in the bag."""
+    if module.scale_grad_by_freq:
+        raise NotImplementedError("scale_grad_by_freq divides by counts over the whole batch: no sample has a gradient of its own")
+    indices, offsets, weights = (_argument(args, kwargs, i, name) for i, name in enumerate(("input", "offsets", "per_sample_weights")))
+    indices, inside, weights = _bags(module, indices, offsets, weights)
+    padding = module.padding_idx
+    if padding is not None:
+        inside = inside & (indices != padding)
+    if module.mode == "max":
+        values = _largest(module.weight.detach()[indices], inside) * grad_output.unsqueeze(1)
+    else:
+        share = inside.to(grad_output.dtype) if weights is None else weights.to(grad_output.dtype) * inside
+        if module.mode == "mean":
+            share = share / inside.sum(1, keepdim=True).clamp(min=1)
+        values = share.unsqueeze(2) * grad_output.unsqueeze(1)
+    return {"weight": Rows(indices, values, padding)}
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str) -> Any:
+    return args[position] if len(args) > position else kwargs.get(name)
+
+
+def _bags(module: Any, indices: Tensor, offsets: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Indices (B, T), which of them are in the bag, and their weights. Bags of other lengths than the longest are filled up."""
+    if offsets is None:
+        return indices, torch.ones_like(indices, dtype=torch.bool), weights
+    end = offsets.new_tensor([len(indices)])
+    starts, ends = (offsets[:-1], offsets[1:]) if module.include_last_offset else (offsets, torch.cat([offsets[1:], end]))
+    lengths = ends - starts
+    places = torch.arange(max(1, int(lengths.max())), device=offsets.device)
+    inside = places < lengths.unsqueeze(1)
+    at = torch.where(inside, starts.unsqueeze(1) + places, 0)
+    if len(indices) == 0:  # bags without anything in them
+        return torch.zeros_like(at), inside, None
+    return torch.where(inside, indices[at], 0), inside, None if weights is None else weights[at]
+
+
+def _largest(values: Tensor, inside: Tensor) -> Tensor:  # (B, T, D), (B, T) -> (B, T, D)
+    """1 at the first of the largest values of every bag and feature, else 0."""
+    values = values.masked_fill(~inside.unsqueeze(2), -math.inf)
+    is_largest = (values == values.amax(1, keepdim=True)) & inside.unsqueeze(2)
+    return (is_largest & (is_largest.cumsum(1) == 1)).to(values.dtype)
+
+
 @register_rule(nn.LayerNorm)
 @register_rule(nn.RMSNorm)
 def _layer_norm(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], grad_output: Tensor) -> Terms:

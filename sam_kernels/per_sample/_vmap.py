@@ -49,7 +49,7 @@ def by_vmap(
     with torch.enable_grad():
         try:
             found, made = torch.func.vmap(sample_grads)(inputs, grads)
-        except RuntimeError as error:
+        except _NOT_ALONE as error:
             if "randomness" in str(error):
                 raise NotImplementedError(_RANDOM) from error
             found, made = _one_by_one(sample_grads, inputs, grads)  # something in it, a recurrent layer perhaps, cannot be vectorised
@@ -72,6 +72,7 @@ def _is_close(a: Tensor, b: Tensor) -> bool:
     return bool(torch.isclose(a, b, rtol=loose, atol=loose * b.abs().nan_to_num().max().item(), equal_nan=True).all())
 
 
+_NOT_ALONE = (RuntimeError, IndexError, ValueError, TypeError)  # of a module that expects the whole batch, rows of it by number perhaps
 _RANDOM = "it draws random numbers, which a second run cannot draw again"
 
 
@@ -84,7 +85,7 @@ def _one_by_one(
         before = _random_states(on_device)
         try:
             found = [sample_grads([each[b] for each in inputs], [each[b] for each in grads]) for b in range(len(grads[0]))]
-        except RuntimeError as error:
+        except _NOT_ALONE as error:
             raise NotImplementedError(
                 f"it cannot be called with one sample: every tensor needs the batch where the output has it: {error}"
             ) from error

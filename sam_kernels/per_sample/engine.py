@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import weakref
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -12,11 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from sam_kernels._validate import check_choice, check_flag, describe
+from sam_kernels._validate import check_choice, check_count, check_flag, describe
+from sam_kernels.per_sample._aliases import settle
 from sam_kernels.per_sample._call import Call
 from sam_kernels.per_sample._gathered import Gathered
-from sam_kernels.per_sample._graph import ends_of
+from sam_kernels.per_sample._graph import graph_of
+from sam_kernels.per_sample._hidden import refuse_hidden
+from sam_kernels.per_sample._order import check_order
+from sam_kernels.per_sample._reads import check_reads
 from sam_kernels.per_sample._recorder import Recorder, refuse_compiled
 
 __all__ = ["GradNorms"]
@@ -34,15 +39,15 @@ class GradNorms:
     The backward pass asks for the gradients of the layers' outputs alone: the products with the inputs that make a weight's gradient are
     formed once, by :meth:`weighted_grads_`, or never. Nothing of the model is changed and no hook stays on it. Modules may be shared,
     called several times and nested, parameters tied or frozen, blocks checkpointed (``use_reentrant=False``), the forward pass run under
-    autocast. Layers: Linear, Conv and ConvTranspose 1d to 3d, Embedding, LayerNorm, RMSNorm, GroupNorm, InstanceNorm, BatchNorm, PReLU,
-    MultiheadAttention and torch's transformers; others by :func:`register_rule`. Formulas: docs/architecture.md.
+    autocast. Layers: Linear, Conv and ConvTranspose 1d to 3d, Embedding, EmbeddingBag, LayerNorm, RMSNorm, GroupNorm, InstanceNorm,
+    BatchNorm, PReLU, MultiheadAttention and torch's transformers; others by :func:`register_rule`. Formulas: docs/architecture.md.
 
     Where samples depend on each other (BatchNorm in training) the norm is that of the sample's *contribution*: its terms of the sum that is
     the batch's gradient. Contributions add up to that gradient; they are not the gradients of the sample's own loss.
 
     Args:
         model: whose trainable parameters the norms are over. The batch is dimension 0 of every layer's input and output, but inside torch's
-            transformers, which say themselves where it is.
+            transformers, which say themselves where it is, and in the order of the losses: :meth:`verify` checks it for a sample.
         micro_batch: m, the number of consecutive samples whose gradients are added up before the norm is taken.
         reduction: of a micro-batch's gradients: ``"sum"`` or ``"mean"``. Also that of its loss in :meth:`weighted_grads_`.
         unsupported: what happens with a module that owns trainable parameters and has no rule: ``"error"`` when the forward pass begins, or
@@ -82,6 +87,7 @@ class GradNorms:
         _require_owned(self.over, model)
         self._recorder = Recorder(model, batch_first=batch_first, unsupported=unsupported)
         self._gathered: Gathered | None = None
+        self._last: tuple[weakref.ref[Tensor], Tensor, bool] | None = None  # losses, norms, whether checkpoints run again
 
     @property
     def over(self) -> Collection[Tensor] | None:
@@ -95,7 +101,7 @@ class GradNorms:
     def __enter__(self) -> GradNorms:
         if self._recorder.is_on:
             raise RuntimeError("GradNorms: this engine is already around a forward pass; use one engine for each")
-        self._gathered = None
+        self._gathered = self._last = None
         self._recorder.start()
         return self
 
@@ -120,10 +126,12 @@ class GradNorms:
         ``retain_graph``: as ``torch.autograd.grad``; an ordinary backward pass may then follow, but not through checkpoints, which would
         save less when they run again than they did under the engine.
 
-        Raises RuntimeError where there is no forward pass to differentiate, it has been used already, the losses do not depend on a layer
-        that was called, or they read a parameter past its layer (``F.linear(x, embedding.weight)``, a penalty on weights); ValueError for
-        losses that are not one-dimensional, or whose number m does not divide, and where a layer's output has another batch;
-        NotImplementedError where a rule does not cover a module.
+        Calls of layers whose outputs get no gradient (a detached branch, an unused head, ``torch.no_grad``) add nothing.
+
+        Raises RuntimeError where there is no forward pass to differentiate, it has been used already, the losses read a parameter past its
+        layer (``F.linear(x, embedding.weight)``, a penalty on weights), or a custom function hides a layer's gradient; ValueError for
+        losses that are not one-dimensional, whose number m does not divide, or that are not in the order of the batch, and where a layer's
+        output has another batch; NotImplementedError where a rule does not cover a module.
         """
         self._check(losses)
         keep = keep and not backward
@@ -136,9 +144,12 @@ class GradNorms:
             for position, node in enumerate(call.nodes):
                 if node is not None:
                     nodes.setdefault(node, []).append((call, position))
-        reached, ends, reads = ends_of(losses.grad_fn, nodes)
-        _require_reached(calls, reached)
-        _require_all_seen(self._recorder.params, calls, reads)
+        graph = graph_of(losses.grad_fn, nodes)
+        recomputes = any(call.is_recomputed for call in calls)
+        refuse_hidden(losses.grad_fn, [call for call in calls if not call.expect(graph.reached)])
+        calls = [call for call in calls if call.is_awaited]  # by the others comes no gradient: they add nothing
+        calls = settle(calls, graph.readers)
+        check_reads(self._recorder.params, calls, graph.readers, losses.grad_fn)
         gathered = Gathered(calls, losses.shape[0], losses.shape[0] // self.micro_batch, losses.device, keep=keep, over=self._over)
 
         def pass_by(node: Any, grads: Sequence[Tensor | None]) -> None:
@@ -148,19 +159,20 @@ class GradNorms:
                 if call.receive(position, grads[call.output_nrs[position]]) and (call.is_recomputed or not keep):
                     gathered.add(call)
 
-        if backward:  # runs through all of them
-            ends = set()
-        handles = [node.register_prehook(partial(pass_by, node)) for node in reached - ends]
+        ends = set() if backward else graph.ends  # an ordinary backward pass runs through all of them
         edges = [GradientEdge(node, nr) for node in ends for nr in sorted({call.output_nrs[i] for call, i in nodes[node]})]
+        handles: list[Any] = []
         try:
             # What rules multiply must not be rounded on the way; what checkpoints run again brings its own autocast along.
-            again = self._recorder.replaying() if any(call.is_recomputed for call in calls) else nullcontext()
+            again = self._recorder.replaying() if recomputes else nullcontext()
             with again, torch.autocast(losses.device.type, enabled=False):
+                check_order(losses, calls, graph, mixes=_mixing(calls))
+                handles += [node.register_prehook(partial(pass_by, node)) for node in graph.reached - ends]
                 ones = torch.ones_like(losses)
                 found: tuple[Tensor, ...] = ()
                 if backward:
                     torch.autograd.backward(losses, ones, retain_graph=retain_graph)
-                else:
+                elif edges:
                     found = torch.autograd.grad(losses, edges, ones, retain_graph=retain_graph, allow_unused=True)
                 with torch.no_grad():
                     by_edge: dict[Any, Tensor | None] = {(edge.node, edge.output_nr): grad for edge, grad in zip(edges, found, strict=True)}
@@ -174,7 +186,51 @@ class GradNorms:
         norms = gathered.square_norms().clamp_(min=0.0).sqrt_()
         if self.reduction == "mean" and self.micro_batch > 1:
             norms /= self.micro_batch
-        return norms.to(torch.float64 if losses.dtype is torch.float64 else torch.float32)
+        norms = norms.to(torch.float64 if losses.dtype is torch.float64 else torch.float32)
+        self._last = weakref.ref(losses), norms, recomputes
+        return norms
+
+    def verify(
+        self,
+        losses: Tensor,  # (B,)
+        i: int,
+        *,
+        retain_graph: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # (), ()
+        """Return the norm of sample (or micro-batch) i, and the norm that a backward pass of its own loss gives.
+
+        The two agree, to rounding, where ``losses[i]`` depends on row i of the batch alone. They differ for a batch that is put into
+        another order inside the model, which no shape shows, for losses of several samples together, and under BatchNorm in training.
+        The second norm is over the parameters of ``over`` too.
+
+        Calls the engine first unless it has been called with these ``losses`` and ``retain_graph=True``; :meth:`weighted_grads_` may
+        follow. Costs a backward pass more. ``retain_graph``: as ``torch.autograd.grad``.
+
+        Raises what calling the engine raises; TypeError or ValueError where i is no number of a sample; RuntimeError for a freed graph.
+        """
+        is_new = self._last is None or self._last[0]() is not losses
+        if is_new:
+            self._check(losses)
+        i = check_count("GradNorms.verify", "i", i, low=0, high=len(losses) // self.micro_batch - 1)
+        if is_new:
+            self(losses, retain_graph=True)
+        assert self._last is not None
+        _, norms, recomputes = self._last
+        group = losses[i * self.micro_batch : (i + 1) * self.micro_batch]
+        loss = group.mean() if self.reduction == "mean" else group.sum()
+        params = [param for param in self._recorder.model.parameters() if param.requires_grad]
+        if self._over is not None:
+            params = [param for param in params if id(param) in self._over]
+        try:
+            with self._recorder.replaying() if recomputes else nullcontext():
+                grads = torch.autograd.grad(loss, params, retain_graph=retain_graph, allow_unused=True)
+        except RuntimeError as error:
+            if "second time" not in str(error):
+                raise
+            raise RuntimeError("GradNorms.verify: the graph of losses is gone; call the engine with retain_graph=True before") from error
+        squares = [grad.to(losses.device, torch.float64).square().sum() for grad in grads if grad is not None]
+        own = torch.stack(squares).sum().sqrt() if squares else norms.new_zeros(())
+        return norms[i], own.to(norms.dtype)
 
     @torch.no_grad()
     def weighted_grads_(self, weights: Tensor | None = None) -> None:  # (B / m,)
@@ -210,13 +266,13 @@ class GradNorms:
             )
         if len(losses) % self.micro_batch:
             raise ValueError(f"GradNorms: {len(losses)} losses cannot be cut into micro-batches of {self.micro_batch}")
+        if losses.grad_fn is None:
+            raise RuntimeError("GradNorms: losses have no graph: they were detached, or computed under torch.no_grad")
         if not self._recorder.calls:
             raise RuntimeError(
                 "GradNorms: no call of a layer with trainable parameters was seen: run the forward pass inside `with engine:`, "
                 "once for each call of the engine"
             )
-        if losses.grad_fn is None:
-            raise RuntimeError("GradNorms: losses have no graph: they were detached, or computed under torch.no_grad")
 
 
 def _require_owned(over: Iterable[object] | None, model: nn.Module) -> None:
@@ -241,24 +297,9 @@ class _Lookup(Sequence[Tensor | None]):
         return len(self._by_edge)
 
 
-def _require_reached(calls: Sequence[Call], reached: set[Any]) -> None:
+def _mixing(calls: Sequence[Call]) -> str | None:
+    """A layer that makes samples depend on each other."""
     for call in calls:
-        if not call.expect(reached):
-            raise RuntimeError(
-                f"GradNorms: the losses do not depend on the output of {call.name}; freeze its parameters, or leave its call out of the "
-                "`with` block"
-            )
-
-
-def _require_all_seen(params: Iterable[tuple[str, nn.Parameter]], calls: Sequence[Call], reads: Counter[int]) -> None:
-    """Whoever reads a parameter without calling its layer would be left out of the norm."""
-    seen = Counter(id(param) for call in calls for param in call.params.values())
-    many = {id(param) for call in calls if not call.reads_once for param in call.params.values()}
-    for name, param in params:
-        key = id(param)
-        if reads[key] > seen[key] and (not seen[key] or key not in many):
-            raise RuntimeError(
-                f"GradNorms: the losses read {name} {reads[key]} times, of which {seen[key]} are calls of its layer inside the `with` "
-                "block: call the layer rather than its forward method or a function of its weight, and leave penalties on weights out of "
-                "the losses"
-            )
+        if isinstance(call.module, _BatchNorm) and (call.was_training or call.module.running_mean is None):
+            return call.name
+    return None
