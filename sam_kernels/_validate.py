@@ -52,6 +52,11 @@ def check_tensor(op: str, name: str, tensor: object) -> Tensor:
 
 def check_memory(op: str, name: str, tensor: Tensor) -> None:
     """``tensor`` has memory, or no elements. Raises TypeError otherwise."""
+    try:
+        if tensor.data_ptr() != 0:
+            return
+    except (RuntimeError, NotImplementedError):  # a layout without storage
+        pass
     if tensor.layout is not torch.strided or tensor.is_meta or (tensor.numel() > 0 and tensor.data_ptr() == 0):
         raise _no_memory(op, name, tensor)
 

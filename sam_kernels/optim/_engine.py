@@ -61,7 +61,7 @@ class Engine(Wrapper):
     # --- what a step decides ---
 
     def _new_plan(self, *, ahead: bool) -> StepPlan:
-        return StepPlan(self.param_groups, self._keys, self.base_optimizer, ahead=ahead)
+        return StepPlan(self.param_groups, self._keys, self.base_optimizer, ahead=ahead, last=self._plan)
 
     def _plan_ahead(self) -> StepPlan:
         """The plan of the next step. What is needed of it before the step begins (a gradient, a forward pass) asks no schedule again."""
@@ -104,7 +104,7 @@ class Engine(Wrapper):
 
     def _make_step(self, passes: Sequence[TwoPasses], scaler: GradScaler | None) -> Any:
         """A whole step."""
-        if hasattr(self, "found_inf"):
+        if "found_inf" in self.__dict__:
             raise RuntimeError(
                 "SAM.step was given a closure by GradScaler.step, which cannot tell the scaler about gradients computed inside it; "
                 "call optimizer.step(closure, grad_scaler=scaler) and scaler.update()"
@@ -211,7 +211,8 @@ class Engine(Wrapper):
             if random_state is not None:
                 random_state.settle()
             self._kept_grads.check_scale(_amp.scale_of(scaler) is not None)
-            self.direction.descent_norm(step)
+            if self.direction.rewrites_descent:
+                self.direction.descent_norm(step)
             if not self.descent.is_plain:
                 self.descent.rewrite(DescentStep(self._passes, groups, self._kept_grads, True, _amp.scale_of(scaler), self._loss))
             self._guard.restore()
@@ -247,8 +248,8 @@ class Engine(Wrapper):
         moves = any(group.get("lr", 1.0) != 0 for group in self.param_groups) if self.descent.needs_loss or not is_sam else True
         if self.descent.needs_loss and (is_sam or moves):
             self.descent.check_loss(self._loss, self._passes.found_inf.device)
-        grad_scale = getattr(self, "grad_scale", None) if scaler is None else _amp.scale_of(scaler)
-        found_inf = getattr(self, "found_inf", None)
+        grad_scale = self.__dict__.get("grad_scale") if scaler is None else _amp.scale_of(scaler)  # GradScaler.step sets them
+        found_inf = self.__dict__.get("found_inf")
         found_inf = found_inf if isinstance(found_inf, Tensor) else None
         if is_sam:
             self._passes.check_unwritten()
@@ -289,7 +290,8 @@ class Engine(Wrapper):
             self._guard.save()
         plan = self._passes.plan
         assert plan is not None
-        loss = self._replicas.loss_for_radii(loss, [each.rho for each in plan.groups], self._passes.found_inf.device)
+        if loss is not None:
+            loss = self._replicas.loss_for_radii(loss, [each.rho for each in plan.groups], self._passes.found_inf.device)
         currents = self._passes.ascend(plan, self.direction, step, eps=self.norm_eps, grad_scale=grad_scale, loss=loss)
         self._skips.after_ascent(self._passes.found_inf)
         if self.descent.keeps_grads and self._passes.has_ascended:  # its direction is made from gradients
@@ -312,7 +314,7 @@ class Engine(Wrapper):
             self._kept_grads.check_scale(grad_scale is not None)
         if self._passes.is_perturbed:
             self._guard.restore()
-        if has_ascended:
+        if has_ascended and self.direction.rewrites_descent:
             assert self._plan is not None
             centralized = self.direction.descent_norm(AscentStep(self._passes, self._plan))
             known_norm = known_norm if centralized is None else centralized
@@ -356,7 +358,6 @@ class Engine(Wrapper):
         self._kept_grads.forget()
         self._loss = None
 
-    @torch.no_grad()
     def _restore(self) -> None:
         """Back to the weights and buffers of before the ascent, where there was one. A checkpoint that was loaded since stays."""
         self._awaits_ascent = False

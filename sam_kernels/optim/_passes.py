@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Passes"]
 
-_WATCHED = 64  # parameters whose versions are noted between first_step and second_step
+_ALL_WATCHED = 256  # parameters whose versions are noted between first_step and second_step; of more, a sample
+_WATCHED = 16
 _FOLD_EVERY = 1 << 20  # steps after which the float32 count of skipped steps is added to the whole one
 
 
@@ -304,10 +305,10 @@ class Passes:
 
     def watch_weights(self) -> None:
         """Notes which weights the ascent has left, for :meth:`check_unwritten`. Of many tensors a sample: a version costs 40 ns to read."""
-        params = [param for lists in self._perturbed.values() for param in lists.params]
-        stride = -(-len(params) // _WATCHED)
-        self._versions = [(param, param._version) for param in params[:: max(1, stride)]]
-        self._watches_all = stride <= 1
+        count = sum(len(lists.params) for lists in self._perturbed.values())
+        stride = 1 if count <= _ALL_WATCHED else count // _WATCHED
+        self._versions = [(param, param._version) for lists in self._perturbed.values() for param in lists.params[::stride]]
+        self._watches_all = stride == 1
 
     def _written(self) -> list[Tensor]:
         return [param for param, version in self._versions if param._version != version]

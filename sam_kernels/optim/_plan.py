@@ -28,6 +28,8 @@ class GroupPlan:
     eta: float
     maximize: bool
     participates: bool
+    options: tuple[Any, ...]  # as the group holds them
+    is_constant: bool  # all of them are numbers
 
     def radius(self, norm: Tensor, grad_scale: Tensor | None, loss: Any) -> float | Tensor:  # norm: ()
         """ρ_t. ``norm`` is that of the gradients as they are, multiplied by ``grad_scale`` where that is given."""
@@ -40,13 +42,20 @@ class GroupPlan:
 class StepPlan:
     """Step t of all groups. ``groups`` has a :class:`GroupPlan` for each; ``raw`` the options that it was made from."""
 
-    def __init__(self, groups: Sequence[dict[str, Any]], keys: Mapping[str, str], base: Optimizer, *, ahead: bool) -> None:
-        """``ahead``: the plan of the step after the one that the groups count.
+    def __init__(
+        self, groups: Sequence[dict[str, Any]], keys: Mapping[str, str], base: Optimizer, *, ahead: bool, last: StepPlan | None = None
+    ) -> None:
+        """``ahead``: the plan of the step after the one that the groups count. ``last``: an earlier one; groups whose options are the same
+        numbers as there are not checked again.
 
         Raises: TypeError or ValueError for an option that is none.
         """
         self.raw = _raw(groups, keys)
-        self.groups = [_planned(group, keys, base, ahead) for group in groups]
+        self.groups: list[GroupPlan] = []
+        for i, group in enumerate(groups):
+            t: Step = group[keys["sam_step"]]
+            before = last.groups[i] if last is not None and i < len(last.groups) else None
+            self.groups.append(_planned(group, keys, base, t + 1 if ahead else t, before))
         self.ascends = any(each.participates for each in self.groups)
         self._beta_key = keys.get("beta")
         self._beta: float | Tensor | None = None
@@ -74,19 +83,30 @@ def _is_same(left: Any, right: Any) -> bool:
     return left is right or (isinstance(left, int | float) and type(left) is type(right) and left == right)
 
 
-def _planned(group: dict[str, Any], keys: Mapping[str, str], base: Optimizer, ahead: bool) -> GroupPlan:
-    t: Step = group[keys["sam_step"]]
-    if ahead:
-        t = t + 1
-    rho = resolved_at(group[keys["rho"]], t)
+def _options(group: dict[str, Any], keys: Mapping[str, str]) -> tuple[Any, ...]:
+    return group[keys["rho"]], group[keys["lambd"]], group[keys["adaptive"]], group[keys["eta"]], len(group["params"]) > 0
+
+
+def _maximizes(group: dict[str, Any], base: Optimizer) -> bool:
+    """Some optimizers keep the option for themselves, for all groups."""
+    return bool(group.get("maximize", getattr(base, "maximize", False)))
+
+
+def _planned(group: dict[str, Any], keys: Mapping[str, str], base: Optimizer, t: Step, before: GroupPlan | None) -> GroupPlan:
+    rho, lambd, adaptive, eta, has_params = options = _options(group, keys)
+    if before is not None and before.is_constant and before.group is group and before.options == options:
+        numbers = before.rho, before.lambd, before.adaptive, before.eta
+        return GroupPlan(group, t, *numbers, _maximizes(group, base), before.participates, options, True)
+    resolved = resolved_at(rho, t)
     return GroupPlan(
         group,
         t,
-        rho,
-        lambd_at(group[keys["lambd"]], t),
-        check_flag("SAM", "adaptive", group[keys["adaptive"]]),
-        check_number("SAM", "eta", group[keys["eta"]], low=0.0),
-        # Some optimizers keep the option for themselves, for all groups.
-        bool(group.get("maximize", getattr(base, "maximize", False))),
-        is_ascending(rho),
+        resolved,
+        lambd_at(lambd, t),
+        check_flag("SAM", "adaptive", adaptive),
+        check_number("SAM", "eta", eta, low=0.0),
+        _maximizes(group, base),
+        has_params and is_ascending(resolved),
+        options,
+        all(type(option) in (float, int, bool) for option in options),
     )

@@ -298,7 +298,6 @@ class SAM(Engine):
         if not self._passes.is_perturbed or self._awaits_ascent:
             raise RuntimeError("SAM.second_step: call first_step first")
         self.descent.check_loss(loss, self._passes.found_inf.device)
-        self._passes.check_unwritten()
         self._loss = loss
         self.step(grad_scaler=grad_scaler)  # through step(), so that hooks and schedulers see one step
         if zero_grad:
