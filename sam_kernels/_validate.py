@@ -174,14 +174,16 @@ def check_number(
 def check_number_or_tensor(
     op: str, name: str, value: Any, *, low: float | None = None, high: float | None = None
 ) -> float | Tensor:  # () or one element, float32 or float64
-    """A number, as :func:`check_number` wants it, or a tensor that holds one. Reading that of a device would wait for it: only one on the
-    CPU is held to the bounds. Raises TypeError or ValueError otherwise."""
+    """A number, as :func:`check_number` wants it, or a tensor that holds one, float32 in the place of a 16-bit one. Reading that of a
+    device would wait for it: only one on the CPU is held to the bounds. Raises TypeError or ValueError otherwise."""
     if not isinstance(value, Tensor):
         return check_number(op, name, value, low=low, high=high)
     if value.numel() != 1:
         raise ValueError(f"{op}: {name} must be a number or a tensor that holds one, got {describe(value)}")
-    if value.layout is not torch.strided or value.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{op}: {name} must be a number or a dense float32 or float64 tensor that holds one, got {describe(value)}")
+    if value.layout is not torch.strided or value.dtype not in SUPPORTED_DTYPES:
+        raise TypeError(f"{op}: {name} must be a number or a dense floating-point tensor that holds one, got {describe(value)}")
+    if value.dtype in (torch.float16, torch.bfloat16):
+        value = value.to(torch.float32)
     if value.is_cpu:
         check_memory(op, name, value)
         check_number(op, name, value.item(), low=low, high=high)

@@ -5,7 +5,7 @@ float16, mixed freely between lists and rows. Arithmetic is float32 (float64 for
 storage. Tensors may be non-contiguous, unaligned or empty. A trailing ``_`` means in place: data pointers never change.
 
 Numbers that change from step to step, ``rho``, ``lambd``, ``lr``, ``scale`` and the weights of ``combine_``, may be given as tensors of
-one float32 or float64 element, on the CPU or on the device of the tensors beside them. On a device they are read where they are used and
+one floating-point element, on the CPU or on the device of the tensors beside them. On a device they are read where they are used and
 nobody waits for them, so that a CUDA graph follows them; their range is then not checked.
 
 Tensors have memory of their own, subclasses included (``Parameter``, ``Buffer``). FakeTensors, and calls while a ``FakeTensorMode`` is

@@ -175,7 +175,7 @@ TABLE: list[tuple[str, Change, type[Exception], str]] = [
             (torch.tensor(0.1 + 0j), TypeError, r"float32 or float64 tensor .*got a torch.complex64 tensor"),
             (torch.full((3,), 0.1), ValueError, r"a tensor that holds one, got a torch.float32 tensor of shape \(3,\)"),
             (torch.ones(0), ValueError, r"a tensor that holds one, got a torch.float32 tensor of shape \(0,\)"),
-            (torch.ones(1).to_sparse(), TypeError, r"a dense float32 or float64 tensor"),
+            (torch.ones(1).to_sparse(), TypeError, r"a dense floating-point tensor"),
             (torch.tensor(math.nan), ValueError, r"a finite number .*got nan"),
             (torch.tensor([math.inf]), ValueError, r"a finite number .*got inf"),
         ]

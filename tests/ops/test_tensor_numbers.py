@@ -25,6 +25,8 @@ CALLS = [
 KINDS: dict[str, Callable[[float], Tensor]] = {
     "float64": lambda value: torch.tensor(value, dtype=torch.float64),
     "float32": lambda value: torch.tensor(value, dtype=torch.float32),
+    "bfloat16": lambda value: torch.tensor(value, dtype=torch.bfloat16),
+    "float16": lambda value: torch.tensor(value, dtype=torch.float16),
     "one_element": lambda value: torch.tensor([value], dtype=torch.float64),
     "a_view": lambda value: torch.tensor([0.0, value, 0.0], dtype=torch.float64)[1],
     "requires_grad": lambda value: torch.tensor(value, dtype=torch.float64, requires_grad=True),
@@ -70,7 +72,7 @@ DEVICE = torch.device("meta")
 def test_the_value_of_a_tensor_on_a_device_is_not_looked_at() -> None:
     out_of_range = torch.full((), -1.0, device=DEVICE)
     assert _validate.check_number_or_tensor("sgd_step_", "lr", out_of_range, low=0.0) is out_of_range
-    with pytest.raises(TypeError, match=r"sgd_step_: lr must be a number or a dense float32 or float64 tensor .*int64"):
+    with pytest.raises(TypeError, match=r"sgd_step_: lr must be a number or a dense floating-point tensor .*int64"):
         _validate.check_number_or_tensor("sgd_step_", "lr", out_of_range.to(torch.int64), low=0.0)
     with pytest.raises(ValueError, match=r"sgd_step_: lr must be a number or a tensor that holds one, got .*shape \(2,\) on meta"):
         _validate.check_number_or_tensor("sgd_step_", "lr", torch.ones(2, device=DEVICE), low=0.0)

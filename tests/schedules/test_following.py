@@ -262,7 +262,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step(answer: Callable[[AscentIn
         (torch.tensor(-0.1), False, ValueError, "SAM: Told.radius must be a finite number"),
         (torch.tensor(math.nan), False, ValueError, "SAM: Told.radius must be a finite number"),
         (torch.ones(2), False, ValueError, r"SAM: Told.radius must be a number or a tensor that holds one, got .*\(2,\)"),
-        (torch.tensor(1), False, TypeError, "SAM: Told.radius must be a number or a dense float32 or float64 tensor"),
+        (torch.tensor(1), False, TypeError, "SAM: Told.radius must be a number or a dense floating-point tensor"),
         (None, False, TypeError, "SAM: Told.radius must be a number, got NoneType"),
         (True, False, TypeError, "SAM: Told.radius must be a number, got True"),
         ("0.1/k^0.5", False, TypeError, "SAM: Told.radius must be a number"),
