@@ -16,7 +16,16 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/per_sample.md", "docs/rw_sam.md", "docs/schedules.md", "docs/family.md", "docs/distributed.md"]
+    "page",
+    [
+        "README.md",
+        "docs/distributed.md",
+        "docs/family.md",
+        "docs/migrating.md",
+        "docs/per_sample.md",
+        "docs/rw_sam.md",
+        "docs/schedules.md",
+    ],
 )
 def test_the_examples_run(page: str) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)

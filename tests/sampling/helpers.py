@@ -70,7 +70,7 @@ def _drawn(sampler: Any, outcomes: list[Any], monkeypatch: pytest.MonkeyPatch) -
         return torch.tensor(next(endless), dtype=dtype).reshape(shape)
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "rand", lambda *shape, generator, dtype: numbers(shape, dtype))
+        patch.setattr(torch, "rand", lambda *shape, generator, dtype, device: numbers(shape, dtype))
         patch.setattr(torch, "randint", lambda high, shape, generator: numbers(shape, torch.int64))
         return [batch if isinstance(batch, list) else [batch] for batch in sampler]
 
