@@ -47,6 +47,11 @@ class DescentStep:
         """What gradients are multiplied by, as something to calculate with."""
         return 1.0 if self.grad_scale is None else self.grad_scale.to(torch.float64)
 
+    def maximizes(self, current: Current) -> bool:
+        """Whether the base optimizer maximises with this group, wherever it keeps the option."""
+        plan = self.passes.plan
+        return plan is not None and plan.groups[current.index].maximize
+
     def dots(self, others: Callable[[Current], list[Tensor]]) -> Tensor:  # (3,) float64
         """(Σ g_p², Σ g_p o, Σ o²) with o what ``others`` gives for a group; ``found_inf`` is told."""
         found_inf = self.passes.found_inf
@@ -185,7 +190,7 @@ class WeightedSharpness(Descent):
         def finish(kept_is_unscaled: bool) -> None:
             found_inf = step.passes.found_inf.clone()  # the step is made: weights that overflow now do not make it a skipped one
             for current, grads, kept in sharp:
-                rate = -current.group["lr"] * k if current.group.get("maximize") else current.group["lr"] * k
+                rate = -current.group["lr"] * k if step.maximizes(current) else current.group["lr"] * k
                 kept_weight = rate if kept_is_unscaled else rate / step.scale
                 weights: dict[str, Any] = {"left_weight": 1.0, "right_weight": -rate / step.scale, "origin_weight": kept_weight}
                 functional.combine_(current.lists.params, current.lists.params, grads, kept, **weights, found_inf=found_inf)

@@ -93,7 +93,6 @@ class _MovingAverage(Direction):
             how: dict[str, Any] = {"adaptive": adaptive, "eta": eta, "grad_scale": grad_scale, "found_inf": step.found_inf}
             norms.append(functional.direction_norm_(grads, averages, params, **self._options(), **how))
             if new:
-                step.begun.update(new)
                 step.keep(self.keeps[0], lists, cast("list[Tensor]", averages))
         return step.combined(norms)
 

@@ -193,9 +193,10 @@ class RWSAM(SAM):
         scaler = _amp.check_scaler(grad_scaler)
         if not callable(closure):
             raise TypeError(f"RWSAM.backward: closure must be a callable, got {describe(closure)}")
-        if self._gradients_made == 0:
+        made = self._calls_made()
+        if made == 0:
             self._norms, self._weights = [], []
-        index = self._replicas.index_of(self._gradients_made, 1)
+        index = self._replicas.index_of(made, 1)
         loss: Tensor = self._add_gradient(*self._pair(closure, index, scaler, zeroes=False), scaler)
         return loss
 
