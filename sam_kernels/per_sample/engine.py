@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from sam_kernels._memory_of import is_fake
 from sam_kernels._validate import check_choice, check_flag, describe
 from sam_kernels.per_sample._call import Call
 from sam_kernels.per_sample._gathered import Gathered
@@ -194,7 +195,8 @@ class GradNorms:
             raise ValueError(f"GradNorms.weighted_grads_: weights must have shape ({m},), got {tuple(weights.shape)}")
         if self.reduction == "mean" and self.micro_batch > 1:
             weights = (torch.ones(m, device=device) if weights is None else weights) / self.micro_batch
-        if weights is not None and weights.is_cpu and bool((weights == 1).all()):  # to look at those of a device would be to wait for it
+        can_be_read = weights is not None and weights.is_cpu and not is_fake(weights)  # those of a device: only by waiting for it
+        if weights is not None and can_be_read and bool((weights == 1).all()):
             weights = None
         gathered, self._gathered = self._gathered, None
         with torch.autocast(device.type, enabled=False):

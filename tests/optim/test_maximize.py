@@ -14,7 +14,19 @@ from tests.optim.family import MEMBERS as FAMILY
 from tests.optim.family_runs import close, everything_of, make
 from tests.optim.problem import loss_of, make_batch, make_model, twin, weights
 
-MEMBERS = ["SAM", "VaSSO", "FriendlySAM", "Extragradient", "GCSAM", "RSAM", "GSAM", "WSAM-coupled", "WSAM-decoupled", "LookSAM", "MomentumSAM"]
+MEMBERS = [
+    "SAM",
+    "VaSSO",
+    "FriendlySAM",
+    "Extragradient",
+    "GCSAM",
+    "RSAM",
+    "GSAM",
+    "WSAM-coupled",
+    "WSAM-decoupled",
+    "LookSAM",
+    "MomentumSAM",
+]
 BASES = ["sgd-momentum", "adamw", "rmsprop"]
 CASES = [(name, BASES[(i + shift) % 3]) for i, name in enumerate(MEMBERS) for shift in (0, 1)]
 CASES = [(name, base if (name, base) != ("MomentumSAM", "rmsprop") else "adam") for name, base in CASES]
