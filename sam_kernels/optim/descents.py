@@ -20,6 +20,7 @@ from sam_kernels._validate import check_count, check_flag, check_number, describ
 from sam_kernels.optim._capturable import is_recording, not_recordable
 from sam_kernels.optim._group import Current
 from sam_kernels.optim._kept_grads import KeptGrads
+from sam_kernels.optim._options import store_plain
 from sam_kernels.optim._passes import Passes
 
 __all__ = ["NOTHING", "Descent", "DescentStep", "Look", "Outcome", "Plain", "Polyak", "SurrogateGap", "WeightedSharpness"]
@@ -134,6 +135,7 @@ class SurrogateGap(Descent):
     keeps_grads = True
 
     def __post_init__(self) -> None:
+        store_plain(self)
         check_number("GSAM", "alpha", self.alpha, low=0.0)
 
     def rewrite(self, step: DescentStep) -> Outcome:
@@ -158,6 +160,7 @@ class WeightedSharpness(Descent):
     keeps_grads = True
 
     def __post_init__(self) -> None:
+        store_plain(self)
         check_number("WSAM", "kappa", self.kappa, low=0.0, high=1.0, open_high=True)
         check_flag("WSAM", "decoupled", self.decoupled)
 
@@ -221,6 +224,7 @@ class Look(Descent):
     makes_gradient = False
 
     def __post_init__(self) -> None:
+        store_plain(self)
         check_count("LookSAM", "k", self.k, low=1)
         check_number("LookSAM", "alpha", self.alpha, low=0.0)
 
@@ -269,6 +273,7 @@ class Polyak(Descent):
     makes_gradient = False
 
     def __post_init__(self) -> None:
+        store_plain(self)
         check_number("SAMSPS", "f_star", self.f_star)
 
     def check_base(self, base: Optimizer) -> None:

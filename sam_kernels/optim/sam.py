@@ -190,9 +190,10 @@ class SAM(Engine):
             TypeError, ValueError: before anything is called, for a closure that is none, for a batch without tensors or whose tensors have
                 no dimension 0, differ in its size or cannot be cut into equal pieces, for arguments that do not go together.
         """
-        scaler = _amp.check_scaler(grad_scaler)
-        passes = passes_of(closure, batch, micro_batches, ascent_closure)
-        return self._finish(scaler) if passes is None else self._make_step(passes, scaler)
+        with _amp.forgetting_the_scaler(self):
+            scaler = _amp.check_scaler(grad_scaler)
+            passes = passes_of(closure, batch, micro_batches, ascent_closure)
+            return self._finish(scaler) if passes is None else self._make_step(passes, scaler)
 
     @torch.no_grad()
     def backward(self, closure: Callable[[], Loss], *, grad_scaler: GradScaler | None = None) -> Loss:
