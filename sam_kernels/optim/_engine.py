@@ -173,12 +173,8 @@ class Engine(Wrapper):
         with self._watch():
             loss = self._called(ascent)
         self._ascend(step, _amp.scale_of(scaler), loss, hand_over=True)
-        if random_state is not None:
-            random_state.replay()
-        with self._watch():
+        with self._watch(), nullcontext() if random_state is None else random_state.replayed():
             self._called(descent)
-        if random_state is not None:
-            random_state.settle()
         return loss
 
     def _watch(self) -> AbstractContextManager[Any]:
@@ -216,7 +212,8 @@ class Engine(Wrapper):
         self._guard.begin()
         try:
             step = AscentStep(self._passes, plan, self._replicas.index_of(made, 1))
-            random_state = RandomState(self._devices()) if self.preserve_rng_state else None
+            is_replayed = self.preserve_rng_state and not self.direction.needs_no_gradient
+            random_state = RandomState(self._devices()) if is_replayed else None
             loss = None
             if self.direction.needs_no_gradient:
                 self._ascend(step, None)
@@ -226,12 +223,9 @@ class Engine(Wrapper):
                     loss = outer.called(lambda: self._called(ascent))
                 self._replicas.check_first_pass()
                 self._ascend(step, _amp.scale_of(scaler), loss, hand_over=True)
-                if random_state is not None:
-                    random_state.replay()
             outer.before_second_pass()
-            second_loss = outer.called(lambda: self._called(descent))
-            if random_state is not None:
-                random_state.settle()
+            with nullcontext() if random_state is None else random_state.replayed():
+                second_loss = outer.called(lambda: self._called(descent))
             self._kept_grads.check_scale(_amp.scale_of(scaler) is not None)
             self.direction.descent_norm(step)
             if not self.descent.is_plain:

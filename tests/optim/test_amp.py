@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import sam_kernels
-from tests.optim.problem import assert_same_bits, loss_of, make_batch, make_model, twin, weights
+from tests.optim.problem import assert_same_bits, closure_of, loss_of, make_batch, make_model, twin, weights
 from tests.optim.scaler_flows import BASES, FLOWS, SCALE, InfOnPass, scaled_closure, step_with
 
 
@@ -127,4 +127,4 @@ def test_a_wrong_scaler_is_an_error() -> None:
     with pytest.raises(TypeError, match=r"grad_scaler must be a torch\.amp\.GradScaler"):
         optimizer.step(lambda: None, grad_scaler=1024.0)
     with pytest.raises(RuntimeError, match=r"has not called grad_scaler\.scale"):
-        optimizer.step(lambda: None, grad_scaler=torch.amp.GradScaler("cpu"))
+        optimizer.step(closure_of(optimizer, model, make_batch()), grad_scaler=torch.amp.GradScaler("cpu"))

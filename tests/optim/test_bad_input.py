@@ -29,7 +29,7 @@ NAN = float("nan")
         ({"lambd": lambda t: 2.0}, ValueError, r"lambd\(1\) must be a finite number"),
         ({"adaptive": 1}, TypeError, "adaptive must be True or False"),
         ({"eta": -1.0}, ValueError, "eta must be a finite number"),
-        ({"eps": NAN}, ValueError, "eps must be a finite number"),
+        ({"norm_eps": NAN}, ValueError, "norm_eps must be a finite number"),
         ({"max_grad_norm": -1.0}, ValueError, "max_grad_norm must be a finite number"),
         ({"preserve_rng_state": 1}, TypeError, "preserve_rng_state must be True or False"),
         ({"model": [1]}, TypeError, r"model\[0\] must be a torch\.nn\.Module"),

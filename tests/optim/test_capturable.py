@@ -242,7 +242,7 @@ def test_tensors_are_put_on_the_device_of_the_parameters() -> None:
     device = torch.device("meta")
     lr, group = torch.tensor(0.1, device=device), {"params": [torch.empty(2, device=device)], "rho": 0.1, "lambd": torch.tensor(0.5)}
     group |= {"sam_step": 3, "lr": lr, "eta": 0.1}
-    _capturable.to_tensors(group)
+    _capturable.to_tensors(group, {name: name for name in ("rho", "lambd", "sam_step")})
     assert {key: value.device for key, value in group.items() if isinstance(value, Tensor)} == dict.fromkeys(
         ("rho", "lambd", "sam_step", "lr"), device
     )

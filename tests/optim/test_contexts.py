@@ -128,6 +128,28 @@ def test_generators_end_where_the_further_pass_left_them(counts: tuple[int, int]
     assert torch.equal(draws.first[0], draws.first[1])
 
 
+@pytest.mark.parametrize("api", ["closure", "backward"])
+def test_after_an_exception_in_the_second_pass_no_number_is_drawn_again(api: str) -> None:
+    draws, calls = Draws([5, 2]), []
+    model = nn.Sequential(nn.Linear(6, 4), draws, nn.Linear(4, 2))
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1, preserve_rng_state=True)
+
+    def closure() -> Tensor:
+        loss = closure_of(optimizer, model, make_batch())()
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        return loss
+
+    torch.manual_seed(4)
+    with pytest.raises(MemoryError):
+        (optimizer.step if api == "closure" else optimizer.backward)(closure)
+    following = torch.rand(4)
+    torch.manual_seed(4)
+    torch.rand(5)
+    assert torch.equal(following, torch.rand(4))
+
+
 def test_a_recorded_state_is_of_one_step_alone() -> None:
     """Left over from a step that was given up, it is neither replayed nor gone back to."""
     model = nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.5), nn.Linear(4, 2))
