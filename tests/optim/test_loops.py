@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sam_kernels import RWSAM
+from sam_kernels import RWSAM, SAM
 from tests.optim.family_runs import close, make
 from tests.optim.problem import assert_same_bits, closure_of, loss_of, make_batch, make_model, twin, weights
 from tests.optim.rwsam_problem import losses_of
@@ -241,6 +241,22 @@ def test_gradients_set_by_hand_need_no_zeroing(how: str) -> None:
     model, _ = sam_steps(lambda *_: None, backward)
     close(weights(model), weights(as_usual()), rtol=1e-6, atol=1e-7)
     assert not hooks_of(model)
+
+
+def test_gradients_written_without_autograd_are_gradients() -> None:
+    """Through ``.data`` no version counts, and no hook runs."""
+    param = nn.Parameter(torch.tensor([1.0, 2.0]))
+    param.grad = torch.ones(2)
+    optimizer = SAM([param], torch.optim.SGD, lr=0.1, rho=0.5)
+
+    def closure() -> None:
+        assert param.grad is not None
+        param.grad.data.copy_(param.detach() ** 3)
+
+    optimizer.step(closure)
+    start = torch.tensor([1.0, 2.0])
+    right = start - 0.1 * (start + 0.5 * start**3 / (start**3).norm()) ** 3
+    torch.testing.assert_close(param.detach(), right)
 
 
 def test_micro_batches_inside_of_a_closure_accumulate() -> None:
