@@ -336,6 +336,7 @@ def run(optimizer: SAM, member: VaSSO, closure: Callable[[], float], tensors: Ca
 """
 
 
+@pytest.mark.slow
 def test_step_is_typed_to_return_what_the_closure_returns(tmp_path: Path) -> None:
     api = pytest.importorskip("mypy.api")
     file = tmp_path / "snippet.py"
