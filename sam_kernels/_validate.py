@@ -159,6 +159,7 @@ def check_number(
     """``value`` is a finite real number in [low, high], without the ends that are ``open``. Raises TypeError or ValueError otherwise."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
+    value = plain_number(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{op}: {name} must be a number, got {describe(value)}")
     value = math.inf if isinstance(value, int) and abs(value) > _LARGEST else value  # it has no float

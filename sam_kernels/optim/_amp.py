@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
-__all__ = ["check_order", "check_scaler", "check_unscaled", "hide_grad_scaler", "report_step", "scale_of"]
+__all__ = ["check_order", "check_scaler", "check_unscaled", "forgetting_the_scaler", "hide_grad_scaler", "report_step", "scale_of"]
 
 
 def check_scaler(grad_scaler: Any) -> GradScaler | None:
@@ -49,6 +51,17 @@ def check_order(scale_is_known: bool, grad_scale: Tensor | None, found_inf: Tens
             "pass is not known; give grad_scaler to first_step, or call grad_scaler.unscale_(optimizer.base_optimizer) and second_step() "
             "in the place of grad_scaler.step(optimizer)"
         )
+
+
+@contextmanager
+def forgetting_the_scaler(optimizer: Optimizer) -> Iterator[None]:
+    """After an exception in ``step``: what ``GradScaler.step`` sets on the optimizer, and would have deleted."""
+    try:
+        yield
+    except BaseException:
+        for name in ("grad_scale", "found_inf"):
+            optimizer.__dict__.pop(name, None)
+        raise
 
 
 def report_step(grad_scaler: GradScaler | None, optimizer: Optimizer, found_inf: Tensor) -> None:

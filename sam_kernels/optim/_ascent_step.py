@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sam_kernels import functional
+from sam_kernels._validate import describe
 from sam_kernels.optim._group import Current, GroupLists
 from sam_kernels.optim._passes import Passes
 from sam_kernels.optim._plan import GroupPlan, StepPlan
@@ -31,6 +32,7 @@ class AscentStep:
         self._plan = plan
         self.groups: Sequence[GroupPlan] = plan.groups
         self.micro_batch = micro_batch
+        self._norm: Tensor | None = None  # () the first that was taken
 
     @property
     def t(self) -> Step:
@@ -60,7 +62,13 @@ class AscentStep:
 
     def norm(self, currents: list[Current], *, normalised: bool = True) -> Tensor:  # ()
         """‖g‖ over these groups, or ‖T g‖ where a group is adaptive and ``normalised``; sets :attr:`found_inf`. Reads g: 1 N s."""
-        return self._passes.norm(currents, normalised=normalised)
+        if self._norm is None:
+            self._norm = self._passes.norm(currents, normalised=normalised)
+            return self._norm
+        first = self._norm.clone()  # both may be made in the same memory
+        norm = self._passes.norm(currents, normalised=normalised).clone()
+        self._norm.copy_(first)
+        return norm
 
     def joined(self, currents: list[Current], *, normalised: bool = True) -> list[tuple[GroupLists, list[Tensor], bool, float]]:
         """(lists, gradients, adaptive, eta): one row for all groups where one call can take them."""
@@ -78,11 +86,32 @@ class AscentStep:
 
     def kept(self, name: str, lists: GroupLists) -> list[Tensor | None]:
         """What the direction keeps under ``name`` for these parameters; None for one that has nothing yet."""
+        self._check_kept(name)
         return self._passes.memory.of(name, lists)
 
     def keep(self, name: str, lists: GroupLists, tensors: Sequence[Tensor]) -> None:
-        """Keeps ``tensors``, one for each parameter; those of parameters that had none begin in this step (:attr:`begun`)."""
+        """Keeps ``tensors``, one for each parameter; those of parameters that had none begin in this step (:attr:`begun`).
+
+        Raises: ValueError for a name that the direction does not announce in ``keeps``, or tensors that do not fit the parameters.
+        """
+        self._check_kept(name)
+        if len(tensors) != len(lists.params):
+            raise ValueError(f"SAM: AscentStep.keep({name!r}): got {len(tensors)} tensors for {len(lists.params)} parameters")
+        for i, (param, tensor) in enumerate(zip(lists.params, tensors, strict=True)):
+            if not isinstance(tensor, Tensor) or tensor.shape != param.shape:
+                raise ValueError(
+                    f"SAM: AscentStep.keep({name!r}): tensors[{i}] must have the shape {tuple(param.shape)} of its parameter, "
+                    f"got {describe(tensor)}"
+                )
+        before = self._passes.memory.entries(name, lists.params)
+        self._passes.begun.update(param for param, kept in zip(lists.params, before, strict=True) if kept is None)
         self._passes.memory.put(name, lists, tensors)
+
+    def _check_kept(self, name: str) -> None:
+        names = self._passes.memory.names
+        if name not in names:
+            announced = ", ".join(map(repr, names)) or "nothing"
+            raise ValueError(f"SAM: the direction keeps {announced}, not {name!r}; write keeps = ({name!r},) in its class")
 
     @property
     def begun(self) -> set[Tensor]:

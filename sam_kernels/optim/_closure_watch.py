@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from sam_kernels._memory_of import is_fake
 
 __all__ = ["ClosureWatch"]
 
@@ -18,58 +21,87 @@ _COMPUTES_NOTHING = (
     "SAM.step: the closure left no gradient of its own; it must zero the gradients, run the forward pass and call backward() on the loss, "
     "and is called twice. (A loop of loss.backward() and optimizer.step() needs optimizer.backward(closure) in the place of the first.)"
 )
+_LOOKED_AT = 64  # elements of an old gradient
 
 
 class ClosureWatch:
     """Watches one call of a closure by the gradients of two parameters, the first and the last that have one.
 
-    Whether a gradient is added to an older one is seen where autograd is about to do it: a hook of the parameter finds the old gradient
-    still in place, unwritten. One that was zeroed in place, or set anew by hand, is none.
+    Whether a gradient is added to an older one is seen where autograd does it: one hook of the parameter finds the old gradient still in
+    place, unwritten, and the next one hears that autograd has accumulated. One that was zeroed in place, or set by hand, is none.
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
         self._groups = groups
-        self._adds = False
-        self._ran = False
         first = next(_with_old_grads(groups), None)
         last = None if first is None else next(_with_old_grads(groups, last_first=True))
         watched = [] if first is None else [first] if last is first else [first, last]
-        self._old = [(param, param.grad, param.grad.detach()) for param in watched if param is not None and param.grad is not None]
+        self._grads = [_OldGrad(param, param.grad) for param in watched if param is not None and param.grad is not None]
 
     def __enter__(self) -> ClosureWatch:
-        # An alias stands in for each gradient: assigning the old tensor again is seen, too.
-        self._hooks = []
-        for param, _, alias in self._old:
-            param.grad = alias
-            self._hooks.append(param.register_hook(self._hook(param, alias, alias._version)))  # type: ignore[no-untyped-call]  # torch's
-        self._versions = [alias._version for _, _, alias in self._old]
+        for grad in self._grads:
+            grad.watch()
         return self
 
-    def _hook(self, param: Tensor, alias: Tensor, version: int) -> Callable[[Tensor], None]:
-        def about_to_accumulate(_: Tensor) -> None:
-            self._ran = True
-            if not self._adds and param.grad is alias and alias._version == version:
-                self._adds = bool(alias.any())  # zeroed through .data, where no version counts
-
-        return about_to_accumulate
-
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        untouched = bool(self._old) and not self._ran
-        for (param, grad, alias), version in zip(self._old, self._versions, strict=True):
-            if param.grad is alias:
-                untouched = untouched and alias._version == version and alias.is_cpu  # a replayed graph writes unseen
-                param.grad = grad
-            else:
-                untouched = False
-        self._old = []
+        untouched = bool(self._grads)
+        for grad in self._grads:
+            untouched = not grad.end() and untouched
+        adds = any(grad.was_added_to for grad in self._grads)
+        self._grads = []
         if kind is not None:
             return
-        if self._adds:
+        if adds:
             raise RuntimeError(_ADDS)
         if untouched or not _has_grads(self._groups):
             raise RuntimeError(_COMPUTES_NOTHING)
+
+
+class _OldGrad:
+    """A gradient that was there before the closure. An alias stands in for it: assigning the old tensor again is seen, too."""
+
+    def __init__(self, param: Tensor, grad: Tensor) -> None:
+        self._param, self._grad, self._alias = param, grad, grad.detach()
+        self.was_added_to = False
+        self._is_about_to_be = False
+        self._was_reached = False  # by autograd
+
+    def watch(self) -> None:
+        self._param.grad = self._alias
+        self._version, self._values = self._alias._version, _some_of(self._alias)
+        before = self._param.register_hook(self._before)  # type: ignore[no-untyped-call]  # torch's
+        after = self._param.register_post_accumulate_grad_hook(self._after)  # type: ignore[no-untyped-call]  # torch's
+        self._hooks = [before, after]
+
+    def _is_unwritten(self) -> bool:
+        return self._param.grad is self._alias and self._alias._version == self._version
+
+    def _before(self, _: Tensor) -> None:
+        """Autograd has the gradient. It may be going to be returned by ``torch.autograd.grad``."""
+        self._was_reached = True
+        # Zeroed through .data, no version counts.
+        self._is_about_to_be = self._is_unwritten() and not is_fake(self._alias) and bool(self._alias.any())
+
+    def _after(self, _: Tensor) -> None:
+        self.was_added_to = self.was_added_to or self._is_about_to_be
+
+    def end(self) -> bool:
+        """The old gradient, where it still is one, is the parameter's again. Returns whether anything has been done to it."""
+        for hook in self._hooks:
+            hook.remove()
+        is_same = self._is_unwritten() and not self._was_reached
+        # Written unseen: on a device by a replayed graph, on the CPU through .data.
+        is_same = is_same and self._values is not None and torch.equal(self._values, _some_of(self._alias))  # type: ignore[arg-type]
+        if self._param.grad is self._alias:
+            self._param.grad = self._grad
+        return not is_same
+
+
+def _some_of(grad: Tensor) -> Tensor | None:
+    """A copy of some elements; None where looking at them would wait, or cannot be done."""
+    if not grad.is_cpu or grad.layout is not torch.strided or is_fake(grad):
+        return None
+    return grad[tuple(slice(_LOOKED_AT if i == grad.dim() - 1 else 1) for i in range(grad.dim()))].clone()
 
 
 def _with_old_grads(groups: Sequence[dict[str, Any]], *, last_first: bool = False) -> Iterator[Tensor]:

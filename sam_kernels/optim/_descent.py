@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import repeat
 from typing import Any
@@ -18,7 +18,7 @@ from sam_kernels._memory_of import is_fake
 from sam_kernels.optim._capturable import is_recording, not_recordable
 from sam_kernels.optim._group import GroupLists
 
-__all__ = ["can_fuse", "fused_step", "plain_step"]
+__all__ = ["can_fuse", "fused_step", "plain_step", "with_options"]
 
 
 def can_fuse(base: Optimizer, own_hook_ids: set[int]) -> bool:
@@ -165,3 +165,16 @@ def _global_hooks_once() -> Iterator[None]:
     finally:
         for each, before in zip(hooks, kept, strict=True):
             each.update(before)
+
+
+@contextmanager
+def with_options(groups: list[dict[str, Any]], options: Mapping[int, dict[str, Any]]) -> Iterator[None]:
+    """Inside of it, groups (by index) have other options."""
+    usual = {i: {key: groups[i][key] for key in changed} for i, changed in options.items()}
+    for i, changed in options.items():
+        groups[i].update({key: value.item() if isinstance(value, Tensor) else value for key, value in changed.items()})
+    try:
+        yield
+    finally:
+        for i, before in usual.items():
+            groups[i].update(before)

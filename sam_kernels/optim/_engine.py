@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -21,10 +20,11 @@ from sam_kernels.optim._group import param_name
 from sam_kernels.optim._held_still import BufferGuard, RandomState
 from sam_kernels.optim._kept_grads import KeptGrads
 from sam_kernels.optim._micro_batches import mean_loss
-from sam_kernels.optim._oracle import OuterGrads, add_not_finite
+from sam_kernels.optim._oracle import OuterGrads, add_not_finite, still_not_finite
 from sam_kernels.optim._plan import StepPlan
 from sam_kernels.optim._replicas import Replicas, is_blank
 from sam_kernels.optim._skips import SkipWatch
+from sam_kernels.optim._warn import warn_user
 from sam_kernels.optim._wrapper import Wrapper
 from sam_kernels.optim.descents import NOTHING, DescentStep
 
@@ -57,6 +57,7 @@ class Engine(Wrapper):
         self._not_finite: Tensor | None = None  # () whether the ascent of one of those was not finite
         self._plain_steps = 0  # in a row
         self._has_warned = False
+        self._is_counted = False  # a step under way, which an exception would undo
 
     # --- what a step decides ---
 
@@ -69,8 +70,8 @@ class Engine(Wrapper):
             self._next_plan = self._new_plan(ahead=True)
         return self._next_plan
 
-    def _begin(self, *, counts: bool = True) -> StepPlan | None:
-        """``counts``: a step of SAM, with a plan; otherwise one of the base alone."""
+    def _prepare(self) -> torch.device:
+        """The device of the step to come. Raises TypeError or RuntimeError where it cannot be made there."""
         groups = self.param_groups
         device = next((param.device for group in groups for param in group["params"]), self._passes.found_inf.device)
         if device.type == "meta":
@@ -84,21 +85,38 @@ class Engine(Wrapper):
         if self.capturable:
             for group in groups:
                 _capturable.to_tensors(group, self._keys)
-        plan = None
+        return device
+
+    def _begin(self, *, counts: bool = True) -> StepPlan | None:
+        """``counts``: a step of SAM, with a plan; otherwise one of the base alone."""
+        device, groups, plan = self._prepare(), self.param_groups, None
         if counts:
             plan = self._next_plan if self._next_plan is not None and self._next_plan.is_of(groups, self._keys) else None
-            t = self._keys["sam_step"]
             if plan is None and not self.capturable:
                 plan = self._new_plan(ahead=True)  # before anything is written
-            for group in groups:
-                group[t] += 1  # a tensor in place
-            plan = self._new_plan(ahead=False) if plan is None else plan
-            self._next_plan = None
+            self._count(1)
+            if plan is None:  # made of the tensors that count, which a graph goes on counting
+                try:
+                    plan = self._new_plan(ahead=False)
+                except BaseException:
+                    self._count(-1)
+                    raise
+            self._next_plan, self._is_counted = None, True
             self._plain_steps = 0
         self._plan = plan
         self._passes.begin(device, plan)
         self._guard.begin()
         return plan
+
+    def _count(self, step: int) -> None:
+        for group in self.param_groups:
+            group[self._keys["sam_step"]] += step  # a tensor in place
+
+    def _take_back(self) -> None:
+        """After an exception: a step that was begun and not made is not counted, and the next one has its plan."""
+        if self._is_counted:
+            self._count(-1)
+            self._next_plan, self._is_counted = self._plan, False
 
     # --- a step out of pairs of passes ---
 
@@ -112,9 +130,11 @@ class Engine(Wrapper):
         check_passes(self.direction, self.descent, passes)
         self._restore()
         self._forget_gradients()
+        self._random_state = self._replayed_state = None  # of a step that was given up
         try:
             return self._step_with_closures(passes, scaler)
         except BaseException:  # out of memory, Ctrl-C: whatever it was, the weights must be the caller's
+            self._take_back()
             self._restore()
             self._forget_first_pass()
             raise
@@ -131,7 +151,8 @@ class Engine(Wrapper):
                 step = AscentStep(self._passes, plan, self._replicas.index_of(i, len(passes)))
                 losses.append(self._two_passes(step, ascent, descent, scaler))
             else:
-                losses.append(self._called(descent))
+                with self._watch() if mean is not None else nullcontext():  # of one batch it is the base's own step
+                    losses.append(self._called(descent))
             if mean is not None:
                 mean.add(self.param_groups)
                 if i < len(passes) - 1:  # the last time the descent does it
@@ -152,12 +173,8 @@ class Engine(Wrapper):
         with self._watch():
             loss = self._called(ascent)
         self._ascend(step, _amp.scale_of(scaler), loss, hand_over=True)
-        if random_state is not None:
-            random_state.replay()
-        with self._watch():
+        with self._watch(), nullcontext() if random_state is None else random_state.replayed():
             self._called(descent)
-        if random_state is not None:
-            random_state.settle()
         return loss
 
     def _watch(self) -> AbstractContextManager[Any]:
@@ -175,13 +192,14 @@ class Engine(Wrapper):
     def _add_gradient(self, ascent: Closure, descent: Closure, scaler: GradScaler | None) -> Any:
         """Adds SAM's gradient to ``.grad``. Returns the loss of the first pass."""
         self._require_unperturbed("backward")
-        check_gradient(self.direction, self.descent, self._gradients_made)
-        groups, plan = self.param_groups, self._plan_ahead()
+        made, known = self._calls_made(), self._not_finite
+        check_gradient(self.direction, self.descent, made)
+        device, groups = self._prepare(), self.param_groups
+        plan = self._plan_ahead()
         if not plan.ascends:
             loss = self._called(descent)
-            self._gradients_made += 1
+            self._gradients_made = made + 1
             return loss
-        device = groups[0]["params"][0].device if groups[0]["params"] else self._passes.found_inf.device
         outer = OuterGrads(groups)
         if outer.are_shared and not (self.descent.is_plain and not self.direction.rewrites_descent):
             outer.put_back()
@@ -193,8 +211,9 @@ class Engine(Wrapper):
         self._passes.begin(device, plan)
         self._guard.begin()
         try:
-            step = AscentStep(self._passes, plan, self._replicas.index_of(self._gradients_made, 1))
-            random_state = RandomState(self._devices()) if self.preserve_rng_state else None
+            step = AscentStep(self._passes, plan, self._replicas.index_of(made, 1))
+            is_replayed = self.preserve_rng_state and not self.direction.needs_no_gradient
+            random_state = RandomState(self._devices()) if is_replayed else None
             loss = None
             if self.direction.needs_no_gradient:
                 self._ascend(step, None)
@@ -204,12 +223,9 @@ class Engine(Wrapper):
                     loss = outer.called(lambda: self._called(ascent))
                 self._replicas.check_first_pass()
                 self._ascend(step, _amp.scale_of(scaler), loss, hand_over=True)
-                outer.before_second_pass()
-                if random_state is not None:
-                    random_state.replay()
-            second_loss = outer.called(lambda: self._called(descent))
-            if random_state is not None:
-                random_state.settle()
+            outer.before_second_pass()
+            with nullcontext() if random_state is None else random_state.replayed():
+                second_loss = outer.called(lambda: self._called(descent))
             self._kept_grads.check_scale(_amp.scale_of(scaler) is not None)
             if self.direction.rewrites_descent:
                 self.direction.descent_norm(step)
@@ -228,11 +244,21 @@ class Engine(Wrapper):
             outer.put_back()
             raise
         # It is the step that is skipped, and counted, once.
-        self._not_finite = found_inf.clone() if self._not_finite is None else self._not_finite.logical_or_(found_inf)
+        self._gradients_made, self._not_finite = made + 1, found_inf.clone() if known is None else known.logical_or_(found_inf)
         found_inf.zero_()
-        self._gradients_made += 1
         self._forget_first_pass()
         return second_loss if self.direction.needs_no_gradient else loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The base optimizer's. What :meth:`backward` has added is forgotten."""
+        super().zero_grad(set_to_none=set_to_none)
+        self._forget_gradients()
+
+    def _calls_made(self) -> int:
+        """Of :meth:`backward`, since the last step or ``zero_grad()``."""
+        if self._gradients_made and not any(param.grad is not None for param in self._all_params()):
+            self._forget_gradients()
+        return self._gradients_made
 
     def _forget_gradients(self) -> None:
         self._gradients_made, self._not_finite = 0, None
@@ -244,9 +270,7 @@ class Engine(Wrapper):
         is_sam = self._passes.is_perturbed
         if self._awaits_ascent:
             raise RuntimeError("SAM.step: call first_step after random_step, or give a closure")
-        # torch.distributed.checkpoint makes a step with lr = 0 for the state that it is to fill.
-        moves = any(group.get("lr", 1.0) != 0 for group in self.param_groups) if self.descent.needs_loss or not is_sam else True
-        if self.descent.needs_loss and (is_sam or moves):
+        if self.descent.needs_loss and (is_sam or not is_blank(self.param_groups)):
             self.descent.check_loss(self._loss, self._passes.found_inf.device)
         grad_scale = self.__dict__.get("grad_scale") if scaler is None else _amp.scale_of(scaler)  # GradScaler.step sets them
         found_inf = self.__dict__.get("found_inf")
@@ -261,10 +285,11 @@ class Engine(Wrapper):
             self._begin()
             known = self._not_finite
             if known is not None:
+                known = still_not_finite(self.param_groups, known)
                 found_inf = known if found_inf is None else known.logical_or_(found_inf.to(known.device))
             self._forget_gradients()
         else:
-            if moves:
+            if not is_blank(self.param_groups):
                 self._warn_of_plain_steps()
             self._begin(counts=False)  # t counts steps of SAM; torch.distributed.checkpoint makes plain ones of its own
         self._descend(grad_scale, found_inf, scaler, is_sam=has_gradient, rewrites=False)
@@ -277,12 +302,10 @@ class Engine(Wrapper):
         if not self._plan_ahead().ascends:
             return
         self._has_warned = True
-        warnings.warn(
+        warn_user(
             f"{type(self).__name__}: two steps without an ascent: step() alone is a step of {type(self.base_optimizer).__name__}. For "
             "sharpness-aware steps call step(closure), or first_step and second_step, or optimizer.backward(closure) in the place of "
-            "loss.backward(); with rho=0 nothing is said",
-            UserWarning,
-            stacklevel=5,
+            "loss.backward(); with rho=0 nothing is said"
         )
 
     def _ascend(self, step: AscentStep, grad_scale: Tensor | None, loss: Any = None, *, hand_over: bool = False) -> None:
@@ -324,7 +347,8 @@ class Engine(Wrapper):
             loss = self._replicas.loss_for_descent(self._loss, self._passes.found_inf.device)
             step = DescentStep(self._passes, self.param_groups, self._kept_grads, has_ascended, grad_scale, loss)
             outcome = self.descent.rewrite(step)
-        is_gradient = is_sam and not rewrites  # SAM's own, by backward()
+        is_gradient = is_sam and not rewrites and self._plan is not None and self._plan.ascends  # SAM's own, by backward()
+        self._is_counted = False
         is_unscaled = self._passes.descend(
             self.param_groups,
             max_norm=self.max_grad_norm,
@@ -345,6 +369,7 @@ class Engine(Wrapper):
         self._forget_first_pass()
         self._has_stepped = True
         self._settle_random_state()
+        self._random_state = None
         self._skips.after_step(self._passes.found_inf, self._passes.skipped)
         _amp.report_step(scaler, self, self._passes.found_inf)
 
@@ -360,6 +385,6 @@ class Engine(Wrapper):
 
     def _restore(self) -> None:
         """Back to the weights and buffers of before the ascent, where there was one. A checkpoint that was loaded since stays."""
-        self._awaits_ascent = False
+        self._awaits_ascent = self._is_counted = False
         if self._passes.is_perturbed and self._passes.abandon():
             self._guard.restore()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +101,15 @@ class RandomState:
         """Sets the generators to where they were when this was made, and remembers how far the first pass has taken them."""
         self._first_end = self._now()
         self._set(self._start)
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Around the second pass, whatever becomes of it."""
+        self.replay()
+        try:
+            yield
+        finally:
+            self.settle()
 
     def settle(self) -> None:
         """Sets each generator to the further of the two ends, so that the next step draws no number again."""

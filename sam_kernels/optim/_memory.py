@@ -41,13 +41,17 @@ class ParamMemory:
         """What is kept for the parameters of ``lists``, None for one that has nothing; as operations take it where nothing is missing."""
         known = lists.memory.get(name)
         if known is None or known[0] is not self._version:
-            kept = self._tensors[name]
-            entries = [kept.get(param) for param in lists.params]
+            entries = self.entries(name, lists.params)
             if any(entry is None for entry in entries):
                 return entries
             # Described once: nobody else has these tensors, so they lie where they lay.
             known = lists.memory[name] = (self._version, lists.state(name, cast("list[Tensor]", entries)))
         return cast("list[Tensor | None]", known[1])
+
+    def entries(self, name: str, params: Iterable[Tensor]) -> list[Tensor | None]:
+        """What is kept for each parameter, looked up anew."""
+        kept = self._tensors[name]
+        return [kept.get(param) for param in params]
 
     def has(self, name: str) -> bool:
         """Whether anything is kept under this name."""

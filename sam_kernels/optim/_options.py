@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Collection, Mapping, Sequence
@@ -9,7 +10,9 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-__all__ = ["check_group_names", "check_keywords", "group_keys", "takes"]
+from sam_kernels._validate import plain_number
+
+__all__ = ["check_group_names", "check_keywords", "group_keys", "store_plain", "takes"]
 
 
 def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
@@ -77,6 +80,12 @@ def group_keys(names: Sequence[str], base: Optimizer, given: Sequence[Collection
         if keys[name] != name and keys[name] in base.defaults:
             raise ValueError(f"SAM: {type(base).__name__} has options {name!r} and {keys[name]!r} of its own; no key is left for SAM's")
     return keys
+
+
+def store_plain(options: Any) -> None:
+    """NumPy's numbers among the fields of a frozen dataclass become Python's."""
+    for field in dataclasses.fields(options):
+        object.__setattr__(options, field.name, plain_number(getattr(options, field.name)))
 
 
 def check_group_names(group: dict[str, Any], given: Collection[str], index: int, keys: Mapping[str, str], base: Optimizer) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-__all__ = ["OuterGrads", "add_not_finite"]
+__all__ = ["OuterGrads", "add_not_finite", "still_not_finite"]
 
 
 class OuterGrads:
@@ -21,7 +21,7 @@ class OuterGrads:
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
-        self._params = [param for group in groups for param in group["params"] if param.requires_grad]
+        self._params = [param for group in groups for param in group["params"]]  # a frozen one may still have a gradient
         self._outer = [param.grad for param in self._params]
         self._is_shared = torch.distributed.is_available() and torch.distributed.is_initialized()
         self._copies = [grad if grad is None or not self._is_shared else grad.clone() for grad in self._outer]
@@ -42,7 +42,7 @@ class OuterGrads:
     def called(self, closure: Callable[[], Any]) -> Any:
         """What the closure returns. Raises RuntimeError where it computes no gradient, or zeroes those it is to add to."""
         result = closure()
-        if not any(param.grad is not None for param in self._params):
+        if not any(param.grad is not None for param in self._params) and any(param.requires_grad for param in self._params):
             raise RuntimeError("SAM.backward: the closure left no gradient; it must run the forward pass and call backward() on the loss")
         if self._hook is not None:
             self._hook.remove()
@@ -62,16 +62,19 @@ class OuterGrads:
         """Where gradients are reduced, what is accumulated so far must be reduced with them."""
         for param, copy in zip(self._params, self._copies, strict=True):
             param.grad = copy if self._is_shared else None
-        watched = next((each for each in zip(self._params, self._copies, strict=True) if each[1] is not None), None)
+        rows = zip(self._params, self._outer, self._copies, strict=True)
+        watched = next((each for each in rows if each[0].requires_grad and each[2] is not None), None)
         if self._is_shared and watched is not None:
             self._watch(*watched)
 
-    def _watch(self, param: Tensor, copy: Tensor) -> None:
+    def _watch(self, param: Tensor, outer: Tensor | None, copy: Tensor | None) -> None:
+        assert outer is not None
+        assert copy is not None
         version = copy._version
 
         def about_to_accumulate(_: Tensor) -> None:
-            if param.grad is None or (param.grad is copy and copy._version != version and not copy.any()):
-                self._was_zeroed = True
+            was_zeroed = param.grad is copy and copy._version != version and not copy.any() and bool(outer.any())
+            self._was_zeroed = self._was_zeroed or param.grad is None or was_zeroed
 
         self._hook = param.register_hook(about_to_accumulate)  # type: ignore[no-untyped-call]  # torch's
 
@@ -102,12 +105,26 @@ class OuterGrads:
             param.grad = outer
 
 
-@torch.no_grad()
-def add_not_finite(groups: Sequence[dict[str, Any]], found_inf: Tensor) -> None:  # ()
-    """Makes one element of the gradients NaN where ``found_inf`` is set, so that whoever looks at them skips the step. Nobody waits."""
+def _marker(groups: Sequence[dict[str, Any]]) -> Tensor | None:  # (1,)
+    """The first element of the gradients."""
     for group in groups:
         for param in group["params"]:
             if param.grad is not None and param.grad.numel():
-                first = param.grad.as_strided((1,), (1,), param.grad.storage_offset())
-                first.masked_fill_((found_inf != 0).to(first.device), torch.nan)
-                return
+                grad: Tensor = param.grad
+                return grad.as_strided((1,), (1,), grad.storage_offset())
+    return None
+
+
+@torch.no_grad()
+def add_not_finite(groups: Sequence[dict[str, Any]], found_inf: Tensor) -> None:  # ()
+    """Makes one element of the gradients NaN where ``found_inf`` is set, so that whoever looks at them skips the step. Nobody waits."""
+    marker = _marker(groups)
+    if marker is not None:
+        marker.masked_fill_((found_inf != 0).to(marker.device), torch.nan)
+
+
+@torch.no_grad()
+def still_not_finite(groups: Sequence[dict[str, Any]], found_inf: Tensor) -> Tensor:  # () -> ()
+    """``found_inf``, 0 where the gradients that :func:`add_not_finite` has marked were zeroed since."""
+    marker = _marker(groups)
+    return torch.zeros_like(found_inf) if marker is None else found_inf * ~marker.isfinite().to(found_inf.device).squeeze(0)

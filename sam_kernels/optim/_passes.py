@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -16,12 +14,15 @@ from torch.optim import Optimizer
 
 from sam_kernels import functional
 from sam_kernels._tensor_list import TensorList
+from sam_kernels._validate import describe
 from sam_kernels.optim._capturable import is_recording, not_recordable
-from sam_kernels.optim._descent import can_fuse, fused_step, plain_step
-from sam_kernels.optim._group import Backups, Current, GroupLists, param_name, same_bits, same_tensors, with_grads
+from sam_kernels.optim._descent import can_fuse, fused_step, plain_step, with_options
+from sam_kernels.optim._group import Backups, Current, GroupLists, param_name, same_tensors, with_grads
 from sam_kernels.optim._identity import IdentityCheck
+from sam_kernels.optim._in_flight import InFlight
 from sam_kernels.optim._memory import ParamMemory
 from sam_kernels.optim._plan import StepPlan
+from sam_kernels.optim._weight_watch import WeightWatch
 
 if TYPE_CHECKING:
     from sam_kernels.optim._ascent_step import AscentStep
@@ -29,31 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Passes"]
 
-_ALL_WATCHED = 256  # parameters whose versions are noted between first_step and second_step; of more, a sample
-_WATCHED = 16
 _FOLD_EVERY = 1 << 20  # steps after which the float32 count of skipped steps is added to the whole one
-
-
-@dataclass
-class _Unsure:
-    """A group whose perturbation was asked for and not yet heard of: Ctrl-C may come before it, after it, or between two launches."""
-
-    lists: GroupLists
-    perturb_: Callable[..., None]
-
-    def saved_rows(self) -> list[int]:
-        """The rows whose backup is this step's: they lie where the backup is, or exactly where a perturbation from it leads.
-
-        Every perturbation has the same bits, so this asks what would otherwise have to be noted at every step. Waits for the device.
-        """
-        params, old_params = self.lists.params, self.lists.old_params
-        moved = [torch.empty_like(param) for param in params]
-        self.perturb_(moved, old_params=old_params, from_old=True)
-        return [
-            i
-            for i, (param, old, there) in enumerate(zip(params, old_params, moved, strict=True))
-            if same_bits(param, old) or same_bits(param, there)
-        ]
 
 
 class Passes:
@@ -81,12 +58,12 @@ class Passes:
         self._lists: dict[int, GroupLists] = {}
         self._perturbed: dict[int, GroupLists] = {}
         self._joint: tuple[list[GroupLists], GroupLists] | None = None  # several groups' lists, and those of all their parameters
-        self._unsure: _Unsure | None = None
+        self._unsure: InFlight | None = None
         self._saved: dict[int, GroupLists] = {}  # by group: what has been saved in this step
         self._trainable: dict[int, GroupLists] = {}  # where not every trainable parameter has a gradient
         self._begins = False  # found_inf is still the last step's
-        self._versions: list[tuple[Tensor, int]] = []  # of perturbed parameters, as the ascent of the two-step API left them
-        self._watches_all = True
+        self._weights = WeightWatch()  # as the ascent of the two-step API left them
+        self._told_norm: Tensor | None = None  # () the last norm that has told found_inf of itself
 
     def begin(self, device: torch.device, plan: StepPlan | None) -> None:
         """A new step: nothing is known to be wrong with it."""
@@ -136,9 +113,9 @@ class Passes:
         """
         currents = direction.currents(step)
         participating = [current for current in currents if plan.groups[current.index].participates]
-        norm = direction.norm(step, participating, grad_scale)
-        if self._begins:  # the direction took a norm without reporting to found_inf
-            self.forget_last_step()
+        norm = _checked_norm(direction, direction.norm(step, participating, grad_scale))
+        self.forget_last_step()  # where no norm has seen to that
+        if norm is not self._told_norm:
             self.found_inf.logical_or_(~norm.isfinite().to(self.found_inf.device))
         known_scale = grad_scale if direction.is_scaled else None
         radii = [plan.groups[each.index].radius(norm, known_scale, loss) for each in participating]
@@ -163,7 +140,7 @@ class Passes:
             # Other lists than those saved: other parameters have a gradient now, or some have moved. Saving all of them is right as well.
             is_saved = self._saved.get(current.index) is current.lists
             self._perturbed[current.index] = current.lists
-            self._unsure = None if is_saved else _Unsure(current.lists, perturb_)
+            self._unsure = None if is_saved else InFlight(current.lists, perturb_)
             perturb_(current.lists.params, old_params=current.lists.old_params, from_old=is_saved)
             self._unsure = None
             self._saved[current.index] = current.lists
@@ -181,7 +158,7 @@ class Passes:
             perturb_: Callable[..., None] = partial(functional.random_perturb_, seed=seeds[i], scale=scale, distribution=distribution)
             is_saved = self._saved.get(i) is lists
             self._perturbed[i] = lists
-            self._unsure = None if is_saved else _Unsure(lists, perturb_)
+            self._unsure = None if is_saved else InFlight(lists, perturb_)
             perturb_(lists.params, old_params=lists.old_params, from_old=is_saved)
             self._unsure = None
             self._saved[i] = lists
@@ -270,7 +247,7 @@ class Passes:
                 for lists, grads, old_params in self._parts(i, by_index.get(i)):
                     fused_step(self.base, group, lists, grads, old_params=old_params, max_norm=max_norm, **amp)
             self._perturbed = {}
-            self._versions = []
+            self._weights = WeightWatch()
             self.base._opt_called = True  # type: ignore[attr-defined]  # or a scheduler on the base would warn
         else:
             if is_recording(self.found_inf.device):
@@ -279,7 +256,7 @@ class Passes:
                     "can be recorded is an ascent and a descent with SGD, Adam or AdamW, without step hooks, amsgrad or betas in tensors"
                 )
             self.restore()
-            with _with_options(groups, options):
+            with with_options(groups, options):
                 plain_step(self.base, [grad for current in currents for grad in current.grads], max_norm=max_norm, **amp)
         self.is_perturbed = self.has_ascended = False
         torch.clear_autocast_cache()
@@ -298,40 +275,33 @@ class Passes:
             else:  # plain lists: a parameter may lie elsewhere by now
                 functional.restore_([lists.params[i] for i in rows], [lists.old_params[i] for i in rows])
         self._perturbed = {}
-        self._versions = []
+        self._weights = WeightWatch()
         self._unsure = None
         self.is_perturbed = self.has_ascended = False
         torch.clear_autocast_cache()
 
     def watch_weights(self) -> None:
-        """Notes which weights the ascent has left, for :meth:`check_unwritten`. Of many tensors a sample: a version costs 40 ns to read."""
-        count = sum(len(lists.params) for lists in self._perturbed.values())
-        stride = 1 if count <= _ALL_WATCHED else count // _WATCHED
-        self._versions = [(param, param._version) for lists in self._perturbed.values() for param in lists.params[::stride]]
-        self._watches_all = stride == 1
-
-    def _written(self) -> list[Tensor]:
-        return [param for param, version in self._versions if param._version != version]
+        """Notes which weights the ascent has left, for :meth:`check_unwritten`."""
+        self._weights = WeightWatch([lists.params for lists in self._perturbed.values()])
 
     def check_unwritten(self) -> None:
         """Raises RuntimeError where somebody else has written weights since the ascent: the update would overwrite them."""
-        if written := self._written():
+        if written := self._weights.written():
             raise RuntimeError(
-                f"SAM: {len(written)} of {len(self._versions)} parameters looked at were written between first_step and second_step, which "
+                f"SAM: {len(written)} of {len(self._weights)} parameters looked at were written between first_step and second_step, which "
                 "starts from the weights of before; begin the step anew with first_step, which keeps what was written"
             )
 
     def abandon(self) -> bool:
         """Gives an unfinished step up: restores the weights, but keeps those that somebody else has written since the ascent. Returns
         whether there are none of these."""
-        written = self._written()
-        if written and not self._watches_all and len(written) < len(self._versions):
+        watch, written = self._weights, self._weights.written()
+        if written and not watch.watches_all and len(written) < len(watch):
             raise RuntimeError(
                 "SAM: after first_step some of the parameters were written by somebody else and some were not, and of so many it is not "
                 "known which; call second_step before loading weights into a part of the model"
             )
-        everything = [param for lists in self._perturbed.values() for param in lists.params] if not self._watches_all else written
-        self.restore(set(everything) if written else ())
+        self.restore(set(written if watch.watches_all else watch.params) if written else ())
         return not written
 
     def current(self, groups: list[dict[str, Any]]) -> list[Current]:
@@ -369,11 +339,10 @@ class Passes:
             functional.grad_norm_(lists.norm, grads, params, adaptive=adaptive, eta=eta, found_inf=self.found_inf, skipped=skipped)
             self._begins = False
             norms.append(lists.norm)
-        if len(norms) == 1:
-            return norms[0]
         if not norms:
             return torch.zeros((), dtype=torch.float32, device=self.found_inf.device)
-        return functional.combine_norms(norms)
+        self._told_norm = norms[0] if len(norms) == 1 else functional.combine_norms(norms)
+        return self._told_norm
 
     def joined(self, currents: list[Current], *, normalised: bool) -> list[tuple[GroupLists, list[Tensor], bool, float]]:
         """Lists, gradients, adaptive and eta of the norms to take: one norm of all groups where they agree and one call can take them."""
@@ -412,16 +381,10 @@ class Passes:
         return parts
 
 
-@contextmanager
-def _with_options(groups: list[dict[str, Any]], options: Mapping[int, dict[str, Any]]) -> Iterator[None]:
-    usual = {i: {key: groups[i][key] for key in changed} for i, changed in options.items()}
-    for i, changed in options.items():
-        groups[i].update({key: value.item() if isinstance(value, Tensor) else value for key, value in changed.items()})
-    try:
-        yield
-    finally:
-        for i, before in usual.items():
-            groups[i].update(before)
+def _checked_norm(direction: Direction, norm: Any) -> Tensor:  # ()
+    if not isinstance(norm, Tensor) or norm.numel() != 1 or not norm.is_floating_point():
+        raise TypeError(f"SAM: {type(direction).__name__}.norm must return a floating-point tensor of one element, got {describe(norm)}")
+    return norm
 
 
 def _check_grads(group: dict[str, Any], index: int) -> None:

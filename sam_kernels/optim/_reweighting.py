@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from sam_kernels._validate import check_choice, check_count, check_flag, check_number, check_seed, describe
+from sam_kernels.optim._options import store_plain
 
 __all__ = ["NORMS", "Reweighting", "check_modules", "chosen_modules"]
 
@@ -35,6 +36,7 @@ class Reweighting:
     unsupported: str
 
     def __post_init__(self) -> None:
+        store_plain(self)
         for name in ("micro_batch", "draws", "num_directions"):
             object.__setattr__(self, name, check_count("RWSAM", name, getattr(self, name), low=1))
         if not self.modules:

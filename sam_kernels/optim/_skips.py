@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
 from sam_kernels.optim._capturable import is_recording
+from sam_kernels.optim._warn import warn_user
 
 __all__ = ["SkipWatch"]
 
@@ -60,10 +59,8 @@ class SkipWatch:
     def _say(self, in_first_pass: bool) -> None:
         self._is_said = True
         which = "first pass, at the weights" if in_first_pass else "second pass, at the perturbed weights"
-        warnings.warn(
-            f"SAM: {_IN_A_ROW} steps in a row were skipped; the gradient of the {which}, is not finite, so the weights no longer change",
-            UserWarning,
-            stacklevel=6,
+        warn_user(
+            f"SAM: {_IN_A_ROW} steps in a row were skipped; the gradient of the {which}, is not finite, so the weights no longer change"
         )
 
 

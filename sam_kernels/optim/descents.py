@@ -20,6 +20,7 @@ from sam_kernels._validate import check_count, check_flag, check_number, describ
 from sam_kernels.optim._capturable import is_recording, not_recordable
 from sam_kernels.optim._group import Current
 from sam_kernels.optim._kept_grads import KeptGrads
+from sam_kernels.optim._options import store_plain
 from sam_kernels.optim._passes import Passes
 
 __all__ = ["NOTHING", "Descent", "DescentStep", "Look", "Outcome", "Plain", "Polyak", "SurrogateGap", "WeightedSharpness"]
@@ -46,6 +47,11 @@ class DescentStep:
     def scale(self) -> float | Tensor:
         """What gradients are multiplied by, as something to calculate with."""
         return 1.0 if self.grad_scale is None else self.grad_scale.to(torch.float64)
+
+    def maximizes(self, current: Current) -> bool:
+        """Whether the base optimizer maximises with this group, wherever it keeps the option."""
+        plan = self.passes.plan
+        return plan is not None and plan.groups[current.index].maximize
 
     def dots(self, others: Callable[[Current], list[Tensor]]) -> Tensor:  # (3,) float64
         """(Σ g_p², Σ g_p o, Σ o²) with o what ``others`` gives for a group; ``found_inf`` is told."""
@@ -129,6 +135,7 @@ class SurrogateGap(Descent):
     keeps_grads = True
 
     def __post_init__(self) -> None:
+        store_plain(self)
         check_number("GSAM", "alpha", self.alpha, low=0.0)
 
     def rewrite(self, step: DescentStep) -> Outcome:
@@ -153,6 +160,7 @@ class WeightedSharpness(Descent):
     keeps_grads = True
 
     def __post_init__(self) -> None:
+        store_plain(self)
         check_number("WSAM", "kappa", self.kappa, low=0.0, high=1.0, open_high=True)
         check_flag("WSAM", "decoupled", self.decoupled)
 
@@ -185,7 +193,7 @@ class WeightedSharpness(Descent):
         def finish(kept_is_unscaled: bool) -> None:
             found_inf = step.passes.found_inf.clone()  # the step is made: weights that overflow now do not make it a skipped one
             for current, grads, kept in sharp:
-                rate = -current.group["lr"] * k if current.group.get("maximize") else current.group["lr"] * k
+                rate = -current.group["lr"] * k if step.maximizes(current) else current.group["lr"] * k
                 kept_weight = rate if kept_is_unscaled else rate / step.scale
                 weights: dict[str, Any] = {"left_weight": 1.0, "right_weight": -rate / step.scale, "origin_weight": kept_weight}
                 functional.combine_(current.lists.params, current.lists.params, grads, kept, **weights, found_inf=found_inf)
@@ -216,6 +224,7 @@ class Look(Descent):
     makes_gradient = False
 
     def __post_init__(self) -> None:
+        store_plain(self)
         check_count("LookSAM", "k", self.k, low=1)
         check_number("LookSAM", "alpha", self.alpha, low=0.0)
 
@@ -264,6 +273,7 @@ class Polyak(Descent):
     makes_gradient = False
 
     def __post_init__(self) -> None:
+        store_plain(self)
         check_number("SAMSPS", "f_star", self.f_star)
 
     def check_base(self, base: Optimizer) -> None:

@@ -18,6 +18,7 @@ from sam_kernels._tensor_list import TensorList
 from sam_kernels._validate import check_number, check_seed
 from sam_kernels.optim._ascent_step import AscentStep
 from sam_kernels.optim._group import Current
+from sam_kernels.optim._options import store_plain
 from sam_kernels.optim._seeds import derived_seed
 
 __all__ = ["Centralized", "Direction", "Extragradient", "Friendly", "Gradient", "Momentum", "Randomized", "VarianceSuppressed"]
@@ -93,7 +94,6 @@ class _MovingAverage(Direction):
             how: dict[str, Any] = {"adaptive": adaptive, "eta": eta, "grad_scale": grad_scale, "found_inf": step.found_inf}
             norms.append(functional.direction_norm_(grads, averages, params, **self._options(), **how))
             if new:
-                step.begun.update(new)
                 step.keep(self.keeps[0], lists, cast("list[Tensor]", averages))
         return step.combined(norms)
 
@@ -117,6 +117,7 @@ class VarianceSuppressed(_MovingAverage):
     name = "vasso"
 
     def __post_init__(self) -> None:
+        store_plain(self)
         check_number("VaSSO", "theta", self.theta, low=0.0, high=1.0, open_low=True)
 
     def _options(self) -> dict[str, Any]:
@@ -135,6 +136,7 @@ class Friendly(_MovingAverage):
     name = "friendly"
 
     def __post_init__(self) -> None:
+        store_plain(self)
         check_number("FriendlySAM", "sigma", self.sigma)
         check_number("FriendlySAM", "lmbda", self.lmbda, low=0.0, high=1.0, open_low=True)
 
@@ -186,6 +188,7 @@ class Randomized(Direction):
     knows_maximize = True
 
     def __post_init__(self) -> None:
+        store_plain(self)
         check_number("RSAM", "sigma", self.sigma, low=0.0)
         check_number("RSAM", "c", self.c)
         check_seed("RSAM", "seed", self.seed)

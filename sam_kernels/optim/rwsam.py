@@ -176,13 +176,14 @@ class RWSAM(SAM):
         Raises:
             TypeError, ValueError: as :meth:`SAM.step`; for losses that are not (B,) or whose number m does not divide.
         """
-        scaler = _amp.check_scaler(grad_scaler)
-        pairs = passes_of(closure, batch, micro_batches, None)
-        if pairs is None:
-            return self._finish(scaler)
-        self._norms, self._weights = [], []
-        index_of = partial(self._replicas.index_of, count=len(pairs))
-        return self._make_step([self._pair(each, index_of(i), scaler) for i, (each, _) in enumerate(pairs)], scaler)
+        with _amp.forgetting_the_scaler(self):
+            scaler = _amp.check_scaler(grad_scaler)
+            pairs = passes_of(closure, batch, micro_batches, None)
+            if pairs is None:
+                return self._finish(scaler)
+            self._norms, self._weights = [], []
+            index_of = partial(self._replicas.index_of, count=len(pairs))
+            return self._make_step([self._pair(each, index_of(i), scaler) for i, (each, _) in enumerate(pairs)], scaler)
 
     @torch.no_grad()
     def backward(self, closure: Callable[[], Tensor], *, grad_scaler: GradScaler | None = None) -> Tensor:  # type: ignore[override]
@@ -193,9 +194,10 @@ class RWSAM(SAM):
         scaler = _amp.check_scaler(grad_scaler)
         if not callable(closure):
             raise TypeError(f"RWSAM.backward: closure must be a callable, got {describe(closure)}")
-        if self._gradients_made == 0:
+        made = self._calls_made()
+        if made == 0:
             self._norms, self._weights = [], []
-        index = self._replicas.index_of(self._gradients_made, 1)
+        index = self._replicas.index_of(made, 1)
         loss: Tensor = self._add_gradient(*self._pair(closure, index, scaler, zeroes=False), scaler)
         return loss
 

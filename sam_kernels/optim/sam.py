@@ -11,7 +11,7 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from sam_kernels._validate import check_flag, check_number, describe
+from sam_kernels._validate import check_flag, check_number, describe, plain_number
 from sam_kernels.optim import _amp
 from sam_kernels.optim._ascent_step import AscentStep
 from sam_kernels.optim._base import keys_given, make_base, materialised
@@ -190,9 +190,10 @@ class SAM(Engine):
             TypeError, ValueError: before anything is called, for a closure that is none, for a batch without tensors or whose tensors have
                 no dimension 0, differ in its size or cannot be cut into equal pieces, for arguments that do not go together.
         """
-        scaler = _amp.check_scaler(grad_scaler)
-        passes = passes_of(closure, batch, micro_batches, ascent_closure)
-        return self._finish(scaler) if passes is None else self._make_step(passes, scaler)
+        with _amp.forgetting_the_scaler(self):
+            scaler = _amp.check_scaler(grad_scaler)
+            passes = passes_of(closure, batch, micro_batches, ascent_closure)
+            return self._finish(scaler) if passes is None else self._make_step(passes, scaler)
 
     @torch.no_grad()
     def backward(self, closure: Callable[[], Loss], *, grad_scaler: GradScaler | None = None) -> Loss:
@@ -246,6 +247,7 @@ class SAM(Engine):
         try:
             self.direction.begin(AscentStep(self._passes, plan, self._replicas.index_of(0, 1)))
         except BaseException:
+            self._take_back()
             self._restore()
             raise
         self._awaits_ascent = True
@@ -266,12 +268,13 @@ class SAM(Engine):
         if self.preserve_rng_state and self._random_state is None and not self.direction.needs_no_gradient:
             raise RuntimeError("SAM.first_step: preserve_rng_state=True needs record_rng_state() before the first forward pass")
         _amp.check_unscaled(scaler, self)
+        if self._calls_made():
+            raise RuntimeError("SAM.first_step: .grad holds what backward(closure) has added; call step(), or zero_grad() to drop it")
         if not self.direction.begins_elsewhere:
             self._restore()
             self._begin()
         self._awaits_ascent = False
         self._forget_first_pass()
-        self._forget_gradients()
         assert self._plan is not None
         step = AscentStep(self._passes, self._plan)
         try:
@@ -279,6 +282,7 @@ class SAM(Engine):
             self._ascend(step, None if self.direction.needs_no_gradient else _amp.scale_of(scaler), hand_over=zero_grad)
             self._passes.watch_weights()
         except BaseException:
+            self._take_back()
             self._restore()
             raise
         self._scale_is_known = scaler is not None
@@ -318,6 +322,7 @@ class SAM(Engine):
 
 def _checked_norm(max_grad_norm: Any) -> float | None:
     """Infinity is one, as for ``clip_grad_norm_``: it clips nothing."""
+    max_grad_norm = plain_number(max_grad_norm)
     if max_grad_norm is None or (isinstance(max_grad_norm, int | float) and max_grad_norm == math.inf):
         return None if max_grad_norm is None else math.inf
     return check_number("SAM", "max_grad_norm", max_grad_norm, low=0.0)

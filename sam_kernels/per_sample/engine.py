@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sam_kernels._memory_of import is_fake
 from sam_kernels._validate import check_choice, check_count, check_flag, describe
 from sam_kernels.per_sample._aliases import settle
 from sam_kernels.per_sample._call import Call
@@ -250,7 +251,8 @@ class GradNorms:
             raise ValueError(f"GradNorms.weighted_grads_: weights must have shape ({m},), got {tuple(weights.shape)}")
         if self.reduction == "mean" and self.micro_batch > 1:
             weights = (torch.ones(m, device=device) if weights is None else weights) / self.micro_batch
-        if weights is not None and weights.is_cpu and bool((weights == 1).all()):  # to look at those of a device would be to wait for it
+        can_be_read = weights is not None and weights.is_cpu and not is_fake(weights)  # those of a device: only by waiting for it
+        if weights is not None and can_be_read and bool((weights == 1).all()):
             weights = None
         gathered, self._gathered = self._gathered, None
         with torch.autocast(device.type, enabled=False):
