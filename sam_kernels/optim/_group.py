@@ -18,12 +18,17 @@ from sam_kernels._tensor_list import TensorList
 from sam_kernels._validate import SUPPORTED_DTYPES
 from sam_kernels.optim._sharded import check_whole
 
-__all__ = ["Backups", "Current", "GroupLists", "check_param", "param_name", "same_bits", "same_tensors", "with_grads"]
+__all__ = ["Backups", "Current", "GroupLists", "address_of", "check_param", "param_name", "same_bits", "same_tensors", "with_grads"]
 
 
 def same_tensors(left: Sequence[Any] | None, right: Sequence[Any]) -> bool:
     """The same objects in the same order."""
     return left is not None and len(left) == len(right) and all(map(operator.is_, left, right))
+
+
+def address_of(param: Tensor) -> int:
+    """Where its memory begins; 0 for one that has none yet, or holds no values."""
+    return 0 if is_fake(param) or param.is_meta or param.layout is not torch.strided else param.data_ptr()
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:

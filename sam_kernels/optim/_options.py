@@ -112,20 +112,20 @@ def check_group_names(group: dict[str, Any], given: Collection[str], index: int,
             group[name] = group.pop(f"sam_{name}")
 
 
-def check_earlier_values(groups: Sequence[dict[str, Any]], values: Mapping[str, Any], keys: Mapping[str, str], base: Optimizer) -> None:
+def check_earlier_values(base: Optimizer, values: Mapping[str, Any], keys: Mapping[str, str]) -> None:
     """Refuse a base instance whose groups hold other values of SAM's options, of an earlier SAM around it or of a checkpoint.
 
-    ``values``: by name, what the optimizer is made with. Raises: ValueError.
+    ``values``: by key, what the optimizer is made with. Raises: ValueError.
     """
-    for i, group in enumerate(groups):
+    for i, group in enumerate(base.param_groups):
         if keys["sam_step"] not in group:
             continue  # options that the caller gave a group go first, as torch's do
-        for name, value in values.items():
-            earlier = group.get(keys[name])
+        for key, value in values.items():
+            earlier = group.get(key)
             if earlier is not None and not _is_equal(earlier, value):
                 raise ValueError(
-                    f"SAM: param_groups[{i}][{keys[name]!r}] is {earlier!r}, of an earlier SAM around this {type(base).__name__} or of a "
-                    f"checkpoint, and {name}={value!r} is given; give {name}={earlier!r}, or delete {keys[name]!r} from the groups first "
+                    f"SAM: param_groups[{i}][{key!r}] is {earlier!r}, of an earlier SAM around this {type(base).__name__} or of a "
+                    f"checkpoint, and the optimizer is made with {value!r}; give it {earlier!r}, or delete {key!r} from the groups first "
                     "(to resume, make the optimizer first and load the checkpoint into it)"
                 )
 

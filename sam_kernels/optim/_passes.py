@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -18,10 +17,12 @@ from sam_kernels import functional
 from sam_kernels._tensor_list import TensorList
 from sam_kernels.optim._capturable import is_recording, not_recordable
 from sam_kernels.optim._descent import can_fuse, fused_step, plain_step
-from sam_kernels.optim._group import Backups, Current, GroupLists, param_name, same_bits, same_tensors, with_grads
+from sam_kernels.optim._group import Backups, Current, GroupLists, param_name, same_tensors, with_grads
 from sam_kernels.optim._identity import IdentityCheck
+from sam_kernels.optim._in_flight import InFlight
 from sam_kernels.optim._memory import ParamMemory
 from sam_kernels.optim._plan import StepPlan
+from sam_kernels.optim._weight_watch import WeightWatch
 
 if TYPE_CHECKING:
     from sam_kernels.optim._ascent_step import AscentStep
@@ -29,30 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Passes"]
 
-_WATCHED = 64  # parameters whose versions are noted between first_step and second_step
 _FOLD_EVERY = 1 << 20  # steps after which the float32 count of skipped steps is added to the whole one
-
-
-@dataclass
-class _Unsure:
-    """A group whose perturbation was asked for and not yet heard of: Ctrl-C may come before it, after it, or between two launches."""
-
-    lists: GroupLists
-    perturb_: Callable[..., None]
-
-    def saved_rows(self) -> list[int]:
-        """The rows whose backup is this step's: they lie where the backup is, or exactly where a perturbation from it leads.
-
-        Every perturbation has the same bits, so this asks what would otherwise have to be noted at every step. Waits for the device.
-        """
-        params, old_params = self.lists.params, self.lists.old_params
-        moved = [torch.empty_like(param) for param in params]
-        self.perturb_(moved, old_params=old_params, from_old=True)
-        return [
-            i
-            for i, (param, old, there) in enumerate(zip(params, old_params, moved, strict=True))
-            if same_bits(param, old) or same_bits(param, there)
-        ]
 
 
 class Passes:
@@ -80,12 +58,11 @@ class Passes:
         self._lists: dict[int, GroupLists] = {}
         self._perturbed: dict[int, GroupLists] = {}
         self._joint: tuple[list[GroupLists], GroupLists] | None = None  # several groups' lists, and those of all their parameters
-        self._unsure: _Unsure | None = None
+        self._in_flight: InFlight | None = None
         self._saved: dict[int, GroupLists] = {}  # by group: what has been saved in this step
         self._trainable: dict[int, GroupLists] = {}  # where not every trainable parameter has a gradient
         self._begins = False  # found_inf is still the last step's
-        self._versions: list[tuple[Tensor, int]] = []  # of perturbed parameters, as the ascent of the two-step API left them
-        self._watches_all = True
+        self._watch = WeightWatch([])  # the two-step API's, between the passes
 
     def begin(self, device: torch.device, plan: StepPlan | None) -> None:
         """A new step: nothing is known to be wrong with it."""
@@ -162,9 +139,9 @@ class Passes:
             # Other lists than those saved: other parameters have a gradient now, or some have moved. Saving all of them is right as well.
             is_saved = self._saved.get(current.index) is current.lists
             self._perturbed[current.index] = current.lists
-            self._unsure = None if is_saved else _Unsure(current.lists, perturb_)
+            self._in_flight = None if is_saved else InFlight(current.lists, perturb_)
             perturb_(current.lists.params, old_params=current.lists.old_params, from_old=is_saved)
-            self._unsure = None
+            self._in_flight = None
             self._saved[current.index] = current.lists
         torch.clear_autocast_cache()  # where autocast is around the whole step: casts of what the weights were
         return currents
@@ -180,9 +157,9 @@ class Passes:
             perturb_: Callable[..., None] = partial(functional.random_perturb_, seed=seeds[i], scale=scale, distribution=distribution)
             is_saved = self._saved.get(i) is lists
             self._perturbed[i] = lists
-            self._unsure = None if is_saved else _Unsure(lists, perturb_)
+            self._in_flight = None if is_saved else InFlight(lists, perturb_)
             perturb_(lists.params, old_params=lists.old_params, from_old=is_saved)
-            self._unsure = None
+            self._in_flight = None
             self._saved[i] = lists
         torch.clear_autocast_cache()
 
@@ -268,8 +245,7 @@ class Passes:
                 group = {**group, **options[i]} if i in options else group
                 for lists, grads, old_params in self._parts(i, by_index.get(i)):
                     fused_step(self.base, group, lists, grads, old_params=old_params, max_norm=max_norm, **amp)
-            self._perturbed = {}
-            self._versions = []
+            self._perturbed, self._watch = {}, WeightWatch([])
             self.base._opt_called = True  # type: ignore[attr-defined]  # or a scheduler on the base would warn
         else:
             if is_recording(self.found_inf.device):
@@ -288,55 +264,37 @@ class Passes:
         """Back to the weights of before the ascent, bit for bit, but for those in ``kept``; nothing to do when there was none."""
         for lists in self._perturbed.values():
             rows: Sequence[int] = range(len(lists.params))
-            if self._unsure is not None and lists is self._unsure.lists:
-                rows = self._unsure.saved_rows()
+            if self._in_flight is not None and lists is self._in_flight.lists:
+                rows = self._in_flight.saved_rows()
             if kept:
                 rows = [i for i in rows if lists.params[i] not in kept]
             if len(rows) == len(lists.params) and lists.is_current(lists.params):
                 functional.restore_(lists.params, lists.old_params)
             else:  # plain lists: a parameter may lie elsewhere by now
                 functional.restore_([lists.params[i] for i in rows], [lists.old_params[i] for i in rows])
-        self._perturbed = {}
-        self._versions = []
-        self._unsure = None
+        self._perturbed, self._watch = {}, WeightWatch([])
+        self._in_flight = None
         self.is_perturbed = self.has_ascended = False
         torch.clear_autocast_cache()
 
     def watch_weights(self) -> None:
-        """Notes which weights the ascent has left, for :meth:`check_unwritten`. Of many tensors a sample: a version costs 40 ns to read."""
-        params = [param for lists in self._perturbed.values() for param in lists.params]
-        stride = -(-len(params) // _WATCHED)
-        self._versions = [(param, param._version) for param in params[:: max(1, stride)]]
-        self._watches_all = stride <= 1
-
-    def _written(self) -> list[Tensor]:
-        return [param for param, version in self._versions if param._version != version]
+        """Notes which weights the ascent has left, for :meth:`check_unwritten`."""
+        self._watch = WeightWatch([param for lists in self._perturbed.values() for param in lists.params])
 
     def check_unwritten(self) -> None:
-        """Raises RuntimeError where somebody else has written weights since the ascent: the update would overwrite them."""
-        if written := self._written():
-            raise RuntimeError(
-                f"SAM: {len(written)} of {len(self._versions)} parameters looked at were written between first_step and second_step, which "
-                "starts from the weights of before; begin the step anew with first_step, which keeps what was written"
-            )
+        """Raises RuntimeError where somebody else has written weights since the ascent."""
+        self._watch.check_unwritten()
 
     def abandon(self) -> bool:
-        """Gives an unfinished step up: restores the weights, but keeps those that somebody else has written since the ascent. Returns
-        whether there are none of these."""
-        written = self._written()
-        if written and not self._watches_all and len(written) < len(self._versions):
-            raise RuntimeError(
-                "SAM: after first_step some of the parameters were written by somebody else and some were not, and of so many it is not "
-                "known which; call second_step before loading weights into a part of the model"
-            )
-        everything = [param for lists in self._perturbed.values() for param in lists.params] if not self._watches_all else written
-        self.restore(set(everything) if written else ())
+        """Gives an unfinished step up; weights that somebody else has written since the ascent stay. Returns whether none have been."""
+        written = self._watch.written()
+        self.restore(written)
         return not written
 
     def current(self, groups: list[dict[str, Any]]) -> list[Current]:
         found = []
-        if len(self._lists) > len(groups):  # of groups that are gone
-            self._lists = {i: lists for i, lists in self._lists.items() if i < len(groups)}
+        for i in [i for i in (*self._lists, *self._trainable) if i >= len(groups)]:
+            self._drop(i)
         for i, group in enumerate(groups):
             lists = self._lists.get(i)
             vouched = None if lists is None else lists.current_grads(group["params"])
@@ -345,8 +303,8 @@ class Passes:
                 continue
             params, grads = with_grads(group["params"])
             if not params:
-                if lists is not None and not group["params"]:
-                    del self._lists[i]  # or its parameters would stay in memory
+                if (lists is not None or i in self._trainable) and not self._are_of(i, group["params"]):
+                    self._drop(i)
                 continue
             if lists is None or not lists.is_current(params):
                 self._check(groups)
@@ -358,6 +316,17 @@ class Passes:
                 _check_grads(group, i)
             found.append(Current(i, group, lists, described))
         return found
+
+    def _are_of(self, i: int, params: list[Tensor]) -> bool:
+        """Whether what is known of group i is of parameters that are still in it."""
+        known = [lists.params for lists in (self._lists.get(i), self._trainable.get(i)) if lists is not None]
+        return bool(params) and set(params).issuperset(param for each in known for param in each)
+
+    def _drop(self, i: int) -> None:
+        """Forgets lists of group i, whose parameters would stay in memory."""
+        self._lists.pop(i, None)
+        self._trainable.pop(i, None)
+        self._joint = None
 
     def norm(self, currents: list[Current], *, normalised: bool) -> Tensor:
         """Global norm over the groups, each with its own adaptive normalisation where ``normalised``; marks ``found_inf``."""

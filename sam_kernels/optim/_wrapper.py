@@ -35,7 +35,16 @@ class Wrapper(Optimizer):
     _group_keys: tuple[str, ...] = ("rho", "lambd", "adaptive", "eta")  # of a parameter group, beside the base's own and the step t
     _shared_keywords: tuple[str, ...] = ("rho", "capturable")  # of the constructor: never the base's, or of one meaning for both
     _more_defaults: Mapping[str, Any] = MappingProxyType({})  # a subclass's own values of parameter groups
-    _kept: tuple[str, ...] = ("base_optimizer", "direction", "descent", "capturable", "_memory", "_has_stepped", "_keys", "_name_keys")  # in copies
+    _kept: tuple[str, ...] = (
+        "base_optimizer",
+        "direction",
+        "descent",
+        "capturable",
+        "_memory",
+        "_has_stepped",
+        "_keys",
+        "_name_keys",
+    )  # in copies
 
     _given: frozenset[str] = frozenset()  # keywords of the constructor
 
@@ -48,6 +57,7 @@ class Wrapper(Optimizer):
     _keys: dict[str, str]
     _name_keys: dict[str, str]  # those under which checkpoints name the direction and the descent rule
     _groups: list[dict[str, Any]]  # adopted, in a list of SAM's own
+    _count: int  # of steps, as the groups of before had it
     _identity: IdentityCheck
     _passes: Passes
 
@@ -122,7 +132,7 @@ class Wrapper(Optimizer):
         before = self._groups
         if not same_tensors(before, groups):
             t = self._keys["sam_step"]
-            count = max((int(group[t]) for group in before if t in group), default=0)
+            count = self._count = max((int(group[t]) for group in before if t in group), default=self._count)
             for i, group in enumerate(groups):
                 if any(group is each for each in before):
                     continue
@@ -212,6 +222,7 @@ class Wrapper(Optimizer):
     def _link(self) -> None:
         """Adopts the base's groups, and listens to its ``step`` so that it is never made from perturbed weights."""
         self._groups = []
+        self._count = 0
         self._identity = IdentityCheck()
         reference = weakref.ref(self)
 

@@ -336,6 +336,8 @@ class RWSAM(SAM):
         """One β for all groups. What is equal in all of them becomes one object, so that tensors are compared, which waits for the device,
         once."""
         key = self._keys["beta"]
+        if not self.param_groups:
+            return
         first = self.param_groups[0][key]
         for group in self.param_groups[1:]:
             other = group[key]

@@ -130,7 +130,7 @@ class SAM(Engine):
         defaults = {self._keys[name]: value for name, value in own.items()}
         self._check_group_values(defaults)
         if is_instance:
-            check_earlier_values(self.base_optimizer.param_groups, {n: defaults[self._keys[n]] for n in own}, self._keys, self.base_optimizer)
+            check_earlier_values(self.base_optimizer, defaults, self._keys)
         super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **defaults, self._keys["sam_step"]: 0})
         self._link()
 

@@ -1,0 +1,57 @@
+"""Weights that somebody else writes between the two passes are theirs: kept, or an error, never overwritten."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from torch import Tensor
+
+from sam_kernels.optim._group import address_of
+
+__all__ = ["WeightWatch"]
+
+_WATCHED = 64  # parameters looked at; to read a version costs 40 ns
+
+
+class WeightWatch:
+    """Notes versions and addresses of perturbed parameters (of many a sample) as the two-step API's ascent left them."""
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        stride = -(-len(params) // _WATCHED)
+        self._params = params
+        self._noted = [(param, param._version, address_of(param)) for param in params[:: max(1, stride)]]
+        self._watches_all = stride <= 1
+
+    def check_unwritten(self) -> None:
+        """Raises RuntimeError where a parameter was written, or lies elsewhere: the update would overwrite it."""
+        self._check_unmoved()
+        if written := self._written():
+            raise RuntimeError(
+                f"SAM: {len(written)} of {len(self._noted)} parameters looked at were written between first_step and second_step, which "
+                "starts from the weights of before; begin the step anew with first_step, which keeps what was written"
+            )
+
+    def written(self) -> Collection[Tensor]:
+        """What somebody else has written. Raises RuntimeError where that is not known."""
+        self._check_unmoved()
+        written = self._written()
+        if not written or self._watches_all:
+            return written
+        if len(written) < len(self._noted):
+            raise RuntimeError(
+                "SAM: after first_step some of the parameters were written by somebody else and some were not, and of so many it is not "
+                "known which; call second_step before loading weights into a part of the model"
+            )
+        return set(self._params)
+
+    def _written(self) -> set[Tensor]:
+        return {param for param, version, _ in self._noted if param._version != version}
+
+    def _check_unmoved(self) -> None:
+        """Weights set through ``.data`` have the old version: whether they are the perturbed ones or others is not known."""
+        moved = sum(address_of(param) != address for param, _, address in self._noted)
+        if moved:
+            raise RuntimeError(
+                f"SAM: {moved} of {len(self._noted)} parameters looked at lie elsewhere than first_step left them (.data was set): to "
+                "restore them could overwrite new weights; set .data before first_step or after second_step"
+            )
