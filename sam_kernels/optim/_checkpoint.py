@@ -91,8 +91,6 @@ class Names:
 
 def with_group_values(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], keys: Mapping[str, str]) -> dict[str, Any]:
     """Values the checkpoint does not hold (functions; a plain checkpoint of the base) stay what they are."""
-    if len(state_dict["param_groups"]) != len(groups):
-        return state_dict  # torch says what is wrong
     merged = []
     for saved, group in zip(state_dict["param_groups"], groups, strict=True):
         kept = {key: group[key] for key in keys.values() if saved.get(key) is None}

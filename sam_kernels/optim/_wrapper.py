@@ -181,11 +181,7 @@ class Wrapper(Optimizer):
             state_dict = state_dict if changed is None else changed
         base_dict, memory = _checkpoint.base_part(state_dict, self._keys["sam_step"]), None
         if base_dict is not state_dict:
-            state_dict = self._names.removed(state_dict, self._keys["sam_step"])
-            state_dict, memory = self._memory.taken_out(state_dict, self._all_params())
-            state_dict = _checkpoint.with_group_values(state_dict, self.param_groups, self._keys)
-            for group in state_dict["param_groups"]:
-                self._check_group_values(group)
+            state_dict, memory = self._checked(state_dict)
         self.base_optimizer.load_state_dict(self._names.added(state_dict) if base_dict is None else base_dict)
         if base_dict is not None and memory is not None:
             _checkpoint.put_group_values(state_dict, self.base_optimizer.param_groups, self._keys)
@@ -198,6 +194,19 @@ class Wrapper(Optimizer):
             (_capturable.to_tensors if self.capturable else _capturable.to_numbers)(group, self._keys)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _checked(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], ParamMemory]:
+        """The base's part of a checkpoint, with SAM's options in the groups, and what is kept beside. Nothing has changed yet.
+
+        Raises ValueError or TypeError for one that does not fit.
+        """
+        state_dict = self._names.removed(state_dict, self._keys["sam_step"])
+        state_dict, memory = self._memory.taken_out(state_dict, self._all_params())
+        if len(state_dict["param_groups"]) == len(self.param_groups):  # otherwise torch says what is wrong
+            state_dict = _checkpoint.with_group_values(state_dict, self.param_groups, self._keys)
+            for group in state_dict["param_groups"]:
+                self._check_group_values(group)
+        return state_dict, memory
 
     # --- copies ---
 
@@ -241,7 +250,7 @@ class Wrapper(Optimizer):
         def check_first(_: Any, state_dict: dict[str, Any]) -> None:
             optimizer = reference()
             if optimizer is not None and "param_groups" in state_dict:
-                optimizer._names.removed(state_dict, optimizer._keys["sam_step"])
+                optimizer._checked(state_dict)
 
         def adopt_loaded(_: Any) -> None:
             optimizer = reference()
