@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -71,11 +71,7 @@ class Engine(Wrapper):
 
     def _begin(self, *, counts: bool = True) -> StepPlan | None:
         """``counts``: a step of SAM, with a plan; otherwise one of the base alone."""
-        groups = self.param_groups
-        device = next((param.device for group in groups for param in group["params"]), self._passes.found_inf.device)
-        if device.type == "meta":
-            i = next(i for i, group in enumerate(groups) if group["params"])
-            raise TypeError(f"SAM: parameter {param_name(groups[i], i, 0)} {why_no_memory(groups[i]['params'][0])}")
+        groups, device = self.param_groups, self._device()
         if _capturable.is_recording(device):
             if not self.capturable:
                 raise _capturable.not_recordable("the optimizer was made without capturable=True: rho, lambd and t would be constants")
@@ -99,6 +95,16 @@ class Engine(Wrapper):
         self._passes.begin(device, plan)
         self._guard.begin()
         return plan
+
+    def _device(self) -> torch.device:
+        """That of the first trainable parameter. Raises TypeError for one that has no memory yet."""
+        for i, group in enumerate(self.param_groups):
+            for j, param in enumerate(group["params"]):
+                if param.requires_grad:
+                    if param.is_meta:
+                        raise TypeError(f"SAM: parameter {param_name(group, i, j)} {why_no_memory(param)}")
+                    return cast(torch.device, param.device)
+        return self._passes.found_inf.device
 
     # --- a step out of pairs of passes ---
 
@@ -181,7 +187,7 @@ class Engine(Wrapper):
             loss = self._called(descent)
             self._gradients_made += 1
             return loss
-        device = groups[0]["params"][0].device if groups[0]["params"] else self._passes.found_inf.device
+        device = self._device()
         outer = OuterGrads(groups)
         if outer.are_shared and not (self.descent.is_plain and not self.direction.rewrites_descent):
             outer.put_back()

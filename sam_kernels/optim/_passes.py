@@ -17,7 +17,7 @@ from sam_kernels import functional
 from sam_kernels._tensor_list import TensorList
 from sam_kernels.optim._capturable import is_recording, not_recordable
 from sam_kernels.optim._descent import can_fuse, fused_step, plain_step
-from sam_kernels.optim._group import Backups, Current, GroupLists, param_name, same_tensors, with_grads
+from sam_kernels.optim._group import Backups, Current, GroupLists, check_grads, same_tensors, with_grads
 from sam_kernels.optim._identity import IdentityCheck
 from sam_kernels.optim._in_flight import InFlight
 from sam_kernels.optim._memory import ParamMemory
@@ -313,7 +313,7 @@ class Passes:
                 lists = self._lists[i] = GroupLists(params, self.backups)
             described = lists.grads(grads)
             if described is grads:  # not vouched for: perhaps one of them is no dense tensor
-                _check_grads(group, i)
+                check_grads(group, i)
             found.append(Current(i, group, lists, described))
         return found
 
@@ -390,10 +390,3 @@ def _with_options(groups: list[dict[str, Any]], options: Mapping[int, dict[str, 
     finally:
         for i, before in usual.items():
             groups[i].update(before)
-
-
-def _check_grads(group: dict[str, Any], index: int) -> None:
-    for i, param in enumerate(group["params"]):
-        if param.grad is not None and param.grad.layout is not torch.strided:
-            name = param_name(group, index, i)
-            raise TypeError(f"SAM: the gradient of parameter {name} is a {param.grad.layout} tensor; only dense gradients are supported")
