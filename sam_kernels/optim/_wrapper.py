@@ -181,7 +181,7 @@ class Wrapper(Optimizer):
             state_dict = state_dict if changed is None else changed
         base_dict, memory = _checkpoint.base_part(state_dict, self._keys["sam_step"]), None
         if base_dict is not state_dict:
-            state_dict, memory = self._checked(state_dict)
+            state_dict, memory = self._checked_checkpoint(state_dict)
         self.base_optimizer.load_state_dict(self._names.added(state_dict) if base_dict is None else base_dict)
         if base_dict is not None and memory is not None:
             _checkpoint.put_group_values(state_dict, self.base_optimizer.param_groups, self._keys)
@@ -195,7 +195,7 @@ class Wrapper(Optimizer):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _checked(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], ParamMemory]:
+    def _checked_checkpoint(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], ParamMemory]:
         """The base's part of a checkpoint, with SAM's options in the groups, and what is kept beside. Nothing has changed yet.
 
         Raises ValueError or TypeError for one that does not fit.
@@ -250,7 +250,7 @@ class Wrapper(Optimizer):
         def check_first(_: Any, state_dict: dict[str, Any]) -> None:
             optimizer = reference()
             if optimizer is not None and "param_groups" in state_dict:
-                optimizer._checked(state_dict)
+                optimizer._checked_checkpoint(state_dict)
 
         def adopt_loaded(_: Any) -> None:
             optimizer = reference()
@@ -258,14 +258,14 @@ class Wrapper(Optimizer):
                 optimizer._memory.replace(ParamMemory(optimizer._memory.names))
                 optimizer._adopt()
 
-        handle = self.base_optimizer.register_step_pre_hook(restore_first)
-        load_handles = (
-            self.base_optimizer.register_load_state_dict_pre_hook(check_first),
-            self.base_optimizer.register_load_state_dict_post_hook(adopt_loaded),
-        )
-        for each in (handle, *load_handles):  # a base outlives its wrapper
-            weakref.finalize(self, each.remove).atexit = False
-        self._passes = Passes(self.base_optimizer, {handle.id}, self._memory, self._identity)
+        base = self.base_optimizer
+        handles = [base.register_step_pre_hook(restore_first)]
+        own_hooks = {handles[0].id}
+        if hasattr(base, "_optimizer_load_state_dict_pre_hooks"):  # not where a base leaves torch's constructor out
+            handles += [base.register_load_state_dict_pre_hook(check_first), base.register_load_state_dict_post_hook(adopt_loaded)]
+        for handle in handles:  # a base outlives its wrapper
+            weakref.finalize(self, handle.remove).atexit = False
+        self._passes = Passes(base, own_hooks, self._memory, self._identity)
         self._adopt()
 
     def _restore(self) -> None:

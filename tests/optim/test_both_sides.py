@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -75,6 +76,36 @@ def test_averages_travel_beside_a_format_of_the_bases_own() -> None:
     for net, each in ((model, optimizer), (other_model, other)):
         run(each, net, 2, start=2)
     assert_same_bits(everything_of(other, other_model), everything_of(optimizer, model))
+
+
+def _lookahead(params: Any) -> Any:
+    return pytest.importorskip("pytorch_optimizer").Lookahead(SGD(params, lr=0.1, momentum=0.9), k=2)
+
+
+def _schedule_free(params: Any) -> Any:
+    return pytest.importorskip("pytorch_optimizer").ScheduleFreeWrapper(SGD(params, lr=0.1))
+
+
+@pytest.mark.parametrize("make_base", [_lookahead, _schedule_free])
+def test_wrappers_of_other_packages_save_and_load(make_base: Callable[[Any], Any]) -> None:
+    """They leave torch's constructor out, and call a part of their checkpoint ``base_optimizer``."""
+
+    def made(net: nn.Module) -> Any:
+        optimizer = sam_kernels.VaSSO(net.parameters(), make_base(list(net.parameters())), rho=0.2)
+        if hasattr(optimizer, "train"):
+            optimizer.train()
+        return optimizer
+
+    model = make_model()
+    optimizer = made(model)
+    run(optimizer, model, 3)
+    other_model = twin(model)
+    other = made(other_model)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for net, each in ((model, optimizer), (other_model, other)):
+        run(each, net, 3, start=3)
+    assert_same_bits(weights(other_model), weights(model))
+    assert (other.param_groups[0]["sam_step"], other.param_groups[0]["rho"]) == (6, 0.2)
 
 
 def test_what_a_base_overrides_is_reached() -> None:
