@@ -56,6 +56,7 @@ ALONE = {
     "columns": lambda: [parameter(TABLE[:, ::2]), parameter(TABLE[:, 1::2])],
     "blocks of columns": lambda: [parameter(TABLE[:, :30]), parameter(TABLE[:, 30:])],
     "transposed": lambda: [parameter(TABLE.t()), parameter(BUFFER[200:300])],
+    "gaps that meet and miss": lambda: [parameter(torch.as_strided(BUFFER, (3, 2), (2, 3))), parameter(BUFFER[300:310])],
     "without elements": lambda: [parameter(BUFFER[:0]), parameter(BUFFER[:10])],
 }
 OVERLAPPING = {
