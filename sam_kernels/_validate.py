@@ -6,7 +6,7 @@ import math
 import numbers
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -188,7 +188,7 @@ def check_number_or_tensor(
     if value.is_cpu:
         check_memory(op, name, value)
         check_number(op, name, value.item(), low=low, high=high)
-    return value
+    return cast(Tensor, value)
 
 
 def check_seed(op: str, name: str, value: object) -> int:

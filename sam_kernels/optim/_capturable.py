@@ -31,7 +31,7 @@ def to_tensors(group: dict[str, Any], keys: Mapping[str, str]) -> None:
     """
     if not group["params"]:
         return
-    device = group["params"][0].device
+    device = next((param for param in group["params"] if param.requires_grad), group["params"][0]).device
     numbers = {keys[name] for name in ("rho", "lambd", "beta", "sam_step") if name in keys}
     stay_zero = {keys[name] for name in ("rho", "beta") if name in keys}
     for key in (*numbers, "lr"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain, count
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor
 from sam_kernels._validate import plain_number
 from sam_kernels.schedules._radius import Radius
 
-__all__ = ["keep_wide_state", "put_group_values", "with_base", "with_group_values", "with_names", "with_plain_values", "without_names"]
+__all__ = ["Names", "base_part", "keep_wide_state", "put_group_values", "with_base", "with_group_values", "with_plain_values"]
 
+_BASE = "sam_base_optimizer"
 _DEFAULTS = {"direction": "gradient", "descent": "plain"}
 
 
@@ -27,7 +29,15 @@ def with_base(base_dict: dict[str, Any], groups: Sequence[dict[str, Any]], keys:
         return {**base_dict, "param_groups": [{**own, **each} for own, each in zip(options, saved or [], strict=True)]}
     ids = count()
     own_groups = [{**{key: group[key] for key in keys.values()}, "params": [next(ids) for _ in group["params"]]} for group in groups]
-    return {"base_optimizer": base_dict, "state": {}, "param_groups": own_groups}
+    return {_BASE: base_dict, "state": {}, "param_groups": own_groups}
+
+
+def base_part(state_dict: dict[str, Any], step_key: str) -> dict[str, Any] | None:
+    """What a base of another format saved; None where the checkpoint is in torch's format, which a base may have added keys to."""
+    if "param_groups" not in state_dict:
+        return state_dict  # from a run without SAM
+    is_ours = _BASE in state_dict and all(step_key in group for group in state_dict["param_groups"])
+    return state_dict[_BASE] if is_ours else None
 
 
 def put_group_values(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], keys: Mapping[str, str]) -> None:
@@ -46,27 +56,41 @@ def with_plain_values(state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "param_groups": groups}
 
 
-def with_names(state_dict: dict[str, Any], direction: str, descent: str) -> dict[str, Any]:
-    """Notes in each group whose state this is: what is kept for one direction means nothing to another. The usual ones go unsaid."""
-    names = {key: name for key, name in (("direction", direction), ("descent", descent)) if name != _DEFAULTS[key]}
-    return {**state_dict, "param_groups": [{**group, **names} for group in state_dict["param_groups"]]} if names else state_dict
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Whose state it is: what is kept for one direction means nothing to another. ``keys`` says where the names lie in a group."""
 
+    direction: str
+    descent: str
+    keys: Mapping[str, str]
 
-def without_names(state_dict: dict[str, Any], direction: str, descent: str, step_key: str) -> dict[str, Any]:
-    """The way back. Raises ValueError where they are others. The base optimizer's own checkpoint has none, and fits all."""
-    for group in state_dict["param_groups"]:
-        for key, name in (("direction", direction), ("descent", descent)):
-            saved = group.get(key, _DEFAULTS[key] if step_key in group else name)
+    def added(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """``state_dict`` with the names in each group. The usual ones go unsaid."""
+        names = {self.keys[part]: name for part, name in self._both() if name != _DEFAULTS[part]}
+        return {**state_dict, "param_groups": [{**group, **names} for group in state_dict["param_groups"]]} if names else state_dict
+
+    def removed(self, state_dict: dict[str, Any], step_key: str) -> dict[str, Any]:
+        """The way back. Raises ValueError where they are others. The base optimizer's own checkpoint has none, and fits all."""
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        for group in groups:
+            self.remove(group, is_ours=step_key in group)
+        return {**state_dict, "param_groups": groups}
+
+    def remove(self, group: dict[str, Any], *, is_ours: bool) -> None:
+        """Takes the names out of a group. ``is_ours``: what goes unsaid is the usual name, otherwise any."""
+        for part, name in self._both():
+            saved = group.get(self.keys[part], _DEFAULTS[part] if is_ours else name)
             if saved != name:
-                raise ValueError(f"SAM: the checkpoint is of {key} {saved!r}, this optimizer has {key} {name!r}")
-    groups = [{key: value for key, value in group.items() if key not in _DEFAULTS} for group in state_dict["param_groups"]]
-    return {**state_dict, "param_groups": groups}
+                raise ValueError(f"SAM: the checkpoint is of {part} {saved!r}, this optimizer has {part} {name!r}")
+        for key in self.keys.values():
+            group.pop(key, None)
+
+    def _both(self) -> tuple[tuple[str, str], tuple[str, str]]:
+        return ("direction", self.direction), ("descent", self.descent)
 
 
 def with_group_values(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], keys: Mapping[str, str]) -> dict[str, Any]:
     """Values the checkpoint does not hold (functions; a plain checkpoint of the base) stay what they are."""
-    if len(state_dict["param_groups"]) != len(groups):
-        return state_dict  # torch says what is wrong
     merged = []
     for saved, group in zip(state_dict["param_groups"], groups, strict=True):
         kept = {key: group[key] for key in keys.values() if saved.get(key) is None}

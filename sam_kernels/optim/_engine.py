@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -72,18 +72,14 @@ class Engine(Wrapper):
 
     def _prepare(self) -> torch.device:
         """The device of the step to come. Raises TypeError or RuntimeError where it cannot be made there."""
-        groups = self.param_groups
-        device = next((param.device for group in groups for param in group["params"]), self._passes.found_inf.device)
-        if device.type == "meta":
-            i = next(i for i, group in enumerate(groups) if group["params"])
-            raise TypeError(f"SAM: parameter {param_name(groups[i], i, 0)} {why_no_memory(groups[i]['params'][0])}")
+        device = self._device()
         if _capturable.is_recording(device):
             if not self.capturable:
                 raise _capturable.not_recordable("the optimizer was made without capturable=True: rho, lambd and t would be constants")
             if self.preserve_rng_state:
                 raise _capturable.not_recordable("preserve_rng_state=True reads the states of random generators, which waits")
         if self.capturable:
-            for group in groups:
+            for group in self.param_groups:
                 _capturable.to_tensors(group, self._keys)
         return device
 
@@ -94,12 +90,12 @@ class Engine(Wrapper):
             plan = self._next_plan if self._next_plan is not None and self._next_plan.is_of(groups, self._keys) else None
             if plan is None and not self.capturable:
                 plan = self._new_plan(ahead=True)  # before anything is written
-            self._count(1)
+            self._advance(1)
             if plan is None:  # made of the tensors that count, which a graph goes on counting
                 try:
                     plan = self._new_plan(ahead=False)
                 except BaseException:
-                    self._count(-1)
+                    self._advance(-1)
                     raise
             self._next_plan, self._is_counted = None, True
             self._plain_steps = 0
@@ -108,15 +104,25 @@ class Engine(Wrapper):
         self._guard.begin()
         return plan
 
-    def _count(self, step: int) -> None:
+    def _advance(self, steps: int) -> None:
         for group in self.param_groups:
-            group[self._keys["sam_step"]] += step  # a tensor in place
+            group[self._keys["sam_step"]] += steps  # a tensor in place
 
     def _take_back(self) -> None:
         """After an exception: a step that was begun and not made is not counted, and the next one has its plan."""
         if self._is_counted:
-            self._count(-1)
+            self._advance(-1)
             self._next_plan, self._is_counted = self._plan, False
+
+    def _device(self) -> torch.device:
+        """That of the first trainable parameter. Raises TypeError for one that has no memory yet."""
+        for i, group in enumerate(self.param_groups):
+            for j, param in enumerate(group["params"]):
+                if param.requires_grad:
+                    if param.is_meta:
+                        raise TypeError(f"SAM: parameter {param_name(group, i, j)} {why_no_memory(param)}")
+                    return cast(torch.device, param.device)
+        return self._passes.found_inf.device
 
     # --- a step out of pairs of passes ---
 

@@ -18,12 +18,28 @@ from sam_kernels._tensor_list import TensorList
 from sam_kernels._validate import SUPPORTED_DTYPES
 from sam_kernels.optim._sharded import check_whole
 
-__all__ = ["Backups", "Current", "GroupLists", "check_param", "param_name", "same_bits", "same_tensors", "with_grads"]
+__all__ = [
+    "Backups",
+    "Current",
+    "GroupLists",
+    "address_of",
+    "check_grads",
+    "check_param",
+    "param_name",
+    "same_bits",
+    "same_tensors",
+    "with_grads",
+]
 
 
 def same_tensors(left: Sequence[Any] | None, right: Sequence[Any]) -> bool:
     """The same objects in the same order."""
     return left is not None and len(left) == len(right) and all(map(operator.is_, left, right))
+
+
+def address_of(param: Tensor) -> int:
+    """Where its memory begins; 0 for one that has none yet, or holds no values."""
+    return 0 if is_fake(param) or param.is_meta or param.layout is not torch.strided else param.data_ptr()
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
@@ -51,6 +67,18 @@ def check_param(group: dict[str, Any], group_index: int, index: int) -> None:
     if param.dtype not in SUPPORTED_DTYPES:
         supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED_DTYPES)
         raise TypeError(f"SAM: parameter {name} has dtype {param.dtype}; supported are {supported}")
+
+
+def check_grads(group: dict[str, Any], group_index: int) -> None:
+    """TypeError by name for a gradient that is not dense, or of a parameter that has no memory."""
+    for i, param in enumerate(group["params"]):
+        if param.grad is None:
+            continue
+        name = param_name(group, group_index, i)
+        if param.is_meta:
+            raise TypeError(f"SAM: parameter {name} {why_no_memory(param)}")
+        if param.grad.layout is not torch.strided:
+            raise TypeError(f"SAM: the gradient of parameter {name} is a {param.grad.layout} tensor; only dense gradients are supported")
 
 
 class Backups:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam_kernels._memory_of import is_fake
-from sam_kernels.optim._group import check_param, param_name
+from sam_kernels._memory_of import ORDINARY_TYPES, is_fake
+from sam_kernels.optim._group import address_of, check_param, param_name
 from sam_kernels.optim._sharded import check_no_sharding_optimizer
 
 __all__ = ["IdentityCheck"]
@@ -19,14 +19,14 @@ class IdentityCheck:
     """Remembers which parameters it has seen, so that a step costs a comparison of lists only where a list was made anew."""
 
     def __init__(self) -> None:
-        self._seen: list[tuple[int, bool]] = []
+        self._seen: list[tuple[Any, ...]] = []
 
     def __call__(self, groups: Sequence[dict[str, Any]]) -> None:
         """Check every parameter that requires a gradient; others are never perturbed.
 
         Raises: TypeError for one that no kernel takes, ValueError for one that is listed twice or shares memory with another one.
         """
-        now = [(id(param), param.requires_grad) for group in groups for param in group["params"]]
+        now = [_signature(param) for group in groups for param in group["params"]]
         if now == self._seen:
             return
         places: dict[int, tuple[int, int]] = {}
@@ -45,6 +45,14 @@ class IdentityCheck:
         self._seen = now
 
 
+def _signature(param: Tensor) -> tuple[Any, ...]:
+    """What the check depends on. A number is no identity for good: a new tensor may get that of one that is gone."""
+    kind = id(param), param.requires_grad, type(param)
+    if not param.requires_grad or type(param) not in ORDINARY_TYPES or param.layout is not torch.strided or param.is_nested:
+        return kind
+    return *kind, param.dtype, param.device, param.shape, param.stride(), address_of(param)
+
+
 def _check_memory(groups: Sequence[dict[str, Any]], places: Sequence[tuple[int, int]]) -> None:
     """Raises ValueError where elements of two parameters, or two elements of one, lie in the same place."""
     spans = []
@@ -54,7 +62,7 @@ def _check_memory(groups: Sequence[dict[str, Any]], places: Sequence[tuple[int, 
             continue
         begin = param.data_ptr()
         reach = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True)) + 1
-        if reach < param.numel():
+        if _overlaps_itself(param):
             raise ValueError(
                 f"SAM: parameter {param_name(groups[i], i, j)} is expanded: several of its elements are one place in memory; clone it"
             )
@@ -74,6 +82,17 @@ def _check_memory(groups: Sequence[dict[str, Any]], places: Sequence[tuple[int, 
                 )
         open_spans.append(span)
         end = max(end, span[2])
+
+
+def _overlaps_itself(param: Tensor) -> bool:
+    """Whether two elements lie in the same place."""
+    end = 1  # of what the dimensions of shorter strides span, in elements
+    for stride, size in sorted((stride, size) for stride, size in zip(param.stride(), param.shape, strict=True) if size > 1):
+        if stride < end:  # in each other's gaps, perhaps
+            places = _bytes_of(param, param.data_ptr()).sort().values
+            return stride == 0 or bool((places[1:] == places[:-1]).any())
+        end += (size - 1) * stride
+    return False
 
 
 def _overlap(groups: Sequence[dict[str, Any]], *places: tuple[int, int]) -> bool:

@@ -1,4 +1,4 @@
-"""A perturbation that was interrupted: which parameters it has reached."""
+"""A perturbation that was asked for and not yet heard of, and what an exception in the midst of it has left."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["InFlight"]
 
 @dataclass
 class InFlight:
-    """A group whose perturbation was asked for and not yet heard of: Ctrl-C may come before it, after it, or between two launches."""
+    """A group under perturbation: Ctrl-C may come before it, after it, or between two launches."""
 
     lists: GroupLists
     perturb_: Callable[..., None]

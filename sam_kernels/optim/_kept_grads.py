@@ -29,6 +29,8 @@ class KeptGrads:
         """Keeps the gradients as they are. ``hand_over``: one that nobody else has is no longer its parameter's ``grad``, where the second
         pass would write it. ``are_scaled``: they are multiplied by a known loss scale."""
         self._are_scaled = are_scaled
+        used = {current.index: current.lists for current in currents}  # other lists' parameters may be gone
+        self._described = {i: each for i, each in self._described.items() if used.get(i) is each[0]}
         self._kept = {current.index: (current.lists, self._keep(current, hand_over)) for current in currents}
 
     def _keep(self, current: Current, hand_over: bool) -> list[Tensor]:

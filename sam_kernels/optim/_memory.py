@@ -103,7 +103,7 @@ class ParamMemory:
         for param_id, param in zip(_ids(state_dict), params, strict=True):
             for name in self.names:
                 kept = state.get(param_id, {}).pop(name, None)
-                if kept is None or (kept.numel() > 0 and bool(kept.isnan().all())):
+                if kept is None or _is_blank(kept):
                     continue
                 if kept.shape != param.shape:
                     raise ValueError(f"SAM: {name} in the checkpoint has shape {tuple(kept.shape)}, its parameter {tuple(param.shape)}")
@@ -111,10 +111,26 @@ class ParamMemory:
         emptied = [key for key, value in state.items() if isinstance(value, dict) and not value and state_dict["state"][key]]
         return {**state_dict, "state": {key: value for key, value in state.items() if key not in emptied}}, found
 
+    def adopt(self, state: Mapping[Any, Any]) -> None:
+        """Takes over what the base has loaded among its own state, out of a checkpoint that carries what is kept here."""
+        found = ParamMemory(self.names)
+        for param, entry in state.items():
+            for name in self.names:
+                if isinstance(param, Tensor) and isinstance(entry, dict) and name in entry:
+                    kept = entry.pop(name)
+                    if not _is_blank(kept):
+                        found._tensors[name][param] = kept
+        if any(map(found.has, self.names)):
+            self.replace(found)
+
     def replace(self, other: ParamMemory) -> None:
         """What ``other`` keeps in the place of what is kept here."""
         self._tensors = other._tensors
         self._version = object()
+
+
+def _is_blank(kept: Tensor) -> bool:
+    return kept.numel() > 0 and bool(kept.isnan().all())
 
 
 def _copied(state: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -8,11 +8,12 @@ import inspect
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from sam_kernels._validate import plain_number
 
-__all__ = ["check_group_names", "check_keywords", "group_keys", "store_plain", "takes"]
+__all__ = ["check_earlier_values", "check_group_names", "check_keywords", "group_keys", "store_plain", "takes"]
 
 
 def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
@@ -23,12 +24,22 @@ def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
 
 
 def takes(base: Any, name: str) -> bool | None:
-    """Whether an optimizer class or factory takes the keyword ``name``; None where its signature does not tell (``**kwargs``)."""
-    parameters = _parameters(base)
-    if name in parameters:
-        return True
-    has_kwargs = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-    return None if has_kwargs or not parameters else False
+    """Whether an optimizer class or factory takes the keyword ``name``; None where its signature does not tell (``**kwargs``).
+
+    A class that hands ``**kwargs`` on takes what the classes it is made from take.
+    """
+    while isinstance(base, functools.partial):
+        base = base.func
+    signatures = [_parameters(base)]
+    if isinstance(base, type):
+        makers = (cls.__dict__.get("__init__") for cls in base.__mro__ if cls not in (Optimizer, object))
+        signatures += [_parameters(each) for each in makers if each is not None]
+    for parameters in signatures:
+        if name in parameters:
+            return True
+        if parameters and not any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
+            return False
+    return None
 
 
 def _own_keywords(optimizer_type: type[Optimizer]) -> set[str]:
@@ -42,10 +53,13 @@ def _own_keywords(optimizer_type: type[Optimizer]) -> set[str]:
     return found
 
 
-def check_keywords(optimizer_type: type[Optimizer], base: Any, given: Collection[str], shared: Collection[str]) -> None:
+def check_keywords(
+    optimizer_type: type[Optimizer], base: Any, given: Collection[str], shared: Collection[str], made: Optimizer | None = None
+) -> None:
     """Refuse a keyword that both the optimizer and the class of its base take: which of them is meant cannot be known.
 
     ``shared``: keywords that are never ambiguous. A base instance, or a keyword bound by ``functools.partial``, settles the base's value.
+    ``made``: what ``base`` has made, once it has: where a signature did not tell (``**kwargs``), its defaults do.
 
     Raises: TypeError that names the keyword and both ways to write it.
     """
@@ -55,13 +69,14 @@ def check_keywords(optimizer_type: type[Optimizer], base: Any, given: Collection
     name_of_base = getattr(base.func if isinstance(base, functools.partial) else base, "__name__", type(base).__name__)
     own = optimizer_type.__name__
     for name in sorted((_own_keywords(optimizer_type) & set(given)) - set(shared) - set(bound)):
-        if takes(base, name):
+        takes_it = takes(base, name)
+        if takes_it or (takes_it is None and made is not None and name in made.defaults):
             raise TypeError(
                 f"{own}: {name} is an option of {own} and of {name_of_base}; to set {own}'s, give the base its own value as well: "
                 f"{own}(..., functools.partial({name_of_base}, {name}=...), {name}=...); to set the base's alone, leave {name} out"
             )
     if "eps" in given and takes(base, "eps") is False:
-        raise TypeError(f"{own}: eps is an option of the base optimizer, and {name_of_base} takes none; {own}'s own is norm_eps")
+        raise TypeError(f"{own}: eps is an option of the base optimizer, and {name_of_base} names none; {own}'s own is norm_eps")
 
 
 def group_keys(names: Sequence[str], base: Optimizer, given: Sequence[Collection[str]]) -> dict[str, str]:
@@ -104,3 +119,27 @@ def check_group_names(group: dict[str, Any], given: Collection[str], index: int,
             if name in given:
                 raise ValueError(f"SAM: param_groups[{index}] has {name!r} and {f'sam_{name}'!r}; give one of them")
             group[name] = group.pop(f"sam_{name}")
+
+
+def check_earlier_values(base: Optimizer, values: Mapping[str, Any], keys: Mapping[str, str]) -> None:
+    """Refuse a base instance whose groups hold other values of SAM's options, of an earlier SAM around it or of a checkpoint.
+
+    ``values``: by key, what the optimizer is made with. Raises: ValueError.
+    """
+    for i, group in enumerate(base.param_groups):
+        if keys["sam_step"] not in group:
+            continue  # options that the caller gave a group go first, as torch's do
+        for key, value in values.items():
+            earlier = group.get(key)
+            if earlier is not None and not _is_equal(earlier, value):
+                raise ValueError(
+                    f"SAM: param_groups[{i}][{key!r}] is {earlier!r}, of an earlier SAM around this {type(base).__name__} or of a "
+                    f"checkpoint, and the optimizer is made with {value!r}; give it {earlier!r}, or delete {key!r} from the groups first "
+                    "(to resume, make the optimizer first and load the checkpoint into it)"
+                )
+
+
+def _is_equal(left: Any, right: Any) -> bool:
+    if isinstance(left, Tensor) or isinstance(right, Tensor):
+        return left is right or (not callable(left) and not callable(right) and float(left) == float(right))
+    return bool(left == right)

@@ -42,7 +42,7 @@ class OuterGrads:
     def called(self, closure: Callable[[], Any]) -> Any:
         """What the closure returns. Raises RuntimeError where it computes no gradient, or zeroes those it is to add to."""
         result = closure()
-        if not any(param.grad is not None for param in self._params) and any(param.requires_grad for param in self._params):
+        if self._params and all(param.grad is None for param in self._params):
             raise RuntimeError("SAM.backward: the closure left no gradient; it must run the forward pass and call backward() on the loss")
         if self._hook is not None:
             self._hook.remove()

@@ -17,7 +17,7 @@ from sam_kernels._tensor_list import TensorList
 from sam_kernels._validate import describe
 from sam_kernels.optim._capturable import is_recording, not_recordable
 from sam_kernels.optim._descent import can_fuse, fused_step, plain_step, with_options
-from sam_kernels.optim._group import Backups, Current, GroupLists, param_name, same_tensors, with_grads
+from sam_kernels.optim._group import Backups, Current, GroupLists, check_grads, same_tensors, with_grads
 from sam_kernels.optim._identity import IdentityCheck
 from sam_kernels.optim._in_flight import InFlight
 from sam_kernels.optim._memory import ParamMemory
@@ -58,11 +58,11 @@ class Passes:
         self._lists: dict[int, GroupLists] = {}
         self._perturbed: dict[int, GroupLists] = {}
         self._joint: tuple[list[GroupLists], GroupLists] | None = None  # several groups' lists, and those of all their parameters
-        self._unsure: InFlight | None = None
+        self._in_flight: InFlight | None = None
         self._saved: dict[int, GroupLists] = {}  # by group: what has been saved in this step
         self._trainable: dict[int, GroupLists] = {}  # where not every trainable parameter has a gradient
         self._begins = False  # found_inf is still the last step's
-        self._weights = WeightWatch()  # as the ascent of the two-step API left them
+        self._watch = WeightWatch()  # the two-step API's, between the passes
         self._told_norm: Tensor | None = None  # () the last norm that has told found_inf of itself
 
     def begin(self, device: torch.device, plan: StepPlan | None) -> None:
@@ -140,9 +140,9 @@ class Passes:
             # Other lists than those saved: other parameters have a gradient now, or some have moved. Saving all of them is right as well.
             is_saved = self._saved.get(current.index) is current.lists
             self._perturbed[current.index] = current.lists
-            self._unsure = None if is_saved else InFlight(current.lists, perturb_)
+            self._in_flight = None if is_saved else InFlight(current.lists, perturb_)
             perturb_(current.lists.params, old_params=current.lists.old_params, from_old=is_saved)
-            self._unsure = None
+            self._in_flight = None
             self._saved[current.index] = current.lists
         torch.clear_autocast_cache()  # where autocast is around the whole step: casts of what the weights were
         return currents
@@ -158,9 +158,9 @@ class Passes:
             perturb_: Callable[..., None] = partial(functional.random_perturb_, seed=seeds[i], scale=scale, distribution=distribution)
             is_saved = self._saved.get(i) is lists
             self._perturbed[i] = lists
-            self._unsure = None if is_saved else InFlight(lists, perturb_)
+            self._in_flight = None if is_saved else InFlight(lists, perturb_)
             perturb_(lists.params, old_params=lists.old_params, from_old=is_saved)
-            self._unsure = None
+            self._in_flight = None
             self._saved[i] = lists
         torch.clear_autocast_cache()
 
@@ -246,8 +246,7 @@ class Passes:
                 group = {**group, **options[i]} if i in options else group
                 for lists, grads, old_params in self._parts(i, by_index.get(i)):
                     fused_step(self.base, group, lists, grads, old_params=old_params, max_norm=max_norm, **amp)
-            self._perturbed = {}
-            self._weights = WeightWatch()
+            self._perturbed, self._watch = {}, WeightWatch()
             self.base._opt_called = True  # type: ignore[attr-defined]  # or a scheduler on the base would warn
         else:
             if is_recording(self.found_inf.device):
@@ -266,48 +265,45 @@ class Passes:
         """Back to the weights of before the ascent, bit for bit, but for those in ``kept``; nothing to do when there was none."""
         for lists in self._perturbed.values():
             rows: Sequence[int] = range(len(lists.params))
-            if self._unsure is not None and lists is self._unsure.lists:
-                rows = self._unsure.saved_rows()
+            if self._in_flight is not None and lists is self._in_flight.lists:
+                rows = self._in_flight.saved_rows()
             if kept:
                 rows = [i for i in rows if lists.params[i] not in kept]
             if len(rows) == len(lists.params) and lists.is_current(lists.params):
                 functional.restore_(lists.params, lists.old_params)
             else:  # plain lists: a parameter may lie elsewhere by now
                 functional.restore_([lists.params[i] for i in rows], [lists.old_params[i] for i in rows])
-        self._perturbed = {}
-        self._weights = WeightWatch()
-        self._unsure = None
+        self._perturbed, self._watch = {}, WeightWatch()
+        self._in_flight = None
         self.is_perturbed = self.has_ascended = False
         torch.clear_autocast_cache()
 
     def watch_weights(self) -> None:
         """Notes which weights the ascent has left, for :meth:`check_unwritten`."""
-        self._weights = WeightWatch([lists.params for lists in self._perturbed.values()])
+        self._watch = WeightWatch([lists.params for lists in self._perturbed.values()])
 
     def check_unwritten(self) -> None:
-        """Raises RuntimeError where somebody else has written weights since the ascent: the update would overwrite them."""
-        if written := self._weights.written():
-            raise RuntimeError(
-                f"SAM: {len(written)} of {len(self._weights)} parameters looked at were written between first_step and second_step, which "
-                "starts from the weights of before; begin the step anew with first_step, which keeps what was written"
-            )
+        """Raises RuntimeError where somebody else has written weights since the ascent."""
+        self._watch.check_unwritten()
 
     def abandon(self) -> bool:
-        """Gives an unfinished step up: restores the weights, but keeps those that somebody else has written since the ascent. Returns
-        whether there are none of these."""
-        watch, written = self._weights, self._weights.written()
-        if written and not watch.watches_all and len(written) < len(watch):
-            raise RuntimeError(
-                "SAM: after first_step some of the parameters were written by somebody else and some were not, and of so many it is not "
-                "known which; call second_step before loading weights into a part of the model"
-            )
-        self.restore(set(written if watch.watches_all else watch.params) if written else ())
+        """Gives an unfinished step up; weights that somebody else has written since the ascent stay. Returns whether none have been.
+
+        Raises RuntimeError, once, where it is not known which have been: all weights then stay as they are.
+        """
+        try:
+            written = self._watch.written()
+        except RuntimeError:
+            self._perturbed = {}
+            self.restore()
+            raise
+        self.restore(written)
         return not written
 
     def current(self, groups: list[dict[str, Any]]) -> list[Current]:
         found = []
-        if len(self._lists) > len(groups):  # of groups that are gone
-            self._lists = {i: lists for i, lists in self._lists.items() if i < len(groups)}
+        for i in [i for i in (*self._lists, *self._trainable) if i >= len(groups)]:
+            self._drop(i)
         for i, group in enumerate(groups):
             lists = self._lists.get(i)
             vouched = None if lists is None else lists.current_grads(group["params"])
@@ -316,8 +312,8 @@ class Passes:
                 continue
             params, grads = with_grads(group["params"])
             if not params:
-                if lists is not None and not group["params"]:
-                    del self._lists[i]  # or its parameters would stay in memory
+                if (lists is not None or i in self._trainable) and not self._are_of(i, group["params"]):
+                    self._drop(i)
                 continue
             if lists is None or not lists.is_current(params):
                 self._check(groups)
@@ -326,9 +322,20 @@ class Passes:
                 lists = self._lists[i] = GroupLists(params, self.backups)
             described = lists.grads(grads)
             if described is grads:  # not vouched for: perhaps one of them is no dense tensor
-                _check_grads(group, i)
+                check_grads(group, i)
             found.append(Current(i, group, lists, described))
         return found
+
+    def _are_of(self, i: int, params: list[Tensor]) -> bool:
+        """Whether what is known of group i is of parameters that are still in it."""
+        known = [lists.params for lists in (self._lists.get(i), self._trainable.get(i)) if lists is not None]
+        return bool(params) and set(params).issuperset(param for each in known for param in each)
+
+    def _drop(self, i: int) -> None:
+        """Forgets lists of group i, whose parameters would stay in memory."""
+        self._lists.pop(i, None)
+        self._trainable.pop(i, None)
+        self._joint = None
 
     def norm(self, currents: list[Current], *, normalised: bool) -> Tensor:
         """Global norm over the groups, each with its own adaptive normalisation where ``normalised``; marks ``found_inf``."""
@@ -385,10 +392,3 @@ def _checked_norm(direction: Direction, norm: Any) -> Tensor:  # ()
     if not isinstance(norm, Tensor) or norm.numel() != 1 or not norm.is_floating_point():
         raise TypeError(f"SAM: {type(direction).__name__}.norm must return a floating-point tensor of one element, got {describe(norm)}")
     return norm
-
-
-def _check_grads(group: dict[str, Any], index: int) -> None:
-    for i, param in enumerate(group["params"]):
-        if param.grad is not None and param.grad.layout is not torch.strided:
-            name = param_name(group, index, i)
-            raise TypeError(f"SAM: the gradient of parameter {name} is a {param.grad.layout} tensor; only dense gradients are supported")

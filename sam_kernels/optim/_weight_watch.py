@@ -1,46 +1,60 @@
-"""Whether somebody else has written weights while they were perturbed."""
+"""Weights that somebody else writes between the two passes are theirs: kept, or an error, never overwritten."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import Tensor
 
-from sam_kernels._memory_of import is_fake
+from sam_kernels.optim._group import address_of
 
 __all__ = ["WeightWatch"]
 
-_ALL_WATCHED = 256  # parameters that are all looked at; of more, a sample
+_ALL_WATCHED = 256  # parameters that are all looked at; of more, a sample: to read a version costs 40 ns
 _WATCHED = 16
 
 
 class WeightWatch:
-    """What the ascent of the two-step API left: of many tensors a sample, since a version costs 40 ns to read.
-
-    A tensor counts as written when its version has changed, or when it lies elsewhere (``param.data = ...``). What is written through
-    ``param.data`` in place is not seen.
-    """
+    """Notes versions and addresses of perturbed parameters (of many a sample) as the two-step API's ascent left them."""
 
     def __init__(self, lists: Sequence[Sequence[Tensor]] = ()) -> None:
         count = sum(map(len, lists))
         stride = 1 if count <= _ALL_WATCHED else count // _WATCHED
         self._lists = lists
-        self._seen = [(param, *_state(param)) for params in lists for param in params[::stride]]
-        self.watches_all = stride == 1
+        self._noted = [(param, param._version, address_of(param)) for params in lists for param in params[::stride]]
+        self._watches_all = stride == 1
 
-    @property
-    def params(self) -> list[Tensor]:
-        """All of them."""
-        return [param for params in self._lists for param in params]
+    def check_unwritten(self) -> None:
+        """Raises RuntimeError where a parameter was written, or lies elsewhere: the update would overwrite it."""
+        self._check_unmoved()
+        if written := self._written():
+            raise RuntimeError(
+                f"SAM: {len(written)} of {len(self._noted)} parameters looked at were written between first_step and second_step, which "
+                "starts from the weights of before; begin the step anew with first_step, which keeps what was written"
+            )
 
-    def __len__(self) -> int:
-        return len(self._seen)
+    def written(self) -> Collection[Tensor]:
+        """What somebody else has written. Raises RuntimeError where that is not known."""
+        self._check_unmoved()
+        written = self._written()
+        if not written or self._watches_all:
+            return written
+        if len(written) < len(self._noted):
+            raise RuntimeError(
+                "SAM: after first_step some of the parameters were written by somebody else and some were not, and of so many it is not "
+                "known which, so all stay as they are now; load the weights to go on from, and call second_step before loading some"
+            )
+        return {param for params in self._lists for param in params}
 
-    def written(self) -> list[Tensor]:
-        """Of those looked at, the ones that somebody else has written."""
-        return [param for param, *state in self._seen if _state(param) != tuple(state)]
+    def _written(self) -> set[Tensor]:
+        return {param for param, version, _ in self._noted if param._version != version}
 
-
-def _state(param: Tensor) -> tuple[int, int]:
-    """Version and address."""
-    return param._version, 0 if is_fake(param) else param.data_ptr()
+    def _check_unmoved(self) -> None:
+        """Weights set through ``.data`` have the old version: whether they are the perturbed ones or others is not known."""
+        moved = sum(address_of(param) != address for param, _, address in self._noted)
+        if moved:
+            raise RuntimeError(
+                f"SAM: {moved} of {len(self._noted)} parameters looked at lie elsewhere than first_step left them (.data was set), and "
+                "whether they are the perturbed weights or new ones is not known; set .data before first_step or after second_step, or "
+                "load the weights to go on from"
+            )

@@ -35,7 +35,18 @@ class Wrapper(Optimizer):
     _group_keys: tuple[str, ...] = ("rho", "lambd", "adaptive", "eta")  # of a parameter group, beside the base's own and the step t
     _shared_keywords: tuple[str, ...] = ("rho", "capturable")  # of the constructor: never the base's, or of one meaning for both
     _more_defaults: Mapping[str, Any] = MappingProxyType({})  # a subclass's own values of parameter groups
-    _kept: tuple[str, ...] = ("base_optimizer", "direction", "descent", "capturable", "_memory", "_has_stepped", "_keys")  # in copies
+    _kept: tuple[str, ...] = (
+        "base_optimizer",
+        "direction",
+        "descent",
+        "capturable",
+        "_memory",
+        "_has_stepped",
+        "_keys",
+        "_name_keys",
+    )  # in copies
+
+    _given: frozenset[str] = frozenset()  # keywords of the constructor
 
     base_optimizer: Optimizer
     direction: Direction
@@ -44,16 +55,19 @@ class Wrapper(Optimizer):
     _memory: ParamMemory
     _has_stepped: bool  # since it was made or copied
     _keys: dict[str, str]
+    _name_keys: dict[str, str]  # those under which checkpoints name the direction and the descent rule
     _groups: list[dict[str, Any]]  # adopted, in a list of SAM's own
-    _group_list: list[dict[str, Any]] | None  # the base's list when they were
+    _count: int  # of steps, as the groups of before had it
     _identity: IdentityCheck
     _passes: Passes
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Wrapper:
+        made = super().__new__(cls)
         if kwargs:  # as they were given, whatever a subclass makes of them
             base = kwargs.get("base_optimizer", args[1] if len(args) > 1 else None)
             check_keywords(cls, base, kwargs, cls._shared_keywords)
-        return super().__new__(cls)
+            made._given = frozenset(kwargs)
+        return made
 
     # --- one optimizer from both sides ---
 
@@ -61,7 +75,7 @@ class Wrapper(Optimizer):
     def param_groups(self) -> list[dict[str, Any]]:
         """The base's, each with SAM's options."""
         groups = self.base_optimizer.param_groups
-        if len(groups) != len(self._groups) or groups is not self._group_list:
+        if not same_tensors(self._groups, groups):
             self._adopt()
         return groups
 
@@ -118,34 +132,37 @@ class Wrapper(Optimizer):
         before = self._groups
         if not same_tensors(before, groups):
             t = self._keys["sam_step"]
-            count = max((int(group[t]) for group in before if t in group), default=0)
+            count = self._count = max((int(group[t]) for group in before if t in group), default=self._count)
             for i, group in enumerate(groups):
                 if any(group is each for each in before):
                     continue
+                self._names.remove(group, is_ours=False)
                 follows = before[i] if len(before) == len(groups) else self.defaults
                 for name in self._group_keys:
                     key = self._keys[name]
-                    group.setdefault(key, follows.get(key, self.defaults[key]))
+                    if group.get(key) is None:  # a checkpoint's word for a function
+                        group[key] = follows.get(key, self.defaults[key])
                 group.setdefault(t, count)
                 self._check_group_values(group)
                 if self.capturable:
                     _capturable.to_tensors(group, self._keys)
             self._identity(groups)
-        self._groups, self._group_list = list(groups), groups
+            self._memory.adopt(self.state)
+        self._groups = list(groups)
 
     # --- checkpoints ---
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state and the groups, with ρ, λ and the step t. Callables are not saved: give them to the constructor.
 
-        Made by the base's own ``state_dict``. Where that has a format of its own, it is found whole under ``"base_optimizer"``.
+        Made by the base's own ``state_dict``. Where that has a format of its own, it is found whole under ``"sam_base_optimizer"``.
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         groups = self.param_groups
         state_dict: dict[str, Any] = _checkpoint.with_base(self.base_optimizer.state_dict(), groups, self._keys)
         state_dict = self._memory.saved(state_dict, self._all_params(), blanks=self._has_stepped)
-        state_dict = _checkpoint.with_names(_checkpoint.with_plain_values(state_dict), self.direction.name, self.descent.name)
+        state_dict = self._names.added(_checkpoint.with_plain_values(state_dict))
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -162,14 +179,10 @@ class Wrapper(Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        base_dict = state_dict.get("base_optimizer")
-        if "param_groups" in state_dict:
-            state_dict = _checkpoint.without_names(state_dict, self.direction.name, self.descent.name, self._keys["sam_step"])
-            state_dict, memory = self._memory.taken_out(state_dict, self._all_params())
-            state_dict = _checkpoint.with_group_values(state_dict, self.param_groups, self._keys)
-        else:  # a base that has a format of its own, from a run without SAM
-            memory, base_dict = None, state_dict
-        self.base_optimizer.load_state_dict(state_dict if base_dict is None else base_dict)
+        base_dict, memory = _checkpoint.base_part(state_dict, self._keys["sam_step"]), None
+        if base_dict is not state_dict:
+            state_dict, memory = self._checked_checkpoint(state_dict)
+        self.base_optimizer.load_state_dict(self._names.added(state_dict) if base_dict is None else base_dict)
         if base_dict is not None and memory is not None:
             _checkpoint.put_group_values(state_dict, self.base_optimizer.param_groups, self._keys)
         self._adopt()
@@ -181,6 +194,19 @@ class Wrapper(Optimizer):
             (_capturable.to_tensors if self.capturable else _capturable.to_numbers)(group, self._keys)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _checked_checkpoint(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], ParamMemory]:
+        """The base's part of a checkpoint, with SAM's options in the groups, and what is kept beside. Nothing has changed yet.
+
+        Raises ValueError or TypeError for one that does not fit.
+        """
+        state_dict = self._names.removed(state_dict, self._keys["sam_step"])
+        state_dict, memory = self._memory.taken_out(state_dict, self._all_params())
+        if len(state_dict["param_groups"]) == len(self.param_groups):  # otherwise torch says what is wrong
+            state_dict = _checkpoint.with_group_values(state_dict, self.param_groups, self._keys)
+            for group in state_dict["param_groups"]:
+                self._check_group_values(group)
+        return state_dict, memory
 
     # --- copies ---
 
@@ -196,6 +222,7 @@ class Wrapper(Optimizer):
         super().__setstate__(state)
         if "base_optimizer" in state:  # unpickled or copied
             self.__dict__.setdefault("_keys", {name: name for name in (*self._group_keys, "sam_step")})
+            self.__dict__.setdefault("_name_keys", {name: name for name in ("direction", "descent")})
             self._link()
         else:
             for name, value in shared.items():
@@ -203,7 +230,8 @@ class Wrapper(Optimizer):
 
     def _link(self) -> None:
         """Adopts the base's groups, and listens to its ``step`` so that it is never made from perturbed weights."""
-        self._groups, self._group_list = [], None
+        self._groups = []
+        self._count = 0
         self._identity = IdentityCheck()
         reference = weakref.ref(self)
 
@@ -219,13 +247,34 @@ class Wrapper(Optimizer):
                 )
             optimizer._restore()
 
-        own_hooks = {self.base_optimizer.register_step_pre_hook(restore_first).id}
-        self._passes = Passes(self.base_optimizer, own_hooks, self._memory, self._identity)
+        def check_first(_: Any, state_dict: dict[str, Any]) -> None:
+            optimizer = reference()
+            if optimizer is not None and "param_groups" in state_dict:
+                optimizer._checked_checkpoint(state_dict)
+
+        def adopt_loaded(_: Any) -> None:
+            optimizer = reference()
+            if optimizer is not None:
+                optimizer._memory.replace(ParamMemory(optimizer._memory.names))
+                optimizer._adopt()
+
+        base = self.base_optimizer
+        handles = [base.register_step_pre_hook(restore_first)]
+        own_hooks = {handles[0].id}
+        if hasattr(base, "_optimizer_load_state_dict_pre_hooks"):  # not where a base leaves torch's constructor out
+            handles += [base.register_load_state_dict_pre_hook(check_first), base.register_load_state_dict_post_hook(adopt_loaded)]
+        for handle in handles:  # a base outlives its wrapper
+            weakref.finalize(self, handle.remove).atexit = False
+        self._passes = Passes(base, own_hooks, self._memory, self._identity)
         self._adopt()
 
     def _restore(self) -> None:
         """Back to the weights of before the ascent, where there was one."""
         raise NotImplementedError
+
+    @property
+    def _names(self) -> _checkpoint.Names:
+        return _checkpoint.Names(self.direction.name, self.descent.name, self._name_keys)
 
     def _require_unperturbed(self, what: str) -> None:
         if self._passes.is_perturbed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -338,6 +338,8 @@ class RWSAM(SAM):
         """One β for all groups. What is equal in all of them becomes one object, so that tensors are compared, which waits for the device,
         once."""
         key = self._keys["beta"]
+        if not self.param_groups:
+            return
         first = self.param_groups[0][key]
         for group in self.param_groups[1:]:
             other = group[key]
@@ -392,8 +394,7 @@ class RWSAM(SAM):
 
 
 def _scaled(losses: Tensor, scaler: GradScaler | None) -> Tensor:
-    scaled: Tensor = losses if scaler is None else scaler.scale(losses)
-    return scaled
+    return losses if scaler is None else cast(Tensor, scaler.scale(losses))
 
 
 _amp.hide_grad_scaler(RWSAM.step)

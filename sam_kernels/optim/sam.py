@@ -20,7 +20,7 @@ from sam_kernels.optim._engine import Engine
 from sam_kernels.optim._family import check_family
 from sam_kernels.optim._held_still import BufferGuard, RandomState
 from sam_kernels.optim._memory import ParamMemory
-from sam_kernels.optim._options import check_group_names, group_keys
+from sam_kernels.optim._options import check_earlier_values, check_group_names, check_keywords, group_keys
 from sam_kernels.optim._replicas import Replicas
 from sam_kernels.optim.descents import Descent, Plain
 from sam_kernels.optim.directions import Direction, Gradient
@@ -114,18 +114,23 @@ class SAM(Engine):
         params = materialised(params)
         given = keys_given(params)
         self.base_optimizer = make_base(params, base_optimizer, base_kwargs)
+        check_keywords(type(self), base_optimizer, self._given, self._shared_keywords, self.base_optimizer)
         check_family(self.direction, self.descent, self.base_optimizer, clips=self.max_grad_norm is not None, capturable=self.capturable)
         self._replicas = Replicas(self._guard.model, self.direction, self.descent, local_ascent=local_ascent)
         self._memory = ParamMemory((*self.direction.keeps, *self.descent.keeps))
         self._has_stepped = False
         is_instance = self.base_optimizer is base_optimizer
-        self._keys = group_keys((*self._group_keys, "sam_step"), self.base_optimizer, [] if is_instance else given)
+        given = [] if is_instance else given
+        self._keys = group_keys((*self._group_keys, "sam_step"), self.base_optimizer, given)
+        self._name_keys = group_keys(("direction", "descent"), self.base_optimizer, given)
         if not is_instance:
             for i, (group, keys) in enumerate(zip(self.base_optimizer.param_groups, given, strict=False)):
                 check_group_names(group, keys, i, self._keys, self.base_optimizer)
         own = {"rho": rho, "lambd": lambd, "adaptive": adaptive, "eta": eta, **self._more_defaults}
         defaults = {self._keys[name]: value for name, value in own.items()}
         self._check_group_values(defaults)
+        if is_instance:
+            check_earlier_values(self.base_optimizer, defaults, self._keys)
         super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **defaults, self._keys["sam_step"]: 0})
         self._link()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -93,3 +94,10 @@ def twin(model: nn.Module) -> nn.Module:
 def assert_same_bits(left: list[Tensor], right: list[Tensor]) -> None:
     for i, (a, b) in enumerate(zip(left, right, strict=True)):
         assert torch.equal(a, b), f"tensor {i}: differs by {(a.double() - b.double()).abs().max().item():.3e}"
+
+
+def through_a_file(value: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)

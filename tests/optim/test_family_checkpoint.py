@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from typing import Any
 
@@ -15,16 +14,9 @@ from torch.distributed.checkpoint import state_dict as dcp
 import sam_kernels
 from tests.optim.family import BASES, MEMBERS
 from tests.optim.family_runs import CASES, ONE_CASE_EACH, everything_of, make, memory_of, run
-from tests.optim.problem import assert_same_bits, closure_of, loss_of, make_batch, make_model, twin, weights
+from tests.optim.problem import assert_same_bits, closure_of, loss_of, make_batch, make_model, through_a_file, twin, weights
 
 KEEPERS = ["VaSSO", "FriendlySAM", "LookSAM"]
-
-
-def through_a_file(value: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
