@@ -39,7 +39,12 @@ def same_tensors(left: Sequence[Any] | None, right: Sequence[Any]) -> bool:
 
 def address_of(param: Tensor) -> int:
     """Where its memory begins; 0 for one that has none yet, or holds no values."""
-    return 0 if is_fake(param) or param.is_meta or param.layout is not torch.strided else param.data_ptr()
+    if is_fake(param) or param.is_meta or param.layout is not torch.strided:
+        return 0
+    try:
+        return param.data_ptr()
+    except RuntimeError:  # a wrapper, a tensor of torch.func
+        return 0
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:

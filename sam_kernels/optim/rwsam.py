@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -394,7 +394,7 @@ class RWSAM(SAM):
 
 
 def _scaled(losses: Tensor, scaler: GradScaler | None) -> Tensor:
-    return losses if scaler is None else cast(Tensor, scaler.scale(losses))
+    return losses if scaler is None else scaler.scale(losses)
 
 
 _amp.hide_grad_scaler(RWSAM.step)

@@ -30,7 +30,7 @@ NAN = float("nan")
         ({"adaptive": 1}, TypeError, "adaptive must be True or False"),
         ({"eta": -1.0}, ValueError, "eta must be a finite number"),
         ({"norm_eps": NAN}, ValueError, "norm_eps must be a finite number"),
-        ({"eps": 1e-8}, TypeError, "eps is an option of the base optimizer, and SGD takes none; SAM's own is norm_eps"),
+        ({"eps": 1e-8}, TypeError, "eps is an option of the base optimizer, and SGD names none; SAM's own is norm_eps"),
         ({"max_grad_norm": -1.0}, ValueError, "max_grad_norm must be a finite number"),
         ({"preserve_rng_state": 1}, TypeError, "preserve_rng_state must be True or False"),
         ({"model": [1]}, TypeError, r"model\[0\] must be a torch\.nn\.Module"),
