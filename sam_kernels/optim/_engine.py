@@ -105,8 +105,9 @@ class Engine(Wrapper):
         return plan
 
     def _advance(self, steps: int) -> None:
-        for group in self.param_groups:
-            group[self._keys["sam_step"]] += steps  # a tensor in place
+        t = self._keys["sam_step"]
+        for group in self.base_optimizer.param_groups:
+            group[t] += steps  # a tensor in place
 
     def _take_back(self) -> None:
         """After an exception: a step that was begun and not made is not counted, and the next one has its plan."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from operator import is_
 from types import MappingProxyType
 from typing import Any
 
@@ -75,7 +76,7 @@ class Wrapper(Optimizer):
     def param_groups(self) -> list[dict[str, Any]]:
         """The base's, each with SAM's options."""
         groups = self.base_optimizer.param_groups
-        if not same_tensors(self._groups, groups):
+        if len(groups) != len(self._groups) or not all(map(is_, groups, self._groups)):
             self._adopt()
         return groups
 

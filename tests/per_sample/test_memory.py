@@ -109,8 +109,5 @@ def test_what_is_not_kept_is_freed(keep: bool) -> None:
 
 def _alive(shape: tuple[int, int]) -> list[Tensor]:
     gc.collect()
-    return [
-        each
-        for each in gc.get_objects()
-        if type(each) is Tensor and not each.is_nested and tuple(each.shape[:1] + each.shape[-1:]) == shape
-    ]
+    tensors = [each for each in gc.get_objects() if type(each) is Tensor and not each.is_nested]
+    return [each for each in tensors if tuple(each.shape[:1] + each.shape[-1:]) == shape]
