@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from sam_kernels._memory_of import is_fake
+from sam_kernels.optim._warn import warn_user
 
-__all__ = ["ClosureWatch"]
+__all__ = ["ClosureWatch", "HalvesWatch"]
 
 _ADDS = (
     "SAM.step: the closure added its gradient to one that was in .grad before, so the two belong to different points; zero the gradients "
@@ -21,6 +22,11 @@ _COMPUTES_NOTHING = (
     "SAM.step: the closure left no gradient of its own; it must zero the gradients, run the forward pass and call backward() on the loss, "
     "and is called twice. (A loop of loss.backward() and optimizer.step() needs optimizer.backward(closure) in the place of the first.)"
 )
+_ADDS_HALVES = (
+    "SAM: the second backward pass added its gradient to that of the first pass, so the update is along a sum of gradients of two points; "
+    "call first_step(zero_grad=True), or zero_grad() between the passes"
+)
+_STEPS_WATCHED = 2
 _LOOKED_AT = 64  # elements of an old gradient
 
 
@@ -33,10 +39,7 @@ class ClosureWatch:
 
     def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
         self._groups = groups
-        first = next(_with_old_grads(groups), None)
-        last = None if first is None else next(_with_old_grads(groups, last_first=True))
-        watched = [] if first is None else [first] if last is first else [first, last]
-        self._grads = [_OldGrad(param, param.grad) for param in watched if param is not None and param.grad is not None]
+        self._grads = [_OldGrad(param, grad, grad.detach()) for param, grad in _first_and_last(groups)]
 
     def __enter__(self) -> ClosureWatch:
         for grad in self._grads:
@@ -57,11 +60,44 @@ class ClosureWatch:
             raise RuntimeError(_COMPUTES_NOTHING)
 
 
-class _OldGrad:
-    """A gradient that was there before the closure. An alias stands in for it: assigning the old tensor again is seen, too."""
+class HalvesWatch:
+    """Watches the two-step API between :meth:`first_step` and :meth:`second_step`, in the first steps of an optimizer alone: a loop that
+    leaves ``zero_grad`` out does so from the beginning. Some may want the sum, so it is no error."""
 
-    def __init__(self, param: Tensor, grad: Tensor) -> None:
-        self._param, self._grad, self._alias = param, grad, grad.detach()
+    def __init__(self) -> None:
+        self._grads: list[_OldGrad] = []
+        self._steps = 0
+
+    def begin(self, groups: Sequence[dict[str, Any]]) -> None:
+        """After the ascent, where the gradients have not been zeroed."""
+        self.end()
+        self._steps += 1
+        if self._steps <= _STEPS_WATCHED:
+            self._grads = [_OldGrad(param, grad, grad) for param, grad in _first_and_last(groups)]
+            for each in self._grads:
+                each.watch()
+
+    def end(self) -> bool:
+        """Whether a gradient of the second pass was added to one of the first."""
+        for grad in self._grads:
+            grad.end()
+        adds = any(grad.was_added_to for grad in self._grads)
+        self._grads = []
+        return adds
+
+    def check(self) -> None:
+        """Before the update. Warns where gradients of two points were added up."""
+        if self._grads and self.end():
+            self._steps = _STEPS_WATCHED
+            warn_user(_ADDS_HALVES)
+
+
+class _OldGrad:
+    """A gradient that was there before. While it is watched ``stand_in`` takes its place: of an alias, assigning the old tensor again is
+    seen, too."""
+
+    def __init__(self, param: Tensor, grad: Tensor, stand_in: Tensor) -> None:
+        self._param, self._grad, self._alias = param, grad, stand_in
         self.was_added_to = False
         self._is_about_to_be = False
         self._was_reached = False  # by autograd
@@ -102,6 +138,14 @@ def _some_of(grad: Tensor) -> Tensor | None:
     if not grad.is_cpu or grad.layout is not torch.strided or is_fake(grad):
         return None
     return grad[tuple(slice(_LOOKED_AT if i == grad.dim() - 1 else 1) for i in range(grad.dim()))].clone()
+
+
+def _first_and_last(groups: Sequence[dict[str, Any]]) -> list[tuple[Tensor, Tensor]]:
+    """The first and the last parameter that have a gradient, with it."""
+    first = next(_with_old_grads(groups), None)
+    last = None if first is None else next(_with_old_grads(groups, last_first=True))
+    found = [] if first is None else [first] if last is first else [first, last]
+    return [(param, param.grad) for param in found if param is not None and param.grad is not None]
 
 
 def _with_old_grads(groups: Sequence[dict[str, Any]], *, last_first: bool = False) -> Iterator[Tensor]:

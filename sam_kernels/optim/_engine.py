@@ -13,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from sam_kernels._memory_of import why_no_memory
 from sam_kernels.optim import _amp, _capturable
 from sam_kernels.optim._ascent_step import AscentStep
-from sam_kernels.optim._closure_watch import ClosureWatch
+from sam_kernels.optim._closure_watch import ClosureWatch, HalvesWatch
 from sam_kernels.optim._closures import Closure, TwoPasses
 from sam_kernels.optim._family import check_gradient, check_passes
 from sam_kernels.optim._group import param_name
@@ -49,7 +49,7 @@ class Engine(Wrapper):
         self._replayed_state: RandomState | None = None  # of the step under way
         self._scale_is_known = False  # first_step was given the scaler
         self._kept_grads = KeptGrads()
-        self._skips = SkipWatch()
+        self._skips, self._halves = SkipWatch(), HalvesWatch()
         self._loss: Any = None  # of the last pass, for rules that need it
         self._step_sizes: dict[int, Tensor] = {}  # by group, of the last step, where a rule has chosen them
         self._awaits_ascent = False  # moved to where the first gradient is taken, and not yet further
@@ -218,7 +218,7 @@ class Engine(Wrapper):
         self._passes.begin(device, plan)
         self._guard.begin()
         try:
-            step = AscentStep(self._passes, plan, self._replicas.index_of(made, 1))
+            step = AscentStep(self._passes, plan, self._replicas.index_of_call(made))
             is_replayed = self.preserve_rng_state and not self.direction.needs_no_gradient
             random_state = RandomState(self._devices()) if is_replayed else None
             loss = None
@@ -283,6 +283,7 @@ class Engine(Wrapper):
         found_inf = self.__dict__.get("found_inf")
         found_inf = found_inf if isinstance(found_inf, Tensor) else None
         if is_sam:
+            self._halves.check()
             self._passes.check_unwritten()
             _amp.check_order(self._scale_is_known, grad_scale, found_inf)
             self._descend(grad_scale, found_inf, scaler)
@@ -393,5 +394,7 @@ class Engine(Wrapper):
     def _restore(self) -> None:
         """Back to the weights and buffers of before the ascent, where there was one. A checkpoint that was loaded since stays."""
         self._awaits_ascent = self._is_counted = False
-        if self._passes.is_perturbed and self._passes.abandon():
-            self._guard.restore()
+        if self._passes.is_perturbed:
+            self._halves.end()
+            if self._passes.abandon():
+                self._guard.restore()

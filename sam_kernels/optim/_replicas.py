@@ -83,6 +83,13 @@ class Replicas:
             return micro_batch
         return distributed.get_rank(self._replicated[0].process_group) * count + micro_batch
 
+    def index_of_call(self, made: int) -> int:
+        """The place of this rank's call of ``backward`` among those of all ranks, where ``made`` calls came before in the step."""
+        if not self._averaging or not self._replicated:
+            return made
+        group = self._replicated[0].process_group
+        return made * distributed.get_world_size(group) + distributed.get_rank(group)
+
     def check_first_pass(self) -> None:
         """After the first pass. Raises RuntimeError where its gradient is averaged and should not be, or the other way round, and that
         would make another step, or replicas that drift apart. ``DistributedDataParallel`` notes how its last forward pass ran."""

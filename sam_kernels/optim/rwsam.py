@@ -197,7 +197,7 @@ class RWSAM(SAM):
         made = self._calls_made()
         if made == 0:
             self._norms, self._weights = [], []
-        index = self._replicas.index_of(made, 1)
+        index = self._replicas.index_of_call(made)
         loss: Tensor = self._add_gradient(*self._pair(closure, index, scaler, zeroes=False), scaler)
         return loss
 

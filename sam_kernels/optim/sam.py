@@ -12,7 +12,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from sam_kernels._validate import check_flag, check_number, describe, plain_number
-from sam_kernels.optim import _amp
+from sam_kernels.optim import _amp, _capturable
 from sam_kernels.optim._ascent_step import AscentStep
 from sam_kernels.optim._base import keys_given, make_base, materialised
 from sam_kernels.optim._closures import Closure, passes_of
@@ -296,6 +296,8 @@ class SAM(Engine):
             self._replayed_state, self._random_state = self._random_state, None
         if zero_grad:
             self.zero_grad()
+        elif not (self.direction.needs_no_gradient or _capturable.is_recording(self._passes.found_inf.device)):
+            self._halves.begin(self.param_groups)
 
     def second_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None, loss: Any = None) -> None:
         """The descent: weights are restored and stepped along the gradients as they are. ``loss``: that at the perturbed weights, for rules

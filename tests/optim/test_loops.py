@@ -358,3 +358,38 @@ def test_an_exception_in_the_closure_leaves_the_gradients_that_were_there() -> N
         optimizer.step(closure)
     assert all(param.grad is grad for param, grad in zip(model.parameters(), grads, strict=True))
     assert not hooks_of(model)
+
+
+# --- the two-step API ---
+
+
+def two_halves(optimizer: Any, model: nn.Module, **first: bool) -> None:
+    optimizer.zero_grad()
+    loss_of(model, make_batch()).backward()
+    optimizer.first_step(**first)
+    loss_of(model, make_batch()).backward()
+    optimizer.second_step()
+
+
+def test_a_second_pass_that_adds_to_the_first_is_warned_of_once() -> None:
+    model = make_model()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            two_halves(optimizer, model)
+    assert ["sum of gradients of two points; call first_step(zero_grad=True)" in str(each.message) for each in caught] == [True]
+    assert not any(param._backward_hooks or param._post_accumulate_grad_hooks for param in model.parameters())
+
+
+def test_zeroed_halves_are_not_warned_of() -> None:
+    model = make_model()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        two_halves(optimizer, model, zero_grad=True)
+        loss_of(model, make_batch()).backward()
+        optimizer.first_step()
+        model.zero_grad(set_to_none=False)
+        loss_of(model, make_batch()).backward()
+        optimizer.second_step()
