@@ -1,0 +1,133 @@
+"""``python -m bench.against COMMIT``: whole steps of this checkout against those of another commit, in turns in one process.
+
+The other commit's package is imported under a name of its own, with the compiled modules of this checkout, so the comparison is of the
+Python code. A second copy of the other commit takes part as a control: its ratio to the first shows what the machine cannot tell apart.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import click
+import numpy as np
+from rich.table import Table
+
+import sam_kernels
+from bench.__main__ import Names
+from bench.command import begin, write
+from bench.environment import environment
+from bench.providers import BASES, Base
+from bench.providers.base import RHO
+from bench.timing import interleave
+from bench.workloads import DTYPES, WORKLOADS, Workload, make_grads, make_params
+
+__all__ = ["load", "main", "measure"]
+
+ROOT = Path(__file__).parents[1]
+ROUNDS = {"many_tiny": 60, "resnet18": 40, "gpt2_124m": 15}
+
+
+def load(commit: str, name: str, folder: Path) -> ModuleType:
+    """The package of ``commit`` as a module called ``name``."""
+    archive = subprocess.run(["git", "archive", commit, "sam_kernels"], cwd=ROOT, check=True, capture_output=True).stdout
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        tar.extractall(folder, filter="data")
+    (folder / "sam_kernels").rename(folder / name)
+    for path in (folder / name).rglob("*.py"):
+        path.write_text(re.sub(r"\bsam_kernels\b", name, path.read_text(encoding="utf-8")), encoding="utf-8")
+    for compiled in (ROOT / "sam_kernels").glob("*.so"):
+        shutil.copy2(compiled, folder / name)
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(folder))
+
+
+def _stepper(module: Any, workload: Workload, base: Base, dtype: str) -> Callable[[], None]:
+    params = make_params(make_grads(workload.shapes, DTYPES[dtype]))
+    optimizer = module.SAM(params, base.optimizer, rho=RHO, **base.kwargs | {"lr": 1e-6})
+
+    def step() -> None:
+        optimizer.first_step()
+        optimizer.second_step()
+
+    return step
+
+
+def measure(modules: dict[str, Any], workload: Workload, base: Base, dtype: str, *, rounds: int, times: int) -> dict[str, Any]:
+    """Medians in milliseconds, and 20, 50 and 80 % quantiles of the ratios, round by round, to the first module.
+
+    ``times``: how often the optimizers are made anew, because where their tensors happen to lie in memory moves a step by some percent.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in modules}
+    for turn in range(times):
+        names = list(modules)[turn % len(modules) :] + list(modules)[: turn % len(modules)]
+        steps = {name: _stepper(modules[name], workload, base, dtype) for name in names}
+        for name, found in interleave(steps, rounds=rounds, settle=1 if workload.name == "many_tiny" else 0).items():
+            samples[name] += found
+    first = np.array(samples[next(iter(modules))])
+    ratios = {name: np.quantile(np.array(each) / first, (0.2, 0.5, 0.8)).round(4).tolist() for name, each in samples.items()}
+    return {
+        "workload": workload.name,
+        "base": base.name,
+        "dtype": dtype,
+        "ms": {name: float(np.median(each)) for name, each in samples.items()},
+        "ratios": ratios,
+    }
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("commit")
+@click.option("--workload", "workloads", type=Names(list(WORKLOADS)), default=",".join(WORKLOADS), show_default=True, help="Shapes.")
+@click.option("--base", "bases", type=Names(list(BASES)), default=",".join(BASES), show_default=True, help="Wrapped optimizer.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Of the parameters.")
+@click.option("--repeats", type=click.IntRange(min=1), help="Rounds per set of optimizers. Default: 15 to 60, by size.")
+@click.option("--times", type=click.IntRange(min=1), default=4, show_default=True, help="Sets of optimizers, made one after another.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of torch. Default: all cores.")
+@click.option("--store", is_flag=True, help="Write bench/results/<device>/against.json.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the result there.")
+def main(
+    commit: str,
+    workloads: Sequence[str],
+    bases: Sequence[str],
+    dtype: str,
+    repeats: int | None,
+    times: int,
+    threads: int | None,
+    store: bool,
+    json_path: Path | None,
+) -> None:
+    """Compare whole optimizer steps of this checkout with those of COMMIT."""
+    console = begin(threads)
+    table = Table("workload", "base", "ms before", "ms now", "now / before: 20, 50, 80 %", "control / before")
+    with tempfile.TemporaryDirectory() as folder:
+        names = ("sam_kernels_before", "sam_kernels_control")
+        modules: dict[str, Any] = {name.rpartition("_")[2]: load(commit, name, Path(folder)) for name in names} | {"now": sam_kernels}
+        run = partial(measure, modules, dtype=dtype, times=times)
+        rows = []
+        for workload in workloads:
+            for base in bases:
+                row = run(WORKLOADS[workload], BASES[base], rounds=repeats or ROUNDS[workload])
+                rows.append(row)
+                shown = {name: " ".join(f"{each:.3f}" for each in found) for name, found in row["ratios"].items()}
+                table.add_row(workload, base, f"{row['ms']['before']:.3f}", f"{row['ms']['now']:.3f}", shown["now"], shown["control"])
+    console.print(table)
+    result = {**environment(), "against": commit, "command": " ".join(["python -m bench.against", *sys.argv[1:]]), "rows": rows}
+    write(result, json_path, "against" if store else None)
+
+
+if __name__ == "__main__":
+    main()
