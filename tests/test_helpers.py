@@ -11,6 +11,7 @@ from torch import Tensor
 from sam_kernels.backends import foreach
 from tests.helpers.cases import CASES, DTYPES, build, check, guards_intact, make_tensor, rows_of, run
 from tests.helpers.compare import assert_same_bits, compare, same_bits
+from tests.helpers.pairwise import in_turns
 from tests.helpers.tolerance import Arithmetic, Rounded, bounds_of, norm_bound, ulp
 
 
@@ -220,3 +221,10 @@ def test_a_clone_keeps_layouts_guards_and_shared_memory() -> None:
     assert all(guards_intact(tensor) for tensor in copy.lists["params"][1:])
     copy.lists["params"][1]._base.fill_(0.0)
     assert not guards_intact(copy.lists["params"][1])
+
+
+def test_what_takes_turns_meets_every_element_of_every_axis() -> None:
+    rows = in_turns("ab", range(3), "xyz", [True, False])
+    assert len(rows) == len(set(rows)) == 18
+    for axis in (1, 2, 3):
+        assert {(row[0], row[axis]) for row in rows} == {(value, each) for value in "ab" for each in {row[axis] for row in rows}}
