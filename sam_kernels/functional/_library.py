@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sam_kernels import _dispatch
+from sam_kernels._memory_of import active_fake_mode
 from sam_kernels._tensor_list import TensorList
 from sam_kernels.functional._common import Number, Tensors, TensorsOrNone
 from sam_kernels.functional._kinds import are_ordinary, explain, fake_mode_of
@@ -102,7 +103,8 @@ def operation(
         def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
             if _is_traced():
                 return cast(_R, traced(*args, **kwargs))
-            if TensorList not in map(type, args[:2]) and not are_ordinary((*args, *kwargs.values())):  # its owner has looked
+            is_trusted = TensorList in map(type, args[:2]) and active_fake_mode() is None  # the list's owner has looked
+            if not is_trusted and not are_ordinary((*args, *kwargs.values())):
                 mode = fake_mode_of(op.__name__, signature, args, kwargs)
                 if mode is not None:
                     with mode:
