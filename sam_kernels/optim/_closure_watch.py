@@ -104,7 +104,8 @@ class _OldGrad:
 
     def watch(self) -> None:
         self._param.grad = self._alias
-        self._version, self._values = self._alias._version, _some_of(self._alias)
+        # Values tell what was written unseen; where the gradient stands in for itself nobody asks for that.
+        self._version, self._values = self._alias._version, None if self._alias is self._grad else _some_of(self._alias)
         before = self._param.register_hook(self._before)  # type: ignore[no-untyped-call]  # torch's
         after = self._param.register_post_accumulate_grad_hook(self._after)  # type: ignore[no-untyped-call]  # torch's
         self._hooks = [before, after]
