@@ -20,7 +20,7 @@ def report_norm(
 
     Waits for no device; a norm on the CPU takes no more than one small operation.
     """
-    if found_inf is not None and skipped is not None:
+    if found_inf is not None and skipped is not None and not (found_inf.is_cpu and found_inf.item() == 0.0):
         skipped.add_(found_inf.reshape(skipped.shape))
         found_inf.zero_()
     if found_inf is not None:

@@ -70,7 +70,8 @@ class HalvesWatch:
 
     def begin(self, groups: Sequence[dict[str, Any]]) -> None:
         """After the ascent, where the gradients have not been zeroed."""
-        self.end()
+        if self._grads:
+            self.end()
         self._steps += 1
         if self._steps <= _STEPS_WATCHED:
             self._grads = [_OldGrad(param, grad, grad) for param, grad in _first_and_last(groups)]

@@ -22,7 +22,7 @@ from sam_kernels.optim._identity import IdentityCheck
 from sam_kernels.optim._in_flight import InFlight
 from sam_kernels.optim._memory import ParamMemory
 from sam_kernels.optim._plan import StepPlan
-from sam_kernels.optim._weight_watch import WeightWatch
+from sam_kernels.optim._weight_watch import NOTHING_WATCHED, WeightWatch
 
 if TYPE_CHECKING:
     from sam_kernels.optim._ascent_step import AscentStep
@@ -62,7 +62,7 @@ class Passes:
         self._saved: dict[int, GroupLists] = {}  # by group: what has been saved in this step
         self._trainable: dict[int, GroupLists] = {}  # where not every trainable parameter has a gradient
         self._begins = False  # found_inf is still the last step's
-        self._watch = WeightWatch()  # the two-step API's, between the passes
+        self._watch = NOTHING_WATCHED  # the two-step API's, between the passes
         self._told_norm: Tensor | None = None  # () the last norm that has told found_inf of itself
 
     def begin(self, device: torch.device, plan: StepPlan | None) -> None:
@@ -246,7 +246,7 @@ class Passes:
                 group = {**group, **options[i]} if i in options else group
                 for lists, grads, old_params in self._parts(i, by_index.get(i)):
                     fused_step(self.base, group, lists, grads, old_params=old_params, max_norm=max_norm, **amp)
-            self._perturbed, self._watch = {}, WeightWatch()
+            self._perturbed, self._watch = {}, NOTHING_WATCHED
             self.base._opt_called = True  # type: ignore[attr-defined]  # or a scheduler on the base would warn
         else:
             if is_recording(self.found_inf.device):
@@ -273,7 +273,7 @@ class Passes:
                 functional.restore_(lists.params, lists.old_params)
             else:  # plain lists: a parameter may lie elsewhere by now
                 functional.restore_([lists.params[i] for i in rows], [lists.old_params[i] for i in rows])
-        self._perturbed, self._watch = {}, WeightWatch()
+        self._perturbed, self._watch = {}, NOTHING_WATCHED
         self._in_flight = None
         self.is_perturbed = self.has_ascended = False
         torch.clear_autocast_cache()

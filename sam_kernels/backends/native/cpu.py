@@ -7,6 +7,7 @@ does not depend on the number of threads. Threads are torch's (``torch.set_num_t
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -85,8 +86,13 @@ def grad_norms(
     """Norms of consecutive groups of rows, reported where there is one. Reads g (and p when adaptive)."""
     described = _lists.describe(grads)
     norms = _norms(described, _lists.describe(params) if adaptive else None, group_sizes, adaptive=adaptive, eta=eta)
-    result = torch.tensor(norms, dtype=torch.float64 if described.has_float64 else torch.float32, device="cpu")
-    return result if len(norms) != 1 else report_norm(result[0], found_inf, skipped, out).reshape(1)
+    dtype = torch.float64 if described.has_float64 else torch.float32
+    if len(norms) != 1:
+        return torch.tensor(norms, dtype=dtype, device="cpu")
+    if out is None or out.dtype is not dtype:
+        return report_norm(torch.tensor(norms[0], dtype=dtype, device="cpu"), found_inf, skipped, out).reshape(1)
+    out.fill_(norms[0] if dtype is torch.float64 else ctypes.c_float(norms[0]).value)  # fill_ refuses what float32 rounds to inf
+    return report_norm(out, found_inf, skipped, None).reshape(1)
 
 
 def _norms(grads: Any, params: Any, group_sizes: Sequence[int], *, adaptive: bool, eta: float) -> list[float]:
