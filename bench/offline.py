@@ -19,6 +19,7 @@ from triton.runtime import driver
 
 import sam_kernels
 from sam_kernels.backends import triton as backend
+from sam_kernels.backends.triton import _launch
 
 __all__ = ["compiling_only", "takes_cpu_tensors"]
 
@@ -94,6 +95,7 @@ def takes_cpu_tensors() -> Iterator[None]:
     with (
         mock.patch.object(backend, "DEVICE_TYPES", cpu),
         mock.patch.object(backend._lists, "DEVICE_TYPES", cpu),
+        mock.patch.object(_launch, "_compiled", {}),  # nothing that was compiled for another driver is found
         sam_kernels.use_backend("triton"),
     ):
         yield

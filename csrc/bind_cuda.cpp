@@ -161,6 +161,7 @@ PYBIND11_MODULE(SAM_CUDA_MODULE, module) {
 #if defined(SAM_CUDA_ON_HOST)
   bind_split<kSmallArguments>(module, "SmallSplit");
   bind_split<kLargeArguments>(module, "LargeSplit");
+  module.def("set_runs_launches", [](bool runs) { runs_launches() = runs; }, arg("runs"));
 #endif
   module.def("reason_missing", &reason_missing);
   module.def("capability", &capability, arg("device"));

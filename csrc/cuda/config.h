@@ -27,4 +27,14 @@ struct Cut {
 
 Cut& cut();
 
+#if defined(SAM_CUDA_ON_HOST)
+
+// Whether launches run. Where they do not, what is left is the host's work, up to the call of CUDA's runtime.
+inline bool& runs_launches() {
+  static bool runs = true;
+  return runs;
+}
+
+#endif
+
 }  // namespace sam::cuda

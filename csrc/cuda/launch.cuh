@@ -50,6 +50,7 @@ SAM_INLINE Piece<Op::kRoles> piece_of(const Table& table, uint32_t turn) {
 
 template <class Op, class Table>
 void launch_table(const Table& table, const typename Op::Options& options, const Place&) {
+  if (!runs_launches()) return;
   const Op op(options);
   for (uint32_t chunk = 0; chunk < table.chunks(); ++chunk) {
     const auto piece = piece_of<Op>(table, chunk);
