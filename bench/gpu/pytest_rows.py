@@ -13,6 +13,7 @@ import pytest
 MOST_WORDS = 300
 
 
+@pytest.hookimpl(trylast=True)  # after the terminal's reporter is there
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Rows(config), "rows")
@@ -23,9 +24,11 @@ class _Rows:
         self.reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
-        """No dots: the rows say more."""
-        return ("passed" if report.when == "call" else "", "", "") if report.passed else None
+    def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str]:
+        """No dots and letters: a row begins a line."""
+        if report.when != "call" and not report.skipped:
+            return ("error" if report.failed else "", "", "")
+        return (report.outcome, "", "")
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

@@ -98,7 +98,9 @@ def _finish(record: Record, outcomes: list[Outcome], say: Callable[[str], None])
     result = result_of(record.rows)
     red = [outcome.phase.name for outcome in outcomes if is_red(outcome)]
     late = [outcome.phase.name for outcome in outcomes if outcome.code is None]
+    failed = [outcome.phase.name for outcome in outcomes if outcome.code not in (None, 0, 5) and not is_red(outcome)]
     verdict = f"RED: {', '.join(red)}" if red else "green"
+    verdict += f"; failed: {', '.join(failed)}" if failed else ""
     verdict += f"; cut off or left out: {', '.join(late)}" if late else ""
     verdict += f"; results in {_shown(record.folder)}" if record.folder is not None else "; no results were kept"
     for line in [*(line for block in tables(result) for line in block), *lines, *bars.lines(result["rows"]), verdict]:

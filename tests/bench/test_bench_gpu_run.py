@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,7 +17,7 @@ from click.testing import CliRunner, Result
 
 from bench.gpu import build, calls, carry, closing, gate, phases, run, sanitize, smoke, stages
 from bench.gpu.phases import Outcome, Phase
-from bench.gpu.record import BENCH, LOG, SUMMARY, TESTS
+from bench.gpu.record import BENCH, LOG, SUMMARY, TESTS, row_of
 
 GPU = {"kind": "run", "gpu": "Some GPU", "gate": "passed: all", "bandwidth": {"copy": {"gbps": 3000.0, "by": "copy_"}}}
 TESTED = {"kind": "test", "name": "smoke[restore_-restore-native]", "op": "restore_", "backend": "native", "outcome": "passed"}
@@ -201,6 +203,26 @@ def test_without_a_device_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> N
     assert all("--dry-run" in phase.command for phase in dry if phase.name in ("smoke", "bench", "sweep"))
 
 
+def test_every_test_is_a_row_of_the_output(tmp_path: Path) -> None:
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\ndef test_good(): pass\ndef test_bad(): assert 1 == 2, 'two'\n"
+        "@pytest.mark.skip(reason='no device')\ndef test_absent(): pass\n"
+        "@pytest.fixture\ndef broken(): raise RuntimeError('no memory')\ndef test_broken(broken): pass\n"
+    )
+    for workers in ([], ["-n", "1"]):
+        command = [sys.executable, "-m", "pytest", *gate.PLUGIN, *workers, "--rootdir", str(tmp_path), str(tmp_path)]
+        env = {**os.environ, "PYTHONPATH": str(run.ROOT)}
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        rows = {row["name"].rpartition("::")[2]: row for line in done.stdout.splitlines() if (row := row_of(line))}
+        outcomes = {"test_good": "passed", "test_bad": "failed", "test_absent": "skipped", "test_broken": "failed"}
+        assert {name: row["outcome"] for name, row in rows.items()} == outcomes
+        assert rows["test_bad"]["words"].startswith("AssertionError: two")
+        assert rows["test_absent"]["words"] == "Skipped: no device"
+        assert rows["test_broken"]["words"] == "RuntimeError: no memory"
+        assert "1 failed, 1 passed, 1 skipped, 1 error" in done.stdout
+
+
 # --- building ---
 
 
@@ -279,6 +301,7 @@ def test_a_run_without_nvcc_goes_on(simulate: Any, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert any(line.startswith("build      failed (exit code 1), ") and line.endswith(words) for line in result.output.splitlines())
     assert len((tmp_path / "out" / BENCH).read_text().splitlines()) == 2
+    assert result.output.splitlines()[-1].startswith("green; failed: build; results in ")
     assert any("restore_, 10^8: fp32 93.5" in line for line in result.output.splitlines())
 
 
