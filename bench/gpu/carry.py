@@ -32,10 +32,14 @@ _ASK = (
     "import json, os, sys, sysconfig; header = os.path.join(sysconfig.get_paths()['include'], 'Python.h'); "
     "print(json.dumps(['%d.%d' % sys.version_info[:2], sysconfig.get_config_var('EXT_SUFFIX'), os.path.exists(header)]))"
 )
-# Run in a process of its own: an import that crashes takes nothing along.
+# Run in a process of its own: an import that crashes takes nothing along. After torch, as the package does: that brings the OpenMP runtime.
 _IMPORT = (
-    "import importlib.util as u, sys; spec = u.spec_from_file_location('sam_kernels.' + sys.argv[1], sys.argv[2]); "
-    "module = u.module_from_spec(spec); spec.loader.exec_module(module); print(getattr(module, 'ARCHITECTURES', ''))"
+    "import importlib.util as u, sys, torch\n"
+    "for path in sys.argv[1:]:\n"
+    "    spec = u.spec_from_file_location('sam_kernels.' + path.rpartition('/')[2].partition('.')[0], path)\n"
+    "    module = u.module_from_spec(spec)\n"
+    "    spec.loader.exec_module(module)\n"
+    "    print(getattr(module, 'ARCHITECTURES', ''))\n"
 )
 
 
@@ -113,16 +117,16 @@ def reason_unfit(capability: int, folder: Path = FOLDER) -> str | None:
         return f"there are none in {_shown(folder)}"
     if built_from != sources():
         return "they were built from other sources"
-    for module in MODULES:
-        if not _file(folder, module).exists():
-            return f"they are for another Python than {sys.version_info.major}.{sys.version_info.minor}"
-        command = [sys.executable, "-c", _IMPORT, module, str(_file(folder, module))]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            words = done.stderr.strip().splitlines()
-            return f"{module} cannot be imported ({words[-1][:200] if words else f'exit code {done.returncode}'})"
-        if module == "_cuda" and not runs_on(done.stdout, capability):
-            return f"_cuda has code for {done.stdout.strip()}, this device is {capability // 10}.{capability % 10}"
+    paths = [_file(folder, module) for module in MODULES]
+    if not all(path.exists() for path in paths):
+        return f"they are for another Python than {sys.version_info.major}.{sys.version_info.minor}"
+    done = subprocess.run([sys.executable, "-c", _IMPORT, *map(str, paths)], capture_output=True, text=True, check=False)
+    found = done.stdout.splitlines()
+    if done.returncode != 0:
+        words = done.stderr.strip().splitlines()
+        return f"{MODULES[len(found)]} cannot be imported ({words[-1][:200] if words else f'exit code {done.returncode}'})"
+    if not runs_on(found[0], capability):
+        return f"_cuda has code for {found[0]}, this device is {capability // 10}.{capability % 10}"
     return None
 
 
