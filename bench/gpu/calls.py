@@ -66,7 +66,8 @@ def phases(plan: Plan, say: Say) -> list[Phase]:
     """In the order of ``PHASES``. What cannot be run here is left out, with a line that says why."""
     if plan.is_dry_run and "build" in plan.chosen:
         say("left out: build: a dry run takes the modules that are there")
-    built = [_build()] if "build" in plan.chosen and not plan.is_dry_run else []
+    # A machine that the modules were just carried to has no others.
+    built = [_build()] if ("build" in plan.chosen or carry.is_there()) and not plan.is_dry_run else []
     smoke = [_smoke(plan)] if "smoke" in plan.chosen else []
     tested = _tests(plan, say)
     return [*built, *smoke, *tested, *_measurements(plan, [phase.name for phase in (*built, *smoke, *tested)], say)]

@@ -47,7 +47,8 @@ def phase_line(outcome: Outcome) -> str:
         words = f"{len(outcome.rows)} rows" + (f", {absent} left out (log.txt says why)" if absent else "")
     elif outcome.phase.name == "build":
         words = (outcome.tail(1) or [""])[0]
-    return f"{outcome.phase.name:<10} {outcome.state}, {outcome.seconds:.0f} s{': ' + words[:300] if words else ''}"
+    state = outcome.state if outcome.code is None else f"{outcome.state}, {outcome.seconds:.0f} s"
+    return f"{outcome.phase.name:<10} {state}{': ' + words[:300] if words else ''}"
 
 
 def failure_lines(outcome: Outcome) -> list[str]:

@@ -26,7 +26,7 @@ from bench.gpu.record import Record, row_of
 __all__ = ["Outcome", "Phase", "run_together", "xdist_options"]
 
 ROOT = Path(__file__).resolve().parents[2]
-GRACE = 8.0  # seconds between asking a process to end and killing it
+GRACE = 4.0  # seconds between asking a process to end and killing it
 MOST_LINES = 20_000  # of a phase, in memory
 SPARE_CORES, MOST_WORKERS = 4, 12
 
@@ -90,9 +90,11 @@ class _Running:
         self.record = record
         self.started = time.monotonic()
         self.ends = min(self.started + phase.seconds, phase.until)
+        self.asked: float | None = None  # when it was asked to end
         self.lines: deque[str] = deque(maxlen=MOST_LINES)
         self.rows: list[Mapping[str, Any]] = []
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **phase.env}
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        env = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **phase.env}
         record.log(f"===== {phase.name}: {' '.join(phase.command).replace(sys.executable, 'python3')}")
         self.process = subprocess.Popen(
             phase.command,
@@ -119,17 +121,25 @@ class _Running:
                 self.lines.append(line)
                 self.record.log(f"{self.phase.name} | {line}")
 
-    def end(self) -> None:
-        """Ends the process and everything it started. It is asked first: pytest then says what it was at."""
-        for kind, patience in ((signal.SIGINT, GRACE), (signal.SIGKILL, GRACE)):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, kind)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(patience)
+    def send(self, kind: signal.Signals) -> None:
+        """To the process and everything it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, kind)
+
+    def poll(self) -> Outcome | None:
+        """None while it runs. A process whose time is up is asked to end, then killed; the others are not kept waiting for that."""
+        code, now = self.process.poll(), time.monotonic()
+        if code is None and self.asked is None and now >= self.ends:
+            self.asked = now
+            self.send(signal.SIGINT)
+        if code is None and self.asked is not None and now >= self.asked + GRACE:
+            self.send(signal.SIGKILL)
+        if code is None and (self.asked is None or now < self.asked + 2 * GRACE):
+            return None
+        return self.outcome(code if self.asked is None else None)
 
     def outcome(self, code: int | None) -> Outcome:
-        with contextlib.suppress(ProcessLookupError):  # what it started may outlive it, and hold its output open
-            os.killpg(self.process.pid, signal.SIGKILL)
+        self.send(signal.SIGKILL)  # what it started may outlive it, and hold its output open
         self.reader.join(GRACE)
         return Outcome(self.phase, code, time.monotonic() - self.started, tuple(self.lines), tuple(self.rows))
 
@@ -161,18 +171,14 @@ def run_together(phases: Sequence[Phase], record: Record, say: Callable[[Outcome
                     except OSError as error:  # no such program, no memory for a process
                         ended(Outcome(phase, 127, 0.0, (f"{phase.command[0]} cannot be started: {error.strerror}",)))
                         continue
-                one = running[phase.name]
-                code = one.process.poll()
-                if code is None and now < one.ends:
-                    continue
-                if code is None:
-                    one.end()
-                ended(one.outcome(code))
+                if (outcome := running[phase.name].poll()) is not None:
+                    ended(outcome)
             time.sleep(0.05)
     finally:
-        for one in running.values():
-            if one.process.poll() is None:
-                one.end()
+        for kind in (signal.SIGINT, signal.SIGKILL):
+            for one in running.values():
+                one.send(kind)
+            time.sleep(GRACE if running and kind is signal.SIGINT else 0.0)
     return [found[phase.name] for phase in phases]
 
 

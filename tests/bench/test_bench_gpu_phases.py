@@ -38,14 +38,15 @@ def record(tmp_path: Path) -> Record:
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(phases, "GRACE", 1.0)
+    monkeypatch.setattr(phases, "GRACE", 2.0)
 
 
-def test_phases_side_by_side(record: Record, tmp_path: Path) -> None:
+def test_phases_side_by_side(record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
     said: list[Outcome] = []
     record.log("before")
     wave = [
-        python("good", "import os; print('fine', os.environ['EXTRA'], os.environ['PYTHONPATH'] != '')", EXTRA="given"),
+        python("good", "import os; print('fine', os.environ['EXTRA'], os.environ['PYTHONPATH'].split(':')[1:])", EXTRA="given"),
         python("bad", "print('oh no'); raise SystemExit(3)"),
         python("hangs", "print('waiting', flush=True); import time; time.sleep(60)", seconds=1.0),
         Phase("absent", ("no-such-program",), 1.0),
@@ -53,7 +54,7 @@ def test_phases_side_by_side(record: Record, tmp_path: Path) -> None:
     start = time.monotonic()
     good, bad, hangs, absent = run_together(wave, record, said.append)
     assert time.monotonic() - start < 10
-    assert (good.code, good.is_green, good.lines) == (0, True, ("fine given True",))
+    assert (good.code, good.is_green, good.lines) == (0, True, ("fine given ['elsewhere']",))
     assert (bad.code, bad.state) == (3, "failed (exit code 3)")
     assert hangs.code is None
     assert hangs.state.startswith("cut off after ")
@@ -119,6 +120,16 @@ def test_the_children_of_who_is_cut_off_end(record: Record, tmp_path: Path) -> N
         time.sleep(0.05)
     else:
         pytest.fail("the child lives on")
+
+
+def test_who_does_not_end_when_asked_is_killed_and_nobody_waits_for_that(record: Record) -> None:
+    stubborn = "import signal, time\nsignal.signal(2, signal.SIG_IGN)\nprint('deaf', flush=True)\ntime.sleep(60)"
+    wave = [python(f"stubborn {i}", stubborn, seconds=2.0) for i in range(4)]
+    start = time.monotonic()
+    outcomes = run_together([*wave, python("long", "import time; time.sleep(3); print('done')")], record, nobody)
+    assert time.monotonic() - start < 8  # four after each other would take longer
+    assert [outcome.lines for outcome in outcomes] == [("deaf",)] * 4 + [("done",)]
+    assert [outcome.code for outcome in outcomes] == [None] * 4 + [0]
 
 
 def test_what_a_phase_leaves_running_does_not_hold_up_the_rest(record: Record) -> None:

@@ -131,6 +131,7 @@ def plan(*chosen: str, **more: Any) -> calls.Plan:
 
 @pytest.fixture
 def _device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(carry, "is_there", lambda: False)
     monkeypatch.setattr(calls, "device_name", lambda: "Some GPU")
     monkeypatch.setattr(sanitize.shutil, "which", lambda name: f"/bin/{name}")
 
@@ -161,6 +162,7 @@ def test_tests_that_need_no_module_begin_beside_its_build(monkeypatch: pytest.Mo
         monkeypatch.setattr(carry, "is_there", lambda is_there=is_there: is_there)
         found = {phase.name: phase for phase in calls.phases(plan("build", "smoke", "values"), pytest.fail)}
         assert (found["triton"].after, found["native"].after) == (after, ("build", "smoke"))
+        assert [phase.name for phase in calls.phases(plan("smoke"), pytest.fail)] == (["build", "smoke"] if is_there else ["smoke"])
 
 
 @pytest.mark.usefixtures("_device")
@@ -193,6 +195,7 @@ def test_the_benchmark_is_given_the_tests_of_this_call() -> None:
 
 def test_without_a_device_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "device_name", lambda: None)
+    monkeypatch.setattr(carry, "is_there", lambda: False)
     monkeypatch.setattr(sanitize.shutil, "which", lambda name: None)
     said: list[str] = []
     found = calls.phases(plan(*calls.PHASES), said.append)
