@@ -16,10 +16,13 @@ import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
-__all__ = ["FOLDER", "MODULES", "TOOLS", "has_nvcc", "install", "is_there", "main", "reason_unfit", "sources"]
+from bench.environment import commit
+
+__all__ = ["FOLDER", "MODULES", "TOOLS", "carried_commit", "has_nvcc", "install", "is_there", "main", "reason_unfit", "sources"]
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "carry"
@@ -95,12 +98,21 @@ def build(python: str, capability: str, into: Path) -> list[Path]:
     for path in (into / "sam_kernels").iterdir():
         path.rename(into / path.name)
     (into / "sam_kernels").rmdir()
-    (into / MANIFEST).write_text(json.dumps({"sources": sources(), "capability": capability}) + "\n")
+    (into / MANIFEST).write_text(json.dumps({"sources": sources(), "capability": capability, **commit()}) + "\n")
     return sorted(into.glob("*.so"))
 
 
 def _file(folder: Path, module: str) -> Path:
     return folder / f"{module}{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def carried_commit(folder: Path = FOLDER) -> dict[str, Any]:
+    """The commit of the checkout in which the modules were built; nothing where there are none."""
+    try:
+        found = json.loads((folder / MANIFEST).read_text())
+        return {"commit": found["commit"], "dirty": found["dirty"]}
+    except (OSError, ValueError, KeyError):
+        return {}
 
 
 def is_there(folder: Path = FOLDER) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,10 +14,9 @@ import torch
 from click.testing import CliRunner
 
 from bench.byte_model import OPS
-from bench.gpu import bars, gate, products, results, sanitize, stages, sweep, sweep_native, sweep_triton, timing
+from bench.gpu import gate, products, results, sanitize, stages, sweep, sweep_native, sweep_triton, timing
 from bench.gpu.__main__ import main
 from bench.gpu.launches import activity_of
-from bench.gpu.record import row_of
 from bench.gpu.steps import BACKENDS, BASE_ALONE, LOOPS, _forwards, memory_needed, provider
 from bench.gpu.timing import Timed
 from bench.gpu.workloads import GPU_WORKLOADS
@@ -348,50 +346,6 @@ def test_what_does_not_fit_the_time_is_named(tmp_path: Path) -> None:
     run = CliRunner().invoke(main, arguments)
     assert run.exit_code == 0, run.output
     assert [f"left out: stage {stage.name}: out of time" in run.output for stage in stages.STAGES] == [True] * 7 + [False] * 2
-
-
-def test_rows_go_to_the_output_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "STAGES", (stages.Stage("bars", lambda run: iter([{"kind": "op", "op": "a", "backend": "b"}])),))
-    given = "".join(json.dumps(row) + "\n" for row in [of_test("test_matches_the_reference[restore_-restore-foreach]")])
-    run = CliRunner().invoke(main, ["--dry-run", "--out", "-", "--stages", "bars", "--tests", "-"], input=given)
-    assert run.exit_code == 0, run.output
-    rows = [row for line in run.output.splitlines() if (row := row_of(line))]
-    assert [row["kind"] for row in rows] == ["run", "run", "op"]
-    assert results.result_of(rows)["rows"] == [{"kind": "op", "op": "a", "backend": "b"}]
-    assert "not measured" not in run.output
-
-
-def test_stages_end_before_those_after_them_and_an_error_ends_only_its_own() -> None:
-    seen: list[tuple[str, float]] = []
-    said: list[str] = []
-
-    def stage(name: str, seconds_after: float = 0.0, fails: bool = False) -> stages.Stage:
-        def rows(run: stages.Run) -> Any:
-            seen.append((name, run.deadline))
-            yield {"kind": "op", "op": name}
-            if fails:
-                raise RuntimeError("no memory")
-
-        return stages.Stage(name, rows, seconds_after)
-
-    run: Any = stages.Run(FakeClock(lambda: 1.0), "cpu", gate.Gate("", is_off=True), 1e18, {}, ["fp32"], [], 1.0, said.append)
-    all_of_them = (stage("first", 1e17), stage("second", 0.0, True), stage("third"), stage("last", 1e17))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "STAGES", all_of_them)
-        rows = list(stages.measure(run, ["last", "second", "first"]))
-    assert [row["op"] for row in rows] == ["first", "second", "last"]
-    assert seen == [("first", 9e17), ("second", 1e18), ("last", 1e18)]
-    assert "left out: the rest of stage second: RuntimeError: no memory" in said
-
-
-def test_the_stages_are_in_the_order_of_what_they_tell() -> None:
-    names = [stage.name for stage in stages.STAGES]
-    assert names[:4] == ["bars", "one_1e8", "resnet50", "one_1e9"]
-    assert names[-2:] == list(stages.SWEEPS)
-    cases = stages.steps_with_bars()
-    assert cases[0][0] == "many_tiny"
-    assert cases[-1][0] == "one_1e9"
-    assert {case[:3] for case in bars.SPEEDUPS} <= set(cases)
 
 
 def test_without_a_device_nothing_is_measured(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from bench.gpu import carry
+from bench.environment import commit
+from bench.gpu import carry, device
 
 THIS = f"{sys.version_info.major}.{sys.version_info.minor}"
 
@@ -102,7 +103,16 @@ def test_a_build_is_for_one_python_and_one_capability(tmp_path: Path, monkeypatc
     # The other Python finds the tools there.
     code = "import setuptools, pybind11, ninja"
     assert real([sys.executable, "-S", "-c", code], env={**os.environ, "PYTHONPATH": env["PYTHONPATH"]}, check=False).returncode == 0
-    assert json.loads((tmp_path / "c" / carry.MANIFEST).read_text()) == {"sources": carry.sources(), "capability": "9.0"}
+    found = json.loads((tmp_path / "c" / carry.MANIFEST).read_text())
+    assert (found["sources"], found["capability"]) == (carry.sources(), "9.0")
+    assert carry.carried_commit(tmp_path / "c") == commit()
+    assert carry.carried_commit(tmp_path) == {}
+    # A copy of the checkout has no history of its own: its results have the commit of its modules.
+    monkeypatch.setattr(device, "environment", lambda: {"commit": None, "dirty": None})
+    monkeypatch.setattr(carry, "carried_commit", lambda: {"commit": "abc", "dirty": False})
+    assert (device.gpu_environment()["commit"], device.gpu_environment()["dirty"]) == ("abc", False)
+    monkeypatch.setattr(device, "environment", lambda: {"commit": "def", "dirty": True})
+    assert device.gpu_environment()["commit"] == "def"
 
 
 def test_what_is_missing_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
