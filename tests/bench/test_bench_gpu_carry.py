@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,15 @@ def test_modules_are_taken_only_if_they_fit(folder: Path, monkeypatch: pytest.Mo
     assert carry.reason_unfit(90, folder) == f"there are none in {folder}"
     assert carry.is_there(folder)
     assert not carry.is_there(folder / "none")
+
+
+def test_modules_that_were_built_here_are_imported_here(folder: Path) -> None:
+    built = [carry._file(carry.ROOT / "sam_kernels", module) for module in carry.MODULES]
+    if not all(path.exists() for path in built):
+        pytest.skip("the CUDA kernels are not built here")
+    for path in built:
+        shutil.copy2(path, folder)
+    assert carry.reason_unfit(90, folder) is None
 
 
 def test_modules_are_put_beside_the_package(folder: Path, tmp_path: Path) -> None:
