@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bench.gpu import bars, products, sanitize, sweep, sweep_products
@@ -10,10 +10,11 @@ from bench.gpu.calls import TESTS
 from bench.gpu.phases import Outcome
 from bench.gpu.summary import bench_lines, winner_lines
 
-__all__ = ["ROOM", "closing", "failure_lines", "is_red", "phase_line", "tables"]
+__all__ = ["ROOM", "asked", "closing", "failure_lines", "is_red", "phase_line", "tables"]
 
 ROOM = 6_000  # characters: the end of a run is often all that is kept of its output
 FAILED_NAMES = 3
+WORDS = 300  # characters of a phase's line
 FAILURE_ROOM, FAILURE_WIDTH = 1_000, 200  # characters of what one phase said, and of a line of it
 Result = Mapping[str, Any]
 
@@ -34,21 +35,24 @@ def is_red(outcome: Outcome) -> bool:
 
 
 def phase_line(outcome: Outcome) -> str:
-    words = outcome.tail(1)[0].strip("= ") if outcome.lines and not outcome.is_green else ""
-    if outcome.phase.name in sanitize.TOOLS:
-        words = sanitize.verdict(outcome.phase.name, outcome.code, outcome.output)[0]
-    elif outcome.phase.name in TESTS and outcome.rows:
-        found = _tests(outcome)
-        words = ", ".join(f"{len(rows)} {state}" for state, rows in found.items() if rows)
-        names = [row["name"].rpartition("::")[2] for row in found["failed"]]
-        words += f": {', '.join(names[:FAILED_NAMES])}{', …' if len(names) > FAILED_NAMES else ''}" if names else ""
-    elif outcome.rows:
-        absent = sum(line.startswith("left out: ") for line in outcome.lines)
-        words = f"{len(outcome.rows)} rows" + (f", {absent} left out (log.txt says why)" if absent else "")
-    elif outcome.phase.name == "build":
-        words = (outcome.tail(1) or [""])[0]
     state = outcome.state if outcome.code is None else f"{outcome.state}, {outcome.seconds:.0f} s"
-    return f"{outcome.phase.name:<10} {state}{': ' + words[:300] if words else ''}"
+    words = _words(outcome)
+    return f"{outcome.phase.name:<10} {state}{': ' + words[:WORDS] if words else ''}"
+
+
+def _words(outcome: Outcome) -> str:
+    absent = [line for line in outcome.lines if line.startswith("left out: ")]
+    if outcome.phase.name in sanitize.TOOLS:
+        return sanitize.verdict(outcome.phase.name, outcome.code, outcome.output)[0]
+    if outcome.phase.name in TESTS and outcome.rows:
+        found = _tests(outcome)
+        counts = ", ".join(f"{len(rows)} {state}" for state, rows in found.items() if rows)
+        names = [row["name"].rpartition("::")[2] for row in found["failed"]]
+        more = ", …" if len(names) > FAILED_NAMES else ""
+        return "; ".join([counts + (f": {', '.join(names[:FAILED_NAMES])}{more}" if names else ""), *absent])
+    if outcome.rows:
+        return f"{len(outcome.rows)} rows" + (f", {len(absent)} left out (log.txt says why)" if absent else "")
+    return (outcome.tail(1) or [""])[0].strip("= ") if outcome.phase.name == "build" or not outcome.is_green else ""
 
 
 def failure_lines(outcome: Outcome) -> list[str]:
@@ -68,13 +72,27 @@ def tables(result: Result) -> list[list[str]]:
     """Blocks of lines, the most telling first."""
     rows = result["rows"]
     swept = any(row["kind"].startswith("sweep") for row in rows)
+    is_measured = "bandwidth" in result and any(row["kind"] in ("op", "step") for row in rows)
     found = [
-        winner_lines(rows),
-        [*sweep.short_lines(rows), *sweep_products.lines(rows)] if swept else [],
-        bench_lines(result) if "bandwidth" in result and any(row["kind"] in ("op", "step") for row in rows) else [],
-        products.lines(rows),
+        _made(lambda: winner_lines(rows)),
+        _made(lambda: [*sweep.short_lines(rows), *sweep_products.lines(rows)] if swept else []),
+        _made(lambda: bench_lines(result) if is_measured else []),
+        _made(lambda: products.lines(rows)),
     ]
     return [block for block in found if block]
+
+
+def asked(result: Result) -> list[str]:
+    """The bars, if anything was measured that they could be about."""
+    return _made(lambda: bars.lines(result["rows"]) if any(not row["kind"].startswith("sweep") for row in result["rows"]) else [])
+
+
+def _made(make: Callable[[], list[str]]) -> list[str]:
+    """A table that cannot be made costs no other."""
+    try:
+        return make()
+    except Exception as error:
+        return [f"left out: a table: {type(error).__name__}: {str(error)[:200]}"]
 
 
 def _length(lines: Sequence[str]) -> int:
@@ -83,14 +101,14 @@ def _length(lines: Sequence[str]) -> int:
 
 def closing(result: Result, lines: Sequence[str], *, room: int = ROOM) -> list[str]:
     """``lines``: those of the phases. Together less than ``room`` characters."""
-    asked = bars.lines(result["rows"]) if any(not row["kind"].startswith("sweep") for row in result["rows"]) else []
-    if _length(asked) + _length(lines) > room:
-        measured = [line for line in asked if not line.endswith("not measured")]
-        asked = [*measured, f"and {len(asked) - len(measured)} figures that were not measured (summary.txt)"]
-    left = room - _length(asked) - _length(lines)
+    last = asked(result)
+    if _length(last) + _length(lines) > room:
+        measured = [line for line in last if not line.endswith("not measured")]
+        last = [*measured, f"and {len(last) - len(measured)} figures that were not measured (summary.txt)"]
+    left = room - _length(last) - _length(lines)
     shown: list[str] = []
     for block in tables(result):
         if _length(block) <= left:
             shown += block
             left -= _length(block)
-    return [*shown, *lines, *asked]
+    return [*shown, *lines, *last]

@@ -14,8 +14,8 @@ from typing import Any
 
 import click
 
-from bench.gpu import bars, calls, stages
-from bench.gpu.closing import closing, failure_lines, is_red, phase_line, tables
+from bench.gpu import calls, stages
+from bench.gpu.closing import asked, closing, failure_lines, is_red, phase_line, tables
 from bench.gpu.device import describe, device_name, gpu_environment
 from bench.gpu.phases import Outcome, Phase, run_together
 from bench.gpu.record import BENCH, LOG, SUMMARY, TESTS, Record, row_of, writable
@@ -103,7 +103,7 @@ def _finish(record: Record, outcomes: list[Outcome], say: Callable[[str], None])
     verdict += f"; failed: {', '.join(failed)}" if failed else ""
     verdict += f"; cut off or left out: {', '.join(late)}" if late else ""
     verdict += f"; results in {_shown(record.folder)}" if record.folder is not None else "; no results were kept"
-    for line in [*(line for block in tables(result) for line in block), *lines, *bars.lines(result["rows"]), verdict]:
+    for line in [*(line for block in tables(result) for line in block), *lines, *asked(result), verdict]:
         record.line(SUMMARY, line)
     for line in [*closing(result, lines), verdict]:
         say(line)

@@ -124,6 +124,21 @@ def test_red_is_what_a_test_found() -> None:
     assert closing.failure_lines(outcome("native", None, lines=("a",))) == []
 
 
+def test_a_line_of_a_phase_names_what_it_left_out() -> None:
+    line = closing.phase_line(outcome("smoke", 0, TESTED, lines=("left out: backend native: not built", "triton: 3.6")))
+    assert line == "smoke      ok, 1 s: 1 passed; left out: backend native: not built"
+    assert closing.phase_line(outcome("bench", 1, lines=("", " "))) == "bench      failed (exit code 1), 1 s"
+    assert closing.phase_line(outcome("bench", None)) == "bench      cut off after 1 s"
+
+
+def test_a_row_that_no_table_understands_costs_one_table(simulate: Any) -> None:
+    odd = {"kind": "step", "workload": "one_1e8", "base": "sgd", "dtype": "fp32", "backend": "sam_kernels/native", "wall_ms": 1.0}
+    result = simulate(prints("bench", [GPU, op_row(), odd | {"op": "step"}]))
+    assert result.exit_code == 0, result.output
+    assert "left out: a table: KeyError" in result.output
+    assert result.output.splitlines()[-1].startswith("green; results in ")
+
+
 def plan(*chosen: str, **more: Any) -> calls.Plan:
     now = time.monotonic()
     return calls.Plan(chosen, ("bars",), now, now + 200, **{"tests": lambda: [TESTED], **more})
