@@ -25,6 +25,7 @@ TESTS_SHARE = 0.55  # of the time, if something is measured after the tests
 MARGIN = 4.0  # seconds that the benchmark ends before its process is ended
 # What a run without a device stands on.
 DRY_RUN = {"SAM_KERNELS_TEST_DEVICE": "cpu", "TRITON_INTERPRET": "1", "SAM_KERNELS_CUDA_ON_HOST": "1"}
+DRY_SECONDS = 30.0  # of a phase of tests: interpreted kernels take their time
 Say = Callable[[str], None]
 
 
@@ -94,7 +95,8 @@ def _tests(plan: Plan, say: Say) -> list[Phase]:
 
 def _pytest(plan: Plan, name: str, *options: str, after: tuple[str, ...] = ("build", "smoke")) -> Phase:
     # One thread each, or a dozen processes would each take every core.
-    return Phase(name, (sys.executable, "-m", "pytest", *gate.PLUGIN, *options), math.inf, {"OMP_NUM_THREADS": "1"}, after, plan.tests_end)
+    env, seconds = {"OMP_NUM_THREADS": "1"}, DRY_SECONDS if plan.is_dry_run else math.inf
+    return Phase(name, (sys.executable, "-m", "pytest", *gate.PLUGIN, *options), seconds, env, after, plan.tests_end)
 
 
 def _values(plan: Plan) -> list[Phase]:
