@@ -7,6 +7,7 @@ the tests.
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -79,17 +80,29 @@ def main(
 
 
 def _run(phases: list[Phase], record: Record, say: Callable[[str], None]) -> list[Outcome]:
+    """Whoever interrupts or terminates this process gets the tables of what there is."""
     left = FAILURES
+    outcomes: list[Outcome] = []
 
     def ended(outcome: Outcome) -> None:
         nonlocal left
+        outcomes.append(outcome)
         say(phase_line(outcome))
         for line in failure_lines(outcome):
             if len(line) < left:
                 say(line)
                 left -= len(line) + 1
 
-    return run_together(phases, record, ended)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        run_together(phases, record, ended)
+    except KeyboardInterrupt:
+        absent = [phase.name for phase in phases if phase not in [outcome.phase for outcome in outcomes]]
+        say(f"interrupted: {', '.join(absent)} did not end")
+        outcomes += [Outcome(phase, None, 0.0) for phase in phases if phase.name in absent]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return sorted(outcomes, key=lambda outcome: phases.index(outcome.phase))
 
 
 def _finish(record: Record, outcomes: list[Outcome], say: Callable[[str], None]) -> bool:

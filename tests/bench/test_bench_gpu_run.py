@@ -65,6 +65,16 @@ def test_rows_of_a_benchmark_that_is_cut_off_make_a_verdict(simulate: Any, tmp_p
     assert {path.name for path in (tmp_path / "out").iterdir()} == {BENCH, TESTS, LOG, SUMMARY}
 
 
+def test_who_ends_the_run_gets_the_tables_of_what_there_is(simulate: Any, tmp_path: Path) -> None:
+    ends = f"import os, signal\ntime.sleep(1)\nos.kill({os.getpid()}, signal.SIGTERM)\ntime.sleep(60)"
+    result = simulate(prints("smoke", [TESTED]), prints("bench", [GPU, op_row()], ends, ("smoke",)), prints("sweep", [], after=("bench",)))
+    assert result.exit_code == 0, result.output
+    assert "interrupted: bench, sweep did not end" in result.output
+    assert "restore_, 10^8: fp32 93.5" in result.output
+    assert "; cut off or left out: bench, sweep; results in " in result.output.splitlines()[-1]
+    assert json.loads((tmp_path / "out" / BENCH).read_text().splitlines()[1]) == op_row()
+
+
 def test_a_full_disk_costs_rows_in_the_file_and_none_in_the_verdict(simulate: Any, tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
