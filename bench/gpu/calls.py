@@ -93,18 +93,17 @@ def _tests(plan: Plan, say: Say) -> list[Phase]:
     return [*found, *(_sanitizers(plan, [phase.name for phase in found], say) if "sanitizer" in plan.chosen else [])]
 
 
-def _pytest(plan: Plan, name: str, *options: str, after: tuple[str, ...] = ("build", "smoke")) -> Phase:
+def _pytest(plan: Plan, name: str, *options: str) -> Phase:
     # One thread each, or a dozen processes would each take every core.
     env, seconds = {"OMP_NUM_THREADS": "1"}, DRY_SECONDS if plan.is_dry_run else math.inf
-    return Phase(name, (sys.executable, "-m", "pytest", *gate.PLUGIN, *options), seconds, env, after, plan.tests_end)
+    return Phase(name, (sys.executable, "-m", "pytest", *gate.PLUGIN, *options), seconds, env, ("build", "smoke"), plan.tests_end)
 
 
 def _values(plan: Plan) -> list[Phase]:
-    """Triton's need nothing built, and most of their time is compiling: where a build from sources takes its time they begin beside it."""
+    """Most of the time of Triton's is compiling: they have more processes."""
     only = " and restore_" if plan.is_dry_run else ""
-    at_once = () if "build" in plan.chosen and not carry.is_there() else ("build", "smoke")
     return [
-        _pytest(plan, "triton", *xdist_options(), "-k", f"(triton or foreach){only}", gate.TESTS, after=at_once),
+        _pytest(plan, "triton", *xdist_options(), "-k", f"(triton or foreach){only}", gate.TESTS),
         _pytest(plan, "native", *xdist_options(most=6), "-k", f"not (triton or foreach){only}", gate.TESTS),
     ]
 

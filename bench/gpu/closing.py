@@ -12,7 +12,7 @@ from bench.gpu.summary import bench_lines, winner_lines
 
 __all__ = ["ROOM", "asked", "closing", "failure_lines", "is_red", "phase_line", "tables"]
 
-ROOM = 6_000  # characters: the end of a run is often all that is kept of its output
+ROOM = 5_700  # characters, and 6,000 with the verdict: the end of a run is often all that is kept of its output
 FAILED_NAMES = 3
 WORDS = 300  # characters of a phase's line
 FAILURE_ROOM, FAILURE_WIDTH = 1_000, 200  # characters of what one phase said, and of a line of it

@@ -93,7 +93,8 @@ def _run(phases: list[Phase], record: Record, say: Callable[[str], None]) -> lis
                 say(line)
                 left -= len(line) + 1
 
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Of SIGINT too: a process in the background may ignore it, and would pass that on to the phases, which are asked to end by it.
+    before = {kind: signal.signal(kind, signal.default_int_handler) for kind in (signal.SIGTERM, signal.SIGINT)}
     try:
         run_together(phases, record, ended)
     except KeyboardInterrupt:
@@ -101,7 +102,8 @@ def _run(phases: list[Phase], record: Record, say: Callable[[str], None]) -> lis
         say(f"interrupted: {', '.join(absent)} did not end")
         outcomes += [Outcome(phase, None, 0.0) for phase in phases if phase.name in absent]
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
     return sorted(outcomes, key=lambda outcome: phases.index(outcome.phase))
 
 
