@@ -71,8 +71,8 @@ bench: install  ## the benchmarks (ARGS="--help" tells the options)
 	$(BIN)/python -m bench $(ARGS)
 
 # No environment of its own: what is to be measured is the torch and the triton that this machine's Python has for its device.
-gpu:  ## the tests and benchmarks on a GPU, with PYTHON as it is (ARGS="tests": only those; OUT=folder for the results)
-	$(PYTHON) -m bench.gpu.run $(if $(OUT),--out $(OUT)) $(ARGS)
+gpu:  ## the tests and benchmarks on a GPU, with PYTHON as it is (ARGS="--call 2": the rest of them; OUT=folder for the results)
+	$(PYTHON) -m bench.gpu.run $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 wheel: install  ## a wheel and a source distribution in dist/
 	$(BIN)/python -m build

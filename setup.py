@@ -83,7 +83,7 @@ class NinjaBuild(build_ext):
             writer = ninja.ninja_syntax.Writer(file, width=10_000)
             try:
                 ninja_build.write_rules(writer, str(folder), modules, usable_toolkit() if "_cuda" in modules else None)
-            except cuda_toolkit.Unusable as reason:
+            except (cuda_toolkit.Unusable, ninja_build.Unknown) as reason:
                 raise SystemExit(f"sam_kernels: {reason}") from None
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
         command = [str(Path(ninja.BIN_DIR) / "ninja"), "-f", str(folder / "build.ninja"), "-j", jobs]

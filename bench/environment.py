@@ -14,7 +14,7 @@ import torch
 
 from bench.floor import compiler_version
 
-__all__ = ["SCHEMA", "device_slug", "environment", "last_level_cache_bytes"]
+__all__ = ["SCHEMA", "commit", "device_slug", "environment", "last_level_cache_bytes"]
 
 SCHEMA = 1
 FLAGS = ("sse2", "avx", "f16c", "avx2", "avx512f", "avx512bw", "avx512_bf16", "avx512_fp16", "asimd", "sve")
@@ -61,15 +61,19 @@ def _instruction_set() -> str | None:
     return str(_cpu.instruction_set())
 
 
+def commit() -> dict[str, Any]:
+    """What was measured: None where the sources are no checkout."""
+    changed = _git("status", "--porcelain", "--", "sam_kernels", "csrc", "bench", ":!bench/results")
+    return {"commit": _git("rev-parse", "--short=12", "HEAD"), "dirty": None if changed is None else bool(changed)}
+
+
 def environment() -> dict[str, Any]:
     info = _cpuinfo()
     present = set((info.get("flags") or info.get("Features") or "").split())
-    changed = _git("status", "--porcelain", "--", "sam_kernels", "csrc", "bench", ":!bench/results")
     return {
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "dirty": None if changed is None else bool(changed),
+        **commit(),
         "device": device_slug(),
         "cpu": cpu_model(),
         "cpu_family_model_stepping": "/".join(info.get(key, "?") for key in ("cpu family", "model", "stepping")),

@@ -1,6 +1,7 @@
 """``python -m bench.report FILES``: tables in README and docs, and the chart, from result files. ``--check``: are they up to date?
 
-Results of GPUs come after those of the CPU; there is a chart of the latter.
+Results of GPUs come after those of the CPU; there is a chart of the latter. Rows as JSON lines (``.jsonl``) are read as JSON files are, and
+several files of one GPU, measured at one commit, are one result.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import click
 from bench.chart import draw
 from bench.environment import SCHEMA
 from bench.gpu import markdown as gpu_markdown
+from bench.gpu import results as gpu_results
 from bench.gpu.markdown import is_of_a_gpu
 from bench.markdown import docs_section, readme_section
 
@@ -27,14 +29,15 @@ EMPTY_DOCS = f"# Benchmarks\n\nWritten by `python -m bench.report`; how to measu
 
 
 def load(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    results = [json.loads(path.read_text()) for path in paths]
+    results = [gpu_results.read(path) if path.suffix == ".jsonl" else json.loads(path.read_text()) for path in paths]
     for path, result in zip(paths, results, strict=True):
         if result.get("schema") != SCHEMA:
             raise click.ClickException(f"{path}: schema {result.get('schema')!r}, this version reads {SCHEMA}")
     devices = {result["device"] for result in results if not is_of_a_gpu(result)}
     if len(devices) > 1:
         raise click.ClickException(f"results of different devices do not go into one table: {', '.join(sorted(devices))}")
-    return results
+    of_gpus = [result for result in results if is_of_a_gpu(result)]
+    return [*(result for result in results if not is_of_a_gpu(result)), *gpu_results.merge(of_gpus)]
 
 
 def replace_section(text: str, section: str, name: str) -> str:

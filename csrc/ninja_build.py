@@ -29,7 +29,6 @@ CXX_FLAGS += " -Wall -Wextra -Wno-psabi"
 INSTRUCTION_SETS = {"baseline": ""}
 FUSED: dict[str, str] = {}
 if platform.machine().lower() in ("x86_64", "amd64"):
-    CXX_FLAGS += " -DSAM_X86_KERNELS"
     INSTRUCTION_SETS["avx2"] = "-mavx2 -mf16c"
     FUSED["avx2"] = " -mfma"  # part of AVX-512
     INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mf16c -mprefer-vector-width=512"
@@ -38,7 +37,17 @@ NVCC_FLAGS = "-std=c++17 -O3 -lineinfo -Xfatbin=-compress-all --fmad=false -Xcom
 # The same sources as plain C++. Nobody waits for these kernels, so less time goes into compiling them; pragmas are for nvcc.
 ON_HOST_FLAGS = "-x c++ -DSAM_CUDA_ON_HOST -O2 -Wno-unknown-pragmas"
 # The variables that change how sources are compiled, and what they are where nobody set them.
-SETTINGS = {"CXX": "c++", "SAM_KERNELS_CXXFLAGS": "", "SAM_KERNELS_NVCCFLAGS": "", "TORCH_CUDA_ARCH_LIST": ""}
+SETTINGS = {
+    "CXX": "c++",
+    "SAM_KERNELS_CXXFLAGS": "",
+    "SAM_KERNELS_NVCCFLAGS": "",
+    "SAM_KERNELS_INSTRUCTION_SETS": "",
+    "TORCH_CUDA_ARCH_LIST": "",
+}
+
+
+class Unknown(Exception):
+    """A variable names what there is not."""
 
 
 def setting(name: str) -> str:
@@ -48,6 +57,14 @@ def setting(name: str) -> str:
 def host_options() -> list[str]:
     """What nvcc is told about its host compiler: nothing, unless CXX names one."""
     return host_compiler_options(os.environ.get("CXX") or "")
+
+
+def chosen_instruction_sets() -> list[str]:
+    """All, or the baseline, which every processor runs, and what SAM_KERNELS_INSTRUCTION_SETS lists (``"avx2;avx512"``)."""
+    wanted = setting("SAM_KERNELS_INSTRUCTION_SETS").replace(";", " ").split()
+    if unknown := [isa for isa in wanted if isa not in INSTRUCTION_SETS]:
+        raise Unknown(f"SAM_KERNELS_INSTRUCTION_SETS: {unknown[0]!r} is unknown; the names are {', '.join(INSTRUCTION_SETS)}")
+    return [isa for isa in INSTRUCTION_SETS if not wanted or isa in wanted or isa == "baseline"]
 
 
 def folder_name() -> str:
@@ -98,11 +115,13 @@ def write_rules(writer, folder: str, modules: Sequence[str], toolkit: Toolkit | 
 
     shared = rules.objects([f"{name}.cpp" for name in SHARED], ".o", python)
     linked = rules.objects([f"{BINDING['_cpu']}.cpp"], ".o", python)
-    for isa in reversed(INSTRUCTION_SETS):
+    isas = chosen_instruction_sets()
+    for isa in reversed(isas):
         flags = f"-DSAM_ISA={isa} {INSTRUCTION_SETS[isa]}"
         linked += rules.objects([f"cpu/{name}.cpp" for name in CHUNK_KERNELS], f".{isa}.o", flags)
         linked += rules.objects([f"cpu/{name}.cpp" for name in MATRIX_KERNELS], f".{isa}.o", flags + FUSED.get(isa, ""))
-    linked += rules.objects([f"{name}.cpp" for name in ENGINE], ".o", "")
+    defines = " ".join(f"-DSAM_{isa.upper()}_KERNELS" for isa in isas if isa != "baseline")
+    linked += rules.objects([f"{name}.cpp" for name in ENGINE], ".o", defines)
     rules.module("_cpu", shared + linked)
 
     kernels = sorted(f"cuda/{path.name}" for path in (ROOT / "csrc" / "cuda").glob("*.cu"))

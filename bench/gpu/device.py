@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bench.environment import environment
+from bench.gpu import carry
 
 __all__ = ["DEFAULT_L2", "describe", "device_name", "gpu_environment", "l2_bytes", "slug"]
 
@@ -54,10 +55,12 @@ def _version(package: str) -> str | None:
 
 
 def gpu_environment() -> dict[str, Any]:
-    """As for a run on the CPU, and the device. ``device`` names the folder of its results."""
+    """As for a run on the CPU, and the device. ``device`` names the folder of its results. A copy of a checkout without its history has the
+    commit of the carried modules."""
     name = device_name()
     smi = _smi() if name else {}
-    return environment() | {
+    found = environment()
+    return (found | carry.carried_commit() if found["commit"] is None else found) | {
         "device": slug(name or "no-device"),
         "gpu": name or "none: a dry run on the CPU",
         "gpu_memory_bytes": torch.cuda.get_device_properties(0).total_memory if name else 0,

@@ -32,17 +32,22 @@
 namespace sam::cpu {
 
 SAM_DECLARE_KERNELS(baseline)
-#if defined(SAM_X86_KERNELS)
+#if defined(SAM_AVX2_KERNELS)
 SAM_DECLARE_KERNELS(avx2)
+#endif
+#if defined(SAM_AVX512_KERNELS)
 SAM_DECLARE_KERNELS(avx512)
 #endif
 
 namespace {
 
 bool runs_here(const KernelTable& table) {
-#if defined(SAM_X86_KERNELS)
+#if defined(SAM_AVX2_KERNELS)
   __builtin_cpu_init();
   if (&table == &avx2::kTable) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+#if defined(SAM_AVX512_KERNELS)
+  __builtin_cpu_init();
   if (&table == &avx512::kTable) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("f16c");
@@ -52,8 +57,11 @@ bool runs_here(const KernelTable& table) {
 }
 
 const KernelTable* const kBestFirst[] = {
-#if defined(SAM_X86_KERNELS)
-    &avx512::kTable, &avx2::kTable,
+#if defined(SAM_AVX512_KERNELS)
+    &avx512::kTable,
+#endif
+#if defined(SAM_AVX2_KERNELS)
+    &avx2::kTable,
 #endif
     &baseline::kTable};
 
@@ -64,7 +72,7 @@ const KernelTable& choose() {
     if ((any || std::string(wanted) == table->name) && runs_here(*table)) return *table;
   }
   throw std::runtime_error("SAM_KERNELS_ISA=" + std::string(wanted) +
-                           ": unknown, or this processor cannot run it; the names are baseline, avx2 and avx512");
+                           ": unknown, not compiled, or this processor cannot run it; the names are baseline, avx2 and avx512");
 }
 
 }  // namespace

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import torch
 from click.testing import CliRunner
 
 from bench.byte_model import OPS
-from bench.gpu import gate, products, sanitize, sweep, sweep_native, sweep_triton, timing
+from bench.gpu import gate, products, results, sanitize, stages, sweep, sweep_native, sweep_triton, timing
 from bench.gpu.__main__ import main
 from bench.gpu.launches import activity_of
 from bench.gpu.steps import BACKENDS, BASE_ALONE, LOOPS, _forwards, memory_needed, provider
@@ -148,39 +147,45 @@ def test_ranges_with_a_name_are_no_kernels() -> None:
 # --- the gate ---
 
 
-def junit(path: Path, cases: dict[str, str]) -> Path:
-    bodies = [f'<testcase classname="tests.gpu.test_against_reference" name="{name}">{inner}</testcase>' for name, inner in cases.items()]
-    path.write_text(f"<testsuites><testsuite>{''.join(bodies)}</testsuite></testsuites>")
-    return path
+def of_test(name: str, outcome: str = "passed") -> dict[str, Any]:
+    return {"kind": "test", "name": f"tests/gpu/test_against_reference.py::{name}", "outcome": outcome}
 
 
-def test_the_gate_opens_operation_by_operation(tmp_path: Path) -> None:
+def test_the_gate_opens_operation_by_operation() -> None:
     name = "test_matches_the_reference[{}]"
-    cases = {
-        name.format("perturb_-sam-triton"): "",
-        name.format("perturb_-usam-triton"): "<failure message='2 wrong'/>",
-        name.format("perturb_-sam-foreach"): "",
-        name.format("restore_-restore-triton"): "",
-        name.format("sgd_step_-momentum-triton"): "<skipped/>",
-        "test_every_half_is_read_exactly[bf16]": "<failure/>",
-    }
-    found = gate.read([junit(tmp_path / "tests.xml", cases)])
-    assert found.green == {("perturb_", "foreach"), ("restore_", "triton")}
-    assert found.line == f"failed: {gate.TESTS}: 3 passed, 1 failed"
+    red = of_test(name.format("perturb_-usam-triton"), "failed")
+    rows = [
+        of_test(name.format("perturb_-sam-triton")),
+        of_test(name.format("perturb_-sam-foreach")),
+        of_test(name.format("restore_-restore-triton")),
+        of_test(name.format("sgd_step_-momentum-triton"), "skipped"),
+        of_test("test_every_half_is_read_exactly[bf16]", "failed"),
+        {"kind": "test", "name": "smoke[grad_norm-plain-native]", "op": "grad_norm", "backend": "native", "outcome": "passed"},
+        {"kind": "phase", "name": "triton", "state": "ok"},
+    ]
+    found = gate.read([*rows, red])
+    assert found.green == {("perturb_", "foreach"), ("restore_", "triton"), ("grad_norm", "native")}
+    assert found.line == "failed: tests against the reference: 4 passed, 1 failed"
     assert found.allows("perturb_", "torch")
     assert found.refused(["perturb_", "sgd_step_"], ["triton", "foreach", "torch"]) == [
         "perturb_ on triton",
         "sgd_step_ on triton",
         "sgd_step_ on foreach",
     ]
-    assert not gate.read([tmp_path / "missing.xml"]).allows("restore_", "triton")
-    del cases[name.format("perturb_-usam-triton")]
-    green = junit(tmp_path / "tests.xml", cases)
-    assert gate.read([green]).line.startswith("passed")
-    both = gate.read([green, tmp_path / "missing.xml"])
-    assert both.line.startswith("failed")
-    assert both.line.endswith("missing.xml not written")
-    assert both.allows("restore_", "triton")
+    assert not gate.read([]).allows("restore_", "triton")
+    assert gate.read([]).line.startswith("failed")
+    assert gate.read(rows).line.startswith("passed: ")
+    late = gate.read([*rows, {"kind": "phase", "name": "native", "state": "cut off after 90 s"}])
+    assert late.line.startswith("passed until native was cut off: ")
+    assert late.allows("restore_", "triton")
+
+
+def test_few_rows_say_the_same_to_the_gate() -> None:
+    rows = [of_test(f"test_matches_the_reference[perturb_-option{i}-triton]") for i in range(500)]
+    rows += [of_test("test_matches_the_reference[restore_-restore-native]", "failed"), {"kind": "phase", "name": "x", "state": "cut off"}]
+    few = gate.condensed(rows)
+    assert len(few) == 3
+    assert gate.read(few) == gate.read(rows)
 
 
 def test_the_gate_knows_the_names_of_the_tests() -> None:
@@ -297,9 +302,10 @@ def test_workloads_have_the_size_of_the_models() -> None:
 
 def test_dry_run_end_to_end(tmp_path: Path) -> None:
     arguments = ["--dry-run", "--out", str(tmp_path), "--workload", "many_tiny", "--dtype", "fp32", "--ops", "restore_,grad_norm"]
+    (tmp_path / "bench.jsonl").write_text('{"kind": "op"}\n')  # of an earlier run
     run = CliRunner().invoke(main, arguments)
     assert run.exit_code == 0, run.output
-    result = json.loads((tmp_path / "default.json").read_text())
+    result = results.read(tmp_path / "bench.jsonl")
     assert {"schema", "gpu", "driver", "cuda", "torch", "triton", "clocks", "device", "gate", "bandwidth"} <= set(result)
     assert set(result["bandwidth"]) == {"copy", "read", "write"}
     assert all(set(row) >= ROW_KEYS | {"host_us", "pct_copy"} for row in result["rows"] if row["kind"] in ("op", "step"))
@@ -339,8 +345,7 @@ def test_what_does_not_fit_the_time_is_named(tmp_path: Path) -> None:
     arguments = ["--dry-run", "--out", str(tmp_path), "--workload", "many_tiny", "--dtype", "bf16", "--ops", "restore_", "--budget", "0"]
     run = CliRunner().invoke(main, arguments)
     assert run.exit_code == 0, run.output
-    assert "left out: restore_ many_tiny bf16: out of time" in run.output
-    assert "left out: steps of adamw many_tiny bf16: out of time" in run.output
+    assert [f"left out: stage {stage.name}: out of time" in run.output for stage in stages.STAGES] == [True] * 7 + [False] * 2
 
 
 def test_without_a_device_nothing_is_measured(tmp_path: Path) -> None:

@@ -1,65 +1,113 @@
-"""``make gpu``: what hangs is ended, what fails is told, what is missing is left out."""
+"""``make gpu``, its processes: what hangs is ended, what fails is told, and no line that was printed is lost."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
-from bench.gpu import build, phases, run, sanitize
-from bench.gpu.phases import Phase, run_together, xdist_options
+from bench.gpu import phases
+from bench.gpu.phases import Outcome, Phase, run_together, xdist_options
+from bench.gpu.record import BENCH, LOG, TESTS, Record
+
+ROOT = Path(__file__).parents[2]
+ROWS = [{"kind": "op", "op": "a", "ms_50": 1.5}, {"kind": "test", "name": "b", "outcome": "passed"}]
+PRINT = f"import json, time\nfor row in {ROWS!r}: print(json.dumps(row), flush=True)\n"
 
 
-def python(name: str, code: str, seconds: float = 20.0, **env: str) -> Phase:
-    return Phase(name, (sys.executable, "-c", code), seconds, env)
+def python(name: str, code: str, seconds: float = 20.0, after: tuple[str, ...] = (), **env: str) -> Phase:
+    return Phase(name, (sys.executable, "-c", code), seconds, env, after)
+
+
+def nobody(outcome: Outcome) -> None:
+    pass
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Record:
+    return Record(tmp_path, print)
 
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(phases, "GRACE", 1.0)
+    monkeypatch.setattr(phases, "GRACE", 2.0)
 
 
-def test_phases_side_by_side(tmp_path: Path) -> None:
-    said: list[str] = []
-    log = tmp_path / "log.txt"
-    log.write_text("before\n")
+def test_phases_side_by_side(record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    said: list[Outcome] = []
+    record.log("before")
     wave = [
-        python("good", "import os; print('fine', os.environ['EXTRA'], os.environ['PYTHONPATH'] != '')", EXTRA="given"),
+        python("good", "import os; print('fine', os.environ['EXTRA'], os.environ['PYTHONPATH'].split(':')[1:])", EXTRA="given"),
         python("bad", "print('oh no'); raise SystemExit(3)"),
         python("hangs", "print('waiting', flush=True); import time; time.sleep(60)", seconds=1.0),
+        Phase("absent", ("no-such-program",), 1.0),
     ]
     start = time.monotonic()
-    good, bad, hangs = run_together(wave, log, said.append, until=start + 30)
+    good, bad, hangs, absent = run_together(wave, record, said.append)
     assert time.monotonic() - start < 10
-    assert (good.code, good.is_green, good.tail(1)) == (0, True, ["fine given True"])
+    assert (good.code, good.is_green, good.lines) == (0, True, ("fine given ['elsewhere']",))
     assert (bad.code, bad.state) == (3, "failed (exit code 3)")
     assert hangs.code is None
-    assert hangs.state.startswith("cut off after 1 s")
-    assert hangs.tail(1) != []
-    assert {line.partition(":")[0] for line in said} == {"good", "bad", "hangs"}
-    text = log.read_text()
+    assert hangs.state.startswith("cut off after ")
+    assert hangs.lines[0] == "waiting"
+    assert absent.lines == ("no-such-program cannot be started: No such file or directory",)
+    assert {outcome.phase.name for outcome in said} == {"good", "bad", "hangs", "absent"}
+    text = (tmp_path / LOG).read_text()
     assert text.startswith("before\n")
-    assert all(word in text for word in ("fine", "oh no", "waiting"))
-    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
+    assert all(line in text for line in ("good | fine", "bad | oh no", "hangs | waiting"))
+    assert sys.executable not in text
+    states = [json.loads(line) for line in (tmp_path / TESTS).read_text().splitlines()]
+    assert {(row["kind"], row["name"], row["state"].split()[0]) for row in states} == {
+        ("phase", "good", "ok"), ("phase", "bad", "failed"), ("phase", "hangs", "cut"), ("phase", "absent", "failed"),
+    }  # fmt: skip
 
 
-def test_who_is_cut_off_may_write_what_he_has_and_his_children_end(tmp_path: Path) -> None:
+def test_a_phase_that_is_cut_off_loses_no_row(record: Record, tmp_path: Path) -> None:
+    (outcome,) = run_together([python("slow", PRINT + "time.sleep(60)", seconds=1.5)], record, nobody)
+    assert outcome.code is None
+    assert list(outcome.rows) == ROWS
+    assert (tmp_path / BENCH).read_text() == json.dumps(ROWS[0]) + "\n"
+    assert (tmp_path / TESTS).read_text().startswith(json.dumps(ROWS[1]) + "\n")
+    assert '"kind": "op"' not in (tmp_path / LOG).read_text()
+
+
+def test_a_run_that_is_killed_loses_no_row(tmp_path: Path) -> None:
     code = (
-        # A process that was started in the background ignores interrupts, and so do its children.
-        "import signal\nsignal.signal(2, signal.default_int_handler)\ntry:\n import pathlib, subprocess, sys, time\n"
-        " child = subprocess.Popen([sys.executable, '-c', 'import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(60)'])\n"
-        f" pathlib.Path({str(tmp_path / 'child')!r}).write_text(str(child.pid))\n time.sleep(60)\n"
-        f"except KeyboardInterrupt:\n pathlib.Path({str(tmp_path / 'results')!r}).write_text('written')\n"
+        "import sys; from pathlib import Path; from bench.gpu.phases import Phase, run_together; from bench.gpu.record import Record\n"
+        f"command = (sys.executable, '-c', {PRINT + 'time.sleep(8)'!r})\n"
+        "run_together([Phase('slow', command, 60.0)], Record(Path(sys.argv[1]), print), print)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)
+    try:
+        for _ in range(200):
+            if (tmp_path / TESTS).exists():
+                break
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert json.loads((tmp_path / BENCH).read_text()) == ROWS[0]
+    assert json.loads((tmp_path / TESTS).read_text()) == ROWS[1]
+
+
+def test_the_children_of_who_is_cut_off_end(record: Record, tmp_path: Path) -> None:
+    code = (
+        "import pathlib, subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(60)'])\n"
+        f"pathlib.Path({str(tmp_path / 'child')!r}).write_text(str(child.pid))\ntime.sleep(60)\n"
     )
     # A busy machine takes a second or two to start two Pythons.
-    (outcome,) = run_together([python("slow", code, seconds=4.0)], tmp_path / "log.txt", lambda line: None, until=time.monotonic() + 60)
+    (outcome,) = run_together([python("slow", code, seconds=3.0)], record, nobody)
     assert outcome.code is None
-    assert (tmp_path / "results").read_text() == "written"
     child = int((tmp_path / "child").read_text())
     for _ in range(50):
         try:
@@ -74,125 +122,57 @@ def test_who_is_cut_off_may_write_what_he_has_and_his_children_end(tmp_path: Pat
         pytest.fail("the child lives on")
 
 
-def test_a_phase_waits_for_the_one_it_comes_after(tmp_path: Path) -> None:
-    def after(name: str, other: str) -> Phase:
-        return dataclasses.replace(python(name, f"print({name!r})"), after=other)
-
-    said: list[str] = []
-    wave = [after("last", "slow"), after("first", "nowhere"), python("slow", "import time; time.sleep(1); raise SystemExit(1)")]
-    outcomes = run_together(wave, tmp_path / "log.txt", said.append, until=time.monotonic() + 30)
-    assert [outcome.phase.name for outcome in outcomes] == ["last", "first", "slow"]
-    assert [line.partition(":")[0] for line in said] == ["first", "slow", "last"]
-    assert [outcome.code for outcome in outcomes] == [0, 0, 1]
-    late = run_together(
-        [after("late", "slow"), python("slow", "import time; time.sleep(60)")],
-        tmp_path / "log.txt",
-        said.append,
-        until=time.monotonic() + 1,
-    )
-    assert [(outcome.phase.name, outcome.code) for outcome in late] == [("slow", None)]
-
-
-def test_nobody_runs_past_the_end_of_all(tmp_path: Path) -> None:
+def test_who_does_not_end_when_asked_is_killed_and_nobody_waits_for_that(record: Record) -> None:
+    stubborn = "import signal, time\nsignal.signal(2, signal.SIG_IGN)\nprint('deaf', flush=True)\ntime.sleep(60)"
+    wave = [python(f"stubborn {i}", stubborn, seconds=2.0) for i in range(4)]
     start = time.monotonic()
-    (outcome,) = run_together([python("x", "import time; time.sleep(60)")], tmp_path / "log.txt", lambda line: None, until=start + 0.5)
-    assert outcome.code is None
+    outcomes = run_together([*wave, python("long", "import time; time.sleep(3); print('done')")], record, nobody)
+    assert time.monotonic() - start < 8  # four after each other would take longer
+    assert [outcome.lines for outcome in outcomes] == [("deaf",)] * 4 + [("done",)]
+    assert [outcome.code for outcome in outcomes] == [None] * 4 + [0]
+
+
+def test_what_a_phase_leaves_running_does_not_hold_up_the_rest(record: Record) -> None:
+    code = "import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\nprint('done')\n"
+    start = time.monotonic()
+    (outcome,) = run_together([python("careless", code)], record, nobody)
+    assert (outcome.code, outcome.lines) == (0, ("done",))
     assert time.monotonic() - start < 10
 
 
-def test_all_limits_together_are_less_than_eight_minutes(tmp_path: Path) -> None:
-    assert run.TOGETHER + run.SECONDS["bench"] + run.SECONDS["sweep"] <= run.TOTAL
-    assert run.TOTAL + 2 * 8.0 <= 8 * 60 + 2
-    tests = {phase.name: phase for phase in run.test_phases(tmp_path)}
-    assert set(tests) == set(run.TESTS)
-    assert max(phase.seconds for phase in tests.values()) <= run.TOGETHER
-    assert set(run.SECONDS) == {*run.TESTS, *sanitize.TOOLS, "bench", "sweep"}
-    # Triton's values need nothing built: compiling them takes longest.
-    at_once, later = {"triton": "", "per_sample": ""}, {"native": "build", "values": "native", "device": "build"}
-    assert {name: phase.after for name, phase in tests.items()} == at_once | later
+def test_a_phase_waits_for_those_it_comes_after(record: Record) -> None:
+    said: list[str] = []
+    wave = [
+        python("last", "print('last')", after=("slow", "first")),
+        python("first", "print('first')", after=("nowhere",)),
+        python("slow", "import time; time.sleep(1); raise SystemExit(1)"),
+    ]
+    outcomes = run_together(wave, record, lambda outcome: said.append(outcome.phase.name))
+    assert [outcome.phase.name for outcome in outcomes] == ["last", "first", "slow"]
+    assert said == ["first", "slow", "last"]
+    assert [outcome.code for outcome in outcomes] == [0, 0, 1]
+
+
+def test_who_is_too_late_is_left_out_and_who_waits_for_him_goes_on(record: Record) -> None:
+    until = time.monotonic() + 1.0
+    slow = dataclasses.replace(python("slow", "import time; time.sleep(60)"), until=until)
+    late = dataclasses.replace(python("late", "print('never')", after=("slow",)), until=until)
+    outcomes = run_together([slow, late, python("last", "print('last')", after=("late",))], record, nobody)
+    assert [outcome.code for outcome in outcomes] == [None, None, 0]
+    assert outcomes[1].state == "left out: no time was left"
+
+
+def test_a_phase_reads_what_is_made_when_it_begins(record: Record) -> None:
+    before: list[Any] = []
+    first = python("first", PRINT)
+    reads = dataclasses.replace(python("reads", "print(input())", after=("first",)), stdin=lambda: f"{len(before)} {len(record.rows)}\n")
+    outcomes = run_together([reads, first], record, before.append)
+    assert outcomes[0].lines == ("1 3",)  # two rows and how the phase went
 
 
 def test_workers_leave_cores_to_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(phases.importlib.util, "find_spec", lambda name: object())
     assert [xdist_options(cores) for cores in (1, 2, 4, 16, 128)] == [[], [], ["-n", "2"], ["-n", "12"], ["-n", "12"]]
+    assert xdist_options(16, most=4) == ["-n", "4"]
     monkeypatch.setattr(phases.importlib.util, "find_spec", lambda name: None)
     assert xdist_options(16) == []
-
-
-@pytest.mark.parametrize("is_found", [True, False])
-def test_workers_are_as_few_as_asked_for(is_found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(phases.importlib.util, "find_spec", lambda name: object() if is_found else None)
-    assert xdist_options(16, most=4) == (["-n", "4"] if is_found else [])
-
-
-@pytest.mark.parametrize(("exit_code", "is_red"), [(0, False), (1, True), (5, False)])
-def test_the_exit_code_is_that_of_the_tests(exit_code: int, is_red: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "test_phases", lambda out: [python("native", f"print('tested'); raise SystemExit({exit_code})")])
-    monkeypatch.setattr(run, "device_name", lambda: None)
-    result = CliRunner().invoke(run.main, ["tests", "sanitizer", "bench", "sweep", "--out", str(tmp_path)])
-    assert result.exit_code == int(is_red), result.output
-    assert "native     " + ("ok" if exit_code == 0 else f"failed (exit code {exit_code})") in result.output
-    assert "left out: bench: no device" in result.output
-    assert all(f"left out: {tool}: no" in result.output for tool in sanitize.TOOLS)
-    assert result.output.strip().splitlines()[-1].startswith("RED" if is_red else "green")
-    assert "tested" in (tmp_path / "log.txt").read_text()
-
-
-def test_results_of_an_earlier_run_are_not_taken_for_this_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("native.xml", "default.json", "sweep.json"):
-        (tmp_path / name).write_text("{}")
-    monkeypatch.setattr(run, "test_phases", lambda out: [python("native", "print('cut off before it wrote anything')")])
-    monkeypatch.setattr(run, "device_name", lambda: None)
-    assert CliRunner().invoke(run.main, ["tests", "bench", "sweep", "--out", str(tmp_path)]).exit_code == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
-
-
-def test_what_is_measured_knows_the_tests_of_this_run(tmp_path: Path) -> None:
-    assert run._gate_arguments(tmp_path, True, True) == [f"--tests={tmp_path / name}.xml" for name in ("native", "triton", "per_sample")]
-    assert run._gate_arguments(tmp_path, False, True) == []  # python -m bench.gpu then runs them itself
-    assert run._gate_arguments(tmp_path, True, False) == ["--no-gate"]
-    command = run.bench_phase("bench", tmp_path, ["--no-gate"]).command
-    assert command[1:4] == ("-m", "bench.gpu", "--out")
-    assert f"--budget={run.SECONDS['bench'] - run.MARGIN}" in command
-    tested = [word for phase in run.test_phases(tmp_path) for word in phase.command]
-    assert "tests/gpu" in tested
-
-
-def test_the_tests_of_two_phases_are_all_there_are(tmp_path: Path) -> None:
-    """Values on the device are shared by a word that their names have or have not."""
-    words = {phase.name: phase.command[phase.command.index("-k") + 1] for phase in run.test_phases(tmp_path) if "-k" in phase.command}
-    assert words == {"triton": "triton or foreach", "native": "not (triton or foreach)"}
-
-
-def test_a_build_without_its_tools_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None if name == "ninja" else object())
-    assert build.build_phases(said.append) == []
-    assert said == ["left out: building the native modules: no ninja"]
-
-
-def test_a_build_is_for_this_device_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SAM_KERNELS_BUILD", "TORCH_CUDA_ARCH_LIST"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(build.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(build.torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(build, "_has_nvcc", lambda: True)
-    assert build.settings() == {"SAM_KERNELS_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "9.0"}
-    monkeypatch.setattr(build, "_has_nvcc", lambda: False)
-    assert build.settings()["SAM_KERNELS_BUILD"] == "cpu"
-    monkeypatch.setenv("SAM_KERNELS_BUILD", "none")  # who says so means it
-    assert "SAM_KERNELS_BUILD" not in build.settings()
-
-
-@pytest.mark.parametrize(("mode", "built"), [("cuda", ["cuda", "cpu"]), ("cpu", ["cpu"])])
-def test_a_build_that_fails_leaves_the_cpus_module(mode: str, built: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    modes: list[str] = []
-
-    def fail(env: dict[str, str]) -> int:
-        modes.append(env["SAM_KERNELS_BUILD"])
-        return 1
-
-    monkeypatch.setenv("SAM_KERNELS_BUILD", mode)
-    monkeypatch.setattr(build, "build", fail)
-    assert build.main() == 1
-    assert modes == built

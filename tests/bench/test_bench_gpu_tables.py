@@ -11,13 +11,11 @@ import pytest
 from click.testing import CliRunner
 
 from bench.byte_model import OPS
-from bench.gpu import bars, dispatch, products, run, summary, sweep, sweep_products
+from bench.gpu import bars, closing, dispatch, products, summary, sweep, sweep_products
 from bench.gpu.steps import BACKENDS, BASE_ALONE, COMBINATIONS, FORWARDS, LOOPS, graph_of, provider
 from bench.gpu.workloads import GPU_WORKLOADS
 from bench.report import BEGIN, END
 from bench.report import main as report
-
-SHOWN = 12_000  # characters of a run's end that a terminal may be left with
 
 
 def full_result() -> dict[str, Any]:
@@ -59,13 +57,9 @@ def swept() -> list[dict[str, Any]]:
     return [row | {"cut": "16k/2048/4", "ms_50": 1.0 + i, "gbps": 2.0, "is_default": i == 1} for row in what for i in range(4)]
 
 
-def test_the_last_tables_are_short_and_complete(tmp_path: Path) -> None:
+def test_the_tables_are_complete() -> None:
     result = full_result()
-    (tmp_path / "default.json").write_text(json.dumps(result))
-    (tmp_path / "sweep.json").write_text(json.dumps(result | {"rows": swept()}))
-    phases = [f"phase {i:<10} ok, 100 s: 100 passed, 3 skipped in 100.00s" for i in range(10)]
-    lines = run.closing(tmp_path, ["default", "sweep"], phases)
-    assert sum(len(line) + 1 for line in lines) < SHOWN
+    lines = [line for block in closing.tables(result | {"rows": [*result["rows"], *swept()]}) for line in block]
     shown = [(workload, op) for workload in GPU_WORKLOADS for op in OPS if workload == summary.FULL or op in summary.OF_STEPS]
     shown = [pair for pair in shown if pair[0] != summary.LIKE_FULL]
     assert all(any(line.startswith(f"{workload:<9} {op}") for line in lines) for workload, op in shown)
@@ -73,7 +67,28 @@ def test_the_last_tables_are_short_and_complete(tmp_path: Path) -> None:
     assert step.split("|")[0].split()[3:] == ["2.0000", "93%", "100", "0.2000", "4.00×", "2.50×"]
     assert len(sweep.lines(swept())) == 1 + len(BACKENDS) * 2 * len(sweep.KERNELS)
     assert any("default +100.0 %" in line for line in lines)
-    assert lines.index(phases[-1]) < next(i for i, line in enumerate(lines) if line.startswith("native: "))  # the bars come last
+
+
+def test_the_last_lines_are_few_and_the_bars_come_last() -> None:
+    result = full_result()
+    phases = [f"phase {i:<10} ok, 100 s: 100 passed, 3 skipped in 100.00s" for i in range(10)]
+    asked = bars.lines(result["rows"])
+    lines = closing.closing(result, phases)
+    assert sum(len(line) + 1 for line in lines) <= closing.ROOM < 6000
+    assert lines[-len(asked) :] == asked
+    assert lines[-len(asked) - 10 : -len(asked)] == phases
+    assert closing.closing(result, phases, room=10**6)[: -len(asked) - 10] == [line for block in closing.tables(result) for line in block]
+    # Without room for all bars those go that say nothing.
+    few = [row for row in result["rows"] if row["kind"] == "op"]
+    lines = closing.closing(result | {"rows": few}, phases, room=3000)
+    assert sum(line.endswith("not measured") for line in lines) == 0
+    assert sum(line.endswith(" pass") for line in lines) == 2 * len(OPS)
+    assert lines[-1] == f"and {sum(bar.state == 'not measured' for backend in BACKENDS for bar in bars.bars(few, backend))} figures " + (
+        "that were not measured (summary.txt)"
+    )
+    only_swept = closing.closing(result | {"rows": swept()}, phases)
+    assert only_swept[0].startswith("sweep: ")
+    assert only_swept[-1] == phases[-1]  # nothing was asked for
 
 
 def test_a_bar_is_reached_or_not_or_was_not_measured() -> None:
@@ -137,9 +152,13 @@ def test_who_wins_counts_the_host_and_needs_every_backend() -> None:
 
 def test_reports_take_results_of_a_gpu(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(f"{BEGIN}\n{END}\n")
-    (tmp_path / "default.json").write_text(json.dumps(full_result()))
+    header = {key: value for key, value in full_result().items() if key != "rows"}
+    rows = [row for row in full_result()["rows"] if row["kind"] != "dispatch"]
+    lines = [json.dumps(row) + "\n" for row in ({"kind": "run"} | header, *rows)]
+    (tmp_path / "first.jsonl").write_text("".join(lines[:200]) + lines[200][:20])  # cut off
+    (tmp_path / "second.jsonl").write_text("".join([lines[0], *lines[200:]]))
     (tmp_path / "sweep.json").write_text(json.dumps(full_result() | {"rows": swept()}))
-    files = [str(tmp_path / name) for name in ("default.json", "sweep.json")]
+    files = [str(tmp_path / name) for name in ("first.jsonl", "second.jsonl", "sweep.json")]
     targets = ["--readme", tmp_path / "README.md", "--docs", tmp_path / "docs.md", "--image", tmp_path / "a.png"]
     made = CliRunner().invoke(report, [*files, *map(str, targets)])
     assert made.exit_code == 0, made.output

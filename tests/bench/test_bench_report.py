@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from bench.report import BEGIN, END, main
+from bench.report import BEGIN, END, load, main
 
 ENVIRONMENT = {
     "schema": 1, "commit": "abc", "dirty": False, "device": "some-cpu-2-cores", "cpu": "Some CPU", "threads": 2, "instruction_set": "avx2",
@@ -77,8 +77,8 @@ def test_refuses_what_it_cannot_put_into_one_table(tmp_path: Path, files: list[P
 
 def test_stored_results_can_be_read() -> None:
     results = Path(__file__).parents[2] / "bench" / "results"
-    for path in sorted(results.glob("*/*.json")):
-        result = json.loads(path.read_text())
+    for path in sorted([*results.glob("*/*.json"), *results.glob("*/bench*.jsonl")]):
+        result = load([path])[0]
         assert result["schema"] == 1
         assert result["device"] == path.parent.name
         assert result["gate"].startswith("passed"), f"{path.name}: numbers without green tests are not kept"
