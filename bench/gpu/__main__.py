@@ -16,7 +16,7 @@ import click
 import torch
 
 from bench.byte_model import OPS
-from bench.gpu import bandwidth, dispatch, gate, ops, products, steps, sweep, sweep_products
+from bench.gpu import bandwidth, dispatch, gate, ops, products, steps, sweep, sweep_products, training
 from bench.gpu.device import device_name, gpu_environment
 from bench.gpu.phases import xdist_options
 from bench.gpu.summary import bench_lines, verdict_lines
@@ -49,6 +49,7 @@ def _names(known: Any) -> Any:
 @click.option("--ops", "op_names", default=",".join(OPS), callback=_names(OPS), show_default=True, help="'' for none.")
 @click.option("--steps/--no-steps", "with_steps", default=True, help="Whole steps.")
 @click.option("--products/--no-products", "with_products", default=True, help="Gradient norms per sample.")
+@click.option("--training/--no-training", "with_training", default=True, help="Whole training steps, forward and backward passes included.")
 @click.option("--tests", multiple=True, type=click.Path(dir_okay=False, path_type=Path), help="JUnit files of this run. Default: run them.")
 @click.option("--gate/--no-gate", "with_gate", default=True, help="Measure only what has passed its tests.")
 @click.option("--sweep", "with_sweep", is_flag=True, help="Sizes of chunks and blocks and warps instead, for every kernel.")
@@ -61,6 +62,7 @@ def main(
     op_names: list[str],
     with_steps: bool,
     with_products: bool,
+    with_training: bool,
     tests: tuple[Path, ...],
     with_gate: bool,
     with_sweep: bool,
@@ -94,13 +96,14 @@ def main(
         # Products first, for a share of the time; the others go on until it is over.
         until = time.monotonic() + PRODUCTS_SHARE * budget
         of_products = products.measure(clock, device, checked, until, dtypes=dtype, say=click.echo) if with_products else iter(())
-        for row in itertools.chain(of_products, elements):
+        of_training = training.measure(clock, device, checked, deadline, copy_gbps=copy_gbps, say=click.echo) if with_training else iter(())
+        for row in itertools.chain(of_products, of_training, elements):
             found["rows"].append(row)
             _write(out / "default.json", found)  # after every row: a run that is cut off keeps what it measured
     finally:
         found["rows"] += dispatch.rows(found["rows"])
         _write(out / "default.json", found)
-    click.echo("\n".join([*bench_lines(found), *products.lines(found["rows"]), *verdict_lines(found)]))
+    click.echo("\n".join([*bench_lines(found), *products.lines(found["rows"]), *training.lines(found["rows"]), *verdict_lines(found)]))
 
 
 def _gate(tests: Sequence[Path], with_gate: bool, dry_run: bool) -> gate.Gate:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from bench.gpu.bars import bars
+from bench.gpu.bars import tables
 from bench.gpu.steps import BACKENDS, LOOPS, graph_of, provider
 from bench.gpu.summary import launch_rows, op_rows, step_rows
 from bench.gpu.workloads import GPU_WORKLOADS
@@ -73,10 +73,11 @@ def _steps(result: Result) -> str:
 
 def _bars(result: Result) -> str:
     rows = []
-    for backend in BACKENDS:
-        for bar in bars(result["rows"], backend):
-            shown = ["–" if value is None else f"{value:.2f} {bar.unit}" for value in (bar.bar, bar.measured)]
-            rows.append([f"{bar.figure}, {backend}", *shown, bar.state])
+    for title, bars in tables(result["rows"]).items():
+        for bar in bars:
+            shown = ["–" if bar.bar is None else f"{bar.shown_bar} {bar.unit}"]
+            shown.append("–" if bar.measured is None else f"{bar.measured:.2f} {bar.unit}")
+            rows.append([f"{bar.figure}, {title}", *shown, bar.state])
     return _table(["figure", "bar", "measured", ""], rows)
 
 

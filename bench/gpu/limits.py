@@ -1,0 +1,87 @@
+"""What bytes, launches and instructions allow on a device: the bars are made of these. Derivation: docs/benchmarks.md, "Where the bars come
+from"."""
+
+from __future__ import annotations
+
+from bench.byte_model import OPS, STEP_OPS
+from bench.gpu.device import multiprocessors_and_gigahertz
+
+__all__ = [
+    "FULL",
+    "INSTRUCTIONS",
+    "LOOP_SWEEPS",
+    "SMALL",
+    "issue_ms",
+    "launches_of",
+    "loop_ratio",
+    "percent_of_copy",
+    "reweighted_ratio",
+    "sam_ratio",
+    "step_launches",
+]
+
+FULL, SMALL = 97.0, 85.0  # percent of a copy's bandwidth: 10^8 elements, and the size of ResNet-18
+LAUNCH_MS = 0.003  # from one kernel's last store to the next one's memory being busy: start, first loads, and the last blocks alone
+SAME = 0.01  # what repeating a measurement of a whole training step changes
+
+# Instructions that a thread issues for each element in the main loop on sm_90, counted in the machine code: python -m
+# bench.machine_code.instructions. Only where they take longer than a tenth of the bytes on the fastest memory that is known.
+INSTRUCTIONS = {
+    ("random_perturb_", "native"): {"fp32": 63.0, "bf16": 62.0},
+    ("random_perturb_", "triton"): {"fp32": 60.4, "bf16": 61.4},
+}
+SCHEDULERS, LANES = 4, 32  # of a multiprocessor: each issues an instruction for 32 threads a cycle
+
+# Kernels of an operation: a norm's sums are added up by a second one, and Adam's counters advance in one of their own.
+_TWO = ("grad_norm", "centralize_", "direction_norm_", "grad_dots", "combine_", "adamw_step_")
+# Parameter-sized lists that the published loop reads and writes in a step with SGD and momentum, by its base: norm 3 (a product with 1.0
+# is written), copy 2, perturbation 4 + 3, exchange of pointers 0, update 5, or in three operations 2 + 3 + 3.
+LOOP_SWEEPS = {"davda54/foreach": 20, "davda54/fused": 17}
+EFFICIENCY = 0.99  # of ours beside torch's elementwise kernels, both waiting for the memory
+
+
+def launches_of(op: str) -> int:
+    return 2 if op in _TWO else 1
+
+
+def step_launches(base: str) -> int:
+    """Of our step: its operations', and the check of the second gradients."""
+    return sum(map(launches_of, STEP_OPS[base])) + 1
+
+
+def issue_ms(op: str, backend: str, dtype: str, numel: int) -> float | None:
+    """Milliseconds that issuing the instructions of an operation takes on this device, at its highest clock. None where bytes decide, or
+    where the device does not tell how fast it is."""
+    counted = INSTRUCTIONS.get((op, backend))
+    multiprocessors, gigahertz = multiprocessors_and_gigahertz()
+    if counted is None or not multiprocessors or not gigahertz:
+        return None
+    return numel * counted[dtype] / (multiprocessors * SCHEDULERS * LANES * gigahertz * 1e6)
+
+
+def percent_of_copy(most: float, nbytes: int, copy_gbps: float, launches: int, issue: float | None = None) -> float:
+    """The least percentage of a copy's bandwidth: ``most``, or what launches and instructions leave of it.
+
+    Where instructions are counted, half of the shorter of both times is to be hidden behind the longer one.
+    """
+    copy_ms = nbytes / copy_gbps / 1e6
+    busy = copy_ms if issue is None else max(copy_ms, issue) + min(copy_ms, issue) / 2
+    return min(most, 100 * copy_ms / (busy + launches * LAUNCH_MS))
+
+
+def loop_ratio(base: str, loop: str) -> float:
+    """How many times longer the published loop takes where bytes decide. With SGD and momentum."""
+    ours = sum(OPS[op].passes for op in STEP_OPS[base]) + 1
+    return EFFICIENCY * LOOP_SWEEPS[loop] / ours
+
+
+def sam_ratio(base_ms: float, base_bytes: int, sam_bytes: int, copy_gbps: float) -> float:
+    """The most that a step of SAM takes beside two steps of the base, ``base_ms`` together: one, and the bytes it moves beyond theirs."""
+    more_ms = max(0, sam_bytes - base_bytes) / copy_gbps / 1e6
+    return 1 + more_ms / base_ms + SAME
+
+
+def reweighted_ratio(sam_ms: float, flops: int, norm_flops: int, norm_bytes: int, copy_gbps: float) -> float:
+    """The most that a step of RW-SAM takes beside one of SAM: its norms' products as fast as the rest of the step computes, and their
+    bytes as fast as a copy, one after the other."""
+    return 1 + norm_flops / flops + norm_bytes / copy_gbps / 1e6 / sam_ms + SAME
