@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +35,11 @@ SPEEDUPS = {
 PRODUCTS, NO_GRADIENT = 1.5, 1.0
 # The host's time for a whole step, in units of what torch's fused optimizer takes for its one pass. Told, without a bar.
 LAUNCHES = (("gpt2_124m", "sgd", "fp32"), ("gpt2_124m", "adamw", "fp32"))
+WIDTH = 42  # of a figure in the table; the terminal's last lines are all that some see
 # Steps of native whose passes all run forwards, in units of the usual ones, which begin in what the last pass left in the cache. Told.
 ORDERS = (("one_1e8", "sgd", "fp32"), ("gpt2_124m", "sgd", "fp32"), ("resnet50", "sgd", "fp32"))
 # Torch's own update alone, and a copy of as many bytes as a step, in percent of the copy's bandwidth. Told.
-OF_TORCH = (("one_1e8", "adamw", "fp32"), ("one_1e8", "sgd", "fp32"), ("resnet18", "adamw", "fp32"))
+OF_TORCH = (("one_1e8", "adamw", "fp32"), ("resnet18", "adamw", "fp32"))
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,6 @@ class Bar:
     @property
     def shown_bar(self) -> str:
         return "–" if self.bar is None else f"{'≤' if self.at_most else ''}{self.bar:.2f}"
-
-    def __str__(self) -> str:
-        measured = "–" if self.measured is None else f"{self.measured:.2f}"
-        return f"{self.figure:<44} {self.shown_bar:>6} {measured:>6} {self.unit:<9} {self.state}"
 
 
 def _step(rows: Sequence[Row], workload: str, base: str, dtype: str, name: str) -> Row | None:
@@ -93,24 +90,26 @@ def bars(rows: Sequence[Row], backend: str) -> Iterator[Bar]:
 
 
 def _of_copy(rows: Sequence[Row], backend: str) -> Iterator[Bar]:
-    """An operation's bar is that of the type that is nearest to missing its own; whole steps have one each."""
+    """An operation is held to the type that is nearest to missing its bar; whole steps have a bar each."""
     for workload, (most, ops) in OF_COPY.items():
         for op in ops:
             case = ("op", op, workload, backend)
             found = {row["dtype"]: row for row in rows if (row["kind"], row["op"], row["workload"], row["backend"]) == case}
-            shown = ", ".join(f"{dtype} {found[dtype]['pct_copy']:.1f}" if dtype in found else f"{dtype} –" for dtype in DTYPES)
-            least = {dtype: _least(row, most, backend) for dtype, row in found.items()}
-            if len(found) < len(DTYPES) or None in least.values():
-                bar, measured = None, None if len(found) < len(DTYPES) else min(row["pct_copy"] for row in found.values())
-            else:
-                margins = {dtype: row["pct_copy"] - least[dtype] for dtype, row in found.items()}  # type: ignore[operator]  # none is None
-                nearest = min(margins, key=lambda dtype: margins[dtype])
-                bar, measured = least[nearest], found[nearest]["pct_copy"]
-            yield Bar(f"{op}, {workload}: {shown}", bar, measured, "% of copy")
+            yield _nearest(f"{op}, {workload}", found, {dtype: _least(row, most, backend) for dtype, row in found.items()})
         for base, dtype in COMBINATIONS:
             row = _step(rows, workload, base, dtype, provider(backend))
             bar = None if row is None else limits.percent_of_copy(most, row["bytes"], row["copy_gbps"], limits.step_launches(base))
-            yield Bar(f"step of {base}, {workload}: {dtype}", bar, None if row is None else row["pct_copy"], "% of copy")
+            yield Bar(f"{workload} {base} {dtype}, a step", bar, None if row is None else row["pct_copy"], "% of copy")
+
+
+def _nearest(figure: str, found: Mapping[str, Row], least: Mapping[str, float | None]) -> Bar:
+    """Of the types that are nearest to missing their bars; not measured where one of them was not."""
+    measured = {dtype: row["pct_copy"] for dtype, row in found.items()}
+    if len(measured) < len(DTYPES):
+        return Bar(figure, None, None, "% of copy")
+    margins = {dtype: measured[dtype] - (least[dtype] or 0.0) for dtype in measured}
+    nearest = min(margins, key=lambda dtype: margins[dtype])
+    return Bar(figure, least[nearest], measured[nearest], f"% of copy, {nearest}")
 
 
 def _least(row: Row, most: float, backend: str) -> float | None:
@@ -167,15 +166,13 @@ def _of_training(rows: Sequence[Row]) -> Iterator[Bar]:
 def _of_torch(rows: Sequence[Row]) -> Iterator[Bar]:
     measured = [row for row in rows if row["kind"] == "step"]
     for case in OF_TORCH:
-        for name in (BASE_ALONE, COPY):
+        for name, words in ((BASE_ALONE, "fused base alone"), (COPY, "copy_ of as much")):
             row = _step(measured, *case, name)
-            yield Bar(f"{' '.join(case)}: {name.removeprefix('torch, ')}", None, None if row is None else row["pct_copy"], "% of copy")
-    for case in LAUNCHES:
-        alone = _step(measured, *case, BASE_ALONE)
-        sharded = next((row for name in ON_DTENSORS.values() if (row := _step(measured, *case, name)) is not None), None)
+            yield Bar(f"{' '.join(case)}, {words}", None, None if row is None else row["pct_copy"], "% of copy")
+    for case in LAUNCHES[1:]:  # torch has no fused SGD for DTensors
+        alone, sharded = (_step(measured, *case, name) for name in (BASE_ALONE, ON_DTENSORS["fused"]))
         ratio = None if alone is None or sharded is None else sharded["launch_us"] / alone["launch_us"]
-        words = "DTensors" if sharded is None else sharded["backend"].removeprefix("torch, ")
-        yield Bar(f"{' '.join(case)}: launching {words}", None, ratio, "x longer")
+        yield Bar(f"{' '.join(case)}, launching on DTensors", None, ratio, "x longer")
 
 
 def tables(rows: Sequence[Row]) -> dict[str, list[Bar]]:
@@ -185,10 +182,25 @@ def tables(rows: Sequence[Row]) -> dict[str, list[Bar]]:
 
 
 def lines(rows: Sequence[Row]) -> list[str]:
-    """A table for each of :func:`tables`."""
-    found = []
-    for title, mine in tables(rows).items():
-        states = [bar.state for bar in mine]
-        counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-        found += [f"{f'{title}: {counts}':<46} {'bar':>6} {'measured':>6}", *(f"  {bar}" for bar in mine)]
-    return found
+    """A line a figure, the backends side by side: bar, what was measured, and whether that is enough."""
+    found = tables(rows)
+    of_backends = [{bar.figure: bar for bar in found.pop(backend)} for backend in BACKENDS]
+    figures = dict.fromkeys(figure for mine in of_backends for figure in mine)
+    heads = [_counts(title, mine.values()) for title, mine in zip(BACKENDS, of_backends, strict=True)]
+    result = [f"bars: {'; '.join(heads)}"]
+    result += [f"  {figure:<{WIDTH}} {' | '.join(_cell(mine.get(figure)) for mine in of_backends).rstrip()}" for figure in figures]
+    for title, bars in found.items():
+        result += [f"bars: {_counts(title, bars)}", *(f"  {bar.figure:<{WIDTH}} {_cell(bar)}" for bar in bars)]
+    return result
+
+
+def _counts(title: str, bars: Iterable[Bar]) -> str:
+    states = [bar.state for bar in bars]
+    return f"{title} {', '.join(f'{states.count(state)} {state}' for state in dict.fromkeys(states))}"
+
+
+def _cell(bar: Bar | None) -> str:
+    if bar is None:
+        return ""
+    measured = "–" if bar.measured is None else f"{bar.measured:.2f}"
+    return f"{bar.shown_bar:>5} {measured:>5} {bar.state}"
