@@ -92,7 +92,7 @@ MODELS = {
         "fp16",
         torch.float32,
         scales=True,
-        batch=64,
+        batch=128,
         inputs=_images,
     ),
     "gpt2_124m": ModelKind(
@@ -103,7 +103,7 @@ MODELS = {
         "bf16",
         torch.bfloat16,
         scales=False,
-        batch=8,
+        batch=16,
         inputs=_tokens,
     ),
 }

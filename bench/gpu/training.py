@@ -17,7 +17,7 @@ from bench.byte_model import step_bytes
 from bench.gpu.gate import Gate
 from bench.gpu.models import MODELS, ModelKind
 from bench.gpu.steps import allowed
-from bench.gpu.timing import Call, Clock, interleave, wall_ms
+from bench.gpu.timing import Call, Clock, Timed, launch_us, wall_ms
 from bench.gpu.work import Work, base_step_bytes, work_of
 from bench.providers import BASES, RHO
 from sam_kernels import RWSAM, SAM, use_backend
@@ -33,11 +33,11 @@ PER_SAMPLE_OPS = {
     "gpt2_124m": ("linear_square_norms_", "embedding_square_norms_", "affine_grads_"),
 }
 SECONDS = 40.0  # of all models together
-ROUNDS = (3, 8)
+WARM_UPS, MOST_WARM_UPS = 3, 20
+ROUNDS, WALL_ROUNDS, LAUNCH_ROUNDS, SAMPLES = 3, 7, 3, 3
 LR = 1e-6  # so small that every step is the same step: training on one batch would end with gradients of 0
 BETA = 1e-2
 INITIAL_SCALE = 2.0**10  # norms per sample take the gradient of a sum over the batch: its mean's with 2^16
-MOST_WARM_UPS = 20
 Row = Mapping[str, Any]
 
 
@@ -108,19 +108,23 @@ class TrainingRun:
         return scale, self.optimizer.skipped_steps if isinstance(self.optimizer, SAM) else 0
 
     def warm_up(self) -> None:
-        """Steps until one is not skipped: kernels are compiled and the scale has found its size. Raises RuntimeError where it does not."""
+        """Steps until some in a row were not skipped: kernels are compiled and the scale has found its size. Raises RuntimeError where it
+        does not."""
+        in_a_row = 0
         for _ in range(MOST_WARM_UPS):
             before = self.skips
             self.step()
-            if self.skips == before:
+            in_a_row = in_a_row + 1 if self.skips == before else 0
+            if in_a_row == WARM_UPS:
                 return
-        raise RuntimeError(f"{MOST_WARM_UPS} steps in a row were skipped: gradients are not finite")
+        raise RuntimeError(f"of {MOST_WARM_UPS} steps too many were skipped: gradients are not finite")
 
 
 def measure(
     clock: Clock, device: str, gate: Gate, deadline: float, *, copy_gbps: float, say: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
-    """Rows of kind "training". ``wall_ms`` is the figure: a loop of steps by the host's clock. A dry run: tiny models of the same make."""
+    """Rows of kind "training". ``wall_ms`` is the figure: a loop of steps by the host's clock; ``launch_us`` beside it tells whether the host
+    or the device took that long. A dry run: tiny models of the same make."""
     deadline = min(deadline, time.monotonic() + SECONDS)
     for name, kind in MODELS.items():
         if time.monotonic() > deadline:
@@ -173,14 +177,24 @@ def _of_model(
         runs = _runs(name, kind, device, gate, backend, deadline, say)
         before = {provider: run.skips for provider, run in runs.items()}
         calls: dict[str, Call] = {provider: run.step for provider, run in runs.items()}
-        timed = interleave(clock, calls, seconds=0.05 if is_tiny else 4.0, rounds=ROUNDS)
-        wall = wall_ms(clock, calls, timed, rounds=3 if is_tiny else 5)
+        timed = _turns(clock, calls, 1 if is_tiny else ROUNDS)
+        wall = wall_ms(clock, calls, timed, rounds=1 if is_tiny else WALL_ROUNDS)
+        launch = launch_us(clock, calls, rounds=1 if is_tiny else LAUNCH_ROUNDS)
     row = {"kind": "training", "op": "training", "workload": name, "dtype": kind.dtype, "base": kind.base, "batch": batch}
     for provider, run in runs.items():
         q = timed[provider].device
-        times = {"ms_20": q.ms_20, "ms_50": q.ms_50, "ms_80": q.ms_80, "host_us": timed[provider].host_us, "wall_ms": wall[provider]}
+        times = {"ms_20": q.ms_20, "ms_50": q.ms_50, "ms_80": q.ms_80, "wall_ms": wall[provider], "launch_us": launch[provider]}
         counted = _counted(run, provider, work) | {"samples": len(timed[provider].device_ms), "copy_gbps": copy_gbps}
         yield row | {"backend": provider, "kernels": backend} | times | counted | {"skipped": run.skips != before[provider]}
+
+
+def _turns(clock: Clock, calls: Mapping[str, Call], rounds: int) -> dict[str, Timed]:
+    """As :func:`bench.gpu.timing.interleave`, of calls that are warm and so long that few of them must do."""
+    timed = {name: Timed() for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            timed[name].extend(clock.turn(call, SAMPLES, 1, 0.0))
+    return timed
 
 
 def _counted(run: TrainingRun, provider: str, work: Work) -> dict[str, int]:

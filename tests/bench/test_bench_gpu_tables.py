@@ -130,7 +130,7 @@ def test_training_steps_are_not_to_take_longer_than_their_bars_and_a_skipped_one
     assert (reweighted.measured, reweighted.state) == (pytest.approx(62.0 / 50.2), "FAIL")
     skipped = [row | {"skipped": row.get("backend") == training.SAM_STEP} if row["kind"] == "training" else row for row in rows]
     assert {bar.state for bar in bars.tables(skipped)["training"]} == {"not measured"}
-    assert training.lines(rows)[1] == "  resnet50 64: 50.00 50.20 62.00; 1.004 1.235; 200"
+    assert training.lines(rows)[1] == "  resnet50 128: 50.00 50.20 62.00; 1.004 1.235; 200"
 
 
 def test_products_are_as_fast_as_their_slowest_length() -> None:
