@@ -95,7 +95,7 @@ def _of_copy(rows: Sequence[Row], backend: str) -> Iterator[Bar]:
         for op in ops:
             case = ("op", op, workload, backend)
             found = {row["dtype"]: row for row in rows if (row["kind"], row["op"], row["workload"], row["backend"]) == case}
-            yield _nearest(f"{op}, {workload}", found, {dtype: _least(row, most, backend) for dtype, row in found.items()})
+            yield _nearest(f"{op}, {workload}", found, {dtype: limits.least_percent(row, most) for dtype, row in found.items()})
         for base, dtype in COMBINATIONS:
             row = _step(rows, workload, base, dtype, provider(backend))
             bar = None if row is None else limits.percent_of_copy(most, row["bytes"], row["copy_gbps"], limits.step_launches(base))
@@ -110,14 +110,6 @@ def _nearest(figure: str, found: Mapping[str, Row], least: Mapping[str, float | 
     margins = {dtype: measured[dtype] - (least[dtype] or 0.0) for dtype in measured}
     nearest = min(margins, key=lambda dtype: margins[dtype])
     return Bar(figure, least[nearest], measured[nearest], f"% of copy, {nearest}")
-
-
-def _least(row: Row, most: float, backend: str) -> float | None:
-    """None where instructions decide, and the device's speed is not known."""
-    issue = row["issue_ms"]
-    if issue is None and (row["op"], backend) in limits.INSTRUCTIONS:
-        return None
-    return limits.percent_of_copy(most, row["bytes"], row["copy_gbps"], limits.launches_of(row["op"]), issue)
 
 
 def _products(rows: Sequence[Row]) -> Iterator[Bar]:

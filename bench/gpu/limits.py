@@ -3,16 +3,21 @@ from"."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from bench.byte_model import OPS, STEP_OPS
 from bench.gpu.device import multiprocessors_and_gigahertz
 
 __all__ = [
+    "DRAWN",
     "FULL",
     "INSTRUCTIONS",
     "LOOP_SWEEPS",
     "SMALL",
     "issue_ms",
     "launches_of",
+    "least_percent",
     "loop_ratio",
     "percent_of_copy",
     "reweighted_ratio",
@@ -24,12 +29,35 @@ FULL, SMALL = 97.0, 85.0  # percent of a copy's bandwidth: 10^8 elements, and th
 LAUNCH_MS = 0.003  # from one kernel's last store to the next one's memory being busy: start, first loads, and the last blocks alone
 SAME = 0.01  # what repeating a measurement of a whole training step changes
 
-# Instructions that a thread issues for each element in the main loop on sm_90, counted in the machine code: python -m
-# bench.machine_code.instructions. Only where they take longer than a tenth of the bytes on the fastest memory that is known.
+# Instructions that a thread issues for each element in the main loop on sm_90: python -m bench.machine_code.instructions. Of centralize_
+# there are two loops over the same elements, and none is counted.
 INSTRUCTIONS = {
-    ("random_perturb_", "native"): {"fp32": 63.0, "bf16": 62.0},
-    ("random_perturb_", "triton"): {"fp32": 60.4, "bf16": 61.4},
+    "native": {
+        "grad_norm": {"fp32": 3.5, "bf16": 3.7},
+        "direction_norm_": {"fp32": 22.5, "bf16": 23.6},
+        "grad_dots": {"fp32": 7.5, "bf16": 8.2},
+        "combine_": {"fp32": 10.5, "bf16": 10.9},
+        "perturb_": {"fp32": 10.2, "bf16": 10.1},
+        "random_perturb_": {"fp32": 63.0, "bf16": 62.0},
+        "restore_": {"fp32": 2.5, "bf16": 1.2},
+        "sgd_step_": {"fp32": 14.2, "bf16": 16.1},
+        "adamw_step_": {"fp32": 47.5, "bf16": 50.4},
+    },
+    "triton": {
+        "grad_norm": {"fp32": 2.4, "bf16": 4.2},
+        "direction_norm_": {"fp32": 21.2, "bf16": 25.4},
+        "grad_dots": {"fp32": 6.8, "bf16": 10.0},
+        "combine_": {"fp32": 17.4, "bf16": 20.1},
+        "perturb_": {"fp32": 4.5, "bf16": 7.3},
+        "random_perturb_": {"fp32": 60.4, "bf16": 61.4},
+        "restore_": {"fp32": 0.8, "bf16": 0.5},
+        "sgd_step_": {"fp32": 9.5, "bf16": 13.2},
+        "adamw_step_": {"fp32": 47.2, "bf16": 52.6},
+    },
 }
+DRAWN = "random_perturb_"  # the one that takes about as long to issue as to move
+# Of the longer of both times, as much of the shorter one goes on beside it: half, and a quarter where a multiprocessor holds 512 threads.
+HIDDEN, HIDDEN_DRAWN = 0.5, 0.25
 SCHEDULERS, LANES = 4, 32  # of a multiprocessor: each issues an instruction for 32 threads a cycle
 
 # Kernels of an operation: a norm's sums are added up by a second one, and Adam's counters advance in one of their own.
@@ -50,23 +78,30 @@ def step_launches(base: str) -> int:
 
 
 def issue_ms(op: str, backend: str, dtype: str, numel: int) -> float | None:
-    """Milliseconds that issuing the instructions of an operation takes on this device, at its highest clock. None where bytes decide, or
-    where the device does not tell how fast it is."""
-    counted = INSTRUCTIONS.get((op, backend))
+    """Milliseconds that issuing the instructions of an operation takes on this device, at its highest clock. None where they were not
+    counted, or where the device does not tell how fast it is."""
+    counted = INSTRUCTIONS.get(backend, {}).get(op)
     multiprocessors, gigahertz = multiprocessors_and_gigahertz()
     if counted is None or not multiprocessors or not gigahertz:
         return None
     return numel * counted[dtype] / (multiprocessors * SCHEDULERS * LANES * gigahertz * 1e6)
 
 
-def percent_of_copy(most: float, nbytes: int, copy_gbps: float, launches: int, issue: float | None = None) -> float:
-    """The least percentage of a copy's bandwidth: ``most``, or what launches and instructions leave of it.
-
-    Where instructions are counted, half of the shorter of both times is to be hidden behind the longer one.
-    """
+def percent_of_copy(most: float, nbytes: int, copy_gbps: float, launches: int, issue: float | None = None, hidden: float = HIDDEN) -> float:
+    """The least percentage of a copy's bandwidth: ``most``, or what launches and instructions leave of it."""
     copy_ms = nbytes / copy_gbps / 1e6
-    busy = copy_ms if issue is None else max(copy_ms, issue) + min(copy_ms, issue) / 2
+    longer, shorter = max(copy_ms, issue or 0.0), min(copy_ms, issue or 0.0)
+    busy = longer + max(0.0, shorter - hidden * longer)
     return min(most, 100 * copy_ms / (busy + launches * LAUNCH_MS))
+
+
+def least_percent(row: Mapping[str, Any], most: float) -> float | None:
+    """The same, of an operation's row. None where instructions may decide, and the device's speed is not known."""
+    op, issue = row["op"], row["issue_ms"]
+    if op == DRAWN and issue is None:
+        return None
+    hidden = HIDDEN_DRAWN if op == DRAWN else HIDDEN
+    return percent_of_copy(most, row["bytes"], row["copy_gbps"], launches_of(op), issue, hidden)
 
 
 def loop_ratio(base: str, loop: str) -> float:

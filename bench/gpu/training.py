@@ -123,8 +123,8 @@ class TrainingRun:
 def measure(
     clock: Clock, device: str, gate: Gate, deadline: float, *, copy_gbps: float, say: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
-    """Rows of kind "training". ``wall_ms`` is the figure: a loop of steps by the host's clock; ``launch_us`` beside it tells whether the host
-    or the device took that long. A dry run: tiny models of the same make."""
+    """Rows of kind "training". ``wall_ms`` is the figure, a loop of steps by the host's clock; where ``launch_us`` is as long, the host
+    decided it. A dry run: tiny models of the same make."""
     deadline = min(deadline, time.monotonic() + SECONDS)
     for name, kind in MODELS.items():
         if time.monotonic() > deadline:

@@ -20,7 +20,7 @@ from bench.machine_code.targets import TARGETS
 from bench.workloads import DTYPES
 from sam_kernels.backends.triton import IS_INTERPRETED, REASON_MISSING
 
-__all__ = ["SOURCES", "of_cuda", "of_triton", "per_element"]
+__all__ = ["ARCH", "SOURCES", "of_cuda", "of_kernels", "of_triton", "per_element"]
 
 ARCH = "sm_90"
 ELEMENTS = 1 << 16  # several blocks of every kernel
