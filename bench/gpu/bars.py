@@ -22,7 +22,8 @@ Row = Mapping[str, Any]
 LOOP_FOREACH, LOOP_FUSED = LOOPS
 # What is compared with a copy, and the percentage that bytes alone would allow: all operations, and those of a step.
 OF_COPY = {"one_1e8": (limits.FULL, tuple(OPS)), "resnet18": (limits.SMALL, ("grad_norm", "perturb_", "sgd_step_", "adamw_step_"))}
-# (workload, base, dtype, loop, from a graph): how many times longer the published loop's step takes.
+# (workload, base, dtype, loop, from a graph): how many times longer the published loop's step takes. Of several tensors the host decides
+# for the loop, and the bar is no higher than what our bytes allow.
 SPEEDUPS = {
     ("one_1e9", "sgd", "fp32", LOOP_FOREACH, False): limits.loop_ratio("sgd", LOOP_FOREACH),
     ("one_1e9", "sgd", "fp32", LOOP_FUSED, False): limits.loop_ratio("sgd", LOOP_FUSED),
@@ -75,7 +76,10 @@ def bars(rows: Sequence[Row], backend: str) -> Iterator[Bar]:
     yield from _of_copy(measured, backend)
     for (workload, base, dtype, loop, from_graph), bar in SPEEDUPS.items():
         row = _step(measured, workload, base, dtype, graph_of(backend) if from_graph else provider(backend))
-        ratio = None if row is None or loop not in row["loops"] else row["loops"][loop] / row["wall_ms"]
+        ratio = None
+        if row is not None and loop in row["loops"]:
+            bar = bar if row["n_tensors"] == 1 else limits.beside_loop(bar, row["loops"][loop], row)
+            ratio = row["loops"][loop] / row["wall_ms"]
         yield Bar(f"{workload} {base} {dtype}{', graph,' if from_graph else ''} beside {loop}", bar, ratio, "x")
     for workload, base, dtype in LAUNCHES:
         ours, alone = (_step(measured, workload, base, dtype, name) for name in (provider(backend), BASE_ALONE))

@@ -15,6 +15,7 @@ __all__ = [
     "INSTRUCTIONS",
     "LOOP_SWEEPS",
     "SMALL",
+    "beside_loop",
     "issue_ms",
     "launches_of",
     "least_percent",
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 FULL, SMALL = 97.0, 85.0  # percent of a copy's bandwidth: 10^8 elements, and the size of ResNet-18
+LARGE = 10**8
 LAUNCH_MS = 0.003  # from one kernel's last store to the next one's memory being busy: start, first loads, and the last blocks alone
 SAME = 0.01  # what repeating a measurement of a whole training step changes
 
@@ -108,6 +110,14 @@ def loop_ratio(base: str, loop: str) -> float:
     """How many times longer the published loop takes where bytes decide. With SGD and momentum."""
     ours = sum(OPS[op].passes for op in STEP_OPS[base]) + 1
     return EFFICIENCY * LOOP_SWEEPS[loop] / ours
+
+
+def beside_loop(asked: float, loop_ms: float, row: Mapping[str, Any]) -> float:
+    """How many times longer the published loop is to take where the host decides for it: as asked, or what our bytes allow beside the loop
+    as it was measured. ``row``: of our step."""
+    most = FULL if row["numel"] >= LARGE else SMALL
+    percent = percent_of_copy(most, row["bytes"], row["copy_gbps"], step_launches(row["base"]))
+    return min(asked, loop_ms / (row["bytes"] / row["copy_gbps"] / 1e6 * 100 / percent))
 
 
 def sam_ratio(base_ms: float, base_bytes: int, sam_bytes: int, copy_gbps: float) -> float:

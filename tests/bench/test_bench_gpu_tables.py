@@ -36,6 +36,7 @@ def full_result() -> dict[str, Any]:
                 rows += [case | times | {"backend": name, "ms_50": ms} for name, ms in milliseconds.items()]
         for base, dtype in COMBINATIONS:
             case = {"op": "step", "workload": workload, "dtype": dtype, "base": base}
+            case |= {"n_tensors": shapes.n_tensors, "numel": shapes.numel}
             case |= {"bytes": step_bytes(base, shapes.numel, 4 if dtype == "fp32" else 2)}
             loops = {LOOPS[0]: 8.0, LOOPS[1]: 5.0}
             walls = {"native": 2.0, "triton": 4.0}
