@@ -52,39 +52,35 @@ def call_of(name: str, params: Sequence[torch.nn.Parameter], base: Base) -> Call
 
 
 @contextlib.contextmanager
-def one_rank_mesh(device: str) -> Iterator[DeviceMesh | str]:
-    """A mesh of this process alone, or the reason there is none. A process group that is there already is used, and stays.
+def one_rank_mesh(device: str) -> Iterator[DeviceMesh]:
+    """A mesh of this process alone. A process group that is there already is used, and stays.
 
-    Nothing leaves the process: its store is in memory, and no operation of a peer communicates.
+    Nothing leaves the process: its store is in memory, and no operation of a peer communicates. Raises what torch raises where no backend
+    can be had.
     """
-    if not dist.is_available():
-        yield "torch.distributed is not built"
-        return
     is_ours = not dist.is_initialized()
     try:
-        found = _mesh(device) if is_ours else init_device_mesh(device, (1,))
-    except Exception as error:  # a backend that is missing or finds no interface: the other peers are still of interest
-        found = f"{type(error).__name__}: {str(error)[:200]}"
-    try:
-        yield found
+        yield _mesh(device) if is_ours else init_device_mesh(device, (1,))
     finally:
         if is_ours and dist.is_initialized():
             dist.destroy_process_group()
 
 
 def _mesh(device: str) -> DeviceMesh:
-    """By the first backend that can be had. Raises what the last one raises."""
-    backends = ("gloo",) if device == "cpu" else ("nccl", "gloo")
-    for backend in backends:
+    """By the first backend that can be had."""
+    *others, last = ("gloo",) if device == "cpu" else ("nccl", "gloo")
+    for backend in others:
         try:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-            return init_device_mesh(device, (1,))
+            return _mesh_by(backend, device)
         except Exception:
             if dist.is_initialized():
                 dist.destroy_process_group()
-            if backend == backends[-1]:
-                raise
-    raise AssertionError("no backend")
+    return _mesh_by(last, device)
+
+
+def _mesh_by(backend: str, device: str) -> DeviceMesh:
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return init_device_mesh(device, (1,))
 
 
 def _on_dtensors(grads: Sequence[Tensor], mesh: DeviceMesh) -> list[torch.nn.Parameter]:
@@ -123,9 +119,19 @@ def moved_bytes(name: str, alone: int, whole: int) -> int:
 
 
 def makers(
-    workload: Workload, base: Base, grads: Sequence[Tensor], sweeps: int, mesh: DeviceMesh | str, *, is_about_launching: bool, say: Say
+    workload: Workload,
+    base: Base,
+    grads: Sequence[Tensor],
+    sweeps: int,
+    mesh: Callable[[], DeviceMesh],
+    *,
+    is_about_launching: bool,
+    say: Say,
 ) -> dict[str, Maker]:
-    """Name -> what makes its call. ``sweeps``: of a whole step. Of one tensor only what tells about the memory is of interest."""
+    """Name -> what makes its call. ``sweeps``: of a whole step. Of one tensor only what tells about the memory is of interest.
+
+    ``mesh`` is called when a peer on DTensors is made: a process group's threads must not meet a graph that is being captured.
+    """
     lists = 2 + sum(key != "step" for key in base.state_keys) + 1  # parameters, gradients, backups and state: what a step touches
 
     def alone(params: Callable[[], list[torch.nn.Parameter]], implementation: str) -> Maker:
@@ -149,8 +155,5 @@ def makers(
         else:
             say(f"left out: {name} {workload.name}: {reason}")
     for implementation, name in ON_DTENSORS.items():
-        if isinstance(mesh, str):
-            say(f"left out: {name} {workload.name}: {mesh}")
-        else:
-            found[name] = alone(lambda mesh=mesh: _on_dtensors(grads, mesh), implementation)  # type: ignore[misc]  # a default is no closure
+        found[name] = alone(lambda: _on_dtensors(grads, mesh()), implementation)
     return found

@@ -3,6 +3,8 @@ loop, and their peers (:mod:`bench.gpu.peers`)."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -26,6 +28,7 @@ __all__ = ["BACKENDS", "BASE_ALONE", "COMBINATIONS", "FORWARDS", "LOOPS", "allow
 
 COMBINATIONS = (("sgd", "fp32"), ("adamw", "fp32"), ("adamw", "bf16"))
 BACKENDS = ("native", "triton")  # those with kernels of their own for a device
+WALL_ROUNDS, LAUNCH_ROUNDS = 5, 30
 FORWARDS = "sam_kernels/native, forwards"  # its passes do not begin where the last one ended, in the second-level cache
 
 
@@ -162,7 +165,8 @@ def measure(
     def rows(makers: Mapping[str, Callable[[], Call]]) -> Iterator[dict[str, Any]]:
         calls = _calls(makers, workload, device, say)
         timed = interleave(clock, calls, seconds=seconds)
-        wall, launch = wall_ms(clock, calls, timed), launch_us(clock, calls)
+        wall = wall_ms(clock, calls, timed, rounds=1 if device == "cpu" else WALL_ROUNDS)
+        launch = launch_us(clock, calls, rounds=1 if device == "cpu" else LAUNCH_ROUNDS)
         if of_ours := [timed[provider(backend)].device.ms_50 for backend in backends if provider(backend) in timed]:
             common["reference_ms_50"] = of_ours[0]
         for name, found in timed.items():
@@ -172,7 +176,8 @@ def measure(
         if device != "cpu":
             yield from _launches(calls, row)
 
-    with peers.one_rank_mesh(device) as mesh:
+    with contextlib.ExitStack() as stack:
+        mesh = functools.cache(lambda: stack.enter_context(peers.one_rank_mesh(device)))
         is_about_launching = _is_about_launching(workload)
         sweeps = step_bytes(base_name, 1, 1)
         of_peers = peers.makers(workload, base, grads, sweeps, mesh, is_about_launching=is_about_launching, say=say)

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.byte_model import STEP_OPS, step_bytes
-from bench.gpu import limits, peers
+from bench.gpu import limits, peers, steps
 from bench.gpu.peers import BASE_ALONE, COPY, FOREACH_COPY, LOOPS, ON_DTENSORS
 from bench.providers import BASES
 from bench.workloads import Workload, make_grads, make_params
@@ -21,28 +21,41 @@ SHAPES = ((8, 6), (5,), (2, 3, 4))
 WORKLOAD = Workload("some", "some", SHAPES)
 
 
-def made(base: str, mesh: Any, *, is_about_launching: bool = True) -> dict[str, peers.Maker]:
+def no_mesh() -> Any:
+    raise RuntimeError("no interface")
+
+
+def made(base: str, *, is_about_launching: bool = True) -> dict[str, peers.Maker]:
     grads = make_grads(SHAPES, torch.float32)
     sweeps = step_bytes(base, 1, 1)
-    return peers.makers(WORKLOAD, BASES[base], grads, sweeps, mesh, is_about_launching=is_about_launching, say=lambda line: None)
+    return peers.makers(WORKLOAD, BASES[base], grads, sweeps, no_mesh, is_about_launching=is_about_launching, say=lambda line: None)
 
 
-def test_a_mesh_of_one_process_ends_with_its_group_and_a_failure_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mesh_of_one_process_ends_with_its_group() -> None:
     with peers.one_rank_mesh("cpu") as mesh:
-        assert not isinstance(mesh, str)
         assert mesh.size() == dist.get_world_size() == 1
         with peers.one_rank_mesh("cpu") as inner:  # a group that is there already stays
-            assert not isinstance(inner, str)
+            assert inner.size() == 1
         assert dist.is_initialized()
     assert not dist.is_initialized()
 
-    def refuse(*args: Any, **kwargs: Any) -> None:
+
+def test_without_a_backend_dtensors_are_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def refuse(backend: str, **kwargs: Any) -> None:
+        tried.append(backend)
         raise RuntimeError("no interface")
 
     monkeypatch.setattr(dist, "init_process_group", refuse)
-    with peers.one_rank_mesh("cpu") as mesh:
-        assert mesh == "RuntimeError: no interface"
-        assert not any(name in made("adamw", mesh) for name in ON_DTENSORS.values())
+    with pytest.raises(RuntimeError, match="no interface"), peers.one_rank_mesh("cuda"):
+        pass
+    assert tried == ["nccl", "gloo"]
+    said: list[str] = []
+    names = list(ON_DTENSORS.values())
+    found = steps._calls({name: made("adamw")[name] for name in (BASE_ALONE, *names)}, WORKLOAD, "cpu", said.append)
+    assert list(found) == [BASE_ALONE]
+    assert said == [f"left out: {name} some: RuntimeError: no interface" for name in names]
 
 
 def test_the_base_does_the_same_on_dtensors() -> None:
@@ -50,7 +63,6 @@ def test_the_base_does_the_same_on_dtensors() -> None:
     plain = make_params(grads)
     torch.optim.AdamW(plain, **BASES["adamw"].kwargs, fused=True).step()
     with peers.one_rank_mesh("cpu") as mesh:
-        assert not isinstance(mesh, str)
         sharded = peers._on_dtensors(grads, mesh)
         torch.optim.AdamW(sharded, **BASES["adamw"].kwargs, fused=True).step()
         for param, expected in zip(sharded, plain, strict=True):
@@ -70,7 +82,7 @@ def test_copies_move_the_bytes_of_a_step(base: str, name: str) -> None:
                 moved.extend(2 * target.numel() for target in targets)
             return func(*args, **(kwargs or {}))
 
-    call = made(base, "none")[name]()
+    call = made(base)[name]()
     with Counting():
         call()
     numel = sum(math.prod(shape) for shape in SHAPES)
@@ -79,7 +91,7 @@ def test_copies_move_the_bytes_of_a_step(base: str, name: str) -> None:
 
 
 def test_of_one_tensor_only_what_tells_about_the_memory_is_a_peer() -> None:
-    assert set(made("sgd", "none", is_about_launching=False)) == {BASE_ALONE, COPY, FOREACH_COPY}
+    assert set(made("sgd", is_about_launching=False)) == {BASE_ALONE, COPY, FOREACH_COPY}
 
 
 class Sweeps(TorchDispatchMode):
