@@ -23,7 +23,7 @@ from bench.providers import BASES, RHO
 from sam_kernels import RWSAM, SAM, use_backend
 from sam_kernels._dispatch import available
 
-__all__ = ["BASE", "PROVIDERS", "REWEIGHTED", "SAM_STEP", "SECONDS", "TrainingRun", "lines", "measure"]
+__all__ = ["BASE", "PROVIDERS", "REWEIGHTED", "SAM_STEP", "SECONDS", "TrainingRun", "by_model", "lines", "measure", "ratio"]
 
 BASE, SAM_STEP, REWEIGHTED = "base, two steps", "SAM", "RW-SAM"
 PROVIDERS = (BASE, SAM_STEP, REWEIGHTED)
@@ -223,21 +223,27 @@ def _release_memory(device: str) -> None:
         torch.cuda.empty_cache()
 
 
+def by_model(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
+    """{model: {provider: row}} in the order of measuring."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if row["kind"] == "training":
+            found.setdefault(row["workload"], {})[row["backend"]] = row
+    return found
+
+
 def lines(rows: Sequence[Row]) -> list[str]:
     """A line a model: milliseconds of each, and how many times longer."""
     found = ["training steps: wall ms of two base steps, SAM, RW-SAM; SAM : two base steps; RW-SAM : SAM; Tflop/s of the base"]
-    by_model: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        if row["kind"] == "training":
-            by_model.setdefault(row["workload"], {})[row["backend"]] = row
-    for name, by in by_model.items():
+    for name, by in by_model(rows).items():
         times = [f"{by[provider]['wall_ms']:.2f}" if provider in by else "–" for provider in PROVIDERS]
-        ratios = [_ratio(by, SAM_STEP, BASE), _ratio(by, REWEIGHTED, SAM_STEP)]
+        ratios = [ratio(by, SAM_STEP, BASE), ratio(by, REWEIGHTED, SAM_STEP)]
         rate = f"{by[BASE]['flops'] / by[BASE]['wall_ms'] / 1e9:.0f}" if BASE in by else "–"
         batch = next(iter(by.values()))["batch"]
         found.append(f"  {name} {batch}: {' '.join(times)}; {' '.join(ratios)}; {rate}")
-    return found if by_model else []
+    return found if len(found) > 1 else []
 
 
-def _ratio(by: Mapping[str, Row], longer: str, shorter: str) -> str:
+def ratio(by: Mapping[str, Row], longer: str, shorter: str) -> str:
+    """Of their times; a dash where one was not measured."""
     return f"{by[longer]['wall_ms'] / by[shorter]['wall_ms']:.3f}" if longer in by and shorter in by else "–"

@@ -189,6 +189,7 @@ def test_reports_take_results_of_a_gpu(tmp_path: Path) -> None:
     assert "| `sgd_step_` triton | 1.2 ms | 900 µs – 1.1 ms | 2,700 | 98 % | 80 µs |" in docs
     assert "| resnet50 sgd fp32 beside davda54/foreach, native | 6.00 x | 4.00 x | FAIL |" in docs
     assert "| gpt2_124m: SAM beside base, two steps, training | ≤1.01 x longer | 1.00 x longer | pass |" in docs
+    assert "| GPT-2 124M, 1,024 tokens, bfloat16, batch 16 | 50 ms | 50.2 ms | 62 ms | 1.004 | 1.235 |" in docs
     assert "| GPT-2 124M, step, AdamW, bf16 | 2 ms | 4 ms | native | 2.00× |" in docs
     assert "16k/2048/4, the default" in docs
     assert not (tmp_path / "a.png").exists()
