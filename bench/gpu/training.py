@@ -34,7 +34,7 @@ PER_SAMPLE_OPS = {
 }
 SECONDS = 40.0  # of all models together
 WARM_UPS, MOST_WARM_UPS = 3, 20
-ROUNDS, WALL_ROUNDS, LAUNCH_ROUNDS, SAMPLES = 3, 7, 3, 3
+ROUNDS, WALL_ROUNDS, LAUNCH_ROUNDS, SAMPLES = 2, 5, 3, 3
 LR = 1e-6  # so small that every step is the same step: training on one batch would end with gradients of 0
 BETA = 1e-2
 INITIAL_SCALE = 2.0**10  # norms per sample take the gradient of a sum over the batch: its mean's with 2^16
