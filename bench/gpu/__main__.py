@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from bench.byte_model import OPS
-from bench.gpu import bandwidth, gate, products, stages, sweep, sweep_products
+from bench.gpu import bandwidth, gate, products, stages, sweep, sweep_products, training
 from bench.gpu.device import device_name, gpu_environment
 from bench.gpu.phases import xdist_options
 from bench.gpu.record import BENCH, Record, row_of, writable
@@ -74,7 +74,11 @@ def main(
     if out != "-":
         result = result_of(rows)
         swept = [*sweep.lines(result["rows"]), *sweep_products.lines(result["rows"])] if "sweep" in stage_names else []
-        click.echo("\n".join([*bench_lines(result), *products.lines(result["rows"]), *swept, *verdict_lines(result)]))
+        click.echo(
+            "\n".join(
+                [*bench_lines(result), *products.lines(result["rows"]), *training.lines(result["rows"]), *swept, *verdict_lines(result)]
+            )
+        )
 
 
 def _measured(

@@ -38,7 +38,7 @@ class Call:
 
 
 ALL = tuple(stage.name for stage in stages.STAGES if stage.name not in stages.SWEEPS)
-FIRST = ("bars", "one_1e8", "resnet50")
+FIRST = ("bars", "one_1e8", "resnet18", "resnet50", "training")
 CALLS = {
     1: Call(("build", "smoke", "values", "bench"), ALL),
     2: Call(("build", "smoke", "behaviour", "bench"), tuple(name for name in ALL if name not in FIRST)),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bench.gpu import bars, products, sanitize, sweep, sweep_products
+from bench.gpu import bars, products, sanitize, sweep, sweep_products, training
 from bench.gpu.calls import TESTS
 from bench.gpu.phases import Outcome
 from bench.gpu.summary import bench_lines, winner_lines
@@ -78,6 +79,7 @@ def tables(result: Result) -> list[list[str]]:
         _made(lambda: [*sweep.short_lines(rows), *sweep_products.lines(rows)] if swept else []),
         _made(lambda: bench_lines(result) if is_measured else []),
         _made(lambda: products.lines(rows)),
+        _made(lambda: training.lines(rows)),
     ]
     return [block for block in found if block]
 
@@ -99,11 +101,16 @@ def _length(lines: Sequence[str]) -> int:
     return sum(len(line) + 1 for line in lines)
 
 
+def _tells(line: str) -> bool:
+    """Whether a line of the bars is a heading, or about something that was measured."""
+    return line.startswith("bars: ") or re.search(r" (pass|FAIL|told)\b", line) is not None
+
+
 def closing(result: Result, lines: Sequence[str], *, room: int = ROOM) -> list[str]:
     """``lines``: those of the phases. Together less than ``room`` characters."""
     last = asked(result)
     if _length(last) + _length(lines) > room:
-        measured = [line for line in last if not line.endswith("not measured")]
+        measured = [line for line in last if _tells(line)]
         last = [*measured, f"and {len(last) - len(measured)} figures that were not measured (summary.txt)"]
     left = room - _length(last) - _length(lines)
     shown: list[str] = []

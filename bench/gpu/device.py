@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import re
 import shutil
@@ -13,7 +14,7 @@ import torch
 from bench.environment import environment
 from bench.gpu import carry
 
-__all__ = ["DEFAULT_L2", "describe", "device_name", "gpu_environment", "l2_bytes", "slug"]
+__all__ = ["DEFAULT_L2", "describe", "device_name", "gpu_environment", "l2_bytes", "multiprocessors_and_gigahertz", "slug"]
 
 DEFAULT_L2 = 50 << 20  # an H100's, where torch does not tell
 _QUERIES = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit", "temperature.gpu")
@@ -31,6 +32,17 @@ def l2_bytes() -> int:
     if not torch.cuda.is_available():
         return 0
     return int(getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or DEFAULT_L2)
+
+
+@functools.cache
+def multiprocessors_and_gigahertz() -> tuple[int, float]:
+    """Of the device, at its highest clock; 0 for what is not known."""
+    if not torch.cuda.is_available():
+        return 0, 0.0
+    properties = torch.cuda.get_device_properties(0)
+    megahertz = _smi().get("clocks.max.sm", "")
+    gigahertz = float(megahertz) / 1e3 if megahertz.isdigit() else getattr(properties, "clock_rate", 0) / 1e6
+    return properties.multi_processor_count, gigahertz
 
 
 def _smi() -> dict[str, str]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from bench.gpu.bars import bars
+from bench.gpu import training
+from bench.gpu.bars import tables
+from bench.gpu.models import MODELS
 from bench.gpu.steps import BACKENDS, LOOPS, graph_of, provider
 from bench.gpu.summary import launch_rows, op_rows, step_rows
 from bench.gpu.workloads import GPU_WORKLOADS
@@ -71,12 +73,24 @@ def _steps(result: Result) -> str:
     return _table(headings, rows) if rows else ""
 
 
+def _training(result: Result) -> str:
+    rows = []
+    for name, by in training.by_model(result["rows"]).items():
+        times = [format_ms(by[provider]["wall_ms"]) if provider in by else "–" for provider in training.PROVIDERS]
+        over_base = training.ratio(by, training.SAM_STEP, training.BASE)
+        over_sam = training.ratio(by, training.REWEIGHTED, training.SAM_STEP)
+        rows.append([f"{MODELS[name].title}, batch {next(iter(by.values()))['batch']}", *times, over_base, over_sam])
+    headings = ["whole training step", "two of the base", "SAM", "RW-SAM, exact norms", "SAM ÷ two of the base", "RW-SAM ÷ SAM"]
+    return _table(headings, rows) if rows else ""
+
+
 def _bars(result: Result) -> str:
     rows = []
-    for backend in BACKENDS:
-        for bar in bars(result["rows"], backend):
-            shown = ["–" if value is None else f"{value:.2f} {bar.unit}" for value in (bar.bar, bar.measured)]
-            rows.append([f"{bar.figure}, {backend}", *shown, bar.state])
+    for title, bars in tables(result["rows"]).items():
+        for bar in bars:
+            shown = ["–" if bar.bar is None else f"{bar.shown_bar} {bar.unit}"]
+            shown.append("–" if bar.measured is None else f"{bar.measured:.2f} {bar.unit}")
+            rows.append([f"{bar.figure}, {title}", *shown, bar.state])
     return _table(["figure", "bar", "measured", ""], rows)
 
 
@@ -128,9 +142,11 @@ def docs_section(results: Sequence[Result]) -> str:
     parts = []
     for result in results:
         where, steps, ops, sweep = _where(result), _steps(result), list(_ops(result)), _sweep(result)
+        trained = _training(result)
         if steps or ops:
             parts += [f"## {result['gpu']}", where, f"### What was asked for, {result['gpu']}\n\n{_bars(result)}"]
-            parts += [*([f"### Whole steps, {result['gpu']}\n\n{steps}"] if steps else []), *ops]
+            parts += [*([f"### Whole steps, {result['gpu']}\n\n{steps}"] if steps else [])]
+            parts += [*([f"### Whole training steps, {result['gpu']}\n\n{trained}"] if trained else []), *ops]
             if winners := _winners(result):
                 parts.append(f"### The faster backend, {result['gpu']}\n\n{winners}")
         if sweep:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bench.byte_model import OPS, op_bytes
+from bench.gpu import limits
 from bench.gpu.device import l2_bytes
 from bench.gpu.timing import Call, Clock, Timed, interleave
 from bench.op_calls import describe_once, make_lists, ours, torch_call
@@ -80,7 +81,8 @@ def measure(
     row = {"kind": "op", "op": op, "workload": workload.name, "dtype": dtype_name, "base": None}
     size = {"n_tensors": workload.n_tensors, "numel": workload.numel, "bytes": nbytes}
     for name, found in timed.items():
-        yield row | {"backend": name} | size | speed(found, nbytes, copy_gbps) | {"regime": regime, "sets": sets}
+        issue = limits.issue_ms(op, name, dtype_name, workload.numel)
+        yield row | {"backend": name} | size | speed(found, nbytes, copy_gbps) | {"regime": regime, "sets": sets, "issue_ms": issue}
 
 
 def speed(timed: Timed, nbytes: int, copy_gbps: float) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu import bars, ops, products, steps, sweep, sweep_products
+from bench.gpu import bars, ops, products, steps, sweep, sweep_products, training
 from bench.gpu.gate import Gate
 from bench.gpu.timing import Clock
 from bench.gpu.workloads import GPU_WORKLOADS
@@ -62,7 +62,8 @@ class Stage:
 
 def steps_with_bars() -> list[tuple[str, str, str]]:
     """(workload, base, dtype) of every figure on steps, the smallest workload first."""
-    asked = dict.fromkeys(case[:3] for case in (*bars.SPEEDUPS, *bars.LAUNCHES, *bars.ORDERS))
+    beside_copy = [(workload, *combination) for workload in bars.OF_COPY for combination in steps.COMBINATIONS]
+    asked = dict.fromkeys(case[:3] for case in (*beside_copy, *bars.SPEEDUPS, *bars.LAUNCHES, *bars.ORDERS, *bars.OF_TORCH))
     return sorted(asked, key=lambda case: GPU_WORKLOADS[case[0]].numel)
 
 
@@ -124,6 +125,10 @@ def _other_steps(run: Run, name: str) -> Rows:
     return _steps(run, [case for base, dtype in steps.COMBINATIONS if (case := (name, base, dtype)) not in with_bars])
 
 
+def _training(run: Run) -> Rows:
+    return training.measure(run.clock, run.device, run.gate, run.deadline, copy_gbps=run.copy_gbps, say=run.say)
+
+
 def _workload(name: str) -> Stage:
     return Stage(name, lambda run: itertools.chain(_other_steps(run, name), _ops(run, name)))
 
@@ -131,7 +136,9 @@ def _workload(name: str) -> Stage:
 STAGES = (
     Stage("bars", lambda run: _steps(run, steps_with_bars())),
     Stage("one_1e8", lambda run: itertools.chain(_ops(run, "one_1e8"), _other_steps(run, "one_1e8"))),
+    _workload("resnet18"),
     _workload("resnet50"),
+    Stage("training", _training),
     _workload("one_1e9"),
     Stage("products", lambda run: products.measure(run.clock, run.device, run.gate, run.deadline, dtypes=run.dtypes, say=run.say)),
     _workload("gpt2_124m"),

@@ -1,20 +1,24 @@
 """Whole steps on the device, without forward and backward: ours on each backend, launched and replayed from a CUDA graph, the published
-loop, and the base optimizer's own step, which no SAM can be cheaper than to launch."""
+loop, and their peers (:mod:`bench.gpu.peers`)."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench.byte_model import STEP_OPS, op_bytes, step_bytes
-from bench.gpu import launches
+from bench.gpu import launches, peers
 from bench.gpu.gate import Gate
 from bench.gpu.ops import speed
+from bench.gpu.peers import BASE_ALONE, LOOPS
 from bench.gpu.timing import Call, Clock, interleave, launch_us, wall_ms
-from bench.providers import BASES, PROVIDERS, RHO, Base, Stepper
+from bench.providers import BASES, RHO, Base, Stepper
 from bench.providers.ours import OnBackend
 from bench.workloads import DTYPES, Workload, make_grads, make_params
 from sam_kernels import SAM
@@ -24,8 +28,7 @@ __all__ = ["BACKENDS", "BASE_ALONE", "COMBINATIONS", "FORWARDS", "LOOPS", "allow
 
 COMBINATIONS = (("sgd", "fp32"), ("adamw", "fp32"), ("adamw", "bf16"))
 BACKENDS = ("native", "triton")  # those with kernels of their own for a device
-LOOPS = ("davda54/foreach", "davda54/fused")
-BASE_ALONE = "torch, fused base alone"
+WALL_ROUNDS, LAUNCH_ROUNDS = 5, 30
 FORWARDS = "sam_kernels/native, forwards"  # its passes do not begin where the last one ended, in the second-level cache
 
 
@@ -47,15 +50,18 @@ def allowed(gate: Gate, base: str, device: str) -> list[str]:
 
 
 def _is_about_launching(workload: Workload) -> bool:
-    """One tensor takes as many launches as the operations have: of a graph and of the base alone there is nothing to learn."""
+    """One tensor takes as many launches as the operations have: of graphs, and of peers that launch, there is nothing to learn."""
     return workload.n_tensors > 1
 
 
 def memory_needed(workload: Workload, base: str, dtype_name: str, backends: Sequence[str]) -> int:
-    """Bytes: parameters, backups and state of each optimizer, the gradients they share, and a loop's temporaries."""
-    optimizers = len(LOOPS) + len(backends) + (len(backends) + 1 if _is_about_launching(workload) else 0)
-    copies = optimizers * (2 + sum(key != "step" for key in BASES[base].state_keys)) + 1 + 4
-    return workload.numel * DTYPES[dtype_name].itemsize * copies
+    """Bytes: parameters, backups and state of each optimizer, the gradients they share, copies, and a loop's temporaries."""
+    states = sum(key != "step" for key in BASES[base].state_keys)
+    optimizers, copies = len(LOOPS) + len(backends), 0  # of one tensor the peers come later, and take less
+    if _is_about_launching(workload):
+        optimizers += len(backends) + 1 + len(peers.ON_DTENSORS) + len(peers.OTHERS)
+        copies = 2 * (3 + states)
+    return workload.numel * DTYPES[dtype_name].itemsize * (optimizers * (2 + states) + copies + 1 + 4)
 
 
 def _kwargs(base: Base, device: str) -> dict[str, Any]:
@@ -110,19 +116,19 @@ def _forwards(call: Call) -> Call:
     return run
 
 
-def _calls(
-    workload: Workload, base: Base, dtype: torch.dtype, device: str, backends: Sequence[str], say: Callable[[str], None]
-) -> dict[str, Call]:
-    grads = make_grads(workload.shapes, dtype, device=device)
+def _makers(workload: Workload, base: Base, grads: Sequence[Tensor], device: str, backends: Sequence[str]) -> dict[str, Callable[[], Call]]:
+    """Ours and the published loop."""
     makers: dict[str, Callable[[], Call]] = {}
     for backend in backends:
         makers[provider(backend)] = lambda backend=backend: _call(_ours(make_params(grads), base, device, backend))
         if device != "cpu" and _is_about_launching(workload):
             makers[graph_of(backend)] = lambda backend=backend: _replay(make_params(grads), base, device, backend)
     for name in LOOPS:
-        makers[name] = lambda name=name: _call(PROVIDERS[name].make(make_params(grads), base))
-    if _is_about_launching(workload):
-        makers[BASE_ALONE] = lambda: base.optimizer(make_params(grads), **{**base.kwargs, "fused": True}).step
+        makers[name] = lambda name=name: peers.call_of(name, make_params(grads), base)
+    return makers
+
+
+def _calls(makers: Mapping[str, Callable[[], Call]], workload: Workload, device: str, say: Callable[[str], None]) -> dict[str, Call]:
     calls: dict[str, Call] = {}
     for name, make in makers.items():
         try:
@@ -147,26 +153,48 @@ def measure(
     say: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
     """Rows of the result file; of kind "launches" for what one step makes the device do. ``loops``: the published loop in the same rounds,
-    by the same clock as ``wall_ms``."""
+    by the same clock as ``wall_ms``. Peers take their turns among ours; of one tensor, which may fill the memory, after ours."""
     base, dtype = BASES[base_name], DTYPES[dtype_name]
-    calls = _calls(workload, base, dtype, device, backends, say)
-    timed = interleave(clock, calls, seconds=seconds)
-    wall, launch = wall_ms(clock, calls, timed), launch_us(clock, calls)
-    whole, alone = step_bytes(base_name, workload.numel, dtype.itemsize), op_bytes(STEP_OPS[base_name][-1], workload.numel, dtype.itemsize)
-    reference = next((timed[provider(backend)].device.ms_50 for backend in backends if provider(backend) in timed), None)
+    grads = make_grads(workload.shapes, dtype, device=device)
+    whole = step_bytes(base_name, workload.numel, dtype.itemsize)
+    alone = op_bytes(STEP_OPS[base_name][-1], workload.numel, dtype.itemsize)
     row = {"op": "step", "workload": workload.name, "dtype": dtype_name, "base": base_name}
-    size = {"n_tensors": workload.n_tensors, "numel": workload.numel}
-    common = {"reference_ms_50": reference, "loops": _of(wall, LOOPS), "regime": "memory", "note": ""}
-    for name, found in timed.items():
-        nbytes = alone if name == BASE_ALONE else whole
-        measured = {"bytes": nbytes} | speed(found, nbytes, copy_gbps) | {"wall_ms": wall[name], "launch_us": launch[name]}
-        yield {"kind": "step"} | row | {"backend": name} | size | measured | common
-    if device != "cpu":
-        for name, call in calls.items():
-            activity = launches.record(call)
-            if activity is not None:
-                counts = {kind: len(getattr(activity, kind)) for kind in ("kernels", "copies", "fills")}
-                yield {"kind": "launches"} | row | {"backend": name} | size | counts | {"names": str(activity)}
+    row |= {"n_tensors": workload.n_tensors, "numel": workload.numel}
+    common = {"reference_ms_50": None, "regime": "memory", "note": ""}
+
+    def rows(makers: Mapping[str, Callable[[], Call]]) -> Iterator[dict[str, Any]]:
+        calls = _calls(makers, workload, device, say)
+        timed = interleave(clock, calls, seconds=seconds)
+        wall = wall_ms(clock, calls, timed, rounds=1 if device == "cpu" else WALL_ROUNDS)
+        launch = launch_us(clock, calls, rounds=1 if device == "cpu" else LAUNCH_ROUNDS)
+        if of_ours := [timed[provider(backend)].device.ms_50 for backend in backends if provider(backend) in timed]:
+            common["reference_ms_50"] = of_ours[0]
+        for name, found in timed.items():
+            nbytes = peers.moved_bytes(name, alone, whole)
+            measured = {"bytes": nbytes} | speed(found, nbytes, copy_gbps) | {"wall_ms": wall[name], "launch_us": launch[name]}
+            yield {"kind": "step"} | row | {"backend": name} | measured | common | {"loops": _of(wall, LOOPS)}
+        if device != "cpu":
+            yield from _launches(calls, row)
+
+    with contextlib.ExitStack() as stack:
+        mesh = functools.cache(lambda: stack.enter_context(peers.one_rank_mesh(device)))
+        is_about_launching = _is_about_launching(workload)
+        sweeps = step_bytes(base_name, 1, 1)
+        of_peers = peers.makers(workload, base, grads, sweeps, mesh, is_about_launching=is_about_launching, say=say)
+        of_ours = _makers(workload, base, grads, device, backends)
+        for makers in [of_ours | of_peers] if is_about_launching else [of_ours, of_peers]:
+            yield from rows(makers)
+
+
+def _launches(calls: Mapping[str, Call], row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Of ours, the published loop and the base alone."""
+    for name, call in calls.items():
+        if name in peers.NOT_RECORDED:
+            continue
+        activity = launches.record(call)
+        if activity is not None:
+            counts = {kind: len(getattr(activity, kind)) for kind in ("kernels", "copies", "fills")}
+            yield {"kind": "launches"} | row | {"backend": name} | counts | {"names": str(activity)}
 
 
 def _of(values: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:

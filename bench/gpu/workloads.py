@@ -29,6 +29,7 @@ GPU_WORKLOADS = {
     for workload in (
         Workload("one_1e8", "1 × 10⁸", ((100_000_000,),)),
         WORKLOADS["gpt2_124m"],
+        WORKLOADS["resnet18"],
         Workload("resnet50", "ResNet-50", tuple(_resnet50())),
         WORKLOADS["many_tiny"],
         Workload("one_1e9", "1 × 10⁹", ((1_000_000_000,),)),  # last: it is left out where time or memory is short

@@ -25,11 +25,12 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """A loop that has no other inside: its accesses to global memory (bits -> how many), and its instructions in float64."""
+    """A loop that has no other inside: its accesses to global memory (bits -> how many), its instructions in float64, and all of them."""
 
     loads: Counter[int]
     stores: Counter[int]
     doubles: int
+    instructions: int
 
     @property
     def is_wide(self) -> bool:
@@ -114,7 +115,7 @@ def loops(code: Sequence[Instruction]) -> list[Loop]:
         opcodes = [code[i].opcode for i in body]
         loads, stores = (Counter(_bits(opcode) for opcode in opcodes if opcode.startswith(kind)) for kind in ("LDG", "STG"))
         if loads or stores:
-            found.append(Loop(loads, stores, sum(map(is_double, opcodes))))
+            found.append(Loop(loads, stores, sum(map(is_double, opcodes)), len(opcodes)))
     return found
 
 

@@ -15,8 +15,9 @@ from click.testing import CliRunner
 
 from bench.byte_model import OPS
 from bench.gpu import gate, products, results, sanitize, stages, sweep, sweep_native, sweep_triton, timing
-from bench.gpu.__main__ import main
+from bench.gpu.__main__ import MEASURED, main
 from bench.gpu.launches import activity_of
+from bench.gpu.peers import COPY, FOREACH_COPY, ON_DTENSORS
 from bench.gpu.steps import BACKENDS, BASE_ALONE, LOOPS, _forwards, memory_needed, provider
 from bench.gpu.timing import Timed
 from bench.gpu.workloads import GPU_WORKLOADS
@@ -294,6 +295,7 @@ def test_workloads_have_the_size_of_the_models() -> None:
     assert {name: (w.n_tensors, w.numel) for name, w in GPU_WORKLOADS.items()} == {
         "one_1e8": (1, 10**8),
         "gpt2_124m": (148, 124_439_808),
+        "resnet18": (62, 11_689_512),
         "resnet50": (161, 25_557_032),
         "many_tiny": (1000, 3000),
         "one_1e9": (1, 10**9),
@@ -302,6 +304,7 @@ def test_workloads_have_the_size_of_the_models() -> None:
 
 def test_dry_run_end_to_end(tmp_path: Path) -> None:
     arguments = ["--dry-run", "--out", str(tmp_path), "--workload", "many_tiny", "--dtype", "fp32", "--ops", "restore_,grad_norm"]
+    arguments += ["--stages", ",".join(name for name in MEASURED if name != "training")]  # test_bench_gpu_training.py
     (tmp_path / "bench.jsonl").write_text('{"kind": "op"}\n')  # of an earlier run
     run = CliRunner().invoke(main, arguments)
     assert run.exit_code == 0, run.output
@@ -312,7 +315,8 @@ def test_dry_run_end_to_end(tmp_path: Path) -> None:
     assert {row["op"] for row in result["rows"] if row["kind"] == "op"} == {"restore_", "grad_norm"}
     steps = {(row["base"], row["backend"]): row for row in result["rows"] if row["kind"] == "step"}
     ours = [provider(backend) for backend in BACKENDS]
-    assert set(steps) == {(base, name) for base in ("sgd", "adamw") for name in (*ours, *LOOPS, BASE_ALONE)}
+    needed = {(base, name) for base in ("sgd", "adamw") for name in (*ours, *LOOPS, BASE_ALONE, COPY, FOREACH_COPY)}
+    assert set(steps) >= needed | {("adamw", name) for name in ON_DTENSORS.values()}
     assert steps["sgd", LOOPS[0]]["reference_ms_50"] == steps["sgd", ours[0]]["ms_50"]
     assert all(row["loops"][name] == steps[base, name]["wall_ms"] for (base, _), row in steps.items() for name in LOOPS)
     assert {(row["op"], row["base"]) for row in result["rows"] if row["kind"] == "dispatch"} >= {("step", "sgd"), ("step", "adamw")}
@@ -345,7 +349,7 @@ def test_what_does_not_fit_the_time_is_named(tmp_path: Path) -> None:
     arguments = ["--dry-run", "--out", str(tmp_path), "--workload", "many_tiny", "--dtype", "bf16", "--ops", "restore_", "--budget", "0"]
     run = CliRunner().invoke(main, arguments)
     assert run.exit_code == 0, run.output
-    assert [f"left out: stage {stage.name}: out of time" in run.output for stage in stages.STAGES] == [True] * 7 + [False] * 2
+    assert [f"left out: stage {stage.name}: out of time" in run.output for stage in stages.STAGES] == [True] * 9 + [False] * 2
 
 
 def test_without_a_device_nothing_is_measured(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_stages_end_before_those_after_them_and_an_error_ends_only_its_own() -> 
 
 def test_the_stages_are_in_the_order_of_what_they_tell() -> None:
     names = [stage.name for stage in stages.STAGES]
-    assert names[:4] == ["bars", "one_1e8", "resnet50", "one_1e9"]
+    assert names[:6] == ["bars", "one_1e8", "resnet18", "resnet50", "training", "one_1e9"]
     assert names[-2:] == list(stages.SWEEPS)
     cases = stages.steps_with_bars()
     assert cases[0][0] == "many_tiny"

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.machine_code import _sass, cuda, cuda_page, generated
+from bench.gpu import limits
+from bench.machine_code import _sass, cuda, cuda_page, generated, instructions
 from bench.machine_code.cuda import ARCHITECTURES, Kernel
 from bench.machine_code.cuda_rules import RULES, least_threads, resident_threads, violations
 
@@ -70,6 +71,14 @@ def test_the_common_passes_fill_the_processor(kernels: list[Kernel], arch: str) 
         assert least_threads(kernel) == 2048, kernel
         assert resident_threads(kernel) == 2048, kernel
         assert kernel.registers <= 32, kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", instructions.SOURCES)
+def test_instructions_are_as_many_as_the_bars_count(kernels: list[Kernel], op: str) -> None:
+    """Up to what another version of nvcc may change."""
+    of(kernels, instructions.ARCH)  # or skip
+    assert instructions.of_kernels(op, kernels) == pytest.approx(limits.INSTRUCTIONS["native"][op], rel=0.05, abs=0.1)
 
 
 @pytest.mark.slow

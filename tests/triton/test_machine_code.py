@@ -18,7 +18,8 @@ REASON = backend.REASON_MISSING or ("kernels are interpreted here, not compiled"
 if REASON is not None:
     pytest.skip(REASON, allow_module_level=True)
 
-from bench.machine_code import generated, page  # noqa: E402 - after the skip
+from bench.gpu import limits  # noqa: E402 - after the skip
+from bench.machine_code import generated, instructions, page  # noqa: E402 - after the skip
 from bench.machine_code.compiled import Code, compile_variant  # noqa: E402 - after the skip
 from bench.machine_code.launches import Variant, covering, recorded, records_of, timed_call  # noqa: E402 - after the skip
 from bench.machine_code.rules import RULES, violations  # noqa: E402 - after the skip
@@ -51,6 +52,13 @@ def test_every_kernel_keeps(codes: list[Code], rule: str, target: str) -> None:
     found = [code for code in codes if code.target.name == target]
     assert found
     assert [text for code in found for text in violations(code, rule)] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["random_perturb_", "adamw_step_"])  # where they count most
+def test_instructions_are_as_many_as_the_bars_count(op: str) -> None:
+    """Up to what another version of Triton may change."""
+    assert instructions.of_triton(op) == pytest.approx(limits.INSTRUCTIONS["triton"][op], rel=0.05)
 
 
 @pytest.mark.slow

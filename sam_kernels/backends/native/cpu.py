@@ -97,10 +97,8 @@ def grad_norms(
 
 def _norms(grads: Any, params: Any, group_sizes: Sequence[int], *, adaptive: bool, eta: float) -> list[float]:
     """Of lists as C++ describes them."""
-    norms: list[float] = _cpu.grad_norms(
-        grads=grads, params=params, group_sizes=list(group_sizes), adaptive=adaptive, eta=eta, threads=torch.get_num_threads()
-    )
-    return norms
+    threads = torch.get_num_threads()
+    return list(_cpu.grad_norms(grads=grads, params=params, group_sizes=list(group_sizes), adaptive=adaptive, eta=eta, threads=threads))
 
 
 def norm_roundings(numels: Sequence[int], kernel: str = "norm") -> None:
