@@ -164,16 +164,17 @@ PYBIND11_MODULE(SAM_CUDA_MODULE, module) {
 #endif
   module.def("reason_missing", &reason_missing);
   module.def("capability", &capability, arg("device"));
-  module.def("chunk_size", [] { return cut().chunk_size; });
+  module.def("usual_chunk_size", &usual_chunk_size, arg("numels"));
+  module.def("longest_chunk", [] { return cut().chunk_size > 0 ? cut().chunk_size : static_cast<int>(kChunkSize); });
   // For benchmarks that look for the best cut; without arguments: the usual one. The bits of a norm depend on the size of chunks.
   module.def(
       "set_cut",
       [](int chunk_size, int blocks_per_processor, bool backwards) {
-        if (chunk_size < 1024 || chunk_size % 1024 != 0) throw py::value_error("chunk_size must be a multiple of 1024");
+        if (chunk_size < 0 || chunk_size % 1024 != 0) throw py::value_error("chunk_size must be a multiple of 1024, or 0: by the sizes");
         if (blocks_per_processor < 0) throw py::value_error("blocks_per_processor must not be negative");
         cut() = {chunk_size, blocks_per_processor, backwards};
       },
-      py::kw_only(), arg("chunk_size") = cut().chunk_size, arg("blocks_per_processor") = 0, arg("backwards") = true);
+      py::kw_only(), arg("chunk_size") = 0, arg("blocks_per_processor") = 0, arg("backwards") = true);
 
   // Partial sums a list needs: float64 numbers.
   module.def(

@@ -44,7 +44,7 @@ void launch_rows(const Counters& table, const AdvanceOptions& options, const Pla
 }  // namespace
 
 void advance(const RowLists<1>& steps, const AdvanceOptions& options, const Place& place) {
-  for_each_table<Counters>(steps, nullptr, cut().chunk_size, false, [&](const Counters& table) { launch_rows(table, options, place); });
+  for_each_table<Counters>(steps, nullptr, kLeastChunkSize, false, [&](const Counters& table) { launch_rows(table, options, place); });
 }
 
 }  // namespace sam::cuda

@@ -8,6 +8,15 @@ Cut& cut() {
   return instance;
 }
 
+int usual_chunk_size(const std::vector<int64_t>& numels) {
+  int64_t total = 0, size = kChunkSize;
+  for (const int64_t numel : numels) total += numel;
+  while (size > kLeastChunkSize && total < size * kWantedChunks) size /= 2;
+  return static_cast<int>(size);
+}
+
+int chunk_size_of(const std::vector<int64_t>& numels) { return cut().chunk_size > 0 ? cut().chunk_size : usual_chunk_size(numels); }
+
 }  // namespace sam::cuda
 
 #if !defined(SAM_CUDA_ON_HOST)

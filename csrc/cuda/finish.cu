@@ -67,10 +67,11 @@ void launch_norms(const Norms& norms, unsigned count, const Place& place) {
 
 std::vector<uint32_t> chunk_counts(const std::vector<int64_t>& numels, const std::vector<int64_t>* slice_sizes) {
   if (slice_sizes != nullptr) check_slices(numels, *slice_sizes);
+  const int most = chunk_size_of(numels);
   std::vector<uint32_t> counts;
   counts.reserve(numels.size());
   for (std::size_t i = 0; i < numels.size(); ++i) {
-    const int64_t chunk_size = whole_slices(slice_sizes == nullptr ? 0 : (*slice_sizes)[i], cut().chunk_size);
+    const int64_t chunk_size = whole_slices(slice_sizes == nullptr ? 0 : (*slice_sizes)[i], most);
     counts.push_back(static_cast<uint32_t>((numels[i] + chunk_size - 1) / chunk_size));
   }
   return counts;

@@ -119,10 +119,11 @@ void launch(const RowLists<Op::kRoles>& lists, const std::vector<uint32_t>* memb
   using Large = Table<Op::kRoles, kLargeArguments, Sharing<Op>::value>;
   const auto launch_one = [&](const auto& table) { launch_table<Op>(table, options, place); };
   const std::size_t count = members == nullptr ? lists.numels().size() : members->size();
+  const int chunk_size = chunk_size_of(lists.numels());  // of all rows, as their partial sums are counted
   if (count <= static_cast<std::size_t>(Small::kCapacity) || !large_arguments()) {
-    for_each_table<Small>(lists, members, cut().chunk_size, cut().backwards, launch_one);
+    for_each_table<Small>(lists, members, chunk_size, cut().backwards, launch_one);
   } else {
-    for_each_table<Large>(lists, members, cut().chunk_size, cut().backwards, launch_one);
+    for_each_table<Large>(lists, members, chunk_size, cut().backwards, launch_one);
   }
 }
 

@@ -81,6 +81,7 @@ def _combine_kernel(
     numels,  # (R,) int64
     work_rows,  # (C,) int32
     work_chunks,  # (C,) int32
+    chunk_size,  # elements
     work_slots,  # (C,) int32
     sums,  # (C,) float32
     kinds,  # (C,) int32: how the sum is scaled
@@ -92,10 +93,9 @@ def _combine_kernel(
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     ORIGIN: tl.constexpr,
-    CHUNK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    row, start, count = locate(work_rows, work_chunks, numels, CHUNK_SIZE)
+    row, start, count = locate(work_rows, work_chunks, chunk_size, numels)
     out_address, out, aligned_out = operand(out_pointers, row, start, OUT)
     left_address, left, aligned_left = operand(left_pointers, row, start, LEFT)
     right_address, right, aligned_right = operand(right_pointers, row, start, RIGHT)

@@ -71,6 +71,7 @@ def _direction_kernel(
     numels,  # (R,) int64
     work_rows,  # (C,) int32
     work_chunks,  # (C,) int32
+    chunk_size,  # elements
     work_slots,  # (C,) int32
     sums,  # (C,) float32
     kinds,  # (C,) int32: how the sum is scaled
@@ -84,10 +85,9 @@ def _direction_kernel(
     PARAM: tl.constexpr,
     FRIENDLY: tl.constexpr,
     FIRST_STEP: tl.constexpr,
-    CHUNK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    row, start, count = locate(work_rows, work_chunks, numels, CHUNK_SIZE)
+    row, start, count = locate(work_rows, work_chunks, chunk_size, numels)
     grad_address, grad, aligned_grad = operand(grad_pointers, row, start, GRAD)
     ema_address, ema, aligned_ema = operand(ema_pointers, row, start, EMA)
     addresses = grad_address | ema_address

@@ -59,6 +59,7 @@ def _norm_kernel(
     numels,  # (R,) int64
     work_rows,  # (C,) int32
     work_chunks,  # (C,) int32
+    chunk_size,  # elements
     work_slots,  # (C,) int32
     sums,  # (C,) float32
     kinds,  # (C,) int32: how the sum is scaled
@@ -66,10 +67,9 @@ def _norm_kernel(
     eta,
     GRAD: tl.constexpr,
     PARAM: tl.constexpr,
-    CHUNK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    row, start, count = locate(work_rows, work_chunks, numels, CHUNK_SIZE)
+    row, start, count = locate(work_rows, work_chunks, chunk_size, numels)
     address, grad, aligned_grad = operand(grad_pointers, row, start, GRAD)
     param, aligned_param = grad, aligned_grad
     ADAPTIVE: tl.constexpr = param_pointers is not None
@@ -136,10 +136,11 @@ def launch_sums(table: ChunkTable, groups: Sequence[LaunchGroup], eta: float, fo
 
 def norm_roundings(numels: Sequence[int], kernel: str = "norm") -> int:
     """float32 roundings that a term of the sum passes through at most: adding it within its thread, the tree over the block, the sums of
-    chunks likewise (of dots in float64), and putting the kinds together. ``kernel``: "norm", "direction", "combine" or "dots"."""
+    chunks likewise (of dots in float64), and putting the kinds together. ``kernel``: "norm", "direction", "combine" or "dots". ``numels``:
+    of the rows of one norm; with others in the same call its chunks are larger, and fewer."""
     config = CONFIGS[kernel]
     block = config.block if kernel == "norm" else config.mixed_block // 2  # the smallest: of masked blocks in a row of several types
-    chunks = sum(-(-numel // config.chunk) for numel in numels)
+    chunks = sum(-(-numel // config.chunk_of(sum(numels))) for numel in numels)
     within = config.chunk // block + math.ceil(math.log2(config.block))
     across = 0 if kernel == "dots" else -(-chunks // FINISH_BLOCK) + math.ceil(math.log2(FINISH_BLOCK))
     return within + across + 4
