@@ -28,10 +28,21 @@ struct Cut {
 
 Cut& cut();
 
+#if defined(SAM_CUDA_ON_HOST)
+// Of launches on the host: how many blocks one has at most, which of them runs first, and how many launches there were.
+struct OnHost {
+  uint32_t blocks = 3, first = 0;
+  uint64_t launches = 0;
+};
+
+OnHost& on_host();
+#endif
+
 // Chunks that all rows of a call are to make together: about four for each of the 528 blocks that are resident on 132 processors, so that
 // little is left for the last round.
 constexpr int64_t kWantedChunks = 2048;
-// Elements of the smallest chunk: four packs of float32 a thread. Of a smaller one the bisection for its row would take as long as the rest.
+// Elements of the smallest chunk: four packs of float32 a thread. Of a smaller one the bisection for its row would take as long as the
+// rest.
 constexpr int64_t kLeastChunkSize = 8192;
 
 // Elements a chunk, of tensors of these sizes: kChunkSize, halved while there would be too few chunks to keep a device busy. By the sum of

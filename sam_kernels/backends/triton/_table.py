@@ -85,6 +85,7 @@ class ChunkTable:
         self.groups = self._make_groups(given, list(zip(dtypes, blocks, columns, strict=True)))
         self._sums: tuple[Tensor, Tensor] | None = None
         self._dot_sums: tuple[Tensor, ...] | None = None
+        self._counter: Tensor | None = None
         self._corrections: tuple[Tensor, Tensor] | None = None
         self._row_indices: dict[tuple[int, ...], Tensor] = {}
         self._bounds: dict[tuple[int, ...], Tensor] = {}
@@ -158,6 +159,14 @@ class ChunkTable:
                 torch.empty(chunks, dtype=torch.int32, device=self.device),
             )
         return self._sums
+
+    @property
+    def counter(self) -> Tensor:
+        """() int32, 0 between launches, for programs to count themselves. Allocated once; into a graph that is recorded meanwhile, with a
+        fill."""
+        if self._counter is None:
+            self._counter = torch.zeros((), dtype=torch.int32, device=self.device)
+        return self._counter
 
     @property
     def dot_sums(self) -> tuple[Tensor, ...]:

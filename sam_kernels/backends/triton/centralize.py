@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sam_kernels.backends.triton._blocks import convert, load_float, operand, store
 from sam_kernels.backends.triton._config import CONFIGS, FINISH_BLOCK
-from sam_kernels.backends.triton._finish import finish
+from sam_kernels.backends.triton._finish import NOT_LAST, finish
 from sam_kernels.backends.triton._launch import launch, written
 from sam_kernels.backends.triton._slices import ALIGNED_ELEMENTS, columns_of, whole_slices
 from sam_kernels.backends.triton._squares import add_squares, join_kinds
@@ -184,7 +184,7 @@ def centralize_(
     table = table_of({"grads": grads, "params": params if adaptive else None}, "centralize", tuple(slice_sizes))
     for group in table.groups:
         if group.columns == 0:
-            launch_sums(table, [group], eta, None)
+            launch_sums(table, group, eta, NOT_LAST)
             continue
         kernel, width = (_long_slices_kernel, {}) if group.columns is None else (_short_slices_kernel, {"COLUMNS": group.columns})
         launch(
