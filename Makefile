@@ -12,6 +12,11 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name 
 CPP_FILES := $(CSRC) $(wildcard bench/*.cpp)
 # A checkout has the CUDA kernels compiled as plain C++ too, for the tests. A command's own: at run time the variable chooses them.
 WITH_HOST_KERNELS := SAM_KERNELS_CUDA_ON_HOST=1
+# The oldest triton that is promised (pyproject.toml) beside the environment's own: no more than Triton's launch path is tested with it.
+OLDEST_TRITON := 3.4.0
+OLDEST := $(VENV)/triton-$(OLDEST_TRITON)
+# 5: pytest has run nothing, on a machine that triton is not made for.
+WITH_OLDEST_TRITON = PYTHONPATH=$(OLDEST) SAM_KERNELS_EXPECT_TRITON=$(OLDEST_TRITON) $(PYTEST) tests/triton/test_jit_path.py || [ $$? -eq 5 ]
 SANITIZED := build/sanitize
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1
 RUN_SANITIZED = LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
@@ -20,7 +25,7 @@ RUN_SANITIZED = LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${C
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test interpreted on-host lint format sanitize bench gpu wheel clean distclean
+.PHONY: help install demo test oldest-triton interpreted on-host lint format sanitize bench gpu wheel clean distclean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -29,10 +34,14 @@ help:  ## this list
 demo: $(VENV)/.installed-demo $(VENV)/.native  ## train on real data and print the table
 	$(BIN)/python -m sam_kernels train $(ARGS)
 
-test: lint  ## lint, then every test
+test: lint $(OLDEST)/.installed  ## lint, then every test
 	$(PYTEST) $(ARGS)
+	$(WITH_OLDEST_TRITON)
 	TRITON_INTERPRET=1 $(PYTEST) tests/ops tests/interpreted
 	SAM_KERNELS_CUDA_ON_HOST=1 $(PYTEST) tests/ops tests/optim tests/on_host
+
+oldest-triton: install $(OLDEST)/.installed  ## only Triton's launch path, with the oldest triton that is promised
+	$(WITH_OLDEST_TRITON)
 
 interpreted: install  ## only the tests of the Triton kernels, run by Triton's interpreter
 	TRITON_INTERPRET=1 $(PYTEST) tests/ops tests/interpreted $(ARGS)
@@ -91,6 +100,11 @@ $(VENV)/.installed-demo: pyproject.toml constraints.txt $(BUILD) $(VENV)/.build-
 $(VENV)/.installed-test: pyproject.toml constraints.txt $(BUILD) $(VENV)/.build-tools
 	$(WITH_HOST_KERNELS) $(PIP) --no-build-isolation --editable '.[train,bench,test,lint]'
 	@touch $@ $(VENV)/.installed-demo
+
+$(OLDEST)/.installed: | $(VENV)/.build-tools
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target $(OLDEST) \
+		"triton==$(OLDEST_TRITON); platform_machine == 'x86_64' and sys_platform == 'linux'"
+	@mkdir -p $(OLDEST) && touch $@
 
 # After an installation nothing is left to compile here; after a change in csrc, only what depends on it.
 $(VENV)/.native: $(BUILD) $(CSRC) | $(VENV)/.build-tools

@@ -25,6 +25,7 @@ import numpy as np
 from rich.table import Table
 
 import sam_kernels
+from bench import gate
 from bench.__main__ import Names
 from bench.command import begin, write
 from bench.environment import environment
@@ -97,6 +98,7 @@ def measure(modules: dict[str, Any], workload: Workload, base: Base, dtype: str,
 @click.option("--repeats", type=click.IntRange(min=1), help="Rounds per set of optimizers. Default: 15 to 60, by size.")
 @click.option("--times", type=click.IntRange(min=1), default=4, show_default=True, help="Sets of optimizers, made one after another.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of torch. Default: all cores.")
+@click.option("--gate/--no-gate", "with_gate", default=True, help="Run the tests of the operations first.")
 @click.option("--store", is_flag=True, help="Write bench/results/<device>/against.json.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the result there.")
 def main(
@@ -107,11 +109,13 @@ def main(
     repeats: int | None,
     times: int,
     threads: int | None,
+    with_gate: bool,
     store: bool,
     json_path: Path | None,
 ) -> None:
     """Compare whole optimizer steps of this checkout with those of COMMIT."""
     console = begin(threads)
+    passed = gate.run() if with_gate else "skipped"
     table = Table("workload", "base", "ms before", "ms now", "now / before: 20, 50, 80 %", "control / before")
     with tempfile.TemporaryDirectory() as folder:
         names = ("sam_kernels_before", "sam_kernels_control")
@@ -125,7 +129,13 @@ def main(
                 shown = {name: " ".join(f"{each:.3f}" for each in found) for name, found in row["ratios"].items()}
                 table.add_row(workload, base, f"{row['ms']['before']:.3f}", f"{row['ms']['now']:.3f}", shown["now"], shown["control"])
     console.print(table)
-    result = {**environment(), "against": commit, "command": " ".join(["python -m bench.against", *sys.argv[1:]]), "rows": rows}
+    result = {
+        **environment(),
+        "gate": passed,
+        "against": commit,
+        "command": " ".join(["python -m bench.against", *sys.argv[1:]]),
+        "rows": rows,
+    }
     write(result, json_path, "against" if store else None)
 
 

@@ -173,6 +173,7 @@ PYBIND11_MODULE(SAM_CUDA_MODULE, module) {
   module.def(
       "set_blocks", [](uint32_t most, uint32_t first) { on_host().blocks = most, on_host().first = first; }, py::kw_only(),
       arg("most") = OnHost{}.blocks, arg("first") = OnHost{}.first);
+  module.def("set_runs_launches", [](bool runs) { on_host().runs = runs; }, arg("runs"));
 #endif
   module.def("reason_missing", &reason_missing);
   module.def("capability", &capability, arg("device"));

@@ -9,7 +9,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
@@ -18,13 +18,15 @@ from torch import Tensor, nn
 import sam_kernels
 from bench import op_calls
 from bench.byte_model import OPS
+from bench.offline import takes_cpu_tensors
 from sam_kernels import functional
 from sam_kernels.cli._cases import MIXED_NARROW
 from sam_kernels.cli._check import build, concerns, run
 from sam_kernels.cli._options import OPTIONS
 
-__all__ = ["DTYPES", "Variant", "covering", "recorded", "records_of", "timed_call"]
+__all__ = ["DTYPES", "Variant", "covering", "covering_calls", "operation_calls", "recorded", "records_of", "timed_call"]
 
+_T = TypeVar("_T")
 DTYPES = ("float32", "bfloat16", "float16", MIXED_NARROW)
 _POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32", torch.int64: "*i64"}
 _POINTERS |= {torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -116,8 +118,6 @@ def _notes() -> Iterator[list[Variant]]:
     """While this is open, the Triton backend takes CPU tensors, and a launch is a note in the list and nothing else."""
     from triton.runtime.jit import JITFunction
 
-    from sam_kernels.backends import triton as backend
-
     found: dict[Variant, None] = {}
     notes: list[Variant] = []
 
@@ -125,13 +125,7 @@ def _notes() -> Iterator[list[Variant]]:
         del grid
         return lambda *args, **kwargs: found.setdefault(_variant(kernel, args, kwargs))
 
-    cpu = frozenset({"cpu"})
-    with (
-        mock.patch.object(JITFunction, "__getitem__", note),
-        mock.patch.object(backend, "DEVICE_TYPES", cpu),
-        mock.patch.object(backend._lists, "DEVICE_TYPES", cpu),
-        sam_kernels.use_backend("triton"),
-    ):
+    with mock.patch.object(JITFunction, "__getitem__", note), takes_cpu_tensors():
         yield notes
     notes.extend(found)
 
@@ -202,10 +196,24 @@ def _features(variant: Variant) -> set[tuple[Any, ...]]:
 
 def covering(variants: Sequence[Variant]) -> list[Variant]:
     """A few of them in which every kernel meets every dtype, and every argument every value, at least once. Greedy."""
-    missing = set().union(*map(_features, variants))
+    return _covering(variants, [_features(variant) for variant in variants])
+
+
+def covering_calls(calls: Sequence[Callable[[], object]]) -> list[Callable[[], object]]:
+    """The same of calls, by what they launch."""
+    return _covering(calls, [set().union(*map(_features, records_of(call))) for call in calls])
+
+
+def _covering(things: Sequence[_T], features: Sequence[set[tuple[Any, ...]]]) -> list[_T]:
+    missing = set().union(*features)
     chosen = []
     while missing:
-        best = max(variants, key=lambda variant: len(_features(variant) & missing))
-        chosen.append(best)
-        missing -= _features(best)
+        best = max(range(len(things)), key=lambda i: len(features[i] & missing))
+        chosen.append(things[best])
+        missing -= features[best]
     return chosen
+
+
+def operation_calls() -> list[Callable[[], object]]:
+    """Calls of every operation with every keyword set and dtype."""
+    return [*_operations(), *_checks()]

@@ -20,7 +20,7 @@ from bench.machine_code.launches import Variant, records_of
 from bench.machine_code.targets import TARGETS, Target
 from sam_kernels.functional import per_sample
 
-__all__ = ["MAIN", "NVIDIA", "Product", "compile_product", "compile_products", "few", "recorded"]
+__all__ = ["MAIN", "NVIDIA", "Product", "calls", "compile_product", "compile_products", "few", "recorded"]
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 MAIN = "sm_90"  # the one that every variant is compiled for
@@ -88,7 +88,7 @@ def _linear(dtypes: tuple[torch.dtype, torch.dtype, str], m: int, tokens: int, s
     return call
 
 
-def _calls() -> Iterator[Callable[[], object]]:
+def calls() -> Iterator[Callable[[], object]]:
     """Every kind of product in its largest tile, in a middle one and in one for few positions; every other kernel with every dtype."""
     for kind in _KINDS.values():
         yield _linear(kind, 8, 1024, 256, "gram")
@@ -113,7 +113,7 @@ def _ones(m: int, tokens: int, dim: int, dtype: torch.dtype) -> Tensor:
 
 
 def recorded() -> list[Variant]:
-    return records_of(*_calls())
+    return records_of(*calls())
 
 
 def few(variants: Sequence[Variant]) -> list[Variant]:

@@ -29,10 +29,12 @@ struct Cut {
 Cut& cut();
 
 #if defined(SAM_CUDA_ON_HOST)
-// Of launches on the host: how many blocks one has at most, which of them runs first, and how many launches there were.
+// Of launches on the host: how many blocks one has at most, which of them runs first, how many launches there were, and whether their
+// kernels run: where they do not, what is left is the host's work, up to the call of CUDA's runtime.
 struct OnHost {
   uint32_t blocks = 3, first = 0;
   uint64_t launches = 0;
+  bool runs = true;
 };
 
 OnHost& on_host();

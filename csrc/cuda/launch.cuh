@@ -68,6 +68,7 @@ inline std::pair<uint32_t, bool> turn_on_host(uint32_t turn, uint32_t chunks, ui
 template <class Op, class Table>
 void launch_table(const Table& table, const typename Op::Options& options, const Place&) {
   ++on_host().launches;
+  if (!on_host().runs) return;
   const Op op(options);
   const uint32_t blocks = blocks_on_host(table.chunks());
   for (uint32_t turn = 0; turn < table.chunks(); ++turn) {

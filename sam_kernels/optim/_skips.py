@@ -31,7 +31,7 @@ class SkipWatch:
         """Notes whether it was the first pass, where the count is about to be full."""
         if self._is_said:
             return
-        if found_inf.is_cpu:  # reading it waits for nobody
+        if _is_at_hand(found_inf):
             if self._in_a_row >= _IN_A_ROW - 1:
                 self._in_first_pass = _is_set(found_inf)
         elif not is_recording(found_inf.device) and (self._steps + 1) % _IN_A_ROW == 0:
@@ -41,7 +41,7 @@ class SkipWatch:
         """``skipped`` counts earlier steps than this one."""
         if self._is_said:
             return
-        if found_inf.is_cpu:
+        if _is_at_hand(found_inf):
             self._in_a_row = self._in_a_row + 1 if _is_set(found_inf) else 0
             if self._in_a_row >= _IN_A_ROW:
                 self._say(self._in_first_pass)
@@ -62,6 +62,11 @@ class SkipWatch:
         warn_user(
             f"SAM: {_IN_A_ROW} steps in a row were skipped; the gradient of the {which}, is not finite, so the weights no longer change"
         )
+
+
+def _is_at_hand(flag: Tensor) -> bool:
+    """Whether reading it waits for nobody."""
+    return flag.is_cpu
 
 
 def _is_set(flag: Tensor) -> bool:

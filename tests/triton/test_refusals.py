@@ -1,13 +1,16 @@
 """Where Triton cannot do it: one clear error, and weights as they were. (Wrong tensors on a device: tests/gpu/test_streams.py.)"""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from sam_kernels import functional, use_backend
 from sam_kernels._dispatch import reason_missing
+from sam_kernels.backends.triton import _requirements
 
 FORCE = "import sam_kernels; sam_kernels.use_backend('triton')"
 REPORT = "from sam_kernels.backends import triton; print(triton.REASON_MISSING)"
@@ -43,6 +46,17 @@ def test_a_triton_that_cannot_be_used(prepare: str, words: str) -> None:
     on_a_device = f"from sam_kernels import _dispatch; print(_dispatch.select_per_sample('cuda', {PER_SAMPLE}).__name__)"
     chosen = python("import torch", prepare, on_a_device)
     assert chosen.stdout.strip() == "sam_kernels.backends.foreach.per_sample", chosen.stderr
+
+
+def test_what_is_promised_is_what_is_tested() -> None:
+    """The oldest triton of pyproject.toml, of the package and of ``make test``."""
+    root = Path(__file__).resolve().parents[2]
+    promised = re.search(r'"triton>=([\d.]+)', (root / "pyproject.toml").read_text(encoding="utf-8"))
+    tested = re.search(r"^OLDEST_TRITON := (\S+)$", (root / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert promised is not None
+    assert tested is not None
+    assert promised[1] == ".".join(map(str, _requirements.MINIMUM_VERSION))
+    assert tested[1].startswith(f"{promised[1]}.")
 
 
 def test_cpu_tensors_are_refused_by_the_compiled_kernels() -> None:

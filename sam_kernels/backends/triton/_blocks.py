@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language import core
 
 from sam_kernels.backends.triton._requirements import IS_INTERPRETED
 
@@ -87,7 +88,7 @@ def load_float(pointer, offsets, count, MASKED: tl.constexpr):
 @triton.jit
 def load_number(number):  # float32, or a pointer to () float32 or float64
     """A hyperparameter: an argument of the launch, or read from memory in its own precision."""
-    number = tl.to_tensor(number)  # the interpreter hands on a number of Python's
+    number = core.to_tensor(number)  # the interpreter hands on a number of Python's; tl has the function from triton 3.7 on
     if number.dtype.is_ptr():
         return tl.load(number)
     else:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sam_kernels._memory_of import ORDINARY_TYPES
 from sam_kernels._tensor_list import TensorList, is_dense_row
 from sam_kernels.backends.triton._requirements import DEVICE_TYPES
 
@@ -95,7 +96,24 @@ def current_grads(known: TensorList, params: list[Tensor]) -> TensorList | None:
     grads = [param.grad for param in params]
     if not all(map(operator.is_not, grads, [None] * len(grads))):
         return None
-    return vouch(grads, known)  # type: ignore[arg-type]  # none of them is None
+    return _vouch_usual(grads, describe_list(known)) or vouch(grads, known)  # type: ignore[arg-type]  # none of them is None
+
+
+def _vouch_usual(grads: list[Tensor], owner: Description) -> TensorList | None:
+    """:func:`vouch` of gradients where nothing is unusual, in a third of its time; None elsewhere. A gradient has the device and
+    the shape of its parameter: torch sees to that."""
+    if owner.non_contiguous or not ORDINARY_TYPES.issuperset(map(type, grads)):
+        return None
+    try:
+        pointers, is_dense = list(map(Tensor.data_ptr, grads)), all(map(Tensor.is_contiguous, grads))
+    except RuntimeError:  # sparse, or of a transform
+        return None
+    dtypes = tuple([grad.dtype for grad in grads])
+    if not is_dense or 0 in pointers or not DTYPES.issuperset(dtypes):
+        return None
+    result = TensorList(grads)
+    result.descriptions["triton"] = Description(owner.device, Contents(pointers, owner.contents.numels, dtypes), [], owner.owner or owner)
+    return result
 
 
 def is_current(known: TensorList, tensors: list[Tensor]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language import core
 
 __all__ = [
     "PERTURBATION_STREAM",
@@ -57,10 +58,10 @@ def _philox(c0, c1, c2, c3, k0, k1):  # uint32
         first, second = c0, c2
         c0 = tl.umulhi(SECOND, second) ^ c1 ^ k0
         c2 = tl.umulhi(FIRST, first) ^ c3 ^ k1
-        c1 = tl.mul(second, SECOND, sanitize_overflow=False)
-        c3 = tl.mul(first, FIRST, sanitize_overflow=False)
-        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
-        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+        c1 = core.mul(second, SECOND, sanitize_overflow=False)
+        c3 = core.mul(first, FIRST, sanitize_overflow=False)
+        k0 = core.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = core.add(k1, 0xBB67AE85, sanitize_overflow=False)
     return c0, c1, c2, c3
 
 

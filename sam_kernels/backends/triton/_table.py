@@ -27,11 +27,19 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.f
 _TABLES_KEPT = 16  # a list takes part in a handful of operations; the oldest goes first
 
 
+class _Dtypes(dict[str, Any]):
+    """By role, what Triton calls its dtype. None for a role that takes no part, whether the caller has named it or not: one table serves
+    operations with and without it."""
+
+    def __missing__(self, role: str) -> None:
+        return None
+
+
 @dataclass(frozen=True)
 class LaunchGroup:
     """Chunks of the rows that share their dtypes, and the width of blocks for their slices: one launch."""
 
-    dtypes: Mapping[str, Any]  # role -> triton dtype; None for a role that takes no part
+    dtypes: _Dtypes
     chunks: int
     rows: Tensor  # (chunks,) int32
     chunk_indices: Tensor  # (chunks,) int32: which chunk of its row
@@ -45,12 +53,11 @@ class ChunkTable:
 
     def __init__(
         self,
-        described: Mapping[str, Contents | None],
+        given: Mapping[str, Contents],
         config: Config,
         device: torch.device,
         slice_sizes: Sequence[int] = (),  # (R,) of slices that no chunk cuts, 0 for a row without; () for none at all
     ) -> None:
-        given = {role: description for role, description in described.items() if description is not None}
         first = next(iter(given.values()))
         if any(description.numels != first.numels for description in given.values()):
             raise ValueError("tensor lists of different sizes")
@@ -59,8 +66,7 @@ class ChunkTable:
         self.constants = _constants(config, config.block)
         self.device = device
         self.count = len(first.numels)
-        self._roles = list(described)
-        self._known = dict(described)
+        self._known = dict(given)
         self._slices = {role: i for i, role in enumerate(given)}
         # A row of addresses starts at a multiple of 16 bytes, or a kernel would be compiled once for even and once for odd numbers of them.
         self._stride = self.count + self.count % 2
@@ -106,11 +112,10 @@ class ChunkTable:
                 belongs[members] = True
                 chosen = slots[belongs[rows]]
             mine = rows[chosen]
-            named = dict(zip(given, (TRITON_DTYPES[dtype] for dtype in dtypes), strict=True))
+            named = _Dtypes(zip(given, (TRITON_DTYPES[dtype] for dtype in dtypes), strict=True))
             row_of, chunk_of, slot_of = (upload(part.to(torch.int32), self.device) for part in (mine, chosen - first_slots[mine], chosen))
             constants = _constants(self._config, block)
-            roles = {role: named.get(role) for role in self._roles}
-            groups.append(LaunchGroup(roles, len(mine), row_of, chunk_of, slot_of, constants, columns))
+            groups.append(LaunchGroup(named, len(mine), row_of, chunk_of, slot_of, constants, columns))
         return groups
 
     def arguments(self, group: LaunchGroup, *roles: str) -> list[Tensor | int | None]:
@@ -121,23 +126,21 @@ class ChunkTable:
         """(R,) int64 addresses of each role; None for one that takes no part."""
         return [self._views.get(role) for role in roles]
 
-    def matches(self, described: Mapping[str, Contents | None]) -> bool:
-        """Whether lists of these descriptions differ from the table's in their addresses alone."""
-        for role, description in described.items():
+    def matches(self, given: Mapping[str, Contents]) -> bool:
+        """Whether lists in the table's roles differ from the table's in their addresses alone."""
+        for role, description in given.items():
             known = self._known[role]
-            if description is known:
-                continue
-            if description is None or known is None or description.dtypes != known.dtypes or description.numels != known.numels:
+            if description is not known and (description.dtypes != known.dtypes or description.numels != known.numels):
                 return False
         return True
 
-    def update(self, described: Mapping[str, Contents | None]) -> None:
+    def update(self, given: Mapping[str, Contents]) -> None:
         """Copies the addresses that are not those of the last call; into a CUDA graph that is being recorded, all of them: what others copy
         here between its replays is then no concern of it."""
         recording = is_recording(self.device)
-        for role, description in described.items():
+        for role, description in given.items():
             known = self._known[role]
-            if description is not known and description is not None and known is not None:
+            if description is not known:
                 if not recording and description.pointers != known.pointers:
                     self._staging.write(self._slices[role] * self._stride, description.pointers)
                 self._known[role] = description
@@ -145,9 +148,8 @@ class ChunkTable:
             self._record()
 
     def _record(self) -> None:
-        known = (self._known[role] for role in self._slices)
         padding = [0] * (self._stride - self.count)
-        self._staging.record([address for description in known if description is not None for address in (*description.pointers, *padding)])
+        self._staging.record([address for description in self._known.values() for address in (*description.pointers, *padding)])
 
     @property
     def sums(self) -> tuple[Tensor, Tensor]:
@@ -209,13 +211,13 @@ def _constants(config: Config, block: int) -> dict[str, int]:
 
 def table_of(lists: Mapping[str, Sequence[Tensor] | None], kernel: str, slice_sizes: tuple[int, ...] = ()) -> ChunkTable:
     """The table of these lists for a kernel, kept with the list that lives longest: the parameters', or the one the gradients belong to."""
-    described = {role: None if tensors is None else describe_list(tensors) for role, tensors in lists.items()}
-    anchor = described.get("params") or next(description for description in described.values() if description is not None)
+    described = {role: describe_list(tensors) for role, tensors in lists.items() if tensors is not None}
+    anchor = described.get("params") or next(iter(described.values()))
     anchor = anchor.owner or anchor
     config = CONFIGS[kernel]
-    key = (kernel, config, slice_sizes, tuple(role for role, description in described.items() if description is not None))
+    key = (kernel, config, slice_sizes, tuple(described))
     table: ChunkTable | None = anchor.tables.get(key)
-    contents = {role: None if description is None else description.contents for role, description in described.items()}
+    contents = {role: description.contents for role, description in described.items()}
     with on(anchor.device):
         recording = is_recording(anchor.device)
         # What a graph copies into its table at a replay, nobody here is told: eager calls get one of their own.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import core
 
 from sam_kernels.backends.triton._blocks import convert
 from sam_kernels.backends.triton.per_sample._config import ENOUGH, TILE_ELEMENTS
@@ -120,7 +121,7 @@ def _parts_kernel(
     places = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     sums = tl.zeros([BLOCK_SIZE], tl.float32)
     for part in range(parts):
-        sums += tl.load(partial + tl.to_tensor(part).to(tl.int64) * count + places, mask=places < count, other=0.0)
+        sums += tl.load(partial + core.to_tensor(part).to(tl.int64) * count + places, mask=places < count, other=0.0)
     tl.store(total + places, sums, mask=places < count)
 
 

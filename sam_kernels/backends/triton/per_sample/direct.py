@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import core
 
 from sam_kernels.backends.triton.per_sample._config import direct_tile, kind_of
 from sam_kernels.backends.triton.per_sample._dots import dot
@@ -48,7 +49,7 @@ def _direct_kernel(
     a_offsets = depth.to(tl.int64)[:, None] * in_features + columns[None, :]
     sums = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
     for t in range(0, tokens, DEPTH):
-        within, far = t + depth < tokens, tl.to_tensor(t).to(tl.int64)
+        within, far = t + depth < tokens, core.to_tensor(t).to(tl.int64)
         g = tl.load(mine + far * out_features + g_offsets, mask=is_row[:, None] & within[None, :], other=0.0)
         a = tl.load(theirs + far * in_features + a_offsets, mask=within[:, None] & is_column[None, :], other=0.0)
         sums = dot(g, a, sums, KIND)
