@@ -1,4 +1,4 @@
-"""The second stage of a norm in the last program of the last launch: its bits, its counter, and the launches of a step."""
+"""The second stage of a norm in the last program of the last launch: its bits and its counter."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import sam_kernels
 from sam_kernels import functional, use_backend
 from sam_kernels._tensor_list import TensorList
-from sam_kernels.backends.triton import _finish, _launch, _table, adamw, direction, norm, perturb, sgd
+from sam_kernels.backends.triton import _finish, _launch, _table, norm
 from tests.helpers.compare import assert_same_bits
 
 
@@ -25,7 +24,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             kernels.append(kernel.fn.__name__)
         _launch.launch(kernel, programs, *args, **kwargs)
 
-    for module in (_finish, adamw, direction, norm, perturb, sgd):
+    for module in (_finish, norm):
         monkeypatch.setattr(module, "launch", launch)
     return kernels
 
@@ -70,30 +69,3 @@ def test_a_counter_ends_where_it_began(tickets: int) -> None:
             assert (float(skipped), float(found_inf)) == (1.0, 0.0)
             torch.testing.assert_close(result, torch.cat(list(grads)).norm())
     assert table is _table.table_of({"grads": grads, "params": None}, "norm")
-
-
-@pytest.mark.parametrize(
-    ("base", "options", "kernels"),
-    [
-        (torch.optim.SGD, {"momentum": 0.9}, ["norm", "perturb", "norm", "sgd"]),  # the second: the check
-        (torch.optim.SGD, {"max_grad_norm": 1.0}, ["norm", "perturb", "norm", "sgd"]),
-        (torch.optim.SGD, {"check_finite": False}, ["norm", "perturb", "sgd"]),
-        (torch.optim.AdamW, {}, ["norm", "perturb", "norm", "advance", "adamw"]),
-        (torch.optim.AdamW, {"check_finite": False}, ["norm", "perturb", "advance", "adamw"]),
-    ],
-)
-def test_launches_of_a_step(base: type[torch.optim.Optimizer], options: dict[str, Any], kernels: list[str], launched: list[str]) -> None:
-    model, batch = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3)), torch.randn(5, 6)
-    optimizer = sam_kernels.SAM(model.parameters(), base, lr=0.1, **options)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = model(batch).square().sum()
-        loss.backward()
-        return loss
-
-    with use_backend("triton"):
-        for _ in range(2):
-            launched.clear()
-            optimizer.step(closure)
-            assert launched == [f"_{name}_kernel" for name in kernels]

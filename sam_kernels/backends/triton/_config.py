@@ -59,5 +59,5 @@ CONFIGS = {
     "random": Config(16384, 4096, words=4),  # 1024 counters of four elements: eight a thread; half of it a multiple of a random tile (1024)
 }
 
-FINISH_BLOCK = 1024  # sums of chunks that the finishing stage of a norm takes at a time
+FINISH_BLOCK = 512  # sums of chunks that the finishing stage of a norm takes at a time: with 1024 programs would need more registers
 FINISH_DOTS_BLOCK = 256  # the same of inner products: three sums, in float64

@@ -42,7 +42,7 @@ def _finish_one(sums, kinds, begin, end, norm, found_inf, skipped, BLOCK_SIZE: t
     in_range = tl.zeros([BLOCK_SIZE], tl.float32)
     shrunk = tl.zeros([BLOCK_SIZE], tl.float32)
     grown = tl.zeros([BLOCK_SIZE], tl.float32)
-    for block in range(begin, end, BLOCK_SIZE):
+    for block in tl.range(begin, end, BLOCK_SIZE, loop_unroll_factor=2):  # two blocks are waited for at a time
         slots = block + tl.arange(0, BLOCK_SIZE)
         part = tl.load(sums + slots, mask=slots < end, other=0.0, cache_modifier=".cg")
         kind = tl.load(kinds + slots, mask=slots < end, other=0, cache_modifier=".cg")
@@ -84,13 +84,15 @@ def store_sum(
     tl.store(sums + slot, total)
     tl.store(kinds + slot, kind)
     if counter is not None:
+        # Not a constant 0: the compiler would lay blocks out otherwise than for several norms, and add in another order. (Not beside the
+        # other bound: AMD's compiler would make one wide access of both, and that is what operands are known by.)
+        begin = tl.load(bounds)
         programs = tl.num_programs(0)
         tl.debug_barrier()
         ticket = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
         if ticket % programs == programs - 1:
             tl.atomic_add(counter, -programs, sem="relaxed", scope="gpu")
-            # Not a constant 0: the compiler would lay blocks out otherwise than for several norms, and add in another order.
-            _finish_one(sums, kinds, tl.load(bounds), tl.load(bounds + 1), norm, found_inf, skipped, FINISH_SIZE)
+            _finish_one(sums, kinds, begin, tl.load(bounds + 1), norm, found_inf, skipped, FINISH_SIZE)
 
 
 @triton.jit
