@@ -91,6 +91,14 @@ std::vector<uint32_t> bounds_of(const std::vector<uint32_t>& firsts, uint32_t to
   return bounds;
 }
 
+// One norm is finished by the launch that makes its sums, several by one of their own.
+FinishOptions finish_of(uintptr_t sums, uintptr_t norms, bool is_double, uintptr_t found_inf, uintptr_t skipped,
+                        const std::vector<uint32_t>& bounds, const Place& place) {
+  uint32_t* counter = bounds.size() == 2 ? counter_of(place) : nullptr;
+  return {pointer<double>(sums),   pointer<void>(norms), is_double, pointer<float>(found_inf),
+          pointer<float>(skipped), bounds.back(),        counter};
+}
+
 void expect(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(what);
 }
@@ -115,7 +123,7 @@ struct Split {
     TensorList list{std::vector<Operand>(numels.size()), std::move(numels)};
     for (std::size_t i = 0; i < list.operands.size(); ++i) list.operands[i].data = pointer<void>(16 * (i + 1));
     for_each_table<Launch>(RowLists<kSgdRoles>{{&list, &list, &list, &list}}, nullptr, chunk_size, false,
-                           [&](const Launch& launch) { launches.push_back(launch); });
+                           [&](const Launch& launch, bool) { launches.push_back(launch); });
   }
 
   // (row, first element, elements) of one chunk of one launch.
@@ -161,20 +169,25 @@ PYBIND11_MODULE(SAM_CUDA_MODULE, module) {
 #if defined(SAM_CUDA_ON_HOST)
   bind_split<kSmallArguments>(module, "SmallSplit");
   bind_split<kLargeArguments>(module, "LargeSplit");
-  module.def("set_runs_launches", [](bool runs) { runs_launches() = runs; }, arg("runs"));
+  module.def("launches", [] { return on_host().launches; });
+  module.def(
+      "set_blocks", [](uint32_t most, uint32_t first) { on_host().blocks = most, on_host().first = first; }, py::kw_only(),
+      arg("most") = OnHost{}.blocks, arg("first") = OnHost{}.first);
+  module.def("set_runs_launches", [](bool runs) { on_host().runs = runs; }, arg("runs"));
 #endif
   module.def("reason_missing", &reason_missing);
   module.def("capability", &capability, arg("device"));
-  module.def("chunk_size", [] { return cut().chunk_size; });
+  module.def("usual_chunk_size", &usual_chunk_size, arg("numels"));
+  module.def("longest_chunk", [] { return cut().chunk_size > 0 ? cut().chunk_size : static_cast<int>(kChunkSize); });
   // For benchmarks that look for the best cut; without arguments: the usual one. The bits of a norm depend on the size of chunks.
   module.def(
       "set_cut",
       [](int chunk_size, int blocks_per_processor, bool backwards) {
-        if (chunk_size < 1024 || chunk_size % 1024 != 0) throw py::value_error("chunk_size must be a multiple of 1024");
+        if (chunk_size < 0 || chunk_size % 1024 != 0) throw py::value_error("chunk_size must be a multiple of 1024, or 0: by the sizes");
         if (blocks_per_processor < 0) throw py::value_error("blocks_per_processor must not be negative");
         cut() = {chunk_size, blocks_per_processor, backwards};
       },
-      py::kw_only(), arg("chunk_size") = cut().chunk_size, arg("blocks_per_processor") = 0, arg("backwards") = true);
+      py::kw_only(), arg("chunk_size") = 0, arg("blocks_per_processor") = 0, arg("backwards") = true);
 
   // Partial sums a list needs: float64 numbers.
   module.def(
@@ -191,9 +204,10 @@ PYBIND11_MODULE(SAM_CUDA_MODULE, module) {
         const auto [firsts, total] = first_sums(grads);
         const auto bounds = bounds_of(firsts, total, group_sizes);
         const Launch launch("grad_norms", grads, stream);
-        sum_squares({{grads, params}, &firsts}, {eta, adaptive, pointer<double>(sums)}, launch.place);
-        finish_norms({pointer<double>(sums), pointer<void>(norms), is_double, pointer<float>(found_inf), pointer<float>(skipped)}, bounds,
-                     launch.place);
+        const auto finish = finish_of(sums, norms, is_double, found_inf, skipped, bounds, launch.place);
+        if (!sum_squares({{grads, params}, &firsts}, {eta, adaptive, pointer<double>(sums), finish}, launch.place)) {
+          finish_norms(finish, bounds, launch.place);
+        }
       },
       py::kw_only(), arg("grads"), arg("params"), arg("group_sizes"), arg("adaptive"), arg("eta"), arg("sums"), arg("norms"),
       arg("is_double"), arg("found_inf"), arg("skipped"), arg("stream"));
@@ -205,10 +219,10 @@ PYBIND11_MODULE(SAM_CUDA_MODULE, module) {
         const auto [firsts, total] = first_sums(grads);
         const auto bounds = bounds_of(firsts, total, {firsts.size()});
         const Launch launch("direction_norm_", grads, stream);
-        sum_direction({{grads, ema, params}, &firsts},
-                      {scalar_of(grad_scale, 1.0), decay, gain, sigma, eta, adaptive, friendly, first_step, pointer<double>(sums)},
-                      launch.place);
-        finish_norms({pointer<double>(sums), pointer<void>(norm), true, nullptr, nullptr}, bounds, launch.place);
+        const auto finish = finish_of(sums, norm, true, 0, 0, bounds, launch.place);
+        const DirectionOptions options{scalar_of(grad_scale, 1.0), decay, gain, sigma, eta, adaptive, friendly, first_step,
+                                       pointer<double>(sums),      finish};
+        if (!sum_direction({{grads, ema, params}, &firsts}, options, launch.place)) finish_norms(finish, bounds, launch.place);
       },
       py::kw_only(), arg("grads"), arg("ema"), arg("params"), arg("adaptive"), arg("friendly"), arg("first_step"), arg("eta"),
       arg("grad_scale"), arg("decay"), arg("gain"), arg("sigma"), arg("sums"), arg("norm"), arg("stream"));
@@ -219,8 +233,9 @@ PYBIND11_MODULE(SAM_CUDA_MODULE, module) {
       [](List lefts, List rights, List origins, uintptr_t sums, uintptr_t dots, uintptr_t found_inf, uintptr_t stream) {
         const auto [firsts, total] = first_sums(lefts);
         const Launch launch("grad_dots", lefts, stream);
-        sum_dots({{lefts, rights, origins}, &firsts}, {pointer<Dots>(sums)}, launch.place);
-        finish_dots({pointer<Dots>(sums), total, pointer<Dots>(dots), pointer<float>(found_inf)}, launch.place);
+        const FinishDotsOptions finish{pointer<Dots>(sums), total, pointer<Dots>(dots), pointer<float>(found_inf),
+                                       counter_of(launch.place)};
+        if (!sum_dots({{lefts, rights, origins}, &firsts}, {pointer<Dots>(sums), finish}, launch.place)) finish_dots(finish, launch.place);
       },
       py::kw_only(), arg("lefts"), arg("rights"), arg("origins"), arg("sums"), arg("dots"), arg("found_inf"), arg("stream"));
 
@@ -233,9 +248,10 @@ PYBIND11_MODULE(SAM_CUDA_MODULE, module) {
         const auto bounds = bounds_of(firsts, total, {firsts.size()});
         const Scalar flag{0.0, pointer<void>(found_inf), false};
         const Launch launch("combine_", outs, stream);
-        combine({{outs, lefts, rights, origins}, &firsts},
-                {scalar_of(left_weight), scalar_of(right_weight), scalar_of(origin_weight), flag, pointer<double>(sums)}, launch.place);
-        finish_norms({pointer<double>(sums), pointer<void>(norm), is_double, pointer<float>(found_inf), nullptr}, bounds, launch.place);
+        const auto finish = finish_of(sums, norm, is_double, found_inf, 0, bounds, launch.place);
+        const CombineOptions options{
+            scalar_of(left_weight), scalar_of(right_weight), scalar_of(origin_weight), flag, pointer<double>(sums), finish};
+        if (!combine({{outs, lefts, rights, origins}, &firsts}, options, launch.place)) finish_norms(finish, bounds, launch.place);
       },
       py::kw_only(), arg("outs"), arg("lefts"), arg("rights"), arg("origins"), arg("left_weight"), arg("right_weight"),
       arg("origin_weight"), arg("sums"), arg("norm"), arg("is_double"), arg("found_inf"), arg("stream"));
@@ -247,8 +263,10 @@ PYBIND11_MODULE(SAM_CUDA_MODULE, module) {
         const auto [firsts, total] = first_sums(grads, &slice_sizes);
         const auto bounds = bounds_of(firsts, total, {firsts.size()});
         const Launch launch("centralize_", grads, stream);
-        centralize({{grads, params}, &firsts, &slice_sizes}, {eta, adaptive, pointer<double>(sums)}, launch.place);
-        finish_norms({pointer<double>(sums), pointer<void>(norm), is_double, pointer<float>(found_inf), nullptr}, bounds, launch.place);
+        const auto finish = finish_of(sums, norm, is_double, found_inf, 0, bounds, launch.place);
+        if (!centralize({{grads, params}, &firsts, &slice_sizes}, {eta, adaptive, pointer<double>(sums), finish}, launch.place)) {
+          finish_norms(finish, bounds, launch.place);
+        }
       },
       py::kw_only(), arg("grads"), arg("params"), arg("slice_sizes"), arg("adaptive"), arg("eta"), arg("sums"), arg("norm"),
       arg("is_double"), arg("found_inf"), arg("stream"));

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bench.gpu.sweep import NUMEL
+
 __all__ = ["BACKEND", "Choice", "choices", "compile_all", "default_of", "reason_missing", "use"]
 
 BACKEND = "native"
@@ -42,11 +44,14 @@ def choices(kernel: str) -> list[Choice]:
 
 
 def default_of(kernel: str) -> Choice:
-    return Choice(_module().chunk_size(), _DEFAULT_BLOCKS)
+    return Choice(_module().usual_chunk_size([NUMEL]), _DEFAULT_BLOCKS)
 
 
 def use(kernel: str, choice: Choice) -> None:
-    _module().set_cut(chunk_size=choice.chunk_size, blocks_per_processor=choice.blocks_per_processor)
+    if choice == default_of(kernel):
+        _module().set_cut()  # chunks that shrink with the list
+    else:
+        _module().set_cut(chunk_size=choice.chunk_size, blocks_per_processor=choice.blocks_per_processor)
 
 
 def compile_all(dtypes: Sequence[str], seconds: float) -> None:

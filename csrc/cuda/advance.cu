@@ -22,6 +22,7 @@ SAM_INLINE void advance_row(const Counters& table, const AdvanceOptions& o, int 
 #if defined(SAM_CUDA_ON_HOST)
 
 void launch_rows(const Counters& table, const AdvanceOptions& options, const Place&) {
+  ++on_host().launches;
   for (int row = 0; row < table.rows; ++row) advance_row(table, options, row);
 }
 
@@ -44,7 +45,8 @@ void launch_rows(const Counters& table, const AdvanceOptions& options, const Pla
 }  // namespace
 
 void advance(const RowLists<1>& steps, const AdvanceOptions& options, const Place& place) {
-  for_each_table<Counters>(steps, nullptr, cut().chunk_size, false, [&](const Counters& table) { launch_rows(table, options, place); });
+  for_each_table<Counters>(steps, nullptr, kLeastChunkSize, false,
+                           [&](const Counters& table, bool) { launch_rows(table, options, place); });
 }
 
 }  // namespace sam::cuda

@@ -136,8 +136,8 @@ struct Centralize {
 
 }  // namespace
 
-void centralize(const RowLists<kNormRoles>& lists, const NormOptions& options, const Place& place) {
-  run<Centralize>(lists, options, place);
+bool centralize(const RowLists<kNormRoles>& lists, const NormOptions& options, const Place& place) {
+  return run<Centralize>(lists, options, place);
 }
 
 }  // namespace sam::cuda

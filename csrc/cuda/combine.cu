@@ -53,8 +53,8 @@ struct Combine {
 
 }  // namespace
 
-void combine(const RowLists<kCombineRoles>& lists, const CombineOptions& options, const Place& place) {
-  run<Combine>(lists, options, place);
+bool combine(const RowLists<kCombineRoles>& lists, const CombineOptions& options, const Place& place) {
+  return run<Combine>(lists, options, place);
 }
 
 }  // namespace sam::cuda

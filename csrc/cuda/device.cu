@@ -8,6 +8,15 @@ Cut& cut() {
   return instance;
 }
 
+int usual_chunk_size(const std::vector<int64_t>& numels) {
+  int64_t total = 0, size = kChunkSize;
+  for (const int64_t numel : numels) total += numel;
+  while (size > kLeastChunkSize && total < size * kWantedChunks) size /= 2;
+  return static_cast<int>(size);
+}
+
+int chunk_size_of(const std::vector<int64_t>& numels) { return cut().chunk_size > 0 ? cut().chunk_size : usual_chunk_size(numels); }
+
 }  // namespace sam::cuda
 
 #if !defined(SAM_CUDA_ON_HOST)
@@ -18,9 +27,13 @@ Cut& cut() {
 #include <mutex>
 #include <stdexcept>
 #include <tuple>
+#include <utility>
 
 namespace sam::cuda {
 namespace {
+
+constexpr uint32_t kCounters = 8192;      // streams and recorded launches of a process, on each device
+__device__ uint32_t counters[kCounters];  // zeros when the module is loaded
 
 // The first toolkit and driver with arguments of more than 4 KB.
 constexpr int kLargeArgumentsVersion = 12010;
@@ -66,6 +79,31 @@ unsigned resident_blocks(const void* kernel, const Place& place) {
   return blocks;
 }
 
+uint32_t* counter_of(const Place& place) {
+  static std::mutex mutex;
+  static std::map<int, std::pair<uint32_t*, uint32_t>> taken;  // by device: the first, and how many are
+  static std::map<std::pair<int, void*>, uint32_t*> of_stream;
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  if (cudaStreamIsCapturing(static_cast<cudaStream_t>(place.stream), &status) != cudaSuccess) {
+    (void)cudaGetLastError();  // the launch will say what is wrong
+    return nullptr;
+  }
+  const bool is_recording = status != cudaStreamCaptureStatusNone;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto known = of_stream.find({place.device, place.stream});
+  if (!is_recording && known != of_stream.end()) return known->second;
+  auto& [first, count] = taken[place.device];
+  if (first == nullptr) {
+    void* address = nullptr;
+    check(cudaGetSymbolAddress(&address, counters), place, "looking for the counters");
+    first = static_cast<uint32_t*>(address);
+  }
+  if (count == kCounters) return nullptr;
+  uint32_t* counter = first + count++;
+  if (!is_recording) of_stream[{place.device, place.stream}] = counter;
+  return counter;
+}
+
 bool takes_large_arguments() {
   static const bool takes = [] {
     int driver = 0;
@@ -100,6 +138,16 @@ int capability(int device) {
 #else
 
 namespace sam::cuda {
+
+OnHost& on_host() {
+  static OnHost instance;
+  return instance;
+}
+
+uint32_t* counter_of(const Place&) {
+  static thread_local uint32_t counter = 0;
+  return &counter;
+}
 
 DeviceGuard::DeviceGuard(const Place&) : previous_(0), changed_(false) {}
 DeviceGuard::~DeviceGuard() = default;

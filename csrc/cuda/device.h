@@ -1,6 +1,7 @@
 // What the launchers ask of CUDA's runtime. Every return code is looked at, and raised with the operation, the device and CUDA's words.
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 namespace sam::cuda {
@@ -31,6 +32,13 @@ class DeviceGuard {
 // Blocks of a kernel that are resident on the whole current device at a time; cut().blocks_per_processor where that is set. Asked once for
 // each kernel and device.
 unsigned resident_blocks(const void* kernel, const Place& place);
+
+// A number on the current device that is 0 between launches, for their blocks to count themselves; null where there is none left.
+//
+// Launches of one stream share one: they run one after another. Other streams have others. A launch that is recorded into a CUDA graph has
+// one of its own for ever, as replays may run on any stream, beside eager launches and beside other branches of the graph; a graph does
+// not run beside itself.
+uint32_t* counter_of(const Place& place);
 
 // Whether the driver takes arguments of kLargeArguments bytes.
 bool takes_large_arguments();

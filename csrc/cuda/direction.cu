@@ -51,8 +51,8 @@ struct SumDirection {
 
 }  // namespace
 
-void sum_direction(const RowLists<kDirectionRoles>& lists, const DirectionOptions& options, const Place& place) {
-  run<SumDirection>(lists, options, place);
+bool sum_direction(const RowLists<kDirectionRoles>& lists, const DirectionOptions& options, const Place& place) {
+  return run<SumDirection>(lists, options, place);
 }
 
 }  // namespace sam::cuda

@@ -1,7 +1,6 @@
-// The second stage of a norm: a block a norm adds up the sums of its chunks, in a fixed order, and takes the root. And the step's
-// beginning: what the last one's found_inf was is counted.
-#include "cuda/operations.h"
-#include "cuda/reduce.cuh"
+// The second stage of norms in a launch of its own, a block a norm: of several norms, or of lists without elements, which have no last
+// block.
+#include "cuda/finish.cuh"
 
 namespace sam::cuda {
 namespace {
@@ -12,39 +11,16 @@ struct Norms : FinishOptions {
   uint32_t bounds[kMostNorms + 1];
 };
 
-SAM_INLINE double sum_of(const Norms& n, int norm, int thread) {
-  double sum = 0.0;
-  for (uint32_t i = n.bounds[norm] + static_cast<uint32_t>(thread); i < n.bounds[norm + 1]; i += kThreads) sum += n.sums[i];
-  return sum;
-}
-
-SAM_INLINE void store(const Norms& n, int norm, double sum) {
-  const double root = std::sqrt(sum);
-  bool finite;
-  if (n.is_double) {
-    static_cast<double*>(n.norms)[norm] = root;
-    finite = is_finite(root);
-  } else {
-    const float rounded = static_cast<float>(root);
-    static_cast<float*>(n.norms)[norm] = rounded;
-    finite = is_finite(rounded);
-  }
-  if (n.found_inf == nullptr) return;
-  if (n.skipped != nullptr) {
-    *n.skipped += *n.found_inf;
-    *n.found_inf = finite ? 0.0f : 1.0f;
-  } else if (!finite) {
-    *n.found_inf = 1.0f;
-  }
-}
-
 #if defined(SAM_CUDA_ON_HOST)
 
 void launch_norms(const Norms& norms, unsigned count, const Place&) {
+  ++on_host().launches;
   for (unsigned norm = 0; norm < count; ++norm) {
     double partials[kThreads];
-    for (int thread = 0; thread < kThreads; ++thread) partials[thread] = sum_of(norms, static_cast<int>(norm), thread);
-    store(norms, static_cast<int>(norm), block_sum_on_host(partials));
+    for (int thread = 0; thread < kThreads; ++thread) {
+      partials[thread] = sum_of(norms.sums, norms.bounds[norm], norms.bounds[norm + 1], thread);
+    }
+    store_result(norms, block_sum_on_host(partials), static_cast<int>(norm));
   }
 }
 
@@ -52,8 +28,8 @@ void launch_norms(const Norms& norms, unsigned count, const Place&) {
 
 __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant__ Norms norms) {
   const int norm = static_cast<int>(blockIdx.x);
-  const double sum = block_sum(sum_of(norms, norm, static_cast<int>(threadIdx.x)));
-  if (threadIdx.x == 0) store(norms, norm, sum);
+  const double sum = block_sum(sum_of(norms.sums, norms.bounds[norm], norms.bounds[norm + 1], static_cast<int>(threadIdx.x)));
+  if (threadIdx.x == 0) store_result(norms, sum, norm);
 }
 
 void launch_norms(const Norms& norms, unsigned count, const Place& place) {
@@ -67,10 +43,11 @@ void launch_norms(const Norms& norms, unsigned count, const Place& place) {
 
 std::vector<uint32_t> chunk_counts(const std::vector<int64_t>& numels, const std::vector<int64_t>* slice_sizes) {
   if (slice_sizes != nullptr) check_slices(numels, *slice_sizes);
+  const int most = chunk_size_of(numels);
   std::vector<uint32_t> counts;
   counts.reserve(numels.size());
   for (std::size_t i = 0; i < numels.size(); ++i) {
-    const int64_t chunk_size = whole_slices(slice_sizes == nullptr ? 0 : (*slice_sizes)[i], cut().chunk_size);
+    const int64_t chunk_size = whole_slices(slice_sizes == nullptr ? 0 : (*slice_sizes)[i], most);
     counts.push_back(static_cast<uint32_t>((numels[i] + chunk_size - 1) / chunk_size));
   }
   return counts;

@@ -1,30 +1,14 @@
-// The second stage of inner products: one block adds up what its chunks have, in a fixed order.
-#include "cuda/operations.h"
-#include "cuda/reduce.cuh"
+// The second stage of inner products in a launch of its own, of one block: of lists without elements, which have no last block.
+#include "cuda/finish.cuh"
 
 namespace sam::cuda {
-namespace {
-
-SAM_INLINE Dots sum_of(const FinishDotsOptions& o, int thread) {
-  Dots sum{0.0, 0.0, 0.0};
-  for (uint32_t i = static_cast<uint32_t>(thread); i < o.count; i += kThreads) sum += o.sums[i];
-  return sum;
-}
-
-SAM_INLINE void store(const FinishDotsOptions& o, const Dots& sum) {
-  *o.dots = sum;
-  const bool finite = is_finite(sum.left) && is_finite(sum.product) && is_finite(sum.right);
-  if (o.found_inf != nullptr && !finite) *o.found_inf = 1.0f;
-}
-
-}  // namespace
-
 #if defined(SAM_CUDA_ON_HOST)
 
 void finish_dots(const FinishDotsOptions& options, const Place&) {
+  ++on_host().launches;
   Dots partials[kThreads];
-  for (int thread = 0; thread < kThreads; ++thread) partials[thread] = sum_of(options, thread);
-  store(options, block_sum_on_host(partials));
+  for (int thread = 0; thread < kThreads; ++thread) partials[thread] = sum_of(options.sums, 0, options.count, thread);
+  store_result(options, block_sum_on_host(partials));
 }
 
 #else
@@ -32,8 +16,8 @@ void finish_dots(const FinishDotsOptions& options, const Place&) {
 namespace {
 
 __global__ void __launch_bounds__(kThreads) finish_dots_kernel(const __grid_constant__ FinishDotsOptions options) {
-  const Dots sum = block_sum(sum_of(options, static_cast<int>(threadIdx.x)));
-  if (threadIdx.x == 0) store(options, sum);
+  const Dots sum = block_sum(sum_of(options.sums, 0, options.count, static_cast<int>(threadIdx.x)));
+  if (threadIdx.x == 0) store_result(options, sum);
 }
 
 }  // namespace

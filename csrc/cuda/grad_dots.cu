@@ -104,6 +104,8 @@ struct SumDots {
 
 }  // namespace
 
-void sum_dots(const RowLists<kDotsRoles>& lists, const DotsOptions& options, const Place& place) { run<SumDots>(lists, options, place); }
+bool sum_dots(const RowLists<kDotsRoles>& lists, const DotsOptions& options, const Place& place) {
+  return run<SumDots>(lists, options, place);
+}
 
 }  // namespace sam::cuda

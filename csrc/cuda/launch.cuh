@@ -1,9 +1,10 @@
 // Running an operation over lists: rows by how they are accessed, tables, kernels; on the host, the same code thread by thread.
 //
 // An operation is a struct Op<Access> with kRoles, kBlocks (resident on a processor), Options (trivially copyable), a constructor from
-// these, and either apply(piece, thread), or, where kSums, sum(piece, thread), a double or Dots, and finish(piece, total). kBackwards: it
-// follows a read of the same gradients. One whose threads need each other's results (a struct Shared in it) has together(piece, shared),
-// which leaves a thread's sum in shared.squares, in place of sum; its rows have slices.
+// these, and either apply(piece, thread), or, where kSums, sum(piece, thread), a double or Dots, and finish(piece, total); its Options then
+// have a member finish, for what becomes of the sums. kBackwards: it follows a read of the same gradients. One whose threads need each
+// other's results (a struct Shared in it) has together(piece, shared), which leaves a thread's sum in shared.squares, in place of sum; its
+// rows have slices.
 #pragma once
 
 #include <cstddef>
@@ -12,11 +13,13 @@
 
 #include "cuda/access.cuh"
 #include "cuda/device.h"
+#include "cuda/finish.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/split.h"
 
 #if defined(SAM_CUDA_ON_HOST)
 #include <algorithm>
+#include <utility>
 #endif
 
 namespace sam::cuda {
@@ -48,11 +51,28 @@ SAM_INLINE Piece<Op::kRoles> piece_of(const Table& table, uint32_t turn) {
 
 #if defined(SAM_CUDA_ON_HOST)
 
+// Blocks run one after another; a few of them, so that tickets are taken. Which is the first is a test's to say.
+inline uint32_t blocks_on_host(uint32_t chunks) { return std::min(chunks, on_host().blocks); }
+
+// The chunk of a turn, and whether its block has no other after it.
+inline std::pair<uint32_t, bool> turn_on_host(uint32_t turn, uint32_t chunks, uint32_t blocks) {
+  uint32_t block = on_host().first % blocks;
+  while (true) {
+    const uint32_t mine = (chunks - block + blocks - 1) / blocks;
+    if (turn < mine) return {block + turn * blocks, turn + 1 == mine};
+    turn -= mine;
+    block = (block + 1) % blocks;
+  }
+}
+
 template <class Op, class Table>
 void launch_table(const Table& table, const typename Op::Options& options, const Place&) {
-  if (!runs_launches()) return;
+  ++on_host().launches;
+  if (!on_host().runs) return;
   const Op op(options);
-  for (uint32_t chunk = 0; chunk < table.chunks(); ++chunk) {
+  const uint32_t blocks = blocks_on_host(table.chunks());
+  for (uint32_t turn = 0; turn < table.chunks(); ++turn) {
+    const auto [chunk, ends] = turn_on_host(turn, table.chunks(), blocks);
     const auto piece = piece_of<Op>(table, chunk);
     // More threads than elements have nothing to do: most tensors of the tests are small.
     const int threads = static_cast<int>(std::min<int64_t>(kThreads, piece.count));
@@ -66,6 +86,9 @@ void launch_table(const Table& table, const typename Op::Options& options, const
       op.finish(piece, block_sum_on_host(partials));
     } else {
       for (int thread = 0; thread < threads; ++thread) op.apply(piece, thread);
+    }
+    if constexpr (Op::kSums) {
+      if (ends) finish_in_last_block_on_host(options.finish, blocks);
     }
   }
 }
@@ -98,6 +121,7 @@ __global__ void __launch_bounds__(kThreads, Op::kBlocks < kMostBlocks ? Op::kBlo
       op.apply(piece, static_cast<int>(threadIdx.x));
     }
   }
+  if constexpr (Op::kSums) finish_in_last_block(options.finish);
 }
 
 template <class Op, class Table>
@@ -113,17 +137,25 @@ inline bool large_arguments() { return takes_large_arguments(); }
 
 #endif
 
+// is_last: no launch of the same call follows these.
 template <class Op>
-void launch(const RowLists<Op::kRoles>& lists, const std::vector<uint32_t>* members, const typename Op::Options& options,
+void launch(const RowLists<Op::kRoles>& lists, const std::vector<uint32_t>* members, const typename Op::Options& options, bool is_last,
             const Place& place) {
   using Small = Table<Op::kRoles, kSmallArguments, Sharing<Op>::value>;
   using Large = Table<Op::kRoles, kLargeArguments, Sharing<Op>::value>;
-  const auto launch_one = [&](const auto& table) { launch_table<Op>(table, options, place); };
+  const auto launch_one = [&](const auto& table, bool is_last_table) {
+    typename Op::Options mine = options;
+    if constexpr (Op::kSums) {
+      if (!is_last || !is_last_table) mine.finish.counter = nullptr;
+    }
+    launch_table<Op>(table, mine, place);
+  };
   const std::size_t count = members == nullptr ? lists.numels().size() : members->size();
+  const int chunk_size = chunk_size_of(lists.numels());  // of all rows, as their partial sums are counted
   if (count <= static_cast<std::size_t>(Small::kCapacity) || !large_arguments()) {
-    for_each_table<Small>(lists, members, cut().chunk_size, cut().backwards, launch_one);
+    for_each_table<Small>(lists, members, chunk_size, cut().backwards, launch_one);
   } else {
-    for_each_table<Large>(lists, members, cut().chunk_size, cut().backwards, launch_one);
+    for_each_table<Large>(lists, members, chunk_size, cut().backwards, launch_one);
   }
 }
 
@@ -146,38 +178,49 @@ Kind kind_of(const RowLists<kRoles>& lists, std::size_t row) {
 }
 
 template <template <class> class Op, int kRoles, class Options>
-void launch_kind(Kind kind, const RowLists<kRoles>& lists, const std::vector<uint32_t>* members, const Options& options,
+void launch_kind(Kind kind, const RowLists<kRoles>& lists, const std::vector<uint32_t>* members, const Options& options, bool is_last,
                  const Place& place) {
   switch (kind) {
-    case Kind::kFloat32: launch<Op<Uniform<float>>>(lists, members, options, place); break;
-    case Kind::kBFloat16: launch<Op<Uniform<BFloat16>>>(lists, members, options, place); break;
-    case Kind::kFloat16: launch<Op<Uniform<Float16>>>(lists, members, options, place); break;
-    case Kind::kMixed: launch<Op<Mixed<float>>>(lists, members, options, place); break;
-    case Kind::kDouble: launch<Op<Mixed<double>>>(lists, members, options, place); break;
+    case Kind::kFloat32: launch<Op<Uniform<float>>>(lists, members, options, is_last, place); break;
+    case Kind::kBFloat16: launch<Op<Uniform<BFloat16>>>(lists, members, options, is_last, place); break;
+    case Kind::kFloat16: launch<Op<Uniform<Float16>>>(lists, members, options, is_last, place); break;
+    case Kind::kMixed: launch<Op<Mixed<float>>>(lists, members, options, is_last, place); break;
+    case Kind::kDouble: launch<Op<Mixed<double>>>(lists, members, options, is_last, place); break;
   }
 }
 
-// The operation over all rows: one launch for each kind of row there is, unless the rows are too many for one.
+template <class Options, class = void>
+struct Finishes : std::false_type {};
+template <class Options>
+struct Finishes<Options, std::void_t<decltype(Options::finish)>> : std::true_type {};
+
+template <class Options>
+bool has_counter(const Options& options) {
+  if constexpr (Finishes<Options>::value) return options.finish.counter != nullptr;
+  return false;
+}
+
+// The operation over all rows: one launch for each kind of row there is, unless the rows are too many for one. Returns whether the last of
+// them has finished the sums.
 template <template <class> class Op, int kRoles, class Options>
-void run(const RowLists<kRoles>& lists, const Options& options, const Place& place) {
+bool run(const RowLists<kRoles>& lists, const Options& options, const Place& place) {
   lists.check();
-  const std::size_t count = lists.numels().size();
-  std::vector<Kind> kinds(count);
-  bool alike = true;
-  for (std::size_t row = 0; row < count; ++row) {
-    kinds[row] = kind_of(lists, row);
-    alike = alike && kinds[row] == kinds[0];
+  const std::vector<int64_t>& numels = lists.numels();
+  std::vector<uint32_t> members[kKinds];  // without empty ones, so that the last launch is known
+  std::size_t count = 0;
+  int last = -1;
+  for (std::size_t row = 0; row < numels.size(); ++row) {
+    if (numels[row] == 0) continue;
+    const int kind = static_cast<int>(kind_of(lists, row));
+    members[kind].push_back(static_cast<uint32_t>(row));
+    last = kind > last ? kind : last;
+    ++count;
   }
-  if (count == 0) return;
-  if (alike) {
-    launch_kind<Op>(kinds[0], lists, nullptr, options, place);
-    return;
+  if (count == 0) return false;
+  for (int kind = 0; kind <= last; ++kind) {
+    if (!members[kind].empty()) launch_kind<Op>(static_cast<Kind>(kind), lists, &members[kind], options, kind == last, place);
   }
-  std::vector<uint32_t> members[kKinds];
-  for (std::size_t row = 0; row < count; ++row) members[static_cast<std::size_t>(kinds[row])].push_back(static_cast<uint32_t>(row));
-  for (int kind = 0; kind < kKinds; ++kind) {
-    if (!members[kind].empty()) launch_kind<Op>(static_cast<Kind>(kind), lists, &members[kind], options, place);
-  }
+  return has_counter(options);
 }
 
 }  // namespace sam::cuda

@@ -101,8 +101,8 @@ struct SumSquares {
 
 }  // namespace
 
-void sum_squares(const RowLists<kNormRoles>& lists, const NormOptions& options, const Place& place) {
-  run<SumSquares>(lists, options, place);
+bool sum_squares(const RowLists<kNormRoles>& lists, const NormOptions& options, const Place& place) {
+  return run<SumSquares>(lists, options, place);
 }
 
 }  // namespace sam::cuda

@@ -14,60 +14,70 @@ namespace sam::cuda {
 // Partial sums of rows, a float64 a chunk, in the order of rows: how many each row has. slice_sizes: as of RowLists.
 std::vector<uint32_t> chunk_counts(const std::vector<int64_t>& numels, const std::vector<int64_t>* slice_sizes);
 
+// What becomes of the sums of chunks. counter: of counter_of, whose last block does it; null: somebody else will.
+struct FinishOptions {
+  const double* sums;  // (C,) device
+  void* norms;         // (M,) device, float32 or float64
+  bool is_double;
+  float* found_inf;   // () device or null: set where the norm is not finite
+  float* skipped;     // () device or null: what found_inf was is added to it, and found_inf starts anew
+  uint32_t count;     // C, of one norm
+  uint32_t* counter;  // () device
+};
+// Norms of consecutive groups of sums, in a launch of their own. bounds: (M + 1,) the sums of each.
+void finish_norms(const FinishOptions& options, const std::vector<uint32_t>& bounds, const Place& place);
+
+struct FinishDotsOptions {
+  const Dots* sums;   // (C,) device
+  uint32_t count;     // C
+  Dots* dots;         // () device
+  float* found_inf;   // () device or null: set where one of the three is not finite
+  uint32_t* counter;  // () device
+};
+void finish_dots(const FinishDotsOptions& options, const Place& place);
+
+// Operations with sums return whether the last of their launches has finished them: not without a counter, nor of lists without elements.
+
 struct NormOptions {
   double eta;
   bool adaptive;
   double* sums;  // (C,) device: receives a sum of squares a chunk
+  FinishOptions finish;
 };
 // Reads g (and p when adaptive).
 enum NormRole { kNormGrad, kNormParam, kNormRoles };
-void sum_squares(const RowLists<kNormRoles>& lists, const NormOptions& options, const Place& place);
+bool sum_squares(const RowLists<kNormRoles>& lists, const NormOptions& options, const Place& place);
 
 // Reads g (and p when adaptive), writes g where a row has slices.
-void centralize(const RowLists<kNormRoles>& lists, const NormOptions& options, const Place& place);
+bool centralize(const RowLists<kNormRoles>& lists, const NormOptions& options, const Place& place);
 
 struct DirectionOptions {
   Scalar grad_scale;
   double decay, gain, sigma, eta;
   bool adaptive, friendly, first_step;
   double* sums;  // (C,) device
+  FinishOptions finish;
 };
 // Reads g, m (and p when adaptive); writes m.
 enum DirectionRole { kDirectionGrad, kDirectionEma, kDirectionParam, kDirectionRoles };
-void sum_direction(const RowLists<kDirectionRoles>& lists, const DirectionOptions& options, const Place& place);
+bool sum_direction(const RowLists<kDirectionRoles>& lists, const DirectionOptions& options, const Place& place);
 
 struct DotsOptions {
   Dots* sums;  // (C,) device: receives three sums a chunk
+  FinishDotsOptions finish;
 };
 // Reads l, r (and o).
 enum DotsRole { kDotsLeft, kDotsRight, kDotsOrigin, kDotsRoles };
-void sum_dots(const RowLists<kDotsRoles>& lists, const DotsOptions& options, const Place& place);
-
-struct FinishDotsOptions {
-  const Dots* sums;  // (C,) device
-  uint32_t count;    // C
-  Dots* dots;        // () device
-  float* found_inf;  // () device or null: set where one of the three is not finite
-};
-void finish_dots(const FinishDotsOptions& options, const Place& place);
+bool sum_dots(const RowLists<kDotsRoles>& lists, const DotsOptions& options, const Place& place);
 
 struct CombineOptions {
   Scalar left, right, origin, found_inf;  // weights
   double* sums;                           // (C,) device
+  FinishOptions finish;
 };
 // Reads l, r (and o); writes out.
 enum CombineRole { kCombineOut, kCombineLeft, kCombineRight, kCombineOrigin, kCombineRoles };
-void combine(const RowLists<kCombineRoles>& lists, const CombineOptions& options, const Place& place);
-
-struct FinishOptions {
-  const double* sums;  // (C,) device
-  void* norms;         // (M,) device, float32 or float64
-  bool is_double;
-  float* found_inf;  // () device or null: set where the norm is not finite
-  float* skipped;    // () device or null: what found_inf was is added to it, and found_inf starts anew
-};
-// Norms of consecutive groups of sums. bounds: (M + 1,) the sums of each.
-void finish_norms(const FinishOptions& options, const std::vector<uint32_t>& bounds, const Place& place);
+bool combine(const RowLists<kCombineRoles>& lists, const CombineOptions& options, const Place& place);
 
 struct CheckOptions {
   float* found_inf;  // () device: set where a gradient is not finite

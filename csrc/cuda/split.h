@@ -33,7 +33,7 @@ struct RowLists {
   }
 };
 
-// Calls launch(table) for each launch. members: the rows to take, null for all.
+// Calls launch(table, is_last) for each launch. members: the rows to take, null for all.
 template <class Table, int kRoles, class Launch>
 void for_each_table(const RowLists<kRoles>& lists, const std::vector<uint32_t>* members, int chunk_size, bool backwards, Launch launch) {
   const std::vector<int64_t>& numels = lists.numels();
@@ -43,8 +43,8 @@ void for_each_table(const RowLists<kRoles>& lists, const std::vector<uint32_t>* 
   table->chunk_size = chunk_size;
   table->backwards = backwards;
   uint32_t chunks = 0;
-  const auto flush = [&] {
-    if (table->rows > 0) launch(*table);
+  const auto flush = [&](bool is_last) {
+    if (table->rows > 0) launch(*table, is_last);
     table->rows = 0;
     chunks = 0;
   };
@@ -54,7 +54,7 @@ void for_each_table(const RowLists<kRoles>& lists, const std::vector<uint32_t>* 
     const int64_t slice_size = lists.slice_sizes == nullptr ? 0 : (*lists.slice_sizes)[row];
     const int64_t wanted = (numels[row] - 1) / whole_slices(slice_size, chunk_size) + 1;
     if (wanted > kMostChunks) throw std::length_error("a tensor of more than 2^31 chunks");
-    if (table->rows == Table::kCapacity || wanted > kMostChunks - chunks) flush();
+    if (table->rows == Table::kCapacity || wanted > kMostChunks - chunks) flush(false);
     chunks += static_cast<uint32_t>(wanted);
     const int32_t slot = table->rows++;
     for (int role = 0; role < kRoles; ++role) {
@@ -67,7 +67,7 @@ void for_each_table(const RowLists<kRoles>& lists, const std::vector<uint32_t>* 
     table->chunk_ends[slot] = chunks;
     table->tags[slot] = lists.tags == nullptr ? static_cast<uint32_t>(row) : (*lists.tags)[row];
   }
-  flush();
+  flush(true);
 }
 
 }  // namespace sam::cuda

@@ -10,8 +10,18 @@ from typing import Any
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
 
-__all__ = ["check_order", "check_scaler", "check_unscaled", "forgetting_the_scaler", "hide_grad_scaler", "report_step", "scale_of"]
+__all__ = [
+    "check_order",
+    "check_scaler",
+    "check_unscaled",
+    "forgetting_the_scaler",
+    "has_just_checked",
+    "hide_grad_scaler",
+    "report_step",
+    "scale_of",
+]
 
 
 def check_scaler(grad_scaler: Any) -> GradScaler | None:
@@ -51,6 +61,18 @@ def check_order(scale_is_known: bool, grad_scale: Tensor | None, found_inf: Tens
             "pass is not known; give grad_scaler to first_step, or call grad_scaler.unscale_(optimizer.base_optimizer) and second_step() "
             "in the place of grad_scaler.step(optimizer)"
         )
+
+
+def has_just_checked(optimizer: Optimizer) -> bool:
+    """Whether ``GradScaler.step`` has called this step, having looked at every gradient of ``optimizer`` on the way: its ``found_inf`` is
+    then the answer to ``check_finite`` too.
+
+    Without a scale beside it ``unscale_`` has looked, earlier: clipping or anything else may have written the gradients since. Hooks run
+    between the look and the step, and may write them as well.
+    """
+    if not all(isinstance(optimizer.__dict__.get(name), Tensor) for name in ("grad_scale", "found_inf")):
+        return False
+    return not (optimizer._optimizer_step_pre_hooks or torch_optimizer._global_optimizer_pre_hooks)
 
 
 @contextmanager

@@ -366,8 +366,8 @@ class Engine(Wrapper):
             known_norm=known_norm if outcome.norm is None else outcome.norm,
             options=outcome.options,
             agree=self._replicas.agree if is_sam or not is_blank(self.param_groups) else None,
-            # Not momentum's direction before there is a momentum, nor where another rank may have ascended: the base's own step has other
-            # last bits.
+            scaler_has_checked=outcome is NOTHING and not self.direction.rewrites_descent and _amp.has_just_checked(self),
+            # Not momentum's direction before there is one, nor where another rank may have ascended: the base's step has other last bits.
             is_plain=outcome is NOTHING
             and not (is_gradient or self._replicas.ascends_locally or (has_ascended and self.direction.needs_no_gradient)),
         )

@@ -216,13 +216,14 @@ class Passes:
         agree: Callable[[Tensor], None] | None = None,
         options: Mapping[int, dict[str, Any]] = MappingProxyType({}),
         is_plain: bool = True,
+        scaler_has_checked: bool = False,
     ) -> bool:
         """Restores the parameters and makes the base's step along the gradients as they are, unless something was not finite. Returns
         whether it has divided them by ``grad_scale``.
 
         ``known_norm``: () their norm, which has told ``found_inf`` already. ``options``: by group, options of the base for this step.
         ``agree``: makes ``found_inf`` the same on all replicas. ``is_plain``: with nothing perturbed the step is the base's own, bit for
-        bit.
+        bit. ``scaler_has_checked``: the argument ``found_inf`` says whether these gradients, as they are now, are finite.
         """
         currents = self.current(groups)
         norm = None
@@ -231,7 +232,7 @@ class Passes:
         if max_norm is not None:
             norm = self.norm(currents, normalised=False) if known_norm is None else known_norm
         self.forget_last_step()
-        if max_norm is None and known_norm is None and check_finite:
+        if max_norm is None and known_norm is None and check_finite and not scaler_has_checked:
             for _, grads, *_ in self.joined(currents, normalised=False):
                 functional.check_finite_(grads, self.found_inf)
         if found_inf is not None:

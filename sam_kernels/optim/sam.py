@@ -60,6 +60,7 @@ class SAM(Engine):
         check_finite: the descent gradients are looked at before anything is updated: one more read of them, 1 of 11 N s. False is for those
             who would rather have the time than the net: a gradient of the second pass that is not finite is then stepped along. (One of
             the first pass still skips the step; so does either where a ``GradScaler`` or ``max_grad_norm`` needs the look anyway.)
+            ``scaler.step(optimizer)`` without ``unscale_`` has just looked at them itself, and they are not read again.
         capturable: steps can be recorded into a CUDA graph, and a graph that is replayed follows its schedules; see below.
         base_kwargs: passed to the base optimizer's class.
 

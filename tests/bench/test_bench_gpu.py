@@ -276,8 +276,9 @@ def test_a_sweep_leaves_the_configuration_as_it_was(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_sweep_of_the_cuda_kernels_sets_their_cut_and_resets_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    cut = {"chunk_size": 65536, "blocks_per_processor": 0}
-    module = SimpleNamespace(chunk_size=lambda: cut["chunk_size"], set_cut=lambda **given: cut.update(given))
+    usual = {"chunk_size": 65536, "blocks_per_processor": 0}
+    cut = dict(usual)
+    module = SimpleNamespace(usual_chunk_size=lambda numels: 65536, set_cut=lambda **given: cut.update(given or usual))
     monkeypatch.setattr(sweep_native, "_module", lambda: module)
     monkeypatch.setattr(sweep, "tuners", lambda: [sweep_native])
     clock = FakeClock(lambda: 1.0 + abs(cut["chunk_size"] - 32768) + abs(cut["blocks_per_processor"] - 4))
@@ -285,7 +286,7 @@ def test_a_sweep_of_the_cuda_kernels_sets_their_cut_and_resets_it(monkeypatch: p
     assert {(row["kernel"], row["dtype"]) for row in rows} == {(kernel, dtype) for kernel in sweep.KERNELS for dtype in ("fp32", "bf16")}
     assert {row["cut"] for row in rows if row["rank"] == 1} == {"32k/4"}
     assert {row["cut"] for row in rows if row["is_default"]} == {"64k/all"}
-    assert cut == {"chunk_size": 65536, "blocks_per_processor": 0}
+    assert cut == usual
 
 
 # --- what is written, and the tables ---

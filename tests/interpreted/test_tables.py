@@ -12,6 +12,7 @@ import sam_kernels
 from sam_kernels import functional, use_backend
 from sam_kernels._tensor_list import TensorList
 from sam_kernels.backends.triton import _staging, _table, vouch
+from sam_kernels.backends.triton._config import CONFIGS, Config
 from tests.helpers.compare import assert_same_bits
 
 SIZES = (3, 700, 0, 512, 1025)
@@ -152,7 +153,7 @@ def test_chunks_cover_every_element_once_in_order() -> None:
         dtypes = [torch.float32 if i % 3 else torch.bfloat16 for i in range(count)]
         tensors = [torch.zeros(int(size), dtype=dtype) for size, dtype in zip(sizes, dtypes, strict=True)]
         table = _table.table_of({"grads": TensorList(tensors)}, "norm")
-        chunk = table.constants["CHUNK_SIZE"]
+        chunk = table.chunk_size
         pieces = [
             (int(slot), int(row), int(index))
             for group in table.groups
@@ -167,6 +168,19 @@ def test_chunks_cover_every_element_once_in_order() -> None:
             }
 
 
+def test_chunks_shrink_where_they_would_be_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not below 4,096 elements, by the sum of the sizes alone."""
+    config = Config(16384, 2048)
+    for numel, size in ((0, 4096), (11_689_512, 4096), (25_557_032, 8192), (2**25 - 1, 8192), (2**25, 16384), (10**9, 16384)):
+        assert config.chunk_of(numel) == size
+        assert size == 4096 or numel // size >= 2048
+    assert Config(1, 1).chunk_of(0) == 1  # smaller ones stay
+    monkeypatch.setitem(CONFIGS, "norm", config)
+    table = _table.table_of({"grads": TensorList([torch.zeros(size) for size in (9000, 4096, 1)])}, "norm")
+    assert table.chunk_size == 4096
+    assert [group.rows.tolist() for group in table.groups] == [[0, 0, 0, 1, 2]]
+
+
 def test_no_chunk_cuts_a_slice() -> None:
     """Random slices: chunks are whole ones, as many as fit or one that is longer, and each group is of one width."""
     generator = torch.Generator().manual_seed(4)
@@ -175,7 +189,7 @@ def test_no_chunk_cuts_a_slice() -> None:
         lines, sizes = (torch.randint(low, high, (count,), generator=generator).tolist() for low, high in ((1, 60), (0, 90)))
         tensors = [torch.zeros(line * max(size, 1)) for line, size in zip(lines, sizes, strict=True)]
         table = _table.table_of({"grads": TensorList(tensors)}, "centralize", tuple(sizes))
-        chunk, block = table.constants["CHUNK_SIZE"], table.constants["BLOCK_SIZE"]
+        chunk, block = table.chunk_size, table.constants["BLOCK_SIZE"]
         found: list[tuple[int, int, int]] = []
         for group in table.groups:
             found += zip(group.slots.tolist(), group.rows.tolist(), group.chunk_indices.tolist(), strict=True)

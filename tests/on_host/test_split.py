@@ -9,8 +9,10 @@ from itertools import accumulate
 from typing import Any
 
 import pytest
+import torch
 
 from sam_kernels import _cuda_on_host
+from sam_kernels.backends.native import cuda
 
 SPLITS = {"small": _cuda_on_host.SmallSplit, "large": _cuda_on_host.LargeSplit}
 BYTES = {"small": 4096, "large": 32764}
@@ -129,3 +131,46 @@ def test_a_table_and_the_options_fit_into_the_arguments(size: str) -> None:
     options, rest = 320, 16
     capacity = SPLITS[size].CAPACITY
     assert row * capacity + options + rest <= BYTES[size] < row * (capacity + 1) + options + rest
+
+
+# --- how large chunks are ---
+
+RESNET_50, GPT_2 = 25_557_032, 124_439_808
+FULL = 2048 * 65536  # elements that make as many chunks as are wanted of the largest size
+
+
+@pytest.mark.parametrize(
+    ("numel", "size"),
+    [(0, 8192), (3000, 8192), (11_689_512, 8192), (RESNET_50, 8192), (GPT_2, 32768), (FULL - 1, 32768), (FULL, 65536), (10**9, 65536)],
+)
+def test_chunks_shrink_where_they_would_be_few(numel: int, size: int) -> None:
+    """Not below 8,192 elements, and the same whatever tensors the elements belong to."""
+    usual = _cuda_on_host.usual_chunk_size
+    assert usual([numel]) == usual([1, 0, numel - 1] if numel else [0]) == size
+    assert usual([numel // 1000] * 1000 + [numel % 1000]) == size
+    assert size == 8192 or numel // size >= 2048
+
+
+def test_the_bits_of_a_norm_are_those_of_the_chunks_that_its_list_has() -> None:
+    """Of one kind of rows or several, with sums as many as chunks. (A sweep may set others, which give other bits.)"""
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(size, generator=generator) for size in (90_000, 8193, 5, 70_000)]
+    lists = [grads, [grad if i % 2 else grad.bfloat16() for i, grad in enumerate(grads)]]
+
+    def norms() -> list[float]:
+        return [
+            float(cuda.grad_norms(grads, None, [4], adaptive=False, eta=0.0, found_inf=None, skipped=None, out=None)) for grads in lists
+        ]
+
+    usual, count = norms(), _cuda_on_host.count_sums(cuda._lists.describe(grads))
+    assert count == 11 + 2 + 1 + 9
+    try:
+        _cuda_on_host.set_cut(chunk_size=8192)
+        assert norms() == usual
+        _cuda_on_host.set_cut(chunk_size=65536)
+        assert _cuda_on_host.count_sums(cuda._lists.describe(grads)) == 2 + 1 + 1 + 2
+        for norm, other in zip(norms(), usual, strict=True):
+            assert norm == pytest.approx(other, rel=1e-6)
+    finally:
+        _cuda_on_host.set_cut()
+    assert norms() == usual

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import sam_kernels
+from sam_kernels import functional
+from sam_kernels.optim.descents import Descent, DescentStep, Outcome
 from tests.optim.problem import assert_same_bits, closure_of, loss_of, make_batch, make_model, twin, weights
 from tests.optim.scaler_flows import BASES, FLOWS, SCALE, InfOnPass, scaled_closure, step_with
 
@@ -128,3 +131,89 @@ def test_a_wrong_scaler_is_an_error() -> None:
         optimizer.step(lambda: None, grad_scaler=1024.0)
     with pytest.raises(RuntimeError, match=r"has not called grad_scaler\.scale"):
         optimizer.step(closure_of(optimizer, model, make_batch()), grad_scaler=torch.amp.GradScaler("cpu"))
+
+
+def counted_checks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Elements that each pass of ``check_finite_`` reads."""
+    checks: list[int] = []
+    real = functional.check_finite_
+
+    def counting(grads: Any, found_inf: Tensor) -> None:
+        checks.append(sum(grad.numel() for grad in grads))
+        real(grads, found_inf)
+
+    monkeypatch.setattr(functional, "check_finite_", counting)
+    return checks
+
+
+def second_half(optimizer: Any, model: Any, scaler: Any, between: Any = None) -> None:
+    """After an ascent: the second pass, what the loop does to the gradients, and the scaler's step."""
+    optimizer.zero_grad()
+    scaler.scale(loss_of(model, make_batch())).backward()
+    optimizer.first_step(zero_grad=True, grad_scaler=scaler)
+    scaler.scale(loss_of(model, make_batch())).backward()
+    if between is not None:
+        between()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, float("inf")])
+@pytest.mark.parametrize(("base", "kwargs"), BASES)
+def test_gradients_that_the_scaler_has_just_looked_at_are_not_read_again(
+    base: Any, kwargs: dict[str, Any], max_grad_norm: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model()
+    optimizer = sam_kernels.SAM(model.parameters(), base, max_grad_norm=max_grad_norm, **kwargs)
+    everything = sum(param.numel() for param in model.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+    checks = counted_checks(monkeypatch)
+    for flow, expected in (("scaler.step", []), ("closure", [everything]), ("two unscalings", [everything])):
+        step_with(flow, optimizer, model, scaler)
+        assert checks == expected, flow
+        checks.clear()
+    before = weights(model)
+    step_with("scaler.step", optimizer, model, scaler, bad_pass=2)
+    assert checks == []
+    assert_same_bits(weights(model), before)
+    assert optimizer.skipped_steps == 1
+
+
+@pytest.mark.parametrize("written_by", ["after unscale_", "a hook", "a global hook", "a rule"])
+def test_gradients_written_after_the_scaler_has_looked_are_read_again(written_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the loop after ``unscale_``, by a hook before the step, by the descent rule: NaN skips the step all the same."""
+    model = make_model()
+    spoiled: list[bool] = []
+
+    def spoil(*_: Any) -> None:
+        model[2].bias.grad[1] = float("nan")  # type: ignore[index, union-attr]
+
+    class Spoiling(Descent):
+        def rewrite(self, step: DescentStep) -> Outcome:
+            if spoiled:
+                spoil()
+            return Outcome(is_checked=False)
+
+    descent = Spoiling() if written_by == "a rule" else None
+    optimizer = sam_kernels.SAM(model.parameters(), torch.optim.SGD, lr=0.1, descent=descent)
+    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+    second_half(optimizer, model, scaler)
+    before = weights(model)
+
+    if written_by == "after unscale_":
+
+        def unscale_and_spoil() -> None:
+            scaler.unscale_(optimizer)
+            spoil()
+
+        second_half(optimizer, model, scaler, unscale_and_spoil)
+    elif written_by == "a rule":
+        spoiled.append(True)
+        second_half(optimizer, model, scaler)
+    else:
+        register = optimizer.register_step_pre_hook if written_by == "a hook" else register_optimizer_step_pre_hook
+        handle = register(spoil)
+        second_half(optimizer, model, scaler)
+        handle.remove()
+    assert_same_bits(weights(model), before)
+    assert optimizer.skipped_steps == 1

@@ -115,7 +115,7 @@ class Fault:
     constants: dict[str, str] = field(default_factory=dict)  # of the variant
 
 
-_START = "tl.load(work_chunks + program).to(tl.int64) * CHUNK_SIZE"
+_START = "tl.load(work_chunks + program).to(tl.int64) * chunk_size"
 _NARROW_START = _START.replace(".to(tl.int64)", "")
 _SAVE = "store(old_param, offsets, count, stored, MASKED)"
 FAULTS = {

@@ -130,7 +130,7 @@ def norm_roundings(numels: Sequence[int], kernel: str = "norm") -> int:
     and so are those of what was written in the same pass) and with those of the same pack."""
     if kernel not in ("norm", "dots"):
         return 0
-    longest: int = min(max(numels, default=0), _cuda.chunk_size())
+    longest: int = min(max(numels, default=0), _cuda.longest_chunk())
     threads: int = _cuda.THREADS
     return -(-longest // threads) + 3  # unaligned: all of a thread's elements in one sum
 

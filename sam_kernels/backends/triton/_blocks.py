@@ -39,14 +39,14 @@ _BFLOAT16_BY_HAND = tl.constexpr(IS_INTERPRETED)
 def locate(
     work_rows,  # (C,) int32
     work_chunks,  # (C,) int32
+    chunk_size,  # elements
     numels,  # (R,) int64
-    CHUNK_SIZE: tl.constexpr,
 ):  # row, first element (int64), elements (int32)
     """The chunk of this program. Chunks are numbered in 32 bits, elements in 64."""
     program = tl.program_id(0)
     row = tl.load(work_rows + program)
-    start = tl.load(work_chunks + program).to(tl.int64) * CHUNK_SIZE
-    count = tl.minimum(tl.load(numels + row) - start, CHUNK_SIZE).to(tl.int32)
+    start = tl.load(work_chunks + program).to(tl.int64) * chunk_size
+    count = tl.minimum(tl.load(numels + row) - start, chunk_size).to(tl.int32)
     return row, start, count
 
 

@@ -84,12 +84,14 @@ class ChunkTable:
         dtypes = list(zip(*(description.dtypes for description in given.values()), strict=True))
         blocks = [config.block if len({dtype.itemsize for dtype in row}) == 1 else config.mixed_block for row in dtypes]
         sliced = list(zip(slice_sizes or [0] * self.count, blocks, strict=True))
-        chunk = torch.tensor([whole_slices(size, block, config.chunk) for size, block in sliced], dtype=torch.int64)
+        self.chunk_size = config.chunk_of(sum(first.numels))
+        chunk = torch.tensor([whole_slices(size, block, self.chunk_size) for size, block in sliced], dtype=torch.int64)
         self._chunk_counts = (numels + chunk - 1) // chunk
         columns = [columns_of(size, block) for size, block in sliced]
         self.groups = self._make_groups(given, list(zip(dtypes, blocks, columns, strict=True)))
         self._sums: tuple[Tensor, Tensor] | None = None
         self._dot_sums: tuple[Tensor, ...] | None = None
+        self._counter: Tensor | None = None
         self._corrections: tuple[Tensor, Tensor] | None = None
         self._row_indices: dict[tuple[int, ...], Tensor] = {}
         self._bounds: dict[tuple[int, ...], Tensor] = {}
@@ -116,9 +118,9 @@ class ChunkTable:
             groups.append(LaunchGroup(named, len(mine), row_of, chunk_of, slot_of, constants, columns))
         return groups
 
-    def arguments(self, group: LaunchGroup, *roles: str) -> list[Tensor | None]:
-        """What every kernel over chunks takes first: addresses of each role, sizes, rows and chunks."""
-        return [*self.pointers(*roles), self.numels, group.rows, group.chunk_indices]
+    def arguments(self, group: LaunchGroup, *roles: str) -> list[Tensor | int | None]:
+        """What every kernel over chunks takes first: addresses of each role, sizes, rows, chunks and their size."""
+        return [*self.pointers(*roles), self.numels, group.rows, group.chunk_indices, self.chunk_size]
 
     def pointers(self, *roles: str) -> list[Tensor | None]:
         """(R,) int64 addresses of each role; None for one that takes no part."""
@@ -161,6 +163,14 @@ class ChunkTable:
         return self._sums
 
     @property
+    def counter(self) -> Tensor:
+        """() int32, 0 between launches, for programs to count themselves. Allocated once; into a graph that is recorded meanwhile, with a
+        fill."""
+        if self._counter is None:
+            self._counter = torch.zeros((), dtype=torch.int32, device=self.device)
+        return self._counter
+
+    @property
     def dot_sums(self) -> tuple[Tensor, ...]:
         """(C,) float32 three times and (C,) int32: three sums a chunk and how they are scaled. Allocated once."""
         if self._dot_sums is None:
@@ -196,7 +206,7 @@ class ChunkTable:
 
 
 def _constants(config: Config, block: int) -> dict[str, int]:
-    return {"CHUNK_SIZE": config.chunk, "BLOCK_SIZE": block, "num_warps": config.num_warps}
+    return {"BLOCK_SIZE": block, "num_warps": config.num_warps}
 
 
 def table_of(lists: Mapping[str, Sequence[Tensor] | None], kernel: str, slice_sizes: tuple[int, ...] = ()) -> ChunkTable:

@@ -133,6 +133,7 @@ def _adamw_kernel(
     numels,  # (R,) int64
     work_rows,  # (C,) int32
     work_chunks,  # (C,) int32
+    chunk_size,  # elements
     step_sizes,  # (R,) float32: lr / (1 - beta1^t)
     inv_sqrt_corrections,  # (R,) float32: 1 / sqrt(1 - beta2^t)
     norm,  # () float32 or None
@@ -153,11 +154,10 @@ def _adamw_kernel(
     EXP_AVG_SQ: tl.constexpr,
     DECAY: tl.constexpr,
     MAXIMIZE: tl.constexpr,
-    CHUNK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     RESTORES: tl.constexpr = old_param_pointers is not None
-    row, start, count = locate(work_rows, work_chunks, numels, CHUNK_SIZE)
+    row, start, count = locate(work_rows, work_chunks, chunk_size, numels)
     param_address, param, aligned_param = operand(param_pointers, row, start, PARAM)
     grad_address, grad, aligned_grad = operand(grad_pointers, row, start, GRAD)
     exp_avg_address, exp_avg, aligned_exp_avg = operand(exp_avg_pointers, row, start, EXP_AVG)

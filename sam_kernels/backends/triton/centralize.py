@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sam_kernels.backends.triton._blocks import convert, load_float, operand, store
 from sam_kernels.backends.triton._config import CONFIGS, FINISH_BLOCK
-from sam_kernels.backends.triton._finish import finish
+from sam_kernels.backends.triton._finish import NOT_LAST, finish
 from sam_kernels.backends.triton._launch import launch, written
 from sam_kernels.backends.triton._slices import ALIGNED_ELEMENTS, columns_of, whole_slices
 from sam_kernels.backends.triton._squares import add_squares, join_kinds
@@ -68,6 +68,7 @@ def _short_slices_kernel(
     numels,  # (R,) int64
     work_rows,  # (C,) int32
     work_chunks,  # (C,) int32
+    chunk_size,  # elements
     slice_sizes,  # (R,) int64
     work_slots,  # (C,) int32
     sums,  # (C,) float32
@@ -76,13 +77,12 @@ def _short_slices_kernel(
     GRAD: tl.constexpr,
     PARAM: tl.constexpr,
     COLUMNS: tl.constexpr,
-    CHUNK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     program = tl.program_id(0)
     row = tl.load(work_rows + program)
     size = tl.load(slice_sizes + row).to(tl.int32)
-    most = CHUNK_SIZE // size
+    most = chunk_size // size
     start = tl.load(work_chunks + program).to(tl.int64) * (most * size)
     slices = (tl.minimum(tl.load(numels + row) - start, most * size) // size).to(tl.int32)
     addresses, grad, aligned_grad = operand(grad_pointers, row, start, GRAD)
@@ -138,6 +138,7 @@ def _long_slices_kernel(
     numels,  # (R,) int64
     work_rows,  # (C,) int32
     work_chunks,  # (C,) int32
+    chunk_size,  # elements
     slice_sizes,  # (R,) int64
     work_slots,  # (C,) int32
     sums,  # (C,) float32
@@ -145,7 +146,6 @@ def _long_slices_kernel(
     eta,
     GRAD: tl.constexpr,
     PARAM: tl.constexpr,
-    CHUNK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -184,7 +184,7 @@ def centralize_(
     table = table_of({"grads": grads, "params": params if adaptive else None}, "centralize", tuple(slice_sizes))
     for group in table.groups:
         if group.columns == 0:
-            launch_sums(table, [group], eta, None)
+            launch_sums(table, group, eta, NOT_LAST)
             continue
         kernel, width = (_long_slices_kernel, {}) if group.columns is None else (_short_slices_kernel, {"COLUMNS": group.columns})
         launch(
@@ -210,11 +210,12 @@ def centralize_roundings(numels: Sequence[int], slice_sizes: Sequence[int]) -> t
     """float32 roundings that an element passes through at most in each tensor's means, and a term in the norm: adding it to others of its
     thread, trees over blocks, the sums of chunks likewise, and putting kinds together."""
     config = CONFIGS["centralize"]
+    chunk_size = config.chunk_of(sum(numels))
     means, terms, chunks = [0] * len(numels), 0, 0
     for i, (numel, size) in enumerate(zip(numels, slice_sizes, strict=True)):
         most = 0
         for block in {config.block, config.mixed_block}:
-            columns, chunk = columns_of(size, block), whole_slices(size, block, config.chunk)
+            columns, chunk = columns_of(size, block), whole_slices(size, block, chunk_size)
             most = max(most, -(-numel // chunk))
             if columns is None:  # blocks of the slice one after the other, half ones at the smallest; full ones and masked ones apart
                 mean = within = -(-size // (block // 2)) + 1

@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sam_kernels.backends.triton._blocks import full_blocks, is_skipped, load_float, load_number, locate, operand, store
-from sam_kernels.backends.triton._finish import finish
+from sam_kernels.backends.triton._config import FINISH_BLOCK
+from sam_kernels.backends.triton._finish import Finish, store_sum
 from sam_kernels.backends.triton._launch import launch, single, written
 from sam_kernels.backends.triton._squares import add_squares, join_kinds
 from sam_kernels.backends.triton._table import table_of
@@ -81,9 +82,15 @@ def _combine_kernel(
     numels,  # (R,) int64
     work_rows,  # (C,) int32
     work_chunks,  # (C,) int32
+    chunk_size,  # elements
     work_slots,  # (C,) int32
     sums,  # (C,) float32
     kinds,  # (C,) int32: how the sum is scaled
+    counter,  # () int32 or None: of the last launch, whose last program makes the norm
+    bounds,  # (2,) int32 or None: 0, C
+    norm,  # () float32 or None
+    not_finite,  # () floating point or None: set where the norm is not finite, when all programs have read found_inf
+    skipped,  # None
     found_inf,  # () float32 or None
     left_weight,  # number or () floating point
     right_weight,  # number or () floating point
@@ -92,10 +99,10 @@ def _combine_kernel(
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     ORIGIN: tl.constexpr,
-    CHUNK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    FINISH_SIZE: tl.constexpr,
 ):
-    row, start, count = locate(work_rows, work_chunks, numels, CHUNK_SIZE)
+    row, start, count = locate(work_rows, work_chunks, chunk_size, numels)
     out_address, out, aligned_out = operand(out_pointers, row, start, OUT)
     left_address, left, aligned_left = operand(left_pointers, row, start, LEFT)
     right_address, right, aligned_right = operand(right_pointers, row, start, RIGHT)
@@ -119,8 +126,7 @@ def _combine_kernel(
             HAS_ORIGIN, True, BLOCK_SIZE,
         )  # fmt: skip
     slot = tl.load(work_slots + tl.program_id(0))
-    tl.store(sums + slot, total)
-    tl.store(kinds + slot, kind)
+    store_sum(total, kind, slot, sums, kinds, counter, bounds, norm, not_finite, skipped, FINISH_SIZE)
 
 
 def combine_(
@@ -136,6 +142,8 @@ def combine_(
 ) -> Tensor:  # () float32
     """See :func:`sam_kernels.functional.combine_`."""
     table = table_of({"outs": outs, "lefts": lefts, "rights": rights, "origins": origins}, "combine")
+    norm = torch.empty(1, dtype=torch.float32, device=table.device)
+    finish = Finish(table, (table.count,), norm, found_inf, None)
     for group in table.groups:
         launch(
             _combine_kernel,
@@ -144,6 +152,7 @@ def combine_(
             *table.arguments(group, "outs", "lefts", "rights", "origins"),
             group.slots,
             *table.sums,
+            *finish.arguments(group),
             single(found_inf),
             left_weight,
             right_weight,
@@ -152,9 +161,9 @@ def combine_(
             LEFT=group.dtypes["lefts"],
             RIGHT=group.dtypes["rights"],
             ORIGIN=group.dtypes["origins"],
+            FINISH_SIZE=FINISH_BLOCK,
             **group.constants,
         )
-    norm = torch.empty(1, dtype=torch.float32, device=table.device)
-    finish(table, (table.count,), norm, found_inf, None)
+    finish.launch_rest()
     written(outs)
     return norm[0]

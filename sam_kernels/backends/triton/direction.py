@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sam_kernels.backends.triton._blocks import full_blocks, inverse_of, load_float, locate, operand, store
-from sam_kernels.backends.triton._finish import finish
+from sam_kernels.backends.triton._config import FINISH_BLOCK
+from sam_kernels.backends.triton._finish import Finish, store_sum
 from sam_kernels.backends.triton._launch import launch, single
 from sam_kernels.backends.triton._squares import add_squares, join_kinds
 from sam_kernels.backends.triton._table import table_of
@@ -71,9 +72,15 @@ def _direction_kernel(
     numels,  # (R,) int64
     work_rows,  # (C,) int32
     work_chunks,  # (C,) int32
+    chunk_size,  # elements
     work_slots,  # (C,) int32
     sums,  # (C,) float32
     kinds,  # (C,) int32: how the sum is scaled
+    counter,  # () int32 or None: of the last launch, whose last program makes the norm
+    bounds,  # (2,) int32 or None: 0, C
+    norm,  # () float32 or None
+    found_inf,  # None
+    skipped,  # None
     grad_scale,  # () float32 or None
     decay,
     gain,
@@ -84,10 +91,10 @@ def _direction_kernel(
     PARAM: tl.constexpr,
     FRIENDLY: tl.constexpr,
     FIRST_STEP: tl.constexpr,
-    CHUNK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    FINISH_SIZE: tl.constexpr,
 ):
-    row, start, count = locate(work_rows, work_chunks, numels, CHUNK_SIZE)
+    row, start, count = locate(work_rows, work_chunks, chunk_size, numels)
     grad_address, grad, aligned_grad = operand(grad_pointers, row, start, GRAD)
     ema_address, ema, aligned_ema = operand(ema_pointers, row, start, EMA)
     addresses = grad_address | ema_address
@@ -108,8 +115,7 @@ def _direction_kernel(
     )
     total, kind = join_kinds(medium_sum + medium_rest, big_sum + big_rest, small_sum + small_rest)
     slot = tl.load(work_slots + tl.program_id(0))
-    tl.store(sums + slot, total)
-    tl.store(kinds + slot, kind)
+    store_sum(total, kind, slot, sums, kinds, counter, bounds, norm, found_inf, skipped, FINISH_SIZE)
 
 
 def direction_norm_(
@@ -129,6 +135,8 @@ def direction_norm_(
     """See :func:`sam_kernels.functional.direction_norm_`."""
     table = table_of({"grads": grads, "ema": ema, "params": params if adaptive else None}, "direction")
     is_friendly = kind == "friendly"
+    norm = torch.empty(1, dtype=torch.float32, device=table.device)
+    finish = Finish(table, (table.count,), norm, None, None)
     for group in table.groups:
         launch(
             _direction_kernel,
@@ -137,6 +145,7 @@ def direction_norm_(
             *table.arguments(group, "grads", "ema", "params"),
             group.slots,
             *table.sums,
+            *finish.arguments(group),
             single(grad_scale),
             lmbda if is_friendly else 1.0 - theta,
             1.0 - lmbda if is_friendly else theta,
@@ -147,8 +156,8 @@ def direction_norm_(
             PARAM=group.dtypes["params"],
             FRIENDLY=is_friendly and not first_step,
             FIRST_STEP=first_step,
+            FINISH_SIZE=FINISH_BLOCK,
             **group.constants,
         )
-    norm = torch.empty(1, dtype=torch.float32, device=table.device)
-    finish(table, (table.count,), norm, None, None)
+    finish.launch_rest()
     return norm[0]

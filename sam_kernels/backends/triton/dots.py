@@ -84,6 +84,7 @@ def _dots_kernel(
     numels,  # (R,) int64
     work_rows,  # (C,) int32
     work_chunks,  # (C,) int32
+    chunk_size,  # elements
     work_slots,  # (C,) int32
     square_sums,  # (C,) float32
     product_sums,  # (C,) float32
@@ -92,10 +93,9 @@ def _dots_kernel(
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     ORIGIN: tl.constexpr,
-    CHUNK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    row, start, count = locate(work_rows, work_chunks, numels, CHUNK_SIZE)
+    row, start, count = locate(work_rows, work_chunks, chunk_size, numels)
     left_address, left, aligned_left = operand(left_pointers, row, start, LEFT)
     right_address, right, aligned_right = operand(right_pointers, row, start, RIGHT)
     addresses = left_address | right_address

@@ -1,8 +1,8 @@
 """Norms of gradients: sqrt(sum g^2), or of T_w g with T_w = |p| + eta when adaptive.
 
 Specification: ``sam_kernels.reference.grad_norms``; twin: ``csrc/cpu/norm.cpp``. float32, bfloat16 and float16 storage, float32 sums in two
-stages of fixed order without atomics: a sum a chunk, then one program a norm adds those up. Bits depend on the sizes alone.
-Reads g (and p when adaptive): 1 N s bytes.
+stages of fixed order, none of them atomic: a sum a chunk, then one program adds those up (``_finish.py``). Bits depend on sizes and dtypes
+alone. Reads g (and p when adaptive): 1 N s bytes.
 
 float32 squares overflow above 1.8e19 and vanish below 3.7e-23. A chunk whose sum leaves [2^-100, 2^100] is therefore read again, scaled by
 2^-80 or 2^100 (from the second-level cache, and in practice never); the finishing stage puts the three kinds together. Only a norm that
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sam_kernels.backends.triton._blocks import full_blocks, is_finite, load_float, locate, operand
 from sam_kernels.backends.triton._config import CONFIGS, FINISH_BLOCK
-from sam_kernels.backends.triton._finish import GROW, GROWN, HIGH, IN_RANGE, LOW, SHRINK, SHRUNK, finish
+from sam_kernels.backends.triton._finish import GROW, GROWN, HIGH, IN_RANGE, LOW, SHRINK, SHRUNK, Finish, store_sum
 from sam_kernels.backends.triton._launch import launch
 from sam_kernels.backends.triton._table import ChunkTable, LaunchGroup, table_of
 
@@ -59,17 +59,22 @@ def _norm_kernel(
     numels,  # (R,) int64
     work_rows,  # (C,) int32
     work_chunks,  # (C,) int32
+    chunk_size,  # elements
     work_slots,  # (C,) int32
     sums,  # (C,) float32
     kinds,  # (C,) int32: how the sum is scaled
-    found_inf,  # () float32 or None: set where a gradient is not finite
+    counter,  # () int32 or None: of the last launch, whose last program makes the norm
+    bounds,  # (2,) int32 or None: 0, C
+    norm,  # () floating point or None
+    found_inf,  # () floating point or None: set where the norm is not finite; without a norm, where a gradient is not
+    skipped,  # () floating point or None: what found_inf was is added to it, and found_inf starts anew
     eta,
     GRAD: tl.constexpr,
     PARAM: tl.constexpr,
-    CHUNK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    FINISH_SIZE: tl.constexpr,
 ):
-    row, start, count = locate(work_rows, work_chunks, numels, CHUNK_SIZE)
+    row, start, count = locate(work_rows, work_chunks, chunk_size, numels)
     address, grad, aligned_grad = operand(grad_pointers, row, start, GRAD)
     param, aligned_param = grad, aligned_grad
     ADAPTIVE: tl.constexpr = param_pointers is not None
@@ -84,11 +89,11 @@ def _norm_kernel(
         kind = tl.where(total < LOW, GROWN, SHRUNK)
         total = _chunk_sum(grad, aligned_grad, param, aligned_param, count, full, eta, factor, ADAPTIVE, True, BLOCK_SIZE)
     slot = tl.load(work_slots + tl.program_id(0))
-    tl.store(sums + slot, total)
-    tl.store(kinds + slot, kind)
-    if found_inf is not None:
-        if ~is_finite(total):  # every program that finds one stores the same
-            tl.store(found_inf, 1.0)
+    if norm is None:
+        if found_inf is not None:
+            if ~is_finite(total):  # every program that finds one stores the same
+                tl.store(found_inf, 1.0)
+    store_sum(total, kind, slot, sums, kinds, counter, bounds, norm, found_inf, skipped, FINISH_SIZE)
 
 
 def grad_norms(
@@ -105,41 +110,45 @@ def grad_norms(
     """Norms of consecutive groups of rows. Reads g (and p when adaptive)."""
     table = table_of({"grads": grads, "params": params if adaptive else None}, "norm")
     norms = torch.empty(len(group_sizes), dtype=torch.float32, device=table.device) if out is None else out.reshape(1)
-    launch_sums(table, table.groups, eta, None)
-    finish(table, tuple(group_sizes), norms, found_inf, skipped)
+    finish = Finish(table, tuple(group_sizes), norms, found_inf, skipped)
+    for group in table.groups:
+        launch_sums(table, group, eta, finish.arguments(group))
+    finish.launch_rest()
     return norms
 
 
 def check_finite_(grads: Sequence[Tensor], found_inf: Tensor) -> None:
     """Sets found_inf where a gradient is not finite: the first stage alone. Reads g."""
     table = table_of({"grads": grads}, "norm")
-    launch_sums(table, table.groups, 0.0, found_inf)
+    for group in table.groups:
+        launch_sums(table, group, 0.0, (None, None, None, found_inf, None))
 
 
-def launch_sums(table: ChunkTable, groups: Sequence[LaunchGroup], eta: float, found_inf: Tensor | None) -> None:
-    """The first stage of a norm, for some of the groups of a table."""
-    for group in groups:
-        launch(
-            _norm_kernel,
-            group.chunks,
-            table.device,
-            *table.arguments(group, "grads", "params"),
-            group.slots,
-            *table.sums,
-            found_inf,
-            eta,
-            GRAD=group.dtypes["grads"],
-            PARAM=group.dtypes.get("params"),
-            **table.constants,
-        )
+def launch_sums(table: ChunkTable, group: LaunchGroup, eta: float, finishing: Sequence[Tensor | None]) -> None:
+    """The first stage of a norm, for one of the groups of a table. ``finishing``: as of :class:`Finish`."""
+    launch(
+        _norm_kernel,
+        group.chunks,
+        table.device,
+        *table.arguments(group, "grads", "params"),
+        group.slots,
+        *table.sums,
+        *finishing,
+        eta,
+        GRAD=group.dtypes["grads"],
+        PARAM=group.dtypes.get("params"),
+        FINISH_SIZE=FINISH_BLOCK,
+        **table.constants,
+    )
 
 
 def norm_roundings(numels: Sequence[int], kernel: str = "norm") -> int:
     """float32 roundings that a term of the sum passes through at most: adding it within its thread, the tree over the block, the sums of
-    chunks likewise (of dots in float64), and putting the kinds together. ``kernel``: "norm", "direction", "combine" or "dots"."""
+    chunks likewise (of dots in float64), and putting the kinds together. ``kernel``: "norm", "direction", "combine" or "dots". ``numels``:
+    of the rows of one norm; with others in the same call its chunks are larger, and fewer."""
     config = CONFIGS[kernel]
     block = config.block if kernel == "norm" else config.mixed_block // 2  # the smallest: of masked blocks in a row of several types
-    chunks = sum(-(-numel // config.chunk) for numel in numels)
+    chunks = sum(-(-numel // config.chunk_of(sum(numels))) for numel in numels)
     within = config.chunk // block + math.ceil(math.log2(config.block))
     across = 0 if kernel == "dots" else -(-chunks // FINISH_BLOCK) + math.ceil(math.log2(FINISH_BLOCK))
     return within + across + 4

@@ -104,6 +104,7 @@ def _perturb_kernel(
     numels,  # (R,) int64
     work_rows,  # (C,) int32
     work_chunks,  # (C,) int32
+    chunk_size,  # elements
     row_indices,  # (R,) int32: the caller's numbers of the rows, None where they are the same
     norm,  # () float32
     grad_scale,  # () float32 or None
@@ -124,12 +125,11 @@ def _perturb_kernel(
     FROM_OLD: tl.constexpr,
     ADAPTIVE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
-    CHUNK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     USES_GRAD: tl.constexpr = grad_pointers is not None
     USES_EMA: tl.constexpr = ema_pointers is not None
-    row, start, count = locate(work_rows, work_chunks, numels, CHUNK_SIZE)
+    row, start, count = locate(work_rows, work_chunks, chunk_size, numels)
     param_address, param, aligned_param = operand(param_pointers, row, start, PARAM)
     old_address, old_param, aligned_old_param = operand(old_param_pointers, row, start, OLD_PARAM)
     if is_skipped(norm, found_inf):
@@ -183,12 +183,12 @@ def _copy_kernel(
     numels,  # (R,) int64
     work_rows,  # (C,) int32
     work_chunks,  # (C,) int32
+    chunk_size,  # elements
     DESTINATION: tl.constexpr,
     SOURCE: tl.constexpr,
-    CHUNK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    row, start, count = locate(work_rows, work_chunks, numels, CHUNK_SIZE)
+    row, start, count = locate(work_rows, work_chunks, chunk_size, numels)
     destination_address, destination, aligned_destination = operand(destination_pointers, row, start, DESTINATION)
     source_address, source, aligned_source = operand(source_pointers, row, start, SOURCE)
     full = full_blocks(destination_address | source_address, count, BLOCK_SIZE)

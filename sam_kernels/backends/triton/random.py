@@ -56,6 +56,7 @@ def _random_kernel(
     numels,  # (R,) int64
     work_rows,  # (C,) int32
     work_chunks,  # (C,) int32
+    chunk_size,  # elements
     row_indices,  # (R,) int32: the caller's numbers of the rows, None where they are the same
     key_low,
     key_high,
@@ -64,10 +65,9 @@ def _random_kernel(
     OLD_PARAM: tl.constexpr,
     NORMAL: tl.constexpr,
     FROM_OLD: tl.constexpr,
-    CHUNK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    row, start, count = locate(work_rows, work_chunks, numels, CHUNK_SIZE)
+    row, start, count = locate(work_rows, work_chunks, chunk_size, numels)
     param_address, param, aligned_param = operand(param_pointers, row, start, PARAM)
     old_address, old_param, aligned_old_param = operand(old_param_pointers, row, start, OLD_PARAM)
     index = row if row_indices is None else tl.load(row_indices + row)

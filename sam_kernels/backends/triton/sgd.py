@@ -63,6 +63,7 @@ def _sgd_kernel(
     numels,  # (R,) int64
     work_rows,  # (C,) int32
     work_chunks,  # (C,) int32
+    chunk_size,  # elements
     norm,  # () float32 or None
     grad_scale,  # () float32 or None
     found_inf,  # () float32 or None
@@ -79,12 +80,11 @@ def _sgd_kernel(
     NESTEROV: tl.constexpr,
     WEIGHT_DECAY: tl.constexpr,
     MAXIMIZE: tl.constexpr,
-    CHUNK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     RESTORES: tl.constexpr = old_param_pointers is not None
     MOMENTUM: tl.constexpr = buffer_pointers is not None
-    row, start, count = locate(work_rows, work_chunks, numels, CHUNK_SIZE)
+    row, start, count = locate(work_rows, work_chunks, chunk_size, numels)
     param_address, param, aligned_param = operand(param_pointers, row, start, PARAM)
     grad_address, grad, aligned_grad = operand(grad_pointers, row, start, GRAD)
     addresses = param_address | grad_address
