@@ -69,7 +69,7 @@ class Variant:
     @property
     def walks_chunks(self) -> bool:
         """Whether this is one of the kernels that move the bytes, and not one of those that finish a norm or count steps."""
-        return any(name == "chunk_size" for name, _ in self.signature)
+        return any(name.lower() == "chunk_size" for name, _ in self.signature)
 
     def __str__(self) -> str:
         switches = (f"{name}={value}" for name, value in self.constants if not name.endswith("_SIZE"))

@@ -143,11 +143,14 @@ class Finish:
         norms: Tensor,  # (M,)
         found_inf: Tensor | None,
         skipped: Tensor | None,
+        *,
+        folds: bool = True,  # whether the kernel has registers for it
     ) -> None:
         self._table = table
         self._group_sizes = group_sizes
         self._results = norms, found_inf, skipped
-        self._last = next((group for group in reversed(table.groups) if group.chunks > 0), None) if len(group_sizes) == 1 else None
+        folds = folds and len(group_sizes) == 1
+        self._last = next((group for group in reversed(table.groups) if group.chunks > 0), None) if folds else None
 
     def arguments(self, group: LaunchGroup) -> tuple[Tensor | None, ...]:
         """What a kernel hands to :func:`store_sum`: counter, bounds, norm, found_inf and skipped, of the last launch; None for others."""

@@ -118,9 +118,10 @@ class ChunkTable:
             groups.append(LaunchGroup(named, len(mine), row_of, chunk_of, slot_of, constants, columns))
         return groups
 
-    def arguments(self, group: LaunchGroup, *roles: str) -> list[Tensor | int | None]:
-        """What every kernel over chunks takes first: addresses of each role, sizes, rows, chunks and their size."""
-        return [*self.pointers(*roles), self.numels, group.rows, group.chunk_indices, self.chunk_size]
+    def arguments(self, group: LaunchGroup, *roles: str, with_chunk_size: bool = True) -> list[Tensor | int | None]:
+        """What every kernel over chunks takes first: addresses of each role, sizes, rows, chunks; their size, if it is not compiled in."""
+        size = [self.chunk_size] if with_chunk_size else []
+        return [*self.pointers(*roles), self.numels, group.rows, group.chunk_indices, *size]
 
     def pointers(self, *roles: str) -> list[Tensor | None]:
         """(R,) int64 addresses of each role; None for one that takes no part."""

@@ -82,7 +82,6 @@ def _combine_kernel(
     numels,  # (R,) int64
     work_rows,  # (C,) int32
     work_chunks,  # (C,) int32
-    chunk_size,  # elements
     work_slots,  # (C,) int32
     sums,  # (C,) float32
     kinds,  # (C,) int32: how the sum is scaled
@@ -99,10 +98,11 @@ def _combine_kernel(
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     ORIGIN: tl.constexpr,
+    CHUNK_SIZE: tl.constexpr,  # compiled in: as an argument it would cost the registers of a block
     BLOCK_SIZE: tl.constexpr,
     FINISH_SIZE: tl.constexpr,
 ):
-    row, start, count = locate(work_rows, work_chunks, chunk_size, numels)
+    row, start, count = locate(work_rows, work_chunks, CHUNK_SIZE, numels)
     out_address, out, aligned_out = operand(out_pointers, row, start, OUT)
     left_address, left, aligned_left = operand(left_pointers, row, start, LEFT)
     right_address, right, aligned_right = operand(right_pointers, row, start, RIGHT)
@@ -143,13 +143,13 @@ def combine_(
     """See :func:`sam_kernels.functional.combine_`."""
     table = table_of({"outs": outs, "lefts": lefts, "rights": rights, "origins": origins}, "combine")
     norm = torch.empty(1, dtype=torch.float32, device=table.device)
-    finish = Finish(table, (table.count,), norm, found_inf, None)
+    finish = Finish(table, (table.count,), norm, found_inf, None, folds=origins is None)
     for group in table.groups:
         launch(
             _combine_kernel,
             group.chunks,
             table.device,
-            *table.arguments(group, "outs", "lefts", "rights", "origins"),
+            *table.arguments(group, "outs", "lefts", "rights", "origins", with_chunk_size=False),
             group.slots,
             *table.sums,
             *finish.arguments(group),
@@ -161,6 +161,7 @@ def combine_(
             LEFT=group.dtypes["lefts"],
             RIGHT=group.dtypes["rights"],
             ORIGIN=group.dtypes["origins"],
+            CHUNK_SIZE=table.chunk_size,
             FINISH_SIZE=FINISH_BLOCK,
             **group.constants,
         )
