@@ -17,6 +17,9 @@ OLDEST_TRITON := 3.4.0
 OLDEST := $(VENV)/triton-$(OLDEST_TRITON)
 # 5: pytest has run nothing, on a machine that triton is not made for.
 WITH_OLDEST_TRITON = PYTHONPATH=$(OLDEST) SAM_KERNELS_EXPECT_TRITON=$(OLDEST_TRITON) $(PYTEST) tests/triton/test_jit_path.py || [ $$? -eq 5 ]
+# Tests of tests/optim that ask nothing of a kernel, on whichever it runs: once is enough.
+OF_THE_ENGINE := $(patsubst %,--ignore=tests/optim/test_%.py,bad_input both_sides checkpoint contexts cut_batches family_bad_input \
+	family_checkpoint family_failures family_options identity interrupted loops once_a_step option_names own_direction small_ends torch_scenarios)
 SANITIZED := build/sanitize
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1
 RUN_SANITIZED = LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
@@ -38,7 +41,7 @@ test: lint $(OLDEST)/.installed  ## lint, then every test
 	$(PYTEST) $(ARGS)
 	$(WITH_OLDEST_TRITON)
 	TRITON_INTERPRET=1 $(PYTEST) tests/ops tests/interpreted
-	SAM_KERNELS_CUDA_ON_HOST=1 $(PYTEST) tests/ops tests/optim tests/on_host
+	SAM_KERNELS_CUDA_ON_HOST=1 $(PYTEST) tests/ops tests/optim tests/on_host $(OF_THE_ENGINE)
 
 oldest-triton: install $(OLDEST)/.installed  ## only Triton's launch path, with the oldest triton that is promised
 	$(WITH_OLDEST_TRITON)
