@@ -62,21 +62,21 @@ DRAWN = "random_perturb_"  # the one that takes about as long to issue as to mov
 HIDDEN, HIDDEN_DRAWN = 0.5, 0.25
 SCHEDULERS, LANES = 4, 32  # of a multiprocessor: each issues an instruction for 32 threads a cycle
 
-# Kernels of an operation: a norm's sums are added up by a second one, and Adam's counters advance in one of their own.
-_TWO = ("grad_norm", "centralize_", "direction_norm_", "grad_dots", "combine_", "adamw_step_")
+# Operations of two kernels: Adam's counters advance in one of their own; in Triton these sums are added up by a second one.
+_TWO = {"native": ("adamw_step_",), "triton": ("adamw_step_", "centralize_", "grad_dots")}
 # Parameter-sized lists that the published loop reads and writes in a step with SGD and momentum, by its base: norm 3 (a product with 1.0
 # is written), copy 2, perturbation 4 + 3, exchange of pointers 0, update 5, or in three operations 2 + 3 + 3.
 LOOP_SWEEPS = {"davda54/foreach": 20, "davda54/fused": 17}
 EFFICIENCY = 0.99  # of ours beside torch's elementwise kernels, both waiting for the memory
 
 
-def launches_of(op: str) -> int:
-    return 2 if op in _TWO else 1
+def launches_of(op: str, backend: str) -> int:
+    return 2 if op in _TWO.get(backend, ()) else 1
 
 
 def step_launches(base: str) -> int:
-    """Of our step: its operations', and the check of the second gradients."""
-    return sum(map(launches_of, STEP_OPS[base])) + 1
+    """Of our step, on either backend: its operations', and the check of the second gradients."""
+    return sum(launches_of(op, "native") for op in STEP_OPS[base]) + 1
 
 
 def issue_ms(op: str, backend: str, dtype: str, numel: int) -> float | None:
@@ -103,7 +103,7 @@ def least_percent(row: Mapping[str, Any], most: float) -> float | None:
     if op == DRAWN and issue is None:
         return None
     hidden = HIDDEN_DRAWN if op == DRAWN else HIDDEN
-    return percent_of_copy(most, row["bytes"], row["copy_gbps"], launches_of(op), issue, hidden)
+    return percent_of_copy(most, row["bytes"], row["copy_gbps"], launches_of(op, row["backend"]), issue, hidden)
 
 
 def loop_ratio(base: str, loop: str) -> float:
