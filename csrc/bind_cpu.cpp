@@ -177,6 +177,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.doc() = "CPU kernels of sam_kernels. Use sam_kernels.functional, which checks its arguments.";
 
   bind_tensor_list(module, dlpack::kCpu);
+  bind_any_tensor_list(module);
   module.def("instruction_set", [] { return kernel_table().name; });
   module.def("grad_multiplier", &multiplier_of, py::kw_only(), arg("maximize"), arg("inv_grad_scale"), arg("norm"), arg("max_norm"));
   module.def("advance_steps", &advance_steps, arg("steps"));

@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <memory>
 #include <string>
@@ -42,7 +43,7 @@ struct View {
   void* data;
   DType dtype;
   int64_t numel;
-  int32_t device;
+  int32_t device_type, device;
   bool contiguous;
 };
 
@@ -75,8 +76,8 @@ void check_is_tensor(PyObject* object) {
 View view_through_dlpack(PyObject* object) {
   dlpack::Tensor tensor;
   if (registry().exchange->tensor_from_python(object, &tensor) != 0) throw py::error_already_set();
-  if (tensor.device_type != registry().device_type) throw py::type_error("a tensor on another type of device than the kernels'");
   View view;
+  view.device_type = tensor.device_type;
   view.device = tensor.device_id;
   view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
   if (tensor.lanes == 1 && tensor.type_code == dlpack::kFloat && tensor.bits == 32) {
@@ -110,7 +111,7 @@ View view_through_methods(PyObject* object) {
   if (view.numel == -1 && PyErr_Occurred()) throw py::error_already_set();
   view.device = static_cast<int32_t>(PyLong_AsLong(call(object, r.names.get_device).ptr()));
   if (view.device == -1 && PyErr_Occurred()) throw py::error_already_set();
-  if ((view.device < 0) != (r.device_type == dlpack::kCpu)) throw py::type_error("a tensor on another type of device than the kernels'");
+  view.device_type = view.device < 0 ? dlpack::kCpu : dlpack::kCuda;
   if (view.device < 0) view.device = 0;
   view.contiguous = call(object, r.names.is_contiguous).ptr() == Py_True;
   const py::object dtype = attribute(object, r.names.dtype);
@@ -162,7 +163,33 @@ void bind_tensor_list(py::module_& module, int32_t device_type) {
       .def_readonly("non_contiguous", &PyTensorList::non_contiguous);
 }
 
-PyTensorList::PyTensorList(const py::list& tensors) {
+void bind_any_tensor_list(py::module_& module) {
+  using py::arg;
+  py::class_<AnyTensorList>(module, "AnyTensorList", py::module_local())
+      .def(py::init<const py::list&>(), arg("tensors"))
+      .def("is_current", &AnyTensorList::is_current, arg("tensors"))
+      .def("current_grads", &AnyTensorList::current_grads, arg("tensors"))
+      .def("has_kinds_of", &AnyTensorList::has_kinds_of, arg("other"))
+      .def("has_pointers_of", &AnyTensorList::has_pointers_of, arg("other"))
+      .def("write_pointers", &AnyTensorList::write_pointers, arg("destination"))
+      .def_readonly("has_float64", &AnyTensorList::has_float64)
+      .def_readonly("only_float32", &AnyTensorList::only_float32)
+      .def_readonly("non_contiguous", &AnyTensorList::non_contiguous)
+      .def_readonly("numels", &AnyTensorList::numels)
+      .def_property_readonly("dtypes", [](const AnyTensorList& list) {
+        py::tuple dtypes(list.operands.size());
+        for (std::size_t i = 0; i < list.operands.size(); ++i) {
+          dtypes[i] = py::handle(registry().dtypes[static_cast<std::size_t>(list.operands[i].dtype)]);
+        }
+        return dtypes;
+      });
+}
+
+PyTensorList::PyTensorList() : device_type_(registry().device_type) {}
+
+PyTensorList::PyTensorList(const py::list& tensors) : PyTensorList() { read(tensors); }
+
+void PyTensorList::read(const py::list& tensors) {
   reserve(tensors.size());
   for (const py::handle tensor : tensors) append(tensor.ptr());
 }
@@ -181,6 +208,8 @@ void PyTensorList::append(PyObject* tensor) {
     throw py::type_error("tensor " + std::to_string(objects.size()) + " of the list, a " + type + ", has no memory");
   }
   if (objects.empty()) device = view.device;
+  if (device_type_ == kAnyDevice) device_type_ = view.device_type;
+  if (view.device_type != device_type_) throw py::type_error("a tensor on another type of device than the kernels'");
   if (view.device != device) throw py::type_error("tensors of several devices in one list");
   objects.push_back(tensor);
   if (!view.contiguous) non_contiguous.push_back(static_cast<int64_t>(numels.size()));
@@ -204,10 +233,12 @@ bool PyTensorList::is_current(const py::list& tensors) const {
   return true;
 }
 
-py::object PyTensorList::current_grads(const py::list& tensors) const {
+template <class List>
+py::object PyTensorList::current_grads_as(const py::list& tensors) const {
   if (tensors.size() != operands.size()) return py::none();
   py::list grads(operands.size());
-  auto described = std::make_unique<PyTensorList>();
+  auto made = std::make_unique<List>();
+  PyTensorList* described = made.get();
   described->reserve(operands.size());
   for (std::size_t i = 0; i < operands.size(); ++i) {
     PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i));
@@ -218,7 +249,25 @@ py::object PyTensorList::current_grads(const py::list& tensors) const {
     PyList_SET_ITEM(grads.ptr(), static_cast<Py_ssize_t>(i), grad.release().ptr());
   }
   if (described->numels != numels) return py::none();
-  return py::make_tuple(std::move(grads), std::move(described));
+  return py::make_tuple(std::move(grads), std::move(made));
+}
+
+template py::object PyTensorList::current_grads_as<PyTensorList>(const py::list&) const;
+template py::object PyTensorList::current_grads_as<AnyTensorList>(const py::list&) const;
+
+bool AnyTensorList::has_kinds_of(const AnyTensorList& other) const {
+  const auto same_dtype = [](const Operand& left, const Operand& right) { return left.dtype == right.dtype; };
+  return numels == other.numels && std::equal(operands.begin(), operands.end(), other.operands.begin(), same_dtype);
+}
+
+bool AnyTensorList::has_pointers_of(const AnyTensorList& other) const {
+  const auto same_data = [](const Operand& left, const Operand& right) { return left.data == right.data; };
+  return operands.size() == other.operands.size() && std::equal(operands.begin(), operands.end(), other.operands.begin(), same_data);
+}
+
+void AnyTensorList::write_pointers(uintptr_t destination) const {
+  auto* pointers = reinterpret_cast<int64_t*>(destination);
+  for (std::size_t i = 0; i < operands.size(); ++i) pointers[i] = static_cast<int64_t>(reinterpret_cast<uintptr_t>(operands[i].data));
 }
 
 }  // namespace sam

@@ -14,6 +14,11 @@ namespace sam {
 // which that module's Python side calls once, before it makes a list.
 void bind_tensor_list(pybind11::module_& module, int32_t device_type);
 
+// Adds the class AnyTensorList, for kernels that are launched from Python and read addresses out of a table. Needs bind_tensor_list.
+void bind_any_tensor_list(pybind11::module_& module);
+
+constexpr int32_t kAnyDevice = 0;
+
 // The tensors' pointers, sizes and dtypes as they are now. Holds no reference: whoever keeps it keeps the tensors.
 struct PyTensorList : TensorList {
   std::vector<const PyObject*> objects;  // (n,) which tensors they were; only compared
@@ -21,7 +26,7 @@ struct PyTensorList : TensorList {
   bool has_float64 = false, only_float32 = true;
   int32_t device = 0;  // which one of its type; 0 for the CPU
 
-  PyTensorList() = default;
+  PyTensorList();                                        // of the module's type of device
   explicit PyTensorList(const pybind11::list& tensors);  // throws TypeError: a dtype without kernels, no memory, several devices
 
   // Whether these are the same tensors, still where they lay.
@@ -29,12 +34,32 @@ struct PyTensorList : TensorList {
 
   // The gradients of these tensors and their description, in one pass over the list: (list, TensorList). None when they are not the same
   // tensors where they lay, or when one has no gradient or one of another size.
-  pybind11::object current_grads(const pybind11::list& tensors) const;
+  pybind11::object current_grads(const pybind11::list& tensors) const { return current_grads_as<PyTensorList>(tensors); }
+
+ protected:
+  explicit PyTensorList(int32_t device_type) : device_type_(device_type) {}
+
+  void read(const pybind11::list& tensors);
+  template <class List>
+  pybind11::object current_grads_as(const pybind11::list& tensors) const;
 
  private:
   void reserve(std::size_t count);
   void append(PyObject* tensor);
   bool is_unmoved(std::size_t i, PyObject* tensor) const;
+
+  int32_t device_type_;  // a number of dlpack.h; kAnyDevice until the first tensor
+};
+
+// On one device of any type. Not a PyTensorList to Python: no kernel of a compiled module takes one.
+struct AnyTensorList : PyTensorList {
+  AnyTensorList() : PyTensorList(kAnyDevice) {}
+  explicit AnyTensorList(const pybind11::list& tensors) : AnyTensorList() { read(tensors); }
+
+  pybind11::object current_grads(const pybind11::list& tensors) const { return current_grads_as<AnyTensorList>(tensors); }
+  bool has_kinds_of(const AnyTensorList& other) const;  // the same sizes and dtypes
+  bool has_pointers_of(const AnyTensorList& other) const;
+  void write_pointers(uintptr_t destination) const;  // (n,) int64, in memory of the host
 };
 
 }  // namespace sam

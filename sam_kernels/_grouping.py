@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sam_kernels import _dispatch
-from sam_kernels._tensor_list import TensorList, is_dense_row, slices_are_runs
+from sam_kernels._tensor_list import TensorList, are_trusted, is_dense_row, slices_are_runs
 
 __all__ = ["Rows", "split"]
 
@@ -44,7 +44,7 @@ def split(lists: Mapping[str, Sequence[Tensor] | None], *, written: Iterable[str
     first = given[0]
     if len(first) == 0:
         return []
-    if all(isinstance(tensors, TensorList) for tensors in given) and not (by_slices and not all(map(slices_are_runs, first))):
+    if are_trusted(given) and not (by_slices and not all(map(slices_are_runs, first))):
         return [Rows(_dispatch.select(first[0].device.type), dict(lists), range(len(first)))]  # type: ignore[arg-type]  # seen above
     chosen: dict[tuple[torch.device, frozenset[torch.dtype]], ModuleType] = {}
     parts: dict[tuple[torch.device, ModuleType], list[int]] = {}

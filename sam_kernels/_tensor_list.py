@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["TensorList", "is_dense_row", "slice_sizes", "slices_are_runs"]
+__all__ = ["TensorList", "are_trusted", "is_dense_row", "slice_sizes", "slices_are_runs"]
 
 
 class TensorList(list[Tensor]):
@@ -25,6 +25,14 @@ class TensorList(list[Tensor]):
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
         super().__init__(tensors)
         self.descriptions: dict[str, Any] = {}
+
+
+_TRUSTED = frozenset({TensorList, type(None)})
+
+
+def are_trusted(lists: Iterable[Sequence[Any] | None]) -> bool:
+    """Whether every list that is given is a :class:`TensorList`."""
+    return _TRUSTED.issuperset(map(type, lists))
 
 
 def is_dense_row(tensors: Sequence[Tensor]) -> bool:

@@ -32,7 +32,8 @@ __all__ = [
     "describe",
 ]
 
-_LARGEST = int(torch.finfo(torch.float64).max)
+_LARGEST_FLOAT = torch.finfo(torch.float64).max
+_LARGEST = int(_LARGEST_FLOAT)
 SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -157,6 +158,10 @@ def check_number(
     open_high: bool = False,
 ) -> float:
     """``value`` is a finite real number in [low, high], without the ends that are ``open``. Raises TypeError or ValueError otherwise."""
+    if type(value) is float:  # the usual case first: an optimizer's step checks a dozen numbers
+        at_least, at_most = -_LARGEST_FLOAT if low is None else low, _LARGEST_FLOAT if high is None else high
+        if at_least <= value <= at_most and not ((open_low and value == low) or (open_high and value == high)):
+            return value
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     value = plain_number(value)
@@ -177,7 +182,7 @@ def check_number_or_tensor(
 ) -> float | Tensor:  # () or one element, float32 or float64
     """A number, as :func:`check_number` wants it, or a tensor that holds one, float32 in the place of a 16-bit one. Reading that of a
     device would wait for it: only one on the CPU is held to the bounds. Raises TypeError or ValueError otherwise."""
-    if not isinstance(value, Tensor):
+    if type(value) is float or not isinstance(value, Tensor):
         return check_number(op, name, value, low=low, high=high)
     if value.numel() != 1:
         raise ValueError(f"{op}: {name} must be a number or a tensor that holds one, got {describe(value)}")

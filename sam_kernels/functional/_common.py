@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sam_kernels import _validate
 from sam_kernels._grouping import Rows, split
-from sam_kernels._tensor_list import TensorList
+from sam_kernels._tensor_list import TensorList, are_trusted
 
 __all__ = [
     "Number",
@@ -32,7 +32,7 @@ Number = float | Tensor  # () or one element, float32 or float64, on the CPU or 
 
 
 def checked(op: str, lists: dict[str, Tensors | None], *, written: tuple[str, ...]) -> list[Rows]:
-    if not all(tensors is None or isinstance(tensors, TensorList) for tensors in lists.values()):
+    if not are_trusted(lists.values()):
         _validate.check_lists(op, lists, written=written)
     return split(lists, written=written)
 
@@ -41,7 +41,7 @@ def check_with_gaps(op: str, lists: dict[str, Tensors | None], name: str, entrie
     """As ``_validate.check_lists``, with one more list called ``name`` whose entries may be None: these fit every row."""
     if not isinstance(entries, list):
         raise TypeError(f"{op}: {name} must be a list of tensors or None, got {_validate.describe(entries)}")
-    if all(tensors is None or isinstance(tensors, TensorList) for tensors in (*lists.values(), entries)):
+    if are_trusted((*lists.values(), entries)):
         return
     _validate.check_lists(op, lists)
     first_name, first = next((key, tensors) for key, tensors in lists.items() if tensors is not None)
@@ -100,4 +100,4 @@ def number_on(number: Number, device: torch.device) -> Number:
 
 
 def on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)
+    return tensor if tensor is None or tensor.device == device else tensor.to(device)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sam_kernels import _validate
 from sam_kernels._grouping import split
-from sam_kernels._tensor_list import TensorList
+from sam_kernels._tensor_list import are_trusted
 from sam_kernels.functional._common import (
     Number,
     Tensors,
@@ -82,7 +82,7 @@ def perturb_(
     written = ("params", "old_params")
     if ema is not None:
         check_with_gaps(op, lists, "ema", ema, written=written)
-    elif not all(isinstance(tensors, TensorList) for tensors in (params, grads, old_params)):
+    elif not are_trusted((params, grads, old_params)):
         _validate.check_lists(op, lists, written=written)
     if rounding_seed is not None:
         rounding_seed = _check_rounding(op, rounding_seed, params)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sam_kernels import _validate
 from sam_kernels._grouping import split
-from sam_kernels._tensor_list import TensorList
+from sam_kernels._tensor_list import TensorList, are_trusted
 from sam_kernels.functional._common import (
     Number,
     Tensors,
@@ -75,7 +75,7 @@ def sgd_step_(
     given: dict[str, Tensors | None] = {"params": params, "grads": grads, "old_params": old_params}
     if buffers is not None:
         check_with_gaps(op, given, "momentum_buffers", buffers, written=("params", "momentum_buffers"))
-    elif not all(tensors is None or isinstance(tensors, TensorList) for tensors in given.values()):
+    elif not are_trusted(given.values()):
         _validate.check_lists(op, given, written=("params",))
     prepared = []
     for first_step, indices in first_and_later(buffers):

@@ -93,21 +93,17 @@ def _adam_step(
     base: Optimizer, group: dict[str, Any], lists: GroupLists, grads: list[Tensor], old_params: list[Tensor] | None, amp: dict[str, Any]
 ) -> None:
     states = lists.states(base.state)
-    for param, state in zip(lists.params, states, strict=True):
-        if len(state) == 0:  # as torch initialises: lazily, and only when there is nothing
-            _require_state([param])
-            state["step"] = _zero_step(group, param)
-            state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        elif not param.is_cpu and state["step"].is_cpu:  # from a checkpoint of torch's own loop
-            _require_state([param])
-            state["step"] = state["step"].to(param.device, torch.float32)
+    if not all(states):
+        _make_adam_states(group, lists.params, states)
+    steps = [state["step"] for state in states]
+    if not lists.has_state("step", steps):
+        steps = _steps_on_device(lists.params, states)
     functional.adamw_step_(
         lists.params,
         grads,
         lists.state("exp_avg", [state["exp_avg"] for state in states]),
         lists.state("exp_avg_sq", [state["exp_avg_sq"] for state in states]),
-        lists.state("step", [state["step"] for state in states]),
+        lists.state("step", steps),
         old_params=old_params,
         lr=group["lr"],
         betas=group["betas"],
@@ -117,6 +113,25 @@ def _adam_step(
         maximize=group["maximize"],
         **amp,
     )
+
+
+def _make_adam_states(group: dict[str, Any], params: list[Tensor], states: list[dict[str, Any]]) -> None:
+    """As torch does: of a parameter that has no state at all."""
+    for param, state in zip(params, states, strict=True):
+        if len(state) == 0:
+            _require_state([param])
+            state["step"] = _zero_step(group, param)
+            state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+
+
+def _steps_on_device(params: list[Tensor], states: list[dict[str, Any]]) -> list[Tensor]:
+    """The counters, those of a checkpoint of torch's own loop moved from the CPU to their parameters' device."""
+    for param, state in zip(params, states, strict=True):
+        if not param.is_cpu and state["step"].is_cpu:
+            _require_state([param])
+            state["step"] = state["step"].to(param.device, torch.float32)
+    return [state["step"] for state in states]
 
 
 def _require_state(params: list[Tensor]) -> None:

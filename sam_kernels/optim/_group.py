@@ -181,6 +181,10 @@ class GroupLists:
             self._all_states = list(all_states.values())
         return self._states
 
+    def has_state(self, key: str, tensors: list[Tensor]) -> bool:
+        """Whether ``tensors`` are those of the last step under ``key``, by identity."""
+        return same_tensors(self._state_tensors.get(key), tensors)
+
     def state(self, key: str, tensors: list[Tensor]) -> list[Tensor]:
         """State tensors under ``key`` as operations take them, described anew only when one was replaced or has moved."""
         known = self._state_tensors.get(key)

@@ -55,7 +55,7 @@ class WeightWatch:
         return [param._version for param in self._watched]
 
     def _read_addresses(self) -> list[int]:
-        return [param.data_ptr() if self._has_addresses else address_of(param) for param in self._watched]
+        return list(map(Tensor.data_ptr if self._has_addresses else address_of, self._watched))
 
     def _written(self) -> set[Tensor]:
         versions = self._read_versions()

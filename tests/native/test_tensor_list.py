@@ -10,6 +10,7 @@ import torch
 from sam_kernels import functional
 
 _cpu = pytest.importorskip("sam_kernels._cpu", reason="the native core is not built")
+cpu = pytest.importorskip("sam_kernels.backends.native.cpu")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -73,6 +74,13 @@ def test_moves_are_noticed(path: str) -> None:
     params[1].data = torch.ones(3)
     assert not described.is_current(params)
     assert described.current_grads(params) is None
+
+
+def test_step_counters_fit_parameters_of_any_memory_order() -> None:
+    params = cpu.vouch([torch.ones(4, 3, 5, 5).to(memory_format=torch.channels_last), torch.ones(7)])
+    assert params is not None
+    assert cpu.vouch([torch.zeros(()), torch.zeros(())], params) is not None
+    assert cpu.vouch([torch.ones(4, 3, 5, 5), torch.ones(7)], params) is None
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,10 @@ class Lists:
         odd = described.non_contiguous
         if like is None:
             dense = all(is_dense_row([tensors[i]]) for i in odd)
+        elif odd == self.describe(like).non_contiguous:
+            dense = all(tensors[i].stride() == like[i].stride() for i in odd)
         else:
-            dense = odd == self.describe(like).non_contiguous and all(tensors[i].stride() == like[i].stride() for i in odd)
+            dense = all(tensor.dim() == 0 for tensor in tensors)  # step counters, beside any parameters
         if not dense:
             return None
         result = TensorList(tensors)

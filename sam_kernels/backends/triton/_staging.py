@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from sam_kernels.backends.triton._contents import Contents
 from sam_kernels.backends.triton._device import is_recording, keep, on
 
 __all__ = ["Staging", "upload"]
 
 _RESERVED = 2  # the norm's table is used twice a step
+_ADDRESS = 8  # bytes
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
@@ -27,7 +28,7 @@ def upload(values: Tensor, device: torch.device) -> Tensor:
 
 
 class Staging:
-    """Writes numbers into ``target``, in the order of the current stream and without waiting. The target's device is the current one.
+    """Writes addresses into ``target``, in the order of the current stream and without waiting. The target's device is the current one.
 
     A ring of pinned buffers, each with an event that says when its copy is done; it grows in the rare case that the host runs so far ahead
     that all are in use. Other buffers are kept for CUDA graphs, which copy from them at every replay: pinning memory while one is recorded
@@ -47,22 +48,22 @@ class Staging:
         if target.device.type != "cpu" and not is_recording(target.device):
             self._reserve = [self._pinned(target.numel()) for _ in range(_RESERVED)]
 
-    def write(self, offset: int, values: Sequence[int]) -> None:
-        """target[offset : offset + count] <- values, (count,)."""
-        fresh = torch.frombuffer(array("q", values), dtype=torch.int64)  # a quarter of torch.tensor's time
-        destination = self._target[offset : offset + self._count]
+    def write(self, offset: int, contents: Contents) -> None:
+        """target[offset : offset + count] <- the addresses of a list, (count,)."""
         if self._target.device.type == "cpu":
-            destination.copy_(fresh)
+            contents.write_pointers(self._target.data_ptr() + _ADDRESS * offset)
             return
         buffer, event = self._free_buffer()
-        buffer.copy_(fresh)
-        destination.copy_(buffer, non_blocking=True)
+        contents.write_pointers(buffer.data_ptr())
+        self._target[offset : offset + self._count].copy_(buffer, non_blocking=True)
         event.record()
 
-    def record(self, values: Sequence[int]) -> None:
-        """target <- values, (n,), at this place of the graph that is being recorded."""
+    def record(self, rows: Mapping[int, Contents]) -> None:
+        """The addresses of a list from each offset on, and 0 between them, at this place of the graph that is being recorded."""
         buffer = self._reserve.pop() if self._reserve else self._pinned(self._target.numel())
-        buffer.copy_(torch.tensor(values, dtype=torch.int64))
+        buffer.zero_()
+        for offset, contents in rows.items():
+            contents.write_pointers(buffer.data_ptr() + _ADDRESS * offset)
         self._target.copy_(buffer, non_blocking=True)
         keep(buffer)
 

@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sam_kernels.backends.triton._config import CONFIGS, Config
+from sam_kernels.backends.triton._contents import Contents
 from sam_kernels.backends.triton._device import is_recording, keep, on
-from sam_kernels.backends.triton._lists import Contents, Description, describe_list
+from sam_kernels.backends.triton._lists import Description, describe_list
 from sam_kernels.backends.triton._slices import columns_of, whole_slices
 from sam_kernels.backends.triton._staging import Staging, upload
 
@@ -58,14 +59,15 @@ class ChunkTable:
         device: torch.device,
         slice_sizes: Sequence[int] = (),  # (R,) of slices that no chunk cuts, 0 for a row without; () for none at all
     ) -> None:
-        first = next(iter(given.values()))
-        if any(description.numels != first.numels for description in given.values()):
+        all_numels = [contents.numels for contents in given.values()]
+        sizes = all_numels[0]
+        if any(numels != sizes for numels in all_numels):
             raise ValueError("tensor lists of different sizes")
         self._config = config
         self.is_recorded = False  # in a CUDA graph
         self.constants = _constants(config, config.block)
         self.device = device
-        self.count = len(first.numels)
+        self.count = len(sizes)
         self._known = dict(given)
         self._slices = {role: i for i, role in enumerate(given)}
         # A row of addresses starts at a multiple of 16 bytes, or a kernel would be compiled once for even and once for odd numbers of them.
@@ -76,15 +78,15 @@ class ChunkTable:
         if is_recording(self.device):
             self._record()
         else:
-            for role, description in given.items():
-                self._staging.write(self._slices[role] * self._stride, description.pointers)
-        numels = torch.tensor(first.numels, dtype=torch.int64)
+            for role, contents in given.items():
+                self._staging.write(self._slices[role] * self._stride, contents)
+        numels = torch.tensor(sizes, dtype=torch.int64)
         self.numels = upload(numels, self.device)
         self.slice_sizes = upload(torch.tensor(slice_sizes, dtype=torch.int64), self.device) if slice_sizes else None
-        dtypes = list(zip(*(description.dtypes for description in given.values()), strict=True))
+        dtypes = list(zip(*(contents.dtypes for contents in given.values()), strict=True))
         blocks = [config.block if len({dtype.itemsize for dtype in row}) == 1 else config.mixed_block for row in dtypes]
         sliced = list(zip(slice_sizes or [0] * self.count, blocks, strict=True))
-        self.chunk_size = config.chunk_of(sum(first.numels))
+        self.chunk_size = config.chunk_of(sum(sizes))
         chunk = torch.tensor([whole_slices(size, block, self.chunk_size) for size, block in sliced], dtype=torch.int64)
         self._chunk_counts = (numels + chunk - 1) // chunk
         columns = [columns_of(size, block) for size, block in sliced]
@@ -129,9 +131,9 @@ class ChunkTable:
 
     def matches(self, given: Mapping[str, Contents]) -> bool:
         """Whether lists in the table's roles differ from the table's in their addresses alone."""
-        for role, description in given.items():
+        for role, contents in given.items():
             known = self._known[role]
-            if description is not known and (description.dtypes != known.dtypes or description.numels != known.numels):
+            if contents is not known and not contents.has_kinds_of(known):
                 return False
         return True
 
@@ -139,18 +141,17 @@ class ChunkTable:
         """Copies the addresses that are not those of the last call; into a CUDA graph that is being recorded, all of them: what others copy
         here between its replays is then no concern of it."""
         recording = is_recording(self.device)
-        for role, description in given.items():
+        for role, contents in given.items():
             known = self._known[role]
-            if description is not known:
-                if not recording and description.pointers != known.pointers:
-                    self._staging.write(self._slices[role] * self._stride, description.pointers)
-                self._known[role] = description
+            if contents is not known:
+                if not recording and not contents.has_pointers_of(known):
+                    self._staging.write(self._slices[role] * self._stride, contents)
+                self._known[role] = contents
         if recording:
             self._record()
 
     def _record(self) -> None:
-        padding = [0] * (self._stride - self.count)
-        self._staging.record([address for description in self._known.values() for address in (*description.pointers, *padding)])
+        self._staging.record({self._slices[role] * self._stride: contents for role, contents in self._known.items()})
 
     @property
     def sums(self) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sam_kernels._tensor_list import TensorList
 from sam_kernels.backends.triton._blocks import (
     copy_chunk,
     full_blocks,
@@ -28,6 +29,7 @@ from sam_kernels.backends.triton._blocks import (
     store,
 )
 from sam_kernels.backends.triton._launch import launch, single, written
+from sam_kernels.backends.triton._lists import describe_list
 from sam_kernels.backends.triton._table import table_of
 
 __all__ = ["adamw_step_"]
@@ -215,7 +217,7 @@ def adamw_step_(
 ) -> bool:  # always True: whether the step was made only the device knows
     """See :func:`sam_kernels.functional.adamw_step_`. Step counters that are not float32 on the parameters' device make it wait."""
     device = params[0].device
-    usual = all(step.device == device and step.dtype is torch.float32 for step in state_steps)
+    usual = _are_float32_on(state_steps, device)
     steps = state_steps if usual else [step.to(device, torch.float32, copy=True) for step in state_steps]
     lists = {"params": params, "grads": grads, "old_params": old_params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     table = table_of(lists, "adamw")
@@ -253,6 +255,13 @@ def adamw_step_(
         for step, advanced in zip(state_steps, steps, strict=True):
             step.copy_(advanced)
     return True
+
+
+def _are_float32_on(steps: Sequence[Tensor], device: torch.device) -> bool:
+    if isinstance(steps, TensorList) and "triton" in steps.descriptions:
+        described = describe_list(steps)
+        return described.device == device and described.contents.only_float32
+    return all(step.device == device and step.dtype is torch.float32 for step in steps)
 
 
 def _advance(
