@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from types import ModuleType, TracebackType
+from typing import Any
 
 import torch
 
+from sam_kernels._backend import Backend
 from sam_kernels.backends.native import CUDA_ON_HOST
 
 __all__ = ["BACKENDS", "available", "forced", "reason_missing", "select", "select_per_sample", "select_sharpness", "use_backend"]
@@ -24,24 +26,30 @@ def _path(name: str, device_type: str) -> str:
     return "native.cuda" if device_type == "cuda" or CUDA_ON_HOST else "native.cpu"
 
 
-def _load(path: str) -> ModuleType | str:
-    """The backend's module, or the reason it cannot be had."""
+def _load(path: str) -> Any:
+    """The backend of a module, or the module itself where it is one of a family's (``_FAMILIES``); why it cannot be had, as a string."""
     try:
-        backend = importlib.import_module(f"sam_kernels.backends.{path}")
+        module = importlib.import_module(f"sam_kernels.backends.{path}")
     except ImportError as error:
         return str(error)
-    reason: str | None = getattr(backend, "REASON_MISSING", None)
-    return backend if reason is None else reason
+    backend: Backend | None = getattr(module, "BACKEND", None)
+    if backend is None:
+        return getattr(module, "REASON_MISSING", None) or module
+    return backend if backend.reason_missing is None else backend.reason_missing
 
 
-_loaded: dict[str, ModuleType | str] = {}
+_loaded: dict[str, Any] = {}
 
 
-def _backend(name: str, device_type: str = "cpu") -> ModuleType | str:
-    path = _path(name, device_type)
+def _loaded_from(path: str) -> Any:
     if path not in _loaded:
         _loaded[path] = _load(path)
     return _loaded[path]
+
+
+def _backend(name: str, device_type: str = "cpu") -> Backend | str:
+    found: Backend | str = _loaded_from(_path(name, device_type))
+    return found
 
 
 def reason_missing(name: str, device_type: str = "cpu") -> str | None:
@@ -49,9 +57,8 @@ def reason_missing(name: str, device_type: str = "cpu") -> str | None:
     backend = _backend(name, device_type)
     if isinstance(backend, str):
         return backend
-    supported: frozenset[str] | None = backend.DEVICE_TYPES  # None: every device torch knows
-    if supported is not None and device_type not in supported:
-        return f"no kernels for {device_type!r} tensors, only for {sorted(supported)}"
+    if not backend.takes(device_type):
+        return f"no kernels for {device_type!r} tensors, only for {sorted(backend.device_types or ())}"
     return None
 
 
@@ -65,26 +72,31 @@ def forced() -> str | None:
     return _forced
 
 
-def select(device_type: str, dtypes: Collection[torch.dtype] = ()) -> ModuleType:
+def select(device_type: str, dtypes: Collection[torch.dtype] = ()) -> Backend:
     """The backend for tensors on ``device_type`` of these ``dtypes``.
 
     Raises RuntimeError if a forced one has no kernels for the device, TypeError if it has none for a dtype.
     """
-    for name in BACKENDS if _forced is None else (_forced,):
-        backend = _backend(name, device_type)
-        if isinstance(backend, str) or not (backend.DEVICE_TYPES is None or device_type in backend.DEVICE_TYPES):
-            continue
-        if _forced is None and not backend.IS_AUTOMATIC:
-            continue
-        if backend.DTYPES is None or backend.DTYPES.issuperset(dtypes):
-            return backend
-        if _forced is not None:
-            missing = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in set(dtypes) - backend.DTYPES))
-            raise TypeError(f"backend {_forced!r} was asked for and has no kernels for {missing}")
+    for _, backend in _candidates(_forced, device_type, dtypes):
+        return backend
     raise RuntimeError(f"backend {_forced!r} was asked for and cannot be used: {reason_missing(_forced or 'foreach', device_type)}")
 
 
-# What is not over lists of tensors has modules of its own beside each backend: their names, None where there is none.
+def _candidates(forced: str | None, device_type: str, dtypes: Collection[torch.dtype]) -> Iterator[tuple[str, Backend]]:
+    """The backends that have kernels for these tensors, with their paths, the preferred one first. Raises TypeError where the one asked for
+    by name has none for a dtype."""
+    for name in BACKENDS if forced is None else (forced,):
+        backend = _backend(name, device_type)
+        if isinstance(backend, str) or not backend.takes(device_type) or (forced is None and not backend.is_automatic):
+            continue
+        if backend.dtypes is None or backend.dtypes.issuperset(dtypes):
+            yield _path(name, device_type), backend
+        elif forced is not None:
+            missing = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in set(dtypes) - backend.dtypes))
+            raise TypeError(f"backend {forced!r} was asked for and has no kernels for {missing}")
+
+
+# Operations that are not over lists of tensors have modules of their own beside each backend: their names, None where there is none.
 _FAMILIES: dict[str, dict[str, str | None]] = {
     "per_sample": {"native.cpu": "native.per_sample", "native.cuda": None},
     "sharpness": {"native.cpu": "native.sharpness", "native.cuda": "native.cuda_sharpness"},
@@ -115,21 +127,15 @@ def _select_family(family: str, device_type: str, dtypes: frozenset[torch.dtype]
 
 def _find(family: str, forced: str | None, device_type: str, dtypes: Collection[torch.dtype]) -> ModuleType:
     reason = ""
-    for name in BACKENDS if forced is None else (forced,):
-        backend = _backend(name, device_type)
-        own = _path(name, device_type)
+    for own, _ in _candidates(forced, device_type, dtypes):
         path = _FAMILIES[family].get(own, f"{own}.{family}")
-        if isinstance(backend, str) or path is None or not (backend.DEVICE_TYPES is None or device_type in backend.DEVICE_TYPES):
+        if path is None:
             continue
-        if not (backend.DTYPES is None or backend.DTYPES.issuperset(dtypes)) or (forced is None and not backend.IS_AUTOMATIC):
-            continue
-        if path not in _loaded:
-            _loaded[path] = _load(path)
-        module = _loaded[path]
-        if not isinstance(module, str):
+        module = _loaded_from(path)
+        if isinstance(module, ModuleType):
             return module
         reason = f" ({module})"
-    select(device_type, dtypes)  # has the words for a backend or a dtype that is missing
+    select(device_type, dtypes)  # has the words for a backend that is missing
     what = {"per_sample": "gradient norms per sample", "sharpness": "weights by sharpness"}[family]
     raise RuntimeError(f"backend {forced!r} was asked for and has no {what} for {device_type!r} tensors{reason}")
 

@@ -1,40 +1,25 @@
-"""What the operations share: types, checks, and lists cut into what one backend call takes."""
+"""Types and checks that the operations share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from sam_kernels import _validate
-from sam_kernels._grouping import Rows, split
 from sam_kernels._tensor_list import TensorList, are_trusted
+from sam_kernels.operations import Operation
 
-__all__ = [
-    "Number",
-    "Tensors",
-    "TensorsOrNone",
-    "check_amp",
-    "check_clip",
-    "check_with_gaps",
-    "checked",
-    "device_of",
-    "first_and_later",
-    "number_on",
-    "on",
-    "pick",
-]
+__all__ = ["Tensors", "TensorsOrNone", "check_amp", "check_clip", "check_lists", "check_with_gaps", "first_and_later", "pick"]
 
 Tensors = Sequence[Tensor]
 TensorsOrNone = list[Tensor | None] | TensorList  # None: a row's first step
-Number = float | Tensor  # () or one element, float32 or float64, on the CPU or the device of the tensors beside it
 
 
-def checked(op: str, lists: dict[str, Tensors | None], *, written: tuple[str, ...]) -> list[Rows]:
+def check_lists(op: type[Operation], lists: Mapping[str, Tensors | None]) -> None:
+    """Lists that operations trust are not looked at. Raises TypeError or ValueError for others that do not fit each other."""
     if not are_trusted(lists.values()):
-        _validate.check_lists(op, lists, written=written)
-    return split(lists, written=written)
+        _validate.check_lists(op.name, lists, written=op.written)
 
 
 def check_with_gaps(op: str, lists: dict[str, Tensors | None], name: str, entries: TensorsOrNone, *, written: tuple[str, ...]) -> None:
@@ -81,23 +66,3 @@ def check_clip(op: str, norm: Tensor | None, max_norm: float | None) -> float | 
     if norm is None:
         raise ValueError(f"{op}: max_norm needs norm, the norm of the gradients as given")
     return _validate.check_number(op, "max_norm", max_norm, low=0.0)
-
-
-def device_of(rows: Rows) -> torch.device:
-    first = next(iter(rows.lists.values()))
-    assert first is not None
-    return first[0].device
-
-
-def number_on(number: Number, device: torch.device) -> Number:
-    """As backends take it: a number, or a () tensor on their device. One on the CPU beside tensors of a device is a number: reading it
-    waits for nobody."""
-    if not isinstance(number, Tensor):
-        return number
-    if number.is_cpu and device.type != "cpu":
-        return number.item()
-    return number.reshape(()).to(device)
-
-
-def on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return tensor if tensor is None or tensor.device == device else tensor.to(device)

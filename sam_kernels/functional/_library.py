@@ -18,8 +18,9 @@ from torch import Tensor
 from sam_kernels import _dispatch
 from sam_kernels._memory_of import active_fake_mode
 from sam_kernels._tensor_list import TensorList
-from sam_kernels.functional._common import Number, Tensors, TensorsOrNone
+from sam_kernels.functional._common import Tensors, TensorsOrNone
 from sam_kernels.functional._kinds import are_ordinary, explain, fake_mode_of
+from sam_kernels.operations import Number
 
 __all__ = ["Arguments", "Flat", "operation"]
 

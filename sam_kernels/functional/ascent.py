@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from sam_kernels import _validate
-from sam_kernels._grouping import split
-from sam_kernels._tensor_list import are_trusted
-from sam_kernels.functional._common import (
-    Number,
-    Tensors,
-    TensorsOrNone,
-    check_amp,
-    check_with_gaps,
-    checked,
-    device_of,
-    first_and_later,
-    number_on,
-    on,
-    pick,
-)
+from sam_kernels._grouping import run, split
+from sam_kernels._tensor_list import TensorList
+from sam_kernels.functional._common import Tensors, TensorsOrNone, check_amp, check_lists, check_with_gaps, first_and_later, pick
 from sam_kernels.functional._library import operation
 from sam_kernels.functional.directions import DIRECTIONS
+from sam_kernels.operations import Number, Perturb, Restore
 
 __all__ = ["perturb_", "restore_"]
 
 
-@operation(written=("params", "old_params"), scheduled=("rounding_seed",))
+@operation(written=Perturb.written, scheduled=("rounding_seed",))
 def perturb_(
     params: Tensors,  # n tensors
     grads: Tensors,  # n tensors
@@ -68,51 +58,49 @@ def perturb_(
     float32 and float64 parameters are not concerned, float16 ones are refused.
     Reads p, g; writes old_p, p: 4 N s bytes (``from_old``: reads old_p, g; writes p: 3 N s; ``ema``: reads m too).
     """
-    op = "perturb_"
-    rho = _validate.check_number_or_tensor(op, "rho", rho)
-    lambd = _validate.check_number_or_tensor(op, "lambd", lambd, low=0.0, high=1.0)
-    eta = _validate.check_number(op, "eta", eta, low=0.0)
-    eps = _validate.check_number(op, "eps", eps, low=0.0)
-    _validate.check_flag(op, "adaptive", adaptive)
-    _validate.check_flag(op, "from_old", from_old)
-    _validate.check_scalar_tensor(op, "norm", norm)
-    check_amp(op, grad_scale, found_inf)
-    grad_weight, ema_weight = _direction_weights(op, ema, kind, sigma, lmbda)
+    name = Perturb.name
+    rho = _validate.check_number_or_tensor(name, "rho", rho)
+    lambd = _validate.check_number_or_tensor(name, "lambd", lambd, low=0.0, high=1.0)
+    eta = _validate.check_number(name, "eta", eta, low=0.0)
+    eps = _validate.check_number(name, "eps", eps, low=0.0)
+    _validate.check_flag(name, "adaptive", adaptive)
+    _validate.check_flag(name, "from_old", from_old)
+    _validate.check_scalar_tensor(name, "norm", norm)
+    check_amp(name, grad_scale, found_inf)
+    grad_weight, ema_weight = _direction_weights(name, ema, kind, sigma, lmbda)
     lists: dict[str, Tensors | None] = {"params": params, "grads": grads, "old_params": old_params}
-    written = ("params", "old_params")
     if ema is not None:
-        check_with_gaps(op, lists, "ema", ema, written=written)
-    elif not are_trusted((params, grads, old_params)):
-        _validate.check_lists(op, lists, written=written)
+        check_with_gaps(name, lists, "ema", ema, written=Perturb.written)
+    else:
+        check_lists(Perturb, lists)
     if rounding_seed is not None:
-        rounding_seed = _check_rounding(op, rounding_seed, params)
-    # A first step goes along the gradient, whose norm its backend expects to be scaled as it is.
-    scaled_norm = norm if ema is None or grad_scale is None else norm.to(torch.float64) * grad_scale.to(norm.device, torch.float64)
-    for first_step, indices in first_and_later(ema):
-        part = {name: pick(tensors, indices) for name, tensors in lists.items()}
-        part["ema"] = None if first_step else pick(cast("Tensors | None", ema), indices)
-        for rows in split(part, written=written):
-            device = device_of(rows)
-            rows.backend.perturb_(
-                rows.lists["params"],
-                rows.lists["grads"],
-                rows.lists["old_params"],
-                (scaled_norm if first_step else norm).to(device),
-                rho=number_on(rho, device),
-                lambd=number_on(lambd, device),
-                adaptive=adaptive,
-                eta=eta,
-                eps=eps,
-                grad_scale=on(grad_scale, device),
-                found_inf=on(found_inf, device),
-                from_old=from_old,
-                ema=rows.lists["ema"],
-                grad_weight=grad_weight,
-                ema_weight=ema_weight,
-                rounding_seed=rounding_seed,
-                row_indices=rows.indices if indices is None else [indices[i] for i in rows.indices],
-            )
-            rows.finish()
+        rounding_seed = _check_rounding(name, rounding_seed, params)
+    op = Perturb(
+        norm=norm,
+        rho=rho,
+        lambd=lambd,
+        adaptive=adaptive,
+        eta=eta,
+        eps=eps,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        from_old=from_old,
+        grad_weight=grad_weight,
+        ema_weight=ema_weight,
+        rounding_seed=rounding_seed,
+    )
+    if ema is None or isinstance(ema, TensorList):
+        run(op, {**lists, "ema": ema})
+        return
+    for is_first, indices in first_and_later(ema):
+        part = {role: pick(tensors, indices) for role, tensors in lists.items()}
+        part["ema"] = None if is_first else pick(cast(Tensors, ema), indices)
+        # A first step goes along the gradient, whose norm its backend expects to be scaled as it is.
+        mine = op
+        if is_first and grad_scale is not None:
+            mine = dataclasses.replace(op, norm=norm.to(torch.float64) * grad_scale.to(norm.device, torch.float64))
+        for rows in split(part, written=op.written, indices=indices):
+            rows.run(mine)
 
 
 def _direction_weights(op: str, ema: TensorsOrNone | None, kind: str | None, sigma: float, lmbda: float) -> tuple[float, float]:
@@ -136,9 +124,9 @@ def _check_rounding(op: str, rounding_seed: int, params: Tensors) -> int:
     return rounding_seed
 
 
-@operation(written=("params",))
+@operation(written=Restore.written)
 def restore_(params: Tensors, old_params: Tensors) -> None:
     """p <- old_p, bit for bit where the dtypes agree. Reads old_p; writes p: 2 N s bytes."""
-    for rows in checked("restore_", {"params": params, "old_params": old_params}, written=("params",)):
-        rows.backend.restore_(rows.lists["params"], rows.lists["old_params"])
-        rows.finish()
+    lists: dict[str, Tensors | None] = {"params": params, "old_params": old_params}
+    check_lists(Restore, lists)
+    run(Restore(), lists)

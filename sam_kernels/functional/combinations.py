@@ -13,9 +13,11 @@ from torch import Tensor
 
 from sam_kernels import _validate
 from sam_kernels._flags import report_norm
-from sam_kernels.functional._common import Number, Tensors, checked, device_of, number_on, on
+from sam_kernels._grouping import run, split
+from sam_kernels.functional._common import Tensors, check_lists
 from sam_kernels.functional._library import operation
 from sam_kernels.functional.norms import combine_norms
+from sam_kernels.operations import Combine, GradDots, Number
 
 __all__ = ["combine_", "grad_dots"]
 
@@ -32,7 +34,7 @@ def _norm_dtype(outs: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if any(out.dtype is torch.float64 for out in outs) else torch.float32
 
 
-@operation(written=("found_inf",), fake=_fake_dots)
+@operation(written=GradDots.reports, fake=_fake_dots)
 def grad_dots(
     lefts: Tensors,  # n tensors
     rights: Tensors,  # n tensors
@@ -52,15 +54,14 @@ def grad_dots(
     ``found_inf`` is set to 1 where one of the three is not finite, and left alone otherwise. Empty lists give zeros.
     Reads l, r (and o): 2 N s bytes (3 N s).
     """
-    op = "grad_dots"
     if found_inf is not None:
-        _validate.check_scalar_tensor(op, "found_inf", found_inf)
-    parts: list[Tensor] = []
-    row_groups = checked(op, {"lefts": lefts, "rights": rights, "origins": origins}, written=())
+        _validate.check_scalar_tensor(GradDots.name, "found_inf", found_inf)
+    lists: dict[str, Tensors | None] = {"lefts": lefts, "rights": rights, "origins": origins}
+    check_lists(GradDots, lists)
+    row_groups = split(lists)
     alone = len(row_groups) == 1 and (found_inf is None or found_inf.device == lefts[0].device)
-    for rows in row_groups:
-        given = rows.lists
-        parts.append(rows.backend.grad_dots(given["lefts"], given["rights"], given["origins"], found_inf=found_inf if alone else None))
+    op = GradDots(found_inf=found_inf if alone else None)
+    parts: list[Tensor] = [rows.run(op) for rows in row_groups]
     if alone:
         return parts[0]
     result = (
@@ -70,7 +71,7 @@ def grad_dots(
     return result
 
 
-@operation(written=("outs", "found_inf"), fake=_fake_norm)
+@operation(written=(*Combine.written, *Combine.reports), fake=_fake_norm)
 def combine_(
     outs: Tensors,  # n tensors
     lefts: Tensors,  # n tensors
@@ -96,31 +97,18 @@ def combine_(
     Raises ValueError for an ``origin_weight`` without ``origins``.
     Reads l, r (and o); writes out: 3 N s bytes (4 N s).
     """
-    op = "combine_"
-    left_weight = _validate.check_number_or_tensor(op, "left_weight", left_weight)
-    right_weight = _validate.check_number_or_tensor(op, "right_weight", right_weight)
-    origin_weight = _validate.check_number_or_tensor(op, "origin_weight", origin_weight)
+    name = Combine.name
+    left_weight = _validate.check_number_or_tensor(name, "left_weight", left_weight)
+    right_weight = _validate.check_number_or_tensor(name, "right_weight", right_weight)
+    origin_weight = _validate.check_number_or_tensor(name, "origin_weight", origin_weight)
     if origins is None and not _is_zero(origin_weight):
-        raise ValueError(f"{op}: origin_weight needs origins, which it is multiplied by")
+        raise ValueError(f"{name}: origin_weight needs origins, which it is multiplied by")
     if found_inf is not None:
-        _validate.check_scalar_tensor(op, "found_inf", found_inf)
-    norms: list[Tensor] = []
-    row_groups = checked(op, {"outs": outs, "lefts": lefts, "rights": rights, "origins": origins}, written=("outs",))
-    for rows in row_groups:
-        device = device_of(rows)
-        norms.append(
-            rows.backend.combine_(
-                rows.lists["outs"],
-                rows.lists["lefts"],
-                rows.lists["rights"],
-                rows.lists["origins"],
-                left_weight=number_on(left_weight, device),
-                right_weight=number_on(right_weight, device),
-                origin_weight=number_on(origin_weight, device),
-                found_inf=on(found_inf, device),
-            )
-        )
-        rows.finish()
+        _validate.check_scalar_tensor(name, "found_inf", found_inf)
+    lists: dict[str, Tensors | None] = {"outs": outs, "lefts": lefts, "rights": rights, "origins": origins}
+    check_lists(Combine, lists)
+    op = Combine(left_weight=left_weight, right_weight=right_weight, origin_weight=origin_weight, found_inf=found_inf)
+    norms: list[Tensor] = run(op, lists)
     if len(norms) == 1 and (found_inf is None or found_inf.device == outs[0].device):
         return norms[0]  # whose backend has reported it
     return report_norm(combine_norms(norms) if norms else torch.zeros((), dtype=torch.float32, device="cpu"), found_inf, None, None)

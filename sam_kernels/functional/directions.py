@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from sam_kernels import _validate
 from sam_kernels._flags import report_norm
-from sam_kernels._grouping import split
-from sam_kernels.functional._common import Tensors, TensorsOrNone, check_amp, check_with_gaps, first_and_later, on, pick
+from sam_kernels._grouping import run
+from sam_kernels.functional._common import Tensors, TensorsOrNone, check_amp, check_with_gaps, first_and_later, pick
 from sam_kernels.functional._flat import EMA
 from sam_kernels.functional._library import operation
 from sam_kernels.functional.norms import combine_norms
+from sam_kernels.operations import DirectionNorm
 
 __all__ = ["DIRECTIONS", "direction_norm_"]
 
@@ -31,7 +33,7 @@ def _fake_direction_norm(*, grads: Tensors, first_steps: Sequence[int], **_: Any
     )
 
 
-@operation(written=("ema", "found_inf"), fake=_fake_direction_norm, flat=EMA)
+@operation(written=(*DirectionNorm.written, "found_inf"), fake=_fake_direction_norm, flat=EMA)
 def direction_norm_(
     grads: Tensors,  # n tensors
     ema: TensorsOrNone,  # n tensors
@@ -57,42 +59,27 @@ def direction_norm_(
     where the norm is not finite, and left alone otherwise.
     Reads g, m (and p); writes m: 3 N s bytes.
     """
-    op = "direction_norm_"
-    _validate.check_choice(op, "kind", kind, DIRECTIONS)
-    theta = _validate.check_number(op, "theta", theta, low=0.0, high=1.0, open_low=True)
-    sigma = _validate.check_number(op, "sigma", sigma)
-    lmbda = _validate.check_number(op, "lmbda", lmbda, low=0.0, high=1.0, open_low=True)
-    eta = _validate.check_number(op, "eta", eta, low=0.0)
-    _validate.check_flag(op, "adaptive", adaptive)
+    name = DirectionNorm.name
+    _validate.check_choice(name, "kind", kind, DIRECTIONS)
+    theta = _validate.check_number(name, "theta", theta, low=0.0, high=1.0, open_low=True)
+    sigma = _validate.check_number(name, "sigma", sigma)
+    lmbda = _validate.check_number(name, "lmbda", lmbda, low=0.0, high=1.0, open_low=True)
+    eta = _validate.check_number(name, "eta", eta, low=0.0)
+    _validate.check_flag(name, "adaptive", adaptive)
     if adaptive and params is None:
-        raise ValueError(f"{op}: adaptive=True needs params")
-    check_amp(op, grad_scale, found_inf)
+        raise ValueError(f"{name}: adaptive=True needs params")
+    check_amp(name, grad_scale, found_inf)
     lists: dict[str, Tensors | None] = {"grads": grads, "params": params if adaptive else None}
-    check_with_gaps(op, lists, "ema", ema, written=("ema",))
+    check_with_gaps(name, lists, "ema", ema, written=DirectionNorm.written)
+    op = DirectionNorm(kind=kind, theta=theta, sigma=sigma, lmbda=lmbda, adaptive=adaptive, eta=eta, grad_scale=grad_scale)
     norms = []
-    for first_step, indices in first_and_later(ema):
-        fresh = [torch.zeros_like(grads[i]) for i in indices or ()] if first_step else None
-        part = {name: pick(tensors, indices) for name, tensors in lists.items()}
+    for is_first, indices in first_and_later(ema):
+        part = {role: pick(tensors, indices) for role, tensors in lists.items()}
+        fresh = [torch.zeros_like(grad) for grad in part["grads"] or ()] if is_first else None
         part["ema"] = fresh if fresh is not None else pick(cast(Tensors, ema), indices)
-        for rows in split(part, written=("ema",)):
-            norms.append(
-                rows.backend.direction_norm_(
-                    rows.lists["grads"],
-                    rows.lists["ema"],
-                    rows.lists["params"],
-                    kind=kind,
-                    first_step=first_step,
-                    theta=theta,
-                    sigma=sigma,
-                    lmbda=lmbda,
-                    adaptive=adaptive,
-                    eta=eta,
-                    grad_scale=None if grad_scale is None else on(grad_scale, grads[rows.indices[0]].device),
-                )
-            )
-            rows.finish()
+        norms += run(dataclasses.replace(op, first_step=is_first) if is_first else op, part)
         if fresh is not None:
-            for i, average in zip(indices or (), fresh, strict=True):
+            for i, average in zip(range(len(fresh)) if indices is None else indices, fresh, strict=True):
                 cast("list[Tensor | None]", ema)[i] = average
     dtype = torch.float64 if torch.float64 in {grad.dtype for grad in grads} else torch.float32
     result = combine_norms(norms).to(dtype) if norms else torch.zeros((), dtype=torch.float32, device="cpu")

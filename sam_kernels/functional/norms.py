@@ -12,9 +12,10 @@ from sam_kernels import _validate
 from sam_kernels._flags import report_norm
 from sam_kernels._grouping import split
 from sam_kernels._tensor_list import TensorList
-from sam_kernels.functional._common import Tensors
+from sam_kernels.functional._common import Tensors, check_lists
 from sam_kernels.functional._flat import GROUPS
 from sam_kernels.functional._library import operation
+from sam_kernels.operations import CheckFinite, GradNorms
 
 __all__ = ["check_finite_", "combine_norms", "fake_norm", "grad_norm", "grad_norm_", "grad_norms"]
 
@@ -118,27 +119,25 @@ def _grad_norms(
     # One backend reports by itself, on a device within the launch that finishes the norm.
     report: dict[str, Tensor | None] = {"found_inf": found_inf, "skipped": skipped, "out": out}
     alone = len(row_groups) == 1 and all(tensor is None or tensor.device == grads[0].device for tensor in report.values())
+    reported = report if alone else {}
     norms = []
     for rows in row_groups:
-        sizes = [len(rows.indices)] if group_of_row is None else _count(group_of_row, rows.indices, len(groups))
-        reported = report if alone else dict.fromkeys(report)
-        norms.append(rows.backend.grad_norms(rows.lists["grads"], rows.lists["params"], sizes, adaptive=adaptive, eta=eta, **reported))
+        indices = rows.lists.indices
+        sizes = [len(indices)] if group_of_row is None else _count(group_of_row, indices, len(groups))
+        norms.append(rows.run(GradNorms(group_sizes=sizes, adaptive=adaptive, eta=eta, **reported)))
     result = combine_norms(norms) if norms else torch.zeros(len(groups), dtype=torch.float32, device="cpu")
     return result if alone or len(groups) != 1 else report_norm(result[0], **report).reshape(1)
 
 
-@operation(written=("found_inf",))
+@operation(written=CheckFinite.reports)
 def check_finite_(grads: Tensors, found_inf: Tensor) -> None:
     """Sets ``found_inf`` () to 1 where an element of the gradients is not finite, and leaves it alone otherwise. Reads g: N s bytes."""
-    op = "check_finite_"
-    if not isinstance(grads, TensorList):
-        _validate.check_lists(op, {"grads": grads})
-    _validate.check_scalar_tensor(op, "found_inf", found_inf)
-    for rows in split({"grads": grads}):
-        given = rows.lists["grads"]
-        assert given is not None
-        here = found_inf.to(given[0].device)
-        rows.backend.check_finite_(given, here)
+    _validate.check_scalar_tensor(CheckFinite.name, "found_inf", found_inf)
+    lists: dict[str, Tensors | None] = {"grads": grads}
+    check_lists(CheckFinite, lists)
+    for rows in split(lists):
+        here = found_inf.to(rows.lists.device)
+        rows.run(CheckFinite(found_inf=here))
         if here is not found_inf:
             found_inf.logical_or_(here.to(found_inf.device))
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from sam_kernels import _validate
-from sam_kernels.functional._common import Number, Tensors, checked, device_of, number_on
+from sam_kernels._grouping import run
+from sam_kernels.functional._common import Tensors, check_lists
 from sam_kernels.functional._library import operation
+from sam_kernels.operations import Number, RandomPerturb
 
 __all__ = ["random_perturb_"]
 
 DISTRIBUTIONS = ("rademacher", "normal")
 
 
-@operation(written=("params", "old_params"), scheduled=("seed",))
+@operation(written=RandomPerturb.written, scheduled=("seed",))
 def random_perturb_(
     params: Tensors,  # n tensors
     old_params: Tensors,  # n tensors
@@ -34,19 +36,11 @@ def random_perturb_(
     r cos(2 pi u), r sin(2 pi u) with u = (b >> 8) 2^-24 and r = sqrt(-2 log(((a >> 8) + 1) 2^-24)).
     Reads p; writes old_p, p: 3 N s bytes (``from_old``: reads old_p; writes p: 2 N s).
     """
-    op = "random_perturb_"
-    seed = _validate.check_seed(op, "seed", seed)
-    scale = _validate.check_number_or_tensor(op, "scale", scale)
-    _validate.check_choice(op, "distribution", distribution, DISTRIBUTIONS)
-    _validate.check_flag(op, "from_old", from_old)
-    for rows in checked(op, {"params": params, "old_params": old_params}, written=("params", "old_params")):
-        rows.backend.random_perturb_(
-            rows.lists["params"],
-            rows.lists["old_params"],
-            rows.indices,
-            seed=seed,
-            scale=number_on(scale, device_of(rows)),
-            distribution=distribution,
-            from_old=from_old,
-        )
-        rows.finish()
+    name = RandomPerturb.name
+    seed = _validate.check_seed(name, "seed", seed)
+    scale = _validate.check_number_or_tensor(name, "scale", scale)
+    _validate.check_choice(name, "distribution", distribution, DISTRIBUTIONS)
+    _validate.check_flag(name, "from_old", from_old)
+    lists: dict[str, Tensors | None] = {"params": params, "old_params": old_params}
+    check_lists(RandomPerturb, lists)
+    run(RandomPerturb(seed=seed, scale=scale, distribution=distribution, from_old=from_old), lists)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sam_kernels import _dispatch, _validate
-from sam_kernels.functional._common import Number, number_on
 from sam_kernels.functional._library import operation
+from sam_kernels.operations import Number, number_on
 
 __all__ = ["sharpness_sample", "sharpness_weights"]
 

@@ -118,7 +118,7 @@ class GroupLists:
         self.backend = _dispatch.select(params[0].device.type)
         # FakeTensors (shapes without values, of memory estimators) stay a plain list: operations then run their fake implementations.
         is_usual = all(param.device == params[0].device for param in params) and not any(map(is_fake, params))
-        vouched: TensorList | None = self.backend.vouch(params) if is_usual else None
+        vouched: TensorList | None = self.backend.trust(params) if is_usual else None
         self.params: list[Tensor] = list(params) if vouched is None else vouched
         self._backups = backups
         self._old_params: list[Tensor] | None = None
@@ -151,7 +151,7 @@ class GroupLists:
         """A list that operations need not check, where the parameters' list is one."""
         if not isinstance(self.params, TensorList):
             return tensors
-        vouched: TensorList | None = self.backend.vouch(tensors, self.params)
+        vouched: TensorList | None = self.backend.trust(tensors, self.params)
         return tensors if vouched is None else vouched
 
     @property

@@ -1,0 +1,13 @@
+"""The operations over lists of tensors as values. ``sam_kernels.functional`` checks options and makes them; a backend takes one and its
+lists. A new option is a field here, a new operation a class."""
+
+from sam_kernels.operations._operation import Access, Number, Operands, Operation, number_on
+from sam_kernels.operations.ascent import Perturb, RandomPerturb, Restore
+from sam_kernels.operations.descent import AdamWStep, SgdStep
+from sam_kernels.operations.family import Centralize, Combine, DirectionNorm, GradDots
+from sam_kernels.operations.norms import CheckFinite, GradNorms
+
+__all__ = [
+    "Access", "AdamWStep", "Centralize", "CheckFinite", "Combine", "DirectionNorm", "GradDots", "GradNorms", "Number", "Operands",
+    "Operation", "Perturb", "RandomPerturb", "Restore", "SgdStep", "number_on",
+]  # fmt: skip
