@@ -13,7 +13,7 @@ import torch
 
 import sam_kernels
 from sam_kernels import _dispatch
-from sam_kernels.cli import _openmp
+from sam_kernels.cli import openmp
 
 __all__ = ["info"]
 
@@ -53,8 +53,8 @@ def _collect() -> dict[str, Any]:
         "cuda_kernels": _cuda_kernels(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
-        "openmp": _openmp.summary(_openmp.loaded_runtimes()),
-        "openmp_runtimes": _openmp.loaded_runtimes(),
+        "openmp": openmp.summary(openmp.loaded_runtimes()),
+        "openmp_runtimes": openmp.loaded_runtimes(),
         "devices": ["cpu"] + [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())],
     }
 

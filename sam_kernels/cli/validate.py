@@ -14,16 +14,16 @@ from rich.console import Console
 from rich.table import Table
 
 from sam_kernels._dispatch import BACKENDS, available, reason_missing
-from sam_kernels.cli._cases import DTYPES, MIXED_NARROW
-from sam_kernels.cli._check import AUTOMATIC, check, combinations, dtypes_of
-from sam_kernels.cli._compare import Worst
-from sam_kernels.cli._options import OPTIONS
-from sam_kernels.cli._per_sample_cases import PER_SAMPLE_OPTIONS
-from sam_kernels.cli._per_sample_cases import combinations as per_sample_combinations
-from sam_kernels.cli._per_sample_check import check_per_sample, has_per_sample
-from sam_kernels.cli._sharpness_cases import SHARPNESS_DTYPES, SHARPNESS_OPTIONS
-from sam_kernels.cli._sharpness_cases import combinations as sharpness_combinations
-from sam_kernels.cli._sharpness_check import check_sharpness
+from sam_kernels.validation.cases import DTYPES, MIXED_NARROW
+from sam_kernels.validation.check import AUTOMATIC, check, combinations, dtypes_of
+from sam_kernels.validation.compare import Worst
+from sam_kernels.validation.options import OPTIONS
+from sam_kernels.validation.per_sample.cases import PER_SAMPLE_OPTIONS
+from sam_kernels.validation.per_sample.cases import combinations as per_sample_combinations
+from sam_kernels.validation.per_sample.check import check_per_sample, has_per_sample
+from sam_kernels.validation.sharpness.cases import SHARPNESS_DTYPES, SHARPNESS_OPTIONS
+from sam_kernels.validation.sharpness.cases import combinations as sharpness_combinations
+from sam_kernels.validation.sharpness.check import check_sharpness
 
 __all__ = ["ValidationRow", "validate", "validate_rows"]
 

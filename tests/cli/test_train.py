@@ -15,9 +15,11 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("mlxtend")
 
-from sam_kernels.cli import _train_data, _train_optimizers, main
-from sam_kernels.cli._train_clock import StepClock
-from sam_kernels.cli._train_run import Plan, run
+from sam_kernels.cli import main
+from sam_kernels.cli.train import data as _train_data
+from sam_kernels.cli.train import optimizers as _train_optimizers
+from sam_kernels.cli.train.clock import StepClock
+from sam_kernels.cli.train.run import Plan, run
 
 
 def invoke(out: Path, *arguments: str) -> Result:

@@ -19,11 +19,13 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("mlxtend")
 
 import sam_kernels
-from sam_kernels.cli import _train_data, _train_options, main
-from sam_kernels.cli._train_clock import StepClock
-from sam_kernels.cli._train_optimizers import Settings, options_of
-from sam_kernels.cli._train_run import Plan, Run, run
-from sam_kernels.cli._train_summary import summarise
+from sam_kernels.cli import main
+from sam_kernels.cli.train import data as _train_data
+from sam_kernels.cli.train import options as _train_options
+from sam_kernels.cli.train.clock import StepClock
+from sam_kernels.cli.train.optimizers import Settings, options_of
+from sam_kernels.cli.train.run import Plan, Run, run
+from sam_kernels.cli.train.summary import summarise
 from sam_kernels.per_sample import GradNorms
 
 SETTINGS = Settings("sgd", 0.05, 5e-4, None, 0.5)
@@ -263,7 +265,7 @@ def test_several_backward_passes_of_a_step_add_up() -> None:
 
 
 def test_optimizer_options_have_words_for_the_table() -> None:
-    from sam_kernels.cli._train_table import SHOWN
+    from sam_kernels.cli.train.table import SHOWN
 
     settings = Settings("sgd", 0.05, 5e-4, None, "1/t", norms="jvp")
     for name in ("sgd", "sam", "usam", "unified", "msam", "rwsam"):

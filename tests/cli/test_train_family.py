@@ -15,12 +15,14 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("mlxtend")
 
-from sam_kernels.cli import _train_data, _train_options, main
-from sam_kernels.cli._train_family import FAMILY
-from sam_kernels.cli._train_model import small_cnn
-from sam_kernels.cli._train_optimizers import SHARPNESS_AWARE, Settings, build, options_of
-from sam_kernels.cli._train_run import Plan, Run, run
-from sam_kernels.cli._train_table import SHOWN
+from sam_kernels.cli import main
+from sam_kernels.cli.train import data as _train_data
+from sam_kernels.cli.train import options as _train_options
+from sam_kernels.cli.train.family import FAMILY
+from sam_kernels.cli.train.model import small_cnn
+from sam_kernels.cli.train.optimizers import SHARPNESS_AWARE, Settings, build, options_of
+from sam_kernels.cli.train.run import Plan, Run, run
+from sam_kernels.cli.train.table import SHOWN
 
 SETTINGS = Settings("sgd", 0.05, 5e-4, None, 0.5)
 PLAN = Plan(2, 64, 0.25)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sam_kernels.cli._compare import Worst, compare, same_bits
+from sam_kernels.validation.compare import Worst, compare, same_bits
 
 __all__ = ["Worst", "assert_same_bits", "compare", "same_bits"]
 

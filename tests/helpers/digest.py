@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sam_kernels import _cpu
 from sam_kernels._dispatch import use_backend
-from sam_kernels.cli._check import ABOUT_SLICES
+from sam_kernels.validation.check import ABOUT_SLICES
 from tests.helpers.cases import OPTIONS, build, concerns, run
 from tests.helpers.halves import VALUES, narrowed, widened
 

@@ -7,7 +7,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from sam_kernels.cli import _cases
+from sam_kernels.validation import cases as _cases
 
 __all__ = ["is_interpreted", "prepare"]
 

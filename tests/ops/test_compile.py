@@ -10,9 +10,9 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sam_kernels import SAM, _dispatch, functional, use_backend
-from sam_kernels.cli._check import ABOUT_OTHERS
-from sam_kernels.cli._options import FOR_LAYOUT_CASES
-from sam_kernels.cli._sharpness_cases import SHARPNESS_OPTIONS
+from sam_kernels.validation.check import ABOUT_OTHERS
+from sam_kernels.validation.options import FOR_LAYOUT_CASES
+from sam_kernels.validation.sharpness.cases import SHARPNESS_OPTIONS
 from tests.helpers.backends import module_of
 from tests.helpers.cases import MIXED_NARROW, OPTIONS, build, run
 from tests.helpers.compare import assert_same_bits

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sam_kernels import _validate, functional
-from sam_kernels.cli._options import SCHEDULED
 from sam_kernels.functional._common import number_on
+from sam_kernels.validation.options import SCHEDULED
 from tests.helpers.cases import Problem, build, run
 from tests.helpers.compare import assert_same_bits
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam_kernels.cli._cases import make_tensor
 from sam_kernels.reference.sharpness import gibbs_terms
+from sam_kernels.validation.cases import make_tensor
 
 __all__ = ["SHARPNESS_DTYPES", "SHARPNESS_OPTIONS", "Call", "build", "combinations", "weight_bounds"]
 

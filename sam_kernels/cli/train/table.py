@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from sam_kernels.cli._train_summary import Summary
+from sam_kernels.cli.train.summary import Summary
 
 __all__ = ["tables"]
 

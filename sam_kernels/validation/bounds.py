@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from sam_kernels._tensor_list import slice_sizes
-from sam_kernels.cli._options import SCHEDULED
-from sam_kernels.cli._problem import Problem
-from sam_kernels.cli._tolerance import Arithmetic, Rounded, mean_bound, ulp
 from sam_kernels.reference import combinations, directions, ops, random
+from sam_kernels.validation.options import SCHEDULED
+from sam_kernels.validation.problem import Problem
+from sam_kernels.validation.tolerance import Arithmetic, Rounded, mean_bound, ulp
 
 __all__ = ["bounds_of"]
 

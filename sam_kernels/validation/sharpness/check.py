@@ -1,4 +1,4 @@
-"""One operation on gradient norms on one backend against the float64 reference. As :mod:`sam_kernels.cli._check`."""
+"""One operation on gradient norms on one backend against the float64 reference. As :mod:`sam_kernels.validation.check`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 from sam_kernels import functional, reference
 from sam_kernels._dispatch import use_backend
-from sam_kernels.cli._cases import guards_intact
-from sam_kernels.cli._check import AUTOMATIC
-from sam_kernels.cli._compare import Worst, compare
-from sam_kernels.cli._sharpness_cases import Call, build, weight_bounds
+from sam_kernels.validation.cases import guards_intact
+from sam_kernels.validation.check import AUTOMATIC
+from sam_kernels.validation.compare import Worst, compare
+from sam_kernels.validation.sharpness.cases import Call, build, weight_bounds
 
 __all__ = ["check_sharpness"]
 

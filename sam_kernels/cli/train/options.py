@@ -11,9 +11,9 @@ import click
 import torch
 
 from sam_kernels import _dispatch
-from sam_kernels.cli._train_family import FAMILY
-from sam_kernels.cli._train_optimizers import BASES, BY_DEFAULT, SHARPNESS_AWARE, Settings, options_of
-from sam_kernels.cli._train_run import Plan
+from sam_kernels.cli.train.family import FAMILY
+from sam_kernels.cli.train.optimizers import BASES, BY_DEFAULT, SHARPNESS_AWARE, Settings, options_of
+from sam_kernels.cli.train.run import Plan
 
 __all__ = ["check_backend", "check_device", "check_extra", "finite", "lambd", "micro_batches", "optimizer_names"]
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sam_kernels.cli._train_run import Run
+from sam_kernels.cli.train.run import Run
 
 __all__ = ["Estimate", "Summary", "summarise"]
 

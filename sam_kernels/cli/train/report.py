@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 import sam_kernels
-from sam_kernels.cli._train_run import Run
-from sam_kernels.cli._train_summary import Summary
+from sam_kernels.cli.train.run import Run
+from sam_kernels.cli.train.summary import Summary
 
 __all__ = ["to_json"]
 

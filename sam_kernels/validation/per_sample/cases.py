@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sam_kernels._unfold import output_sizes
-from sam_kernels.cli._cases import DTYPES, make_tensor
+from sam_kernels.validation.cases import DTYPES, make_tensor
 
 __all__ = ["PER_SAMPLE_OPTIONS", "Call", "arithmetic_of", "build", "combinations"]
 

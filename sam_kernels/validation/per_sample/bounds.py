@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from sam_kernels._unfold import unfolded
-from sam_kernels.cli._per_sample_cases import Call, arithmetic_of
 from sam_kernels.reference.per_sample import embedding_sample_grads
+from sam_kernels.validation.per_sample.cases import Call, arithmetic_of
 
 __all__ = ["bounds_of"]
 

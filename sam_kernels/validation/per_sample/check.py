@@ -1,4 +1,4 @@
-"""One operation per sample on one backend against the float64 reference. As :mod:`sam_kernels.cli._check`."""
+"""One operation per sample on one backend against the float64 reference. As :mod:`sam_kernels.validation.check`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 from sam_kernels import _dispatch
 from sam_kernels._dispatch import use_backend
-from sam_kernels.cli._cases import guards_intact
-from sam_kernels.cli._check import AUTOMATIC
-from sam_kernels.cli._compare import Worst, compare
-from sam_kernels.cli._per_sample_bounds import bounds_of
-from sam_kernels.cli._per_sample_cases import arithmetic_of, build
 from sam_kernels.functional import per_sample
 from sam_kernels.reference import per_sample as reference
+from sam_kernels.validation.cases import guards_intact
+from sam_kernels.validation.check import AUTOMATIC
+from sam_kernels.validation.compare import Worst, compare
+from sam_kernels.validation.per_sample.bounds import bounds_of
+from sam_kernels.validation.per_sample.cases import arithmetic_of, build
 
 __all__ = ["check_per_sample", "has_per_sample"]
 

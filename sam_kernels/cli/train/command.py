@@ -12,17 +12,17 @@ import torch
 from rich.console import Console
 
 from sam_kernels import _dispatch
-from sam_kernels.cli import _train_options as check
-from sam_kernels.cli._train_compare import compare
-from sam_kernels.cli._train_data import DATA_SETS, load
-from sam_kernels.cli._train_family import NUMBERED
-from sam_kernels.cli._train_model import NORMALIZATIONS
-from sam_kernels.cli._train_optimizers import BASES, NORMS, SHARPNESS_AWARE, Settings, options_of
-from sam_kernels.cli._train_plot import save_curves
-from sam_kernels.cli._train_report import to_json
-from sam_kernels.cli._train_run import Plan
-from sam_kernels.cli._train_summary import summarise
-from sam_kernels.cli._train_table import tables
+from sam_kernels.cli.train import options as check
+from sam_kernels.cli.train.comparison import compare
+from sam_kernels.cli.train.data import DATA_SETS, load
+from sam_kernels.cli.train.family import NUMBERED
+from sam_kernels.cli.train.model import NORMALIZATIONS
+from sam_kernels.cli.train.optimizers import BASES, NORMS, SHARPNESS_AWARE, Settings, options_of
+from sam_kernels.cli.train.plot import save_curves
+from sam_kernels.cli.train.report import to_json
+from sam_kernels.cli.train.run import Plan
+from sam_kernels.cli.train.summary import summarise
+from sam_kernels.cli.train.table import tables
 
 __all__ = ["train"]
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from sam_kernels import _dispatch, functional, reference
 from sam_kernels._dispatch import use_backend
 from sam_kernels._tensor_list import slice_sizes
-from sam_kernels.cli._bounds import bounds_of
-from sam_kernels.cli._cases import CASES, LAYOUT_CASES, MIXED_NARROW, Row, dtypes_for, guards_intact, make_tensor, rows_of
-from sam_kernels.cli._compare import Worst, compare
-from sam_kernels.cli._options import FOR_LAYOUT_CASES, OPTIONS, SCHEDULED
-from sam_kernels.cli._problem import Problem
-from sam_kernels.cli._tolerance import dots_bound, norm_bound
+from sam_kernels.validation.bounds import bounds_of
+from sam_kernels.validation.cases import CASES, LAYOUT_CASES, MIXED_NARROW, Row, dtypes_for, guards_intact, make_tensor, rows_of
+from sam_kernels.validation.compare import Worst, compare
+from sam_kernels.validation.options import FOR_LAYOUT_CASES, OPTIONS, SCHEDULED
+from sam_kernels.validation.problem import Problem
+from sam_kernels.validation.tolerance import dots_bound, norm_bound
 
 __all__ = [
     "ABOUT_OTHERS",

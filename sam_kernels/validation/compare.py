@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sam_kernels.cli._tolerance import ulp
+from sam_kernels.validation.tolerance import ulp
 
 __all__ = ["Worst", "compare", "same_bits"]
 

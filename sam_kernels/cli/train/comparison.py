@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from sam_kernels.cli._train_data import Digits
-from sam_kernels.cli._train_optimizers import Settings
-from sam_kernels.cli._train_run import Plan, Run, run
+from sam_kernels.cli.train.data import Digits
+from sam_kernels.cli.train.optimizers import Settings
+from sam_kernels.cli.train.run import Plan, Run, run
 
 __all__ = ["compare"]
 
