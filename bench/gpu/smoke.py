@@ -20,10 +20,11 @@ import torch
 
 from sam_kernels import SAM
 from sam_kernels._dispatch import BACKENDS, reason_missing, use_backend
+from sam_kernels.validation.backends import has_per_sample
 from sam_kernels.validation.check import check
 from sam_kernels.validation.options import OPTIONS
 from sam_kernels.validation.per_sample.cases import PER_SAMPLE_OPTIONS
-from sam_kernels.validation.per_sample.check import check_per_sample, has_per_sample
+from sam_kernels.validation.per_sample.check import check_per_sample
 from sam_kernels.validation.sharpness.cases import SHARPNESS_OPTIONS
 from sam_kernels.validation.sharpness.check import check_sharpness
 
