@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from sam_kernels.backends import foreach
-from tests.helpers.cases import CASES, DTYPES, build, check, guards_intact, make_tensor, rows_of, run
-from tests.helpers.compare import assert_same_bits, compare, same_bits
+from sam_kernels.validation.bounds import bounds_of
+from sam_kernels.validation.cases import CASES, DTYPES, guards_intact, make_tensor, rows_of
+from sam_kernels.validation.check import check
+from sam_kernels.validation.compare import compare, same_bits
+from sam_kernels.validation.problem import build, run
+from sam_kernels.validation.tolerance import Arithmetic, Rounded, norm_bound, ulp
+from tests.helpers.compare import assert_same_bits
 from tests.helpers.pairwise import in_turns
-from tests.helpers.tolerance import Arithmetic, Rounded, bounds_of, norm_bound, ulp
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, op: str, after: Callable[[dict[str, Any]], None] = lambda given: None, **wrong: Any) -> None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from sam_kernels._dispatch import reason_missing, use_backend
-from sam_kernels.cli._check import build, run
 from sam_kernels.functional import per_sample, sharpness_sample, sharpness_weights
+from sam_kernels.validation.problem import build, run
 
 __all__ = ["ERRORS_FOUND", "TOOLS", "Tool", "command", "verdict"]
 

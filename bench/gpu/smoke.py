@@ -20,12 +20,13 @@ import torch
 
 from sam_kernels import SAM
 from sam_kernels._dispatch import BACKENDS, reason_missing, use_backend
-from sam_kernels.cli._check import check
-from sam_kernels.cli._options import OPTIONS
-from sam_kernels.cli._per_sample_cases import PER_SAMPLE_OPTIONS
-from sam_kernels.cli._per_sample_check import check_per_sample, has_per_sample
-from sam_kernels.cli._sharpness_cases import SHARPNESS_OPTIONS
-from sam_kernels.cli._sharpness_check import check_sharpness
+from sam_kernels.validation.backends import has_per_sample
+from sam_kernels.validation.check import check
+from sam_kernels.validation.options import OPTIONS
+from sam_kernels.validation.per_sample.cases import PER_SAMPLE_OPTIONS
+from sam_kernels.validation.per_sample.check import check_per_sample
+from sam_kernels.validation.sharpness.cases import SHARPNESS_OPTIONS
+from sam_kernels.validation.sharpness.check import check_sharpness
 
 __all__ = ["cases", "main", "rows"]
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from bench.papers.lambda_choice import MIXES, SGD, Chosen, Mix
-from sam_kernels.cli._train_data import Digits
-from sam_kernels.cli._train_optimizers import BASES, Settings
-from sam_kernels.cli._train_run import Plan, run
+from sam_kernels.cli.train.data import Digits
+from sam_kernels.cli.train.optimizers import BASES, Settings
+from sam_kernels.cli.train.run import Plan, run
 
 __all__ = ["Budget", "measure_digits"]
 

@@ -20,7 +20,7 @@ from bench.papers.lambda_digits import RADII as DIGITS_RADII
 from bench.papers.lambda_digits import RATES as DIGITS_RATES
 from bench.papers.lambda_digits import Budget, measure_digits
 from bench.papers.lambda_problems import CLASSES, RADII, RATES, measure_class
-from sam_kernels.cli._train_data import load
+from sam_kernels.cli.train.data import load
 
 __all__ = ["EXPERIMENT"]
 

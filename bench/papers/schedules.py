@@ -13,9 +13,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from bench.papers.experiment import Column, Experiment, Measured, curve, cut, tune_axes
 from sam_kernels import schedules
-from sam_kernels.cli._train_data import load
-from sam_kernels.cli._train_optimizers import BASES, SHARPNESS_AWARE, Settings
-from sam_kernels.cli._train_run import Plan, run
+from sam_kernels.cli.train.data import load
+from sam_kernels.cli.train.optimizers import BASES, SHARPNESS_AWARE, Settings
+from sam_kernels.cli.train.run import Plan, run
 
 __all__ = ["EXPERIMENT", "LR", "SCHEDULES"]
 

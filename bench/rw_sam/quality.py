@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import sam_kernels
 from bench.per_sample.models import mlp, sample_losses
 from bench.rw_sam.providers import has_norm_layers
-from sam_kernels.cli._train_data import load
-from sam_kernels.cli._train_model import small_cnn
+from sam_kernels.cli.train.data import load
+from sam_kernels.cli.train.model import small_cnn
 
 __all__ = ["ESTIMATES", "MODELS", "Estimate", "Trained", "brute_force_norms", "measure", "trained"]
 

@@ -4,7 +4,7 @@ import click
 
 from sam_kernels import __version__
 from sam_kernels.cli.info import info
-from sam_kernels.cli.train import train
+from sam_kernels.cli.train.command import train as train_command
 from sam_kernels.cli.validate import validate
 
 __all__ = ["main"]
@@ -17,5 +17,5 @@ def main() -> None:
 
 
 main.add_command(info)
-main.add_command(train)
+main.add_command(train_command)
 main.add_command(validate)

@@ -23,9 +23,9 @@ from bench.papers.experiments import EXPERIMENTS
 from bench.papers.lambda_choice import MIXES, SGD, Chosen, choose, row_of
 from bench.papers.lambda_problems import CLASSES, Grid, batches, make, minima
 from sam_kernels import theory
-from sam_kernels.cli._train_data import Digits, load
-from sam_kernels.cli._train_optimizers import Settings
-from sam_kernels.cli._train_run import Plan, run
+from sam_kernels.cli.train.data import Digits, load
+from sam_kernels.cli.train.optimizers import Settings
+from sam_kernels.cli.train.run import Plan, run
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")

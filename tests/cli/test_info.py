@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 import sam_kernels
 from sam_kernels import _dispatch
-from sam_kernels.cli import _openmp, main
+from sam_kernels.cli import main, openmp
 
 
 def run(*arguments: str) -> str:
@@ -57,14 +57,14 @@ def test_openmp_runtimes_are_read_from_the_map(tmp_path: Path) -> None:
     maps = tmp_path / "maps"
     rows = [f"7f00-7f01 r-xp 00000000 08:01 123 {path}" for path in (torchs, torchs, other, "/usr/lib/libcompress.so", "[heap]")]
     maps.write_text("\n".join([*rows, "7f02-7f03 rw-p 00000000 00:00 0"]))
-    assert _openmp.loaded_runtimes(maps) == sorted([str(torchs), other])
-    assert _openmp.loaded_runtimes(tmp_path / "absent") is None
+    assert openmp.loaded_runtimes(maps) == sorted([str(torchs), other])
+    assert openmp.loaded_runtimes(tmp_path / "absent") is None
 
 
 def test_openmp_summary_says_whose_and_how_many() -> None:
     torchs = str(Path(torch.__file__).resolve().parent / "lib" / "libgomp.so.1")
-    assert _openmp.summary([torchs]) == f"{torchs} (torch's), the only one"
-    both = _openmp.summary([torchs, "/usr/lib/libiomp5.so"])
+    assert openmp.summary([torchs]) == f"{torchs} (torch's), the only one"
+    both = openmp.summary([torchs, "/usr/lib/libiomp5.so"])
     assert both.startswith("2 loaded")
     assert "/usr/lib/libiomp5.so (not torch's)" in both
 

@@ -15,9 +15,11 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("mlxtend")
 
-from sam_kernels.cli import _train_data, _train_optimizers, main
-from sam_kernels.cli._train_clock import StepClock
-from sam_kernels.cli._train_run import Plan, run
+from sam_kernels.cli import main
+from sam_kernels.cli.train.clock import StepClock
+from sam_kernels.cli.train.data import Digits, flip_labels, load
+from sam_kernels.cli.train.optimizers import Settings
+from sam_kernels.cli.train.run import Plan, run
 
 
 def invoke(out: Path, *arguments: str) -> Result:
@@ -35,8 +37,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
 
 
 @pytest.fixture(scope="module")
-def digits() -> _train_data.Digits:
-    return _train_data.load("digits")
+def digits() -> Digits:
+    return load("digits")
 
 
 def test_table_png_and_json(trained: tuple[Path, Result]) -> None:
@@ -111,18 +113,18 @@ def test_a_diverged_run_is_reported_as_valid_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.4, 0.999])
-def test_label_noise_changes_exactly_the_stated_share(digits: _train_data.Digits, fraction: float) -> None:
+def test_label_noise_changes_exactly_the_stated_share(digits: Digits, fraction: float) -> None:
     before = digits.train_labels.clone()
-    noisy = _train_data.flip_labels(digits.train_labels, fraction, seed=3)
+    noisy = flip_labels(digits.train_labels, fraction, seed=3)
     assert int((noisy != before).sum()) == round(fraction * len(before))
     assert torch.equal(digits.train_labels, before)
     assert noisy.min() >= 0
     assert noisy.max() < 10
-    assert torch.equal(noisy, _train_data.flip_labels(before, fraction, seed=3))
+    assert torch.equal(noisy, flip_labels(before, fraction, seed=3))
 
 
-def test_label_noise_spares_no_digit(digits: _train_data.Digits) -> None:
-    noisy = _train_data.flip_labels(digits.train_labels, 0.9, seed=0)
+def test_label_noise_spares_no_digit(digits: Digits) -> None:
+    noisy = flip_labels(digits.train_labels, 0.9, seed=0)
     pairs = torch.zeros(10, 10).index_put_((digits.train_labels, noisy), torch.ones(len(noisy)), accumulate=True)
     wrong = pairs[~torch.eye(10, dtype=torch.bool)]
     assert wrong.min() > 0.3 * wrong.mean()
@@ -130,16 +132,16 @@ def test_label_noise_spares_no_digit(digits: _train_data.Digits) -> None:
 
 @pytest.mark.parametrize(("name", "train", "test"), [("digits", 1437, 360), ("mnist5k", 4000, 1000)])
 def test_split_is_stratified(name: str, train: int, test: int) -> None:
-    data = _train_data.load(name)
+    data = load(name)
     assert (len(data.train_images), len(data.test_images)) == (train, test)
     difference = data.train_labels.bincount() / train - data.test_labels.bincount() / test
     assert difference.abs().max() < 0.005
     assert abs(float(data.train_images.mean())) < 1e-3
 
 
-def test_label_noise_leaves_the_test_labels_alone(digits: _train_data.Digits) -> None:
+def test_label_noise_leaves_the_test_labels_alone(digits: Digits) -> None:
     before = digits.test_labels.clone()
-    result = run("sgd", 0, digits, _train_optimizers.Settings("sgd", 0.05, 0.0, None, 0.5), Plan(1, 64, 0.5))
+    result = run("sgd", 0, digits, Settings("sgd", 0.05, 0.0, None, 0.5), Plan(1, 64, 0.5))
     assert torch.equal(digits.test_labels, before)
     assert result.train_loss[0] > 1.0  # half of the labels cannot be guessed
 

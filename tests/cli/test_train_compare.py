@@ -19,11 +19,13 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("mlxtend")
 
 import sam_kernels
-from sam_kernels.cli import _train_data, _train_options, main
-from sam_kernels.cli._train_clock import StepClock
-from sam_kernels.cli._train_optimizers import Settings, options_of
-from sam_kernels.cli._train_run import Plan, Run, run
-from sam_kernels.cli._train_summary import summarise
+from sam_kernels.cli import main
+from sam_kernels.cli.train.clock import StepClock
+from sam_kernels.cli.train.data import Digits, load
+from sam_kernels.cli.train.optimizers import Settings, options_of
+from sam_kernels.cli.train.options import micro_batches, optimizer_names
+from sam_kernels.cli.train.run import Plan, Run, run
+from sam_kernels.cli.train.summary import summarise
 from sam_kernels.per_sample import GradNorms
 
 SETTINGS = Settings("sgd", 0.05, 5e-4, None, 0.5)
@@ -43,14 +45,14 @@ def invoke(out: Path, *arguments: str) -> Result:
 
 
 @pytest.fixture(scope="module")
-def digits() -> _train_data.Digits:
+def digits() -> Digits:
     """A few batches are enough: what is compared is exact."""
-    data = _train_data.load("digits")
-    return _train_data.Digits(data.train_images[:256], data.train_labels[:256], data.test_images, data.test_labels)
+    data = load("digits")
+    return Digits(data.train_images[:256], data.train_labels[:256], data.test_images, data.test_labels)
 
 
 @pytest.fixture(scope="module")
-def of_sam(digits: _train_data.Digits) -> Run:
+def of_sam(digits: Digits) -> Run:
     return run("sam", 0, digits, SETTINGS, Plan(2, 64, 0.25))
 
 
@@ -73,14 +75,14 @@ def test_all_in_one_command(tmp_path: Path) -> None:
         assert min(row[f"{part}_seconds"] for part in ("forward", "backward", "rest")) > 0
 
 
-def test_micro_batches_as_large_as_the_batch_are_sam(digits: _train_data.Digits, of_sam: Run) -> None:
+def test_micro_batches_as_large_as_the_batch_are_sam(digits: Digits, of_sam: Run) -> None:
     found = run("msam:64", 0, digits, SETTINGS, Plan(2, 64, 0.25))
     assert (found.train_loss, found.test_accuracy) == (of_sam.train_loss, of_sam.test_accuracy)
     smaller = run("msam:16", 0, digits, SETTINGS, Plan(2, 64, 0.25))
     assert smaller.train_loss != of_sam.train_loss
 
 
-def test_micro_batches_have_the_size_asked_for(digits: _train_data.Digits, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_micro_batches_have_the_size_asked_for(digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     plain = nn.functional.cross_entropy
 
@@ -93,7 +95,7 @@ def test_micro_batches_have_the_size_asked_for(digits: _train_data.Digits, monke
     assert sizes == [16] * (2 * 4 * 4)  # passes, micro-batches, steps
 
 
-def test_beta_zero_is_sam_to_rounding_and_a_large_one_is_not(digits: _train_data.Digits, of_sam: Run) -> None:
+def test_beta_zero_is_sam_to_rounding_and_a_large_one_is_not(digits: Digits, of_sam: Run) -> None:
     """Only the reported mean of the losses is rounded otherwise. A β that is hardly more takes the way of the weights."""
     even = run("rwsam:0", 0, digits, SETTINGS, Plan(2, 64, 0.25))
     assert even.train_loss == pytest.approx(of_sam.train_loss, rel=1e-6)
@@ -105,7 +107,7 @@ def test_beta_zero_is_sam_to_rounding_and_a_large_one_is_not(digits: _train_data
 
 
 @pytest.mark.parametrize("norms", ["exact", "finite_difference", "jvp", "last_layer", "norm_layers"])
-def test_every_kind_of_norms_trains(digits: _train_data.Digits, norms: str) -> None:
+def test_every_kind_of_norms_trains(digits: Digits, norms: str) -> None:
     settings = Settings("sgd", 0.05, 5e-4, None, 0.5, norms=norms, micro_batch=2)
     found = run("rwsam", 0, digits, settings, Plan(2, 64, 0.0))
     assert found.train_loss[1] < found.train_loss[0]
@@ -113,7 +115,7 @@ def test_every_kind_of_norms_trains(digits: _train_data.Digits, norms: str) -> N
     assert found.backward_seconds > 0
 
 
-def test_rwsam_gets_what_was_asked_for(digits: _train_data.Digits, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rwsam_gets_what_was_asked_for(digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[dict[str, Any]] = []
 
     class Noted(sam_kernels.RWSAM):
@@ -131,8 +133,8 @@ def test_rwsam_gets_what_was_asked_for(digits: _train_data.Digits, monkeypatch: 
 
 
 def test_the_default_set_is_the_quick_one() -> None:
-    assert _train_options.optimizer_names(None, "adamw") == ["adamw", "sam", "usam", "unified"]
-    assert _train_options.optimizer_names("msam:8, rwsam,msam:8", "sgd") == ["msam:8", "rwsam"]
+    assert optimizer_names(None, "adamw") == ["adamw", "sam", "usam", "unified"]
+    assert optimizer_names("msam:8, rwsam,msam:8", "sgd") == ["msam:8", "rwsam"]
 
 
 @pytest.mark.parametrize(
@@ -167,12 +169,12 @@ def test_bad_options_name_the_option(tmp_path: Path, arguments: list[str], messa
 
 
 def test_another_size_of_micro_batches_is_only_refused_where_it_is_used() -> None:
-    _train_options.micro_batches(["sam", "rwsam"], SETTINGS, Plan(1, 50, 0.0))  # msam's 16 does not divide 50
+    micro_batches(["sam", "rwsam"], SETTINGS, Plan(1, 50, 0.0))  # msam's 16 does not divide 50
     with pytest.raises(click.BadParameter):
-        _train_options.micro_batches(["msam"], SETTINGS, Plan(1, 50, 0.0))
+        micro_batches(["msam"], SETTINGS, Plan(1, 50, 0.0))
 
 
-def test_without_batch_norm_micro_batches_are_only_another_way_to_sum(digits: _train_data.Digits) -> None:
+def test_without_batch_norm_micro_batches_are_only_another_way_to_sum(digits: Digits) -> None:
     """With radius 0 nothing is perturbed, and what is left of m-SAM is the gradient of the whole batch, whatever m is."""
     still = Settings("sgd", 0.05, 5e-4, 0.0, 0.5)
     whole = run("sgd", 0, digits, still, Plan(1, 64, 0.0, "group"))
@@ -183,7 +185,7 @@ def test_without_batch_norm_micro_batches_are_only_another_way_to_sum(digits: _t
 
 
 def test_held_out_images_are_training_images_that_are_not_trained_on() -> None:
-    data = _train_data.load("digits")
+    data = load("digits")
     held = data.held_out()
     assert len(held.train_labels) + len(held.test_labels) == len(data.train_labels)
     assert len(held.test_labels) == math.ceil(len(data.train_labels) / 5)
@@ -224,7 +226,7 @@ def ticks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("ticks")
 @pytest.mark.parametrize(("name", "passes"), [("sgd", 1), ("sam", 2), ("msam:32", 4), ("rwsam", 2)])
-def test_every_pass_of_a_step_is_timed(digits: _train_data.Digits, name: str, passes: int) -> None:
+def test_every_pass_of_a_step_is_timed(digits: Digits, name: str, passes: int) -> None:
     found = run(name, 0, digits, SETTINGS, Plan(1, 64, 0.0))
     assert (found.forward_seconds, found.backward_seconds) == (passes, passes)
     assert found.rest_seconds == found.seconds_per_step - 2 * passes
@@ -263,7 +265,7 @@ def test_several_backward_passes_of_a_step_add_up() -> None:
 
 
 def test_optimizer_options_have_words_for_the_table() -> None:
-    from sam_kernels.cli._train_table import SHOWN
+    from sam_kernels.cli.train.table import SHOWN
 
     settings = Settings("sgd", 0.05, 5e-4, None, "1/t", norms="jvp")
     for name in ("sgd", "sam", "usam", "unified", "msam", "rwsam"):

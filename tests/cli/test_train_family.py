@@ -15,12 +15,14 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("mlxtend")
 
-from sam_kernels.cli import _train_data, _train_options, main
-from sam_kernels.cli._train_family import FAMILY
-from sam_kernels.cli._train_model import small_cnn
-from sam_kernels.cli._train_optimizers import SHARPNESS_AWARE, Settings, build, options_of
-from sam_kernels.cli._train_run import Plan, Run, run
-from sam_kernels.cli._train_table import SHOWN
+from sam_kernels.cli import main
+from sam_kernels.cli.train.data import Digits, load
+from sam_kernels.cli.train.family import FAMILY
+from sam_kernels.cli.train.model import small_cnn
+from sam_kernels.cli.train.optimizers import SHARPNESS_AWARE, Settings, build, options_of
+from sam_kernels.cli.train.options import optimizer_names
+from sam_kernels.cli.train.run import Plan, Run, run
+from sam_kernels.cli.train.table import SHOWN
 
 SETTINGS = Settings("sgd", 0.05, 5e-4, None, 0.5)
 PLAN = Plan(2, 64, 0.25)
@@ -36,14 +38,14 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def digits() -> _train_data.Digits:
+def digits() -> Digits:
     """A few batches are enough: what is compared is exact."""
-    data = _train_data.load("digits")
-    return _train_data.Digits(data.train_images[:256], data.train_labels[:256], data.test_images, data.test_labels)
+    data = load("digits")
+    return Digits(data.train_images[:256], data.train_labels[:256], data.test_images, data.test_labels)
 
 
 @pytest.fixture(scope="module")
-def of_sam(digits: _train_data.Digits) -> Run:
+def of_sam(digits: Digits) -> Run:
     return run("sam", 0, digits, SETTINGS, PLAN)
 
 
@@ -53,7 +55,7 @@ def invoke(out: Path, *arguments: str) -> Result:
 
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
 @pytest.mark.parametrize("name", FAMILY)
-def test_every_member_trains_and_is_no_other(name: str, base: str, digits: _train_data.Digits, of_sam: Run) -> None:
+def test_every_member_trains_and_is_no_other(name: str, base: str, digits: Digits, of_sam: Run) -> None:
     if base not in FAMILY[name].bases:
         pytest.skip(f"{name} goes with {FAMILY[name].bases}")
     settings = Settings(base, 0.05 if base == "sgd" else 2e-3, 5e-4, None, 0.5)
@@ -64,14 +66,14 @@ def test_every_member_trains_and_is_no_other(name: str, base: str, digits: _trai
 
 
 @pytest.mark.parametrize("name", ["vasso:1", "looksam:1", "gsam:0"])
-def test_where_a_member_is_sam(name: str, digits: _train_data.Digits, of_sam: Run) -> None:
+def test_where_a_member_is_sam(name: str, digits: Digits, of_sam: Run) -> None:
     """VaSSO without an average and LookSAM that looks at every step: the same bits. GSAM sums before it steps, with the weights 1 and 0."""
     found = run(name, 0, digits, SETTINGS, PLAN)
     assert (found.train_loss, found.test_accuracy) == (of_sam.train_loss, of_sam.test_accuracy)
 
 
 @pytest.mark.parametrize("name", ["vasso", "fsam", "gcsam", "gsam", "wsam", "looksam", "momentum-sam", "extragradient"])
-def test_radius_zero_is_the_base_optimizer(name: str, digits: _train_data.Digits) -> None:
+def test_radius_zero_is_the_base_optimizer(name: str, digits: Digits) -> None:
     settings = Settings("sgd", 0.05, 5e-4, 0.0, 0.5)
     plain = run("sgd", 0, digits, settings, PLAN)
     assert run(name, 0, digits, settings, PLAN).train_loss == plain.train_loss
@@ -119,9 +121,9 @@ def test_bad_names_say_what_there_is(tmp_path: Path, arguments: list[str], messa
 
 
 def test_names_are_taken_together() -> None:
-    assert _train_options.optimizer_names("vasso:0.2,momentum-sam,vasso:0.2", "sgd") == ["vasso:0.2", "momentum-sam"]
+    assert optimizer_names("vasso:0.2,momentum-sam,vasso:0.2", "sgd") == ["vasso:0.2", "momentum-sam"]
     with pytest.raises(click.BadParameter):
-        _train_options.optimizer_names("vasso,nothing", "sgd")
+        optimizer_names("vasso,nothing", "sgd")
 
 
 def test_help_names_them_all(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from click.testing import CliRunner
 
 from sam_kernels._dispatch import available
 from sam_kernels.backends import foreach
-from sam_kernels.cli.validate import validate, validate_rows
+from sam_kernels.cli.validate import validate
+from sam_kernels.validation.rows import validate_rows
 
 
 def test_passes_and_writes_json(tmp_path: Path) -> None:

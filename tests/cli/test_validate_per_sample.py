@@ -11,10 +11,12 @@ from torch import Tensor
 from sam_kernels import reference
 from sam_kernels._dispatch import BACKENDS, reason_missing
 from sam_kernels.backends.foreach import per_sample as foreach
-from sam_kernels.cli._per_sample_bounds import bounds_of
-from sam_kernels.cli._per_sample_cases import PER_SAMPLE_OPTIONS, Call, build, combinations
-from sam_kernels.cli._per_sample_check import check_per_sample, has_per_sample
-from sam_kernels.cli.validate import validate, validate_rows
+from sam_kernels.cli.validate import validate
+from sam_kernels.validation.backends import has_per_sample
+from sam_kernels.validation.per_sample.bounds import bounds_of
+from sam_kernels.validation.per_sample.cases import PER_SAMPLE_OPTIONS, Call, build, combinations
+from sam_kernels.validation.per_sample.check import check_per_sample
+from sam_kernels.validation.rows import validate_rows
 
 
 @pytest.mark.parametrize("op", PER_SAMPLE_OPTIONS)

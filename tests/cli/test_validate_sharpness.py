@@ -11,9 +11,10 @@ from torch import Tensor
 
 from sam_kernels._dispatch import BACKENDS, reason_missing
 from sam_kernels.backends.foreach import sharpness as foreach
-from sam_kernels.cli._sharpness_cases import SHARPNESS_DTYPES, SHARPNESS_OPTIONS, build, combinations, weight_bounds
-from sam_kernels.cli.validate import validate, validate_rows
+from sam_kernels.cli.validate import validate
 from sam_kernels.reference.sharpness import exponents, gibbs_terms, sharpness_sample, uniforms
+from sam_kernels.validation.rows import validate_rows
+from sam_kernels.validation.sharpness.cases import SHARPNESS_DTYPES, SHARPNESS_OPTIONS, build, combinations, weight_bounds
 
 Drawn = tuple[Tensor, Tensor]
 

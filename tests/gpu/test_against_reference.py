@@ -12,10 +12,11 @@ import torch
 from click.testing import CliRunner
 
 from sam_kernels._dispatch import available
-from sam_kernels.cli._cases import DTYPES, MIXED_NARROW
-from sam_kernels.cli._check import AUTOMATIC, dtypes_of
 from sam_kernels.cli.validate import validate
-from tests.helpers.cases import OPTIONS, check, combinations
+from sam_kernels.validation.backends import AUTOMATIC, dtypes_of
+from sam_kernels.validation.cases import DTYPES, MIXED_NARROW
+from sam_kernels.validation.check import check
+from sam_kernels.validation.options import OPTIONS, combinations
 from tests.helpers.devices import KERNELS, reason_without
 
 pytestmark = pytest.mark.cuda

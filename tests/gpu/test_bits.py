@@ -9,8 +9,11 @@ from torch import Tensor
 
 from sam_kernels import functional, use_backend
 from sam_kernels._dispatch import reason_missing
-from tests.helpers.cases import MIXED_NARROW, OPTIONS, build, combinations, run
-from tests.helpers.compare import assert_same_bits, same_bits
+from sam_kernels.validation.cases import MIXED_NARROW
+from sam_kernels.validation.compare import same_bits
+from sam_kernels.validation.options import OPTIONS, combinations
+from sam_kernels.validation.problem import build, run
+from tests.helpers.compare import assert_same_bits
 from tests.helpers.devices import KERNELS, reason_without
 from tests.helpers.exact import EXACT_OPS, with_exact_scalars
 from tests.helpers.halves import VALUES, all_halves, deciding_floats, narrowed, widened

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from bench.gpu.launches import record
 from sam_kernels import _dispatch
-from sam_kernels.cli._check import AUTOMATIC
-from sam_kernels.cli._sharpness_cases import SHARPNESS_DTYPES, SHARPNESS_OPTIONS, combinations
-from sam_kernels.cli._sharpness_check import check_sharpness
 from sam_kernels.functional import sharpness_sample, sharpness_weights
+from sam_kernels.validation.backends import AUTOMATIC
+from sam_kernels.validation.sharpness.cases import SHARPNESS_DTYPES, SHARPNESS_OPTIONS, combinations
+from sam_kernels.validation.sharpness.check import check_sharpness
 from tests.helpers.devices import KERNELS, reason_without
 
 pytestmark = pytest.mark.cuda

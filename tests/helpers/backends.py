@@ -1,21 +1,13 @@
-"""What a test must know of a backend."""
+"""The dtypes of a backend."""
 
 from __future__ import annotations
-
-from types import ModuleType
 
 import pytest
 import torch
 
-from sam_kernels import _dispatch
+from sam_kernels.validation.backends import module_of
 
-__all__ = ["module_of", "require_dtype", "widest"]
-
-
-def module_of(name: str) -> ModuleType:
-    """The backend as it is chosen for CPU tensors when it is asked for."""
-    with _dispatch.use_backend(name):
-        return _dispatch.select("cpu")
+__all__ = ["require_dtype", "widest"]
 
 
 def require_dtype(name: str, dtype: torch.dtype) -> None:

@@ -1,13 +1,11 @@
-"""Comparison with names, indices and ulps."""
+"""Comparison of bits, with names and indices."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from sam_kernels.cli._compare import Worst, compare, same_bits
-
-__all__ = ["Worst", "assert_same_bits", "compare", "same_bits"]
+__all__ = ["assert_same_bits", "bits"]
 
 
 def assert_same_bits(name: str, actual: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> None:

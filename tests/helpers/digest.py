@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sam_kernels import _cpu
 from sam_kernels._dispatch import use_backend
-from sam_kernels.cli._check import ABOUT_SLICES
-from tests.helpers.cases import OPTIONS, build, concerns, run
+from sam_kernels.validation.options import ABOUT_SLICES, OPTIONS, concerns
+from sam_kernels.validation.problem import build, run
 from tests.helpers.halves import VALUES, narrowed, widened
 
 CASES = ("odd_sizes", "chunk_edges", "unaligned_views", "huge", "tiny", "nan")

@@ -6,7 +6,7 @@ device and in float64 on the CPU, and may differ in their last bit.
 
 from __future__ import annotations
 
-from tests.helpers.cases import Problem
+from sam_kernels.validation.problem import Problem
 
 __all__ = ["EXACT_OPS", "with_exact_scalars"]
 

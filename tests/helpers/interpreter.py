@@ -7,7 +7,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from sam_kernels.cli import _cases
+from sam_kernels.validation import cases
 
 __all__ = ["is_interpreted", "prepare"]
 
@@ -34,10 +34,9 @@ def prepare() -> None:
         if config.chunk > CHUNK:
             small = (4 * TILE, 2 * TILE) if name == "random" else (CHUNK, BLOCK)
             _config.CONFIGS[name] = dataclasses.replace(config, chunk=small[0], block=small[1])
-    _cases.CHUNK = CHUNK
-    _cases.CASES["chunk_edges"] = _cases._uniform((CHUNK - 1,), (CHUNK,), (CHUNK + 1,))
-    _cases.CASES["long_slices"] = _cases._uniform((1, 3_000), (2, 2 * CHUNK + 1), (4, 1_200))
-    _cases.CASES["many_tiny"] = _cases._uniform(*[(3,)] * MANY)
+    cases.CASES["chunk_edges"] = cases.uniform((CHUNK - 1,), (CHUNK,), (CHUNK + 1,))
+    cases.CASES["long_slices"] = cases.uniform((1, 3_000), (2, 2 * CHUNK + 1), (4, 1_200))
+    cases.CASES["many_tiny"] = cases.uniform(*[(3,)] * MANY)
     _patch_once()
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sam_kernels._dispatch import reason_missing, use_backend
+from sam_kernels.validation.cases import MIXED_NARROW
 from tests.helpers.bits import RANDOM, assert_same_perturbation, compare_written
-from tests.helpers.cases import MIXED_NARROW
 from tests.helpers.exact import EXACT_OPS, with_exact_scalars
 
 OURS, THEIRS = partial(use_backend, "triton"), partial(use_backend, "native")

@@ -13,10 +13,13 @@ from torch import Tensor
 
 from sam_kernels import _dispatch, functional
 from sam_kernels.backends.native import cpu, cuda
+from sam_kernels.validation.cases import DTYPES, MIXED_NARROW
+from sam_kernels.validation.options import combinations
+from sam_kernels.validation.problem import build, run
+from sam_kernels.validation.roundings import roundings_of
+from sam_kernels.validation.tolerance import norm_bound, ulp
 from tests.helpers.bits import RANDOM, assert_same_perturbation, compare_written
-from tests.helpers.cases import DTYPES, MIXED_NARROW, build, combinations, run
 from tests.helpers.compare import assert_same_bits
-from tests.helpers.tolerance import norm_bound, ulp
 
 ELEMENTWISE = ("combine_", "perturb_", "random_perturb_", "restore_", "sgd_step_", "adamw_step_")
 ROWS = [3, 5, 64, 0, 1030]  # again and again, in lists of more rows than a launch takes
@@ -71,7 +74,7 @@ def test_norms_agree_within_their_roundings(op: str, dtype: str) -> None:
     """Sums of float64 on the CPU; here a term passes through as many float32 additions as the module says."""
     for case, option in combinations(op, dtype):
         (found, numels), (expected, _) = (norm_of(op, case, dtype, option, choose) for choose in (cuda_kernels, cpu_kernels))
-        roundings = cuda.norm_roundings(numels, {"direction_norm_": "direction", "combine_": "combine"}.get(op, "norm"))
+        roundings = roundings_of(cuda, op, numels).terms
         bound = norm_bound(expected.double(), sum(numels), roundings) + ulp(expected, expected.dtype)  # both are rounded to it
         near = (found.double() - expected.double()).abs() <= bound
         same = found.eq(expected) | (found.isnan() & expected.isnan())

@@ -7,8 +7,10 @@ between the elements is touched; outputs hold NaN before the call.
 
 import pytest
 
-from tests.helpers.backends import module_of
-from tests.helpers.cases import DTYPES, MIXED_NARROW, OPTIONS, check, combinations, dtypes_for
+from sam_kernels.validation.backends import module_of
+from sam_kernels.validation.cases import DTYPES, MIXED_NARROW, dtypes_for
+from sam_kernels.validation.check import check
+from sam_kernels.validation.options import OPTIONS, combinations
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-OWN = {"REASON_MISSING"}  # of a backend that can be imported without what it needs
+OWN = {"REASON_MISSING", "elements_per_thread"}  # of a backend that can be imported without its needs; of how one backend sums
 MODULES = ("native.cpu", "native.cuda", "triton", "foreach")
 SHARPNESS = ("native.sharpness", "native.cuda_sharpness", "triton.sharpness", "foreach.sharpness")
 PER_SAMPLE = ("native.per_sample", "triton.per_sample", "foreach.per_sample")

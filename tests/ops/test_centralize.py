@@ -11,8 +11,9 @@ from torch import Tensor
 from sam_kernels import functional
 from sam_kernels._tensor_list import TensorList, slice_sizes, slices_are_runs
 from sam_kernels.backends import foreach
-from tests.helpers.backends import module_of, widest
-from tests.helpers.cases import check
+from sam_kernels.validation.backends import module_of
+from sam_kernels.validation.check import check
+from tests.helpers.backends import widest
 from tests.helpers.compare import assert_same_bits
 
 SHAPES = [(1, 300), (300, 1), (17, 1, 3, 3), (5, 1025), (2, 3, 2, 2, 5), (1, 1), (1000, 2)]

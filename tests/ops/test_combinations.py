@@ -10,10 +10,12 @@ from torch import Tensor
 
 from sam_kernels import _dispatch, functional
 from sam_kernels._tensor_list import TensorList
-from tests.helpers.backends import module_of, require_dtype, widest
-from tests.helpers.cases import check
+from sam_kernels.validation.backends import module_of
+from sam_kernels.validation.check import check
+from sam_kernels.validation.roundings import roundings_of
+from sam_kernels.validation.tolerance import norm_bound
+from tests.helpers.backends import require_dtype, widest
 from tests.helpers.compare import assert_same_bits
-from tests.helpers.tolerance import norm_bound
 
 SIZES = (300, 1, 70)
 
@@ -49,7 +51,7 @@ def test_a_difference_of_weights_is_exact(backend: str, dtype: torch.dtype) -> N
     norm = functional.combine_(outs, huge, near, saved, left_weight=0.0, right_weight=1.0, origin_weight=-1.0)
     differences = [p - x for p, x in zip(near, saved, strict=True)]
     assert_same_bits("outs", outs, differences)
-    roundings = module_of(backend).norm_roundings(list(SIZES), "combine")
+    roundings = roundings_of(module_of(backend), "combine_", SIZES).terms
     exact = flat(differences).norm()
     assert abs(norm.double() - exact) <= norm_bound(exact, sum(SIZES), roundings) + torch.finfo(dtype).eps * exact
 
@@ -104,13 +106,13 @@ def test_over_the_whole_range_of_float32(backend: str, magnitude: float, other: 
     flag = torch.tensor(0.0)
     sums = functional.grad_dots([left], [right], found_inf=flag)
     a, b = left[0].double(), right[0].double()
-    within = ((module_of(backend).norm_roundings([10_000], "dots") or 0) + 2) * 2**-24
+    within = ((roundings_of(module_of(backend), "grad_dots", [10_000]).terms or 0) + 2) * 2**-24
     torch.testing.assert_close(sums, 10_000 * torch.stack([a * a, a * b, b * b]), rtol=within, atol=0)
     assert flag.item() == 0.0
     out = [torch.zeros(10_000)]
     norm = functional.combine_(out, [left], [right], left_weight=0.5, right_weight=0.25)
     exact = (left.double() / 2 + right.double() / 4).norm()
-    bound = norm_bound(exact, 10_000, module_of(backend).norm_roundings([10_000], "combine")) + 2**-23 * exact
+    bound = norm_bound(exact, 10_000, roundings_of(module_of(backend), "combine_", [10_000]).terms) + 2**-23 * exact
     assert (norm.double() - exact).abs() <= bound + 100 * 2**-149  # a result below the normal numbers has fewer digits
 
 

@@ -10,11 +10,11 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sam_kernels import SAM, _dispatch, functional, use_backend
-from sam_kernels.cli._check import ABOUT_OTHERS
-from sam_kernels.cli._options import FOR_LAYOUT_CASES
-from sam_kernels.cli._sharpness_cases import SHARPNESS_OPTIONS
-from tests.helpers.backends import module_of
-from tests.helpers.cases import MIXED_NARROW, OPTIONS, build, run
+from sam_kernels.validation.backends import module_of
+from sam_kernels.validation.cases import MIXED_NARROW
+from sam_kernels.validation.options import ABOUT_OTHERS, FOR_LAYOUT_CASES, OPTIONS
+from sam_kernels.validation.problem import build, run
+from sam_kernels.validation.sharpness.cases import SHARPNESS_OPTIONS
 from tests.helpers.compare import assert_same_bits
 from tests.helpers.compiling import assert_same, compiled, operator
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from sam_kernels import functional
-from tests.helpers.cases import OPTIONS, build, run
+from sam_kernels.validation.options import OPTIONS
+from sam_kernels.validation.problem import build, run
 from tests.helpers.compare import assert_same_bits
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,8 +7,8 @@ import torch
 
 from sam_kernels import functional, use_backend
 from sam_kernels.backends import foreach
-from sam_kernels.cli._check import check
-from sam_kernels.cli.validate import combinations
+from sam_kernels.validation.check import check
+from sam_kernels.validation.options import combinations
 
 OPERATIONS = ("direction_norm_", "grad_dots", "combine_", "perturb_", "random_perturb_", "sgd_step_", "adamw_step_")
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.helpers.compare import same_bits
+from sam_kernels.validation.compare import same_bits
 from tests.helpers.halves import VALUES, all_halves, deciding_floats, narrowed, widened
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sam_kernels import _dispatch, functional, use_backend
-from tests.helpers.backends import module_of, require_dtype, widest
+from sam_kernels.validation.backends import module_of
+from tests.helpers.backends import require_dtype, widest
 from tests.helpers.compare import assert_same_bits
 
 NOT_FINITE = [math.inf, -math.inf, math.nan]

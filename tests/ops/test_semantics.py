@@ -8,10 +8,13 @@ from torch import Tensor
 
 from sam_kernels import functional
 from sam_kernels._tensor_list import TensorList
-from tests.helpers.backends import module_of, require_dtype
-from tests.helpers.cases import MIXED_NARROW, build, run
+from sam_kernels.validation.backends import module_of
+from sam_kernels.validation.cases import MIXED_NARROW
+from sam_kernels.validation.problem import build, run
+from sam_kernels.validation.roundings import roundings_of
+from sam_kernels.validation.tolerance import norm_bound
+from tests.helpers.backends import require_dtype
 from tests.helpers.compare import assert_same_bits, bits
-from tests.helpers.tolerance import norm_bound
 
 MOMENTUM = {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1, "maximize": True}
 ADAM = {"lr": 0.1, "weight_decay": 0.1, "maximize": True}
@@ -71,7 +74,7 @@ def test_grad_norm_sets_found_inf_and_never_clears_it(backend: str, value: float
 def test_norm_over_the_whole_range_of_float32(backend: str, magnitude: float) -> None:
     """The squares are far outside of float32."""
     grad = torch.full((10_000,), magnitude)
-    within = norm_bound(torch.ones(()), 10_000, module_of(backend).norm_roundings([10_000])).item() + 2**-23
+    within = norm_bound(torch.ones(()), 10_000, roundings_of(module_of(backend), "grad_norm", [10_000]).terms).item() + 2**-23
     assert functional.grad_norm([grad]).item() == pytest.approx(100 * grad[0].item(), rel=within)
     param = torch.full((10_000,), 2.0)
     assert functional.grad_norm([grad], [param], adaptive=True, eta=0.5).item() == pytest.approx(250 * grad[0].item(), rel=within)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from sam_kernels.backends.foreach import sharpness as foreach
-from sam_kernels.cli._sharpness_cases import SHARPNESS_DTYPES, SHARPNESS_OPTIONS, combinations
-from sam_kernels.cli._sharpness_check import check_sharpness
 from sam_kernels.functional import sharpness_sample, sharpness_weights
 from sam_kernels.reference.sharpness import gibbs_terms, ordered_weights, replacement_weights, uniforms
+from sam_kernels.validation.sharpness.cases import SHARPNESS_DTYPES, SHARPNESS_OPTIONS, combinations
+from sam_kernels.validation.sharpness.check import check_sharpness
 from tests.helpers.compare import assert_same_bits
 from tests.ops.test_random import philox_in_integers
 

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from sam_kernels import functional
-from sam_kernels.cli._sharpness_cases import SHARPNESS_OPTIONS, build
+from sam_kernels.validation.sharpness.cases import SHARPNESS_OPTIONS, build
 from tests.helpers.compiling import assert_same, compiled, operator
 
 SCHEMAS = {

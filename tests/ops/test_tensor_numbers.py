@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sam_kernels import _validate, functional
-from sam_kernels.cli._options import SCHEDULED
 from sam_kernels.functional._common import number_on
-from tests.helpers.cases import Problem, build, run
+from sam_kernels.validation.options import SCHEDULED
+from sam_kernels.validation.problem import Problem, build, run
 from tests.helpers.compare import assert_same_bits
 
 # Of every operation the keyword sets in which each number counts for something of its own.

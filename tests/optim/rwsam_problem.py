@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sam_kernels import RWSAM, reference
-from sam_kernels.cli._per_sample_check import has_per_sample
+from sam_kernels.validation.backends import has_per_sample
 from tests.optim.problem import set_weights, weights
 
 B = 12

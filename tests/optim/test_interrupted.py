@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import sam_kernels
-from tests.helpers.backends import module_of
+from sam_kernels.validation.backends import module_of
 from tests.optim.problem import BACKENDS, assert_same_bits, closure_of, loss_of, make_batch, make_model, weights
 
 

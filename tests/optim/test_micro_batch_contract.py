@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import sam_kernels
-from tests.helpers.backends import module_of
+from sam_kernels.validation.backends import module_of
 from tests.optim.problem import (
     BACKENDS,
     assert_same_bits,

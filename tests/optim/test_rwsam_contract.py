@@ -17,7 +17,7 @@ import torch.distributed.checkpoint.state_dict as dcp
 from torch import Tensor, nn
 
 from sam_kernels import RWSAM, SAM, use_backend
-from tests.helpers.backends import module_of
+from sam_kernels.validation.backends import module_of
 from tests.optim.problem import BACKENDS, assert_same_bits, every_backend, every_base, twin, weights
 from tests.optim.rwsam_problem import (
     CALLS,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sam_kernels.cli._per_sample_cases import PER_SAMPLE_OPTIONS, build
 from sam_kernels.functional import per_sample
+from sam_kernels.validation.per_sample.cases import PER_SAMPLE_OPTIONS, build
 from tests.helpers.compiling import compiled, operator
 
 SCHEMAS = {

@@ -4,7 +4,7 @@ Arithmetic in float32 (float64 for a row that has a float64 tensor), one roundin
 device: a step is skipped by selecting, not by branching.
 """
 
-from sam_kernels.backends.foreach.centralize import centralize_, centralize_roundings
+from sam_kernels.backends.foreach.centralize import centralize_
 from sam_kernels.backends.foreach.combinations import combine_, grad_dots
 from sam_kernels.backends.foreach.directions import direction_norm_
 from sam_kernels.backends.foreach.ops import (
@@ -19,7 +19,6 @@ from sam_kernels.backends.foreach.ops import (
     describe,
     grad_norms,
     is_current,
-    norm_roundings,
     perturb_,
     restore_,
     sgd_step_,
@@ -29,7 +28,7 @@ from sam_kernels.backends.foreach.random import random_perturb_
 
 __all__ = [
     "DEVICE_TYPES", "DTYPES", "IS_AUTOMATIC", "KNOWS_SKIPS", "REFUSES_NO_MEMORY",
-    "adamw_step_", "centralize_", "centralize_roundings", "check_finite_",
-    "combine_", "current_grads", "describe", "direction_norm_", "grad_dots", "grad_norms", "is_current", "norm_roundings", "perturb_",
+    "adamw_step_", "centralize_", "check_finite_",
+    "combine_", "current_grads", "describe", "direction_norm_", "grad_dots", "grad_norms", "is_current", "perturb_",
     "random_perturb_", "restore_", "sgd_step_", "vouch",
 ]  # fmt: skip

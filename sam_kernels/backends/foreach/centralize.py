@@ -10,7 +10,7 @@ from torch import Tensor
 from sam_kernels._flags import report_norm
 from sam_kernels.backends.foreach._rows import arithmetic_dtypes, widen, write
 
-__all__ = ["centralize_", "centralize_roundings"]
+__all__ = ["centralize_"]
 
 
 def centralize_(
@@ -37,8 +37,3 @@ def centralize_(
         terms = list(torch._foreach_mul(weights, terms))
     dtype = torch.float64 if any(grad.dtype is torch.float64 for grad in grads) else torch.float32
     return report_norm(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(terms))).to(dtype), found_inf, None, None)
-
-
-def centralize_roundings(numels: Sequence[int], slice_sizes: Sequence[int]) -> tuple[None, None]:
-    """float32 roundings that an element passes through in each tensor's means, and a term in the norm: none, sums are in float64."""
-    return None, None

@@ -38,7 +38,6 @@ __all__ = [
     "describe",
     "grad_norms",
     "is_current",
-    "norm_roundings",
     "perturb_",
     "restore_",
     "sgd_step_",
@@ -104,10 +103,6 @@ def grad_norms(
         start += size
     stacked = torch.stack(result).to(dtype)
     return stacked if len(result) != 1 else report_norm(stacked[0], found_inf, skipped, out).reshape(1)
-
-
-def norm_roundings(numels: Sequence[int], kernel: str = "norm") -> None:
-    """float32 roundings that a term of a norm passes through: none, sums are in float64."""
 
 
 def check_finite_(grads: Sequence[Tensor], found_inf: Tensor) -> None:

@@ -32,7 +32,6 @@ __all__ = [
     "REFUSES_NO_MEMORY",
     "adamw_step_",
     "centralize_",
-    "centralize_roundings",
     "check_finite_",
     "combine_",
     "current_grads",
@@ -41,7 +40,6 @@ __all__ = [
     "grad_dots",
     "grad_norms",
     "is_current",
-    "norm_roundings",
     "perturb_",
     "random_perturb_",
     "restore_",
@@ -99,10 +97,6 @@ def _norms(grads: Any, params: Any, group_sizes: Sequence[int], *, adaptive: boo
     """Of lists as C++ describes them."""
     threads = torch.get_num_threads()
     return list(_cpu.grad_norms(grads=grads, params=params, group_sizes=list(group_sizes), adaptive=adaptive, eta=eta, threads=threads))
-
-
-def norm_roundings(numels: Sequence[int], kernel: str = "norm") -> None:
-    """float32 roundings that a term of a norm passes through: none, sums are in float64."""
 
 
 def check_finite_(grads: Sequence[Tensor], found_inf: Tensor) -> None:
@@ -225,11 +219,6 @@ def centralize_(
     )
     result = torch.tensor(norm, dtype=torch.float64 if described.has_float64 else torch.float32, device="cpu")
     return report_norm(result, found_inf, None, None)
-
-
-def centralize_roundings(numels: Sequence[int], slice_sizes: Sequence[int]) -> tuple[None, None]:
-    """float32 roundings that an element passes through in each tensor's means, and a term in the norm: none, sums are in float64."""
-    return None, None
 
 
 def grad_dots(

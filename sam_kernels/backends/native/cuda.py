@@ -21,7 +21,7 @@ from sam_kernels.backends.native._architectures import runs_on
 from sam_kernels.backends.native._arguments import address, flag_of, number_of, readable, write_back
 from sam_kernels.backends.native._cuda_lists import _cuda, _lists, _stream, _sums
 from sam_kernels.backends.native._lists import written
-from sam_kernels.backends.native.cuda_centralize import centralize_, centralize_roundings
+from sam_kernels.backends.native.cuda_centralize import centralize_
 from sam_kernels.backends.native.cuda_combinations import combine_, grad_dots
 
 __all__ = [
@@ -33,16 +33,15 @@ __all__ = [
     "REFUSES_NO_MEMORY",
     "adamw_step_",
     "centralize_",
-    "centralize_roundings",
     "check_finite_",
     "combine_",
     "current_grads",
     "describe",
     "direction_norm_",
+    "elements_per_thread",
     "grad_dots",
     "grad_norms",
     "is_current",
-    "norm_roundings",
     "perturb_",
     "random_perturb_",
     "restore_",
@@ -125,14 +124,11 @@ def grad_norms(
     return norms
 
 
-def norm_roundings(numels: Sequence[int], kernel: str = "norm") -> int:
-    """float32 roundings that a term of a norm passes through at most: adding it within its thread (sums of threads and chunks are float64,
-    and so are those of what was written in the same pass) and with those of the same pack."""
-    if kernel not in ("norm", "dots"):
-        return 0
-    longest: int = min(max(numels, default=0), _cuda.longest_chunk())
+def elements_per_thread(numel: int) -> int:
+    """The most elements of a tensor of ``numel`` elements that one thread of ``grad_norms`` or ``grad_dots`` adds up."""
+    longest: int = min(numel, _cuda.longest_chunk())
     threads: int = _cuda.THREADS
-    return -(-longest // threads) + 3  # unaligned: all of a thread's elements in one sum
+    return -(-longest // threads)
 
 
 def check_finite_(grads: Sequence[Tensor], found_inf: Tensor) -> None:

@@ -11,7 +11,7 @@ from sam_kernels.backends.native._arguments import address, flag_of, write_back
 from sam_kernels.backends.native._cuda_lists import _cuda, _lists, _stream, _sums
 from sam_kernels.backends.native._lists import written
 
-__all__ = ["centralize_", "centralize_roundings"]
+__all__ = ["centralize_"]
 
 
 def centralize_(
@@ -43,8 +43,3 @@ def centralize_(
     )
     write_back(found_inf, flag)
     return norm
-
-
-def centralize_roundings(numels: Sequence[int], slice_sizes: Sequence[int]) -> tuple[None, None]:
-    """float32 roundings that an element passes through in each tensor's means, and a term in the norm: none, sums are in float64."""
-    return None, None

@@ -9,11 +9,11 @@ from sam_kernels.backends.triton._requirements import DEVICE_TYPES, IS_INTERPRET
 if REASON_MISSING is None:
     from sam_kernels.backends.triton._lists import DTYPES, current_grads, is_current, vouch
     from sam_kernels.backends.triton.adamw import adamw_step_
-    from sam_kernels.backends.triton.centralize import centralize_, centralize_roundings
+    from sam_kernels.backends.triton.centralize import centralize_
     from sam_kernels.backends.triton.combine import combine_
     from sam_kernels.backends.triton.direction import direction_norm_
     from sam_kernels.backends.triton.dots import grad_dots
-    from sam_kernels.backends.triton.norm import check_finite_, grad_norms, norm_roundings
+    from sam_kernels.backends.triton.norm import check_finite_, grad_norms
     from sam_kernels.backends.triton.perturb import perturb_, restore_
     from sam_kernels.backends.triton.random import random_perturb_
     from sam_kernels.backends.triton.sgd import sgd_step_
@@ -30,8 +30,8 @@ def describe() -> str:
 
 __all__ = [
     "DEVICE_TYPES", "DTYPES", "IS_AUTOMATIC", "KNOWS_SKIPS", "REASON_MISSING", "REFUSES_NO_MEMORY",
-    "adamw_step_", "centralize_", "centralize_roundings",
+    "adamw_step_", "centralize_",
     "check_finite_", "combine_", "current_grads", "describe", "direction_norm_", "grad_dots", "grad_norms", "is_current",
-    "norm_roundings", "perturb_",
+    "perturb_",
     "random_perturb_", "restore_", "sgd_step_", "vouch",
 ]  # fmt: skip

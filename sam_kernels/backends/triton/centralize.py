@@ -9,7 +9,6 @@ Reads g (and p when adaptive), writes g: 2 N s bytes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -18,15 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from sam_kernels.backends.triton._blocks import convert, load_float, operand, store
-from sam_kernels.backends.triton._config import CONFIGS, FINISH_BLOCK
 from sam_kernels.backends.triton._finish import NOT_LAST, finish
 from sam_kernels.backends.triton._launch import launch, written
-from sam_kernels.backends.triton._slices import ALIGNED_ELEMENTS, columns_of, whole_slices
+from sam_kernels.backends.triton._slices import ALIGNED_ELEMENTS
 from sam_kernels.backends.triton._squares import add_squares, join_kinds
 from sam_kernels.backends.triton._table import table_of
 from sam_kernels.backends.triton.norm import launch_sums
 
-__all__ = ["centralize_", "centralize_roundings"]
+__all__ = ["centralize_"]
 
 _ALIGNED = tl.constexpr(ALIGNED_ELEMENTS)
 
@@ -204,26 +202,3 @@ def centralize_(
     norm = torch.empty(1, dtype=torch.float32, device=table.device)
     finish(table, (table.count,), norm, found_inf, None)
     return norm[0]
-
-
-def centralize_roundings(numels: Sequence[int], slice_sizes: Sequence[int]) -> tuple[list[int], int]:
-    """float32 roundings that an element passes through at most in each tensor's means, and a term in the norm: adding it to others of its
-    thread, trees over blocks, the sums of chunks likewise, and putting kinds together."""
-    config = CONFIGS["centralize"]
-    chunk_size = config.chunk_of(sum(numels))
-    means, terms, chunks = [0] * len(numels), 0, 0
-    for i, (numel, size) in enumerate(zip(numels, slice_sizes, strict=True)):
-        most = 0
-        for block in {config.block, config.mixed_block}:
-            columns, chunk = columns_of(size, block), whole_slices(size, block, chunk_size)
-            most = max(most, -(-numel // chunk))
-            if columns is None:  # blocks of the slice one after the other, half ones at the smallest; full ones and masked ones apart
-                mean = within = -(-size // (block // 2)) + 1
-            else:  # a thread has some of the slice: a thirty-second, or one access
-                mean = max(columns // 32, ALIGNED_ELEMENTS)
-                within = -(-chunk * columns // (max(size, 1) * block // 2)) + 1 if columns else -(-chunk // block)
-            means[i] = max(means[i], mean + math.ceil(math.log2(block)))
-            terms = max(terms, within + math.ceil(math.log2(block)))
-        chunks += most
-    across = -(-chunks // FINISH_BLOCK) + math.ceil(math.log2(FINISH_BLOCK))
-    return means, terms + across + 4

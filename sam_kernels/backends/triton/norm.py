@@ -11,7 +11,6 @@ float32 cannot hold is infinite.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -20,12 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from sam_kernels.backends.triton._blocks import full_blocks, is_finite, load_float, locate, operand
-from sam_kernels.backends.triton._config import CONFIGS, FINISH_BLOCK
+from sam_kernels.backends.triton._config import FINISH_BLOCK
 from sam_kernels.backends.triton._finish import GROW, GROWN, HIGH, IN_RANGE, LOW, SHRINK, SHRUNK, Finish, store_sum
 from sam_kernels.backends.triton._launch import launch
 from sam_kernels.backends.triton._table import ChunkTable, LaunchGroup, table_of
 
-__all__ = ["check_finite_", "grad_norms", "launch_sums", "norm_roundings"]
+__all__ = ["check_finite_", "grad_norms", "launch_sums"]
 
 
 @triton.jit
@@ -140,15 +139,3 @@ def launch_sums(table: ChunkTable, group: LaunchGroup, eta: float, finishing: Se
         FINISH_SIZE=FINISH_BLOCK,
         **table.constants,
     )
-
-
-def norm_roundings(numels: Sequence[int], kernel: str = "norm") -> int:
-    """float32 roundings that a term of the sum passes through at most: adding it within its thread, the tree over the block, the sums of
-    chunks likewise (of dots in float64), and putting the kinds together. ``kernel``: "norm", "direction", "combine" or "dots". ``numels``:
-    of the rows of one norm; with others in the same call its chunks are larger, and fewer."""
-    config = CONFIGS[kernel]
-    block = config.block if kernel == "norm" else config.mixed_block // 2  # the smallest: of masked blocks in a row of several types
-    chunks = sum(-(-numel // config.chunk_of(sum(numels))) for numel in numels)
-    within = config.chunk // block + math.ceil(math.log2(config.block))
-    across = 0 if kernel == "dots" else -(-chunks // FINISH_BLOCK) + math.ceil(math.log2(FINISH_BLOCK))
-    return within + across + 4

@@ -1,4 +1,4 @@
-"""The final tables: what came out, and what it took."""
+"""The final tables: accuracy and loss, then the time of a step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from sam_kernels.cli._train_summary import Summary
+from sam_kernels.cli.train.comparison import Comparison
+from sam_kernels.cli.train.run import Run
+from sam_kernels.cli.train.summary import Summary, summaries_of
 
 __all__ = ["tables"]
 
@@ -28,8 +30,9 @@ SHOWN = {
 }
 
 
-def tables(summaries: Sequence[Summary], *, title: str, seeds: int) -> Group:
-    return Group(_results(summaries, title, seeds), _times(summaries))
+def tables(comparison: Comparison, runs: Sequence[Run]) -> Group:
+    summaries = summaries_of(runs, comparison.settings)
+    return Group(_results(summaries, comparison.title, comparison.seeds), _times(summaries))
 
 
 def _results(summaries: Sequence[Summary], title: str, seeds: int) -> Table:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import sam_kernels
-from sam_kernels.cli._train_family import FAMILY
+from sam_kernels.cli.train.family import FAMILY
 
 __all__ = ["BASES", "BY_DEFAULT", "NORMS", "SHARPNESS_AWARE", "Settings", "build", "kind_of", "options_of"]
 

@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import click
-import torch
 
-from sam_kernels import _dispatch
-from sam_kernels.cli._train_family import FAMILY
-from sam_kernels.cli._train_optimizers import BASES, BY_DEFAULT, SHARPNESS_AWARE, Settings, options_of
-from sam_kernels.cli._train_run import Plan
+from sam_kernels.cli.train.family import FAMILY
+from sam_kernels.cli.train.optimizers import BASES, BY_DEFAULT, SHARPNESS_AWARE, Settings, options_of
+from sam_kernels.cli.train.run import Plan
 
-__all__ = ["check_backend", "check_device", "check_extra", "finite", "lambd", "micro_batches", "optimizer_names"]
+__all__ = ["check_extra", "finite", "lambd", "micro_batches", "optimizer_names"]
 
 # What may stand behind a colon of a name.
 NUMBERS: dict[str, click.ParamType[Any]] = {
@@ -76,20 +74,6 @@ def micro_batches(names: Sequence[str], settings: Settings, plan: Plan) -> None:
                 )
             if key == "micro_batch_size" and size == 1 and plan.normalization == "batch":
                 raise click.BadParameter("BatchNorm cannot normalise one sample; take --normalization group.", param_hint=f"'{option}'")
-
-
-def check_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch built without CUDA asserts
-        raise click.BadParameter(str(error).splitlines()[0], param_hint="'--device'") from error
-    return device
-
-
-def check_backend(name: str, device: torch.device) -> None:
-    if name != "auto" and (reason := _dispatch.reason_missing(name, device.type)) is not None:
-        raise click.BadParameter(f"{name} cannot be used: {reason}", param_hint="'--backend'")
 
 
 def check_extra() -> None:

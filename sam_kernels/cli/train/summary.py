@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sam_kernels.cli._train_run import Run
+from sam_kernels.cli.train.optimizers import Settings, options_of
+from sam_kernels.cli.train.run import Run
 
-__all__ = ["Estimate", "Summary", "summarise"]
+__all__ = ["Estimate", "Summary", "summaries_of", "summarise"]
 
 
 @dataclass(frozen=True)
@@ -56,3 +57,9 @@ def summarise(runs: Sequence[Run], options: Mapping[str, Any]) -> Summary:
         statistics.fmean(run.rest_seconds for run in runs),
         statistics.fmean(run.optimizer_share for run in runs),
     )
+
+
+def summaries_of(runs: Sequence[Run], settings: Settings) -> list[Summary]:
+    """Return a summary for each optimizer, in the order of its first run."""
+    names = dict.fromkeys(run.optimizer for run in runs)
+    return [summarise([run for run in runs if run.optimizer == name], options_of(name, settings)) for name in names]

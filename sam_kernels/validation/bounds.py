@@ -1,4 +1,4 @@
-"""The reference formulas of one call evaluated on :class:`Rounded`, for all its rows at once."""
+"""Bounds of the results of one call: the reference formulas evaluated on :class:`Rounded`, for all rows at once."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from sam_kernels._tensor_list import slice_sizes
-from sam_kernels.cli._options import SCHEDULED
-from sam_kernels.cli._problem import Problem
-from sam_kernels.cli._tolerance import Arithmetic, Rounded, mean_bound, ulp
 from sam_kernels.reference import combinations, directions, ops, random
+from sam_kernels.validation.options import SCHEDULED
+from sam_kernels.validation.problem import Problem
+from sam_kernels.validation.tolerance import Arithmetic, Rounded, mean_bound, ulp
 
 __all__ = ["bounds_of"]
 
 
 def bounds_of(problem: Problem, roundings: Sequence[int] | None = None) -> dict[str, list[Tensor]]:
-    """A bound (numel,) for each tensor of each list that a call, not yet made, will compute. A list without bounds must be exact.
+    """Return a bound (numel,) for each tensor of each list that a call, not yet made, will compute. A list without bounds must be exact.
 
-    ``roundings``: of each tensor's means, by the backend that sums them in float32.
+    ``roundings``: of each tensor's means, on a backend that sums them in float32 (:func:`roundings_of`).
     """
     if problem.op == "centralize_":
         return _centralized_bounds(problem, roundings)

@@ -1,4 +1,4 @@
-"""How far the operations per sample may be off: running error analysis of sums of products, in any order, fused or not.
+"""Bounds of the operations per sample: running error analysis of sums of products, in any order, fused or not.
 
 With u the unit roundoff of the arithmetic and h its smallest subnormal, a sum of n products lies within n u' of the sum of their absolute
 values, u' = u / (1 - n u), and n h. A product of operands rounded first (``precision``), each by up to r, is off by 2 r + r^2 more.
@@ -9,7 +9,7 @@ values, u' = u / (1 - n u), and n h. A product of operands rounded first (``prec
   by K e_L + L e_K + e_K e_L, and the T^2 of them by (T^2 + 1) u' of the sum of (K + e_K)(L + e_L). The bound is relative to the terms, not
   to the norm: where they cancel, the digits are lost.
 
-The float64 reference errs alike, and what leaves the range of the arithmetic has no bound.
+The float64 reference errs alike, and a value that leaves the range of the arithmetic has no bound.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from sam_kernels._unfold import unfolded
-from sam_kernels.cli._per_sample_cases import Call, arithmetic_of
 from sam_kernels.reference.per_sample import embedding_sample_grads
+from sam_kernels.validation.per_sample.cases import Call, arithmetic_of
 
 __all__ = ["bounds_of"]
 
@@ -29,7 +29,7 @@ _ROUNDED_TO = {"ieee": 0.0, "tf32": 2.0**-10, "bf16": 2.0**-8}  # tf32: tensor c
 
 
 def bounds_of(call: Call) -> dict[str, Tensor]:
-    """For each tensor that is written, of its shape."""
+    """Return the bounds of each tensor that is written, in its shape."""
     sums = _Sums(arithmetic_of(call), _ROUNDED_TO[call.keywords.get("precision", "ieee")])
     tensors: dict[str, Any] = call.double().tensors
     g = tensors["grad_outputs"].abs()
@@ -68,7 +68,7 @@ def bounds_of(call: Call) -> dict[str, Tensor]:
 
 
 class _Sums:
-    """Sums in one arithmetic."""
+    """Bounds of sums in one arithmetic."""
 
     def __init__(self, arithmetic: torch.dtype, rounded_to: float) -> None:
         info = torch.finfo(arithmetic)
@@ -78,7 +78,7 @@ class _Sums:
         self._operands = 0.0 if arithmetic is torch.float64 else 2 * rounded_to + rounded_to**2
 
     def of(self, terms: int, magnitude: Tensor, *, rounded: bool = False) -> Tensor:
-        """Of so many, whose absolute values sum to ``magnitude``."""
+        """The bound of a sum of ``terms`` numbers whose absolute values sum to ``magnitude``."""
         each = terms * self._u / (1 - terms * self._u) + (self._operands if rounded else 0.0)
         return each * magnitude + terms * self._h
 
@@ -87,5 +87,5 @@ class _Sums:
         return (2 * exact * error + error.square()).sum(1) + self.of(exact.shape[1] + 1, (exact + error).square().sum(1))
 
     def inside(self, bound: Tensor) -> Tensor:
-        """No bound, where a sum on the way may have left the range: the bound is a part of at least u of the largest."""
+        """No bound where a sum on the way may have left the range: the bound is at least u times the largest number on the way."""
         return torch.where(bound / self._u <= self._largest, bound, torch.inf)

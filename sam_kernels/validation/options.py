@@ -1,4 +1,6 @@
-"""The keyword sets every operation is checked with, as data: never the neutral values, under which a forgotten term does not show.
+"""The keyword sets of the operations over lists, as data, and the cases that each is checked with.
+
+No keyword has its neutral value, under which a forgotten term does not show.
 
 Keys that are no keywords of the operation describe its inputs: ``old`` (an ``old_params`` list is given), ``first`` (which momentum or
 average entries are None: "all" or "mixed"), ``norm`` ("true", "nan", "inf"), ``tensors`` (the dtype of ``SCHEDULED`` numbers that are
@@ -8,9 +10,12 @@ given as tensors), ``origins`` (such a list is given) and ``alias`` (which list'
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["FOR_LAYOUT_CASES", "OPTIONS", "SCHEDULED"]
+from sam_kernels.validation.cases import CASES, LAYOUT_CASES, MIXED_NARROW
+
+__all__ = ["ABOUT_OTHERS", "ABOUT_SLICES", "FOR_LAYOUT_CASES", "OPTIONS", "SCHEDULED", "combinations", "concerns"]
 
 # Numbers that may change with every step
 SCHEDULED = ("rho", "lambd", "lr", "scale", "left_weight", "right_weight", "origin_weight")
@@ -159,3 +164,27 @@ FOR_LAYOUT_CASES = {
     "sgd_step_": ("momentum_old", "first_mixed"),
     "adamw_step_": ("adamw_old", "adam"),
 }
+ABOUT_OTHERS = {  # cases about gradients that an operation does not read
+    "random_perturb_": ("zero_grads", "huge", "nan", "inf", "expanded_grads"),
+    "restore_": ("huge_params", "tiny", "zero_grads", "nan", "inf", "expanded_grads"),
+    "centralize_": ("expanded_grads",),  # which it refuses to write
+}
+ABOUT_SLICES = ("slices", "unaligned_slices", "long_slices")  # cases that add nothing to other operations
+
+
+def concerns(op: str, option: str, dtype: str) -> bool:
+    """Return whether a keyword set concerns a dtype: stochastic rounding is for bfloat16 parameters, and refuses float16 ones."""
+    return dtype == "bfloat16" or "rounding_seed" not in OPTIONS[op][option]
+
+
+def combinations(op: str, dtype: str) -> Iterator[tuple[str, str]]:
+    """The (case, keyword set) pairs to check an operation with in a dtype."""
+    for case in CASES:
+        if case in ABOUT_OTHERS.get(op, ()) or (case in ABOUT_SLICES and op != "centralize_"):
+            continue
+        if dtype in ("mixed", MIXED_NARROW) and case == "chunk_edges" and (op.startswith("grad_") or op == "random_perturb_"):
+            continue  # a dtype a row is covered by the others
+        options = FOR_LAYOUT_CASES[op] if case in LAYOUT_CASES else tuple(OPTIONS[op])
+        for option in options[:1] if case == "many_tiny" else options:
+            if concerns(op, option, dtype):
+                yield case, option

@@ -1,4 +1,4 @@
-"""A list of results against the exact values and their bounds: which element is worst, by how many ulp, and where it is."""
+"""Compare lists of results with exact values and bounds: the worst element, its place and its error in ulp."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sam_kernels.cli._tolerance import ulp
+from sam_kernels.validation.tolerance import ulp
 
-__all__ = ["Worst", "compare", "same_bits"]
+__all__ = ["Worst", "compare", "failure", "same_bits"]
 
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
@@ -38,11 +38,16 @@ class Worst:
         return f"{where} element {self.element}: {self.actual!r}, expected {self.expected!r} ({error})"
 
     def badness(self) -> tuple[bool, float]:
-        """Orders by severity: what no number says first, then failures, then by the part of the bound that was used."""
+        """A key that orders by severity: failures with a reason, other failures, then the part of the bound that was used."""
         if self.reason:
             return not self.passed, math.inf
         # + 0.5: else an element stored exactly where its bound ends says the most
         return not self.passed, self.error / (self.bound + 0.5)
+
+
+def failure(name: str, reason: str, index: int = 0) -> Worst:
+    """Return a failure that no number describes."""
+    return Worst(name, index, passed=False, reason=reason)
 
 
 def same_bits(a: Tensor, b: Tensor) -> Tensor:  # bool, the shape of a and b
@@ -58,15 +63,13 @@ def compare(
     bounds: Sequence[Tensor],  # n float64 tensors (numel,); 0: bit for bit
     starts: Sequence[Tensor | None],  # n tensors or None: what the results were computed from
 ) -> Worst:
-    """The worst element. An actual result passes where it lies between the roundings of expected - bound and expected + bound."""
+    """Return the worst element. A result passes where it lies between the roundings of expected - bound and expected + bound."""
     if len(actual) != len(expected):
-        return Worst(name, passed=False, reason=f"{len(actual)} tensors, expected {len(expected)}")
+        return failure(name, f"{len(actual)} tensors, expected {len(expected)}")
     by_dtype: dict[torch.dtype, list[int]] = {}
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         if (a is None) != (e is None):
-            return Worst(
-                name, i, passed=False, reason=f"is {'None' if a is None else 'a tensor'}, expected {'None' if e is None else 'one'}"
-            )
+            return failure(name, f"is {'None' if a is None else 'a tensor'}, expected {'None' if e is None else 'one'}", i)
         if a is not None:
             by_dtype.setdefault(a.dtype, []).append(i)
     worst = Worst(name)
@@ -117,7 +120,7 @@ def _numel(tensor: Tensor | None) -> int:
 
 
 def _locate(position: int, numels: Sequence[int]) -> tuple[int, int]:
-    """The tensor and the element that a position in their concatenation is."""
+    """Return the tensor, and the element in it, at a position of their concatenation."""
     for i, numel in enumerate(numels):
         if position < numel:
             return i, position

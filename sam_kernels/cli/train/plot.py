@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sam_kernels.cli._train_run import Run
+from sam_kernels.cli.train.run import Run
 
 __all__ = ["save_curves"]
 

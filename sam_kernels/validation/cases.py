@@ -1,19 +1,34 @@
 """Described inputs: lists of parameters as data, and the tensors they describe.
 
-Every tensor lies inside a larger allocation filled with NaN, so that a write outside of it (or into the holes between its elements) is seen
-by :func:`guards_intact`, and a read outside of it poisons the result.
+Every tensor lies inside a larger allocation filled with NaN: :func:`guards_intact` finds a write outside of the tensor or between its
+elements, and a read from there turns the result into NaN.
 """
 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-__all__ = ["CASES", "DTYPES", "GUARD", "LAYOUT_CASES", "ROLES", "Row", "dtypes_for", "guards_intact", "make_tensor", "rows_of"]
+__all__ = [
+    "CASES",
+    "DTYPES",
+    "LAYOUT_CASES",
+    "MIXED_NARROW",
+    "ROLES",
+    "Row",
+    "copy_of",
+    "dtypes_for",
+    "guards_intact",
+    "make_tensor",
+    "rows_of",
+    "seed_of",
+    "uniform",
+]
 
 ROLES = ("params", "grads", "old_params", "state")
 GUARD = 16  # elements on each side: 32 bytes of a 16-bit type, and a multiple of 64 bytes for the others, so that alignment stays
@@ -41,7 +56,7 @@ class Row:
         return self.layouts.get(role, self.layouts.get("all", "contiguous"))
 
 
-def _uniform(*shapes: tuple[int, ...], **layouts: str) -> Callable[[torch.dtype], list[Row]]:
+def uniform(*shapes: tuple[int, ...], **layouts: str) -> Callable[[torch.dtype], list[Row]]:
     return lambda dtype: [Row(shape, dict.fromkeys(ROLES, dtype), layouts) for shape in shapes]
 
 
@@ -72,20 +87,20 @@ def _mixed_layouts(dtype: torch.dtype) -> list[Row]:
 
 
 CASES: dict[str, Callable[[torch.dtype], list[Row]]] = {
-    "single": _uniform((128,)),
-    "odd_sizes": _uniform(*((n,) for n in (1, 7, 255, 256, 257))),
-    "chunk_edges": _uniform((CHUNK - 1,), (CHUNK,), (CHUNK + 1,)),
-    "many_tiny": _uniform(*[(3,)] * 1000),
-    "empty_in_middle": _uniform((5,), (0,), (3, 0, 2), (7,), (0,), ()),
-    "unaligned_views": _uniform((4,), (63,), (1025,), all="unaligned"),
-    "transposed": _uniform((33, 17), (5, 1), (2, 3, 4), all="transposed"),
-    "strided": _uniform((33, 17), (301,), all="strided"),
-    "channels_last": _uniform((2, 3, 5, 7), (4, 1, 3, 3), all="channels_last"),
+    "single": uniform((128,)),
+    "odd_sizes": uniform(*((n,) for n in (1, 7, 255, 256, 257))),
+    "chunk_edges": uniform((CHUNK - 1,), (CHUNK,), (CHUNK + 1,)),
+    "many_tiny": uniform(*[(3,)] * 1000),
+    "empty_in_middle": uniform((5,), (0,), (3, 0, 2), (7,), (0,), ()),
+    "unaligned_views": uniform((4,), (63,), (1025,), all="unaligned"),
+    "transposed": uniform((33, 17), (5, 1), (2, 3, 4), all="transposed"),
+    "strided": uniform((33, 17), (301,), all="strided"),
+    "channels_last": uniform((2, 3, 5, 7), (4, 1, 3, 3), all="channels_last"),
     "mixed_layouts": _mixed_layouts,
     "expanded_grads": lambda dtype: [Row((33, 17), dict.fromkeys(ROLES, dtype), {"grads": "expanded"})],
-    "slices": _uniform((1, 257), (9, 1), (64, 1, 3, 3), (2, 3, 2, 2, 2), (70, 31), (300, 64), (5, 33), (3, 256), (4, 1030)),
-    "unaligned_slices": _uniform((5, 64), (3, 300), all="unaligned"),
-    "long_slices": _uniform((1, 200_000), (2, CHUNK + 1), (4, 40_000)),
+    "slices": uniform((1, 257), (9, 1), (64, 1, 3, 3), (2, 3, 2, 2, 2), (70, 31), (300, 64), (5, 33), (3, 256), (4, 1030)),
+    "unaligned_slices": uniform((5, 64), (3, 300), all="unaligned"),
+    "long_slices": uniform((1, 200_000), (2, CHUNK + 1), (4, 40_000)),
     "zero_grads": _magnitudes(0.0),
     "huge": _magnitudes(HUGE),
     "huge_params": _magnitudes(1.0, HUGE),
@@ -95,7 +110,7 @@ CASES: dict[str, Callable[[torch.dtype], list[Row]]] = {
 }
 
 
-# About where elements lie and how the work is cut, which no keyword changes: two keyword sets an operation are enough.
+# These cases vary where elements lie and how the work is cut. No keyword changes that: two keyword sets an operation are enough.
 LAYOUT_CASES = (
     "single", "chunk_edges", "many_tiny", "empty_in_middle", "unaligned_views", "transposed", "strided", "channels_last",
 )  # fmt: skip
@@ -140,10 +155,15 @@ def rows_of(case: str, dtype: str) -> list[Row]:
 
 
 def dtypes_for(supported: Collection[torch.dtype] | None) -> list[str]:
-    """The names of dtypes a backend can be checked in. None: it supports all."""
+    """Return the names of the dtypes that a backend can be checked with. None: it supports all."""
     if supported is None:
         return list(DTYPES)
     return [*(name for name, kind in DTYPES.items() if kind in supported), MIXED_NARROW]
+
+
+def seed_of(*names: object) -> int:
+    """Return the same number for the same names in every process."""
+    return zlib.crc32("/".join(map(str, names)).encode())
 
 
 def _strides(shape: tuple[int, ...], layout: str) -> tuple[tuple[int, ...], int]:
@@ -175,8 +195,21 @@ def make_tensor(values: Tensor, dtype: torch.dtype, layout: str) -> Tensor:
     return tensor
 
 
+def copy_of(tensor: Tensor, device: str, copies: dict[int, Tensor] | None = None) -> Tensor:
+    """Return a copy of a tensor on ``device``, inside a copy of its allocation.
+
+    ``copies`` holds the allocations that were copied before. Pass one for all tensors of a call: memory that they share stays shared.
+    """
+    copies = {} if copies is None else copies
+    whole = tensor if tensor._base is None else tensor._base
+    if whole._cdata not in copies:
+        copies[whole._cdata] = whole.to(device, copy=True)
+    copy = copies[whole._cdata]
+    return copy if tensor._base is None else copy.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
 def guards_intact(tensor: Tensor) -> bool:
-    """Nothing was written around or between the elements of a tensor from :func:`make_tensor`."""
+    """Return whether nothing was written around or between the elements of a tensor from :func:`make_tensor`."""
     storage = tensor._base
     if storage is None:
         return True

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
-from sam_kernels.cli._train_clock import StepClock
-from sam_kernels.cli._train_data import Digits, flip_labels
-from sam_kernels.cli._train_model import small_cnn
-from sam_kernels.cli._train_optimizers import Settings, build, kind_of, options_of
+from sam_kernels.cli.train.clock import StepClock
+from sam_kernels.cli.train.data import Digits, flip_labels
+from sam_kernels.cli.train.model import small_cnn
+from sam_kernels.cli.train.optimizers import Settings, build, kind_of, options_of
 
 __all__ = ["Plan", "Run", "run"]
 

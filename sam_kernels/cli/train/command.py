@@ -1,28 +1,24 @@
-"""``train``: optimizers side by side on real handwritten digits."""
+"""The command ``train`` and its options."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import click
-import torch
 from rich.console import Console
 
 from sam_kernels import _dispatch
-from sam_kernels.cli import _train_options as check
-from sam_kernels.cli._train_compare import compare
-from sam_kernels.cli._train_data import DATA_SETS, load
-from sam_kernels.cli._train_family import NUMBERED
-from sam_kernels.cli._train_model import NORMALIZATIONS
-from sam_kernels.cli._train_optimizers import BASES, NORMS, SHARPNESS_AWARE, Settings, options_of
-from sam_kernels.cli._train_plot import save_curves
-from sam_kernels.cli._train_report import to_json
-from sam_kernels.cli._train_run import Plan
-from sam_kernels.cli._train_summary import summarise
-from sam_kernels.cli._train_table import tables
+from sam_kernels.cli.execution import require_backend, require_device, threads
+from sam_kernels.cli.train import options as check
+from sam_kernels.cli.train.comparison import Comparison
+from sam_kernels.cli.train.data import DATA_SETS, load
+from sam_kernels.cli.train.family import NUMBERED
+from sam_kernels.cli.train.model import NORMALIZATIONS
+from sam_kernels.cli.train.optimizers import BASES, NORMS, SHARPNESS_AWARE, Settings
+from sam_kernels.cli.train.plot import save_curves
+from sam_kernels.cli.train.report import to_json
+from sam_kernels.cli.train.run import Plan
+from sam_kernels.cli.train.table import tables
 
 __all__ = ["train"]
 
@@ -33,10 +29,10 @@ __all__ = ["train"]
     "--optimizers",
     metavar="NAME,...",
     show_default="the base, sam, usam, unified",
-    help=f"Of: the base's own name (sgd or adamw), {', '.join(SHARPNESS_AWARE)}. msam:8 is msam with micro-batches of 8, rwsam:2 is "
-    f"rwsam with beta 2, and so are {', '.join(NUMBERED)}; several are run beside each other.",
+    help=f"Names, separated by commas: the base's own name (sgd or adamw), {', '.join(SHARPNESS_AWARE)}. msam:8 is msam with "
+    f"micro-batches of 8, rwsam:2 is rwsam with beta 2, likewise {', '.join(NUMBERED)}.",
 )
-@click.option("--base", type=click.Choice(list(BASES)), default="sgd", help="The optimizer that the others wrap.")
+@click.option("--base", type=click.Choice(list(BASES)), default="sgd", help="Optimizer that the others wrap.")
 @click.option(
     "--label-noise",
     type=click.FloatRange(0, 1, max_open=True),
@@ -51,7 +47,7 @@ __all__ = ["train"]
     type=click.FloatRange(0, min_open=True),
     callback=check.finite,
     show_default="sgd 0.05, adamw 0.002",
-    help="At first; a cosine takes it to 0.",
+    help="First learning rate; a cosine takes it to 0.",
 )
 @click.option("--weight-decay", type=click.FloatRange(0), callback=check.finite, show_default="sgd 5e-4, adamw 1e-2")
 @click.option(
@@ -63,7 +59,7 @@ __all__ = ["train"]
     "--micro-batch-size",
     type=click.IntRange(min=1),
     default=Settings.micro_batch_size,
-    help="Samples in each of msam's micro-batches, of which a batch is made up; the whole batch is sam. BatchNorm normalises each "
+    help="Samples in each of msam's micro-batches, which together make up a batch; the whole batch is sam. BatchNorm normalises each "
     "micro-batch by itself: a small one then trains another network, in effect, which --normalization group avoids.",
 )
 @click.option(
@@ -71,10 +67,10 @@ __all__ = ["train"]
     type=click.FloatRange(0),
     default=Settings.beta,
     callback=check.finite,
-    help="Of rwsam: samples are weighted by softmax(beta * gradient norm), so beta has the unit of 1 / norm: where losses and their "
-    "gradients are twice as large, half of it does the same. 0 is sam.",
+    help="Sharpness of rwsam's weights: samples are weighted by softmax(beta * gradient norm). beta has the unit of 1 / norm: for losses "
+    "twice as large, half of it has the same effect. 0 is sam.",
 )
-@click.option("--norms", type=click.Choice(NORMS), default=Settings.norms, help="How rwsam finds the norms.")
+@click.option("--norms", type=click.Choice(NORMS), default=Settings.norms, help="Method by which rwsam computes the gradient norms.")
 @click.option("--micro-batch", type=click.IntRange(min=1), default=Settings.micro_batch, help="Samples that share one of rwsam's weights.")
 @click.option(
     "--num-directions",
@@ -82,11 +78,17 @@ __all__ = ["train"]
     default=Settings.num_directions,
     help="Random directions of rwsam's norms by finite_difference or jvp: a forward pass each.",
 )
-@click.option("--held-out", is_flag=True, help="Score on a fifth of the training images, which is not trained on: to choose options by.")
+@click.option("--held-out", is_flag=True, help="Score on a fifth of the training images, left out of the training. Choose options with it.")
 @click.option("--seeds", type=click.IntRange(min=1), default=1, help="Runs of each optimizer, with seeds 0, 1, ...")
 @click.option("--backend", type=click.Choice(["auto", *_dispatch.BACKENDS]), default="auto", help="Kernels of the sharpness-aware steps.")
-@click.option("--device", default="cpu", help="As torch names it.")
-@click.option("--threads", type=click.IntRange(min=1), default=1, help="CPU threads. So small a network gains little from more.")
+@click.option("--device", default="cpu", help="Device, for example cpu or cuda:1.")
+@click.option(
+    "--threads",
+    "thread_count",
+    type=click.IntRange(min=1),
+    default=1,
+    help="CPU threads. A network this small gains little from more.",
+)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("out"), help="Folder for train.json and train.png.")
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON to stdout, and all else to stderr.")
 def train(
@@ -110,7 +112,7 @@ def train(
     seeds: int,
     backend: str,
     device: str,
-    threads: int,
+    thread_count: int,
     out: Path,
     as_json: bool,
 ) -> None:
@@ -121,61 +123,39 @@ def train(
     """
     check.check_extra()
     names = check.optimizer_names(optimizers, base)
-    torch_device = check.check_device(device)
-    check.check_backend(backend, torch_device)
-    default = BASES[base]
+    torch_device = require_device(device)
+    if backend != "auto":
+        require_backend(backend, torch_device)
     settings = Settings(
-        base,
-        lr or default.lr,
-        default.weight_decay if weight_decay is None else weight_decay,
-        rho,
-        lambd,
-        micro_batch_size,
-        beta,
-        norms,
-        micro_batch,
-        num_directions,
+        base=base,
+        lr=lr or BASES[base].lr,
+        weight_decay=BASES[base].weight_decay if weight_decay is None else weight_decay,
+        rho=rho,
+        lambd=lambd,
+        micro_batch_size=micro_batch_size,
+        beta=beta,
+        norms=norms,
+        micro_batch=micro_batch,
+        num_directions=num_directions,
     )
     plan = Plan(epochs, batch_size, label_noise, normalization)
     check.micro_batches(names, settings, plan)
+    comparison = Comparison(
+        data, names, settings, plan, held_out=held_out, seeds=seeds, backend=backend, device=device, threads=thread_count
+    )
     console = Console(stderr=as_json)
     out.mkdir(parents=True, exist_ok=True)
-    with _threads(threads), _dispatch.use_backend(None if backend == "auto" else backend):
+    with threads(thread_count), _dispatch.use_backend(None if backend == "auto" else backend):
         digits = load(data).to(torch_device)
         if held_out:
             digits = digits.held_out()
         if batch_size > len(digits.train_labels):
             raise click.BadParameter(f"only {len(digits.train_labels)} images to train on.", param_hint="'--batch-size'")
-        runs = compare(names, seeds, digits, settings, plan, console)
-        config = {
-            "data": data,
-            **asdict(settings),
-            **asdict(plan),
-            "held_out": held_out,
-            "seeds": seeds,
-            "backend": backend,
-            "device": device,
-            "threads": torch.get_num_threads(),
-        }
-    summaries = [summarise([run for run in runs if run.optimizer == name], options_of(name, settings)) for name in names]
-    noise = f", {label_noise:.0%} of the training labels wrong" if label_noise else ""
-    scored = "accuracy on held-out training images" if held_out else "test accuracy"
-    network = ", GroupNorm" if normalization == "group" else ""
-    title = f"{data}, {base}, {epochs} epochs{network}{noise}: {scored}"
-    console.print(tables(summaries, title=title, seeds=seeds))
-    save_curves(out / "train.png", runs, title=title)
-    report = to_json(config, summaries, runs)
+        runs = comparison.run(digits, console)
+    console.print(tables(comparison, runs))
+    save_curves(out / "train.png", runs, title=comparison.title)
+    report = to_json(comparison, runs)
     (out / "train.json").write_text(report + "\n")
     console.print(f"curves: {out / 'train.png'}, everything: {out / 'train.json'}", highlight=False, soft_wrap=True)
     if as_json:
         click.echo(report)
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

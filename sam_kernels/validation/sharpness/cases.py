@@ -1,9 +1,8 @@
-"""Inputs of the Gibbs weights and the draws by them, and how far weights may be off, as data."""
+"""Inputs of the Gibbs weights and of the draws by them, as data, and the bounds of the weights."""
 
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam_kernels.cli._cases import make_tensor
 from sam_kernels.reference.sharpness import gibbs_terms
+from sam_kernels.validation.cases import copy_of, make_tensor, seed_of
 
 __all__ = ["SHARPNESS_DTYPES", "SHARPNESS_OPTIONS", "Call", "build", "combinations", "weight_bounds"]
 
@@ -52,7 +51,7 @@ class Call:
     keywords: dict[str, Any]
 
     def run(self, module: Any) -> list[Tensor]:
-        """The indices, where there are such, and the weights."""
+        """Return the indices, of an operation that returns some, and the weights."""
         result = getattr(module, self.op)(self.norms, **self.keywords)
         return [result] if isinstance(result, Tensor) else list(result)
 
@@ -60,24 +59,21 @@ class Call:
         return Call(self.op, self.norms.to(torch.float64, copy=True), self.keywords)
 
     def on(self, device: str) -> Call:
-        """A copy, inside a copy of the memory around the norms."""
-        base = self.norms._base
-        assert base is not None
-        norms = base.to(device, copy=True).as_strided(self.norms.shape, self.norms.stride(), self.norms.storage_offset())
+        """Return a copy, inside a copy of the memory around the norms."""
         moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.keywords.items()}
-        return Call(self.op, norms, moved)
+        return Call(self.op, copy_of(self.norms, device), moved)
 
 
 def combinations(op: str, dtype: str) -> Iterator[tuple[str, str]]:
-    """(case, option) pairs."""
+    """The (case, keyword set) pairs to check an operation with, in either dtype."""
     for case in (*_SIZES, *_ABOUT):
         yield from ((case, option) for option in SHARPNESS_OPTIONS[op])
 
 
 def build(op: str, case: str, dtype: str, option: str, seed: int = 0) -> Call:
-    """The norms lie inside memory that holds NaN."""
-    text = f"{seed}/{op}/{case}/{dtype}/{option}".encode()
-    generator = torch.Generator().manual_seed(zlib.crc32(text))
+    """Return the call that a case, a dtype and a keyword set describe. The norms lie inside memory that holds NaN."""
+    number = seed_of(seed, op, case, dtype, option)
+    generator = torch.Generator().manual_seed(number)
     norms = 3.0 * torch.rand(_SIZES.get(case, _ABOUT_SIZE), generator=generator, dtype=torch.float64)
     if case in ("ties", "zeros"):
         norms = torch.full_like(norms, 1.25 if case == "ties" else 0.0)
@@ -89,16 +85,16 @@ def build(op: str, case: str, dtype: str, option: str, seed: int = 0) -> Call:
         keywords["num_samples"] = keywords["num_samples"] or len(norms)
         if not keywords["replacement"]:
             keywords["num_samples"] = min(keywords["num_samples"], len(norms))
-        keywords["seed"] = zlib.crc32(text) << 20 | 0xABCDE
+        keywords["seed"] = number << 20 | 0xABCDE
     return Call(op, make_tensor(norms, SHARPNESS_DTYPES[dtype], case if case in ("unaligned", "strided") else "contiguous"), keywords)
 
 
 def weight_bounds(call: Call, drawn: Tensor | None, weights: Tensor) -> Tensor:  # (k,) int64 or None, (k,) float64 -> (k,) float64
-    """How far weights may be from the reference's, before they are rounded to their dtype.
+    """Return bounds of the weights, before they are rounded to their dtype.
 
     beta (n - max n) is the same number everywhere. Its exponential is off by up to 4 ulp (8 units of 2^-53) on either side, a sum of B
-    positive terms by B - 1 units more, what follows (divisions, an addition) by up to 4: 2 B + 40 for the ratio of a sum and a term. Terms
-    near the end of the range lose their digits: they are off by up to 4 of the smallest number on either side.
+    positive terms by B - 1 units more, the divisions and the addition that follow by up to 4: 2 B + 40 for the ratio of a sum and a term.
+    Terms near the end of the range lose their digits: they are off by up to 4 of the smallest number on either side.
     """
     terms = gibbs_terms(call.norms, call.keywords["beta"])
     relative = (2 * len(terms) + 40) * 2.0**-53

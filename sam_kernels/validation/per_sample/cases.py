@@ -1,9 +1,8 @@
-"""Inputs of the operations per sample: odd shapes, magnitudes, layouts and keyword sets, as data."""
+"""Inputs of the operations per sample, as data: odd shapes, magnitudes, layouts and keyword sets."""
 
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,13 +11,13 @@ import torch
 from torch import Tensor
 
 from sam_kernels._unfold import output_sizes
-from sam_kernels.cli._cases import DTYPES, make_tensor
+from sam_kernels.validation.cases import DTYPES, copy_of, make_tensor, seed_of
 
 __all__ = ["PER_SAMPLE_OPTIONS", "Call", "arithmetic_of", "build", "combinations"]
 
 Options = dict[str, dict[str, Any]]
 
-# "given" are the outputs that are asked for, where some may be None.
+# "given" are the outputs of a call, of an operation for which some may be None.
 _PRODUCTS: Options = {
     "gram": {"method": "gram"},
     "direct": {"method": "direct"},
@@ -92,7 +91,7 @@ _SHAPES: dict[str, dict[str, Shape]] = {
         "repeated": Shape((2, 65, 3, 2)),
     },
 }
-# case: (the shape's name, what is special about the numbers or the layout)
+# Cases about the numbers, or about the layout; their shape is "odd".
 _ABOUT = ("huge", "tiny", "nan", "zeros", "unaligned", "transposed", "strided")
 _STARTS = 0.25  # square_norms before: what is added must not replace it
 
@@ -118,45 +117,40 @@ class Call:
         )
 
     def on(self, device: str) -> Call:
-        """A copy, inside copies of the memory around its tensors."""
-
-        def copied(tensor: Tensor | None) -> Tensor | None:
-            if tensor is None or tensor._base is None:
-                return None if tensor is None else tensor.to(device, copy=True)
-            return tensor._base.to(device, copy=True).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-
-        return Call(self.op, {name: copied(tensor) for name, tensor in self.tensors.items()}, self.keywords)
+        """Return a copy, inside copies of the memory around its tensors."""
+        copies = {name: None if tensor is None else copy_of(tensor, device) for name, tensor in self.tensors.items()}
+        return Call(self.op, copies, self.keywords)
 
     def run(self, module: Any) -> None:
         getattr(module, self.op)(**self.tensors, **self.keywords)
 
 
 def combinations(op: str, dtype: str) -> Iterator[tuple[str, str]]:
-    """(case, option) pairs."""
+    """The (case, keyword set) pairs to check an operation with, in any dtype."""
     options = PER_SAMPLE_OPTIONS[op]
     for case in (*_SHAPES[op], *_ABOUT):
         yield from ((case, option) for option in options)
 
 
 def arithmetic_of(call: Call) -> torch.dtype:
-    """float64 where an operand is."""
+    """Return float64 where an operand is float64, otherwise float32."""
     operands = [call.tensors.get(name) for name in ("inputs", "normalized", "grad_outputs")]
     return torch.float64 if any(t is not None and t.dtype is torch.float64 for t in operands) else torch.float32
 
 
 def _dtypes(dtype: str, case: str) -> tuple[torch.dtype, torch.dtype]:
-    """Of the input and of the gradient."""
+    """Return the dtypes of the input and of the gradient."""
     kind = DTYPES.get(dtype)
     if kind is not None:
         return kind, kind
     f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
     pairs = [(f32, bf16), (bf16, f16), (f16, f32)] + ([(f64, f32), (bf16, f64)] if dtype == "mixed" else [])
-    return pairs[zlib.crc32(case.encode()) % len(pairs)]
+    return pairs[seed_of(case) % len(pairs)]
 
 
 def build(op: str, case: str, dtype: str, option: str, seed: int = 0) -> Call:
-    """What is only written holds NaN, and all lies inside memory that holds NaN."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{op}/{case}/{dtype}/{option}".encode()))
+    """Return the call that a case, a dtype and a keyword set describe. Only written tensors, and all memory around, hold NaN."""
+    generator = torch.Generator().manual_seed(seed_of(seed, op, case, dtype, option))
     shape = _SHAPES[op].get(case, _SHAPES[op]["odd"])
     first, second = _dtypes(dtype, case)
     keywords = {**PER_SAMPLE_OPTIONS[op][option], **shape.conv}

@@ -1,8 +1,8 @@
 """How far a correct result may lie from the exact one, derived operation by operation.
 
-:class:`Rounded` is a number that knows how wrong it may be: the specification's own formulas (:mod:`sam_kernels.reference.ops`) are
-evaluated on it, and every operation adds what its rounding may have added (running error analysis: Higham, *Accuracy and Stability of
-Numerical Algorithms*, section 3.3). With u the unit roundoff of the arithmetic (2^-24 for float32, 2^-53 for float64):
+:class:`Rounded` is a number with a bound of its error. The formulas of the reference (:mod:`sam_kernels.reference.ops`) are evaluated on
+it, and every operation adds the bound of its own rounding (running error analysis: Higham, *Accuracy and Stability of Numerical
+Algorithms*, section 3.3). With u the unit roundoff of the arithmetic (2^-24 for float32, 2^-53 for float64):
 
 * an operation gives fl(x) = x (1 + d) + h with |d| <= u and |h| half the smallest subnormal. It is charged twice that, one ulp: a backend
   may evaluate an equal expression with one more rounding (the reciprocal for a division, a lerp for a weighted sum);
@@ -10,7 +10,7 @@ Numerical Algorithms*, section 3.3). With u the unit roundoff of the arithmetic 
 * errors of the operands go through by the usual rules (a product: |a| eb + |b| ea + ea eb). Where they cancel, the bound stays that of the
   operands: p + e in float32 is wrong by less than 2 ulp of the largest of p, e and p + e, unless e's own chain is what counts;
 * the reference is float64 itself and errs too: u_64 more an operation;
-* what leaves the range of the arithmetic has no bound.
+* a value that leaves the range of the arithmetic has no bound.
 
 Storage is no part of the bound: a result x stored in a narrower type lies between the roundings of x - bound and x + bound, since rounding
 is monotone. For a 16-bit type that adds half an ulp of it, and demands round to nearest even.

@@ -1,4 +1,4 @@
-"""Which OpenMP runtimes this process has loaded: two of them would mean two thread pools that fight over the cores."""
+"""The OpenMP runtimes that this process has loaded. Two of them have two thread pools, which compete for the cores."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _RUNTIME = re.compile(r"lib(gomp|iomp5|omp)\b[^/]*\.so[^/]*$")
 
 
 def loaded_runtimes(maps: Path = Path("/proc/self/maps")) -> list[str] | None:
-    """Paths of the OpenMP libraries mapped into the process; None where the system does not say."""
+    """Paths of the OpenMP libraries mapped into the process; None where the system has no such map."""
     try:
         lines = maps.read_text().splitlines()
     except OSError:

@@ -1,0 +1,1 @@
+"""``python -m sam_kernels train``: optimizers side by side on real handwritten digits. ``command`` has the options."""

@@ -1,0 +1,1 @@
+"""Validation of the operations of gradient norms per sample."""

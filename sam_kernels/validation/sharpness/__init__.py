@@ -1,0 +1,1 @@
+"""Validation of the operations on one tensor of gradient norms: Gibbs weights, and draws by them."""
