@@ -7,6 +7,7 @@
 #include <initializer_list>
 #include <optional>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "common/dlpack.h"
@@ -16,6 +17,7 @@
 #include "cpu/engine.h"
 #include "cpu/per_sample.h"
 #include "cpu/sharpness.h"
+#include "operation.h"
 #include "tensor_list.h"
 
 namespace py = pybind11;
@@ -25,18 +27,107 @@ namespace {
 
 using List = const PyTensorList*;
 
-Lists lists_of(List params, List grads, List old_params, List first_state = nullptr, List second_state = nullptr) {
-  return {params, grads, old_params, {first_state, second_state}};
+Lists lists_of(const PyOperation& op, const char* params, const char* grads = "", const char* old_params = "", const char* first_state = "",
+               const char* second_state = "") {
+  const auto list = [&](const char* role) -> List { return *role == 0 ? nullptr : op.list(role); };
+  return {list(params), list(grads), list(old_params), {list(first_state), list(second_state)}};
 }
 
 RandomKey key_of(uint64_t seed, uint32_t stream) { return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), stream}; }
 
-double multiplier_of(bool maximize, double inv_grad_scale, double norm, std::optional<double> max_norm) {
-  const double clip = max_norm ? clip_factor<double>(norm, *max_norm, inv_grad_scale) : 1.0;
-  return grad_multiplier<double>(maximize, inv_grad_scale, clip);
+double inverse_scale(const PyOperation& op) { return 1.0 / op.number_or("grad_scale", 1.0); }
+
+// What the gradients of an update are multiplied by.
+double multiplier_of(const PyOperation& op) {
+  const double inverse = inverse_scale(op);
+  const std::optional<double> max_norm = op.optional_number("max_norm");
+  const double clip = max_norm ? clip_factor<double>(op.number("norm"), *max_norm, inverse) : 1.0;
+  return grad_multiplier<double>(op.flag("maximize"), inverse, clip);
 }
 
-// Adds one to every step counter, float32 or float64 on the CPU, and returns the new values.
+PerturbArgs perturb_args(const PyOperation& op) {
+  return {.norm = op.number("norm"),
+          .rho = op.number("rho"),
+          .lambd = op.number("lambd"),
+          .eps = op.number("eps"),
+          .eta = op.number("eta"),
+          .inv_grad_scale = inverse_scale(op),
+          .adaptive = op.flag("adaptive"),
+          .from_old = op.flag("from_old"),
+          .streaming = false};
+}
+
+void perturb_rows(const PyOperation& op, const py::object& indices, int threads) {
+  const PerturbArgs args = perturb_args(op);
+  const Lists lists = lists_of(op, "params", "grads", "old_params", "ema");
+  if (lists.states[0] == nullptr && op.is_none("rounding_seed")) {
+    const py::gil_scoped_release release;
+    perturb(lists, args, threads);
+    return;
+  }
+  PerturbVariantArgs variant{};
+  static_cast<PerturbArgs&>(variant) = args;
+  variant.grad_weight = op.number("grad_weight");
+  variant.ema_weight = op.number("ema_weight");
+  variant.stochastic = !op.is_none("rounding_seed");
+  variant.key = key_of(op.seed("rounding_seed"), sam::kRoundingStream);
+  const auto rows = indices.cast<std::vector<uint32_t>>();
+  const py::gil_scoped_release release;
+  perturb_variant(lists, variant, rows, threads);
+}
+
+double direction_norm_of(const PyOperation& op, int threads) {
+  const Lists lists = lists_of(op, "params", "grads", "", "ema");
+  const DirectionArgs args{.adaptive = op.flag("adaptive"),
+                           .friendly = op.equals("kind", "friendly"),
+                           .first_step = op.flag("first_step"),
+                           .eta = op.number("eta"),
+                           .inv_grad_scale = inverse_scale(op),
+                           .decay = op.number("decay"),
+                           .gain = op.number("gain"),
+                           .sigma = op.number("sigma")};
+  const py::gil_scoped_release release;
+  return direction_norm(lists, args, threads);
+}
+
+double combine_rows(const PyOperation& op, bool writes, int threads) {
+  const Lists lists = lists_of(op, "outs", "lefts", "origins", "rights");
+  const CombineArgs args{.left_weight = op.number("left_weight"),
+                         .right_weight = op.number("right_weight"),
+                         .origin_weight = op.number("origin_weight"),
+                         .writes = writes,
+                         .streaming = false};
+  const py::gil_scoped_release release;
+  return combine(lists, args, threads);
+}
+
+void random_perturb_rows(const PyOperation& op, const py::object& indices, int threads) {
+  const Lists lists = lists_of(op, "params", "", "old_params");
+  const RandomPerturbArgs args{.key = key_of(op.seed("seed"), sam::kPerturbationStream),
+                               .scale = op.number("scale"),
+                               .normal = op.equals("distribution", "normal"),
+                               .from_old = op.flag("from_old"),
+                               .streaming = false};
+  const auto rows = indices.cast<std::vector<uint32_t>>();
+  const py::gil_scoped_release release;
+  random_perturb(lists, args, rows, threads);
+}
+
+void sgd_rows(const PyOperation& op, int threads) {
+  const Lists lists = lists_of(op, "params", "grads", "old_params", "momentum_buffers");
+  SgdArgs args{};
+  static_cast<SgdOptions&>(args) = {.lr = op.number("lr"),
+                                    .momentum = op.number("momentum"),
+                                    .dampening = op.number("dampening"),
+                                    .weight_decay = op.number("weight_decay"),
+                                    .grad_multiplier = multiplier_of(op)};
+  args.nesterov = op.flag("nesterov");
+  args.first_step = op.flag("first_step");
+  const py::gil_scoped_release release;
+  sgd(lists, args, threads);
+}
+
+// Adds one to every step counter, float32 or float64, and returns the new values.
 std::vector<double> advance_steps(List steps) {
   std::vector<double> values;
   values.reserve(steps->operands.size());
@@ -48,6 +139,23 @@ std::vector<double> advance_steps(List steps) {
     }
   }
   return values;
+}
+
+void adamw_rows(const PyOperation& op, int threads) {
+  const Lists lists = lists_of(op, "params", "grads", "old_params", "exp_avgs", "exp_avg_sqs");
+  const auto betas = op.value("betas").cast<std::pair<double, double>>();
+  AdamArgs args{};
+  static_cast<AdamOptions&>(args) = {.lr = op.number("lr"),
+                                     .beta1 = betas.first,
+                                     .beta2 = betas.second,
+                                     .eps = op.number("eps"),
+                                     .weight_decay = op.number("weight_decay"),
+                                     .grad_multiplier = multiplier_of(op)};
+  args.decoupled = op.flag("decoupled");
+  lists.check();
+  const std::vector<double> steps = advance_steps(op.list("state_steps"));
+  const py::gil_scoped_release release;
+  adamw(lists, args, steps, threads);
 }
 
 using Sizes = std::array<int64_t, 3>;
@@ -179,124 +287,79 @@ PYBIND11_MODULE(_cpu, module) {
   bind_tensor_list(module, dlpack::kCpu);
   bind_any_tensor_list(module);
   module.def("instruction_set", [] { return kernel_table().name; });
-  module.def("grad_multiplier", &multiplier_of, py::kw_only(), arg("maximize"), arg("inv_grad_scale"), arg("norm"), arg("max_norm"));
-  module.def("advance_steps", &advance_steps, arg("steps"));
   module.attr("CHUNK_SIZE") = sam::kChunkSize;
 
+  // Operations over lists: op is a value of sam_kernels/operations, lists holds a TensorList a role.
   module.def(
       "grad_norms",
-      [](List grads, List params, const std::vector<int64_t>& group_sizes, bool adaptive, double eta, int threads) {
-        py::gil_scoped_release release;
-        return grad_norms(lists_of(params, grads, nullptr), group_sizes, {adaptive, eta}, threads);
+      [](const py::object& value, const py::dict& given, int threads) {
+        const PyOperation op(value, given);
+        const Lists lists = lists_of(op, "params", "grads");
+        const NormArgs args{.adaptive = op.flag("adaptive"), .eta = op.number("eta")};
+        const std::vector<int64_t> group_sizes = op.integers("group_sizes");
+        const py::gil_scoped_release release;
+        return grad_norms(lists, group_sizes, args, threads);
       },
-      py::kw_only(), arg("grads"), arg("params"), arg("group_sizes"), arg("adaptive"), arg("eta"), arg("threads"));
-
+      arg("op"), arg("lists"), arg("threads"));
+  module.def(
+      "norm",
+      [](List grads, int threads) {  // of all tensors together
+        const py::gil_scoped_release release;
+        return grad_norms({nullptr, grads}, {static_cast<int64_t>(grads->numels.size())}, {false, 0.0}, threads).front();
+      },
+      arg("grads"), arg("threads"));
   module.def(
       "perturb",
-      [](List params, List grads, List old_params, double norm, double rho, double lambd, double eps, double eta, double inv_grad_scale,
-         bool adaptive, bool from_old, int threads) {
-        py::gil_scoped_release release;
-        perturb(lists_of(params, grads, old_params), {norm, rho, lambd, eps, eta, inv_grad_scale, adaptive, from_old, false}, threads);
+      [](const py::object& op, const py::dict& lists, const py::object& indices, int threads) {
+        perturb_rows({op, lists}, indices, threads);
       },
-      py::kw_only(), arg("params"), arg("grads"), arg("old_params"), arg("norm"), arg("rho"), arg("lambd"), arg("eps"), arg("eta"),
-      arg("inv_grad_scale"), arg("adaptive"), arg("from_old"), arg("threads"));
-
+      arg("op"), arg("lists"), arg("indices"), arg("threads"));
   module.def(
-      "perturb_variant",
-      [](List params, List grads, List old_params, List ema, const std::vector<uint32_t>& row_indices, double norm, double rho,
-         double lambd, double eps, double eta, double inv_grad_scale, bool adaptive, bool from_old, double grad_weight, double ema_weight,
-         std::optional<uint64_t> rounding_seed, int threads) {
-        py::gil_scoped_release release;
-        perturb_variant(lists_of(params, grads, old_params, ema),
-                        {{norm, rho, lambd, eps, eta, inv_grad_scale, adaptive, from_old, false},
-                         grad_weight,
-                         ema_weight,
-                         rounding_seed.has_value(),
-                         key_of(rounding_seed.value_or(0), sam::kRoundingStream)},
-                        row_indices, threads);
-      },
-      py::kw_only(), arg("params"), arg("grads"), arg("old_params"), arg("ema"), arg("row_indices"), arg("norm"), arg("rho"), arg("lambd"),
-      arg("eps"), arg("eta"), arg("inv_grad_scale"), arg("adaptive"), arg("from_old"), arg("grad_weight"), arg("ema_weight"),
-      arg("rounding_seed"), arg("threads"));
-
-  module.def(
-      "direction_norm",
-      [](List params, List grads, List ema, bool adaptive, bool friendly, bool first_step, double eta, double inv_grad_scale, double decay,
-         double gain, double sigma, int threads) {
-        py::gil_scoped_release release;
-        return direction_norm(lists_of(params, grads, nullptr, ema),
-                              {adaptive, friendly, first_step, eta, inv_grad_scale, decay, gain, sigma}, threads);
-      },
-      py::kw_only(), arg("params"), arg("grads"), arg("ema"), arg("adaptive"), arg("friendly"), arg("first_step"), arg("eta"),
-      arg("inv_grad_scale"), arg("decay"), arg("gain"), arg("sigma"), arg("threads"));
-
+      "direction_norm", [](const py::object& op, const py::dict& lists, int threads) { return direction_norm_of({op, lists}, threads); },
+      arg("op"), arg("lists"), arg("threads"));
   module.def(
       "centralize",
-      [](List params, List grads, const std::vector<int64_t>& slice_sizes, bool adaptive, double eta, int threads) {
-        py::gil_scoped_release release;
-        return centralize(lists_of(params, grads, nullptr), {adaptive, eta}, slice_sizes, threads);
+      [](const py::object& value, const py::dict& given, const std::vector<int64_t>& slice_sizes, int threads) {
+        const PyOperation op(value, given);
+        const Lists lists = lists_of(op, "params", "grads");
+        const NormArgs args{.adaptive = op.flag("adaptive"), .eta = op.number("eta")};
+        const py::gil_scoped_release release;
+        return centralize(lists, args, slice_sizes, threads);
       },
-      py::kw_only(), arg("params"), arg("grads"), arg("slice_sizes"), arg("adaptive"), arg("eta"), arg("threads"));
-
+      arg("op"), arg("lists"), arg("slice_sizes"), arg("threads"));
   module.def(
       "grad_dots",
-      [](List lefts, List rights, List origins, int threads) {
-        py::gil_scoped_release release;
-        const Dots dots = grad_dots(lists_of(nullptr, lefts, origins, rights), threads);
+      [](const py::object& value, const py::dict& given, int threads) {
+        const Lists lists = lists_of({value, given}, "", "lefts", "origins", "rights");
+        const py::gil_scoped_release release;
+        const Dots dots = grad_dots(lists, threads);
         return std::array<double, 3>{dots.left, dots.product, dots.right};
       },
-      py::kw_only(), arg("lefts"), arg("rights"), arg("origins"), arg("threads"));
-
+      arg("op"), arg("lists"), arg("threads"));
   module.def(
       "combine",
-      [](List outs, List lefts, List rights, List origins, double left_weight, double right_weight, double origin_weight, bool writes,
-         int threads) {
-        py::gil_scoped_release release;
-        return combine(lists_of(outs, lefts, origins, rights), {left_weight, right_weight, origin_weight, writes, false}, threads);
-      },
-      py::kw_only(), arg("outs"), arg("lefts"), arg("rights"), arg("origins"), arg("left_weight"), arg("right_weight"),
-      arg("origin_weight"), arg("writes"), arg("threads"));
-
+      [](const py::object& op, const py::dict& lists, bool writes, int threads) { return combine_rows({op, lists}, writes, threads); },
+      arg("op"), arg("lists"), arg("writes"), arg("threads"));
   module.def(
       "random_perturb",
-      [](List params, List old_params, const std::vector<uint32_t>& row_indices, uint64_t seed, double scale, bool normal, bool from_old,
-         int threads) {
-        py::gil_scoped_release release;
-        random_perturb(lists_of(params, nullptr, old_params), {key_of(seed, sam::kPerturbationStream), scale, normal, from_old, false},
-                       row_indices, threads);
+      [](const py::object& op, const py::dict& lists, const py::object& indices, int threads) {
+        random_perturb_rows({op, lists}, indices, threads);
       },
-      py::kw_only(), arg("params"), arg("old_params"), arg("row_indices"), arg("seed"), arg("scale"), arg("normal"), arg("from_old"),
-      arg("threads"));
-
+      arg("op"), arg("lists"), arg("indices"), arg("threads"));
+  // save: old_params <- params, otherwise params <- old_params.
   module.def(
       "copy",
       [](List params, List old_params, bool save, int threads) {
-        py::gil_scoped_release release;
-        copy(lists_of(params, nullptr, old_params), {save, false}, threads);
+        const py::gil_scoped_release release;
+        copy({params, nullptr, old_params}, {.save = save, .streaming = false}, threads);
       },
-      py::kw_only(), arg("params"), arg("old_params"), arg("save"), arg("threads"));
-
+      arg("params"), arg("old_params"), arg("save"), arg("threads"));
   module.def(
-      "sgd",
-      [](List params, List grads, List old_params, List momentum_buffers, double lr, double momentum, double dampening, double weight_decay,
-         double grad_multiplier, bool nesterov, bool first_step, int threads) {
-        py::gil_scoped_release release;
-        sgd(lists_of(params, grads, old_params, momentum_buffers),
-            {{lr, momentum, dampening, weight_decay, grad_multiplier}, nesterov, first_step, false}, threads);
-      },
-      py::kw_only(), arg("params"), arg("grads"), arg("old_params"), arg("momentum_buffers"), arg("lr"), arg("momentum"), arg("dampening"),
-      arg("weight_decay"), arg("grad_multiplier"), arg("nesterov"), arg("first_step"), arg("threads"));
-
+      "sgd", [](const py::object& op, const py::dict& lists, int threads) { sgd_rows({op, lists}, threads); }, arg("op"), arg("lists"),
+      arg("threads"));
   module.def(
-      "adamw",
-      [](List params, List grads, List old_params, List exp_avgs, List exp_avg_sqs, const std::vector<double>& steps, double lr,
-         double beta1, double beta2, double eps, double weight_decay, double grad_multiplier, bool decoupled, int threads) {
-        py::gil_scoped_release release;
-        adamw(lists_of(params, grads, old_params, exp_avgs, exp_avg_sqs),
-              {{lr, beta1, beta2, eps, weight_decay, grad_multiplier}, decoupled, false}, steps, threads);
-      },
-      py::kw_only(), arg("params"), arg("grads"), arg("old_params"), arg("exp_avgs"), arg("exp_avg_sqs"), arg("steps"), arg("lr"),
-      arg("beta1"), arg("beta2"), arg("eps"), arg("weight_decay"), arg("grad_multiplier"), arg("decoupled"), arg("threads"));
+      "adamw", [](const py::object& op, const py::dict& lists, int threads) { adamw_rows({op, lists}, threads); }, arg("op"), arg("lists"),
+      arg("threads"));
 
   module.def("linear_square_norms", &linear, arg("tensors"), arg("groups"), arg("tokens"), arg("in_features"), arg("out_features"),
              arg("gram"), arg("with_bias"), arg("threads"));

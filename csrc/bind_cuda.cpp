@@ -8,9 +8,9 @@
 #include <string>
 #include <tuple>
 #include <utility>
-#include <variant>
 #include <vector>
 
+#include "bind_cuda_operations.h"
 #include "common/dlpack.h"
 #include "cuda/config.h"
 #include "cuda/operations.h"
@@ -32,79 +32,8 @@ constexpr int32_t kDeviceType = dlpack::kCuda;
 constexpr const char* kArchitectures = SAM_CUDA_ARCHITECTURES;
 #endif
 
-using List = const PyTensorList*;
-// A number, or (address, whether it is float64) of one on the device.
-using Number = std::variant<double, std::pair<uintptr_t, bool>>;
-using OptionalNumber = std::optional<Number>;
-
-Scalar scalar_of(const OptionalNumber& number, double otherwise = 0.0) {
-  if (!number) return {otherwise};
-  if (const double* value = std::get_if<double>(&*number)) return {*value};
-  const auto& [address, is_double] = std::get<std::pair<uintptr_t, bool>>(*number);
-  return {0.0, reinterpret_cast<const void*>(address), is_double};
-}
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-void* stream_of(uintptr_t stream) { return pointer<void>(stream); }
-
-// The place of an operation on the list's device, made the current one; other threads may run while the launch waits for room.
-struct Launch {
-  Launch(const char* op, List list, uintptr_t stream) : place{op, list->device, stream_of(stream)}, guard(place) {}
-
-  Place place;
-  py::gil_scoped_release release;
-  DeviceGuard guard;
-};
-
-Multiplier multiplier_of(const OptionalNumber& norm, const OptionalNumber& grad_scale, std::optional<double> max_norm, bool maximize) {
-  return {scalar_of(norm), scalar_of(grad_scale, 1.0), max_norm.value_or(-1.0), maximize};
-}
-
-uint32_t low(uint64_t seed) { return static_cast<uint32_t>(seed); }
-uint32_t high(uint64_t seed) { return static_cast<uint32_t>(seed >> 32); }
-
-// The first of each row's partial sums, and how many there are.
-std::pair<std::vector<uint32_t>, uint32_t> first_sums(List list, const std::vector<int64_t>* slice_sizes = nullptr) {
-  std::vector<uint32_t> firsts = chunk_counts(list->numels, slice_sizes);
-  uint32_t total = 0;
-  for (uint32_t& first : firsts) {
-    const uint32_t count = first;
-    first = total;
-    total += count;
-  }
-  return {std::move(firsts), total};
-}
-
-// The sums of each group of consecutive rows. group_sizes: (M,) rows.
-std::vector<uint32_t> bounds_of(const std::vector<uint32_t>& firsts, uint32_t total, const std::vector<std::size_t>& group_sizes) {
-  std::vector<uint32_t> bounds = {0};
-  std::size_t row = 0;
-  for (const std::size_t size : group_sizes) {
-    row += size;
-    if (row > firsts.size()) throw std::invalid_argument("groups of more rows than there are");
-    bounds.push_back(row == firsts.size() ? total : firsts[row]);
-  }
-  return bounds;
-}
-
-// One norm is finished by the launch that makes its sums, several by one of their own.
-FinishOptions finish_of(uintptr_t sums, uintptr_t norms, bool is_double, uintptr_t found_inf, uintptr_t skipped,
-                        const std::vector<uint32_t>& bounds, const Place& place) {
-  uint32_t* counter = bounds.size() == 2 ? counter_of(place) : nullptr;
-  return {pointer<double>(sums),   pointer<void>(norms), is_double, pointer<float>(found_inf),
-          pointer<float>(skipped), bounds.back(),        counter};
-}
-
-void expect(bool holds, const char* what) {
-  if (!holds) throw std::invalid_argument(what);
-}
-
 // tensors: norms, weights, of one dtype.
-GibbsOptions gibbs_of(List tensors, const Number& beta) {
+GibbsOptions gibbs_of(List tensors, const py::object& beta) {
   const std::vector<Operand>& operands = tensors->operands;
   expect(operands.size() >= 2 && tensors->non_contiguous.empty() && tensors->numels[0] > 0, "norms and weights, contiguous");
   const bool is_double = operands[0].dtype == DType::kFloat64;
@@ -197,168 +126,60 @@ PYBIND11_MODULE(SAM_CUDA_MODULE, module) {
       },
       arg("list"), arg("slice_sizes") = std::nullopt);
 
-  module.def(
-      "grad_norms",
-      [](List grads, List params, const std::vector<std::size_t>& group_sizes, bool adaptive, double eta, uintptr_t sums, uintptr_t norms,
-         bool is_double, uintptr_t found_inf, uintptr_t skipped, uintptr_t stream) {
-        const auto [firsts, total] = first_sums(grads);
-        const auto bounds = bounds_of(firsts, total, group_sizes);
-        const Launch launch("grad_norms", grads, stream);
-        const auto finish = finish_of(sums, norms, is_double, found_inf, skipped, bounds, launch.place);
-        if (!sum_squares({{grads, params}, &firsts}, {eta, adaptive, pointer<double>(sums), finish}, launch.place)) {
-          finish_norms(finish, bounds, launch.place);
-        }
-      },
-      py::kw_only(), arg("grads"), arg("params"), arg("group_sizes"), arg("adaptive"), arg("eta"), arg("sums"), arg("norms"),
-      arg("is_double"), arg("found_inf"), arg("skipped"), arg("stream"));
-
-  module.def(
-      "direction_norm",
-      [](List grads, List ema, List params, bool adaptive, bool friendly, bool first_step, double eta, const OptionalNumber& grad_scale,
-         double decay, double gain, double sigma, uintptr_t sums, uintptr_t norm, uintptr_t stream) {
-        const auto [firsts, total] = first_sums(grads);
-        const auto bounds = bounds_of(firsts, total, {firsts.size()});
-        const Launch launch("direction_norm_", grads, stream);
-        const auto finish = finish_of(sums, norm, true, 0, 0, bounds, launch.place);
-        const DirectionOptions options{scalar_of(grad_scale, 1.0), decay, gain, sigma, eta, adaptive, friendly, first_step,
-                                       pointer<double>(sums),      finish};
-        if (!sum_direction({{grads, ema, params}, &firsts}, options, launch.place)) finish_norms(finish, bounds, launch.place);
-      },
-      py::kw_only(), arg("grads"), arg("ema"), arg("params"), arg("adaptive"), arg("friendly"), arg("first_step"), arg("eta"),
-      arg("grad_scale"), arg("decay"), arg("gain"), arg("sigma"), arg("sums"), arg("norm"), arg("stream"));
-
-  // sums: the address of as many times three float64 as count_sums says. dots: of three.
-  module.def(
-      "grad_dots",
-      [](List lefts, List rights, List origins, uintptr_t sums, uintptr_t dots, uintptr_t found_inf, uintptr_t stream) {
-        const auto [firsts, total] = first_sums(lefts);
-        const Launch launch("grad_dots", lefts, stream);
-        const FinishDotsOptions finish{pointer<Dots>(sums), total, pointer<Dots>(dots), pointer<float>(found_inf),
-                                       counter_of(launch.place)};
-        if (!sum_dots({{lefts, rights, origins}, &firsts}, {pointer<Dots>(sums), finish}, launch.place)) finish_dots(finish, launch.place);
-      },
-      py::kw_only(), arg("lefts"), arg("rights"), arg("origins"), arg("sums"), arg("dots"), arg("found_inf"), arg("stream"));
-
-  // found_inf: the address of a float32, read first and set last.
-  module.def(
-      "combine",
-      [](List outs, List lefts, List rights, List origins, const Number& left_weight, const Number& right_weight,
-         const Number& origin_weight, uintptr_t sums, uintptr_t norm, bool is_double, uintptr_t found_inf, uintptr_t stream) {
-        const auto [firsts, total] = first_sums(outs);
-        const auto bounds = bounds_of(firsts, total, {firsts.size()});
-        const Scalar flag{0.0, pointer<void>(found_inf), false};
-        const Launch launch("combine_", outs, stream);
-        const auto finish = finish_of(sums, norm, is_double, found_inf, 0, bounds, launch.place);
-        const CombineOptions options{
-            scalar_of(left_weight), scalar_of(right_weight), scalar_of(origin_weight), flag, pointer<double>(sums), finish};
-        if (!combine({{outs, lefts, rights, origins}, &firsts}, options, launch.place)) finish_norms(finish, bounds, launch.place);
-      },
-      py::kw_only(), arg("outs"), arg("lefts"), arg("rights"), arg("origins"), arg("left_weight"), arg("right_weight"),
-      arg("origin_weight"), arg("sums"), arg("norm"), arg("is_double"), arg("found_inf"), arg("stream"));
-
+  // Operations over lists: op is a value of sam_kernels/operations, lists holds a TensorList a role. sums: the address of as many float64
+  // as count_sums says (of inner products three times as many), result: of what is made of them.
+  using Op = const py::object&;
+  using Given = const py::dict&;
+  const auto def_sums = [&](const char* name, auto function) {
+    module.def(
+        name,
+        [function](Op op, Given lists, uintptr_t sums, uintptr_t result, bool is_double, uintptr_t stream) {
+          function({op, lists}, {sums, result, is_double}, stream);
+        },
+        arg("op"), arg("lists"), arg("sums"), arg("result"), arg("is_double"), arg("stream"));
+  };
+  def_sums("grad_norms", [](const PyOperation& op, const Sums& memory, uintptr_t stream) { grad_norms(op, memory, stream); });
+  def_sums("direction_norm", [](const PyOperation& op, const Sums& memory, uintptr_t stream) { direction_norm(op, memory, stream); });
+  def_sums("grad_dots", [](const PyOperation& op, const Sums& memory, uintptr_t stream) { grad_dots(op, memory, stream); });
+  def_sums("combine", [](const PyOperation& op, const Sums& memory, uintptr_t stream) { combine_rows(op, memory, stream); });
   module.def(
       "centralize",
-      [](List grads, List params, const std::vector<int64_t>& slice_sizes, bool adaptive, double eta, uintptr_t sums, uintptr_t norm,
-         bool is_double, uintptr_t found_inf, uintptr_t stream) {
-        const auto [firsts, total] = first_sums(grads, &slice_sizes);
-        const auto bounds = bounds_of(firsts, total, {firsts.size()});
-        const Launch launch("centralize_", grads, stream);
-        const auto finish = finish_of(sums, norm, is_double, found_inf, 0, bounds, launch.place);
-        if (!centralize({{grads, params}, &firsts, &slice_sizes}, {eta, adaptive, pointer<double>(sums), finish}, launch.place)) {
-          finish_norms(finish, bounds, launch.place);
-        }
+      [](Op op, Given lists, const std::vector<int64_t>& slice_sizes, uintptr_t sums, uintptr_t result, bool is_double, uintptr_t stream) {
+        centralize_rows({op, lists}, slice_sizes, {sums, result, is_double}, stream);
       },
-      py::kw_only(), arg("grads"), arg("params"), arg("slice_sizes"), arg("adaptive"), arg("eta"), arg("sums"), arg("norm"),
-      arg("is_double"), arg("found_inf"), arg("stream"));
-
+      arg("op"), arg("lists"), arg("slice_sizes"), arg("sums"), arg("result"), arg("is_double"), arg("stream"));
   module.def(
       "check_finite",
-      [](List grads, uintptr_t found_inf, uintptr_t stream) {
+      [](Op value, Given given, uintptr_t stream) {
+        const PyOperation op(value, given);
+        const List grads = op.list("grads");
+        const CheckOptions options{.found_inf = flag_address(op, "found_inf")};
         const Launch launch("check_finite_", grads, stream);
-        check_finite({{grads}}, {pointer<float>(found_inf)}, launch.place);
+        check_finite({{grads}}, options, launch.place);
       },
-      py::kw_only(), arg("grads"), arg("found_inf"), arg("stream"));
-
+      arg("op"), arg("lists"), arg("stream"));
   module.def(
-      "perturb",
-      [](List params, List grads, List old_params, List ema, const std::optional<std::vector<uint32_t>>& row_indices, const Number& norm,
-         const Number& rho, const Number& lambd, double eps, double eta, const OptionalNumber& grad_scale, const OptionalNumber& found_inf,
-         bool adaptive, bool from_old, double grad_weight, double ema_weight, std::optional<uint64_t> rounding_seed, uintptr_t stream) {
-        const PerturbOptions options{
-            scalar_of(norm), scalar_of(rho), scalar_of(lambd), scalar_of(grad_scale, 1.0), scalar_of(found_inf), eps, eta,
-            adaptive,        from_old};
-        const Launch launch("perturb_", params, stream);
-        if (ema == nullptr && !rounding_seed) {
-          perturb({{params, grads, old_params}}, options, launch.place);
-          return;
-        }
-        const uint64_t seed = rounding_seed.value_or(0);
-        perturb_variant({{params, grads, old_params, ema}, row_indices ? &*row_indices : nullptr},
-                        {options, grad_weight, ema_weight, rounding_seed.has_value(), low(seed), high(seed)}, launch.place);
-      },
-      py::kw_only(), arg("params"), arg("grads"), arg("old_params"), arg("ema"), arg("row_indices"), arg("norm"), arg("rho"), arg("lambd"),
-      arg("eps"), arg("eta"), arg("grad_scale"), arg("found_inf"), arg("adaptive"), arg("from_old"), arg("grad_weight"), arg("ema_weight"),
-      arg("rounding_seed"), arg("stream"));
-
+      "perturb", [](Op op, Given lists, Op indices, uintptr_t stream) { perturb_rows({op, lists}, indices, stream); }, arg("op"),
+      arg("lists"), arg("indices"), arg("stream"));
   module.def(
       "random_perturb",
-      [](List params, List old_params, const std::vector<uint32_t>& row_indices, uint64_t seed, const Number& scale, bool normal,
-         bool from_old, uintptr_t stream) {
-        const Launch launch("random_perturb_", params, stream);
-        random_perturb({{params, old_params}, &row_indices}, {scalar_of(scale), low(seed), high(seed), normal, from_old}, launch.place);
-      },
-      py::kw_only(), arg("params"), arg("old_params"), arg("row_indices"), arg("seed"), arg("scale"), arg("normal"), arg("from_old"),
-      arg("stream"));
-
+      [](Op op, Given lists, const std::vector<uint32_t>& indices, uintptr_t stream) { random_perturb_rows({op, lists}, indices, stream); },
+      arg("op"), arg("lists"), arg("indices"), arg("stream"));
   module.def(
       "copy",
       [](List destination, List source, uintptr_t stream) {
         const Launch launch("restore_", destination, stream);
         copy({{destination, source}}, {}, launch.place);
       },
-      py::kw_only(), arg("destination"), arg("source"), arg("stream"));
-
+      arg("destination"), arg("source"), arg("stream"));
+  module.def("sgd", [](Op op, Given lists, uintptr_t stream) { sgd_rows({op, lists}, stream); }, arg("op"), arg("lists"), arg("stream"));
   module.def(
-      "sgd",
-      [](List params, List grads, List old_params, List momentum_buffers, const Number& lr, double momentum, double dampening,
-         double weight_decay, bool nesterov, bool maximize, bool first_step, const OptionalNumber& grad_scale,
-         const OptionalNumber& found_inf, const OptionalNumber& norm, std::optional<double> max_norm, uintptr_t stream) {
-        const Launch launch("sgd_step_", params, stream);
-        sgd({{params, grads, old_params, momentum_buffers}},
-            {scalar_of(lr), scalar_of(found_inf), multiplier_of(norm, grad_scale, max_norm, maximize), momentum, dampening, weight_decay,
-             nesterov, first_step},
-            launch.place);
-      },
-      py::kw_only(), arg("params"), arg("grads"), arg("old_params"), arg("momentum_buffers"), arg("lr"), arg("momentum"), arg("dampening"),
-      arg("weight_decay"), arg("nesterov"), arg("maximize"), arg("first_step"), arg("grad_scale"), arg("found_inf"), arg("norm"),
-      arg("max_norm"), arg("stream"));
-
-  // corrections: the address of (n, 2) float64. state_steps: float32, advanced here.
-  module.def(
-      "adamw",
-      [](List params, List grads, List old_params, List exp_avgs, List exp_avg_sqs, List state_steps, uintptr_t corrections,
-         const Number& lr, double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool maximize,
-         const OptionalNumber& grad_scale, const OptionalNumber& found_inf, const OptionalNumber& norm, std::optional<double> max_norm,
-         uintptr_t stream) {
-        if (state_steps->operands.size() != params->operands.size()) throw std::invalid_argument("one step counter a tensor");
-        if (!state_steps->only_float32) throw py::type_error("step counters must be float32");
-        const RowLists<kAdamRoles> lists{{params, grads, old_params, exp_avgs, exp_avg_sqs}};
-        const Launch launch("adamw_step_", params, stream);
-        lists.check();
-        advance({{state_steps}}, {scalar_of(lr), scalar_of(norm), scalar_of(found_inf), beta1, beta2, pointer<double>(corrections)},
-                launch.place);
-        adamw(lists,
-              {scalar_of(lr), scalar_of(found_inf), multiplier_of(norm, grad_scale, max_norm, maximize), beta1, beta2, eps, weight_decay,
-               decoupled, pointer<double>(corrections)},
-              launch.place);
-      },
-      py::kw_only(), arg("params"), arg("grads"), arg("old_params"), arg("exp_avgs"), arg("exp_avg_sqs"), arg("state_steps"),
-      arg("corrections"), arg("lr"), arg("beta1"), arg("beta2"), arg("eps"), arg("weight_decay"), arg("decoupled"), arg("maximize"),
-      arg("grad_scale"), arg("found_inf"), arg("norm"), arg("max_norm"), arg("stream"));
+      "adamw", [](Op op, Given lists, uintptr_t corrections, uintptr_t stream) { adamw_rows({op, lists}, corrections, stream); }, arg("op"),
+      arg("lists"), arg("corrections"), arg("stream"));
 
   module.def(
       "sharpness_weights",
-      [](List tensors, const Number& beta, uintptr_t stream) {
+      [](List tensors, const py::object& beta, uintptr_t stream) {
         const GibbsOptions options = gibbs_of(tensors, beta);
         expect(tensors->numels[1] == options.count, "weights: size");
         const Launch launch("sharpness_weights", tensors, stream);
@@ -369,7 +190,7 @@ PYBIND11_MODULE(SAM_CUDA_MODULE, module) {
   // tensors: norms, weights and the int64 indices under the name of float64, the only ones of 64 bits that a list knows.
   module.def(
       "sharpness_sample",
-      [](List tensors, const Number& beta, bool replacement, uint64_t seed, uintptr_t stream) {
+      [](List tensors, const py::object& beta, bool replacement, uint64_t seed, uintptr_t stream) {
         const GibbsOptions gibbs = gibbs_of(tensors, beta);
         expect(tensors->operands.size() == 3 && tensors->operands[2].dtype == DType::kFloat64, "indices: of 64 bits");
         const int64_t draws = tensors->numels[2];

@@ -17,14 +17,14 @@ from cuda_toolkit import Toolkit, architectures, code_options, host_compiler_opt
 
 ROOT = Path(__file__).resolve().parents[1]
 BINDING = {"_cpu": "bind_cpu", "_cuda": "bind_cuda", "_cuda_on_host": "bind_cuda"}  # each module's own source
-SHARED = ["tensor_list"]  # in every module, compiled once
+SHARED = ["operation", "tensor_list"]  # in every module, compiled once
 ENGINE = ["cpu/engine", "cpu/per_sample", "cpu/sharpness", "cpu/dispatch"]  # compiled once, for the oldest processor
 # csrc/cpu/<op>.cpp, compiled once per instruction set; the slowest to compile first
 CHUNK_KERNELS = ["adamw", "sgd", "perturb_variant", "direction", "combine", "centralize", "grad_dots", "random", "perturb", "norm"]
 # The same, with fused multiply-adds where the instruction set has them: their bits differ between instruction sets.
 MATRIX_KERNELS = ["direct", "gram", "dots", "affine", "rows"]
 # No fast-math: only what does not change a result (errno and traps are not results). No contraction: see csrc/common/formulas.h.
-CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math"
+CXX_FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math"
 CXX_FLAGS += " -Wall -Wextra -Wno-psabi"
 INSTRUCTION_SETS = {"baseline": ""}
 FUSED: dict[str, str] = {}

@@ -194,6 +194,14 @@ void PyTensorList::read(const py::list& tensors) {
   for (const py::handle tensor : tensors) append(tensor.ptr());
 }
 
+Operand scalar_operand(py::handle tensor) {
+  const View view = view_of(tensor.ptr());
+  if (view.device_type != registry().device_type) throw py::type_error("a number on another type of device than the kernels'");
+  if (view.data == nullptr || view.numel != 1) throw py::type_error("a " + std::string(Py_TYPE(tensor.ptr())->tp_name) + " has no memory");
+  if (view.dtype != DType::kFloat32 && view.dtype != DType::kFloat64) throw_no_kernel(tensor.ptr());
+  return {view.data, view.dtype};
+}
+
 void PyTensorList::reserve(std::size_t count) {
   objects.reserve(count);
   operands.reserve(count);

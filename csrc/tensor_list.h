@@ -19,6 +19,9 @@ void bind_any_tensor_list(pybind11::module_& module);
 
 constexpr int32_t kAnyDevice = 0;
 
+// The memory of a tensor of one element, float32 or float64, on the module's type of device. Throws TypeError for any other.
+Operand scalar_operand(pybind11::handle tensor);
+
 // The tensors' pointers, sizes and dtypes as they are now. Holds no reference: whoever keeps it keeps the tensors.
 struct PyTensorList : TensorList {
   std::vector<const PyObject*> objects;  // (n,) which tensors they were; only compared

@@ -20,6 +20,7 @@ class Backend:
     """One backend for one type of device.
 
     Attributes:
+        name: that of its module within ``sam_kernels.backends``.
         operations: by class of operation, the function that makes it.
         trust: (tensors, like=None) -> a :class:`TensorList` of these tensors if every row is dense and in the memory order of ``like``'s
             (default: its own), None elsewhere.
@@ -35,6 +36,7 @@ class Backend:
         reason_missing: why it cannot run here; None where it can.
     """
 
+    name: str
     operations: Mapping[type[Operation], Callable[[Any, Operands], Any]]
     trust: Callable[..., TensorList | None]
     current_grads: Callable[[TensorList, list[Tensor]], TensorList | None]

@@ -47,8 +47,11 @@ INCLUDES = {
     "common": ("common/",),
     "cpu": ("cpu/", "common/", "immintrin.h", "arm_neon.h"),
     "cuda": ("cuda/", "common/", "cuda_"),
-    "bind_cpu.cpp": ("cpu/", "common/", "tensor_list.h", "pybind11/"),
-    "bind_cuda.cpp": ("cuda/", "common/", "tensor_list.h", "pybind11/", "cuda_runtime_api.h"),
+    "bind_cpu.cpp": ("cpu/", "common/", "operation.h", "tensor_list.h", "pybind11/"),
+    "bind_cuda.cpp": ("cuda/", "common/", "bind_cuda_operations.h", "tensor_list.h", "pybind11/", "cuda_runtime_api.h"),
+    "bind_cuda_operations.h": ("cuda/", "operation.h", "tensor_list.h", "pybind11/"),
+    "operation.cpp": ("operation.h", "pybind11/"),
+    "operation.h": ("tensor_list.h", "pybind11/"),
     "tensor_list.cpp": ("common/", "tensor_list.h", "pybind11/"),
     "tensor_list.h": ("common/", "pybind11/"),
 }

@@ -24,7 +24,7 @@ class GradNorms(Operation):
     name: ClassVar[str] = "grad_norms"
     roles: ClassVar = {"grads": Access.READ, "params": Access.READ}
     scalars: ClassVar = ("found_inf", "skipped", "out")
-    reports: ClassVar = ("found_inf", "skipped", "out")
+    reports: ClassVar = ("found_inf", "skipped")
 
     group_sizes: Sequence[int]  # rows
     adaptive: bool = False

@@ -1,54 +1,40 @@
-"""Numbers and flags as the kernels take them."""
+"""Scalars as the kernels take them: those on a device stay there, where kernels read float32 and float64 and write flags in float32."""
 
 from __future__ import annotations
+
+import dataclasses
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["address", "flag_of", "number_of", "readable", "value_of", "write_back"]
+from sam_kernels.operations import Operation
 
-_Number = float | Tensor | None
-_READABLE = (torch.float32, torch.float64)
+__all__ = ["readable", "value_of", "write_back"]
 
-
-def readable(*numbers: _Number) -> tuple[_Number, ...]:
-    """The numbers as the CUDA kernels read them: a tensor that is neither float32 nor float64 in float32, which holds every value of the
-    narrower types. The caller keeps the result in a variable until after the launch; its memory is used again otherwise.
-    """
-    return tuple([n.to(torch.float32) if isinstance(n, Tensor) and n.dtype not in _READABLE else n for n in numbers])
+_Op = TypeVar("_Op", bound=Operation)
 
 
-def number_of(number: _Number) -> float | tuple[int, bool] | None:
-    """A number as the CUDA kernels take it: by value, or the address of one on the device and whether it is float64.
+def readable(op: _Op) -> _Op:
+    """``op`` with scalars that the CUDA kernels can read, and flags that they can write. The caller keeps the result until after the
+    launch: memory of a tensor that was converted is used again otherwise."""
+    converted: dict[str, Tensor] = {}
+    for name in (*op.numbers, *op.scalars):
+        value = getattr(op, name)
+        if isinstance(value, Tensor) and value.dtype is not torch.float32 and (value.dtype is not torch.float64 or name in op.reports):
+            converted[name] = value.to(torch.float32)
+    return dataclasses.replace(op, **converted) if converted else op
 
-    Of a tensor that :func:`readable` has made, or that is float32 or float64 by contract.
-    """
-    if not isinstance(number, Tensor):
-        return number
-    assert number.dtype in _READABLE, f"a {number.dtype} number has no kernel"
-    return address(number), number.dtype is torch.float64
+
+def write_back(op: Operation, used: Operation) -> None:
+    """What the kernels have written to flags that :func:`readable` had to convert."""
+    if used is op:
+        return
+    for name in op.reports:
+        if getattr(used, name) is not getattr(op, name):
+            getattr(op, name).copy_(getattr(used, name))
 
 
 def value_of(number: float | Tensor) -> float:
     """A number as the CPU kernels take it."""
     return number.item() if isinstance(number, Tensor) else number
-
-
-def flag_of(flag: Tensor | None) -> Tensor | None:
-    """A flag that kernels may write: in float32."""
-    return flag if flag is None or flag.dtype is torch.float32 else flag.to(torch.float32)
-
-
-def write_back(flag: Tensor | None, used: Tensor | None) -> None:
-    if flag is not None and used is not None and flag is not used:
-        flag.copy_(used)
-
-
-def address(tensor: Tensor | None) -> int:
-    """Where a tensor of one element lies; 0 for None. Raises TypeError for a tensor without memory."""
-    if tensor is None:
-        return 0
-    pointer = tensor.data_ptr()
-    if pointer == 0:
-        raise TypeError(f"a {type(tensor).__name__} of shape {tuple(tensor.shape)} has no memory")
-    return pointer

@@ -1,4 +1,4 @@
-"""The compiled module of the CUDA kernels, and what its functions are given: lists as it knows them, streams, scratch."""
+"""The compiled module of the CUDA kernels, and what its functions are given: lists as it knows them, streams, memory for sums."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ __all__ = ["_cuda", "_lists", "_stream", "_sums"]
 _lists = Lists(_cuda)
 
 
-def _stream(tensor: Tensor) -> int:
-    return 0 if CUDA_ON_HOST else torch.cuda.current_stream(tensor.device).cuda_stream
+def _stream(device: torch.device) -> int:
+    return 0 if CUDA_ON_HOST else torch.cuda.current_stream(device).cuda_stream
 
 
-def _sums(described: Any, like: Tensor, *, slice_sizes: Sequence[int] | None = None, of_chunk: int = 1) -> Tensor:
-    """(chunks * of_chunk,) float64, scratch for partial sums. Made anew each time: steps on several streams must not share it."""
-    return torch.empty(_cuda.count_sums(described, slice_sizes) * of_chunk, dtype=torch.float64, device=like.device)
+def _sums(described: Any, device: torch.device, *, slice_sizes: Sequence[int] | None = None, of_chunk: int = 1) -> Tensor:
+    """(chunks * of_chunk,) float64, for partial sums. Made anew each time: steps on several streams must not share it."""
+    return torch.empty(_cuda.count_sums(described, slice_sizes) * of_chunk, dtype=torch.float64, device=device)

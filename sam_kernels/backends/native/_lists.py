@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,10 +27,8 @@ class Lists:
         self._make = module.TensorList
         self._key: str = module.__name__
 
-    def describe(self, tensors: Sequence[Tensor] | None) -> Any:
+    def describe(self, tensors: Sequence[Tensor]) -> Any:
         """The C++ side's description of a list, kept with the list where it can be."""
-        if tensors is None:
-            return None
         if not isinstance(tensors, TensorList):
             return self._make(list(tensors))
         described = tensors.descriptions.get(self._key)
@@ -38,7 +36,11 @@ class Lists:
             described = tensors.descriptions[self._key] = self._make(tensors)
         return described
 
-    def vouch(self, tensors: Sequence[Tensor], like: TensorList | None = None) -> TensorList | None:
+    def describe_all(self, lists: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:
+        """:meth:`describe`, by role."""
+        return {role: self.describe(tensors) for role, tensors in lists.items()}
+
+    def trust(self, tensors: Sequence[Tensor], like: TensorList | None = None) -> TensorList | None:
         """A :class:`TensorList` of these tensors if every row is dense and in the memory order of ``like``'s (default: its own), else None.
 
         For owners who already know that layouts, devices and shapes agree: costs a third of a microsecond a tensor.
@@ -49,9 +51,9 @@ class Lists:
             described = self._make(list(tensors))
         except (RuntimeError, TypeError):  # a sparse tensor, a dtype without kernels: the caller's checks have the words for it
             return None
-        return self._vouched(tensors, described, like)
+        return self._trusted(tensors, described, like)
 
-    def _vouched(self, tensors: Sequence[Tensor], described: Any, like: TensorList | None) -> TensorList | None:
+    def _trusted(self, tensors: Sequence[Tensor], described: Any, like: TensorList | None) -> TensorList | None:
         odd = described.non_contiguous
         if like is None:
             dense = all(is_dense_row([tensors[i]]) for i in odd)
@@ -66,7 +68,7 @@ class Lists:
         return result
 
     def current_grads(self, known: TensorList, params: list[Tensor]) -> TensorList | None:
-        """The gradients of ``params``, vouched for; None unless these are ``known``'s tensors, unmoved, each with an ordinary gradient."""
+        """The gradients of ``params``, trusted; None unless these are ``known``'s tensors, unmoved, each with an ordinary gradient."""
         try:
             found = self.describe(known).current_grads(params)
         except (RuntimeError, TypeError):
@@ -74,7 +76,7 @@ class Lists:
         if found is None:
             return None
         grads, described = found
-        return self._vouched(grads, described, known)
+        return self._trusted(grads, described, known)
 
     def is_current(self, known: TensorList, tensors: list[Tensor]) -> bool:
         """Whether ``tensors`` are those of ``known``, still where they lay when it was made."""
