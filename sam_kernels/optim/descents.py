@@ -17,11 +17,11 @@ from torch.optim import Optimizer
 
 from sam_kernels import functional
 from sam_kernels._validate import check_count, check_flag, check_number, describe
-from sam_kernels.optim._capturable import is_recording, not_recordable
-from sam_kernels.optim._group import Current
-from sam_kernels.optim._kept_grads import KeptGrads
-from sam_kernels.optim._options import store_plain
-from sam_kernels.optim._passes import Passes
+from sam_kernels.optim._base.options import store_plain
+from sam_kernels.optim._engine.capturable import is_recording, not_recordable
+from sam_kernels.optim._engine.kept_grads import KeptGrads
+from sam_kernels.optim._engine.lists import Current
+from sam_kernels.optim._engine.passes import Passes
 
 __all__ = ["NOTHING", "Descent", "DescentStep", "Look", "Outcome", "Plain", "Polyak", "SurrogateGap", "WeightedSharpness"]
 

@@ -16,10 +16,10 @@ from torch.optim import Optimizer
 from sam_kernels import functional
 from sam_kernels._tensor_list import TensorList
 from sam_kernels._validate import check_number, check_seed
-from sam_kernels.optim._ascent_step import AscentStep
-from sam_kernels.optim._group import Current
-from sam_kernels.optim._options import store_plain
-from sam_kernels.optim._seeds import derived_seed
+from sam_kernels.optim._base.options import store_plain
+from sam_kernels.optim._engine.ascent_step import AscentStep
+from sam_kernels.optim._engine.lists import Current
+from sam_kernels.optim._reweighted.seeds import derived_seed
 
 __all__ = ["Centralized", "Direction", "Extragradient", "Friendly", "Gradient", "Momentum", "Randomized", "VarianceSuppressed"]
 
@@ -28,7 +28,7 @@ class Direction:
     """The gradient, d = g, unless a subclass says otherwise. Memory: none.
 
     A subclass overrides :meth:`norm`, and :meth:`perturb_options` or :meth:`currents` where d is not the gradient. All it may use is the
-    :class:`~sam_kernels.optim._ascent_step.AscentStep` that it is given; beginning and skipping steps is the optimizer's.
+    :class:`~sam_kernels.optim._engine.ascent_step.AscentStep` that it is given; beginning and skipping steps is the optimizer's.
     """
 
     name: ClassVar[str] = "gradient"

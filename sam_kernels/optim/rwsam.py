@@ -14,16 +14,16 @@ from torch.optim import Optimizer
 
 from sam_kernels import functional
 from sam_kernels._validate import describe
-from sam_kernels.optim import _amp, _capturable
-from sam_kernels.optim._closures import Closure, TwoPasses, passes_of
-from sam_kernels.optim._directional import DirectionalNorms
-from sam_kernels.optim._family import check_weighted
-from sam_kernels.optim._group import param_name
-from sam_kernels.optim._held_still import RandomState
-from sam_kernels.optim._plan import StepPlan
-from sam_kernels.optim._replicas import check_weights_within_the_rank
-from sam_kernels.optim._reweighting import Reweighting, check_modules, chosen_modules
-from sam_kernels.optim._seeds import derived_seed
+from sam_kernels.optim._batches.closures import Closure, TwoPasses, passes_of
+from sam_kernels.optim._compatibility import check_weighted
+from sam_kernels.optim._engine import amp, capturable
+from sam_kernels.optim._engine.lists import param_name
+from sam_kernels.optim._engine.plan import StepPlan
+from sam_kernels.optim._engine.replay import RandomState
+from sam_kernels.optim._replicas.replicas import check_weights_within_the_rank
+from sam_kernels.optim._reweighted.directional import DirectionalNorms
+from sam_kernels.optim._reweighted.reweighting import Reweighting, check_modules, chosen_modules
+from sam_kernels.optim._reweighted.seeds import derived_seed
 from sam_kernels.optim.sam import SAM
 from sam_kernels.per_sample import GradNorms
 from sam_kernels.schedules._at_step import Schedule
@@ -176,8 +176,8 @@ class RWSAM(SAM):
         Raises:
             TypeError, ValueError: as :meth:`SAM.step`; for losses that are not (B,) or whose number m does not divide.
         """
-        with _amp.forgetting_the_scaler(self):
-            scaler = _amp.check_scaler(grad_scaler)
+        with amp.forgetting_the_scaler(self):
+            scaler = amp.check_scaler(grad_scaler)
             pairs = passes_of(closure, batch, micro_batches, None)
             if pairs is None:
                 return self._finish(scaler)
@@ -191,7 +191,7 @@ class RWSAM(SAM):
 
         Adds ∇ mean_i f_i at the perturbed point to ``.grad``; the ascent is reweighted. Returns the mean of the losses of the first pass.
         """
-        scaler = _amp.check_scaler(grad_scaler)
+        scaler = amp.check_scaler(grad_scaler)
         if not callable(closure):
             raise TypeError(f"RWSAM.backward: closure must be a callable, got {describe(closure)}")
         made = self._calls_made()
@@ -237,7 +237,7 @@ class RWSAM(SAM):
         self._norms, self._weights = [], []
         self.zero_grad()
         with torch.enable_grad(), self._replicas.without_averaging():
-            self._backward(self._differentiable(losses), plan, self._replicas.index_of(0, 1), _amp.check_scaler(grad_scaler))
+            self._backward(self._differentiable(losses), plan, self._replicas.index_of(0, 1), amp.check_scaler(grad_scaler))
 
     def _ascent(self, closure: Closure, index: int, scaler: GradScaler | None, zeroes: bool) -> Tensor:
         """Leaves v (scaled) in ``.grad``. Returns the mean loss."""
@@ -277,7 +277,7 @@ class RWSAM(SAM):
             torch.autograd.backward(_scaled(losses, scaler), each.to(losses.dtype))
         else:
             assert self._engine is not None
-            norms, scale = self._engine(_scaled(losses, scaler)), _amp.scale_of(scaler)
+            norms, scale = self._engine(_scaled(losses, scaler)), amp.scale_of(scaler)
             self._engine.weighted_grads_(self._weigh(norms if scale is None else norms / scale, plan, index))
 
     @torch.no_grad()
@@ -345,8 +345,8 @@ class RWSAM(SAM):
             other = group[key]
             if other is first:
                 continue
-            if isinstance(first, Tensor) and _capturable.is_recording(first.device):
-                raise _capturable.not_recordable("param_groups hold different tensors for beta, which only an eager step makes one")
+            if isinstance(first, Tensor) and capturable.is_recording(first.device):
+                raise capturable.not_recordable("param_groups hold different tensors for beta, which only an eager step makes one")
             if callable(other) or callable(first) or float(other) != float(first):
                 raise ValueError("RWSAM: param_groups have different values of beta; the weights of a batch are those of all parameters")
             group[key] = first
@@ -397,4 +397,4 @@ def _scaled(losses: Tensor, scaler: GradScaler | None) -> Tensor:
     return losses if scaler is None else scaler.scale(losses)
 
 
-_amp.hide_grad_scaler(RWSAM.step)
+amp.hide_grad_scaler(RWSAM.step)

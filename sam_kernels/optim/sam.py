@@ -12,16 +12,16 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from sam_kernels._validate import check_flag, check_number, describe, plain_number
-from sam_kernels.optim import _amp, _capturable
-from sam_kernels.optim._ascent_step import AscentStep
-from sam_kernels.optim._base import keys_given, make_base, materialised
-from sam_kernels.optim._closures import Closure, passes_of
-from sam_kernels.optim._engine import Engine
-from sam_kernels.optim._family import check_family
-from sam_kernels.optim._held_still import BufferGuard, RandomState
-from sam_kernels.optim._memory import ParamMemory
-from sam_kernels.optim._options import check_earlier_values, check_group_names, check_keywords, group_keys
-from sam_kernels.optim._replicas import Replicas
+from sam_kernels.optim._base.base import keys_given, make_base, materialised
+from sam_kernels.optim._base.options import check_earlier_values, check_group_names, check_keywords, group_keys
+from sam_kernels.optim._batches.closures import Closure, passes_of
+from sam_kernels.optim._compatibility import check_family
+from sam_kernels.optim._engine import amp, capturable
+from sam_kernels.optim._engine.ascent_step import AscentStep
+from sam_kernels.optim._engine.engine import Engine
+from sam_kernels.optim._engine.memory import ParamMemory
+from sam_kernels.optim._engine.replay import BufferGuard, RandomState
+from sam_kernels.optim._replicas.replicas import Replicas
 from sam_kernels.optim.descents import Descent, Plain
 from sam_kernels.optim.directions import Direction, Gradient
 from sam_kernels.schedules._at_step import RhoSchedule, Schedule
@@ -196,8 +196,8 @@ class SAM(Engine):
             TypeError, ValueError: before anything is called, for a closure that is none, for a batch without tensors or whose tensors have
                 no dimension 0, differ in its size or cannot be cut into equal pieces, for arguments that do not go together.
         """
-        with _amp.forgetting_the_scaler(self):
-            scaler = _amp.check_scaler(grad_scaler)
+        with amp.forgetting_the_scaler(self):
+            scaler = amp.check_scaler(grad_scaler)
             passes = passes_of(closure, batch, micro_batches, ascent_closure)
             return self._finish(scaler) if passes is None else self._make_step(passes, scaler)
 
@@ -233,7 +233,7 @@ class SAM(Engine):
                 the direction keeps an average (VaSSO, F-SAM).
             RuntimeError: between :meth:`first_step` and :meth:`second_step`; for a closure that computes no gradient.
         """
-        scaler = _amp.check_scaler(grad_scaler)
+        scaler = amp.check_scaler(grad_scaler)
         if not callable(closure):
             raise TypeError(f"SAM.backward: closure must be a callable, got {describe(closure)}")
         return cast(Loss, self._add_gradient(closure, closure, scaler))
@@ -266,14 +266,14 @@ class SAM(Engine):
         the gradient's own (VaSSO, F-SAM, RSAM) and for rules that keep the gradients (GSAM, WSAM); what SAM with λ = 1 ascends along does
         not depend on the scale. :class:`MomentumSAM` takes this step before the only forward and backward pass.
         """
-        scaler = _amp.check_scaler(grad_scaler)
+        scaler = amp.check_scaler(grad_scaler)
         if self.descent.needs_closure:
             raise RuntimeError(f"SAM.first_step: {type(self).__name__} needs step(closure): not every step has two passes")
         if self.direction.begins_elsewhere and not self._awaits_ascent:
             raise RuntimeError(f"SAM.first_step: {type(self).__name__} needs random_step() before the first forward pass, or step(closure)")
         if self.preserve_rng_state and self._random_state is None and not self.direction.needs_no_gradient:
             raise RuntimeError("SAM.first_step: preserve_rng_state=True needs record_rng_state() before the first forward pass")
-        _amp.check_unscaled(scaler, self)
+        amp.check_unscaled(scaler, self)
         if self._calls_made():
             raise RuntimeError("SAM.first_step: .grad holds what backward(closure) has added; call step(), or zero_grad() to drop it")
         if not self.direction.begins_elsewhere:
@@ -285,7 +285,7 @@ class SAM(Engine):
         step = AscentStep(self._passes, self._plan)
         try:
             self._replicas.check_first_pass()
-            self._ascend(step, None if self.direction.needs_no_gradient else _amp.scale_of(scaler), hand_over=zero_grad)
+            self._ascend(step, None if self.direction.needs_no_gradient else amp.scale_of(scaler), hand_over=zero_grad)
             self._passes.watch_weights()
         except BaseException:
             self._take_back()
@@ -297,7 +297,7 @@ class SAM(Engine):
             self._replayed_state, self._random_state = self._random_state, None
         if zero_grad:
             self.zero_grad()
-        elif not (self.direction.needs_no_gradient or _capturable.is_recording(self._passes.found_inf.device)):
+        elif not (self.direction.needs_no_gradient or capturable.is_recording(self._passes.found_inf.device)):
             self._halves.begin(self.param_groups)
 
     def second_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None, loss: Any = None) -> None:
@@ -336,4 +336,4 @@ def _checked_norm(max_grad_norm: Any) -> float | None:
     return check_number("SAM", "max_grad_norm", max_grad_norm, low=0.0)
 
 
-_amp.hide_grad_scaler(SAM.step)
+amp.hide_grad_scaler(SAM.step)

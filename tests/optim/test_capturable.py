@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp
 
 import sam_kernels
-from sam_kernels.optim import _capturable, _descent, _passes
+from sam_kernels.optim._engine import capturable, passes, update
 from tests.optim.problem import BACKENDS, assert_same_bits, closure_of, loss_of, make_batch, make_model, twin, weights
 
 BASES = [
@@ -242,7 +242,7 @@ def test_tensors_are_put_on_the_device_of_the_parameters() -> None:
     device = torch.device("meta")
     lr, group = torch.tensor(0.1, device=device), {"params": [torch.empty(2, device=device)], "rho": 0.1, "lambd": torch.tensor(0.5)}
     group |= {"sam_step": 3, "lr": lr, "eta": 0.1}
-    _capturable.to_tensors(group, {name: name for name in ("rho", "lambd", "sam_step")})
+    capturable.to_tensors(group, {name: name for name in ("rho", "lambd", "sam_step")})
     assert {key: value.device for key, value in group.items() if isinstance(value, Tensor)} == dict.fromkeys(
         ("rho", "lambd", "sam_step", "lr"), device
     )
@@ -278,7 +278,7 @@ def start_recording(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """From the call on, as if a CUDA graph were recorded."""
 
     def start() -> None:
-        for module in (_capturable, _descent, _passes):
+        for module in (capturable, update, passes):
             monkeypatch.setattr(module, "is_recording", lambda device: True)
 
     return start

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import sam_kernels
-from sam_kernels.optim._closures import split_batch
+from sam_kernels.optim._batches.closures import split_batch
 
 B, PIECES = 6, 3
 X = torch.arange(12.0).reshape(B, 2)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import sam_kernels
-from sam_kernels.optim._kept_grads import KeptGrads
-from sam_kernels.optim._passes import Passes
+from sam_kernels.optim._engine.kept_grads import KeptGrads
+from sam_kernels.optim._engine.passes import Passes
 
 
 def _optimizer() -> tuple[list[torch.nn.Parameter], Passes, list[dict[str, object]]]:

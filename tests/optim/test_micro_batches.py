@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import sam_kernels
 from sam_kernels import functional
-from sam_kernels.optim import _ownership
+from sam_kernels.optim._engine import ownership
 from tests.optim.problem import (
     assert_same_bits,
     closure_of,
@@ -257,7 +257,7 @@ def test_who_has_a_gradient() -> None:
     def ours() -> bool:
         grads = [param.grad]
         param.grad = None
-        return _ownership.nobody_else_has(grads)[0]
+        return ownership.nobody_else_has(grads)[0]
 
     (param * 2).sum().backward()
     assert ours()

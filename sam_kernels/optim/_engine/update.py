@@ -15,8 +15,8 @@ from torch.optim import optimizer as torch_optimizer
 
 from sam_kernels import functional
 from sam_kernels._memory_of import is_fake
-from sam_kernels.optim._capturable import is_recording, not_recordable
-from sam_kernels.optim._group import GroupLists
+from sam_kernels.optim._engine.capturable import is_recording, not_recordable
+from sam_kernels.optim._engine.lists import GroupLists
 
 __all__ = ["can_fuse", "fused_step", "plain_step", "with_options"]
 

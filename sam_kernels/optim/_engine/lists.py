@@ -16,7 +16,7 @@ from sam_kernels import _dispatch
 from sam_kernels._memory_of import is_fake, why_no_memory
 from sam_kernels._tensor_list import TensorList
 from sam_kernels._validate import SUPPORTED_DTYPES
-from sam_kernels.optim._sharded import check_whole
+from sam_kernels.optim._base.sharded import check_whole
 
 __all__ = [
     "Backups",

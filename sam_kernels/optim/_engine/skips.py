@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sam_kernels.optim._capturable import is_recording
-from sam_kernels.optim._warn import warn_user
+from sam_kernels.optim._engine.capturable import is_recording
+from sam_kernels.optim._engine.warn import warn_user
 
 __all__ = ["SkipWatch"]
 

@@ -11,21 +11,21 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from sam_kernels._memory_of import why_no_memory
-from sam_kernels.optim import _amp, _capturable
-from sam_kernels.optim._ascent_step import AscentStep
-from sam_kernels.optim._closure_watch import ClosureWatch, HalvesWatch
-from sam_kernels.optim._closures import Closure, TwoPasses
-from sam_kernels.optim._family import check_gradient, check_passes
-from sam_kernels.optim._group import param_name
-from sam_kernels.optim._held_still import BufferGuard, RandomState
-from sam_kernels.optim._kept_grads import KeptGrads
-from sam_kernels.optim._micro_batches import mean_loss
-from sam_kernels.optim._oracle import OuterGrads, add_not_finite, still_not_finite
-from sam_kernels.optim._plan import StepPlan
-from sam_kernels.optim._replicas import Replicas, is_blank
-from sam_kernels.optim._skips import SkipWatch
-from sam_kernels.optim._warn import warn_user
-from sam_kernels.optim._wrapper import Wrapper
+from sam_kernels.optim._base.wrapper import Wrapper
+from sam_kernels.optim._batches.closures import Closure, TwoPasses
+from sam_kernels.optim._batches.micro_batches import mean_loss
+from sam_kernels.optim._compatibility import check_gradient, check_passes
+from sam_kernels.optim._engine import amp, capturable
+from sam_kernels.optim._engine.ascent_step import AscentStep
+from sam_kernels.optim._engine.closure_watch import ClosureWatch, HalvesWatch
+from sam_kernels.optim._engine.kept_grads import KeptGrads
+from sam_kernels.optim._engine.lists import param_name
+from sam_kernels.optim._engine.oracle import OuterGrads, add_not_finite, still_not_finite
+from sam_kernels.optim._engine.plan import StepPlan
+from sam_kernels.optim._engine.replay import BufferGuard, RandomState
+from sam_kernels.optim._engine.skips import SkipWatch
+from sam_kernels.optim._engine.warn import warn_user
+from sam_kernels.optim._replicas.replicas import Replicas, is_blank
 from sam_kernels.optim.descents import NOTHING, DescentStep
 
 __all__ = ["Engine"]
@@ -73,14 +73,14 @@ class Engine(Wrapper):
     def _prepare(self) -> torch.device:
         """The device of the step to come. Raises TypeError or RuntimeError where it cannot be made there."""
         device = self._device()
-        if _capturable.is_recording(device):
+        if capturable.is_recording(device):
             if not self.capturable:
-                raise _capturable.not_recordable("the optimizer was made without capturable=True: rho, lambd and t would be constants")
+                raise capturable.not_recordable("the optimizer was made without capturable=True: rho, lambd and t would be constants")
             if self.preserve_rng_state:
-                raise _capturable.not_recordable("preserve_rng_state=True reads the states of random generators, which waits")
+                raise capturable.not_recordable("preserve_rng_state=True reads the states of random generators, which waits")
         if self.capturable:
             for group in self.param_groups:
-                _capturable.to_tensors(group, self._keys)
+                capturable.to_tensors(group, self._keys)
         return device
 
     def _begin(self, *, counts: bool = True) -> StepPlan | None:
@@ -166,7 +166,7 @@ class Engine(Wrapper):
                     self._guard.restore()
                     self._passes.restore()
         norm = None if mean is None else mean.put(self.param_groups)
-        self._descend(_amp.scale_of(scaler), None, scaler, norm)
+        self._descend(amp.scale_of(scaler), None, scaler, norm)
         return losses[0] if len(losses) == 1 else mean_loss(losses)
 
     def _two_passes(self, step: AscentStep, ascent: Closure, descent: Closure, scaler: GradScaler | None) -> Any:
@@ -179,13 +179,13 @@ class Engine(Wrapper):
         self.direction.begin(step)
         with self._watch():
             loss = self._called(ascent)
-        self._ascend(step, _amp.scale_of(scaler), loss, hand_over=True)
+        self._ascend(step, amp.scale_of(scaler), loss, hand_over=True)
         with self._watch(), nullcontext() if random_state is None else random_state.replayed():
             self._called(descent)
         return loss
 
     def _watch(self) -> AbstractContextManager[Any]:
-        return nullcontext() if _capturable.is_recording(self._passes.found_inf.device) else ClosureWatch(self.param_groups)
+        return nullcontext() if capturable.is_recording(self._passes.found_inf.device) else ClosureWatch(self.param_groups)
 
     def _called(self, closure: Closure) -> Any:
         with torch.enable_grad():
@@ -229,15 +229,15 @@ class Engine(Wrapper):
                 with self._replicas.without_averaging():
                     loss = outer.called(lambda: self._called(ascent))
                 self._replicas.check_first_pass()
-                self._ascend(step, _amp.scale_of(scaler), loss, hand_over=True)
+                self._ascend(step, amp.scale_of(scaler), loss, hand_over=True)
             outer.before_second_pass()
             with nullcontext() if random_state is None else random_state.replayed():
                 second_loss = outer.called(lambda: self._called(descent))
-            self._kept_grads.check_scale(_amp.scale_of(scaler) is not None)
+            self._kept_grads.check_scale(amp.scale_of(scaler) is not None)
             if self.direction.rewrites_descent:
                 self.direction.descent_norm(step)
             if not self.descent.is_plain:
-                self.descent.rewrite(DescentStep(self._passes, groups, self._kept_grads, True, _amp.scale_of(scaler), self._loss))
+                self.descent.rewrite(DescentStep(self._passes, groups, self._kept_grads, True, amp.scale_of(scaler), self._loss))
             self._guard.restore()
             self._passes.restore()
             self._passes.forget_last_step()
@@ -279,13 +279,13 @@ class Engine(Wrapper):
             raise RuntimeError("SAM.step: call first_step after random_step, or give a closure")
         if self.descent.needs_loss and (is_sam or not is_blank(self.param_groups)):
             self.descent.check_loss(self._loss, self._passes.found_inf.device)
-        grad_scale = self.__dict__.get("grad_scale") if scaler is None else _amp.scale_of(scaler)  # GradScaler.step sets them
+        grad_scale = self.__dict__.get("grad_scale") if scaler is None else amp.scale_of(scaler)  # GradScaler.step sets them
         found_inf = self.__dict__.get("found_inf")
         found_inf = found_inf if isinstance(found_inf, Tensor) else None
         if is_sam:
             self._halves.check()
             self._passes.check_unwritten()
-            _amp.check_order(self._scale_is_known, grad_scale, found_inf)
+            amp.check_order(self._scale_is_known, grad_scale, found_inf)
             self._descend(grad_scale, found_inf, scaler)
             return
         has_gradient = self._gradients_made > 0
@@ -305,7 +305,7 @@ class Engine(Wrapper):
     def _warn_of_plain_steps(self) -> None:
         """Two steps in a row with nothing perturbed, where a radius is positive."""
         self._plain_steps += 1
-        if self._has_warned or self._plain_steps < 2 or _capturable.is_recording(self._passes.found_inf.device):
+        if self._has_warned or self._plain_steps < 2 or capturable.is_recording(self._passes.found_inf.device):
             return
         if not self._plan_ahead().ascends:
             return
@@ -366,7 +366,7 @@ class Engine(Wrapper):
             known_norm=known_norm if outcome.norm is None else outcome.norm,
             options=outcome.options,
             agree=self._replicas.agree if is_sam or not is_blank(self.param_groups) else None,
-            scaler_has_checked=outcome is NOTHING and not self.direction.rewrites_descent and _amp.has_just_checked(self),
+            scaler_has_checked=outcome is NOTHING and not self.direction.rewrites_descent and amp.has_just_checked(self),
             # Not momentum's direction before there is one, nor where another rank may have ascended: the base's step has other last bits.
             is_plain=outcome is NOTHING
             and not (is_gradient or self._replicas.ascends_locally or (has_ascended and self.direction.needs_no_gradient)),
@@ -379,7 +379,7 @@ class Engine(Wrapper):
         self._settle_random_state()
         self._random_state = None
         self._skips.after_step(self._passes.found_inf, self._passes.skipped)
-        _amp.report_step(scaler, self, self._passes.found_inf)
+        amp.report_step(scaler, self, self._passes.found_inf)
 
     def _settle_random_state(self) -> None:
         """The two-step API's: its second forward pass is over."""

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from sam_kernels._validate import describe
-from sam_kernels.optim._cut import cut_batch
+from sam_kernels.optim._batches.cut import cut_batch
 
 __all__ = ["Closure", "TwoPasses", "passes_of", "split_batch"]
 

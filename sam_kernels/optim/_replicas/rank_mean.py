@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam_kernels.optim._micro_batches import GradientMean
+from sam_kernels.optim._batches.micro_batches import GradientMean
 
 __all__ = ["RankMean"]
 

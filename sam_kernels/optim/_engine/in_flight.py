@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sam_kernels.optim._group import GroupLists, same_bits
+from sam_kernels.optim._engine.lists import GroupLists, same_bits
 
 __all__ = ["InFlight"]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sam_kernels._memory_of import ORDINARY_TYPES, is_fake
-from sam_kernels.optim._group import address_of, check_param, param_name
-from sam_kernels.optim._sharded import check_no_sharding_optimizer
+from sam_kernels.optim._base.sharded import check_no_sharding_optimizer
+from sam_kernels.optim._engine.lists import address_of, check_param, param_name
 
 __all__ = ["IdentityCheck"]
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from sam_kernels._validate import describe
-from sam_kernels.optim._closures import TwoPasses
+from sam_kernels.optim._batches.closures import TwoPasses
 from sam_kernels.optim.descents import Descent
 from sam_kernels.optim.directions import Direction
 

@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 
 from sam_kernels import functional
 from sam_kernels._validate import describe
-from sam_kernels.optim._group import Current, GroupLists
-from sam_kernels.optim._passes import Passes
-from sam_kernels.optim._plan import GroupPlan, StepPlan
+from sam_kernels.optim._engine.lists import Current, GroupLists
+from sam_kernels.optim._engine.passes import Passes
+from sam_kernels.optim._engine.plan import GroupPlan, StepPlan
 from sam_kernels.schedules._at_step import Step
 
 __all__ = ["AscentStep"]

@@ -11,10 +11,10 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sam_kernels._validate import check_flag
-from sam_kernels.optim._closures import Closure, TwoPasses
-from sam_kernels.optim._micro_batches import GradientMean
-from sam_kernels.optim._passes import Passes
-from sam_kernels.optim._rank_mean import RankMean
+from sam_kernels.optim._batches.closures import Closure, TwoPasses
+from sam_kernels.optim._batches.micro_batches import GradientMean
+from sam_kernels.optim._engine.passes import Passes
+from sam_kernels.optim._replicas.rank_mean import RankMean
 from sam_kernels.schedules import Radius
 
 if TYPE_CHECKING:

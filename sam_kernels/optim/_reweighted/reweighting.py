@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from sam_kernels._validate import check_choice, check_count, check_flag, check_number, check_seed, describe
-from sam_kernels.optim._options import store_plain
+from sam_kernels.optim._base.options import store_plain
 
 __all__ = ["NORMS", "Reweighting", "check_modules", "chosen_modules"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from sam_kernels.optim._structures import Structure, attributes_of, structure_of
+from sam_kernels.optim._batches.structures import Structure, attributes_of, structure_of
 
 __all__ = ["cut_batch"]
 

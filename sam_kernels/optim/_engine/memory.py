@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sam_kernels.optim._group import GroupLists
+from sam_kernels.optim._engine.lists import GroupLists
 
 __all__ = ["ParamMemory"]
 

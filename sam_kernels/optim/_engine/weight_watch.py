@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from torch import Tensor
 
 from sam_kernels._tensor_list import TensorList
-from sam_kernels.optim._group import address_of
+from sam_kernels.optim._engine.lists import address_of
 
 __all__ = ["NOTHING_WATCHED", "WeightWatch"]
 

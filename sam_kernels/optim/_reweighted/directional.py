@@ -17,12 +17,12 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sam_kernels import functional
-from sam_kernels.optim._group import GroupLists
-from sam_kernels.optim._held_still import BufferGuard, RandomState
-from sam_kernels.optim._passes import Passes
-from sam_kernels.optim._plan import StepPlan
-from sam_kernels.optim._reweighting import Reweighting
-from sam_kernels.optim._seeds import derived_seed
+from sam_kernels.optim._engine.lists import GroupLists
+from sam_kernels.optim._engine.passes import Passes
+from sam_kernels.optim._engine.plan import StepPlan
+from sam_kernels.optim._engine.replay import BufferGuard, RandomState
+from sam_kernels.optim._reweighted.reweighting import Reweighting
+from sam_kernels.optim._reweighted.seeds import derived_seed
 
 __all__ = ["DirectionalNorms"]
 

@@ -10,8 +10,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from sam_kernels import functional
 from sam_kernels._tensor_list import TensorList
-from sam_kernels.optim._group import Current, GroupLists
-from sam_kernels.optim._ownership import nobody_else_has
+from sam_kernels.optim._engine.lists import Current, GroupLists
+from sam_kernels.optim._engine.ownership import nobody_else_has
 
 __all__ = ["KeptGrads"]
 

@@ -15,17 +15,17 @@ from torch.optim import Optimizer
 from sam_kernels import functional
 from sam_kernels._tensor_list import TensorList
 from sam_kernels._validate import describe
-from sam_kernels.optim._capturable import is_recording, not_recordable
-from sam_kernels.optim._descent import can_fuse, fused_step, plain_step, with_options
-from sam_kernels.optim._group import Backups, Current, GroupLists, check_grads, same_tensors, with_grads
-from sam_kernels.optim._identity import IdentityCheck
-from sam_kernels.optim._in_flight import InFlight
-from sam_kernels.optim._memory import ParamMemory
-from sam_kernels.optim._plan import StepPlan
-from sam_kernels.optim._weight_watch import NOTHING_WATCHED, WeightWatch
+from sam_kernels.optim._base.identity import IdentityCheck
+from sam_kernels.optim._engine.capturable import is_recording, not_recordable
+from sam_kernels.optim._engine.in_flight import InFlight
+from sam_kernels.optim._engine.lists import Backups, Current, GroupLists, check_grads, same_tensors, with_grads
+from sam_kernels.optim._engine.memory import ParamMemory
+from sam_kernels.optim._engine.plan import StepPlan
+from sam_kernels.optim._engine.update import can_fuse, fused_step, plain_step, with_options
+from sam_kernels.optim._engine.weight_watch import NOTHING_WATCHED, WeightWatch
 
 if TYPE_CHECKING:
-    from sam_kernels.optim._ascent_step import AscentStep
+    from sam_kernels.optim._engine.ascent_step import AscentStep
     from sam_kernels.optim.directions import Direction
 
 __all__ = ["Passes"]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sam_kernels import functional
-from sam_kernels.optim._group import Current, GroupLists
-from sam_kernels.optim._ownership import nobody_else_has
-from sam_kernels.optim._passes import Passes
+from sam_kernels.optim._engine.lists import Current, GroupLists
+from sam_kernels.optim._engine.ownership import nobody_else_has
+from sam_kernels.optim._engine.passes import Passes
 
 __all__ = ["GradientMean", "mean_loss"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sam_kernels._memory_of import is_fake
-from sam_kernels.optim._warn import warn_user
+from sam_kernels.optim._engine.warn import warn_user
 
 __all__ = ["ClosureWatch", "HalvesWatch"]
 

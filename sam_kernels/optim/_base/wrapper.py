@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sam_kernels._validate import check_flag, check_number, plain_number
-from sam_kernels.optim import _capturable, _checkpoint
-from sam_kernels.optim._descent import can_fuse
-from sam_kernels.optim._group import same_tensors
-from sam_kernels.optim._identity import IdentityCheck
-from sam_kernels.optim._memory import ParamMemory
-from sam_kernels.optim._options import check_group_names, check_keywords
-from sam_kernels.optim._passes import Passes
+from sam_kernels.optim._base import checkpoint
+from sam_kernels.optim._base.identity import IdentityCheck
+from sam_kernels.optim._base.options import check_group_names, check_keywords
+from sam_kernels.optim._engine import capturable
+from sam_kernels.optim._engine.lists import same_tensors
+from sam_kernels.optim._engine.memory import ParamMemory
+from sam_kernels.optim._engine.passes import Passes
+from sam_kernels.optim._engine.update import can_fuse
 from sam_kernels.optim.descents import Descent
 from sam_kernels.optim.directions import Direction
 from sam_kernels.schedules._at_step import FIRST_STEP, check_schedule
@@ -146,7 +147,7 @@ class Wrapper(Optimizer):
                 group.setdefault(t, count)
                 self._check_group_values(group)
                 if self.capturable:
-                    _capturable.to_tensors(group, self._keys)
+                    capturable.to_tensors(group, self._keys)
             self._identity(groups)
             self._memory.adopt(self.state)
         self._groups = list(groups)
@@ -161,9 +162,9 @@ class Wrapper(Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         groups = self.param_groups
-        state_dict: dict[str, Any] = _checkpoint.with_base(self.base_optimizer.state_dict(), groups, self._keys)
+        state_dict: dict[str, Any] = checkpoint.with_base(self.base_optimizer.state_dict(), groups, self._keys)
         state_dict = self._memory.saved(state_dict, self._all_params(), blanks=self._has_stepped)
-        state_dict = self._names.added(_checkpoint.with_plain_values(state_dict))
+        state_dict = self._names.added(checkpoint.with_plain_values(state_dict))
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -180,19 +181,19 @@ class Wrapper(Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        base_dict, memory = _checkpoint.base_part(state_dict, self._keys["sam_step"]), None
+        base_dict, memory = checkpoint.base_part(state_dict, self._keys["sam_step"]), None
         if base_dict is not state_dict:
             state_dict, memory = self._checked_checkpoint(state_dict)
         self.base_optimizer.load_state_dict(self._names.added(state_dict) if base_dict is None else base_dict)
         if base_dict is not None and memory is not None:
-            _checkpoint.put_group_values(state_dict, self.base_optimizer.param_groups, self._keys)
+            checkpoint.put_group_values(state_dict, self.base_optimizer.param_groups, self._keys)
         self._adopt()
         if base_dict is None and can_fuse(self.base_optimizer, self._passes.own_hooks):
-            _checkpoint.keep_wide_state(self.state, self.param_groups, state_dict)
+            checkpoint.keep_wide_state(self.state, self.param_groups, state_dict)
         if memory is not None:
             self._memory.replace(memory)
         for group in self.param_groups:
-            (_capturable.to_tensors if self.capturable else _capturable.to_numbers)(group, self._keys)
+            (capturable.to_tensors if self.capturable else capturable.to_numbers)(group, self._keys)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -204,7 +205,7 @@ class Wrapper(Optimizer):
         state_dict = self._names.removed(state_dict, self._keys["sam_step"])
         state_dict, memory = self._memory.taken_out(state_dict, self._all_params())
         if len(state_dict["param_groups"]) == len(self.param_groups):  # otherwise torch says what is wrong
-            state_dict = _checkpoint.with_group_values(state_dict, self.param_groups, self._keys)
+            state_dict = checkpoint.with_group_values(state_dict, self.param_groups, self._keys)
             for group in state_dict["param_groups"]:
                 self._check_group_values(group)
         return state_dict, memory
@@ -274,8 +275,8 @@ class Wrapper(Optimizer):
         raise NotImplementedError
 
     @property
-    def _names(self) -> _checkpoint.Names:
-        return _checkpoint.Names(self.direction.name, self.descent.name, self._name_keys)
+    def _names(self) -> checkpoint.Names:
+        return checkpoint.Names(self.direction.name, self.descent.name, self._name_keys)
 
     def _require_unperturbed(self, what: str) -> None:
         if self._passes.is_perturbed:
