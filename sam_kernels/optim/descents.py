@@ -20,10 +20,10 @@ from sam_kernels._validate import check_count, check_flag, check_number, describ
 from sam_kernels.optim._base.options import store_plain
 from sam_kernels.optim._engine.capturable import is_recording, not_recordable
 from sam_kernels.optim._engine.kept_grads import KeptGrads
-from sam_kernels.optim._engine.lists import Current
+from sam_kernels.optim._engine.lists import GroupGrads
 from sam_kernels.optim._engine.passes import Passes
 
-__all__ = ["NOTHING", "Descent", "DescentStep", "Look", "Outcome", "Plain", "Polyak", "SurrogateGap", "WeightedSharpness"]
+__all__ = ["UNCHANGED", "Descent", "DescentStep", "Look", "Outcome", "Plain", "Polyak", "SurrogateGap", "WeightedSharpness"]
 
 _TINY = torch.finfo(torch.float64).tiny
 
@@ -38,25 +38,25 @@ class DescentStep:
     has_ascended: bool
     grad_scale: Tensor | None  # ()
     loss: Any  # of the last pass: a number, a tensor, or None where it is not known
-    currents: list[Current] = field(init=False)
+    group_grads: list[GroupGrads] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.currents = self.passes.current(self.groups)
+        self.group_grads = self.passes.lists.group_grads(self.groups)
 
     @property
     def scale(self) -> float | Tensor:
         """What gradients are multiplied by, as something to calculate with."""
         return 1.0 if self.grad_scale is None else self.grad_scale.to(torch.float64)
 
-    def maximizes(self, current: Current) -> bool:
+    def maximizes(self, current: GroupGrads) -> bool:
         """Whether the base optimizer maximises with this group, wherever it keeps the option."""
         plan = self.passes.plan
         return plan is not None and plan.groups[current.index].maximize
 
-    def dots(self, others: Callable[[Current], list[Tensor]]) -> Tensor:  # (3,) float64
+    def dots(self, others: Callable[[GroupGrads], list[Tensor]]) -> Tensor:  # (3,) float64
         """(Σ g_p², Σ g_p o, Σ o²) with o what ``others`` gives for a group; ``found_inf`` is told."""
         found_inf = self.passes.found_inf
-        return self.sum_of([functional.grad_dots(current.grads, others(current), found_inf=found_inf) for current in self.currents])
+        return self.sum_of([functional.grad_dots(current.grads, others(current), found_inf=found_inf) for current in self.group_grads])
 
     def sum_of(self, parts: list[Tensor]) -> Tensor:  # (3,) float64
         device = self.passes.found_inf.device
@@ -66,11 +66,11 @@ class DescentStep:
         """``value``, 0 where the step is skipped: it may then be NaN, which no operation takes for a weight."""
         return value.masked_fill(self.passes.found_inf.to(value.device) != 0, 0.0)
 
-    def combine_(self, others: Callable[[Current], list[Tensor]], weight: Any, other_weight: Any) -> Tensor:  # ()
+    def combine_(self, others: Callable[[GroupGrads], list[Tensor]], weight: Any, other_weight: Any) -> Tensor:  # ()
         """g_p <- weight g_p + other_weight o in place; returns the norm of that."""
         weights: dict[str, Any] = {"left_weight": weight, "right_weight": other_weight, "found_inf": self.passes.found_inf}
         return functional.combine_norms(
-            [functional.combine_(current.grads, current.grads, others(current), **weights) for current in self.currents]
+            [functional.combine_(current.grads, current.grads, others(current), **weights) for current in self.group_grads]
         )
 
 
@@ -86,7 +86,7 @@ class Outcome:
     finish: Callable[[bool], None] | None = None  # after the base's step; told whether that has divided the gradients by grad_scale
 
 
-NOTHING = Outcome(is_checked=False)  # the gradients are as they were
+UNCHANGED = Outcome(is_checked=False)  # the gradients are as they were
 
 
 class Descent:
@@ -114,7 +114,7 @@ class Descent:
 
     def rewrite(self, step: DescentStep) -> Outcome:
         """Makes the gradients what the base is to step along."""
-        return NOTHING
+        return UNCHANGED
 
 
 class Plain(Descent):
@@ -139,8 +139,8 @@ class SurrogateGap(Descent):
         check_number("GSAM", "alpha", self.alpha, low=0.0)
 
     def rewrite(self, step: DescentStep) -> Outcome:
-        if not step.has_ascended or not step.currents:
-            return NOTHING
+        if not step.has_ascended or not step.group_grads:
+            return UNCHANGED
         squares, along, _ = step.dots(step.kept.of)
         share = step.or_zero(along / squares.clamp_min(_TINY))
         return Outcome(norm=step.combine_(step.kept.of, 1.0 + self.alpha * share, -self.alpha))
@@ -177,12 +177,12 @@ class WeightedSharpness(Descent):
         return not self.decoupled
 
     def rewrite(self, step: DescentStep) -> Outcome:
-        if not step.has_ascended or not step.currents:
-            return NOTHING
+        if not step.has_ascended or not step.group_grads:
+            return UNCHANGED
         k = self.kappa / (1.0 - self.kappa)
         if not self.decoupled:
             return Outcome(norm=step.combine_(step.kept.of, k, 1.0 - k))
-        sharp = [(current, current.grads, step.kept.of(current)) for current in step.currents]
+        sharp = [(current, current.grads, step.kept.of(current)) for current in step.group_grads]
         for current, grads, kept in sharp:
             functional.check_finite_(grads, step.passes.found_inf)
             if step.passes.origins(current) is None:  # a group that did not ascend was in no norm
@@ -232,18 +232,18 @@ class Look(Descent):
         return bool((int(t) - 1) % self.k == 0)
 
     def rewrite(self, step: DescentStep) -> Outcome:
-        if not step.currents:
-            return NOTHING
+        if not step.group_grads:
+            return UNCHANGED
         memory, name = step.passes.memory, self.keeps[0]
         if not step.has_ascended:
             if not memory.has(name):
-                return NOTHING
+                return UNCHANGED
             squares, _, kept_squares = step.dots(lambda current: memory.of_or_zeros(name, current.lists))
             ratio = step.or_zero(torch.where(kept_squares > 0, (squares / kept_squares.clamp_min(_TINY)).sqrt(), 0.0))
             return Outcome(norm=step.combine_(lambda current: memory.of_or_zeros(name, current.lists), 1.0, self.alpha * ratio))
         squares, along, ascent_squares = step.dots(step.kept.of)
         along = step.or_zero(along / ascent_squares.clamp_min(_TINY))
-        for current in step.currents:
+        for current in step.group_grads:
             orthogonal, grads, kept = memory.of_or_zeros(name, current.lists), current.grads, step.kept.of(current)
             weights: dict[str, Any] = {"left_weight": 1.0 / step.scale, "right_weight": -along / step.scale}
             functional.combine_(orthogonal, grads, kept, **weights, found_inf=step.passes.found_inf)
@@ -285,11 +285,11 @@ class Polyak(Descent):
                     raise ValueError(f"SAMSPS: the Polyak step size is not defined for {option}={group[option]!r} (param_groups[{i}])")
 
     def rewrite(self, step: DescentStep) -> Outcome:
-        if not step.currents:
-            return NOTHING
+        if not step.group_grads:
+            return UNCHANGED
         passes = step.passes
         parts = []
-        for current in step.currents:
+        for current in step.group_grads:
             moved = passes.origins(current)
             if moved is None:  # this group lies where it was
                 dots = functional.grad_dots(current.grads, current.grads, found_inf=passes.found_inf)
@@ -302,11 +302,11 @@ class Polyak(Descent):
         passes.found_inf.logical_or_(~loss.isfinite().to(passes.found_inf.device))
         gap = loss - self.f_star - along / step.scale
         gamma = step.or_zero(gap.clamp_min(0.0) * step.scale**2 / squares.clamp_min(_TINY))
-        steps = {current.index: torch.clamp(gamma, max=current.group["lr"]) for current in step.currents}
-        if not any(current.group["momentum"] for current in step.currents):
+        steps = {current.index: torch.clamp(gamma, max=current.group["lr"]) for current in step.group_grads}
+        if not any(current.group["momentum"] for current in step.group_grads):
             return Outcome(norm=squares.sqrt(), step_sizes=steps, options={i: {"lr": each} for i, each in steps.items()})
-        steps = {current.index: (1.0 - current.group["momentum"]) * steps[current.index] for current in step.currents}
-        for current in step.currents:
+        steps = {current.index: (1.0 - current.group["momentum"]) * steps[current.index] for current in step.group_grads}
+        for current in step.group_grads:
             each = steps[current.index]
             start = passes.origins(current) or current.lists.params
             weights: dict[str, Any] = {"left_weight": each / step.scale, "right_weight": each * current.group["weight_decay"]}

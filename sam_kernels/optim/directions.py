@@ -18,7 +18,7 @@ from sam_kernels._tensor_list import TensorList
 from sam_kernels._validate import check_number, check_seed
 from sam_kernels.optim._base.options import store_plain
 from sam_kernels.optim._engine.ascent_step import AscentStep
-from sam_kernels.optim._engine.lists import Current
+from sam_kernels.optim._engine.lists import GroupGrads
 from sam_kernels.optim._reweighted.seeds import derived_seed
 
 __all__ = ["Centralized", "Direction", "Extragradient", "Friendly", "Gradient", "Momentum", "Randomized", "VarianceSuppressed"]
@@ -27,7 +27,7 @@ __all__ = ["Centralized", "Direction", "Extragradient", "Friendly", "Gradient", 
 class Direction:
     """The gradient, d = g, unless a subclass says otherwise. Memory: none.
 
-    A subclass overrides :meth:`norm`, and :meth:`perturb_options` or :meth:`currents` where d is not the gradient. All it may use is the
+    A subclass overrides :meth:`norm`, and :meth:`perturb_options` or :meth:`group_grads` where d is not the gradient. All it may use is the
     :class:`~sam_kernels.optim._engine.ascent_step.AscentStep` that it is given; beginning and skipping steps is the optimizer's.
     """
 
@@ -47,15 +47,15 @@ class Direction:
     def begin(self, step: AscentStep) -> None:
         """Called before the first forward pass of a micro-batch."""
 
-    def currents(self, step: AscentStep) -> list[Current]:
+    def group_grads(self, step: AscentStep) -> list[GroupGrads]:
         """What d is made from, by group: ``index``, ``group``, ``lists.params`` and ``grads``."""
         return step.grads()
 
-    def norm(self, step: AscentStep, currents: list[Current], grad_scale: Tensor | None) -> Tensor:  # ()
+    def norm(self, step: AscentStep, group_grads: list[GroupGrads], grad_scale: Tensor | None) -> Tensor:  # ()
         """‖d‖, or ‖T d‖, over the groups that participate. A norm that is not finite skips the step, as does setting ``step.found_inf``."""
-        return step.norm(currents)
+        return step.norm(group_grads)
 
-    def perturb_options(self, step: AscentStep, current: Current) -> dict[str, Any]:
+    def perturb_options(self, step: AscentStep, current: GroupGrads) -> dict[str, Any]:
         """What :func:`sam_kernels.functional.perturb_` is given beside the usual: how to find d again."""
         return {}
 
@@ -84,9 +84,9 @@ class _MovingAverage(Direction):
     def _options(self) -> dict[str, Any]:
         raise NotImplementedError
 
-    def norm(self, step: AscentStep, currents: list[Current], grad_scale: Tensor | None) -> Tensor:
+    def norm(self, step: AscentStep, group_grads: list[GroupGrads], grad_scale: Tensor | None) -> Tensor:
         norms = []
-        for lists, grads, adaptive, eta in step.joined(currents):
+        for lists, grads, adaptive, eta in step.joined(group_grads):
             averages = step.kept(self.keeps[0], lists)
             is_whole = isinstance(averages, TensorList)  # which none of them is missing from
             new = [] if is_whole else [param for param, average in zip(lists.params, averages, strict=True) if average is None]
@@ -97,7 +97,7 @@ class _MovingAverage(Direction):
                 step.keep(self.keeps[0], lists, cast("list[Tensor]", averages))
         return step.combined(norms)
 
-    def perturb_options(self, step: AscentStep, current: Current) -> dict[str, Any]:
+    def perturb_options(self, step: AscentStep, current: GroupGrads) -> dict[str, Any]:
         averages = step.kept(self.keeps[0], current.lists)
         if step.begun:  # those have d = g
             averages = [None if param in step.begun else m for param, m in zip(current.lists.params, averages, strict=True)]
@@ -154,16 +154,16 @@ class Centralized(Direction):
     name = "centralized"
     rewrites_descent = True
 
-    def norm(self, step: AscentStep, currents: list[Current], grad_scale: Tensor | None) -> Tensor:
-        return self._centralize(step, currents, normalised=True)
+    def norm(self, step: AscentStep, group_grads: list[GroupGrads], grad_scale: Tensor | None) -> Tensor:
+        return self._centralize(step, group_grads, normalised=True)
 
     def descent_norm(self, step: AscentStep) -> Tensor | None:
-        currents = step.grads()
-        return self._centralize(step, currents, normalised=False) if currents else None
+        group_grads = step.grads()
+        return self._centralize(step, group_grads, normalised=False) if group_grads else None
 
-    def _centralize(self, step: AscentStep, currents: list[Current], *, normalised: bool) -> Tensor:  # ()
+    def _centralize(self, step: AscentStep, group_grads: list[GroupGrads], *, normalised: bool) -> Tensor:  # ()
         norms = []
-        for lists, grads, adaptive, eta in step.joined(currents, normalised=normalised):
+        for lists, grads, adaptive, eta in step.joined(group_grads, normalised=normalised):
             params = lists.params if adaptive else None
             norms.append(functional.centralize_(grads, params, adaptive=adaptive, eta=eta, found_inf=step.found_inf))
         return step.combined(norms)
@@ -197,9 +197,9 @@ class Randomized(Direction):
         seeds = [derived_seed(self.seed, int(group.t), step.micro_batch, i) for i, group in enumerate(step.groups)]
         step.perturb_randomly(step.trainable(), seeds, scale=self.sigma, distribution="normal")
 
-    def norm(self, step: AscentStep, currents: list[Current], grad_scale: Tensor | None) -> Tensor:
+    def norm(self, step: AscentStep, group_grads: list[GroupGrads], grad_scale: Tensor | None) -> Tensor:
         norms = []
-        for current in currents:
+        for current in group_grads:
             lists, grads, group = current.lists, current.grads, step.options(current)
             c = -self.c if group.maximize else self.c  # of the function to be minimised
             weight = c if grad_scale is None else c / grad_scale.to(torch.float64)  # float32 would round c
@@ -209,10 +209,10 @@ class Randomized(Direction):
             if group.adaptive:
                 norm = functional.grad_norm(grads, origins, adaptive=True, eta=group.eta)
             norms.append(norm)
-        step.restore_others(currents)
+        step.restore_others(group_grads)
         return step.combined(norms)
 
-    def perturb_options(self, step: AscentStep, current: Current) -> dict[str, Any]:
+    def perturb_options(self, step: AscentStep, current: GroupGrads) -> dict[str, Any]:
         return {"grad_scale": None}  # d is that of the loss itself
 
 
@@ -239,7 +239,7 @@ class Momentum(Direction):
             if not group["momentum"]:
                 raise ValueError(f"MomentumSAM: param_groups[{i}] has momentum=0; the perturbation goes along the momentum")
 
-    def currents(self, step: AscentStep) -> list[Current]:
+    def group_grads(self, step: AscentStep) -> list[GroupGrads]:
         key = "momentum_buffer" if type(step.base) is torch.optim.SGD else "exp_avg"
         found = []
         for i, group in enumerate(step.groups):
@@ -247,8 +247,8 @@ class Momentum(Direction):
             params = [param for param in group.group["params"] if param.requires_grad and state.get(param, {}).get(key) is not None]
             if params:
                 lists = step.lists_of(i, params)
-                found.append(Current(i, group.group, lists, lists.state(key, [state[param][key] for param in params])))
+                found.append(GroupGrads(i, group.group, lists, lists.state(key, [state[param][key] for param in params])))
         return found
 
-    def perturb_options(self, step: AscentStep, current: Current) -> dict[str, Any]:
+    def perturb_options(self, step: AscentStep, current: GroupGrads) -> dict[str, Any]:
         return {"grad_scale": None}

@@ -140,7 +140,7 @@ class SAM(Engine):
     @property
     def skipped_steps(self) -> int:
         """Steps skipped for non-finite gradients. Reading it waits for the device."""
-        return self._passes.skipped_steps
+        return self._passes.skips.count()
 
     @overload
     def step(self, closure: None = None, *, grad_scaler: GradScaler | None = None) -> None: ...

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sam_kernels import _validate, functional, use_backend
 from sam_kernels._tensor_list import TensorList
-from sam_kernels.optim._engine import skips
+from sam_kernels.optim._engine import skip_warning
 from sam_kernels.schedules import (
     AscentInfo,
     DecreasingRadius,
@@ -65,7 +65,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             return real(executor, *args, **kwargs)
 
     monkeypatch.setattr(GridExecutor, "__call__", launch)
-    monkeypatch.setattr(skips, "_is_at_hand", lambda flag: False)  # as of a device, though tensors are on the CPU here
+    monkeypatch.setattr(skip_warning, "_is_at_hand", lambda flag: False)  # as of a device, though tensors are on the CPU here
     with use_backend("triton"):
         yield names
 

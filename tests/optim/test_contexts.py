@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sam_kernels import RWSAM, SAM
-from sam_kernels.optim._engine import passes
+from sam_kernels.optim._engine import skipped
 from tests.optim.family import MEMBERS
 from tests.optim.family_runs import base_of, make, run, two_steps
 from tests.optim.problem import assert_same_bits, closure_of, loss_of, make_batch, make_model, twin, weights
@@ -250,10 +250,10 @@ def test_skipped_steps_are_counted_exactly_under_a_default_of_bfloat16() -> None
 
 
 def test_skipped_steps_are_counted_beyond_what_float32_counts_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passes, "_FOLD_EVERY", 3)
+    monkeypatch.setattr(skipped, "_FOLD_EVERY", 3)
     param = nn.Parameter(torch.ones(3))
     optimizer = SAM([param], torch.optim.SGD, lr=0.1)
-    optimizer._passes._skipped_before.fill_(2**24)
+    optimizer._passes.skips._skipped_before.fill_(2**24)
 
     def closure() -> None:
         param.grad = torch.full_like(param, torch.nan)

@@ -279,10 +279,10 @@ def test_memory_is_one_copy_of_the_parameters_and_can_be_released() -> None:
     model, batch = make_model(), make_batch()
     optimizer = sam_kernels.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
     optimizer.step(closure_of(optimizer, model, batch))
-    held = optimizer._passes.backups._copies
+    held = optimizer._passes.lists.backups._copies
     assert sum(copy.numel() for copy in held.values()) == sum(param.numel() for param in model.parameters())
     optimizer.release_buffers()
-    assert not optimizer._passes.backups._copies
+    assert not optimizer._passes.lists.backups._copies
     optimizer.step(closure_of(optimizer, model, batch))
 
 

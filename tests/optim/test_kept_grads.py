@@ -25,9 +25,9 @@ def _fill(params: list[torch.nn.Parameter], number: float) -> None:
 def _kept(
     params: list[torch.nn.Parameter], passes: Passes, groups: list[dict[str, object]], kept: KeptGrads, *, hand_over: bool
 ) -> list[Tensor]:
-    kept.keep(passes.current(groups), hand_over=hand_over)
+    kept.keep(passes.lists.group_grads(groups), hand_over=hand_over)
     _fill(params, -1.0)  # the second pass
-    return kept.of(passes.current(groups)[0])
+    return kept.of(passes.lists.group_grads(groups)[0])
 
 
 @pytest.mark.parametrize("hand_over", [True, False])
@@ -54,12 +54,12 @@ def test_what_the_caller_keeps_is_copied_and_may_be_written() -> None:
     callers = params[1].grad
     assert callers is not None
     kept = KeptGrads()
-    kept.keep(passes.current(groups), hand_over=True)
+    kept.keep(passes.lists.group_grads(groups), hand_over=True)
     assert params[1].grad is callers
     assert params[0].grad is None
     _fill(params, -1.0)
     callers.fill_(7.0)
-    assert all(torch.equal(tensor, torch.ones_like(tensor)) for tensor in kept.of(passes.current(groups)[0]))
+    assert all(torch.equal(tensor, torch.ones_like(tensor)) for tensor in kept.of(passes.lists.group_grads(groups)[0]))
 
 
 def test_copies_are_made_once_and_follow_who_has_a_gradient() -> None:
@@ -71,9 +71,9 @@ def test_copies_are_made_once_and_follow_who_has_a_gradient() -> None:
     assert [tensor.data_ptr() for tensor in _kept(params, passes, groups, kept, hand_over=False)] == first
     _fill(params, 3.0)
     params[1].grad = None
-    kept.keep(passes.current(groups), hand_over=False)
+    kept.keep(passes.lists.group_grads(groups), hand_over=False)
     _fill(params, -1.0)
-    numbers = [tensor.unique().tolist() for tensor in kept.of(passes.current(groups)[0])]
+    numbers = [tensor.unique().tolist() for tensor in kept.of(passes.lists.group_grads(groups)[0])]
     assert numbers == [[3.0], [0.0], [3.0]]
     kept.release()
     _fill(params, 4.0)
@@ -86,5 +86,5 @@ def test_another_memory_order_gets_copies_of_its_own() -> None:
     kept = KeptGrads()
     for grad in (torch.randn(2, 3), torch.randn(3, 2).t(), torch.randn(2, 3)):
         params[0].grad = grad
-        kept.keep(optimizer._passes.current(optimizer.param_groups), hand_over=False)
-        assert torch.equal(kept.of(optimizer._passes.current(optimizer.param_groups)[0])[0], grad)
+        kept.keep(optimizer._passes.lists.group_grads(optimizer.param_groups), hand_over=False)
+        assert torch.equal(kept.of(optimizer._passes.lists.group_grads(optimizer.param_groups)[0])[0], grad)

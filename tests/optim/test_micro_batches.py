@@ -225,7 +225,7 @@ def test_data_pointers_stay_and_memory_is_one_mean_gradient(base: Any, kwargs: d
     for _ in range(3):
         optimizer.step(loss_closure(optimizer, model), batch=make_batch(), micro_batches=4)
         assert [param.data_ptr() for param in model.parameters()] == pointers
-    held = list(optimizer._passes.backups._copies.values())
+    held = list(optimizer._passes.lists.backups._copies.values())
     assert sum(copy.numel() for copy in held) == sum(param.numel() for param in model.parameters())
 
 

@@ -20,8 +20,8 @@ class OwnNorm(Direction):
 
     name = "own-norm"
 
-    def norm(self, step: Any, currents: Any, grad_scale: Any) -> Tensor:
-        return torch.stack([grad.norm() for current in currents for grad in current.grads]).norm()
+    def norm(self, step: Any, group_grads: Any, grad_scale: Any) -> Tensor:
+        return torch.stack([grad.norm() for current in group_grads for grad in current.grads]).norm()
 
 
 class Looks(OwnNorm):
@@ -29,9 +29,9 @@ class Looks(OwnNorm):
 
     name = "looks"
 
-    def norm(self, step: Any, currents: Any, grad_scale: Any) -> Tensor:
+    def norm(self, step: Any, group_grads: Any, grad_scale: Any) -> Tensor:
         assert step.found_inf.shape == ()
-        return super().norm(step, currents, grad_scale)
+        return super().norm(step, group_grads, grad_scale)
 
 
 class Tells(OwnNorm):
@@ -39,8 +39,8 @@ class Tells(OwnNorm):
 
     name = "tells"
 
-    def norm(self, step: Any, currents: Any, grad_scale: Any) -> Tensor:
-        norm = super().norm(step, currents, grad_scale)
+    def norm(self, step: Any, group_grads: Any, grad_scale: Any) -> Tensor:
+        norm = super().norm(step, group_grads, grad_scale)
         step.found_inf.logical_or_(~norm.isfinite())
         return norm.nan_to_num(1.0, 1.0, 1.0)
 
@@ -50,9 +50,9 @@ class Twice(Direction):
 
     name = "twice"
 
-    def norm(self, step: Any, currents: Any, grad_scale: Any) -> Tensor:
-        usual = step.norm(currents)
-        plain = step.norm(currents, normalised=False)
+    def norm(self, step: Any, group_grads: Any, grad_scale: Any) -> Tensor:
+        usual = step.norm(group_grads)
+        plain = step.norm(group_grads, normalised=False)
         assert not torch.equal(usual, plain)
         return usual
 
@@ -63,7 +63,7 @@ class Average(Direction):
     name = "average"
     keeps = ("own_average",)
 
-    def currents(self, step: Any) -> Any:
+    def group_grads(self, step: Any) -> Any:
         self.begun = []
         for current in step.grads():
             kept = step.kept("own_average", current.lists)
@@ -72,8 +72,8 @@ class Average(Direction):
             self.begun.append(len(step.begun))
         return step.grads()
 
-    def norm(self, step: Any, currents: Any, grad_scale: Any) -> Tensor:
-        return step.combined([functional.grad_norm(step.kept("own_average", current.lists)) for current in currents])
+    def norm(self, step: Any, group_grads: Any, grad_scale: Any) -> Tensor:
+        return step.combined([functional.grad_norm(step.kept("own_average", current.lists)) for current in group_grads])
 
     def perturb_options(self, step: Any, current: Any) -> dict[str, Any]:
         return {"ema": step.kept("own_average", current.lists), "kind": "vasso"}
@@ -160,8 +160,8 @@ class Wrong(Direction):
     def __init__(self, act: Callable[[Any, Any], Any]) -> None:
         self.act = act
 
-    def norm(self, step: Any, currents: Any, grad_scale: Any) -> Any:
-        return self.act(step, currents[0].lists)
+    def norm(self, step: Any, group_grads: Any, grad_scale: Any) -> Any:
+        return self.act(step, group_grads[0].lists)
 
 
 class WrongKeeper(Wrong):

@@ -102,6 +102,6 @@ def test_steps_launch_the_same(contents: type, memory_format: torch.memory_forma
                 param.grad = torch.ones_like(param)
             optimizer.first_step()
             optimizer.second_step()
-        lists = next(iter(optimizer._passes._lists.values()))
+        lists = next(iter(optimizer._passes.lists._lists.values()))
     assert [name for name, _ in launches] == 3 * ["_norm_kernel", "_perturb_kernel", "_norm_kernel", "_advance_kernel", "_adamw_kernel"]
     assert all("triton" in lists._state_tensors[key].descriptions for key in ("step", "exp_avg", "exp_avg_sq"))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sam_kernels import functional
-from sam_kernels.optim._engine.lists import Current, GroupLists
+from sam_kernels.optim._engine.lists import GroupGrads, GroupLists
 from sam_kernels.optim._engine.ownership import nobody_else_has
 from sam_kernels.optim._engine.passes import Passes
 
@@ -45,9 +45,9 @@ class GradientMean:
 
     def add(self, groups: list[dict[str, Any]]) -> None:
         """Adds the gradients as they are. One that is taken over is no longer its parameter's ``grad``, where it could be zeroed."""
-        self._passes.forget_last_step()
+        self._passes.skips.forget_last_step()
         self._norms = []
-        for current in self._passes.current(groups):
+        for current in self._passes.lists.group_grads(groups):
             parts = self._parts.get(current.index, [])
             if len(parts) == 1 and parts[0].lists is current.lists:
                 self._average(parts[0], current.grads)
@@ -97,7 +97,7 @@ class GradientMean:
         kind: dict[str, Any] = {"kind": "vasso", "theta": 1.0 / part.count, "found_inf": self._passes.found_inf}
         self._norms.append(functional.direction_norm_(grads, cast("list[Tensor | None]", part.means), **kind))
 
-    def _add_unevenly(self, parts: list[_Part], current: Current) -> list[_Part]:
+    def _add_unevenly(self, parts: list[_Part], current: GroupGrads) -> list[_Part]:
         """Other parameters than last time have a gradient: parts by the number of gradients so far."""
         known = {param: (mean, part.count) for part in parts for param, mean in zip(part.lists.params, part.means, strict=True)}
         rows: dict[
@@ -110,7 +110,7 @@ class GradientMean:
             rows.setdefault((count, False), []).append((param, mean, None))
         found = []
         for (count, has_gradient), members in rows.items():
-            lists = GroupLists([param for param, _, _ in members], self._passes.backups)
+            lists = GroupLists([param for param, _, _ in members], self._passes.lists.backups)
             grads = lists.grads([grad for _, _, grad in members if grad is not None])
             if count == 0:
                 found.append(self._first(lists, grads))

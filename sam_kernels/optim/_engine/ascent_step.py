@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from sam_kernels import functional
 from sam_kernels._validate import describe
-from sam_kernels.optim._engine.lists import Current, GroupLists
+from sam_kernels.optim._engine.lists import GroupGrads, GroupLists
 from sam_kernels.optim._engine.passes import Passes
 from sam_kernels.optim._engine.plan import GroupPlan, StepPlan
 from sam_kernels.schedules._at_step import Step
@@ -47,32 +47,32 @@ class AscentStep:
     @property
     def found_inf(self) -> Tensor:  # () float32
         """Set it to 1 where something is not finite: the step is then skipped. It is this step's own, 0 at first."""
-        self._passes.forget_last_step()
+        self._passes.skips.forget_last_step()
         return self._passes.found_inf
 
-    def options(self, current: Current) -> GroupPlan:
+    def options(self, current: GroupGrads) -> GroupPlan:
         """What the step has decided about a group."""
         return self.groups[current.index]
 
     # --- gradients ---
 
-    def grads(self) -> list[Current]:
+    def grads(self) -> list[GroupGrads]:
         """The gradients as they are, by group; groups without any are left out."""
-        return self._passes.current([each.group for each in self.groups])
+        return self._passes.lists.group_grads([each.group for each in self.groups])
 
-    def norm(self, currents: list[Current], *, normalised: bool = True) -> Tensor:  # ()
+    def norm(self, group_grads: list[GroupGrads], *, normalised: bool = True) -> Tensor:  # ()
         """‖g‖ over these groups, or ‖T g‖ where a group is adaptive and ``normalised``; sets :attr:`found_inf`. Reads g: 1 N s."""
         if self._norm is None:
-            self._norm = self._passes.norm(currents, normalised=normalised)
+            self._norm = self._passes.norm(group_grads, normalised=normalised)
             return self._norm
         first = self._norm.clone()  # both may be made in the same memory
-        norm = self._passes.norm(currents, normalised=normalised).clone()
+        norm = self._passes.norm(group_grads, normalised=normalised).clone()
         self._norm.copy_(first)
         return norm
 
-    def joined(self, currents: list[Current], *, normalised: bool = True) -> list[tuple[GroupLists, list[Tensor], bool, float]]:
+    def joined(self, group_grads: list[GroupGrads], *, normalised: bool = True) -> list[tuple[GroupLists, list[Tensor], bool, float]]:
         """(lists, gradients, adaptive, eta): one row for all groups where one call can take them."""
-        return self._passes.joined(currents, normalised=normalised)
+        return self._passes.joined(group_grads, normalised=normalised)
 
     def combined(self, norms: list[Tensor]) -> Tensor:  # ()
         """The norm of all out of norms of parts; 0 of none."""
@@ -80,7 +80,7 @@ class AscentStep:
 
     def lists_of(self, index: int, params: list[Tensor]) -> GroupLists:
         """Lists of parameters of a group, whether they have a gradient or not."""
-        return self._passes.lists_of(index, params)
+        return self._passes.lists.lists_of(index, params)
 
     # --- what is kept between steps ---
 
@@ -128,10 +128,10 @@ class AscentStep:
         """Adds scale z to what :meth:`trainable` gave, z from a seed for each group: 3 N s bytes."""
         self._passes.perturb_randomly(trainable, seeds, scale=scale, distribution=distribution)
 
-    def origins(self, current: Current) -> list[Tensor] | None:
+    def origins(self, current: GroupGrads) -> list[Tensor] | None:
         """Where the parameters were at the beginning of the step, one for each; None where none of them has moved."""
         return self._passes.origins(current)
 
-    def restore_others(self, currents: list[Current]) -> None:
+    def restore_others(self, group_grads: list[GroupGrads]) -> None:
         """Before an ascent from perturbed weights: parameters that it does not save by itself are where they were."""
-        self._passes.restore_others(currents)
+        self._passes.restore_others(group_grads)

@@ -16,6 +16,7 @@ from sam_kernels.optim._batches.closures import Closure, TwoPasses
 from sam_kernels.optim._batches.micro_batches import mean_loss
 from sam_kernels.optim._compatibility import check_gradient, check_passes
 from sam_kernels.optim._engine import amp, capturable
+from sam_kernels.optim._engine.ascent import ascent_of
 from sam_kernels.optim._engine.ascent_step import AscentStep
 from sam_kernels.optim._engine.closure_watch import ClosureWatch, HalvesWatch
 from sam_kernels.optim._engine.kept_grads import KeptGrads
@@ -23,10 +24,10 @@ from sam_kernels.optim._engine.lists import param_name
 from sam_kernels.optim._engine.oracle import OuterGrads, add_not_finite, still_not_finite
 from sam_kernels.optim._engine.plan import StepPlan
 from sam_kernels.optim._engine.replay import BufferGuard, RandomState
-from sam_kernels.optim._engine.skips import SkipWatch
+from sam_kernels.optim._engine.skip_warning import SkipWatch
 from sam_kernels.optim._engine.warn import warn_user
 from sam_kernels.optim._replicas.replicas import Replicas, is_blank
-from sam_kernels.optim.descents import NOTHING, DescentStep
+from sam_kernels.optim.descents import UNCHANGED, DescentStep
 
 __all__ = ["Engine"]
 
@@ -58,8 +59,6 @@ class Engine(Wrapper):
         self._plain_steps = 0  # in a row
         self._has_warned = False
         self._is_counted = False  # a step under way, which an exception would undo
-
-    # --- what a step decides ---
 
     def _new_plan(self, *, ahead: bool) -> StepPlan:
         return StepPlan(self.param_groups, self._keys, self.base_optimizer, ahead=ahead, last=self._plan)
@@ -240,7 +239,7 @@ class Engine(Wrapper):
                 self.descent.rewrite(DescentStep(self._passes, groups, self._kept_grads, True, amp.scale_of(scaler), self._loss))
             self._guard.restore()
             self._passes.restore()
-            self._passes.forget_last_step()
+            self._passes.skips.forget_last_step()
             found_inf = self._passes.found_inf
             self._replicas.agree(found_inf)
             outer.add()
@@ -323,10 +322,11 @@ class Engine(Wrapper):
         assert plan is not None
         if loss is not None:
             loss = self._replicas.loss_for_radii(loss, [each.rho for each in plan.groups], self._passes.found_inf.device)
-        currents = self._passes.ascend(plan, self.direction, step, eps=self.norm_eps, grad_scale=grad_scale, loss=loss)
+        group_grads, ascent = ascent_of(self.direction, step, grad_scale)
+        self._passes.ascend(ascent, plan, eps=self.norm_eps, grad_scale=grad_scale, loss=loss)
         self._skips.after_ascent(self._passes.found_inf)
         if self.descent.keeps_grads and self._passes.has_ascended:  # its direction is made from gradients
-            self._kept_grads.keep(currents, hand_over=hand_over, are_scaled=grad_scale is not None)
+            self._kept_grads.keep(group_grads, hand_over=hand_over, are_scaled=grad_scale is not None)
 
     def _descend(
         self,
@@ -349,9 +349,9 @@ class Engine(Wrapper):
             assert self._plan is not None
             centralized = self.direction.descent_norm(AscentStep(self._passes, self._plan))
             known_norm = known_norm if centralized is None else centralized
-        outcome = NOTHING
+        outcome = UNCHANGED
         if rewrites and not self.descent.is_plain:
-            self._passes.forget_last_step()  # where there was no ascent, nothing has yet
+            self._passes.skips.forget_last_step()  # where there was no ascent, nothing has yet
             loss = self._replicas.loss_for_descent(self._loss, self._passes.found_inf.device)
             step = DescentStep(self._passes, self.param_groups, self._kept_grads, has_ascended, grad_scale, loss)
             outcome = self.descent.rewrite(step)
@@ -366,9 +366,9 @@ class Engine(Wrapper):
             known_norm=known_norm if outcome.norm is None else outcome.norm,
             options=outcome.options,
             agree=self._replicas.agree if is_sam or not is_blank(self.param_groups) else None,
-            scaler_has_checked=outcome is NOTHING and not self.direction.rewrites_descent and amp.has_just_checked(self),
+            scaler_has_checked=outcome is UNCHANGED and not self.direction.rewrites_descent and amp.has_just_checked(self),
             # Not momentum's direction before there is one, nor where another rank may have ascended: the base's step has other last bits.
-            is_plain=outcome is NOTHING
+            is_plain=outcome is UNCHANGED
             and not (is_gradient or self._replicas.ascends_locally or (has_ascended and self.direction.needs_no_gradient)),
         )
         if outcome.finish is not None:
@@ -378,7 +378,7 @@ class Engine(Wrapper):
         self._has_stepped = True
         self._settle_random_state()
         self._random_state = None
-        self._skips.after_step(self._passes.found_inf, self._passes.skipped)
+        self._skips.after_step(self._passes.found_inf, self._passes.skips.skipped)
         amp.report_step(scaler, self, self._passes.found_inf)
 
     def _settle_random_state(self) -> None:

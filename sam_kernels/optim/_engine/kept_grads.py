@@ -10,7 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from sam_kernels import functional
 from sam_kernels._tensor_list import TensorList
-from sam_kernels.optim._engine.lists import Current, GroupLists
+from sam_kernels.optim._engine.lists import GroupGrads, GroupLists
 from sam_kernels.optim._engine.ownership import nobody_else_has
 
 __all__ = ["KeptGrads"]
@@ -25,15 +25,15 @@ class KeptGrads:
         self._copies: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()  # a copy goes with its parameter
         self._described: dict[int, tuple[GroupLists, TensorList]] = {}  # by group: copies of all its gradients
 
-    def keep(self, currents: Sequence[Current], *, hand_over: bool, are_scaled: bool = False) -> None:
+    def keep(self, group_grads: Sequence[GroupGrads], *, hand_over: bool, are_scaled: bool = False) -> None:
         """Keeps the gradients as they are. ``hand_over``: one that nobody else has is no longer its parameter's ``grad``, where the second
         pass would write it. ``are_scaled``: they are multiplied by a known loss scale."""
         self._are_scaled = are_scaled
-        used = {current.index: current.lists for current in currents}  # other lists' parameters may be gone
+        used = {current.index: current.lists for current in group_grads}  # other lists' parameters may be gone
         self._described = {i: each for i, each in self._described.items() if used.get(i) is each[0]}
-        self._kept = {current.index: (current.lists, self._keep(current, hand_over)) for current in currents}
+        self._kept = {current.index: (current.lists, self._keep(current, hand_over)) for current in group_grads}
 
-    def _keep(self, current: Current, hand_over: bool) -> list[Tensor]:
+    def _keep(self, current: GroupGrads, hand_over: bool) -> list[Tensor]:
         params, grads = current.lists.params, current.grads
         ours = _taken_over(params, grads) if hand_over else [False]
         if not any(ours):
@@ -47,7 +47,7 @@ class KeptGrads:
             functional.restore_([copy for copy, _ in copied], [grad for _, grad in copied])
         return current.lists.grads(kept)
 
-    def _copies_of(self, current: Current) -> list[Tensor]:
+    def _copies_of(self, current: GroupGrads) -> list[Tensor]:
         """Memory for a copy of every gradient, described once for as long as these lists describe the group."""
         lists, grads = current.lists, current.grads
         described_for, known = self._described.get(current.index, (None, TensorList()))
@@ -65,7 +65,7 @@ class KeptGrads:
             copy = self._copies[param] = torch.empty_like(grad, requires_grad=False)
         return copy
 
-    def of(self, current: Current) -> list[Tensor]:
+    def of(self, current: GroupGrads) -> list[Tensor]:
         """One for each parameter of ``current``: zeros for one that had no gradient in the first pass."""
         known = self._kept.get(current.index)
         if known is not None and known[0] is current.lists:

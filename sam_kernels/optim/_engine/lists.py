@@ -20,7 +20,7 @@ from sam_kernels.optim._base.sharded import check_whole
 
 __all__ = [
     "Backups",
-    "Current",
+    "GroupGrads",
     "GroupLists",
     "address_of",
     "check_grads",
@@ -194,7 +194,7 @@ class GroupLists:
 
 
 @dataclass
-class Current:
+class GroupGrads:
     """A group's parameters that have a gradient now, and those gradients."""
 
     index: int
