@@ -22,6 +22,7 @@ from sam_kernels.optim._engine.capturable import is_recording, not_recordable
 from sam_kernels.optim._engine.kept_grads import KeptGrads
 from sam_kernels.optim._engine.lists import GroupGrads
 from sam_kernels.optim._engine.passes import Passes
+from sam_kernels.optim._types import ParamGroup
 
 __all__ = ["UNCHANGED", "Descent", "DescentStep", "Look", "Outcome", "Plain", "Polyak", "SurrogateGap", "WeightedSharpness"]
 
@@ -33,7 +34,7 @@ class DescentStep:
     """What a rule may use. Gradients are still multiplied by ``grad_scale``."""
 
     passes: Passes
-    groups: list[dict[str, Any]]
+    groups: list[ParamGroup]
     kept: KeptGrads
     has_ascended: bool
     grad_scale: Tensor | None  # ()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sam_kernels._validate import plain_number
+from sam_kernels.optim._types import ParamGroup, StateDict
 from sam_kernels.schedules._radius import Radius
 
 __all__ = ["Names", "base_part", "keep_wide_state", "put_group_values", "with_base", "with_group_values", "with_plain_values"]
@@ -19,7 +20,7 @@ _BASE = "sam_base_optimizer"
 _DEFAULTS = {"direction": "gradient", "descent": "plain"}
 
 
-def with_base(base_dict: dict[str, Any], groups: Sequence[dict[str, Any]], keys: Mapping[str, str]) -> dict[str, Any]:
+def with_base(base_dict: StateDict, groups: Sequence[ParamGroup], keys: Mapping[str, str]) -> dict[str, Any]:
     """What the base's ``state_dict`` gave, in torch's format. One of another format is carried whole, beside SAM's own options."""
     saved = base_dict.get("param_groups")
     is_usual = isinstance(base_dict.get("state"), dict) and isinstance(saved, list) and len(saved) == len(groups)
@@ -32,7 +33,7 @@ def with_base(base_dict: dict[str, Any], groups: Sequence[dict[str, Any]], keys:
     return {_BASE: base_dict, "state": {}, "param_groups": own_groups}
 
 
-def base_part(state_dict: dict[str, Any], step_key: str) -> dict[str, Any] | None:
+def base_part(state_dict: StateDict, step_key: str) -> dict[str, Any] | None:
     """What a base of another format saved; None where the checkpoint is in torch's format, which a base may have added keys to."""
     if "param_groups" not in state_dict:
         return state_dict  # from a run without SAM
@@ -40,13 +41,13 @@ def base_part(state_dict: dict[str, Any], step_key: str) -> dict[str, Any] | Non
     return state_dict[_BASE] if is_ours else None
 
 
-def put_group_values(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], keys: Mapping[str, str]) -> None:
+def put_group_values(state_dict: StateDict, groups: Sequence[ParamGroup], keys: Mapping[str, str]) -> None:
     """SAM's options out of a checkpoint whose groups hold nothing else."""
     for saved, group in zip(state_dict["param_groups"], groups, strict=True):
         group.update({key: saved[key] for key in keys.values() if key in saved})
 
 
-def with_plain_values(state_dict: dict[str, Any]) -> dict[str, Any]:
+def with_plain_values(state_dict: StateDict) -> dict[str, Any]:
     """Schedules given as functions, or as a ``Radius``, are left out (None): they belong to the program, not to the checkpoint. NumPy's
     numbers become Python's, so that ``torch.load`` takes the checkpoint."""
     groups = [
@@ -64,19 +65,19 @@ class Names:
     descent: str
     keys: Mapping[str, str]
 
-    def added(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def added(self, state_dict: StateDict) -> dict[str, Any]:
         """``state_dict`` with the names in each group. The usual ones go unsaid."""
         names = {self.keys[part]: name for part, name in self._both() if name != _DEFAULTS[part]}
         return {**state_dict, "param_groups": [{**group, **names} for group in state_dict["param_groups"]]} if names else state_dict
 
-    def removed(self, state_dict: dict[str, Any], step_key: str) -> dict[str, Any]:
+    def removed(self, state_dict: StateDict, step_key: str) -> dict[str, Any]:
         """The way back. Raises ValueError where they are others. The base optimizer's own checkpoint has none, and fits all."""
         groups = [dict(group) for group in state_dict["param_groups"]]
         for group in groups:
             self.remove(group, is_ours=step_key in group)
         return {**state_dict, "param_groups": groups}
 
-    def remove(self, group: dict[str, Any], *, is_ours: bool) -> None:
+    def remove(self, group: ParamGroup, *, is_ours: bool) -> None:
         """Takes the names out of a group. ``is_ours``: what goes unsaid is the usual name, otherwise any."""
         for part, name in self._both():
             saved = group.get(self.keys[part], _DEFAULTS[part] if is_ours else name)
@@ -89,7 +90,7 @@ class Names:
         return ("direction", self.direction), ("descent", self.descent)
 
 
-def with_group_values(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], keys: Mapping[str, str]) -> dict[str, Any]:
+def with_group_values(state_dict: StateDict, groups: Sequence[ParamGroup], keys: Mapping[str, str]) -> dict[str, Any]:
     """Values the checkpoint does not hold (functions; a plain checkpoint of the base) stay what they are."""
     merged = []
     for saved, group in zip(state_dict["param_groups"], groups, strict=True):
@@ -98,7 +99,7 @@ def with_group_values(state_dict: dict[str, Any], groups: Sequence[dict[str, Any
     return {**state_dict, "param_groups": merged}
 
 
-def keep_wide_state(state: Any, groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]) -> None:
+def keep_wide_state(state: Any, groups: Sequence[ParamGroup], state_dict: StateDict) -> None:
     """Torch casts loaded state to the parameter's dtype; state that was saved wider (float32 moments of bfloat16 parameters) stays wide."""
     saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     params = chain.from_iterable(group["params"] for group in groups)

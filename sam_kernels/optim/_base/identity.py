@@ -11,6 +11,7 @@ from torch import Tensor
 from sam_kernels._memory_of import ORDINARY_TYPES, is_fake
 from sam_kernels.optim._base.sharded import check_no_sharding_optimizer
 from sam_kernels.optim._engine.lists import address_of, check_param, param_name
+from sam_kernels.optim._types import ParamGroup
 
 __all__ = ["IdentityCheck"]
 
@@ -21,7 +22,7 @@ class IdentityCheck:
     def __init__(self) -> None:
         self._seen: list[tuple[Any, ...]] = []
 
-    def __call__(self, groups: Sequence[dict[str, Any]]) -> None:
+    def __call__(self, groups: Sequence[ParamGroup]) -> None:
         """Check every parameter that requires a gradient; others are never perturbed.
 
         Raises: TypeError for one that no kernel takes, ValueError for one that is listed twice or shares memory with another one.
@@ -53,7 +54,7 @@ def _signature(param: Tensor) -> tuple[Any, ...]:
     return *kind, param.dtype, param.device, param.shape, param.stride(), address_of(param)
 
 
-def _check_memory(groups: Sequence[dict[str, Any]], places: Sequence[tuple[int, int]]) -> None:
+def _check_memory(groups: Sequence[ParamGroup], places: Sequence[tuple[int, int]]) -> None:
     """Raises ValueError where elements of two parameters, or two elements of one, lie in the same place."""
     spans = []
     for i, j in places:
@@ -95,7 +96,7 @@ def _overlaps_itself(param: Tensor) -> bool:
     return False
 
 
-def _overlap(groups: Sequence[dict[str, Any]], *places: tuple[int, int]) -> bool:
+def _overlap(groups: Sequence[ParamGroup], *places: tuple[int, int]) -> bool:
     """Whether two parameters whose spans of memory meet have a byte in common."""
     left, right = (groups[i]["params"][j] for i, j in places)
     if left.is_contiguous() and right.is_contiguous():

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sam_kernels._validate import plain_number
+from sam_kernels.optim._types import ParamGroup
 
 __all__ = ["check_earlier_values", "check_group_names", "check_keywords", "group_keys", "store_plain", "takes"]
 
@@ -103,7 +104,7 @@ def store_plain(options: Any) -> None:
         object.__setattr__(options, field.name, plain_number(getattr(options, field.name)))
 
 
-def check_group_names(group: dict[str, Any], given: Collection[str], index: int, keys: Mapping[str, str], base: Optimizer) -> None:
+def check_group_names(group: ParamGroup, given: Collection[str], index: int, keys: Mapping[str, str], base: Optimizer) -> None:
     """Settle the keys that a caller gave in a new group: ``sam_<name>`` is always SAM's; ``<name>`` is refused where the base has it too.
 
     Raises: ValueError.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from types import FrameType
-from typing import Any
 
 from torch import Tensor
+
+from sam_kernels.optim._types import ParamGroup
 
 __all__ = ["check_no_sharding_optimizer", "check_whole"]
 
@@ -26,7 +27,7 @@ def check_whole(param: Tensor, name: str) -> None:
         )
 
 
-def check_no_sharding_optimizer(group: dict[str, Any]) -> None:
+def check_no_sharding_optimizer(group: ParamGroup) -> None:
     """Raises TypeError where an optimizer that shards its parameters is making SAM for one of the shards.
 
     Such optimizers (``ZeroRedundancyOptimizer``, fairscale's ``OSS``) put the keywords of the inner optimizer into every group, SAM's

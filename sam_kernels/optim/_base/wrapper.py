@@ -21,6 +21,7 @@ from sam_kernels.optim._engine.lists import same_tensors
 from sam_kernels.optim._engine.memory import ParamMemory
 from sam_kernels.optim._engine.passes import Passes
 from sam_kernels.optim._engine.update import can_fuse
+from sam_kernels.optim._types import ParamGroup, StateDict
 from sam_kernels.optim.descents import Descent
 from sam_kernels.optim.directions import Direction
 from sam_kernels.schedules._at_step import FIRST_STEP, check_schedule
@@ -58,7 +59,7 @@ class Wrapper(Optimizer):
     _has_stepped: bool  # since it was made or copied
     _keys: dict[str, str]
     _name_keys: dict[str, str]  # those under which checkpoints name the direction and the descent rule
-    _groups: list[dict[str, Any]]  # adopted, in a list of SAM's own
+    _groups: list[ParamGroup]  # adopted, in a list of SAM's own
     _count: int  # of steps, as the groups of before had it
     _identity: IdentityCheck
     _passes: Passes
@@ -74,7 +75,7 @@ class Wrapper(Optimizer):
     # --- one optimizer from both sides ---
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
+    def param_groups(self) -> list[ParamGroup]:
         """The base's, each with SAM's options."""
         groups = self.base_optimizer.param_groups
         if len(groups) != len(self._groups) or not all(map(is_, groups, self._groups)):
@@ -82,7 +83,7 @@ class Wrapper(Optimizer):
         return groups
 
     @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+    def param_groups(self, groups: list[ParamGroup]) -> None:
         if "_groups" in self.__dict__:  # not while torch's constructor makes an empty list
             self.base_optimizer.param_groups = groups
 
@@ -107,7 +108,7 @@ class Wrapper(Optimizer):
         """The base optimizer's."""
         self.base_optimizer.zero_grad(set_to_none=set_to_none)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: ParamGroup) -> None:
         """As ``torch.optim.Optimizer.add_param_group``; the base optimizer gets the group too."""
         groups = self.base_optimizer.param_groups
         if any(param_group is group for group in groups):
@@ -162,7 +163,7 @@ class Wrapper(Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         groups = self.param_groups
-        state_dict: dict[str, Any] = checkpoint.with_base(self.base_optimizer.state_dict(), groups, self._keys)
+        state_dict: StateDict = checkpoint.with_base(self.base_optimizer.state_dict(), groups, self._keys)
         state_dict = self._memory.saved(state_dict, self._all_params(), blanks=self._has_stepped)
         state_dict = self._names.added(checkpoint.with_plain_values(state_dict))
         for post_hook in self._optimizer_state_dict_post_hooks.values():
@@ -170,7 +171,7 @@ class Wrapper(Optimizer):
             state_dict = state_dict if changed is None else changed
         return state_dict
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Loads what :meth:`state_dict` gave, or the base optimizer's own checkpoint, by the base's own ``load_state_dict``. float32 state
         of 16-bit parameters stays float32.
 
@@ -197,7 +198,7 @@ class Wrapper(Optimizer):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _checked_checkpoint(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], ParamMemory]:
+    def _checked_checkpoint(self, state_dict: StateDict) -> tuple[dict[str, Any], ParamMemory]:
         """The base's part of a checkpoint, with SAM's options in the groups, and what is kept beside. Nothing has changed yet.
 
         Raises ValueError or TypeError for one that does not fit.
@@ -249,7 +250,7 @@ class Wrapper(Optimizer):
                 )
             optimizer._restore()
 
-        def check_first(_: Any, state_dict: dict[str, Any]) -> None:
+        def check_first(_: Any, state_dict: StateDict) -> None:
             optimizer = reference()
             if optimizer is not None and "param_groups" in state_dict:
                 optimizer._checked_checkpoint(state_dict)

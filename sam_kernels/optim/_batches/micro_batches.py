@@ -13,6 +13,7 @@ from sam_kernels import functional
 from sam_kernels.optim._engine.lists import GroupGrads, GroupLists
 from sam_kernels.optim._engine.ownership import nobody_else_has
 from sam_kernels.optim._engine.passes import Passes
+from sam_kernels.optim._types import ParamGroup
 
 __all__ = ["GradientMean", "mean_loss"]
 
@@ -43,7 +44,7 @@ class GradientMean:
         self._parts: dict[int, list[_Part]] = {}
         self._norms: list[Tensor] = []
 
-    def add(self, groups: list[dict[str, Any]]) -> None:
+    def add(self, groups: list[ParamGroup]) -> None:
         """Adds the gradients as they are. One that is taken over is no longer its parameter's ``grad``, where it could be zeroed."""
         self._passes.skips.forget_last_step()
         self._norms = []
@@ -56,7 +57,7 @@ class GradientMean:
             else:
                 self._parts[current.index] = [self._first(current.lists, current.grads)]
 
-    def put(self, groups: list[dict[str, Any]]) -> Tensor | None:
+    def put(self, groups: list[ParamGroup]) -> Tensor | None:
         """Makes the mean the parameters' gradient. Returns its norm, () on the first part's device, where that is known."""
         norm_is_known = True
         for group in groups:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from sam_kernels.optim._types import ParamGroup
 
 __all__ = ["is_recording", "not_recordable", "to_numbers", "to_tensors"]
 
@@ -20,7 +21,7 @@ def not_recordable(why: str) -> RuntimeError:
     return RuntimeError(f"SAM: this step is being recorded into a CUDA graph, but {why}")
 
 
-def to_tensors(group: dict[str, Any], keys: Mapping[str, str]) -> None:
+def to_tensors(group: ParamGroup, keys: Mapping[str, str]) -> None:
     """ρ, λ, RW-SAM's β and the count of steps as () tensors on the parameters' device, and lr where it is a tensor.
 
     What is one already stays itself. ``keys``: where the options lie in the group.
@@ -50,7 +51,7 @@ def _require_eager(key: str, device: torch.device) -> None:
         raise not_recordable(f"param_groups hold a new {key}, which only an eager step puts on the device; change tensors by fill_")
 
 
-def to_numbers(group: dict[str, Any], keys: Mapping[str, str]) -> None:
+def to_numbers(group: ParamGroup, keys: Mapping[str, str]) -> None:
     """The way back, for a checkpoint of a capturable optimizer in one that is not. Waits for the device."""
     for name in ("rho", "lambd", "beta"):
         key = keys.get(name)

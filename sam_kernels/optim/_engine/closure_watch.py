@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sam_kernels._memory_of import is_fake
 from sam_kernels.optim._engine.warn import warn_user
+from sam_kernels.optim._types import ParamGroup
 
 __all__ = ["ClosureWatch", "HalvesWatch"]
 
@@ -37,7 +38,7 @@ class ClosureWatch:
     place, unwritten, and the next one hears that autograd has accumulated. One that was zeroed in place, or set by hand, is none.
     """
 
-    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, groups: Sequence[ParamGroup]) -> None:
         self._groups = groups
         self._grads = [_OldGrad(param, grad, grad.detach()) for param, grad in _first_and_last(groups)]
 
@@ -68,7 +69,7 @@ class HalvesWatch:
         self._grads: list[_OldGrad] = []
         self._steps = 0
 
-    def begin(self, groups: Sequence[dict[str, Any]]) -> None:
+    def begin(self, groups: Sequence[ParamGroup]) -> None:
         """After the ascent, where the gradients have not been zeroed."""
         if self._grads:
             self.end()
@@ -142,7 +143,7 @@ def _some_of(grad: Tensor) -> Tensor | None:
     return grad[tuple(slice(_LOOKED_AT if i == grad.dim() - 1 else 1) for i in range(grad.dim()))].clone()
 
 
-def _first_and_last(groups: Sequence[dict[str, Any]]) -> list[tuple[Tensor, Tensor]]:
+def _first_and_last(groups: Sequence[ParamGroup]) -> list[tuple[Tensor, Tensor]]:
     """The first and the last parameter that have a gradient, with it."""
     first = next(_with_old_grads(groups), None)
     last = None if first is None else next(_with_old_grads(groups, last_first=True))
@@ -150,13 +151,13 @@ def _first_and_last(groups: Sequence[dict[str, Any]]) -> list[tuple[Tensor, Tens
     return [(param, param.grad) for param in found if param is not None and param.grad is not None]
 
 
-def _with_old_grads(groups: Sequence[dict[str, Any]], *, last_first: bool = False) -> Iterator[Tensor]:
+def _with_old_grads(groups: Sequence[ParamGroup], *, last_first: bool = False) -> Iterator[Tensor]:
     for group in reversed(groups) if last_first else groups:
         params = group["params"]
         yield from (param for param in (reversed(params) if last_first else params) if param.requires_grad and param.grad is not None)
 
 
-def _has_grads(groups: Sequence[dict[str, Any]]) -> bool:
+def _has_grads(groups: Sequence[ParamGroup]) -> bool:
     """Whether there is a gradient, or nothing that could have one."""
     trainable = False
     for group in groups:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
 
 from torch import Tensor
 
 from sam_kernels._tensor_list import TensorList
 from sam_kernels.optim._base.identity import IdentityCheck
 from sam_kernels.optim._engine.lists import Backups, GroupGrads, GroupLists, check_grads, same_tensors, with_grads
+from sam_kernels.optim._types import ParamGroup
 
 __all__ = ["KeptLists"]
 
@@ -34,7 +34,7 @@ class KeptLists:
         self._trainable = {}
         self._joint = None
 
-    def group_grads(self, groups: list[dict[str, Any]]) -> list[GroupGrads]:
+    def group_grads(self, groups: list[ParamGroup]) -> list[GroupGrads]:
         """The parameters that have a gradient, and their gradients, by group; groups without any are left out."""
         found = []
         for i in [i for i in (*self._lists, *self._trainable) if i >= len(groups)]:

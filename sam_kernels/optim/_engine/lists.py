@@ -17,6 +17,7 @@ from sam_kernels._memory_of import is_fake, why_no_memory
 from sam_kernels._tensor_list import TensorList
 from sam_kernels._validate import SUPPORTED_DTYPES
 from sam_kernels.optim._base.sharded import check_whole
+from sam_kernels.optim._types import ParamGroup
 
 __all__ = [
     "Backups",
@@ -53,13 +54,13 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     return left.dtype is right.dtype and torch.equal(left.detach().view(kind), right.detach().view(kind))
 
 
-def param_name(group: dict[str, Any], group_index: int, index: int) -> str:
+def param_name(group: ParamGroup, group_index: int, index: int) -> str:
     """How an error message calls a parameter: its name where the optimizer was given names."""
     names = group.get("param_names")
     return repr(names[index]) if names else f"param_groups[{group_index}]['params'][{index}]"
 
 
-def check_param(group: dict[str, Any], group_index: int, index: int) -> None:
+def check_param(group: ParamGroup, group_index: int, index: int) -> None:
     """A whole, ordinary, dense floating-point tensor, or TypeError by name. (Parameters that require no gradient may be anything.)"""
     param = group["params"][index]
     name = param_name(group, group_index, index)
@@ -74,7 +75,7 @@ def check_param(group: dict[str, Any], group_index: int, index: int) -> None:
         raise TypeError(f"SAM: parameter {name} has dtype {param.dtype}; supported are {supported}")
 
 
-def check_grads(group: dict[str, Any], group_index: int) -> None:
+def check_grads(group: ParamGroup, group_index: int) -> None:
     """TypeError by name for a gradient that is not dense, or of a parameter that has no memory."""
     for i, param in enumerate(group["params"]):
         if param.grad is None:
@@ -198,7 +199,7 @@ class GroupGrads:
     """A group's parameters that have a gradient now, and those gradients."""
 
     index: int
-    group: dict[str, Any]
+    group: ParamGroup
     lists: GroupLists
     grads: list[Tensor]
 

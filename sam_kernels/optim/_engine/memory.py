@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sam_kernels.optim._engine.lists import GroupLists
+from sam_kernels.optim._types import StateDict
 
 __all__ = ["ParamMemory"]
 
@@ -73,7 +74,7 @@ class ParamMemory:
 
     # --- checkpoints ---
 
-    def saved(self, state_dict: dict[str, Any], params: Sequence[Tensor], *, blanks: bool) -> dict[str, Any]:
+    def saved(self, state_dict: StateDict, params: Sequence[Tensor], *, blanks: bool) -> dict[str, Any]:
         """``state_dict`` with what is kept.
 
         ``blanks``: a parameter that has nothing gets NaN, which nothing that is kept is. So has the checkpoint of an optimizer that made
@@ -93,7 +94,7 @@ class ParamMemory:
                     state.setdefault(param_id, {})[name] = kept
         return {**state_dict, "state": state}
 
-    def taken_out(self, state_dict: dict[str, Any], params: Sequence[Tensor]) -> tuple[dict[str, Any], ParamMemory]:
+    def taken_out(self, state_dict: StateDict, params: Sequence[Tensor]) -> tuple[dict[str, Any], ParamMemory]:
         """The base optimizer's part of a checkpoint, and what was kept as a memory of its own: nothing here changes before
         :meth:`replace`, since torch may still refuse the checkpoint."""
         found = ParamMemory(self.names)
@@ -138,5 +139,5 @@ def _copied(state: Mapping[Any, Any]) -> dict[Any, Any]:
     return {key: dict(value) if isinstance(value, dict) else value for key, value in state.items()}
 
 
-def _ids(state_dict: dict[str, Any]) -> list[Any]:
+def _ids(state_dict: StateDict) -> list[Any]:
     return list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))

@@ -9,6 +9,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from sam_kernels.optim._types import ParamGroup
+
 __all__ = ["OuterGrads", "add_not_finite", "still_not_finite"]
 
 
@@ -20,7 +22,7 @@ class OuterGrads:
     the first pass writes.
     """
 
-    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, groups: Sequence[ParamGroup]) -> None:
         self._params = [param for group in groups for param in group["params"]]  # a frozen one may still have a gradient
         self._outer = [param.grad for param in self._params]
         self._is_shared = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -105,7 +107,7 @@ class OuterGrads:
             param.grad = outer
 
 
-def _marker(groups: Sequence[dict[str, Any]]) -> Tensor | None:  # (1,)
+def _marker(groups: Sequence[ParamGroup]) -> Tensor | None:  # (1,)
     """The first element of the gradients."""
     for group in groups:
         for param in group["params"]:
@@ -116,7 +118,7 @@ def _marker(groups: Sequence[dict[str, Any]]) -> Tensor | None:  # (1,)
 
 
 @torch.no_grad()
-def add_not_finite(groups: Sequence[dict[str, Any]], found_inf: Tensor) -> None:  # ()
+def add_not_finite(groups: Sequence[ParamGroup], found_inf: Tensor) -> None:  # ()
     """Makes one element of the gradients NaN where ``found_inf`` is set, so that whoever looks at them skips the step. Nobody waits."""
     marker = _marker(groups)
     if marker is not None:
@@ -124,7 +126,7 @@ def add_not_finite(groups: Sequence[dict[str, Any]], found_inf: Tensor) -> None:
 
 
 @torch.no_grad()
-def still_not_finite(groups: Sequence[dict[str, Any]], found_inf: Tensor) -> Tensor:  # () -> ()
+def still_not_finite(groups: Sequence[ParamGroup], found_inf: Tensor) -> Tensor:  # () -> ()
     """``found_inf``, 0 where the gradients that :func:`add_not_finite` has marked were zeroed since."""
     marker = _marker(groups)
     return torch.zeros_like(found_inf) if marker is None else found_inf * ~marker.isfinite().to(found_inf.device).squeeze(0)

@@ -22,8 +22,9 @@ from sam_kernels.optim._engine.lists import GroupGrads, GroupLists, same_tensors
 from sam_kernels.optim._engine.memory import ParamMemory
 from sam_kernels.optim._engine.plan import StepPlan
 from sam_kernels.optim._engine.skipped import SkippedSteps
-from sam_kernels.optim._engine.update import can_fuse, fused_step, plain_step, with_options
+from sam_kernels.optim._engine.update import UpdateScalars, can_fuse, fused_step, plain_step, with_options
 from sam_kernels.optim._engine.weight_watch import NOTHING_WATCHED, WeightWatch
+from sam_kernels.optim._types import ParamGroup
 
 __all__ = ["Ascent", "Passes"]
 
@@ -168,7 +169,7 @@ class Passes:
 
     def descend(
         self,
-        groups: list[dict[str, Any]],
+        groups: list[ParamGroup],
         *,
         max_norm: float | None,
         check_finite: bool,
@@ -201,14 +202,14 @@ class Passes:
             self.found_inf.logical_or_(found_inf.to(self.found_inf.device))
         if agree is not None:  # the last moment before the update is decided
             agree(self.found_inf)
-        amp: dict[str, Any] = {"grad_scale": grad_scale, "found_inf": self.found_inf, "norm": norm}
+        scalars = UpdateScalars(self.found_inf, grad_scale, norm, max_norm)
         fuses = (bool(self._perturbed) or not is_plain) and can_fuse(self.base, self.own_hooks)
         if fuses:
             by_index = {current.index: current for current in group_grads}
             for i, group in enumerate(groups):
                 group = {**group, **options[i]} if i in options else group
                 for lists, grads, old_params in self._parts(i, by_index.get(i)):
-                    fused_step(self.base, group, lists, grads, old_params=old_params, max_norm=max_norm, **amp)
+                    fused_step(self.base, group, lists, grads, old_params, scalars)
             self._perturbed, self._watch = {}, NOTHING_WATCHED
             self.base._opt_called = True  # type: ignore[attr-defined]  # or a scheduler on the base would warn
         else:
@@ -219,7 +220,7 @@ class Passes:
                 )
             self.restore()
             with with_options(groups, options):
-                plain_step(self.base, [grad for current in group_grads for grad in current.grads], max_norm=max_norm, **amp)
+                plain_step(self.base, [grad for current in group_grads for grad in current.grads], scalars)
         self.is_perturbed = self.has_ascended = False
         torch.clear_autocast_cache()
         return not fuses and grad_scale is not None

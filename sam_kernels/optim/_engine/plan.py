@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sam_kernels._validate import check_flag, check_number
+from sam_kernels.optim._types import ParamGroup
 from sam_kernels.schedules._at_step import Step, beta_at, is_ascending, lambd_at, loss_for_radius, radius_at, resolved_at
 from sam_kernels.schedules._radius import AscentInfo, Radius
 
@@ -20,7 +21,7 @@ __all__ = ["GroupPlan", "StepPlan"]
 class GroupPlan:
     """The ascent of one parameter group in one step."""
 
-    group: dict[str, Any]
+    group: ParamGroup
     t: Step
     rho: float | Tensor | Radius  # a Radius: asked when the norm is known
     lambd: float | Tensor
@@ -43,7 +44,7 @@ class StepPlan:
     """Step t of all groups. ``groups`` has a :class:`GroupPlan` for each; ``raw`` the options that it was made from."""
 
     def __init__(
-        self, groups: Sequence[dict[str, Any]], keys: Mapping[str, str], base: Optimizer, *, ahead: bool, last: StepPlan | None = None
+        self, groups: Sequence[ParamGroup], keys: Mapping[str, str], base: Optimizer, *, ahead: bool, last: StepPlan | None = None
     ) -> None:
         """``ahead``: the plan of the step after the one that the groups count. ``last``: an earlier one; groups whose options are the same
         numbers as there are not checked again.
@@ -60,7 +61,7 @@ class StepPlan:
         self._beta_key = keys.get("beta")
         self._beta: float | Tensor | None = None
 
-    def is_of(self, groups: Sequence[dict[str, Any]], keys: Mapping[str, str]) -> bool:
+    def is_of(self, groups: Sequence[ParamGroup], keys: Mapping[str, str]) -> bool:
         """Whether the groups still have the options that this plan was made from."""
         raw = _raw(groups, keys)
         return len(raw) == len(self.raw) and all(map(_is_same, raw, self.raw))
@@ -75,7 +76,7 @@ class StepPlan:
         return self._beta
 
 
-def _raw(groups: Sequence[dict[str, Any]], keys: Mapping[str, str]) -> list[Any]:
+def _raw(groups: Sequence[ParamGroup], keys: Mapping[str, str]) -> list[Any]:
     return [group[key] for group in groups for key in keys.values()]
 
 
@@ -83,16 +84,16 @@ def _is_same(left: Any, right: Any) -> bool:
     return left is right or (isinstance(left, int | float) and type(left) is type(right) and left == right)
 
 
-def _options(group: dict[str, Any], keys: Mapping[str, str]) -> tuple[Any, ...]:
+def _options(group: ParamGroup, keys: Mapping[str, str]) -> tuple[Any, ...]:
     return group[keys["rho"]], group[keys["lambd"]], group[keys["adaptive"]], group[keys["eta"]], len(group["params"]) > 0
 
 
-def _maximizes(group: dict[str, Any], base: Optimizer) -> bool:
+def _maximizes(group: ParamGroup, base: Optimizer) -> bool:
     """Some optimizers keep the option for themselves, for all groups."""
     return bool(group.get("maximize", getattr(base, "maximize", False)))
 
 
-def _planned(group: dict[str, Any], keys: Mapping[str, str], base: Optimizer, t: Step, before: GroupPlan | None) -> GroupPlan:
+def _planned(group: ParamGroup, keys: Mapping[str, str], base: Optimizer, t: Step, before: GroupPlan | None) -> GroupPlan:
     rho, lambd, adaptive, eta, has_params = options = _options(group, keys)
     if before is not None and before.is_constant and before.group is group and before.options == options:
         numbers = before.rho, before.lambd, before.adaptive, before.eta

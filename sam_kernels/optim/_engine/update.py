@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
 
@@ -17,8 +18,20 @@ from sam_kernels import functional
 from sam_kernels._memory_of import is_fake
 from sam_kernels.optim._engine.capturable import is_recording, not_recordable
 from sam_kernels.optim._engine.lists import GroupLists
+from sam_kernels.optim._types import ParamGroup
 
-__all__ = ["can_fuse", "fused_step", "plain_step", "with_options"]
+__all__ = ["UpdateScalars", "can_fuse", "fused_step", "plain_step", "with_options"]
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateScalars:
+    """What decides about an update beside gradients and options: skipped where ``found_inf`` is set, divided by ``grad_scale``, clipped to
+    ``max_norm`` by ``norm``."""
+
+    found_inf: Tensor  # () float32
+    grad_scale: Tensor | None  # ()
+    norm: Tensor | None  # () of the gradients as they are
+    max_norm: float | None
 
 
 def can_fuse(base: Optimizer, own_hook_ids: set[int]) -> bool:
@@ -31,7 +44,7 @@ def can_fuse(base: Optimizer, own_hook_ids: set[int]) -> bool:
     return listeners == 0 and not patched and all(_group_can_fuse(group) for group in base.param_groups)
 
 
-def _group_can_fuse(group: dict[str, Any]) -> bool:
+def _group_can_fuse(group: ParamGroup) -> bool:
     if group.get("amsgrad") or group.get("differentiable"):
         return False
     return not any(isinstance(beta, Tensor) for beta in group.get("betas", ()))
@@ -39,26 +52,21 @@ def _group_can_fuse(group: dict[str, Any]) -> bool:
 
 def fused_step(
     base: Optimizer,
-    group: dict[str, Any],
+    group: ParamGroup,
     lists: GroupLists,
     grads: list[Tensor],
-    *,
     old_params: list[Tensor] | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor,
-    norm: Tensor | None,
-    max_norm: float | None,
+    scalars: UpdateScalars,
 ) -> None:
     """Restore and update of the parameters in ``lists``, in the base's own state, so that its checkpoints stay its own."""
-    amp: dict[str, Any] = {"grad_scale": grad_scale, "found_inf": found_inf, "norm": norm, "max_norm": max_norm}
     if isinstance(base, torch.optim.SGD):
-        _sgd_step(base, group, lists, grads, old_params, amp)
+        _sgd_step(base, group, lists, grads, old_params, scalars)
     else:
-        _adam_step(base, group, lists, grads, old_params, amp)
+        _adam_step(base, group, lists, grads, old_params, scalars)
 
 
 def _sgd_step(
-    base: Optimizer, group: dict[str, Any], lists: GroupLists, grads: list[Tensor], old_params: list[Tensor] | None, amp: dict[str, Any]
+    base: Optimizer, group: ParamGroup, lists: GroupLists, grads: list[Tensor], old_params: list[Tensor] | None, scalars: UpdateScalars
 ) -> None:
     buffers: Any = None
     is_first = False
@@ -81,7 +89,10 @@ def _sgd_step(
         weight_decay=group["weight_decay"],
         nesterov=group["nesterov"],
         maximize=group["maximize"],
-        **amp,
+        grad_scale=scalars.grad_scale,
+        found_inf=scalars.found_inf,
+        norm=scalars.norm,
+        max_norm=scalars.max_norm,
     )
     if is_first:
         for state, buffer in zip(states, buffers, strict=True):
@@ -90,7 +101,7 @@ def _sgd_step(
 
 
 def _adam_step(
-    base: Optimizer, group: dict[str, Any], lists: GroupLists, grads: list[Tensor], old_params: list[Tensor] | None, amp: dict[str, Any]
+    base: Optimizer, group: ParamGroup, lists: GroupLists, grads: list[Tensor], old_params: list[Tensor] | None, scalars: UpdateScalars
 ) -> None:
     states = lists.states(base.state)
     if not all(states):
@@ -111,11 +122,14 @@ def _adam_step(
         weight_decay=group["weight_decay"],
         decoupled=isinstance(base, torch.optim.AdamW) or group.get("decoupled_weight_decay", False),
         maximize=group["maximize"],
-        **amp,
+        grad_scale=scalars.grad_scale,
+        found_inf=scalars.found_inf,
+        norm=scalars.norm,
+        max_norm=scalars.max_norm,
     )
 
 
-def _make_adam_states(group: dict[str, Any], params: list[Tensor], states: list[dict[str, Any]]) -> None:
+def _make_adam_states(group: ParamGroup, params: list[Tensor], states: list[dict[str, Any]]) -> None:
     """As torch does: of a parameter that has no state at all."""
     for param, state in zip(params, states, strict=True):
         if len(state) == 0:
@@ -139,31 +153,23 @@ def _require_state(params: list[Tensor]) -> None:
         raise not_recordable("the base optimizer's state is not there yet; make an eager step with all gradients first")
 
 
-def _zero_step(group: dict[str, Any], param: Tensor) -> Tensor:
+def _zero_step(group: ParamGroup, param: Tensor) -> Tensor:
     """On the parameter's device: only there is it known whether a step is skipped. (torch keeps it on the CPU unless fused or capturable,
     and takes it either way.)"""
     is_double = param.is_cpu and not group.get("fused") and torch.get_default_dtype() is torch.float64
     return torch.zeros((), dtype=torch.float64 if is_double else torch.float32, device=param.device)
 
 
-def plain_step(
-    base: Optimizer,
-    grads: list[Tensor],
-    *,
-    grad_scale: Tensor | None,
-    found_inf: Tensor,
-    norm: Tensor | None,
-    max_norm: float | None,
-) -> None:
+def plain_step(base: Optimizer, grads: list[Tensor], scalars: UpdateScalars) -> None:
     """``base.step()`` from restored parameters, gradients unscaled and clipped in place first. Waits for the device to know of a skip."""
-    if not is_fake(found_inf):  # of a tensor without values nothing can be read; shapes do not depend on it
-        if found_inf.item() != 0.0:
+    if not is_fake(scalars.found_inf):  # of a tensor without values nothing can be read; shapes do not depend on it
+        if scalars.found_inf.item() != 0.0:
             return
-        if grad_scale is not None and grads:
-            torch._foreach_div_(grads, grad_scale.item())
-        if norm is not None and max_norm is not None:
-            unscaled = norm if grad_scale is None else norm / grad_scale
-            torch._foreach_mul_(grads, min(1.0, max_norm / (unscaled.item() + 1e-6)))
+        if scalars.grad_scale is not None and grads:
+            torch._foreach_div_(grads, scalars.grad_scale.item())
+        if scalars.norm is not None and scalars.max_norm is not None:
+            unscaled = scalars.norm if scalars.grad_scale is None else scalars.norm / scalars.grad_scale
+            torch._foreach_mul_(grads, min(1.0, scalars.max_norm / (unscaled.item() + 1e-6)))
     with _global_hooks_once():
         base.step()
 
@@ -183,7 +189,7 @@ def _global_hooks_once() -> Iterator[None]:
 
 
 @contextmanager
-def with_options(groups: list[dict[str, Any]], options: Mapping[int, dict[str, Any]]) -> Iterator[None]:
+def with_options(groups: list[ParamGroup], options: Mapping[int, dict[str, Any]]) -> Iterator[None]:
     """Inside of it, groups (by index) have other options."""
     usual = {i: {key: groups[i][key] for key in changed} for i, changed in options.items()}
     for i, changed in options.items():

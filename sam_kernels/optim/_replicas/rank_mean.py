@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sam_kernels.optim._batches.micro_batches import GradientMean
+from sam_kernels.optim._types import ParamGroup
 
 __all__ = ["RankMean"]
 
@@ -31,19 +31,19 @@ class RankMean(GradientMean):
     update. 16-bit parameters: the sum is rounded twice more, as by any accumulation under ``no_sync()``.
     """
 
-    def add(self, groups: list[dict[str, Any]]) -> None:
+    def add(self, groups: list[ParamGroup]) -> None:
         """As in the class above; the last gradient is part of the mean already."""
         if not self._is_put:
             super().add(groups)
 
-    def put(self, groups: list[dict[str, Any]]) -> Tensor | None:
+    def put(self, groups: list[ParamGroup]) -> Tensor | None:
         """None: the norm of the mean over ranks is not known."""
         return None
 
     _is_put = False
 
     @contextmanager
-    def carried_by_the_next_backward(self, groups: list[dict[str, Any]]) -> Iterator[None]:
+    def carried_by_the_next_backward(self, groups: list[ParamGroup]) -> Iterator[None]:
         """Around the closure of the last descent. Raises RuntimeError when it has not run a backward pass."""
         lock = Lock()  # a backward pass has a thread for each device
 

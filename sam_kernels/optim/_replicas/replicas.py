@@ -15,6 +15,7 @@ from sam_kernels.optim._batches.closures import Closure, TwoPasses
 from sam_kernels.optim._batches.micro_batches import GradientMean
 from sam_kernels.optim._engine.passes import Passes
 from sam_kernels.optim._replicas.rank_mean import RankMean
+from sam_kernels.optim._types import ParamGroup
 from sam_kernels.schedules import Radius
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Replicas:
             return None
         return RankMean(count, passes) if self._averaging else GradientMean(count, passes)
 
-    def arranged(self, passes: Sequence[TwoPasses], mean: GradientMean | None, groups: list[dict[str, Any]]) -> Sequence[TwoPasses]:
+    def arranged(self, passes: Sequence[TwoPasses], mean: GradientMean | None, groups: list[ParamGroup]) -> Sequence[TwoPasses]:
         """The passes of a step. With a local ascent all but the last descent run without averaging: one all-reduce of gradients a step."""
         if not self._replicated and not self._averaging:
             return passes
@@ -116,7 +117,7 @@ class Replicas:
 
         return called if self._averaging else closure
 
-    def _last(self, closure: Closure, mean: GradientMean | None, groups: list[dict[str, Any]]) -> Closure:
+    def _last(self, closure: Closure, mean: GradientMean | None, groups: list[ParamGroup]) -> Closure:
         if not isinstance(mean, RankMean):
             return closure
         rank_mean = mean
@@ -218,7 +219,7 @@ class Replicas:
             )
 
 
-def is_blank(groups: Sequence[dict[str, Any]]) -> bool:
+def is_blank(groups: Sequence[ParamGroup]) -> bool:
     """Whether a plain step with these groups has lr = 0. ``torch.distributed.checkpoint`` makes such a step for the state that it is to
     fill, perhaps on one rank alone, which must not wait for the others."""
     rates = [group["lr"] for group in groups if "lr" in group]
