@@ -9,31 +9,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from sam_kernels.per_sample._call import Call
+from sam_kernels.per_sample._call import Call
 
-__all__ = ["Extent", "distinct", "extent_of", "is_alias_alone", "settle"]
-
-
-@dataclass(frozen=True, eq=False)
-class Extent:
-    """One call of a module, from its beginning to its end, that has parameters of layers inside it under names of its own."""
-
-    aliased: frozenset[int]  # ids of parameters
-    inside: frozenset[int]  # ids of modules
-
-
-def extent_of(module: nn.Module, params: Mapping[str, nn.Parameter]) -> Extent | None:
-    """None where nothing inside the module has one of its own parameters."""
-    inner = [each for each in module.modules() if each is not module]
-    ids = {id(param) for param in params.values()}
-    aliased = frozenset(id(param) for each in inner for param in each._parameters.values() if id(param) in ids)
-    return Extent(aliased, frozenset(map(id, inner))) if aliased else None
+__all__ = ["distinct", "is_alias_alone", "settle"]
 
 
 def distinct(params: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:

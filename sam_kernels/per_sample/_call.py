@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sam_kernels.per_sample._aliases import Extent
+from sam_kernels.per_sample._extents import Extent
 from sam_kernels.per_sample._registry import Rule
 
 __all__ = ["Call", "Saved"]

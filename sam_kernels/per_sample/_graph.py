@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from sam_kernels.per_sample._order import REORDERING
+__all__ = ["REORDERING", "Graph", "graph_of"]
 
-__all__ = ["Graph", "graph_of"]
+# Nodes whose saved indices or dimensions say whether they leave rows where they are. Looked for in the whole graph.
+REORDERING = frozenset(
+    f"{name}Backward0" for name in ("Sort", "Topk", "Index", "IndexSelect", "Gather", "Flip", "Roll", "Take", "MaskedSelect")
+)
 
 
 _CAST = "ToCopyBackward0"

@@ -7,22 +7,17 @@ backward passes with other seeds: scaling ``losses[i]`` by a power of two must s
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-if TYPE_CHECKING:
-    from sam_kernels.per_sample._call import Call
-    from sam_kernels.per_sample._graph import Graph
+from sam_kernels.per_sample._call import Call
+from sam_kernels.per_sample._graph import REORDERING, Graph
 
-__all__ = ["REORDERING", "check_order"]
+__all__ = ["check_order"]
 
-# Nodes whose saved indices or dimensions say whether they leave rows where they are. Looked for in the whole graph.
-REORDERING = frozenset(
-    f"{name}Backward0" for name in ("Sort", "Topk", "Index", "IndexSelect", "Gather", "Flip", "Roll", "Take", "MaskedSelect")
-)
 # Nodes that put rows together. Looked for between the losses and the layers' outputs, where to make sure costs little.
 _JOINING = frozenset(
     ["CopySlices"]

@@ -15,9 +15,10 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from sam_kernels.per_sample import _rules
-from sam_kernels.per_sample._aliases import Extent, distinct, extent_of, is_alias_alone
+from sam_kernels.per_sample._aliases import distinct, is_alias_alone
 from sam_kernels.per_sample._attention import LinearCalls, attention_params, rows_of
 from sam_kernels.per_sample._call import Call
+from sam_kernels.per_sample._extents import Extent, extent_of
 from sam_kernels.per_sample._hidden import has_graph, refuse_inside_function
 from sam_kernels.per_sample._reads import now
 from sam_kernels.per_sample._registry import Rule, rule_for
