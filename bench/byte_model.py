@@ -1,10 +1,30 @@
-"""How many bytes an operation has to move: the model behind every GB/s. ``N`` elements of ``s`` bytes in each list."""
+"""How many bytes an operation has to move: the model behind every GB/s. ``N`` elements of ``s`` bytes in each list.
+
+The classes of :mod:`sam_kernels.operations` declare how they use each list; this file names the lists that take part.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 
-__all__ = ["FAMILY", "OPS", "STEP_OPS", "Traffic", "family_passes", "op_bytes", "step_bytes"]
+from sam_kernels.operations import (
+    Access,
+    AdamWStep,
+    Centralize,
+    CheckFinite,
+    Combine,
+    DirectionNorm,
+    GradDots,
+    GradNorms,
+    Perturb,
+    RandomPerturb,
+    Restore,
+    SgdStep,
+)
+
+__all__ = ["FAMILY", "OPS", "STEP_OPS", "Traffic", "family_passes", "op_bytes", "step_bytes", "traffic_of"]
 
 
 @dataclass(frozen=True)
@@ -17,42 +37,61 @@ class Traffic:
 
     @property
     def passes(self) -> int:
-        return len(self.reads) + 2 * len(self.updates) + len(self.writes)
+        """Sweeps over memory."""
+        uses = {Access.READ: self.reads, Access.UPDATED: self.updates, Access.WRITTEN: self.writes}
+        return sum(access.sweeps * len(lists) for access, lists in uses.items())
 
     @property
     def lists(self) -> tuple[str, ...]:
         return self.reads + self.updates + self.writes
 
 
+def traffic_of(accesses: Callable[[Collection[str]], Mapping[str, Access]], *roles: str, **named: str) -> Traffic:
+    """The pass of an operation whose lists in these roles take part, by the method ``accesses`` of its class.
+
+    A list goes by its role, or by the name that a keyword gives it. One that takes two roles is read once, or read and written in place.
+    """
+    names = dict.fromkeys(roles) | named
+    uses: dict[str, set[Access]] = {}
+    found = accesses(names)
+    for role, name in names.items():
+        uses.setdefault(name or role, set()).add(found[role])
+    return Traffic(
+        reads=tuple(name for name, use in uses.items() if use == {Access.READ}),
+        updates=tuple(name for name, use in uses.items() if use not in ({Access.READ}, {Access.WRITTEN})),
+        writes=tuple(name for name, use in uses.items() if use == {Access.WRITTEN}),
+    )
+
+
 OPS = {
-    "grad_norm": Traffic(reads=("grads",)),
-    "centralize_": Traffic(reads=(), updates=("grads",)),
-    "direction_norm_": Traffic(reads=("grads",), updates=("ema",)),
-    "grad_dots": Traffic(reads=("lefts", "rights")),
-    "combine_": Traffic(reads=("lefts", "rights"), writes=("outs",)),
-    "perturb_": Traffic(reads=("grads",), updates=("params",), writes=("old_params",)),
-    "random_perturb_": Traffic(reads=(), updates=("params",), writes=("old_params",)),
-    "restore_": Traffic(reads=("old_params",), writes=("params",)),
-    "sgd_step_": Traffic(reads=("old_params", "grads"), updates=("momentum_buffers",), writes=("params",)),
-    "adamw_step_": Traffic(reads=("old_params", "grads"), updates=("exp_avgs", "exp_avg_sqs"), writes=("params",)),
+    "grad_norm": traffic_of(GradNorms.accesses, "grads"),
+    "centralize_": traffic_of(Centralize.accesses, "grads"),
+    "direction_norm_": traffic_of(DirectionNorm.accesses, "grads", "ema"),
+    "grad_dots": traffic_of(GradDots.accesses, "lefts", "rights"),
+    "combine_": traffic_of(Combine.accesses, "lefts", "rights", "outs"),
+    "perturb_": traffic_of(Perturb.accesses, "grads", "params", "old_params"),
+    "random_perturb_": traffic_of(RandomPerturb.accesses, "params", "old_params"),
+    "restore_": traffic_of(Restore.accesses, "old_params", "params"),
+    "sgd_step_": traffic_of(SgdStep.accesses, "old_params", "grads", "momentum_buffers", "params"),
+    "adamw_step_": traffic_of(AdamWStep.accesses, "old_params", "grads", "exp_avgs", "exp_avg_sqs", "params"),
 }
 
 # A whole step: norm, ascent, then restore and descent in one pass. Before that the second gradients are read to see that they are finite.
 STEP_OPS = {"sgd": ("grad_norm", "perturb_", "sgd_step_"), "adamw": ("grad_norm", "perturb_", "adamw_step_")}
-CHECK = Traffic(reads=("grads",))
+CHECK = traffic_of(CheckFinite.accesses, "grads")
 
-# m-SAM: what is saved once is perturbed again, and the gradients found there are averaged.
-PERTURB_AGAIN = Traffic(reads=("old_params", "grads"), writes=("params",))
+# m-SAM: what is saved once is perturbed again, and the gradients found there are averaged by torch's own functions.
+PERTURB_AGAIN = traffic_of(partial(Perturb.accesses, from_old=True), "old_params", "grads", "params")
 COPY = Traffic(reads=("grads",), writes=("mean_grads",))
 ADD_TO_MEAN = Traffic(reads=("grads",), updates=("mean_grads",))
 
 # The family, gradients given and kept by somebody: what a rule needs of the first pass is copied. (After a backward pass it is taken over.)
-ALONG_AVERAGE = Traffic(reads=("ema",), updates=("params",), writes=("old_params",))
-ALONG_BOTH = Traffic(reads=("grads", "ema"), updates=("params",), writes=("old_params",))
-GRAD_DOTS = Traffic(reads=("grads", "kept_grads"))
-COMBINE = Traffic(reads=("kept_grads",), updates=("grads",))
-COMBINE_THREE = Traffic(reads=("grads", "kept_grads"), updates=("params",))
-ORTHOGONAL = Traffic(reads=("grads", "kept_grads"), writes=("orthogonal_grads",))
+ALONG_AVERAGE = traffic_of(Perturb.accesses, "ema", "params", "old_params")  # the gradient's weight is 0
+ALONG_BOTH = traffic_of(Perturb.accesses, "grads", "ema", "params", "old_params")
+GRAD_DOTS = traffic_of(GradDots.accesses, lefts="grads", rights="kept_grads")
+COMBINE = traffic_of(Combine.accesses, lefts="grads", rights="kept_grads", outs="grads")
+COMBINE_THREE = traffic_of(Combine.accesses, lefts="params", rights="grads", origins="kept_grads", outs="params")
+ORTHOGONAL = traffic_of(Combine.accesses, lefts="grads", rights="kept_grads", outs="orthogonal_grads")
 _SAM_ASCENT = (OPS["grad_norm"], OPS["perturb_"])
 FAMILY = {
     "vasso": (OPS["direction_norm_"], ALONG_AVERAGE, CHECK),

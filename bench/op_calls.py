@@ -44,7 +44,7 @@ def _with_slices(shape: Shape) -> Shape:
 
 
 def describe_once(lists: Lists) -> Lists:
-    """The same tensors in lists that their owner vouches for, which is how the optimizers call the operations."""
+    """The same tensors in trusted lists, which is how the optimizers call the operations."""
     return {name: TensorList(tensors) for name, tensors in lists.items()}
 
 

@@ -1,5 +1,6 @@
 """The helpers catch what they are for: planted errors of every kind fail, and the bounds are not wider than their derivation."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,26 +10,31 @@ import torch
 from torch import Tensor
 
 from sam_kernels.backends import foreach
+from sam_kernels.operations import GradNorms, Operands
 from sam_kernels.validation.bounds import bounds_of
 from sam_kernels.validation.cases import CASES, DTYPES, guards_intact, make_tensor, rows_of
 from sam_kernels.validation.check import check
 from sam_kernels.validation.compare import compare, same_bits
 from sam_kernels.validation.problem import build, run
 from sam_kernels.validation.tolerance import Arithmetic, Rounded, norm_bound, ulp
+from tests.helpers.backends import OPERATIONS
 from tests.helpers.compare import assert_same_bits
 from tests.helpers.pairwise import in_turns
 
 
-def plant(monkeypatch: pytest.MonkeyPatch, op: str, after: Callable[[dict[str, Any]], None] = lambda given: None, **wrong: Any) -> None:
-    """The foreach backend's operation with wrong keywords, or with something done to its lists afterwards."""
-    right = getattr(foreach, op)
+def plant(monkeypatch: pytest.MonkeyPatch, name: str, after: Callable[[Operands], Any] = lambda lists: None, **wrong: Any) -> None:
+    """The foreach backend's operation with wrong options, without a list that is None, or with something done to its lists afterwards."""
+    kind = OPERATIONS[name]
+    right = foreach.BACKEND.operations[kind]
+    options = {option: value for option, value in wrong.items() if option not in kind.roles}
 
-    def planted(*lists: Any, **kwargs: Any) -> Any:
-        result = right(*lists, **{**kwargs, **wrong})
-        after({"params": lists[0], "grads": lists[1], **{str(i): tensors for i, tensors in enumerate(lists)}})
+    def planted(op: Any, lists: Operands) -> Any:
+        given = Operands({role: tensors for role, tensors in lists.items() if role not in wrong}, lists.indices)
+        result = right(dataclasses.replace(op, **options), given)
+        after(lists)
         return result
 
-    monkeypatch.setattr(foreach, op, planted)
+    monkeypatch.setitem(foreach.BACKEND.operations, kind, planted)
 
 
 WRONG_KEYWORDS = [
@@ -74,13 +80,13 @@ def test_a_forgotten_or_inexact_keyword_is_caught(monkeypatch: pytest.MonkeyPatc
     assert not check(op, ["foreach"], "float32", "odd_sizes", option)["foreach"].passed
 
 
-SIDE_EFFECTS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "a gradient was changed": lambda given: given["grads"][0].mul_(2),
-    "old_params have a last bit too much": lambda given: given["2"][4].view(torch.int32)[3].add_(1),
-    "written behind the end": lambda given: given["params"][1]._base[-1].fill_(0.0),
-    "written before the start": lambda given: given["params"][1]._base[15].fill_(0.0),
-    "one element is NaN": lambda given: given["params"][2][7].fill_(math.nan),
-    "one element is 8 ulp off": lambda given: given["params"][2].view(torch.int32)[7].add_(8),
+SIDE_EFFECTS: dict[str, Callable[[Operands], Any]] = {
+    "a gradient was changed": lambda lists: lists["grads"][0].mul_(2),
+    "old_params have a last bit too much": lambda lists: lists["old_params"][4].view(torch.int32)[3].add_(1),
+    "written behind the end": lambda lists: lists["params"][1]._base[-1].fill_(0.0),
+    "written before the start": lambda lists: lists["params"][1]._base[15].fill_(0.0),
+    "one element is NaN": lambda lists: lists["params"][2][7].fill_(math.nan),
+    "one element is 8 ulp off": lambda lists: lists["params"][2].view(torch.int32)[7].add_(8),
 }
 
 
@@ -106,8 +112,13 @@ def test_truncation_instead_of_rounding_is_caught(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_dropped_gradient_element_shows_in_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = foreach.grad_norms
-    monkeypatch.setattr(foreach, "grad_norms", lambda grads, *rest, **kwargs: right([g.reshape(-1)[:-1] for g in grads], *rest, **kwargs))
+    right = foreach.BACKEND.operations[GradNorms]
+
+    def shortened(op: GradNorms, lists: Operands) -> Tensor:
+        norms: Tensor = right(op, Operands({"grads": [g.reshape(-1)[:-1] for g in lists["grads"]]}, lists.indices))
+        return norms
+
+    monkeypatch.setitem(foreach.BACKEND.operations, GradNorms, shortened)
     assert not check("grad_norm", ["foreach"], "float32", "many_tiny", "plain")["foreach"].passed
 
 

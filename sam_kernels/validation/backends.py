@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+import sys
 
 import torch
 
 from sam_kernels import _dispatch
+from sam_kernels._backend import Backend
 from sam_kernels.validation.cases import dtypes_for
 
-__all__ = ["AUTOMATIC", "dtypes_of", "has_per_sample", "module_of", "using"]
+__all__ = ["AUTOMATIC", "backend_of", "dtypes_of", "has_per_sample", "is_at", "using"]
 
 AUTOMATIC = "automatic"  # no backend is forced: each row goes to the first backend with kernels for its dtypes
 
@@ -19,15 +20,20 @@ def using(backend: str) -> _dispatch.use_backend:
     return _dispatch.use_backend(None if backend == AUTOMATIC else backend)
 
 
-def module_of(backend: str, device: str = "cpu") -> ModuleType:
+def backend_of(name: str, device: str = "cpu") -> Backend:
     """Return the backend for tensors on ``device``: the preferred one for ``AUTOMATIC``."""
-    with using(backend):
+    with using(name):
         return _dispatch.select(torch.device(device).type)
+
+
+def is_at(backend: Backend, path: str) -> bool:
+    """Return whether a backend is that of the module ``sam_kernels.backends.<path>``."""
+    return getattr(sys.modules.get(f"sam_kernels.backends.{path}"), "BACKEND", None) is backend
 
 
 def dtypes_of(backend: str, device: str = "cpu") -> list[str]:
     """Return the names of the dtypes to check a backend with. The automatic choice depends on the row in the mixed case alone."""
-    return ["mixed"] if backend == AUTOMATIC else dtypes_for(module_of(backend, device).DTYPES)
+    return ["mixed"] if backend == AUTOMATIC else dtypes_for(backend_of(backend, device).dtypes)
 
 
 def has_per_sample(backend: str, device: str = "cpu") -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sam_kernels import reference
 from sam_kernels._tensor_list import slice_sizes
-from sam_kernels.validation.backends import module_of, using
+from sam_kernels.validation.backends import backend_of, using
 from sam_kernels.validation.bounds import bounds_of
 from sam_kernels.validation.cases import guards_intact
 from sam_kernels.validation.compare import Worst, compare, failure
@@ -37,10 +37,10 @@ def check(op: str, backends: Sequence[str], dtype: str, case: str, option: str, 
     bounds: dict[str, list[Tensor]] = {}
     found: dict[str, Worst] = {}
     for backend in backends:
-        module = module_of(backend, device)
+        chosen = backend_of(backend, device)
         numels = _numels(next(iter(before.lists.values())))
         lists: Any = before.lists  # no gradient is None
-        roundings = roundings_of(module, op, numels, slice_sizes(lists["grads"]) if op == "centralize_" else ())
+        roundings = roundings_of(chosen, op, numels, slice_sizes(lists["grads"]) if op == "centralize_" else ())
         if not found or op == "centralize_":  # some backends sum its means in float32
             bounds = bounds_of(before, roundings.means)
             directions = bounds.pop("directions", [])
@@ -52,7 +52,7 @@ def check(op: str, backends: Sequence[str], dtype: str, case: str, option: str, 
             result = run(there)
         moved = _moved(there, pointers)
         problem = there.clone()
-        if not module.KNOWS_SKIPS or device != "cpu":
+        if not chosen.knows_skips or device != "cpu":
             _drop_untouched_buffers(problem, exact)
         worst = Worst()
         if op in NORMS:

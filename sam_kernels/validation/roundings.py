@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
+
+from sam_kernels._backend import Backend
+from sam_kernels.validation.backends import is_at
 
 __all__ = ["Roundings", "roundings_of"]
 
@@ -32,28 +34,30 @@ class Roundings:
 
 
 def roundings_of(
-    backend: ModuleType,
+    backend: Backend,
     op: str,
     numels: Sequence[int],  # of the rows of one norm; other rows in the same call make its chunks larger, and fewer
     slice_sizes: Sequence[int] = (),  # of centralize_: 0 for a tensor that stays as it is
 ) -> Roundings:
     """Return the roundings of the sums of an operation on a backend. A backend without a rule here has none: the bound is the narrowest."""
-    name, kernel = backend.__name__.removeprefix("sam_kernels.backends."), _KERNELS.get(op)
+    kernel = _KERNELS.get(op)
     if kernel is None:
         return Roundings()
-    if name == "triton":
+    if is_at(backend, "triton"):
         return _triton_centralize(numels, slice_sizes) if kernel == "centralize" else Roundings(_triton_terms(kernel, numels))
-    if name == "native.cuda" and kernel != "centralize":
-        return Roundings(_cuda_terms(backend, kernel, numels))
+    if is_at(backend, "native.cuda") and kernel != "centralize":
+        return Roundings(_cuda_terms(kernel, numels))
     return Roundings()
 
 
-def _cuda_terms(backend: ModuleType, kernel: str, numels: Sequence[int]) -> int:
+def _cuda_terms(kernel: str, numels: Sequence[int]) -> int:
     """A term is added within its thread, and with the terms of the same pack. Sums of threads and chunks are float64, and so are all sums
     of values that the same pass has written."""
     if kernel not in ("norm", "dots"):
         return 0
-    longest: int = backend.elements_per_thread(max(numels, default=0))  # unaligned: all of a thread's elements in one sum
+    from sam_kernels.backends.native.cuda import elements_per_thread  # not above: it imports the compiled kernels
+
+    longest: int = elements_per_thread(max(numels, default=0))  # unaligned: all of a thread's elements in one sum
     return longest + 3
 
 

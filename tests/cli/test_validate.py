@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from sam_kernels._dispatch import available
 from sam_kernels.backends import foreach
 from sam_kernels.cli.validate import validate
+from sam_kernels.operations import Operands, Restore
 from sam_kernels.validation.rows import validate_rows
 
 
@@ -35,14 +36,15 @@ def test_json_to_stdout_is_json_alone() -> None:
 
 
 def test_a_planted_error_fails_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = foreach.restore_
+    right = foreach.BACKEND.operations[Restore]
 
-    def wrong(params: Any, old_params: Any) -> None:
-        right(params, old_params)
+    def wrong(op: Restore, lists: Operands) -> None:
+        right(op, lists)
+        params = lists["params"]
         if len(params) > 4 and params[3].numel() == 256:
             params[3][17] *= 1.01
 
-    monkeypatch.setattr(foreach, "restore_", wrong)
+    monkeypatch.setitem(foreach.BACKEND.operations, Restore, wrong)
     result = CliRunner().invoke(validate, ["--op", "restore_", "--backend", "foreach"])
     assert result.exit_code == 1
     assert "FAIL restore_ foreach float32: case odd_sizes, option restore, params[3] element 17: " in result.output
@@ -54,7 +56,7 @@ def test_an_operation_that_raises_fails(monkeypatch: pytest.MonkeyPatch) -> None
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("no kernel")
 
-    monkeypatch.setattr(foreach, "restore_", broken)
+    monkeypatch.setitem(foreach.BACKEND.operations, Restore, broken)
     result = CliRunner().invoke(validate, ["--op", "restore_", "--backend", "foreach"])
     assert result.exit_code == 1
     assert "raised RuntimeError: no kernel" in result.output

@@ -7,7 +7,7 @@ between the elements is touched; outputs hold NaN before the call.
 
 import pytest
 
-from sam_kernels.validation.backends import module_of
+from sam_kernels.validation.backends import backend_of
 from sam_kernels.validation.cases import DTYPES, MIXED_NARROW, dtypes_for
 from sam_kernels.validation.check import check
 from sam_kernels.validation.options import OPTIONS, combinations
@@ -17,7 +17,7 @@ from sam_kernels.validation.options import OPTIONS, combinations
 @pytest.mark.parametrize("dtype", [*DTYPES, MIXED_NARROW])
 @pytest.mark.parametrize("op", OPTIONS)
 def test_matches_the_reference(backends: list[str], op: str, dtype: str) -> None:
-    chosen = [name for name in backends if dtype in dtypes_for(module_of(name).DTYPES)]
+    chosen = [name for name in backends if dtype in dtypes_for(backend_of(name).dtypes)]
     if not chosen:
         pytest.skip(f"{', '.join(backends)}: no kernels for {dtype}, or covered by another")
     wrong = [

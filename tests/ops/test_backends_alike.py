@@ -1,4 +1,4 @@
-"""Backends are interchangeable: the same names, taking the same arguments."""
+"""Modules of one family are interchangeable: the same names, taking the same arguments. (Operations over lists: test_operations.py.)"""
 
 import importlib
 import inspect
@@ -6,11 +6,10 @@ from types import ModuleType
 
 import pytest
 
-OWN = {"REASON_MISSING", "elements_per_thread"}  # of a backend that can be imported without its needs; of how one backend sums
-MODULES = ("native.cpu", "native.cuda", "triton", "foreach")
+OWN = {"REASON_MISSING"}  # of a module that can be imported without its needs
 SHARPNESS = ("native.sharpness", "native.cuda_sharpness", "triton.sharpness", "foreach.sharpness")
 PER_SAMPLE = ("native.per_sample", "triton.per_sample", "foreach.per_sample")
-PAIRS = [(name, other) for family in (MODULES, PER_SAMPLE, SHARPNESS) for i, name in enumerate(family) for other in family[i + 1 :]]
+PAIRS = [(name, other) for family in (PER_SAMPLE, SHARPNESS) for i, name in enumerate(family) for other in family[i + 1 :]]
 
 
 def module_named(name: str) -> ModuleType:

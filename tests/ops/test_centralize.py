@@ -11,7 +11,8 @@ from torch import Tensor
 from sam_kernels import functional
 from sam_kernels._tensor_list import TensorList, slice_sizes, slices_are_runs
 from sam_kernels.backends import foreach
-from sam_kernels.validation.backends import module_of
+from sam_kernels.operations import Centralize, Operands
+from sam_kernels.validation.backends import backend_of
 from sam_kernels.validation.check import check
 from tests.helpers.backends import widest
 from tests.helpers.compare import assert_same_bits
@@ -71,7 +72,7 @@ def test_slices_are_not_mixed_whatever_the_layout(backend: str, layout: str, vou
     grad = LAYOUTS[layout](steps((3, 4, 5, 2)))
     params = [torch.ones(3, 4, 5, 2).copy_(steps((3, 4, 5, 2)))]
     expected = steps((3, 4, 5, 2)) - 64.0 * torch.arange(3).reshape(3, 1, 1, 1)
-    given = module_of(backend).vouch([grad]) if vouched else [grad]
+    given = backend_of(backend).trust([grad]) if vouched else [grad]
     if given is None:
         pytest.skip(f"backend {backend} does not vouch for {layout}")
     pointer = grad.data_ptr()
@@ -151,29 +152,30 @@ def test_autograd_hears_of_the_write(backend: str) -> None:
 @pytest.mark.native
 @pytest.mark.parametrize("sizes", [[5], [-4], [4, 4], []], ids=str)
 def test_slices_that_do_not_fit_are_refused_by_the_kernels(sizes: list[int]) -> None:
-    native = module_of("native")
+    native = backend_of("native")
     grad = torch.ones(3, 4)
     with pytest.raises(ValueError, match=r"slices that do not divide their tensor|one size of slices a tensor"):
         native.centralize_([grad], None, sizes, adaptive=False, eta=0.0, found_inf=None)
     assert torch.equal(grad, torch.ones(3, 4))
 
 
-PLANTED: dict[str, Callable[[list[Tensor], list[int]], tuple[list[Tensor], list[int]]]] = {
-    "tensors are left as they are": lambda grads, sizes: (grads, [0] * len(sizes)),
-    "a mean over everything": lambda grads, sizes: ([g.view(1, *g.shape) if g.dim() > 1 else g for g in grads], sizes),
-    "a mean over the other dimension": lambda grads, sizes: ([g.transpose(0, 1) if g.dim() > 1 else g for g in grads], sizes),
+PLANTED: dict[str, Callable[[Tensor], Tensor]] = {
+    "tensors are left as they are": lambda grad: grad.view(-1),
+    "a mean over everything": lambda grad: grad.view(1, *grad.shape) if grad.dim() > 1 else grad,
+    "a mean over the other dimension": lambda grad: grad.transpose(0, 1) if grad.dim() > 1 else grad,
 }
 
 
 @pytest.mark.parametrize("error", PLANTED)
 def test_wrong_slices_are_caught(monkeypatch: pytest.MonkeyPatch, error: str) -> None:
-    right = foreach.centralize_
+    right = foreach.BACKEND.operations[Centralize]
 
-    def planted(grads: list[Tensor], params: Any, sizes: list[int], **kwargs: Any) -> Tensor:
-        return right(*PLANTED[error](grads, sizes)[:1], params, PLANTED[error](grads, sizes)[1], **kwargs)
+    def planted(op: Centralize, lists: Operands) -> Tensor:
+        norm: Tensor = right(op, Operands({"grads": [PLANTED[error](grad) for grad in lists["grads"]]}, lists.indices))
+        return norm
 
     assert check("centralize_", ["foreach"], "float32", "slices", "plain")["foreach"].passed
-    monkeypatch.setattr(foreach, "centralize_", planted)
+    monkeypatch.setitem(foreach.BACKEND.operations, Centralize, planted)
     assert not check("centralize_", ["foreach"], "float32", "slices", "plain")["foreach"].passed
 
 

@@ -1,5 +1,6 @@
 """Inner products and weighted sums: what the rules made of them rely on."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -10,11 +11,11 @@ from torch import Tensor
 
 from sam_kernels import _dispatch, functional
 from sam_kernels._tensor_list import TensorList
-from sam_kernels.validation.backends import module_of
+from sam_kernels.validation.backends import backend_of
 from sam_kernels.validation.check import check
 from sam_kernels.validation.roundings import roundings_of
 from sam_kernels.validation.tolerance import norm_bound
-from tests.helpers.backends import require_dtype, widest
+from tests.helpers.backends import OPERATIONS, require_dtype, widest
 from tests.helpers.compare import assert_same_bits
 
 SIZES = (300, 1, 70)
@@ -51,7 +52,7 @@ def test_a_difference_of_weights_is_exact(backend: str, dtype: torch.dtype) -> N
     norm = functional.combine_(outs, huge, near, saved, left_weight=0.0, right_weight=1.0, origin_weight=-1.0)
     differences = [p - x for p, x in zip(near, saved, strict=True)]
     assert_same_bits("outs", outs, differences)
-    roundings = roundings_of(module_of(backend), "combine_", SIZES).terms
+    roundings = roundings_of(backend_of(backend), "combine_", SIZES).terms
     exact = flat(differences).norm()
     assert abs(norm.double() - exact) <= norm_bound(exact, sum(SIZES), roundings) + torch.finfo(dtype).eps * exact
 
@@ -106,13 +107,13 @@ def test_over_the_whole_range_of_float32(backend: str, magnitude: float, other: 
     flag = torch.tensor(0.0)
     sums = functional.grad_dots([left], [right], found_inf=flag)
     a, b = left[0].double(), right[0].double()
-    within = ((roundings_of(module_of(backend), "grad_dots", [10_000]).terms or 0) + 2) * 2**-24
+    within = ((roundings_of(backend_of(backend), "grad_dots", [10_000]).terms or 0) + 2) * 2**-24
     torch.testing.assert_close(sums, 10_000 * torch.stack([a * a, a * b, b * b]), rtol=within, atol=0)
     assert flag.item() == 0.0
     out = [torch.zeros(10_000)]
     norm = functional.combine_(out, [left], [right], left_weight=0.5, right_weight=0.25)
     exact = (left.double() / 2 + right.double() / 4).norm()
-    bound = norm_bound(exact, 10_000, roundings_of(module_of(backend), "combine_", [10_000]).terms) + 2**-23 * exact
+    bound = norm_bound(exact, 10_000, roundings_of(backend_of(backend), "combine_", [10_000]).terms) + 2**-23 * exact
     assert (norm.double() - exact).abs() <= bound + 100 * 2**-149  # a result below the normal numbers has fewer digits
 
 
@@ -129,7 +130,7 @@ def test_dtypes_of_the_results(backend: str) -> None:
 
 def test_rows_of_several_backends_are_one_result(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device, where float64 rows go to another backend than the others."""
-    usual, other = _dispatch.select("cpu"), module_of("foreach")
+    usual, other = _dispatch.select("cpu"), backend_of("foreach")
     monkeypatch.setattr(_dispatch, "select", lambda device, dtypes=(): other if torch.float64 in dtypes else usual)
     lefts, rights = ([*tensors, torch.randn(40, dtype=torch.float64)] for tensors in randoms(2))
     left, right = flat(lefts), flat(rights)
@@ -170,12 +171,12 @@ def test_a_negative_radius_steps_against_the_gradient(backend: str, rho: float |
 
 
 WRONG = {
-    "a sum": ("grad_dots", "origins", lambda call, *lists, **kwargs: call(*lists, **kwargs) * torch.tensor([1.0, 1.0, 1.0 + 1e-5])),
-    "another sum": ("grad_dots", "plain", lambda call, *lists, **kwargs: call(*lists, **kwargs) * torch.tensor([1.0 + 1e-5, 1.0, 1.0])),
-    "products": ("grad_dots", "plain", lambda call, *lists, **kwargs: call(*lists, **kwargs) * torch.tensor([1.0, 1.0 + 1e-4, 1.0])),
-    "a weight": ("combine_", "origins", lambda call, *lists, **kwargs: call(*lists, **{**kwargs, "origin_weight": 0.9 + 1e-6})),
-    "a norm": ("combine_", "plain", lambda call, *lists, **kwargs: call(*lists, **kwargs) * (1 + 1e-6)),
-    "written": ("combine_", "found_inf", lambda call, *lists, **kwargs: call(*lists, **{**kwargs, "found_inf": None})),
+    "a sum": ("grad_dots", "origins", lambda call, op, lists: call(op, lists) * torch.tensor([1.0, 1.0, 1.0 + 1e-5])),
+    "another sum": ("grad_dots", "plain", lambda call, op, lists: call(op, lists) * torch.tensor([1.0 + 1e-5, 1.0, 1.0])),
+    "products": ("grad_dots", "plain", lambda call, op, lists: call(op, lists) * torch.tensor([1.0, 1.0 + 1e-4, 1.0])),
+    "a weight": ("combine_", "origins", lambda call, op, lists: call(dataclasses.replace(op, origin_weight=0.9 + 1e-6), lists)),
+    "a norm": ("combine_", "plain", lambda call, op, lists: call(op, lists) * (1 + 1e-6)),
+    "written": ("combine_", "found_inf", lambda call, op, lists: call(dataclasses.replace(op, found_inf=None), lists)),
 }
 
 
@@ -183,7 +184,7 @@ WRONG = {
 def test_a_wrong_result_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The derived bounds are not so wide that they hold for anything."""
     op, option, wrong = WRONG[name]
-    module = module_of("foreach")
+    kind, functions = OPERATIONS[op], backend_of("foreach").operations
     assert check(op, ["foreach"], "float32", "odd_sizes", option)["foreach"].passed
-    monkeypatch.setattr(module, op, functools.partial(wrong, getattr(module, op)))
+    monkeypatch.setitem(functions, kind, functools.partial(wrong, functions[kind]))
     assert not check(op, ["foreach"], "float32", "odd_sizes", option)["foreach"].passed

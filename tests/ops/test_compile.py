@@ -10,7 +10,8 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sam_kernels import SAM, _dispatch, functional, use_backend
-from sam_kernels.validation.backends import module_of
+from sam_kernels.operations import Restore
+from sam_kernels.validation.backends import backend_of
 from sam_kernels.validation.cases import MIXED_NARROW
 from sam_kernels.validation.options import ABOUT_OTHERS, FOR_LAYOUT_CASES, OPTIONS
 from sam_kernels.validation.problem import build, run
@@ -132,7 +133,7 @@ def test_every_keyword_set(backend: str, name: str) -> None:
 @pytest.mark.parametrize("name", FOR_LAYOUT_CASES)
 def test_mixed_dtypes_and_layouts(backend: str, name: str) -> None:
     """Functionalized, with rows whose tensors differ in layout, strided and expanded ones among them."""
-    dtypes = "mixed" if module_of(backend).DTYPES is None else MIXED_NARROW
+    dtypes = "mixed" if backend_of(backend).dtypes is None else MIXED_NARROW
     for case in ("mixed_layouts", "expanded_grads"):
         if case not in ABOUT_OTHERS.get(name, ()):
             assert_compiles_to_eager_bits(name, case, dtypes, FOR_LAYOUT_CASES[name][0], "aot_eager")
@@ -162,9 +163,9 @@ def test_parameters_stay_leaves_that_require_grad() -> None:
 def test_a_forced_backend_is_the_one_of_where_the_call_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
     for name in _dispatch.available():
-        module = _dispatch._backend(name)
-        original = module.restore_
-        monkeypatch.setattr(module, "restore_", lambda *lists, name=name, original=original: (ran.append(name), original(*lists)))
+        functions = backend_of(name).operations
+        original = functions[Restore]
+        monkeypatch.setitem(functions, Restore, lambda op, lists, name=name, original=original: (ran.append(name), original(op, lists)))
 
     def function(param: Tensor, old: Tensor) -> None:
         functional.restore_([param], [old])

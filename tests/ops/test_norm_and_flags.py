@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sam_kernels import _dispatch, functional, use_backend
-from sam_kernels.validation.backends import module_of
+from sam_kernels.validation.backends import backend_of
 from tests.helpers.backends import require_dtype, widest
 from tests.helpers.compare import assert_same_bits
 
@@ -24,8 +24,8 @@ def _several_row_groups(backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterat
     others = {"native": "foreach", "triton": "foreach", "foreach": "native"}
     if _dispatch.reason_missing(others[backend]) is not None:
         pytest.skip(f"backend {others[backend]} is missing")
-    monkeypatch.setattr(module_of(backend), "DTYPES", frozenset(DTYPES) - {torch.float64})
-    monkeypatch.setattr(module_of(backend), "IS_AUTOMATIC", True)
+    monkeypatch.setattr(backend_of(backend), "dtypes", frozenset(DTYPES) - {torch.float64})
+    monkeypatch.setattr(backend_of(backend), "is_automatic", True)
     monkeypatch.setattr(_dispatch, "BACKENDS", (backend, others[backend]))
     with use_backend(None):
         yield

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sam_kernels import functional
 from sam_kernels._tensor_list import TensorList
-from sam_kernels.validation.backends import module_of
+from sam_kernels.validation.backends import backend_of
 from sam_kernels.validation.cases import MIXED_NARROW
 from sam_kernels.validation.problem import build, run
 from sam_kernels.validation.roundings import roundings_of
@@ -52,7 +52,7 @@ def test_a_skipped_step_restores_and_does_nothing_else(backend: str, skip: dict[
         mixed: list[Tensor | None] = [None, buffers[1].clone()]
         functional.sgd_step_(params, grads, mixed, old_params=old, **MOMENTUM, **skip)
         assert_same_bits("params", params, olds)
-        untouched = None if module_of(backend).KNOWS_SKIPS else torch.zeros(5)  # who may not wait for a device cannot know
+        untouched = None if backend_of(backend).knows_skips else torch.zeros(5)  # who may not wait for a device cannot know
         assert_same_bits("momentum_buffers", mixed, [untouched, buffers[1]])
         states, state_squares, steps = copies(buffers), copies(squares), [torch.tensor(3.0), torch.tensor(0.0)]
         params = [torch.full_like(p, math.nan) for p in olds] if old else copies(olds)
@@ -74,7 +74,7 @@ def test_grad_norm_sets_found_inf_and_never_clears_it(backend: str, value: float
 def test_norm_over_the_whole_range_of_float32(backend: str, magnitude: float) -> None:
     """The squares are far outside of float32."""
     grad = torch.full((10_000,), magnitude)
-    within = norm_bound(torch.ones(()), 10_000, roundings_of(module_of(backend), "grad_norm", [10_000]).terms).item() + 2**-23
+    within = norm_bound(torch.ones(()), 10_000, roundings_of(backend_of(backend), "grad_norm", [10_000]).terms).item() + 2**-23
     assert functional.grad_norm([grad]).item() == pytest.approx(100 * grad[0].item(), rel=within)
     param = torch.full((10_000,), 2.0)
     assert functional.grad_norm([grad], [param], adaptive=True, eta=0.5).item() == pytest.approx(250 * grad[0].item(), rel=within)
@@ -147,7 +147,7 @@ def test_vouched_lists_give_the_same_bits(backend: str, op: str) -> None:
         "grad_dots": "origins",
         "combine_": "into_lefts",
     }
-    plain = build(op, "odd_sizes", "mixed" if module_of(backend).DTYPES is None else MIXED_NARROW, option[op])
+    plain = build(op, "odd_sizes", "mixed" if backend_of(backend).dtypes is None else MIXED_NARROW, option[op])
     vouched = plain.clone()
     vouched.lists = {name: TensorList([t for t in tensors if t is not None]) for name, tensors in vouched.lists.items()}
     for _ in range(2):  # the second call uses the description made by the first

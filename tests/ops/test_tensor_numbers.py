@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sam_kernels import _validate, functional
-from sam_kernels.functional._common import number_on
+from sam_kernels.operations import number_on
 from sam_kernels.validation.options import SCHEDULED
 from sam_kernels.validation.problem import Problem, build, run
 from tests.helpers.compare import assert_same_bits

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
 import sam_kernels
-from sam_kernels.validation.backends import module_of
+from sam_kernels.operations import Operands, Perturb
+from sam_kernels.validation.backends import backend_of
 from tests.optim.problem import BACKENDS, assert_same_bits, closure_of, loss_of, make_batch, make_model, weights
 
 
@@ -22,18 +21,18 @@ def test_row_07_interrupt_around_a_perturbation(
     model, batch = make_model(), make_batch()
     groups = [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters())}]
     optimizer = sam_kernels.SAM(groups, torch.optim.SGD, rho=0.5, lr=0.1)
-    backend = module_of(name)
-    real, calls = backend.perturb_, []
+    backend = backend_of(name)
+    real, calls = backend.operations[Perturb], []
 
-    def perturb_(*args: Any, **kwargs: Any) -> None:
+    def perturb_(op: Perturb, lists: Operands) -> None:
         calls.append(1)
         if len(calls) == 3 + interrupted_group:
             if done:
-                real(*args, **kwargs)
+                real(op, lists)
             raise KeyboardInterrupt
-        real(*args, **kwargs)
+        real(op, lists)
 
-    monkeypatch.setattr(backend, "perturb_", perturb_)
+    monkeypatch.setitem(backend.operations, Perturb, perturb_)
     with sam_kernels.use_backend(name):
         optimizer.step(closure_of(optimizer, model, batch))  # so that the backups hold an older step's weights
         before = weights(model)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import sam_kernels
-from sam_kernels.validation.backends import module_of
+from sam_kernels.operations import Operands, Perturb
+from sam_kernels.validation.backends import backend_of
 from tests.optim.problem import (
     BACKENDS,
     assert_same_bits,
@@ -67,19 +68,19 @@ def test_row_07_interrupt_around_a_perturbation(monkeypatch: pytest.MonkeyPatch,
     model, batches = make_model(), [make_batch(seed=seed) for seed in range(3)]
     groups = [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters())}]
     optimizer = sam_kernels.SAM(groups, torch.optim.SGD, rho=0.5, lr=0.1)
-    backend = module_of(name)
-    real, calls = backend.perturb_, []
+    backend = backend_of(name)
+    real, calls = backend.operations[Perturb], []
 
-    def perturb_(*args: Any, **kwargs: Any) -> None:
+    def perturb_(op: Perturb, lists: Operands) -> None:
         calls.append(1)
         if len(calls) != 7 + interrupted_call or done:
-            real(*args, **kwargs)
+            real(op, lists)
         if len(calls) == 7 + interrupted_call:
             if done == 0.5:  # in the middle of a tensor
-                args[0][0].detach().flatten()[1::2] = args[2][0].flatten()[1::2]
+                lists["params"][0].detach().flatten()[1::2] = lists["old_params"][0].flatten()[1::2]
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(backend, "perturb_", perturb_)
+    monkeypatch.setitem(backend.operations, Perturb, perturb_)
     closures = [closure_of(optimizer, model, batch) for batch in batches]
     with sam_kernels.use_backend(name):
         optimizer.step(closures)

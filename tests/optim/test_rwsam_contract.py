@@ -17,7 +17,8 @@ import torch.distributed.checkpoint.state_dict as dcp
 from torch import Tensor, nn
 
 from sam_kernels import RWSAM, SAM, use_backend
-from sam_kernels.validation.backends import module_of
+from sam_kernels.operations import Operands, RandomPerturb
+from sam_kernels.validation.backends import backend_of
 from tests.optim.problem import BACKENDS, assert_same_bits, every_backend, every_base, twin, weights
 from tests.optim.rwsam_problem import (
     CALLS,
@@ -185,19 +186,19 @@ def test_row_07_interrupt_around_a_random_perturbation(
     model, batch = make_model(torch.float32), make_batch(torch.float32)
     groups = [{"params": list(model[0].parameters())}, {"params": list(model[4].parameters())}]
     optimizer = build(model, "finite_difference", params=groups)
-    backend = module_of(name)
-    real, calls = backend.random_perturb_, []
+    backend = backend_of(name)
+    real, calls = backend.operations[RandomPerturb], []
 
-    def random_perturb_(*args: Any, **kwargs: Any) -> None:
+    def random_perturb_(op: RandomPerturb, lists: Operands) -> None:
         calls.append(1)
         if len(calls) != 5 + interrupted_call or done:
-            real(*args, **kwargs)
+            real(op, lists)
         if len(calls) == 5 + interrupted_call:
             if done == 0.5:
-                args[0][0].detach().flatten()[1::2] = args[1][0].flatten()[1::2]
+                lists["params"][0].detach().flatten()[1::2] = lists["old_params"][0].flatten()[1::2]
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(backend, "random_perturb_", random_perturb_)
+    monkeypatch.setitem(backend.operations, RandomPerturb, random_perturb_)
     with use_backend(name):
         optimizer.step(partial(losses_of, model, batch))
         before = weights(model)

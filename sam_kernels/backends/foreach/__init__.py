@@ -4,31 +4,34 @@ Arithmetic in float32 (float64 for a row that has a float64 tensor), one roundin
 device: a step is skipped by selecting, not by branching.
 """
 
+from sam_kernels import operations
+from sam_kernels._backend import Backend
+from sam_kernels.backends.foreach import _lists, ops
 from sam_kernels.backends.foreach.centralize import centralize_
 from sam_kernels.backends.foreach.combinations import combine_, grad_dots
 from sam_kernels.backends.foreach.directions import direction_norm_
-from sam_kernels.backends.foreach.ops import (
-    DEVICE_TYPES,
-    DTYPES,
-    IS_AUTOMATIC,
-    KNOWS_SKIPS,
-    REFUSES_NO_MEMORY,
-    adamw_step_,
-    check_finite_,
-    current_grads,
-    describe,
-    grad_norms,
-    is_current,
-    perturb_,
-    restore_,
-    sgd_step_,
-    vouch,
-)
 from sam_kernels.backends.foreach.random import random_perturb_
 
-__all__ = [
-    "DEVICE_TYPES", "DTYPES", "IS_AUTOMATIC", "KNOWS_SKIPS", "REFUSES_NO_MEMORY",
-    "adamw_step_", "centralize_", "check_finite_",
-    "combine_", "current_grads", "describe", "direction_norm_", "grad_dots", "grad_norms", "is_current", "perturb_",
-    "random_perturb_", "restore_", "sgd_step_", "vouch",
-]  # fmt: skip
+__all__ = ["BACKEND"]
+
+BACKEND = Backend(
+    operations={
+        operations.AdamWStep: ops.adamw_step_,
+        operations.Centralize: centralize_,
+        operations.CheckFinite: ops.check_finite_,
+        operations.Combine: combine_,
+        operations.DirectionNorm: direction_norm_,
+        operations.GradDots: grad_dots,
+        operations.GradNorms: ops.grad_norms,
+        operations.Perturb: ops.perturb_,
+        operations.RandomPerturb: random_perturb_,
+        operations.Restore: ops.restore_,
+        operations.SgdStep: ops.sgd_step_,
+    },
+    trust=_lists.trust,
+    current_grads=_lists.current_grads,
+    is_current=_lists.is_current,
+    describe=_lists.describe,
+    knows_skips=True,  # on the CPU
+    refuses_no_memory=False,  # torch reads what it is given
+)

@@ -8,13 +8,37 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["add_scaled_", "arithmetic_dtypes", "exact", "is_host", "number_of", "scale_", "skip_of", "start", "widen", "write"]
+from sam_kernels.operations import Number, Operands, Operation
+
+__all__ = [
+    "add_scaled_", "arithmetic_dtypes", "exact", "is_host", "norm_dtype", "number_of", "rows_of", "scale_", "skip_of", "start",
+    "weighted", "widen", "write",
+]  # fmt: skip
 
 
-def arithmetic_dtypes(*lists: Sequence[Tensor] | None) -> list[torch.dtype]:
+def rows_of(op: Operation, lists: Operands) -> list[tuple[Tensor, ...]]:
+    """The tensors of each row, in the order of the operation's roles. Counters of steps belong to none."""
+    return list(zip(*(lists[role] for role in op.roles if role in lists), strict=True))
+
+
+def arithmetic_dtypes(op: Operation, lists: Operands) -> list[torch.dtype]:
     """The arithmetic type of each row."""
-    rows = zip(*(tensors for tensors in lists if tensors is not None), strict=True)
-    return [torch.float64 if any(t.dtype is torch.float64 for t in row) else torch.float32 for row in rows]
+    return [torch.float64 if any(t.dtype is torch.float64 for t in row) else torch.float32 for row in rows_of(op, lists)]
+
+
+def norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The type of a norm over these tensors."""
+    return torch.float64 if any(tensor.dtype is torch.float64 for tensor in tensors) else torch.float32
+
+
+def weighted(tensors: Sequence[Tensor], params: Sequence[Tensor] | None, eta: float) -> list[Tensor]:
+    """The tensors in float64, times |p| + eta where there are parameters."""
+    terms = [tensor.to(torch.float64) for tensor in tensors]
+    if params is None:
+        return terms
+    weights = torch._foreach_abs([param.to(torch.float64) for param in params])
+    torch._foreach_add_(weights, eta)
+    return list(torch._foreach_mul(weights, terms))
 
 
 def widen(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], *, copy: bool = False) -> list[Tensor]:
@@ -54,7 +78,7 @@ def number_of(scalar: Tensor) -> Tensor | float:
     return float(scalar) if is_host(scalar) else scalar
 
 
-def exact(number: Tensor | float) -> Tensor | float:
+def exact(number: Number) -> Tensor | float:
     """A hyperparameter to calculate with: a number, or () float64 where reading it would wait for a device."""
     return number_of(number.to(torch.float64)) if isinstance(number, Tensor) else number
 

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from sam_kernels.backends.foreach._rows import arithmetic_dtypes, exact, scale_, skip_of, widen, write
+from sam_kernels.backends.foreach._rows import arithmetic_dtypes, exact, norm_dtype, scale_, skip_of, widen, write
+from sam_kernels.operations import Combine, GradDots, Operands
 
 __all__ = ["combine_", "grad_dots"]
 
 _PIECE = 1024
 
 
-def grad_dots(
-    lefts: Sequence[Tensor], rights: Sequence[Tensor], origins: Sequence[Tensor] | None, *, found_inf: Tensor | None
-) -> Tensor:  # (3,) float64
-    """See :func:`sam_kernels.functional.grad_dots`. Summed in float64."""
-    dtypes = arithmetic_dtypes(lefts, rights, origins)
-    others = widen(rights, dtypes)
-    if origins is not None:
-        others = list(torch._foreach_sub(others, widen(origins, dtypes)))
-    wide_lefts, wide_others = ([tensor.reshape(-1).to(torch.float64) for tensor in tensors] for tensors in (lefts, others))
+def grad_dots(op: GradDots, lists: Operands) -> Tensor:  # (3,) float64
+    """See :class:`sam_kernels.operations.GradDots`. Summed in float64."""
+    dtypes = arithmetic_dtypes(op, lists)
+    others = widen(lists["rights"], dtypes)
+    if "origins" in lists:
+        others = list(torch._foreach_sub(others, widen(lists["origins"], dtypes)))
+    wide_lefts, wide_others = ([tensor.reshape(-1).to(torch.float64) for tensor in tensors] for tensors in (lists["lefts"], others))
     pairs = zip(wide_lefts, wide_others, strict=True)
     sums = [torch.stack([_total(left * left), _total(left * other), _total(other * other)]) for left, other in pairs]
     result = torch.stack(sums).sum(dim=0)
-    _report(result, found_inf)
+    _report(result, op.found_inf)
     return result
 
 
@@ -37,35 +34,24 @@ def _total(terms: Tensor) -> Tensor:  # (N,) -> ()
     return terms.sum()
 
 
-def combine_(
-    outs: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    origins: Sequence[Tensor] | None,
-    *,
-    left_weight: float | Tensor,  # ()
-    right_weight: float | Tensor,  # ()
-    origin_weight: float | Tensor,  # ()
-    found_inf: Tensor | None,
-) -> Tensor:  # () float32, float64 where an out is float64
-    """See :func:`sam_kernels.functional.combine_`."""
-    skip = skip_of(None, found_inf)
-    dtypes = arithmetic_dtypes(outs, lefts, rights, origins)
+def combine_(op: Combine, lists: Operands) -> Tensor:  # () float32, float64 where an out is float64
+    """See :class:`sam_kernels.operations.Combine`."""
+    skip = skip_of(None, op.found_inf)
+    dtypes = arithmetic_dtypes(op, lists)
     terms = []
-    for tensors, weight in ((lefts, left_weight), (rights, right_weight), (origins, origin_weight)):
-        if tensors is not None:
-            terms.append(widen(tensors, dtypes, copy=True))
+    for role, weight in (("lefts", op.left_weight), ("rights", op.right_weight), ("origins", op.origin_weight)):
+        if role in lists:
+            terms.append(widen(lists[role], dtypes, copy=True))
             scale_(terms[-1], exact(weight))
-    if origins is not None:
+    if "origins" in lists:
         torch._foreach_add_(terms[1], terms.pop())
     torch._foreach_add_(terms[0], terms[1])
     results = terms[0]
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([result.to(torch.float64) for result in results])))
     if skip is not True:
-        write(outs, results, skip)
-    dtype = torch.float64 if any(out.dtype is torch.float64 for out in outs) else torch.float32
-    result: Tensor = norm.to(dtype)
-    _report(result, found_inf)
+        write(lists["outs"], results, skip)
+    result: Tensor = norm.to(norm_dtype(lists["outs"]))
+    _report(result, op.found_inf)
     return result
 
 

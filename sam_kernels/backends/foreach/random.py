@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sam_kernels._tensor_list import is_dense_row
 from sam_kernels.backends.foreach._rows import arithmetic_dtypes, exact, start, write
+from sam_kernels.operations import Operands, RandomPerturb
 
 __all__ = ["random_perturb_", "rounded_stochastically", "uniforms"]
 
@@ -99,24 +100,15 @@ def rounded_stochastically(
     return rounded
 
 
-def random_perturb_(
-    params: Sequence[Tensor],
-    old_params: Sequence[Tensor],
-    row_indices: Sequence[int],
-    *,
-    seed: int,
-    scale: float | Tensor,  # ()
-    distribution: str,
-    from_old: bool,
-) -> None:
-    """See :func:`sam_kernels.functional.random_perturb_`."""
-    if not from_old:
+def random_perturb_(op: RandomPerturb, lists: Operands) -> None:
+    """See :class:`sam_kernels.operations.RandomPerturb`."""
+    params, old_params = lists["params"], lists["old_params"]
+    if not op.from_old:
         torch._foreach_copy_(list(old_params), list(params))
-    dtypes = arithmetic_dtypes(params, old_params)
-    results = start(params, old_params if from_old else None, dtypes, None)
-    scale = exact(scale)
-    numbers_of = _normals if distribution == "normal" else _rademachers
-    row_words = _words(params, row_indices, seed=seed, stream=PERTURBATION_STREAM)
+    results = start(params, old_params if op.from_old else None, arithmetic_dtypes(op, lists), None)
+    scale = exact(op.scale)
+    numbers_of = _normals if op.distribution == "normal" else _rademachers
+    row_words = _words(params, lists.indices, seed=op.seed, stream=PERTURBATION_STREAM)
     for result, param, old_param, word in zip(results, params, old_params, row_words, strict=True):
         # z is exact in either arithmetic; scale z is rounded before it is added, as in the kernels.
         factor = scale.to(result.dtype) if isinstance(scale, Tensor) else scale
