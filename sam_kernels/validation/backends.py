@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 
 from sam_kernels import _dispatch
 from sam_kernels._backend import Backend
 from sam_kernels.validation.cases import dtypes_for
 
-__all__ = ["AUTOMATIC", "backend_of", "dtypes_of", "has_per_sample", "is_at", "using"]
+__all__ = ["AUTOMATIC", "backend_of", "dtypes_of", "has_per_sample", "using"]
 
 AUTOMATIC = "automatic"  # no backend is forced: each row goes to the first backend with kernels for its dtypes
 
@@ -24,11 +22,6 @@ def backend_of(name: str, device: str = "cpu") -> Backend:
     """Return the backend for tensors on ``device``: the preferred one for ``AUTOMATIC``."""
     with using(name):
         return _dispatch.select(torch.device(device).type)
-
-
-def is_at(backend: Backend, path: str) -> bool:
-    """Return whether a backend is that of the module ``sam_kernels.backends.<path>``."""
-    return getattr(sys.modules.get(f"sam_kernels.backends.{path}"), "BACKEND", None) is backend
 
 
 def dtypes_of(backend: str, device: str = "cpu") -> list[str]:

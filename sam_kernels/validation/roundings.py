@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sam_kernels._backend import Backend
-from sam_kernels.validation.backends import is_at
 
 __all__ = ["Roundings", "roundings_of"]
 
@@ -43,9 +42,9 @@ def roundings_of(
     kernel = _KERNELS.get(op)
     if kernel is None:
         return Roundings()
-    if is_at(backend, "triton"):
+    if backend.name == "triton":
         return _triton_centralize(numels, slice_sizes) if kernel == "centralize" else Roundings(_triton_terms(kernel, numels))
-    if is_at(backend, "native.cuda") and kernel != "centralize":
+    if backend.name == "native.cuda" and kernel != "centralize":
         return Roundings(_cuda_terms(kernel, numels))
     return Roundings()
 

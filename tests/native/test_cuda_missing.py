@@ -11,6 +11,7 @@ import torch
 from sam_kernels import _dispatch
 from sam_kernels.backends.native import CUDA_ON_HOST
 from sam_kernels.backends.native._architectures import runs_on
+from sam_kernels.operations import CheckFinite, Operands, Restore
 
 DEFAULT = "8.0;9.0;10.0;12.0+PTX"
 
@@ -77,9 +78,9 @@ def test_no_device_is_told_in_the_words_of_the_runtime(monkeypatch: pytest.Monke
 def test_without_a_device(cuda: ModuleType) -> None:
     """The module can be imported; it says why nothing runs, and whoever calls it nevertheless gets an error, not a crash."""
     assert re.match(r"no CUDA device: .+", cuda._cuda.reason_missing())
-    assert cuda._cuda.reason_missing() == cuda.REASON_MISSING
-    assert _dispatch.reason_missing("native", "cuda") == cuda.REASON_MISSING
+    assert cuda._cuda.reason_missing() == cuda.BACKEND.reason_missing
+    assert _dispatch.reason_missing("native", "cuda") == cuda.BACKEND.reason_missing
     with pytest.raises(RuntimeError, match=r"^sam_kernels: check_finite_ on cuda:0: no CUDA device: .+ \(cudaError\w+\)$"):
-        cuda._cuda.check_finite(grads=cuda._cuda.TensorList([]), found_inf=0, stream=0)
+        cuda._cuda.check_finite(CheckFinite(found_inf=None), {"grads": cuda._cuda.TensorList([])}, 0)
     with pytest.raises(TypeError, match="a tensor on another type of device than the kernels'"):
-        cuda.restore_([torch.zeros(3)], [torch.zeros(3)])
+        cuda.restore_(Restore(), Operands({"params": [torch.zeros(3)], "old_params": [torch.zeros(3)]}, range(1)))

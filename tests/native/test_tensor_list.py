@@ -77,10 +77,10 @@ def test_moves_are_noticed(path: str) -> None:
 
 
 def test_step_counters_fit_parameters_of_any_memory_order() -> None:
-    params = cpu.vouch([torch.ones(4, 3, 5, 5).to(memory_format=torch.channels_last), torch.ones(7)])
+    params = cpu.BACKEND.trust([torch.ones(4, 3, 5, 5).to(memory_format=torch.channels_last), torch.ones(7)])
     assert params is not None
-    assert cpu.vouch([torch.zeros(()), torch.zeros(())], params) is not None
-    assert cpu.vouch([torch.ones(4, 3, 5, 5), torch.ones(7)], params) is None
+    assert cpu.BACKEND.trust([torch.zeros(()), torch.zeros(())], params) is not None
+    assert cpu.BACKEND.trust([torch.ones(4, 3, 5, 5), torch.ones(7)], params) is None
 
 
 @pytest.mark.parametrize(

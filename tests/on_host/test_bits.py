@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sam_kernels import _dispatch, functional
 from sam_kernels.backends.native import cpu, cuda
+from sam_kernels.operations import AdamWStep, Combine, GradNorms, Operands, Operation, Perturb, RandomPerturb, SgdStep
 from sam_kernels.validation.cases import DTYPES, MIXED_NARROW
 from sam_kernels.validation.options import combinations
 from sam_kernels.validation.problem import build, run
@@ -74,7 +75,7 @@ def test_norms_agree_within_their_roundings(op: str, dtype: str) -> None:
     """Sums of float64 on the CPU; here a term passes through as many float32 additions as the module says."""
     for case, option in combinations(op, dtype):
         (found, numels), (expected, _) = (norm_of(op, case, dtype, option, choose) for choose in (cuda_kernels, cpu_kernels))
-        roundings = roundings_of(cuda, op, numels).terms
+        roundings = roundings_of(cuda.BACKEND, op, numels).terms
         bound = norm_bound(expected.double(), sum(numels), roundings) + ulp(expected, expected.dtype)  # both are rounded to it
         near = (found.double() - expected.double()).abs() <= bound
         same = found.eq(expected) | (found.isnan() & expected.isnan())
@@ -123,7 +124,8 @@ def norms_of(groups: list[list[Tensor]], **kwargs: Any) -> Tensor:
     rows = [row for group in groups for row in group]
     params = [row.cos() for row in rows]
     sizes = [len(group) for group in groups]
-    return cuda.grad_norms(rows, params, sizes, found_inf=None, skipped=None, out=None, **kwargs)
+    lists = {"grads": rows, "params": params if kwargs.get("adaptive") else None}
+    return cuda.grad_norms(GradNorms(group_sizes=sizes, **kwargs), Operands(lists, range(len(rows))))
 
 
 def rows(seed: int) -> list[Tensor]:
@@ -133,53 +135,43 @@ def rows(seed: int) -> list[Tensor]:
 
 def perturb(make: Callable[[float], Any]) -> list[Tensor]:
     params = rows(1)
-    flags: dict[str, Any] = {
-        "adaptive": False,
-        "eta": 0.0,
-        "eps": 1e-12,
-        "grad_scale": make(4.0),
-        "found_inf": make(0.0),
-        "from_old": False,
-    }
-    direction: dict[str, Any] = {"ema": None, "grad_weight": 1.0, "ema_weight": 0.0, "rounding_seed": None, "row_indices": [0, 1]}
-    cuda.perturb_(params, rows(2), rows(3), make(1.5), rho=make(0.125), lambd=make(0.375), **flags, **direction)
+    op = Perturb(norm=make(1.5), rho=make(0.125), lambd=make(0.375), grad_scale=make(4.0), found_inf=make(0.0))
+    called(op, params=params, grads=rows(2), old_params=rows(3))
     return params
 
 
 def combine(make: Callable[[float], Any]) -> list[Tensor]:
     outs = rows(1)
     weights = {"left_weight": make(0.625), "right_weight": make(-1.5), "origin_weight": make(0.375)}
-    norm = cuda.combine_(outs, outs, rows(2), rows(3), found_inf=torch.tensor(0.0), **weights)
+    norm = called(Combine(found_inf=torch.tensor(0.0), **weights), outs=outs, lefts=outs, rights=rows(2), origins=rows(3))
     return [*outs, norm]
 
 
 def random_perturb(make: Callable[[float], Any]) -> list[Tensor]:
     params = rows(1)
-    cuda.random_perturb_(params, rows(2), [0, 1], seed=5, scale=make(0.625), distribution="normal", from_old=False)
+    called(RandomPerturb(seed=5, scale=make(0.625), distribution="normal"), params=params, old_params=rows(2))
     return params
 
 
 def sgd(make: Callable[[float], Any]) -> list[Tensor]:
     params, buffers = rows(1), rows(2)
-    momentum: dict[str, Any] = {"momentum": 0.9, "dampening": 0.1, "nesterov": False, "first_step": False}
-    clipping: dict[str, Any] = {"grad_scale": make(4.0), "found_inf": make(0.0), "norm": make(8.0), "max_norm": 0.5, "maximize": False}
-    cuda.sgd_step_(params, rows(3), buffers, old_params=None, lr=make(0.0625), weight_decay=0.1, **momentum, **clipping)
+    scalars: dict[str, Any] = {"grad_scale": make(4.0), "found_inf": make(0.0), "norm": make(8.0), "max_norm": 0.5}
+    op = SgdStep(lr=make(0.0625), momentum=0.9, dampening=0.1, weight_decay=0.1, **scalars)
+    called(op, params=params, grads=rows(3), momentum_buffers=buffers)
     return params + buffers
 
 
 def adamw(make: Callable[[float], Any]) -> list[Tensor]:
     params, firsts, seconds, steps = rows(1), rows(2), [row.square() for row in rows(3)], [torch.tensor(4.0), torch.tensor(0.0)]
-    options: dict[str, Any] = {
-        "betas": (0.9, 0.99),
-        "eps": 1e-8,
-        "weight_decay": 0.1,
-        "decoupled": True,
-        "maximize": True,
-        "old_params": None,
-    }
-    clipping: dict[str, Any] = {"grad_scale": make(4.0), "found_inf": make(0.0), "norm": make(8.0), "max_norm": 0.5}
-    cuda.adamw_step_(params, rows(4), firsts, seconds, steps, lr=make(0.0625), **options, **clipping)
+    scalars: dict[str, Any] = {"grad_scale": make(4.0), "found_inf": make(0.0), "norm": make(8.0), "max_norm": 0.5}
+    op = AdamWStep(lr=make(0.0625), betas=(0.9, 0.99), weight_decay=0.1, maximize=True, **scalars)
+    called(op, params=params, grads=rows(4), exp_avgs=firsts, exp_avg_sqs=seconds, state_steps=steps)
     return params + firsts + seconds + steps
+
+
+def called(op: Operation, **lists: list[Tensor]) -> Any:
+    """As the backend is called, without what the public function does to numbers."""
+    return cuda.BACKEND.operations[type(op)](op, Operands(lists, range(2)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import sam_kernels
 from sam_kernels import _cuda_on_host, functional
 from sam_kernels.backends.native import cuda
+from sam_kernels.operations import GradNorms, Operands
 from tests.helpers.compare import assert_same_bits
 
 ORDERS = [(1, 0), (2, 1), (3, 0), (3, 2), (7, 5), (1000, 0), (1000, 11)]  # blocks of a launch, the one that runs first
@@ -64,13 +65,13 @@ def test_the_order_of_blocks_changes_no_bit(op: str, name: str) -> None:
 @pytest.mark.parametrize("name", LISTS)
 def test_one_norm_has_the_bits_of_the_first_of_several(name: str) -> None:
     """Several are finished by a launch of their own, one by the last block."""
-    kwargs: dict[str, Any] = {"params": None, "adaptive": False, "eta": 0.0, "found_inf": None, "skipped": None, "out": None}
     count = len(LISTS[name])
+    lists = Operands({"grads": LISTS[name]}, range(count))
     launches = []
     norms = []
     for sizes in ([count], [count, 0]):
         before = _cuda_on_host.launches()
-        norms.append(cuda.grad_norms(LISTS[name], group_sizes=sizes, **kwargs)[:1])
+        norms.append(cuda.grad_norms(GradNorms(group_sizes=sizes), lists)[:1])
         launches.append(_cuda_on_host.launches() - before)
     assert_same_bits("norm", norms[:1], norms[1:])
     assert launches[1] == launches[0] + 1

@@ -13,6 +13,7 @@ import torch
 
 from sam_kernels import _cuda_on_host
 from sam_kernels.backends.native import cuda
+from sam_kernels.operations import GradNorms, Operands
 
 SPLITS = {"small": _cuda_on_host.SmallSplit, "large": _cuda_on_host.LargeSplit}
 BYTES = {"small": 4096, "large": 32764}
@@ -158,9 +159,7 @@ def test_the_bits_of_a_norm_are_those_of_the_chunks_that_its_list_has() -> None:
     lists = [grads, [grad if i % 2 else grad.bfloat16() for i, grad in enumerate(grads)]]
 
     def norms() -> list[float]:
-        return [
-            float(cuda.grad_norms(grads, None, [4], adaptive=False, eta=0.0, found_inf=None, skipped=None, out=None)) for grads in lists
-        ]
+        return [float(cuda.grad_norms(GradNorms(group_sizes=[4]), Operands({"grads": grads}, range(4)))) for grads in lists]
 
     usual, count = norms(), _cuda_on_host.count_sums(cuda._lists.describe(grads))
     assert count == 11 + 2 + 1 + 9

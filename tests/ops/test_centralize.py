@@ -1,5 +1,6 @@
 """Gradients less the means of their slices along the first dimension: what the papers say, and where slices lie in memory."""
 
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from sam_kernels import functional
 from sam_kernels._tensor_list import TensorList, slice_sizes, slices_are_runs
 from sam_kernels.backends import foreach
+from sam_kernels.backends.native import CUDA_ON_HOST
 from sam_kernels.operations import Centralize, Operands
 from sam_kernels.validation.backends import backend_of
 from sam_kernels.validation.check import check
@@ -152,10 +154,14 @@ def test_autograd_hears_of_the_write(backend: str) -> None:
 @pytest.mark.native
 @pytest.mark.parametrize("sizes", [[5], [-4], [4, 4], []], ids=str)
 def test_slices_that_do_not_fit_are_refused_by_the_kernels(sizes: list[int]) -> None:
-    native = backend_of("native")
     grad = torch.ones(3, 4)
     with pytest.raises(ValueError, match=r"slices that do not divide their tensor|one size of slices a tensor"):
-        native.centralize_([grad], None, sizes, adaptive=False, eta=0.0, found_inf=None)
+        if CUDA_ON_HOST:
+            native = importlib.import_module("sam_kernels.backends.native.cuda")
+            native._cuda.count_sums(native._lists.describe([grad]), sizes)
+        else:
+            native = importlib.import_module("sam_kernels.backends.native.cpu")
+            native._cpu.centralize(Centralize(), native._lists.describe_all({"grads": [grad]}), sizes, 1)
     assert torch.equal(grad, torch.ones(3, 4))
 
 

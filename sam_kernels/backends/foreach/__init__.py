@@ -15,6 +15,7 @@ from sam_kernels.backends.foreach.random import random_perturb_
 __all__ = ["BACKEND"]
 
 BACKEND = Backend(
+    name="foreach",
     operations={
         operations.AdamWStep: ops.adamw_step_,
         operations.Centralize: centralize_,
