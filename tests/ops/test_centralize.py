@@ -151,17 +151,22 @@ def test_autograd_hears_of_the_write(backend: str) -> None:
     assert grad._version > before
 
 
+def cut_by_the_kernels(grad: Tensor, sizes: list[int]) -> None:
+    """Past the public function, which knows the sizes."""
+    if CUDA_ON_HOST:
+        native = importlib.import_module("sam_kernels.backends.native.cuda")
+        native._cuda.count_sums(native._lists.describe([grad]), sizes)
+    else:
+        native = importlib.import_module("sam_kernels.backends.native.cpu")
+        native._cpu.centralize(Centralize(), native._lists.describe_all({"grads": [grad]}), sizes, 1)
+
+
 @pytest.mark.native
 @pytest.mark.parametrize("sizes", [[5], [-4], [4, 4], []], ids=str)
 def test_slices_that_do_not_fit_are_refused_by_the_kernels(sizes: list[int]) -> None:
     grad = torch.ones(3, 4)
     with pytest.raises(ValueError, match=r"slices that do not divide their tensor|one size of slices a tensor"):
-        if CUDA_ON_HOST:
-            native = importlib.import_module("sam_kernels.backends.native.cuda")
-            native._cuda.count_sums(native._lists.describe([grad]), sizes)
-        else:
-            native = importlib.import_module("sam_kernels.backends.native.cpu")
-            native._cpu.centralize(Centralize(), native._lists.describe_all({"grads": [grad]}), sizes, 1)
+        cut_by_the_kernels(grad, sizes)
     assert torch.equal(grad, torch.ones(3, 4))
 
 
