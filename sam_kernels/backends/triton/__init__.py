@@ -20,6 +20,7 @@ def _describe() -> str:
 
 
 BACKEND = Backend(
+    name="triton",
     operations={} if REASON_MISSING else importlib.import_module("sam_kernels.backends.triton._operations").OPERATIONS,
     trust=trust,
     current_grads=current_grads,
