@@ -18,8 +18,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
 import sam_kernels
-from sam_kernels.backends import triton as backend
-from sam_kernels.backends.triton import _launch
+from sam_kernels.backends.triton import BACKEND, _launch
 
 __all__ = ["compiling_only", "takes_cpu_tensors"]
 
@@ -91,10 +90,8 @@ class _Driver(DriverBase):  # type: ignore[misc]  # triton has no types
 @contextmanager
 def takes_cpu_tensors() -> Iterator[None]:
     """While this is open the Triton backend takes tensors of the CPU, and is the one that is used."""
-    cpu = frozenset({"cpu"})
     with (
-        mock.patch.object(backend, "DEVICE_TYPES", cpu),
-        mock.patch.object(backend._lists, "DEVICE_TYPES", cpu),
+        mock.patch.object(BACKEND, "device_types", frozenset({"cpu"})),
         mock.patch.object(_launch, "_compiled", {}),  # nothing that was compiled for another driver is found
         sam_kernels.use_backend("triton"),
     ):

@@ -17,10 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Layer -> what its modules may import from inside the package. "own" is the same layer; backends and their kind are told apart below.
 USERS = ("optim", "monitors", "per_sample", "sampling", "theory", "schedules", "integrations")
+BOTTOM = ("_backend", "_flags", "_memory_of", "_tensor_list", "_unfold", "operations")
 COMPILED = ("_cpu", "_cuda", "_cuda_on_host")
 CORE = ("_dispatch", "_grouping", "_validate")
 ALLOWED: dict[str, set[str]] = {
-    "bottom": {"own"},  # _tensor_list, _flags, _memory_of, _unfold: depend on nothing, everyone may use them
+    "bottom": {"own"},  # depend on nothing, everyone may use them
     "compiled": set(),
     "backends": {"own", "bottom", "compiled"},
     "core": {"own", "bottom", "backends"},
@@ -63,8 +64,7 @@ def layer_of(module: str) -> str:
     if len(parts) == 1:
         return "package"
     head = parts[1]
-    bottom = dict.fromkeys(("_tensor_list", "_flags", "_memory_of", "_unfold"), "bottom")
-    fixed = bottom | {"__main__": "main"} | dict.fromkeys(COMPILED, "compiled")
+    fixed = dict.fromkeys(BOTTOM, "bottom") | {"__main__": "main"} | dict.fromkeys(COMPILED, "compiled")
     if head in fixed:
         return fixed[head]
     if head in USERS:
@@ -207,8 +207,11 @@ def plant(root: Path, files: dict[str, str]) -> Path:
         "sam_kernels/functional.py": "import torch\nfrom sam_kernels import _dispatch\nfrom sam_kernels._tensor_list import TensorList\n",
         "sam_kernels/_dispatch.py": "import importlib\nimportlib.import_module(f'sam_kernels.backends.{1}')\n",
         "sam_kernels/_tensor_list.py": "from torch import Tensor\n",
+        "sam_kernels/_backend.py": "from sam_kernels.operations import Operands\n",
+        "sam_kernels/operations/__init__.py": "from sam_kernels.operations.ascent import Perturb\n",
+        "sam_kernels/operations/ascent.py": "from torch import Tensor\n",
         "sam_kernels/backends/__init__.py": "",
-        "sam_kernels/backends/foreach.py": "from sam_kernels._tensor_list import TensorList\n",
+        "sam_kernels/backends/foreach.py": "from sam_kernels._backend import Backend\nfrom sam_kernels.operations import Perturb\n",
         "sam_kernels/backends/native/__init__.py": "from .cpu import perturb_\n",
         "sam_kernels/backends/native/cpu.py": "from sam_kernels import _cpu\n",
         "sam_kernels/reference/__init__.py": "import torch\n",
@@ -254,6 +257,9 @@ def test_a_sound_package_passes(rule, tmp_path):
         ("sam_kernels/functional.py", "import numpy\n"),
         ("sam_kernels/_dispatch.py", "from sam_kernels import functional\n"),
         ("sam_kernels/_tensor_list.py", "from sam_kernels import _dispatch\n"),
+        ("sam_kernels/_backend.py", "from sam_kernels import _dispatch\n"),
+        ("sam_kernels/operations/ascent.py", "from sam_kernels import functional\n"),
+        ("sam_kernels/operations/ascent.py", "from sam_kernels.backends import foreach\n"),
         ("sam_kernels/backends/foreach.py", "from sam_kernels.backends import native\n"),
         ("sam_kernels/backends/foreach.py", "from sam_kernels.backends.native.cpu import perturb_\n"),
         ("sam_kernels/backends/native/cpu.py", "from ..foreach import perturb_\n"),

@@ -6,7 +6,6 @@ starts anew with the next one. ``--dry-run``: on the CPU, with whatever stands i
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
@@ -19,7 +18,7 @@ import click
 import torch
 
 from sam_kernels import SAM
-from sam_kernels._dispatch import BACKENDS, reason_missing, use_backend
+from sam_kernels._dispatch import BACKENDS, reason_missing, select, use_backend
 from sam_kernels.validation.backends import has_per_sample
 from sam_kernels.validation.check import check
 from sam_kernels.validation.options import OPTIONS
@@ -144,10 +143,8 @@ def main(backends: tuple[str, ...], dry_run: bool, failed: bool) -> None:
 
 
 def _described(backend: str, device: str) -> str:
-    if backend == "native":
-        backend = "native.cuda" if device == "cuda" or os.environ.get("SAM_KERNELS_CUDA_ON_HOST") == "1" else "native.cpu"
-    described: str = importlib.import_module(f"sam_kernels.backends.{backend}").describe()
-    return described
+    with use_backend(backend):
+        return select(device).describe()
 
 
 if __name__ == "__main__":

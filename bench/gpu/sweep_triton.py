@@ -49,7 +49,7 @@ def _configs() -> dict[str, Any]:
 
 
 def reason_missing() -> str | None:
-    reason: str | None = importlib.import_module("sam_kernels.backends.triton").REASON_MISSING
+    reason: str | None = importlib.import_module("sam_kernels.backends.triton").BACKEND.reason_missing
     return reason
 
 

@@ -11,7 +11,7 @@ import click
 from bench.machine_code import cuda, cuda_page, cuda_rules, generated, page, product_rules, products
 from bench.machine_code.rules import violations
 from bench.machine_code.targets import TARGETS, reason_missing
-from sam_kernels.backends.triton import IS_INTERPRETED, REASON_MISSING
+from sam_kernels.backends.triton._requirements import IS_INTERPRETED, REASON_MISSING
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

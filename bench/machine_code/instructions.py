@@ -18,7 +18,7 @@ from bench.machine_code.compiled import build
 from bench.machine_code.launches import records_of
 from bench.machine_code.targets import TARGETS
 from bench.workloads import DTYPES
-from sam_kernels.backends.triton import IS_INTERPRETED, REASON_MISSING
+from sam_kernels.backends.triton._requirements import IS_INTERPRETED, REASON_MISSING
 
 __all__ = ["ARCH", "SOURCES", "of_cuda", "of_kernels", "of_triton", "per_element"]
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from bench.host import bars
-from sam_kernels.backends import triton
+from sam_kernels.backends.triton._requirements import REASON_MISSING
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.skipif(triton.REASON_MISSING is not None, reason=str(triton.REASON_MISSING))
+@pytest.mark.skipif(REASON_MISSING is not None, reason=str(REASON_MISSING))
 def test_both_backends_are_measured_beside_torch(tmp_path: Path) -> None:
     path = tmp_path / "host.json"
     options = ["--tensors", "148", "--base", "sgd", "--repeats", "2", "--json", str(path)]

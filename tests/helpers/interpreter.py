@@ -20,10 +20,10 @@ MANY = 100  # tensors of the case many_tiny: a launch of a thousand programs tak
 def is_interpreted() -> bool:
     """Whether this process interprets kernels: TRITON_INTERPRET=1 and a triton that can be used."""
     try:
-        from sam_kernels.backends import triton
+        from sam_kernels.backends.triton import _requirements
     except ImportError:
         return False
-    return triton.REASON_MISSING is None and triton.IS_INTERPRETED
+    return _requirements.REASON_MISSING is None and _requirements.IS_INTERPRETED
 
 
 def prepare() -> None:

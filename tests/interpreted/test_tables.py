@@ -11,8 +11,9 @@ from torch import Tensor, nn
 import sam_kernels
 from sam_kernels import functional, use_backend
 from sam_kernels._tensor_list import TensorList
-from sam_kernels.backends.triton import _staging, _table, vouch
+from sam_kernels.backends.triton import _staging, _table
 from sam_kernels.backends.triton._config import CONFIGS, Config
+from sam_kernels.backends.triton._lists import trust
 from tests.helpers.compare import assert_same_bits
 
 SIZES = (3, 700, 0, 512, 1025)
@@ -103,17 +104,17 @@ def test_gradients_that_move_are_copied_and_nothing_else_is(events: Events) -> N
 
 
 def test_results_follow_tensors_that_move(events: Events) -> None:
-    """Vouched lists over the same parameters, with gradients elsewhere at every call."""
+    """Trusted lists over the same parameters, with gradients elsewhere at every call."""
     params, olds = lists(2)
-    vouched, vouched_olds = vouch(params), vouch(olds)
-    assert vouched is not None
-    assert vouched_olds is not None
+    trusted, trusted_olds = trust(params), trust(olds)
+    assert trusted is not None
+    assert trusted_olds is not None
     for _ in range(3):
         (grads,) = lists(1)
-        given = vouch(grads, vouched)
+        given = trust(grads, trusted)
         assert given is not None
         before = [param.clone() for param in params]
-        functional.perturb_(vouched, given, vouched_olds, torch.tensor(1.0), rho=1.0, lambd=0.0)
+        functional.perturb_(trusted, given, trusted_olds, torch.tensor(1.0), rho=1.0, lambd=0.0)
         assert_same_bits("old_params", olds, before)
         assert_same_bits("params", params, [b + g for b, g in zip(before, grads, strict=True)])
     assert events.since_last() == (1, 3 + 2)  # three roles when it was made, then the gradients twice
@@ -121,27 +122,36 @@ def test_results_follow_tensors_that_move(events: Events) -> None:
 
 def test_a_change_of_dtype_makes_another_table(events: Events) -> None:
     (params,) = lists(1)
-    vouched = vouch(params)
-    assert vouched is not None
+    trusted = trust(params)
+    assert trusted is not None
     for dtype in (torch.float32, torch.bfloat16, torch.bfloat16, torch.float32):
-        grads = vouch([torch.ones(size, dtype=dtype) for size in SIZES], vouched)
+        grads = trust([torch.ones(size, dtype=dtype) for size in SIZES], trusted)
         assert grads is not None
         assert functional.grad_norm(grads).item() == pytest.approx(sum(SIZES) ** 0.5, rel=1e-6)
     assert events.since_last()[0] == 3
 
 
+def test_a_list_on_another_device_is_not_trusted() -> None:
+    """Step counters may lie on the host beside parameters on a device."""
+    params = trust([torch.ones(3)])
+    assert params is not None
+    assert trust([torch.zeros(())], params) is not None
+    _table.describe_list(params).device = torch.device("cuda", 0)
+    assert trust([torch.zeros(())], params) is None
+
+
 def test_tables_do_not_pile_up(events: Events, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_table, "_TABLES_KEPT", 3)
     (params,) = lists(1)
-    vouched = vouch(params)
-    assert vouched is not None
+    trusted = trust(params)
+    assert trusted is not None
     for count in range(1, 8):
         grads = TensorList([grad for _ in range(count) for grad in params])
         described = _table.describe_list(grads)
-        described.owner = _table.describe_list(vouched)
+        described.owner = _table.describe_list(trusted)
         functional.grad_norms([grads])
-        functional.restore_(vouched, vouched)
-    assert len(_table.describe_list(vouched).tables) <= 3
+        functional.restore_(trusted, trusted)
+    assert len(_table.describe_list(trusted).tables) <= 3
 
 
 def test_chunks_cover_every_element_once_in_order() -> None:
@@ -204,10 +214,10 @@ def test_no_chunk_cuts_a_slice() -> None:
 
 
 def test_a_change_of_slices_makes_another_table(events: Events) -> None:
-    params = vouch([torch.ones(12)])
+    params = trust([torch.ones(12)])
     assert params is not None
     for shape in ((3, 4), (4, 3), (3, 4)):
-        grads = vouch([torch.arange(12.0).reshape(shape)], params)
+        grads = trust([torch.arange(12.0).reshape(shape)], params)
         assert grads is not None
         norm = functional.centralize_(grads)
         assert norm.item() == pytest.approx((shape[0] * shape[1] * (shape[1] ** 2 - 1) / 12) ** 0.5, rel=1e-6)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from sam_kernels import SAM
-from sam_kernels.backends import triton as backend
+from sam_kernels.backends.triton._requirements import IS_INTERPRETED, REASON_MISSING
 
-REASON = backend.REASON_MISSING or ("kernels are interpreted here, not compiled" if backend.IS_INTERPRETED else None)
+REASON = REASON_MISSING or ("kernels are interpreted here, not compiled" if IS_INTERPRETED else None)
 if REASON is not None:
     pytest.skip(REASON, allow_module_level=True)
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import sam_kernels
-from sam_kernels.backends import triton as backend
+from sam_kernels.backends.triton._requirements import IS_INTERPRETED, REASON_MISSING, VERSION
 
-REASON = backend.REASON_MISSING or ("kernels are interpreted here, not compiled" if backend.IS_INTERPRETED else None)
+REASON = REASON_MISSING or ("kernels are interpreted here, not compiled" if IS_INTERPRETED else None)
 if REASON is not None:
     pytest.skip(REASON, allow_module_level=True)
 
@@ -30,7 +30,7 @@ STEPS = 3  # the first makes state, the second finds tables and averages of the 
 
 
 def test_the_version_that_was_asked_for() -> None:
-    assert os.environ.get("SAM_KERNELS_EXPECT_TRITON", backend.VERSION) == backend.VERSION
+    assert os.environ.get("SAM_KERNELS_EXPECT_TRITON", VERSION) == VERSION
 
 
 @pytest.mark.parametrize("floor", ["lists", "per sample", "norms"])

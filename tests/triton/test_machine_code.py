@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from bench.byte_model import OPS
-from sam_kernels.backends import triton as backend
+from sam_kernels.backends.triton._requirements import IS_INTERPRETED, REASON_MISSING, VERSION
 
-REASON = backend.REASON_MISSING or ("kernels are interpreted here, not compiled" if backend.IS_INTERPRETED else None)
+REASON = REASON_MISSING or ("kernels are interpreted here, not compiled" if IS_INTERPRETED else None)
 if REASON is not None:
     pytest.skip(REASON, allow_module_level=True)
 
@@ -65,8 +65,8 @@ def test_instructions_are_as_many_as_the_bars_count(op: str) -> None:
 def test_the_page_is_up_to_date(codes: list[Code]) -> None:
     pinned = re.search(r"^triton==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
     assert pinned is not None
-    if pinned[1] != backend.VERSION:
-        pytest.skip(f"the page is about triton {pinned[1]}, this is {backend.VERSION}")
+    if pinned[1] != VERSION:
+        pytest.skip(f"the page is about triton {pinned[1]}, this is {VERSION}")
     written = generated.between_markers(generated.PAGE.read_text(encoding="utf-8"), page.PART)
     assert written == page.tables(codes), f"docs/kernels.md is not what the code gives now; run: {page.COMMAND}"
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sam_kernels.backends import triton as backend
+from sam_kernels.backends.triton._requirements import IS_INTERPRETED, REASON_MISSING, VERSION
 
-REASON = backend.REASON_MISSING or ("kernels are interpreted here, not compiled" if backend.IS_INTERPRETED else None)
+REASON = REASON_MISSING or ("kernels are interpreted here, not compiled" if IS_INTERPRETED else None)
 if REASON is not None:
     pytest.skip(REASON, allow_module_level=True)
 
@@ -53,8 +53,8 @@ def test_every_kernel_keeps(codes: list[Product], rule: str, target: str) -> Non
 def test_the_page_is_up_to_date(codes: list[Product]) -> None:
     pinned = re.search(r"^triton==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
     assert pinned is not None
-    if pinned[1] != backend.VERSION:
-        pytest.skip(f"the page is about triton {pinned[1]}, this is {backend.VERSION}")
+    if pinned[1] != VERSION:
+        pytest.skip(f"the page is about triton {pinned[1]}, this is {VERSION}")
     written = generated.between_markers(generated.PAGE.read_text(encoding="utf-8"), PART)
     command = "python -m bench.machine_code --products --write docs/kernels.md"
     assert written == table(codes), f"docs/kernels.md is not what the code gives now; run: {command}"

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sam_kernels.backends import triton as backend
+from sam_kernels.backends.triton._requirements import IS_INTERPRETED, REASON_MISSING
 
-REASON = backend.REASON_MISSING or ("kernels are interpreted here, not compiled" if backend.IS_INTERPRETED else None)
+REASON = REASON_MISSING or ("kernels are interpreted here, not compiled" if IS_INTERPRETED else None)
 if REASON is not None:
     pytest.skip(REASON, allow_module_level=True)
 

@@ -13,7 +13,7 @@ from sam_kernels._dispatch import reason_missing
 from sam_kernels.backends.triton import _requirements
 
 FORCE = "import sam_kernels; sam_kernels.use_backend('triton')"
-REPORT = "from sam_kernels.backends import triton; print(triton.REASON_MISSING)"
+REPORT = "from sam_kernels.backends import triton; print(triton.BACKEND.reason_missing, triton.BACKEND.operations)"
 
 PER_SAMPLE = "frozenset([torch.float32])"
 
@@ -38,6 +38,7 @@ def test_a_triton_that_cannot_be_used(prepare: str, words: str) -> None:
     imported = python("import torch", prepare, REPORT)
     assert imported.returncode == 0, imported.stderr
     assert words in imported.stdout
+    assert imported.stdout.endswith(" {}\n")
     forced = python("import torch", prepare, FORCE)
     assert forced.returncode != 0
     assert forced.stderr.strip().splitlines()[-1].startswith(f"RuntimeError: use_backend: backend 'triton' cannot be used: {words}")

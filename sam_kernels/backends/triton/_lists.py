@@ -12,11 +12,8 @@ from torch import Tensor
 from sam_kernels._memory_of import without_memory
 from sam_kernels._tensor_list import TensorList, is_dense_row
 from sam_kernels.backends.triton._contents import Contents, contents_of
-from sam_kernels.backends.triton._requirements import DEVICE_TYPES
 
-__all__ = ["DTYPES", "Description", "current_grads", "describe_list", "is_current", "vouch"]
-
-DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+__all__ = ["Description", "current_grads", "describe_list", "is_current", "trust"]
 
 
 @dataclass(eq=False)
@@ -34,14 +31,11 @@ class Description:
 
 
 def describe_list(tensors: Sequence[Tensor]) -> Description:
-    """The description of a list, kept with it where it can be. Raises TypeError or ValueError for tensors without kernels."""
+    """The description of a list, kept with it where it can be. Raises TypeError for tensors without kernels."""
     known = tensors.descriptions.get("triton") if isinstance(tensors, TensorList) else None
     if isinstance(known, Description):
         return known
-    device = tensors[0].device
-    if device.type not in DEVICE_TYPES:
-        raise ValueError(f"backend 'triton' takes tensors on a device of type {sorted(DEVICE_TYPES)}, got one on {device}")
-    return _described(tensors, device, contents_of(tensors))
+    return _described(tensors, tensors[0].device, contents_of(tensors))
 
 
 def _described(tensors: Sequence[Tensor], device: torch.device, contents: Contents, owner: Description | None = None) -> Description:
@@ -53,16 +47,20 @@ def _described(tensors: Sequence[Tensor], device: torch.device, contents: Conten
     return described
 
 
-def vouch(tensors: Sequence[Tensor], like: TensorList | None = None) -> TensorList | None:
-    """A :class:`TensorList` of these tensors if every row is dense and in the memory order of ``like``'s (default: its own), else None."""
+def trust(tensors: Sequence[Tensor], like: TensorList | None = None) -> TensorList | None:
+    """A :class:`TensorList` of these tensors if every row is dense and in the memory order of ``like``'s (default: its own), else None.
+
+    None as well for tensors on another device than ``like``'s, step counters on the host for example: the dispatcher has checked the device
+    of the parameters alone.
+    """
     if len(tensors) == 0 or without_memory(tensors):
         return None
     result = TensorList(tensors)
     try:
         described, other = describe_list(result), None if like is None else describe_list(like)
-    except (TypeError, ValueError, RuntimeError):  # the caller's checks have the words for it
+    except (TypeError, RuntimeError):  # the caller's checks have the words for it
         return None
-    if not _is_dense(result, described.contents, like):
+    if (other is not None and described.device != other.device) or not _is_dense(result, described.contents, like):
         return None
     if other is not None:
         described.owner = other.owner or other
@@ -79,7 +77,7 @@ def _is_dense(tensors: TensorList, contents: Contents, like: TensorList | None) 
 
 
 def current_grads(known: TensorList, params: list[Tensor]) -> TensorList | None:
-    """The gradients of ``params``, vouched for; None unless they are the tensors of ``known``, unmoved, each with an ordinary gradient."""
+    """The gradients of ``params``, trusted; None unless they are the tensors of ``known``, unmoved, each with an ordinary gradient."""
     owner = describe_list(known)
     try:
         found = owner.contents.current_grads(params)

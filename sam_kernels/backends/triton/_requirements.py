@@ -1,11 +1,11 @@
-"""Whether triton can be used here, and on which tensors."""
+"""Whether triton can be used here, and whether it interprets."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
 
-__all__ = ["DEVICE_TYPES", "IS_INTERPRETED", "MINIMUM_VERSION", "REASON_MISSING", "VERSION"]
+__all__ = ["IS_INTERPRETED", "MINIMUM_VERSION", "REASON_MISSING", "VERSION"]
 
 MINIMUM_VERSION = (3, 4)
 
@@ -38,5 +38,3 @@ def _is_interpreted() -> bool:
 
 
 IS_INTERPRETED = _is_interpreted()
-# AMD's devices are "cuda" to torch as well. The interpreter reads and writes the memory of CPU tensors.
-DEVICE_TYPES = frozenset({"cpu" if IS_INTERPRETED else "cuda"})

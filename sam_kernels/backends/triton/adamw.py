@@ -31,6 +31,7 @@ from sam_kernels.backends.triton._blocks import (
 from sam_kernels.backends.triton._launch import launch, single, written
 from sam_kernels.backends.triton._lists import describe_list
 from sam_kernels.backends.triton._table import table_of
+from sam_kernels.operations import AdamWStep, Operands
 
 __all__ = ["adamw_step_"]
 
@@ -196,33 +197,14 @@ def _adamw_kernel(
             )  # fmt: skip
 
 
-def adamw_step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    state_steps: Sequence[Tensor],
-    *,
-    old_params: Sequence[Tensor] | None,
-    lr: float | Tensor,  # ()
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    maximize: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    norm: Tensor | None,
-    max_norm: float | None,
-) -> bool:  # always True: whether the step was made only the device knows
+def adamw_step_(op: AdamWStep, lists: Operands) -> bool:  # always True: whether the step was made only the device knows
     """See :func:`sam_kernels.functional.adamw_step_`. Step counters that are not float32 on the parameters' device make it wait."""
-    device = params[0].device
-    usual = _are_float32_on(state_steps, device)
-    steps = state_steps if usual else [step.to(device, torch.float32, copy=True) for step in state_steps]
-    lists = {"params": params, "grads": grads, "old_params": old_params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    table = table_of(lists, "adamw")
-    corrections = _advance(steps, lr, betas, norm, found_inf)
-    decay = "none" if weight_decay == 0.0 else "decoupled" if decoupled else "l2"
+    state_steps = lists["state_steps"]
+    usual = _are_float32_on(state_steps, lists.device)
+    steps = state_steps if usual else [step.to(lists.device, torch.float32, copy=True) for step in state_steps]
+    table = table_of({role: tensors for role, tensors in lists.items() if role != "state_steps"}, "adamw")
+    corrections = _advance(op, steps)
+    decay = "none" if op.weight_decay == 0.0 else "decoupled" if op.decoupled else "l2"
     for group in table.groups:
         launch(
             _adamw_kernel,
@@ -230,27 +212,27 @@ def adamw_step_(
             table.device,
             *table.arguments(group, "params", "grads", "old_params", "exp_avgs", "exp_avg_sqs"),
             *corrections,
-            single(norm),
-            single(grad_scale),
-            single(found_inf),
-            max_norm,
-            1.0 - betas[0],
-            betas[1],
-            1.0 - betas[1],
-            eps,
-            weight_decay,
-            None if isinstance(lr, Tensor) else 1.0 - lr * weight_decay,
-            lr if isinstance(lr, Tensor) else None,
+            single(op.norm),
+            single(op.grad_scale),
+            single(op.found_inf),
+            op.max_norm,
+            1.0 - op.betas[0],
+            op.betas[1],
+            1.0 - op.betas[1],
+            op.eps,
+            op.weight_decay,
+            None if isinstance(op.lr, Tensor) else 1.0 - op.lr * op.weight_decay,
+            op.lr if isinstance(op.lr, Tensor) else None,
             PARAM=group.dtypes["params"],
             GRAD=group.dtypes["grads"],
             OLD_PARAM=group.dtypes["old_params"],
             EXP_AVG=group.dtypes["exp_avgs"],
             EXP_AVG_SQ=group.dtypes["exp_avg_sqs"],
             DECAY=decay,
-            MAXIMIZE=maximize,
+            MAXIMIZE=op.maximize,
             **group.constants,
         )
-    written(params)
+    written(lists["params"])
     if steps is not state_steps:
         for step, advanced in zip(state_steps, steps, strict=True):
             step.copy_(advanced)
@@ -264,9 +246,7 @@ def _are_float32_on(steps: Sequence[Tensor], device: torch.device) -> bool:
     return all(step.device == device and step.dtype is torch.float32 for step in steps)
 
 
-def _advance(
-    steps: Sequence[Tensor], lr: float | Tensor, betas: tuple[float, float], norm: Tensor | None, found_inf: Tensor | None
-) -> tuple[Tensor, Tensor]:  # (R,), (R,) float32
+def _advance(op: AdamWStep, steps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:  # (R,), (R,) float32
     """Adds one to every step counter, unless skipped: step sizes and corrections of each row."""
     table = table_of({"state_steps": steps}, "steps")
     step_sizes, inv_sqrt_corrections = table.corrections
@@ -277,12 +257,12 @@ def _advance(
         *table.pointers("state_steps"),
         step_sizes,
         inv_sqrt_corrections,
-        single(norm),
-        single(found_inf),
+        single(op.norm),
+        single(op.found_inf),
         table.count,
-        lr,
-        *_two_floats(betas[0]),
-        *_two_floats(betas[1]),
+        op.lr,
+        *_two_floats(op.betas[0]),
+        *_two_floats(op.betas[1]),
         BLOCK_SIZE=_ROWS,
     )
     return step_sizes, inv_sqrt_corrections

@@ -9,13 +9,12 @@ Reads g (and p when adaptive), writes g: 2 N s bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sam_kernels._tensor_list import slice_sizes
 from sam_kernels.backends.triton._blocks import convert, load_float, operand, store
 from sam_kernels.backends.triton._finish import NOT_LAST, finish
 from sam_kernels.backends.triton._launch import launch, written
@@ -23,6 +22,7 @@ from sam_kernels.backends.triton._slices import ALIGNED_ELEMENTS
 from sam_kernels.backends.triton._squares import add_squares, join_kinds
 from sam_kernels.backends.triton._table import table_of
 from sam_kernels.backends.triton.norm import launch_sums
+from sam_kernels.operations import Centralize, Operands
 
 __all__ = ["centralize_"]
 
@@ -168,21 +168,13 @@ def _long_slices_kernel(
     tl.store(kinds + slot, kind)
 
 
-def centralize_(
-    grads: Sequence[Tensor],
-    params: Sequence[Tensor] | None,
-    slice_sizes: Sequence[int],  # n: 0 for a tensor that is left as it is
-    *,
-    adaptive: bool,
-    eta: float,
-    found_inf: Tensor | None,
-) -> Tensor:  # () float32
+def centralize_(op: Centralize, lists: Operands) -> Tensor:  # () float32
     """See :func:`sam_kernels.functional.centralize_`."""
-    written(grads)
-    table = table_of({"grads": grads, "params": params if adaptive else None}, "centralize", tuple(slice_sizes))
+    written(lists["grads"])
+    table = table_of(lists, "centralize", tuple(slice_sizes(lists["grads"])))
     for group in table.groups:
         if group.columns == 0:
-            launch_sums(table, group, eta, NOT_LAST)
+            launch_sums(table, group, op.eta, NOT_LAST)
             continue
         kernel, width = (_long_slices_kernel, {}) if group.columns is None else (_short_slices_kernel, {"COLUMNS": group.columns})
         launch(
@@ -193,12 +185,12 @@ def centralize_(
             table.slice_sizes,
             group.slots,
             *table.sums,
-            eta,
+            op.eta,
             GRAD=group.dtypes["grads"],
             PARAM=group.dtypes["params"],
             **width,
             **group.constants,
         )
     norm = torch.empty(1, dtype=torch.float32, device=table.device)
-    finish(table, (table.count,), norm, found_inf, None)
+    finish(table, (table.count,), norm, op.found_inf, None)
     return norm[0]

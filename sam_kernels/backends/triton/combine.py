@@ -8,8 +8,6 @@ Reads l, r (and o); writes out: 3 N s bytes (4 N s).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +19,7 @@ from sam_kernels.backends.triton._finish import Finish, store_sum
 from sam_kernels.backends.triton._launch import launch, single, written
 from sam_kernels.backends.triton._squares import add_squares, join_kinds
 from sam_kernels.backends.triton._table import table_of
+from sam_kernels.operations import Combine, Operands
 
 __all__ = ["combine_"]
 
@@ -129,21 +128,12 @@ def _combine_kernel(
     store_sum(total, kind, slot, sums, kinds, counter, bounds, norm, not_finite, skipped, FINISH_SIZE)
 
 
-def combine_(
-    outs: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    origins: Sequence[Tensor] | None,
-    *,
-    left_weight: float | Tensor,  # ()
-    right_weight: float | Tensor,  # ()
-    origin_weight: float | Tensor,  # ()
-    found_inf: Tensor | None,
-) -> Tensor:  # () float32
+def combine_(op: Combine, lists: Operands) -> Tensor:  # () float32
     """See :func:`sam_kernels.functional.combine_`."""
-    table = table_of({"outs": outs, "lefts": lefts, "rights": rights, "origins": origins}, "combine")
+    has_origins = "origins" in lists
+    table = table_of(lists, "combine")
     norm = torch.empty(1, dtype=torch.float32, device=table.device)
-    finish = Finish(table, (table.count,), norm, found_inf, None, folds=origins is None)
+    finish = Finish(table, (table.count,), norm, op.found_inf, None, folds=not has_origins)
     for group in table.groups:
         launch(
             _combine_kernel,
@@ -153,10 +143,10 @@ def combine_(
             group.slots,
             *table.sums,
             *finish.arguments(group),
-            single(found_inf),
-            left_weight,
-            right_weight,
-            None if origins is None else origin_weight,
+            single(op.found_inf),
+            op.left_weight,
+            op.right_weight,
+            op.origin_weight if has_origins else None,
             OUT=group.dtypes["outs"],
             LEFT=group.dtypes["lefts"],
             RIGHT=group.dtypes["rights"],
@@ -166,5 +156,5 @@ def combine_(
             **group.constants,
         )
     finish.launch_rest()
-    written(outs)
+    written(lists["outs"])
     return norm[0]

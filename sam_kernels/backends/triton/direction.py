@@ -8,8 +8,6 @@ Reads g, m (and p when adaptive); writes m: 3 N s bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +19,7 @@ from sam_kernels.backends.triton._finish import Finish, store_sum
 from sam_kernels.backends.triton._launch import launch, single
 from sam_kernels.backends.triton._squares import add_squares, join_kinds
 from sam_kernels.backends.triton._table import table_of
+from sam_kernels.operations import DirectionNorm, Operands
 
 __all__ = ["direction_norm_"]
 
@@ -118,23 +117,9 @@ def _direction_kernel(
     store_sum(total, kind, slot, sums, kinds, counter, bounds, norm, found_inf, skipped, FINISH_SIZE)
 
 
-def direction_norm_(
-    grads: Sequence[Tensor],
-    ema: Sequence[Tensor],
-    params: Sequence[Tensor] | None,
-    *,
-    kind: str,
-    first_step: bool,
-    theta: float,
-    sigma: float,
-    lmbda: float,
-    adaptive: bool,
-    eta: float,
-    grad_scale: Tensor | None,
-) -> Tensor:  # () float32
+def direction_norm_(op: DirectionNorm, lists: Operands) -> Tensor:  # () float32
     """See :func:`sam_kernels.functional.direction_norm_`."""
-    table = table_of({"grads": grads, "ema": ema, "params": params if adaptive else None}, "direction")
-    is_friendly = kind == "friendly"
+    table = table_of(lists, "direction")
     norm = torch.empty(1, dtype=torch.float32, device=table.device)
     finish = Finish(table, (table.count,), norm, None, None)
     for group in table.groups:
@@ -146,16 +131,16 @@ def direction_norm_(
             group.slots,
             *table.sums,
             *finish.arguments(group),
-            single(grad_scale),
-            lmbda if is_friendly else 1.0 - theta,
-            1.0 - lmbda if is_friendly else theta,
-            sigma,
-            eta,
+            single(op.grad_scale),
+            op.decay,
+            op.gain,
+            op.sigma,
+            op.eta,
             GRAD=group.dtypes["grads"],
             EMA=group.dtypes["ema"],
             PARAM=group.dtypes["params"],
-            FRIENDLY=is_friendly and not first_step,
-            FIRST_STEP=first_step,
+            FRIENDLY=op.kind == "friendly" and not op.first_step,
+            FIRST_STEP=op.first_step,
             FINISH_SIZE=FINISH_BLOCK,
             **group.constants,
         )

@@ -10,8 +10,6 @@ The sum of products is then no larger than the larger of theirs (Cauchy and Schw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +20,7 @@ from sam_kernels.backends.triton._config import FINISH_DOTS_BLOCK
 from sam_kernels.backends.triton._finish import GROW, GROWN, HIGH, IN_RANGE, LOW, SHRINK, SHRUNK
 from sam_kernels.backends.triton._launch import launch
 from sam_kernels.backends.triton._table import table_of
+from sam_kernels.operations import GradDots, Operands
 
 __all__ = ["grad_dots"]
 
@@ -161,11 +160,9 @@ def _finish_dots_kernel(
             tl.store(found_inf, 1.0)
 
 
-def grad_dots(
-    lefts: Sequence[Tensor], rights: Sequence[Tensor], origins: Sequence[Tensor] | None, *, found_inf: Tensor | None
-) -> Tensor:  # (3,) float64
+def grad_dots(op: GradDots, lists: Operands) -> Tensor:  # (3,) float64
     """See :func:`sam_kernels.functional.grad_dots`."""
-    table = table_of({"lefts": lefts, "rights": rights, "origins": origins}, "dots")
+    table = table_of(lists, "dots")
     for group in table.groups:
         launch(
             _dots_kernel,
@@ -181,5 +178,5 @@ def grad_dots(
         )
     dots = torch.empty(3, dtype=torch.float64, device=table.device)
     bounds = table.bounds((table.count,))
-    launch(_finish_dots_kernel, 1, table.device, *table.dot_sums, bounds, dots, found_inf, BLOCK_SIZE=FINISH_DOTS_BLOCK)
+    launch(_finish_dots_kernel, 1, table.device, *table.dot_sums, bounds, dots, op.found_inf, BLOCK_SIZE=FINISH_DOTS_BLOCK)
     return dots

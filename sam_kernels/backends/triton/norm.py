@@ -23,6 +23,7 @@ from sam_kernels.backends.triton._config import FINISH_BLOCK
 from sam_kernels.backends.triton._finish import GROW, GROWN, HIGH, IN_RANGE, LOW, SHRINK, SHRUNK, Finish, store_sum
 from sam_kernels.backends.triton._launch import launch
 from sam_kernels.backends.triton._table import ChunkTable, LaunchGroup, table_of
+from sam_kernels.operations import CheckFinite, GradNorms, Operands
 
 __all__ = ["check_finite_", "grad_norms", "launch_sums"]
 
@@ -95,32 +96,23 @@ def _norm_kernel(
     store_sum(total, kind, slot, sums, kinds, counter, bounds, norm, found_inf, skipped, FINISH_SIZE)
 
 
-def grad_norms(
-    grads: Sequence[Tensor],
-    params: Sequence[Tensor] | None,
-    group_sizes: Sequence[int],
-    *,
-    adaptive: bool,
-    eta: float,
-    found_inf: Tensor | None,
-    skipped: Tensor | None,
-    out: Tensor | None,
-) -> Tensor:  # (len(group_sizes),) float32
+def grad_norms(op: GradNorms, lists: Operands) -> Tensor:  # (len(op.group_sizes),) float32
     """Norms of consecutive groups of rows. Reads g (and p when adaptive)."""
-    table = table_of({"grads": grads, "params": params if adaptive else None}, "norm")
-    norms = torch.empty(len(group_sizes), dtype=torch.float32, device=table.device) if out is None else out.reshape(1)
-    finish = Finish(table, tuple(group_sizes), norms, found_inf, skipped)
+    table = table_of(lists, "norm")
+    sizes = tuple(op.group_sizes)
+    norms = torch.empty(len(sizes), dtype=torch.float32, device=table.device) if op.out is None else op.out.reshape(1)
+    finish = Finish(table, sizes, norms, op.found_inf, op.skipped)
     for group in table.groups:
-        launch_sums(table, group, eta, finish.arguments(group))
+        launch_sums(table, group, op.eta, finish.arguments(group))
     finish.launch_rest()
     return norms
 
 
-def check_finite_(grads: Sequence[Tensor], found_inf: Tensor) -> None:
+def check_finite_(op: CheckFinite, lists: Operands) -> None:
     """Sets found_inf where a gradient is not finite: the first stage alone. Reads g."""
-    table = table_of({"grads": grads}, "norm")
+    table = table_of(lists, "norm")
     for group in table.groups:
-        launch_sums(table, group, 0.0, (None, None, None, found_inf, None))
+        launch_sums(table, group, 0.0, (None, None, None, op.found_inf, None))
 
 
 def launch_sums(table: ChunkTable, group: LaunchGroup, eta: float, finishing: Sequence[Tensor | None]) -> None:

@@ -10,8 +10,6 @@ Reads p, g; writes old_p, p: 4 N s bytes (from_old: reads old_p, g; writes p: 3 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,6 +32,7 @@ from sam_kernels.backends.triton._config import CONFIGS
 from sam_kernels.backends.triton._launch import launch, single, written
 from sam_kernels.backends.triton._random import ROUNDING_STREAM, seed_key, tile_offsets, tile_words
 from sam_kernels.backends.triton._table import table_of
+from sam_kernels.operations import Operands, Perturb, Restore
 
 __all__ = ["perturb_", "restore_"]
 
@@ -195,68 +194,48 @@ def _copy_kernel(
     copy_chunk(destination, aligned_destination, source, aligned_source, count, full, BLOCK_SIZE)
 
 
-def perturb_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    old_params: Sequence[Tensor],
-    norm: Tensor,  # ()
-    *,
-    rho: float | Tensor,  # ()
-    lambd: float | Tensor,  # ()
-    adaptive: bool,
-    eta: float,
-    eps: float,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    from_old: bool,
-    ema: Sequence[Tensor] | None,
-    grad_weight: float,
-    ema_weight: float,
-    rounding_seed: int | None,
-    row_indices: Sequence[int],
-) -> None:
-    """See :func:`sam_kernels.functional.perturb_`. With ``ema``, m, the direction is grad_weight g / grad_scale + ema_weight m (without g
-    where its weight is 0) and ``norm`` is its own."""
-    used_grads = None if ema is not None and grad_weight == 0.0 else grads
-    lists = {"params": params, "grads": used_grads, "old_params": old_params, "ema": ema}
-    table = table_of(lists, "perturb" if rounding_seed is None else "random")
+def perturb_(op: Perturb, lists: Operands) -> None:
+    """See :func:`sam_kernels.functional.perturb_`."""
+    uses_ema, is_rounded = "ema" in lists, op.rounding_seed is not None
+    uses_grads = not uses_ema or op.grad_weight != 0.0
+    table = table_of(lists if uses_grads else {**lists, "grads": None}, "random" if is_rounded else "perturb")
     for group in table.groups:
-        stochastic = rounding_seed is not None and group.dtypes["params"] == tl.bfloat16
+        stochastic = is_rounded and group.dtypes["params"] == tl.bfloat16
         # Only the rows that are rounded so need blocks of whole random tiles; one more operand, and registers would cost occupancy.
-        block, most = group.constants["BLOCK_SIZE"], CONFIGS["perturb"].block // (1 if ema is None else 2)
+        block, most = group.constants["BLOCK_SIZE"], CONFIGS["perturb"].block // (2 if uses_ema else 1)
         block = block if stochastic else min(block, most)
         launch(
             _perturb_kernel,
             group.chunks,
             table.device,
             *table.arguments(group, "params", "grads", "old_params", "ema"),
-            None if rounding_seed is None else table.row_indices(row_indices),
-            single(norm),
-            single(grad_scale),
-            single(found_inf),
-            rho,
-            None if isinstance(lambd, Tensor) else 1.0 - lambd,  # in double: it cancels for the lambd close to 1 of the schedule 1 - 1/t
-            lambd,
-            eps,
-            eta,
-            grad_weight,
-            ema_weight,
-            *seed_key(rounding_seed or 0),
+            table.row_indices(lists.indices) if is_rounded else None,
+            single(op.norm),
+            single(op.grad_scale),
+            single(op.found_inf),
+            op.rho,
+            None if isinstance(op.lambd, Tensor) else 1.0 - op.lambd,  # in double: it cancels for a lambd close to 1, as of 1 - 1/t
+            op.lambd,
+            op.eps,
+            op.eta,
+            op.grad_weight,
+            op.ema_weight,
+            *seed_key(op.rounding_seed or 0),
             PARAM=group.dtypes["params"],
             GRAD=group.dtypes["grads"],
             OLD_PARAM=group.dtypes["old_params"],
             EMA=group.dtypes["ema"],
-            FROM_OLD=from_old,
-            ADAPTIVE=adaptive,
+            FROM_OLD=op.from_old,
+            ADAPTIVE=op.adaptive,
             STOCHASTIC=stochastic,
             **{**group.constants, "BLOCK_SIZE": block},
         )
-    written(params)
+    written(lists["params"])
 
 
-def restore_(params: Sequence[Tensor], old_params: Sequence[Tensor]) -> None:
+def restore_(op: Restore, lists: Operands) -> None:
     """See :func:`sam_kernels.functional.restore_`."""
-    table = table_of({"params": params, "old_params": old_params}, "copy")
+    table = table_of(lists, "copy")
     for group in table.groups:
         launch(
             _copy_kernel,
@@ -267,4 +246,4 @@ def restore_(params: Sequence[Tensor], old_params: Sequence[Tensor]) -> None:
             SOURCE=group.dtypes["old_params"],
             **group.constants,
         )
-    written(params)
+    written(lists["params"])

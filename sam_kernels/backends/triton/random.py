@@ -7,16 +7,14 @@ Reads p; writes old_p, p: 3 N s bytes (from_old: reads old_p; writes p: 2 N s).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from sam_kernels.backends.triton._blocks import convert, full_blocks, load, load_number, locate, operand, store
 from sam_kernels.backends.triton._launch import launch, written
 from sam_kernels.backends.triton._random import PERTURBATION_STREAM, normal_pair, rademacher, seed_key, tile_offsets, tile_words
 from sam_kernels.backends.triton._table import table_of
+from sam_kernels.operations import Operands, RandomPerturb
 
 __all__ = ["random_perturb_"]
 
@@ -82,31 +80,22 @@ def _random_kernel(
         _move_tiles(param, old_param, start, block, count, index, key_low, key_high, factor, NORMAL, FROM_OLD, HALF, True)
 
 
-def random_perturb_(
-    params: Sequence[Tensor],
-    old_params: Sequence[Tensor],
-    row_indices: Sequence[int],
-    *,
-    seed: int,
-    scale: float | Tensor,  # ()
-    distribution: str,
-    from_old: bool,
-) -> None:
+def random_perturb_(op: RandomPerturb, lists: Operands) -> None:
     """See :func:`sam_kernels.functional.random_perturb_`."""
-    table = table_of({"params": params, "old_params": old_params}, "random")
+    table = table_of(lists, "random")
     for group in table.groups:
         launch(
             _random_kernel,
             group.chunks,
             table.device,
             *table.arguments(group, "params", "old_params"),
-            table.row_indices(row_indices),
-            *seed_key(seed),
-            scale,
+            table.row_indices(lists.indices),
+            *seed_key(op.seed),
+            op.scale,
             PARAM=group.dtypes["params"],
             OLD_PARAM=group.dtypes["old_params"],
-            NORMAL=distribution == "normal",
-            FROM_OLD=from_old,
+            NORMAL=op.distribution == "normal",
+            FROM_OLD=op.from_old,
             **group.constants,
         )
-    written(params)
+    written(lists["params"])

@@ -9,11 +9,8 @@ Reads old_p (else p), g, m; writes p, m: 5 N s bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from sam_kernels.backends.triton._blocks import (
     copy_chunk,
@@ -28,6 +25,7 @@ from sam_kernels.backends.triton._blocks import (
 )
 from sam_kernels.backends.triton._launch import launch, single, written
 from sam_kernels.backends.triton._table import table_of
+from sam_kernels.operations import Operands, SgdStep
 
 __all__ = ["sgd_step_"]
 
@@ -117,26 +115,8 @@ def _sgd_kernel(
             )  # fmt: skip
 
 
-def sgd_step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor] | None,
-    *,
-    old_params: Sequence[Tensor] | None,
-    lr: float | Tensor,  # ()
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-    first_step: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    norm: Tensor | None,
-    max_norm: float | None,
-) -> bool:  # always True: whether the step was made only the device knows
+def sgd_step_(op: SgdStep, lists: Operands) -> bool:  # always True: whether the step was made only the device knows
     """See :func:`sam_kernels.functional.sgd_step_`."""
-    lists = {"params": params, "grads": grads, "old_params": old_params, "momentum_buffers": momentum_buffers}
     table = table_of(lists, "sgd")
     for group in table.groups:
         launch(
@@ -144,23 +124,23 @@ def sgd_step_(
             group.chunks,
             table.device,
             *table.arguments(group, "params", "grads", "old_params", "momentum_buffers"),
-            single(norm),
-            single(grad_scale),
-            single(found_inf),
-            max_norm,
-            lr,
-            momentum,
-            1.0 - dampening,
-            weight_decay,
+            single(op.norm),
+            single(op.grad_scale),
+            single(op.found_inf),
+            op.max_norm,
+            op.lr,
+            op.momentum,
+            1.0 - op.dampening,
+            op.weight_decay,
             PARAM=group.dtypes["params"],
             GRAD=group.dtypes["grads"],
             OLD_PARAM=group.dtypes["old_params"],
             BUFFER=group.dtypes["momentum_buffers"],
-            FIRST_STEP=first_step,
-            NESTEROV=nesterov,
-            WEIGHT_DECAY=weight_decay != 0.0,
-            MAXIMIZE=maximize,
+            FIRST_STEP=op.first_step,
+            NESTEROV=op.nesterov,
+            WEIGHT_DECAY=op.weight_decay != 0.0,
+            MAXIMIZE=op.maximize,
             **group.constants,
         )
-    written(params)
+    written(lists["params"])
     return True
