@@ -131,6 +131,15 @@ def test_a_change_of_dtype_makes_another_table(events: Events) -> None:
     assert events.since_last()[0] == 3
 
 
+def test_a_list_on_another_device_is_not_trusted() -> None:
+    """Step counters may lie on the host beside parameters on a device."""
+    params = trust([torch.ones(3)])
+    assert params is not None
+    assert trust([torch.zeros(())], params) is not None
+    _table.describe_list(params).device = torch.device("cuda", 0)
+    assert trust([torch.zeros(())], params) is None
+
+
 def test_tables_do_not_pile_up(events: Events, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_table, "_TABLES_KEPT", 3)
     (params,) = lists(1)

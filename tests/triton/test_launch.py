@@ -37,7 +37,7 @@ def test_arguments_are_those_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(by_triton) == len(by_us)
     differing = [(a, b) for a, b in zip(by_triton, by_us, strict=True) if not (a is b or (not isinstance(a, Tensor) and a == b))]
     assert (0.5, 0.25) in differing
-    tables = [(a, b) for a, b in differing if isinstance(a, Tensor)]  # made anew for lists that nobody vouches for
+    tables = [(a, b) for a, b in differing if isinstance(a, Tensor)]  # made anew for lists that are not trusted
     assert all(a.shape == b.shape and a.dtype is b.dtype for a, b in tables)
 
 
