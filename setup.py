@@ -1,4 +1,4 @@
-"""Builds the torch-free native core with ninja. Options and the build's own words: docs/architecture.md, "Build"."""
+"""Builds the torch-free native core with ninja. Options and the build's own words: docs/internals/layers.md, "Build"."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layers of docs/architecture.md: imports and includes go downward only, files stay small.
+"""The layers of docs/internals/layers.md: imports and includes go downward only, files stay small.
 
 Every rule is a function of a root folder that returns what is wrong, so that it can be shown to fail on a planted violation.
 """

@@ -2,7 +2,7 @@
 //
 // T is the arithmetic type: float for float32, bfloat16 and float16 storage, double for float64 storage. Callers convert storage to T
 // before and round once after. Nothing here may be contracted into a fused multiply-add (the build says -ffp-contract=off), so the bits
-// are the same on every instruction set. Symbols follow docs/architecture.md and the papers: rho, lambd, eps, eta.
+// are the same on every instruction set. Symbols follow docs/internals/contracts.md and the papers: rho, lambd, eps, eta.
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,4 @@
-"""The rules of torch's own layers. Formulas: docs/architecture.md, "Gradient norms per sample"."""
+"""The rules of torch's own layers. Formulas: docs/per_sample.md; the engine: docs/internals/per_sample.md."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class GradNorms:
     formed once, by :meth:`weighted_grads_`, or never. Nothing of the model is changed and no hook stays on it. Modules may be shared,
     called several times and nested, parameters tied or frozen, blocks checkpointed (``use_reentrant=False``), the forward pass run under
     autocast. Layers: Linear, Conv and ConvTranspose 1d to 3d, Embedding, EmbeddingBag, LayerNorm, RMSNorm, GroupNorm, InstanceNorm,
-    BatchNorm, PReLU, MultiheadAttention and torch's transformers; others by :func:`register_rule`. Formulas: docs/architecture.md.
+    BatchNorm, PReLU, MultiheadAttention and torch's transformers; others by :func:`register_rule`. Formulas: docs/per_sample.md.
 
     Where samples depend on each other (BatchNorm in training) the norm is that of the sample's *contribution*: its terms of the sum that is
     the batch's gradient. Contributions add up to that gradient; they are not the gradients of the sample's own loss.

@@ -142,7 +142,7 @@ def test_what_launches_and_instructions_leave_of_a_copy(monkeypatch: pytest.Monk
     assert least(10**8, issue=0.3) == pytest.approx(100 * 0.4 / (0.4 + 0.1 + 0.003))
     assert least(10**8, issue=0.3, copy_gbps=6000.0) == pytest.approx(100 * 0.2 / (0.3 + 0.05 + 0.003))
     assert limits.percent_of_copy(97, 12 * 10**8, 3000.0, 1, 0.3, 0.25) == pytest.approx(100 * 0.4 / (0.4 + 0.2 + 0.003))
-    assert (limits.step_launches("sgd"), limits.step_launches("adamw")) == (4, 5)  # tests/on_host/test_finish.py, docs/architecture.md
+    assert (limits.step_launches("sgd"), limits.step_launches("adamw")) == (4, 5)  # tests/on_host/test_finish.py, docs/internals/gpu.md
 
     # Beside a loop of 4 ms our 1.1 GB cannot be 20 times as fast, were they moved at 85 % of a copy's bandwidth; 5 times they can.
     row = {"numel": 25 * 10**6, "bytes": 11 * 10**8, "copy_gbps": 3000.0, "base": "sgd"}

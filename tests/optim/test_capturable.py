@@ -1,6 +1,6 @@
 """``capturable=True``: what a CUDA graph would read lies in tensors, and the steps are those of ``capturable=False``.
 
-Row 11 of the behaviours in docs/architecture.md. The graphs themselves: ``tests/gpu/test_graphs.py``.
+Row 11 of the behaviours in docs/internals/contracts.md. The graphs themselves: ``tests/gpu/test_graphs.py``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rows 1–3 of the behaviours in docs/architecture.md: checkpoints, copies, schedulers, hooks, torch.distributed.checkpoint."""
+"""Rows 1–3 of the behaviours in docs/internals/contracts.md: checkpoints, copies, schedulers, hooks, torch.distributed.checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows 6, 7 and 9–14 of the behaviours in docs/architecture.md; test_non_finite.py has row 8."""
+"""Rows 6, 7 and 9–14 of the behaviours in docs/internals/contracts.md; test_non_finite.py has row 8."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What docs/architecture.md promises of a step (rows 2, 5, 6, 7, 12, 14), for a step of several micro-batches and for n-SAM."""
+"""What docs/internals/contracts.md promises of a step (rows 2, 5, 6, 7, 12, 14), for a step of several micro-batches and for n-SAM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Row 8 of the behaviours in docs/architecture.md: gradients that are not finite."""
+"""Row 8 of the behaviours in docs/internals/contracts.md: gradients that are not finite."""
 
 from __future__ import annotations
 

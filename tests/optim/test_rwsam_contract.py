@@ -1,4 +1,4 @@
-"""RW-SAM holds the behaviours in docs/architecture.md that SAM holds; the rows are numbered as there."""
+"""RW-SAM holds the behaviours in docs/internals/contracts.md that SAM holds; the rows are numbered as there."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Arithmetic in float32 (float64 for a row that has a float64 tensor), one rounding to storage; norms are summed in float64 in an order that
 does not depend on the number of threads. Threads are torch's (``torch.set_num_threads``). Every function takes lists that
-:mod:`sam_kernels._grouping` made: checked, dense, on the CPU. Bytes are those of docs/architecture.md.
+:mod:`sam_kernels._grouping` made: checked, dense, on the CPU. Sweeps are those of docs/internals/contracts.md.
 """
 
 from __future__ import annotations
