@@ -9,6 +9,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,21 @@ def import_violations(root: Path) -> list[str]:
     return found
 
 
+def import_circles(root: Path) -> list[str]:
+    """A module that imports itself by way of others, for type checkers alone too. (The packages that a module lies in do not count.)"""
+    files = sorted((root / "sam_kernels").rglob("*.py"))
+    imports = {
+        module: {name for _, name in imports_of(path, root) if not f"{module}.".startswith(f"{name}.")}
+        for path in files
+        for module in [module_of(path, root)]
+    }
+    try:
+        list(TopologicalSorter(imports).static_order())
+    except CycleError as error:
+        return [" <- ".join(error.args[1])]
+    return []
+
+
 def includes_of(path: Path) -> list[str]:
     return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(encoding="utf-8"), re.MULTILINE)
 
@@ -195,7 +211,7 @@ def unlisted_sources(root: Path) -> list[str]:
     return [] if listed == present else [f"csrc/ninja_build.py compiles {listed}, csrc has {present}"]
 
 
-RULES = [import_violations, include_violations, size_violations, unlisted_sources]
+RULES = [import_violations, import_circles, include_violations, size_violations, unlisted_sources]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -292,6 +308,19 @@ def test_a_sound_package_passes(rule, tmp_path):
 def test_a_planted_import_is_found(name, text, tmp_path):
     (violation,) = import_violations(plant(tmp_path, {name: text}))
     assert name in violation
+
+
+@pytest.mark.parametrize("typed", [False, True])
+def test_a_planted_circle_is_found(typed, tmp_path):
+    back = "from sam_kernels.operations import norms\n"
+    text = f"from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    {back}" if typed else back
+    files = {
+        "sam_kernels/operations/ascent.py": text,
+        "sam_kernels/operations/norms.py": "from sam_kernels.operations.ascent import Perturb\n",
+    }
+    (circle,) = import_circles(plant(tmp_path, files))
+    assert "sam_kernels.operations.norms" in circle
+    assert "sam_kernels.operations.ascent" in circle
 
 
 @pytest.mark.parametrize(
