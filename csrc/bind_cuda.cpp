@@ -138,10 +138,10 @@ PYBIND11_MODULE(SAM_CUDA_MODULE, module) {
         },
         arg("op"), arg("lists"), arg("sums"), arg("result"), arg("is_double"), arg("stream"));
   };
-  def_sums("grad_norms", [](const PyOperation& op, const Sums& memory, uintptr_t stream) { grad_norms(op, memory, stream); });
-  def_sums("direction_norm", [](const PyOperation& op, const Sums& memory, uintptr_t stream) { direction_norm(op, memory, stream); });
-  def_sums("grad_dots", [](const PyOperation& op, const Sums& memory, uintptr_t stream) { grad_dots(op, memory, stream); });
-  def_sums("combine", [](const PyOperation& op, const Sums& memory, uintptr_t stream) { combine_rows(op, memory, stream); });
+  def_sums("grad_norms", grad_norms);
+  def_sums("direction_norm", direction_norm);
+  def_sums("grad_dots", grad_dots);
+  def_sums("combine", combine_rows);
   module.def(
       "centralize",
       [](Op op, Given lists, const std::vector<int64_t>& slice_sizes, uintptr_t sums, uintptr_t result, bool is_double, uintptr_t stream) {

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp
 
 import sam_kernels
-from sam_kernels.optim._engine import capturable, passes, update
+from sam_kernels.optim._engine import capturable, passes, skipped, update
 from tests.optim.problem import BACKENDS, assert_same_bits, closure_of, loss_of, make_batch, make_model, twin, weights
 
 BASES = [
@@ -278,7 +278,7 @@ def start_recording(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """From the call on, as if a CUDA graph were recorded."""
 
     def start() -> None:
-        for module in (capturable, update, passes):
+        for module in (capturable, update, passes, skipped):
             monkeypatch.setattr(module, "is_recording", lambda device: True)
 
     return start
@@ -323,7 +323,7 @@ def test_what_a_graph_would_freeze_is_refused(
 def test_a_capture_before_any_step_is_refused(start_recording: Callable[[], None]) -> None:
     model = make_model()
     optimizer = make(model, capturable=True)
-    optimizer._passes.found_inf = torch.zeros((), device="meta")  # on another device than the parameters: not moved yet
+    optimizer._passes.skips.found_inf = torch.zeros((), device="meta")  # on another device than the parameters: not moved yet
     start_recording()
     with pytest.raises(RuntimeError, match="no step was made before"):
         train(model, optimizer, range(1))

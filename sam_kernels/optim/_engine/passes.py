@@ -98,19 +98,19 @@ class Passes:
         for current, rho, along in zip(ascent.group_grads, radii, ascent.options, strict=True):
             group = plan.groups[current.index]
             is_downhill = ascent.is_downhill is not (group.maximize and not ascent.knows_maximize)
-            perturb_: Callable[..., None] = partial(
-                functional.perturb_,
-                grads=current.grads,
-                norm=norm,
-                rho=-rho if is_downhill else rho,
-                lambd=group.lambd,
-                adaptive=group.adaptive,
-                eta=group.eta,
-                eps=eps,
-                grad_scale=grad_scale,
-                found_inf=self.found_inf,
-                **along,
-            )
+            options: dict[str, Any] = {
+                "grads": current.grads,
+                "norm": norm,
+                "rho": -rho if is_downhill else rho,
+                "lambd": group.lambd,
+                "adaptive": group.adaptive,
+                "eta": group.eta,
+                "eps": eps,
+                "grad_scale": grad_scale,
+                "found_inf": self.found_inf,
+                **along,  # which may replace some of these
+            }
+            perturb_: Callable[..., None] = partial(functional.perturb_, **options)
             # Other lists than those saved: other parameters have a gradient now, or some have moved. Saving all of them is right as well.
             is_saved = self._saved.get(current.index) is current.lists
             self._perturbed[current.index] = current.lists
