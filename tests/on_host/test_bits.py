@@ -30,20 +30,20 @@ ROWS = [3, 5, 64, 0, 1030]  # again and again, in lists of more rows than a laun
 def cpu_kernels() -> Iterator[None]:
     """CPU tensors go to the CPU's kernels, as in a process of users."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(_dispatch._loaded, "native.cuda", cpu)
+        patch.setitem(_dispatch._loaded, "native.cuda", cpu.BACKEND)
         yield
 
 
 @contextmanager
 def cuda_kernels() -> Iterator[None]:
-    assert _dispatch.select("cpu") is cuda
+    assert _dispatch.select("cpu") is cuda.BACKEND
     yield
 
 
 def test_there_are_two() -> None:
     assert cuda._cuda.ON_HOST
     with cpu_kernels():
-        assert _dispatch.select("cpu") is cpu
+        assert _dispatch.select("cpu") is cpu.BACKEND
     with cuda_kernels():
         pass
 
