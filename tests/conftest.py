@@ -12,6 +12,7 @@ import torch
 from sam_kernels._dispatch import BACKENDS, available, reason_missing, use_backend
 from sam_kernels.backends.native import CUDA_ON_HOST
 from tests.helpers import interpreter
+from tests.helpers.pairwise import covering_pairs
 
 INTERPRETED = interpreter.is_interpreted()
 if INTERPRETED:
@@ -25,17 +26,50 @@ collect_ignore = [*([] if INTERPRETED else ["interpreted"]), *([] if CUDA_ON_HOS
 TESTED = ["triton"] if INTERPRETED else ["native"] if CUDA_ON_HOST else list(BACKENDS)
 
 
+ALWAYS_WHOLE = 24  # items of a function: up to so many, the whole product runs
+DEVICE_TESTS = "gpu"  # always the whole product: a device is there for minutes, and then for these tests
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="Run the full product of parameters, not only the items that cover every pair.")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if INTERPRETED:  # overflow is what the kernels are tested with, and numpy says so each time
         config.addinivalue_line("filterwarnings", "ignore:.*encountered in.*:RuntimeWarning")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if INTERPRETED:
-        mine = {"interpreted", "gpu"}  # gpu: a dry run of the device tests
-        kept = [item for item in items if mine & set(item.path.parts) or {"backend", "backends"} & set(item.fixturenames)]
-        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = kept
+    kept = [item for item in items if _belongs_here(item)]
+    if not config.getoption("--full"):
+        kept = _with_every_pair(kept)
+    chosen = set(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = kept
+
+
+def _belongs_here(item: pytest.Item) -> bool:
+    """Whether an item depends on the kernels of a process that has a backend of its own to test."""
+    if not INTERPRETED and not CUDA_ON_HOST:
+        return True
+    if {"interpreted", "on_host", DEVICE_TESTS} & set(item.path.parts):  # DEVICE_TESTS: a dry run of them
+        return True
+    uses_backend = {"backend", "backends"} & set(item.fixturenames)  # type: ignore[attr-defined]
+    return bool(uses_backend) and item.get_closest_marker("engine") is None
+
+
+def _with_every_pair(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Items of each function in which every pair of values of two parameters that occurs in its product occurs."""
+    functions: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    chosen: set[pytest.Item] = set()
+    for own in functions.values():
+        is_whole = len(own) <= ALWAYS_WHOLE or DEVICE_TESTS in own[0].path.parts
+        # repr: parameters need not be hashable. Equal values of a product are one object, whose repr is one too.
+        rows = [{name: repr(value) for name, value in item.callspec.params.items()} for item in own] if not is_whole else []  # type: ignore[attr-defined]
+        chosen.update(own if is_whole else (own[i] for i in covering_pairs(rows)))
+    return [item for item in items if item in chosen]
 
 
 def pytest_report_header() -> list[str]:
