@@ -24,14 +24,13 @@ if CUDA_ON_HOST and (reason := reason_missing("native")) is not None:
 collect_ignore = [*([] if INTERPRETED else ["interpreted"]), *([] if CUDA_ON_HOST else ["on_host"])]
 # A process that interprets Triton's kernels, or runs CUDA's on the host, tests those alone: everything else has a process of its own.
 TESTED = ["triton"] if INTERPRETED else ["native"] if CUDA_ON_HOST else list(BACKENDS)
-
-
 ALWAYS_WHOLE = 24  # items of a function: up to so many, the whole product runs
 DEVICE_TESTS = "gpu"  # always the whole product: a device is there for minutes, and then for these tests
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="Run the full product of parameters, not only the items that cover every pair.")
+    parser.addoption("--beyond-pairs", action="store_true", help="Run only the items that --full adds.")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,7 +40,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     kept = [item for item in items if _belongs_here(item)]
-    if not config.getoption("--full"):
+    if config.getoption("--beyond-pairs"):
+        covering = set(_with_every_pair(kept))
+        kept = [item for item in kept if item not in covering or "is_full" in item.fixturenames]  # type: ignore[attr-defined]
+    elif not config.getoption("--full"):
         kept = _with_every_pair(kept)
     chosen = set(kept)
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
@@ -84,6 +86,12 @@ def pytest_report_header() -> list[str]:
 def _seed(request: pytest.FixtureRequest) -> None:
     """From the test's own name: the same numbers whichever tests run before it."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(scope="session")
+def is_full(pytestconfig: pytest.Config) -> bool:
+    """Whether a test goes through the full product that it has inside."""
+    return bool(pytestconfig.getoption("--full") or pytestconfig.getoption("--beyond-pairs"))
 
 
 @pytest.fixture(params=TESTED)

@@ -94,11 +94,11 @@ def test_two_axes(a, b):
 """
 
 
-@pytest.mark.parametrize(("options", "count"), [((), 12 + 36), (("--full",), 36 + 36)], ids=["pairs", "full"])
-def test_pytest_runs_pairs_or_the_full_product(options: tuple[str, ...], count: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("option", "count"), [("-s", 12 + 36), ("--full", 36 + 36), ("--beyond-pairs", 24)])
+def test_pytest_runs_pairs_or_the_full_product(option: str, count: int, tmp_path: Path) -> None:
     """With the repository's conftest, in a folder of its own."""
     (tmp_path / "test_planted.py").write_text(THREE_AXES)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.conftest", "-p", "no:cacheprovider", "--rootdir", tmp_path, *options]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.conftest", "-p", "no:cacheprovider", "--rootdir", tmp_path, option]
     done = subprocess.run([*command, tmp_path], cwd=shared.ROOT, capture_output=True, text=True)
     assert f"{count} passed" in done.stdout, done.stdout + done.stderr
 

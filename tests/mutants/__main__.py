@@ -73,7 +73,7 @@ def _key(row: dict[str, object]) -> tuple[object, ...]:
 
 
 def _outcome(tree: Path, mutant: Mutant, *, is_cpp: bool) -> dict[str, str | None]:
-    """The test that fails first with the items of `make test`, and only if none does, with those of `make test-full`: those include these."""
+    """The test that fails first of `make test`; if none does, of `make test-full`, whose items include those of `make test`."""
     path = tree / mutant.path
     source = path.read_bytes()
     path.write_bytes(mutant.plant(source))
@@ -83,7 +83,7 @@ def _outcome(tree: Path, mutant: Mutant, *, is_cpp: bool) -> dict[str, str | Non
         runs = runs_for(mutant.path)
         if (by := _first_failure(tree, runs)) is not None:
             return {"by": by, "by_full": by}
-        return {"by": None, "by_full": _first_failure(tree, runs, "--full")}
+        return {"by": None, "by_full": _first_failure(tree, runs, "--beyond-pairs")}
     finally:
         path.write_bytes(source)
 

@@ -34,12 +34,6 @@ PACKAGE = "sam_kernels.backends.triton"
 SM_90 = TARGETS["sm_90"]
 
 
-@pytest.fixture(scope="module")
-def is_full(pytestconfig: pytest.Config) -> bool:
-    """Whether every variant is compiled for the main target, or some in which every pair of values occurs."""
-    return bool(pytestconfig.getoption("--full"))
-
-
 @cache
 def codes_of(target: str, is_full: bool) -> list[Code]:
     """The code of every kernel for a target: a minute or two, where nothing is kept of an earlier run."""
