@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
-from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -28,9 +28,14 @@ def covering_pairs(rows: Sequence[Mapping[str, Hashable]]) -> list[int]:
     pairs: list[set[Pair]] = [set(itertools.combinations(sorted(row.items(), key=lambda item: item[0]), 2)) for row in rows]
     chosen = [i for i, own in enumerate(pairs) if not own]
     missing = set().union(*pairs)
+    queue = [(-len(own), i) for i, own in enumerate(pairs) if own]  # by pairs that were missing when a row was last looked at
+    heapq.heapify(queue)
     while missing:
-        gains = Counter({i: len(own & missing) for i, own in enumerate(pairs)})
-        best = max(range(len(rows)), key=lambda i: gains[i])  # the first of the best
-        chosen.append(best)
-        missing -= pairs[best]
+        least, i = heapq.heappop(queue)
+        gain = len(pairs[i] & missing)
+        if gain < -least:  # others may have more by now
+            heapq.heappush(queue, (-gain, i))
+            continue
+        chosen.append(i)
+        missing -= pairs[i]
     return sorted(chosen)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,6 +25,7 @@ RESULTS = Path(__file__).with_name("results.json")
 LEFT_OUT = ("build", "dist", ".venv", ".git", "__pycache__", "*.egg-info", ".*_cache", ".benchmarks", "out", "results")
 SECONDS = 600  # of a processor: a fault that makes a test run for ever is found
 BASELINE = {"SAM_KERNELS_BUILD": "cpu", "SAM_KERNELS_INSTRUCTION_SETS": "baseline", "SAM_KERNELS_CXXFLAGS": "-O1"}
+CPP = "csrc/"
 NOTHING_RAN = 5  # pytest's exit status
 
 
@@ -48,19 +50,21 @@ def main(seed: int, only: str, again: bool, listed: bool, out: Path) -> None:
         tree = shutil.copytree(ROOT, Path(folder) / "tree", ignore=shutil.ignore_patterns(*LEFT_OUT))
         if FOLDER.exists():
             shutil.copytree(FOLDER, tree / FOLDER.relative_to(ROOT))
-        is_built = False
-        for mutant in mutants:
-            row = asdict(mutant)
-            if not again and _key(row) in rows:
-                continue
-            is_cpp = mutant.path.startswith("csrc/")
-            if is_cpp and not is_built:
-                _build(tree)
-                is_built = True
-            row |= _outcome(tree, mutant, is_cpp=is_cpp)
-            click.echo(f"{mutant.path}:{mutant.line}: {mutant.old!r} -> {mutant.new!r}: {row['by'] or row['by_full'] or 'survives'}")
-            rows[_key(row)] = row
-            out.write_text(json.dumps(list(rows.values()), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if any(mutant.path.startswith(CPP) for mutant in mutants):
+            _build(tree)
+        left = [mutant for mutant in mutants if again or _key(asdict(mutant)) not in rows]
+        for search in (_nearest, _others):  # what survives the quick tests of all files comes last
+            survivors = []
+            for mutant in left:
+                if (outcome := _outcome(tree, mutant, search)) is None:
+                    survivors.append(mutant)
+                    continue
+                row = {**asdict(mutant), **outcome}
+                found_by = row["by"] or row["by_full"] or "nothing"
+                click.echo(f"{mutant.path}:{mutant.line}: {mutant.old!r} -> {mutant.new!r}: {found_by}")
+                rows[_key(row)] = row
+                out.write_text(json.dumps(list(rows.values()), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            left = survivors
     found = [rows[_key(asdict(mutant))] for mutant in mutants]
     lost = [row for row in found if row["by"] is None and row["by_full"] is not None]
     killed = sum(row["by"] is not None for row in found)
@@ -72,24 +76,34 @@ def _key(row: dict[str, object]) -> tuple[object, ...]:
     return row["path"], row["start"], row["old"], row["new"]
 
 
-def _outcome(tree: Path, mutant: Mutant, *, is_cpp: bool) -> dict[str, str | None]:
-    """The test that fails first of `make test`; if none does, of `make test-full`, whose items include those of `make test`."""
+Outcome = dict[str, str | None]
+
+
+def _outcome(tree: Path, mutant: Mutant, search: Callable[[Path, tuple[Run, ...]], Outcome | None]) -> Outcome | None:
+    """What a search finds while the fault is in the tree."""
     path = tree / mutant.path
     source = path.read_bytes()
     path.write_bytes(mutant.plant(source))
     try:
-        if is_cpp and not _build(tree, succeeds=False):
+        if mutant.path.startswith(CPP) and not _build(tree, succeeds=False):
             return {"by": "the compiler", "by_full": "the compiler"}
-        runs = runs_for(mutant.path)
-        if (by := _first_failure(tree, runs)) is not None:
-            return {"by": by, "by_full": by}
-        return {"by": None, "by_full": _first_failure(tree, runs, "--beyond-pairs")}
+        return search(tree, runs_for(mutant.path))
     finally:
         path.write_bytes(source)
 
 
-def _first_failure(tree: Path, runs: tuple[Run, ...], *options: str) -> str | None:
-    return next((failed for run in runs if (failed := _failure(tree, run, *options)) is not None), None)
+def _nearest(tree: Path, runs: tuple[Run, ...]) -> Outcome | None:
+    """The test that fails first among the nearest."""
+    failed = _failure(tree, runs[0])
+    return None if failed is None else {"by": failed, "by_full": failed}
+
+
+def _others(tree: Path, runs: tuple[Run, ...]) -> Outcome:
+    """The test that fails first of `make test`; if none does, of `make test-full`, whose items include those of `make test`."""
+    for run in runs[1:]:
+        if (failed := _failure(tree, run)) is not None:
+            return {"by": failed, "by_full": failed}
+    return {"by": None, "by_full": next((failed for run in runs if (failed := _failure(tree, run, "--beyond-pairs")) is not None), None)}
 
 
 def _failure(tree: Path, run: Run, *options: str) -> str | None:

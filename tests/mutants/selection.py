@@ -92,6 +92,9 @@ OPTIM_TESTS = {  # file of sam_kernels/optim -> its nearest tests in tests/optim
     "sam.py": ("test_contract", "test_bad_input", "test_formula"),
     "*": ("test_contract", "test_family"),
 }
+ON_HOST = tuple(
+    Run(arguments, {"SAM_KERNELS_CUDA_ON_HOST": "1"}) for arguments in (("tests/ops", "tests/on_host", "-k", QUICK), (REFERENCE,))
+)
 
 
 def of_optim(*names: str) -> Run:
@@ -113,8 +116,8 @@ RUNS: list[tuple[str, tuple[Run, ...]]] = [
     ("sam_kernels/backends/*/per_sample*", (Run(("tests/ops", "-k", "per_sample")), Run(("tests/per_sample",)))),
     ("sam_kernels/backends/*/sharpness.py", (Run(("tests/ops/test_sharpness.py",)),)),
     ("sam_kernels/backends/foreach/*", of_backend("foreach")),
-    ("sam_kernels/backends/native/cuda*", (Run(("tests/ops", "tests/on_host", "-k", "not compile"), {"SAM_KERNELS_CUDA_ON_HOST": "1"}),)),
-    ("sam_kernels/backends/native/_cuda*", (Run(("tests/ops", "tests/on_host", "-k", "not compile"), {"SAM_KERNELS_CUDA_ON_HOST": "1"}),)),
+    ("sam_kernels/backends/native/cuda*", ON_HOST),
+    ("sam_kernels/backends/native/_cuda*", ON_HOST),
     ("sam_kernels/backends/native/*", of_backend("native")),
     ("csrc/common/random.h", (Run(("tests/ops/test_random.py", "tests/ops/test_rounding.py")), *OPS[:2])),
     ("csrc/common/half.h", (Run(("tests/ops/test_half_conversion.py",)), *OPS[:2])),
