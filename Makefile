@@ -17,9 +17,6 @@ OLDEST_TRITON := 3.4.0
 OLDEST := $(VENV)/triton-$(OLDEST_TRITON)
 # 5: pytest has run nothing, on a machine that triton is not made for.
 WITH_OLDEST_TRITON = PYTHONPATH=$(OLDEST) SAM_KERNELS_EXPECT_TRITON=$(OLDEST_TRITON) $(PYTEST) tests/triton/test_jit_path.py || [ $$? -eq 5 ]
-# Tests of tests/optim that ask nothing of a kernel, on whichever it runs: once is enough.
-OF_THE_ENGINE := $(patsubst %,--ignore=tests/optim/test_%.py,bad_input both_sides checkpoint contexts cut_batches family_bad_input \
-	family_checkpoint family_failures family_options identity interrupted loops once_a_step option_names own_direction small_ends torch_scenarios)
 SANITIZED := build/sanitize
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1
 RUN_SANITIZED = LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
@@ -28,7 +25,7 @@ RUN_SANITIZED = LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${C
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test oldest-triton interpreted on-host lint format sanitize bench gpu wheel clean distclean
+.PHONY: help install demo test test-full mutants oldest-triton interpreted on-host lint format sanitize bench gpu wheel clean distclean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -37,11 +34,17 @@ help:  ## this list
 demo: $(VENV)/.installed-demo $(VENV)/.native  ## train on real data and print the table
 	$(BIN)/python -m sam_kernels train $(ARGS)
 
-test: lint $(OLDEST)/.installed  ## lint, then every test
+test: lint $(OLDEST)/.installed  ## lint, then every test, with every pair of parameters
 	$(PYTEST) $(ARGS)
 	$(WITH_OLDEST_TRITON)
-	TRITON_INTERPRET=1 $(PYTEST) tests/ops tests/interpreted
-	SAM_KERNELS_CUDA_ON_HOST=1 $(PYTEST) tests/ops tests/optim tests/on_host $(OF_THE_ENGINE)
+	TRITON_INTERPRET=1 $(PYTEST) tests/ops tests/interpreted $(FULL)
+	SAM_KERNELS_CUDA_ON_HOST=1 $(PYTEST) tests/ops tests/optim tests/on_host $(FULL)
+
+test-full:  ## the same with the full products of parameters, and all specialisations of the Triton kernels
+	$(MAKE) test FULL=--full ARGS="--full $(ARGS)"
+
+mutants: install  ## plant faults in the package, one at a time, and report which test finds each; an hour or more
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 oldest-triton: install $(OLDEST)/.installed  ## only Triton's launch path, with the oldest triton that is promised
 	$(WITH_OLDEST_TRITON)
@@ -67,7 +70,7 @@ format: install  ## let ruff and clang-format rewrite the files
 
 sanitize: install  ## the operation tests on builds with the address and undefined-behaviour sanitizers: CPU kernels, CUDA kernels on the host
 	$(WITH_HOST_KERNELS) SAM_KERNELS_BUILD=cpu SAM_KERNELS_CXXFLAGS="$(SANITIZERS)" $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
-	$(RUN_SANITIZED) $(or $(ARGS),tests/ops)
+	$(RUN_SANITIZED) $(or $(ARGS),--full tests/ops)
 	$(WITH_HOST_KERNELS) $(RUN_SANITIZED) $(or $(ARGS),tests/ops/test_against_reference.py tests/ops/test_random.py)
 
 bench: install  ## the benchmarks (ARGS="--help" tells the options)

@@ -12,6 +12,7 @@ import torch
 from sam_kernels._dispatch import BACKENDS, available, reason_missing, use_backend
 from sam_kernels.backends.native import CUDA_ON_HOST
 from tests.helpers import interpreter
+from tests.helpers.pairwise import covering_pairs
 
 INTERPRETED = interpreter.is_interpreted()
 if INTERPRETED:
@@ -23,6 +24,13 @@ if CUDA_ON_HOST and (reason := reason_missing("native")) is not None:
 collect_ignore = [*([] if INTERPRETED else ["interpreted"]), *([] if CUDA_ON_HOST else ["on_host"])]
 # A process that interprets Triton's kernels, or runs CUDA's on the host, tests those alone: everything else has a process of its own.
 TESTED = ["triton"] if INTERPRETED else ["native"] if CUDA_ON_HOST else list(BACKENDS)
+ALWAYS_WHOLE = 24  # items of a function: up to so many, the whole product runs
+DEVICE_TESTS = "gpu"  # always the whole product: a device is there for minutes, and then for these tests
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="Run the full product of parameters, not only the items that cover every pair.")
+    parser.addoption("--beyond-pairs", action="store_true", help="Run only the items that --full adds.")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,11 +39,39 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if INTERPRETED:
-        mine = {"interpreted", "gpu"}  # gpu: a dry run of the device tests
-        kept = [item for item in items if mine & set(item.path.parts) or {"backend", "backends"} & set(item.fixturenames)]
-        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = kept
+    kept = [item for item in items if _belongs_here(item)]
+    if config.getoption("--beyond-pairs"):
+        covering = set(_with_every_pair(kept))
+        kept = [item for item in kept if item not in covering or "is_full" in item.fixturenames]  # type: ignore[attr-defined]
+    elif not config.getoption("--full"):
+        kept = _with_every_pair(kept)
+    chosen = set(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = kept
+
+
+def _belongs_here(item: pytest.Item) -> bool:
+    """Whether an item depends on the kernels of a process that has a backend of its own to test."""
+    if not INTERPRETED and not CUDA_ON_HOST:
+        return True
+    if {"interpreted", "on_host", DEVICE_TESTS} & set(item.path.parts):  # DEVICE_TESTS: a dry run of them
+        return True
+    uses_backend = {"backend", "backends"} & set(item.fixturenames)  # type: ignore[attr-defined]
+    return bool(uses_backend) and item.get_closest_marker("engine") is None
+
+
+def _with_every_pair(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Items of each function in which every pair of values of two parameters that occurs in its product occurs."""
+    functions: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    chosen: set[pytest.Item] = set()
+    for own in functions.values():
+        is_whole = len(own) <= ALWAYS_WHOLE or DEVICE_TESTS in own[0].path.parts
+        # repr: parameters need not be hashable. Equal values of a product are one object, whose repr is one too.
+        rows = [{name: repr(value) for name, value in item.callspec.params.items()} for item in own] if not is_whole else []  # type: ignore[attr-defined]
+        chosen.update(own if is_whole else (own[i] for i in covering_pairs(rows)))
+    return [item for item in items if item in chosen]
 
 
 def pytest_report_header() -> list[str]:
@@ -50,6 +86,12 @@ def pytest_report_header() -> list[str]:
 def _seed(request: pytest.FixtureRequest) -> None:
     """From the test's own name: the same numbers whichever tests run before it."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(scope="session")
+def is_full(pytestconfig: pytest.Config) -> bool:
+    """Whether a test goes through the full product that it has inside."""
+    return bool(pytestconfig.getoption("--full") or pytestconfig.getoption("--beyond-pairs"))
 
 
 @pytest.fixture(params=TESTED)

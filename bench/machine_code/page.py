@@ -9,7 +9,7 @@ from bench.machine_code.launches import Variant, covering, recorded
 from bench.machine_code.rules import violations
 from bench.machine_code.targets import TARGETS
 
-__all__ = ["COMMAND", "PART", "codes_of", "tables"]
+__all__ = ["COMMAND", "PART", "codes_of", "tables", "work_of"]
 
 PART = "machine code"
 COMMAND = "python -m bench.machine_code --write docs/kernels.md"
@@ -19,13 +19,18 @@ _DTYPES = ("fp32", "bf16", "fp16", "mixed", "")
 
 def codes_of(targets: Iterable[str], *, complete: bool = False) -> list[Code]:
     """The code of all variants on the main target, of some that cover everything on the others (``complete``: of all there too)."""
+    return compile_all(work_of(targets, complete=complete))
+
+
+def work_of(targets: Iterable[str], *, complete: bool = False) -> list[tuple[Variant, str, bool]]:
+    """Variant, name of the target and whether to disassemble, of each of these codes."""
     variants = recorded()
     few = covering(variants)
     work: list[tuple[Variant, str, bool]] = []
     for target in targets:
         chosen = variants if complete or target == MAIN else few
         work += [(variant, target, target == MAIN and variant in few) for variant in chosen]
-    return compile_all(work)
+    return work
 
 
 def _span(numbers: Iterable[int]) -> str:

@@ -20,7 +20,7 @@ from bench.machine_code.launches import Variant, records_of
 from bench.machine_code.targets import TARGETS, Target
 from sam_kernels.functional import per_sample
 
-__all__ = ["MAIN", "NVIDIA", "Product", "calls", "compile_product", "compile_products", "few", "recorded"]
+__all__ = ["MAIN", "NVIDIA", "Product", "calls", "compile_product", "compile_products", "few", "recorded", "work_of"]
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 MAIN = "sm_90"  # the one that every variant is compiled for
@@ -149,8 +149,12 @@ def _compile(work: tuple[Variant, str]) -> Product:
     return compile_product(work[0], TARGETS[work[1]])
 
 
+def work_of(variants: Sequence[Variant], targets: Iterable[str] = NVIDIA) -> list[tuple[Variant, str]]:
+    return list(itertools.chain(*([(v, name) for v in (variants if name == MAIN else few(variants))] for name in targets)))
+
+
 def compile_products(variants: Sequence[Variant], targets: Iterable[str] = NVIDIA) -> list[Product]:
     """All on the main target, a few on the others; in a process for each processor of this machine."""
-    work = list(itertools.chain(*([(v, name) for v in (variants if name == MAIN else few(variants))] for name in targets)))
+    work = work_of(variants, targets)
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(_compile, work, chunksize=4))

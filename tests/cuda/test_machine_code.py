@@ -13,8 +13,7 @@ from bench.gpu import limits
 from bench.machine_code import _sass, cuda, cuda_page, generated, instructions
 from bench.machine_code.cuda import ARCHITECTURES, Kernel
 from bench.machine_code.cuda_rules import RULES, least_threads, resident_threads, violations
-
-pytestmark = pytest.mark.xdist_group("tests/cuda/test_machine_code.py")  # one process compiles for all its tests
+from tests.helpers.machine_code import cuda_kernels
 
 if (REASON := cuda.reason_missing()) is not None:
     pytest.skip(REASON, allow_module_level=True)
@@ -28,8 +27,8 @@ OPS += ("random_normal", "random_rademacher", "sgd")
 
 @pytest.fixture(scope="module")
 def kernels() -> list[Kernel]:
-    """Every kernel for every architecture this nvcc knows: about a minute."""
-    return cuda.compile_all(cuda.toolkit()[2])
+    """Every kernel for every architecture this nvcc knows."""
+    return cuda_kernels(cuda.toolkit()[2])
 
 
 def of(kernels: list[Kernel], arch: str) -> list[Kernel]:
@@ -161,7 +160,7 @@ def test_a_planted_fault_is_found(name: str, tmp_path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert fault.old in text, f"{fault.file} has changed: plant the fault anew"
     path.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
-    found = [text for kernel in cuda.compile_file(fault.source, "sm_90", tmp_path) for text in violations(kernel, fault.rule)]
+    found = [text for kernel in cuda_kernels(["sm_90"], [fault.source], tmp_path) for text in violations(kernel, fault.rule)]
     assert found
 
 

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 import sam_kernels
-from tests.helpers.pairwise import in_turns
 from tests.optim.family import BASES, MEMBERS
-from tests.optim.problem import BACKENDS, closure_of, loss_of, make_batch, make_model, twin, weights
+from tests.optim.problem import BACKENDS, closure_of, every_backend, loss_of, make_batch, make_model, twin, weights
 
 CASES = [(name, base) for name, member in MEMBERS.items() for base in member.bases]
 OPTIONS: list[dict[str, Any]] = [{}, {"lambd": 0.3}, {"adaptive": True, "eta": 0.01, "lambd": 0.7}]
@@ -45,9 +44,10 @@ def follows(name: str, base: str, model: nn.Module, steps: int = 10, **options: 
             torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-13, msg=lambda text, t=t: f"step {t + 1}: {text}")  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(("backend", "case", "options"), in_turns(BACKENDS, CASES, OPTIONS), ids=str)
-def test_ten_steps_follow_the_formula(backend: str, case: tuple[str, str], options: dict[str, Any]) -> None:
-    name, base = case
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(("name", "base"), CASES)
+@every_backend
+def test_ten_steps_follow_the_formula(backend: str, name: str, base: str, options: dict[str, Any]) -> None:
     with sam_kernels.use_backend(backend):
         follows(name, base, make_model(torch.float64), **options)
 

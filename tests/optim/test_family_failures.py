@@ -15,6 +15,8 @@ from tests.optim.family import MEMBERS
 from tests.optim.family_runs import CASES, everything_of, make, memory_of, run, state_of, two_steps, using
 from tests.optim.problem import BACKENDS, assert_same_bits, closure_of, every_backend, loss_of, make_batch, make_model, weights
 
+pytestmark = pytest.mark.engine
+
 
 def spoiled(optimizer: Any, model: nn.Module, bad_pass: int, spoil: Callable[[], None]) -> Callable[[], Tensor]:
     """A closure whose call number ``bad_pass`` ends with ``spoil``."""

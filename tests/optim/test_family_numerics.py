@@ -10,26 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from sam_kernels import schedules
-from tests.helpers.pairwise import in_turns
 from tests.optim.family import BASES, MEMBERS
 from tests.optim.family_runs import CASES, everything_of, make, using
-from tests.optim.problem import BACKENDS, assert_same_bits
+from tests.optim.problem import BACKENDS, assert_same_bits, every_backend
 from tests.optim.transcriptions import Transcription
 
 STEPS = 6
 NO_DECAY = {"weight_decay": 0.0}
-FUSED = [case.values for case in CASES if case.values[1] != "rmsprop"]
+FUSED = [case for case in CASES if case.values[1] != "rmsprop"]
 OPTIONS: list[dict[str, Any]] = [{}, {"adaptive": True}, {"lambd": 0.0}, {"lambd": 0.5}]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize(("backend", "case", "options", "dtype"), in_turns(BACKENDS, FUSED, OPTIONS, DTYPES), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(("name", "base"), FUSED)
+@every_backend
 def test_zero_gradients_give_no_nan_and_move_nothing(
-    backend: str, case: tuple[str, str], options: dict[str, Any], dtype: torch.dtype
+    backend: str, name: str, base: str, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
     """With momentum too: what is added up is 0. A zero among the weights, for |w| = 0. float16 has no 1e-8, which Adam's eps is: its
     first step, where MomentumSAM has no momentum yet, is made in float32 as the others are."""
-    name, base = case
     params = [nn.Parameter(torch.linspace(-1, 1, 129).to(dtype)), nn.Parameter(torch.zeros(3, 2, dtype=dtype))]
     before = [param.detach().clone() for param in params]
 
@@ -109,7 +110,7 @@ def allowance(base: str, dtype: torch.dtype, expected: Transcription, weight: fl
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("name", "base"), [case for case in CASES if case.values[1] != "rmsprop"])
+@pytest.mark.parametrize(("name", "base"), FUSED)
 def test_low_precision_follows_the_formula_in_float64(name: str, base: str, dtype: torch.dtype) -> None:
     member = MEMBERS[name]
     base_class, kwargs = BASES[base]

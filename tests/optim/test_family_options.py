@@ -13,6 +13,8 @@ from tests.optim.family import BASES, MEMBERS
 from tests.optim.family_runs import CASES, ONE_CASE_EACH, close, everything_of, make, run, two_steps, using
 from tests.optim.problem import assert_same_bits, closure_of, every_backend, loss_of, make_batch, make_model, twin, weights
 
+pytestmark = pytest.mark.engine
+
 NOT_CAPTURABLE = ("RSAM", "LookSAM")
 NOT_CLIPPED = ("WSAM-decoupled", "SAMSPS")
 

@@ -17,6 +17,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("builds")]  # which its 
 
 VERSION = "0.1.0"
 NATIVE = f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+# Where it is the build that is tested and not the code: the kernels once instead of once for each instruction set, and not optimised.
+QUICKLY = {"SAM_KERNELS_BUILD": "cpu", "SAM_KERNELS_CXXFLAGS": "-O0", "SAM_KERNELS_INSTRUCTION_SETS": "baseline"}
 DEGRADES = "installing without the native backend"
 # Runs an operation on every backend there is and prints the norm of (3, 4) for each.
 USE = """
@@ -93,7 +95,7 @@ def test_the_wheel_is_a_platform_wheel_of_the_package_alone(wheel):
 
 
 def test_build_makes_a_source_distribution_that_builds_itself(needs_compiler, tmp_path):
-    """`python -m build`: an archive from the tree, then a wheel from the archive. Unoptimised: what is compiled is tested elsewhere."""
+    """`python -m build`: an archive from the tree, then a wheel from the archive. Compiled quickly: the code is tested elsewhere."""
     tree = copy_tree(tmp_path / "tree")
     (tree / "build" / "ninja.x").mkdir(parents=True)
     (tree / "build" / "ninja.x" / "bind_cpu.o").write_text("an old object")
@@ -107,7 +109,7 @@ def test_build_makes_a_source_distribution_that_builds_itself(needs_compiler, tm
         "--outdir",
         dist,
         cwd=tree,
-        env={"SAM_KERNELS_BUILD": "cpu", "SAM_KERNELS_CXXFLAGS": "-O0"},
+        env=QUICKLY,
     )
     (sdist,), (wheel,) = dist.glob("*.tar.gz"), dist.glob("*.whl")
     names = names_in(sdist)
@@ -176,7 +178,7 @@ def test_a_failing_compile_is_an_error_with_the_compilers_words(mode, needs_comp
 def test_builds_are_incremental(needs_compiler, tmp_path):
     """Only what a change reaches is compiled again. In a path with spaces, with a compiler of two words."""
     tree = copy_tree(tmp_path / "a folder with spaces & $igns")
-    options = {"SAM_KERNELS_BUILD": "cpu", "CXX": "env c++", "SAM_KERNELS_CXXFLAGS": "-O0", "MAX_JOBS": "2"}
+    options = {**QUICKLY, "CXX": "env c++", "MAX_JOBS": "2"}
 
     def build(**more: str) -> str:
         return run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=tree, env={**options, **more})

@@ -19,20 +19,25 @@ if REASON is not None:
 from bench.machine_code import generated  # noqa: E402 - after the skip
 from bench.machine_code.launches import Variant, records_of  # noqa: E402 - after the skip
 from bench.machine_code.product_rules import PART, RULES, table, violations  # noqa: E402 - after the skip
-from bench.machine_code.products import NVIDIA, Product, compile_product, compile_products, recorded  # noqa: E402 - after the skip
+from bench.machine_code.products import NVIDIA, Product, compile_product, recorded, work_of  # noqa: E402 - after the skip
 from bench.machine_code.targets import TARGETS  # noqa: E402 - after the skip
 from sam_kernels.functional import per_sample  # noqa: E402 - after the skip
+from tests.helpers.machine_code import triton_digest  # noqa: E402 - after the skip
+from tests.helpers.shared import made_together  # noqa: E402 - after the skip
 from tests.triton.test_machine_code import PACKAGE, ROOT, Fault, planted, with_constants  # noqa: E402 - after the skip
-
-pytestmark = pytest.mark.xdist_group("tests/triton/test_machine_code_products.py")  # one process compiles for all its tests
 
 SM_90 = TARGETS["sm_90"]
 
 
 @pytest.fixture(scope="module")
 def codes(variants: list[Variant]) -> list[Product]:
-    """One to two minutes."""
-    return compile_products(variants)
+    """One to two minutes, where nothing is kept of an earlier run."""
+    return made_together(
+        "products",
+        work_of(variants),
+        lambda work: triton_digest(work, module=work[0].module, kernel=work[0].kernel),
+        lambda work: compile_product(work[0], TARGETS[work[1]]),
+    )
 
 
 @pytest.fixture(scope="module")

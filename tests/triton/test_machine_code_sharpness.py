@@ -22,9 +22,9 @@ from bench.machine_code.launches import Variant, records_of  # noqa: E402 - afte
 from bench.machine_code.products import NVIDIA  # noqa: E402 - after the skip
 from bench.machine_code.targets import TARGETS, Target  # noqa: E402 - after the skip
 from sam_kernels import functional  # noqa: E402 - after the skip
+from tests.helpers.machine_code import triton_digest  # noqa: E402 - after the skip
+from tests.helpers.shared import digest_of_files, made_together  # noqa: E402 - after the skip
 from tests.triton.test_machine_code import PACKAGE, ROOT, Fault, planted, with_constants  # noqa: E402 - after the skip
-
-pytestmark = pytest.mark.xdist_group("tests/triton/test_machine_code_sharpness.py")  # one process compiles for all its tests
 
 LEAST_THREADS = 256  # two blocks, of which one waits while the other computes
 # In float32: only conversions, moves and comparisons (CUDA's exponential looks at the upper half of a number so).
@@ -82,7 +82,14 @@ def test_neither_seed_nor_number_nor_size_compiles_another_kernel(variants: list
 @pytest.mark.parametrize("target", NVIDIA)
 def test_every_kernel_keeps_the_rules(variants: list[Variant], target: str) -> None:
     chosen = [v for v in variants if target == "sm_90" or dict(v.signature)["beta"] == "constexpr"]
-    assert [f"{variant}: {text}" for variant in chosen for text in violations(variant, TARGETS[target])] == []
+    rules = digest_of_files([Path(__file__)])
+    found = made_together(
+        "sharpness",
+        chosen,
+        lambda variant: triton_digest(variant, target, rules, module=variant.module, kernel=variant.kernel),
+        lambda variant: violations(variant, TARGETS[target]),
+    )
+    assert [f"{variant}: {text}" for variant, texts in zip(chosen, found, strict=True) for text in texts] == []
 
 
 FAULTS = {

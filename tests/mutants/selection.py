@@ -1,0 +1,150 @@
+"""Which faults are planted, and which tests are to find them."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+
+from tests.mutants.planting import Mutant, mutants_of
+
+__all__ = ["PLACES", "Run", "chosen", "runs_for"]
+
+PLACES = {  # where: how many faults
+    "sam_kernels/optim/*.py": 28,
+    "sam_kernels/functional/**/*.py": 14,
+    "sam_kernels/backends/**/*.py": 18,
+    "csrc/common/*.h": 8,
+}
+
+
+def chosen(root: Path, seed: int, places: dict[str, int] = PLACES) -> list[Mutant]:
+    """The faults that a seed chooses of each place: every kind of fault as often as any other, as long as there are some."""
+    draw = random.Random(seed)
+    found = []
+    for pattern, count in places.items():
+        kinds: dict[str, list[Mutant]] = {}
+        for path in sorted(root.glob(pattern)):
+            for mutant in mutants_of(str(path.relative_to(root)), path.read_bytes()):
+                kinds.setdefault(mutant.kind, []).append(mutant)
+        taken: list[Mutant] = []
+        while len(taken) < count and any(kinds.values()):
+            kind = draw.choice(sorted(kind for kind, left in kinds.items() if left))
+            taken.append(kinds[kind].pop(draw.randrange(len(kinds[kind]))))
+        found += sorted(taken, key=lambda mutant: (mutant.path, mutant.start, mutant.new))
+    return found
+
+
+@dataclass(frozen=True)
+class Run:
+    """Arguments of pytest and variables of its environment."""
+
+    arguments: tuple[str, ...]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+INTERPRETED = {"TRITON_INTERPRET": "1"}
+LAUNCHES = Run(("tests/triton/test_tickets.py", "tests/triton/test_launch.py", "tests/triton/test_jit_path.py"))
+CODE = Run(("tests/triton",))
+REFERENCE = "tests/ops/test_against_reference.py"
+QUICK = "not compile and not determinism and not against_reference and not instruction_set"
+OPS = Run(("tests/ops", "-k", QUICK)), Run((REFERENCE,)), Run(("tests/ops", "-k", "compile"))  # the quickest first
+OPTIM = Run(("tests/optim",))
+
+
+DISTRIBUTED = "../distributed"
+OPTIM_TESTS = {  # file of sam_kernels/optim -> its nearest tests in tests/optim
+    "_amp.py": ("test_amp", "test_family_amp"),
+    "_ascent_step.py": ("test_family", "test_own_direction", "test_both_sides"),
+    "_base.py": ("test_contract", "test_both_sides"),
+    "_capturable.py": ("test_capturable",),
+    "_checkpoint.py": ("test_checkpoint", "test_family_checkpoint"),
+    "_closure*.py": ("test_contract", "test_loops", "test_contexts"),
+    "_cut.py": ("test_cut_batches", "test_micro_batches"),
+    "_descent.py": ("test_family", "test_family_options"),
+    "_directional.py": ("test_rwsam_directional", "test_rwsam"),
+    "_engine.py": ("test_contract", "test_formula", "test_non_finite", "test_family_failures", "test_micro_batch_contract"),
+    "_group.py": ("test_formula", "test_family_groups", "test_family_schedules", "test_family_bad_input"),
+    "_held_still.py": ("test_rwsam_contract", "test_contexts"),
+    "_identity.py": ("test_identity",),
+    "_in_flight.py": ("test_non_finite", "test_amp", "test_interrupted"),
+    "_kept_grads.py": ("test_kept_grads", "test_family_two_steps"),
+    "_memory.py": ("test_family_checkpoint", "test_family_failures"),
+    "_micro_batches.py": ("test_micro_batches", "test_micro_batch_contract"),
+    "_options.py": ("test_bad_input", "test_family_bad_input", "test_option_names"),
+    "_oracle.py": ("test_gradient_oracle", "test_gradient_oracle_failures"),
+    "_ownership.py": ("test_contract", "test_identity"),
+    "_passes.py": ("test_contract", "test_formula", "test_non_finite", "test_family_failures"),
+    "_plan.py": ("test_formula", "test_family_schedules", "test_once_a_step"),
+    "_rank_mean.py": ("test_rwsam_amp", DISTRIBUTED),
+    "_replicas.py": (DISTRIBUTED, "test_rwsam_amp"),
+    "_reweighting.py": ("test_rwsam", "test_rwsam_bad_input"),
+    "_seeds.py": ("test_family", "test_family_groups"),
+    "_sharded.py": (DISTRIBUTED,),
+    "_skips.py": ("test_non_finite", "test_amp", "test_family_failures"),
+    "_structures.py": ("test_cut_batches", "test_micro_batches"),
+    "_w*.py": ("test_both_sides", "test_contract", "test_torch_hooks", "test_torch_scenarios"),
+    "descents.py": ("test_family", "test_family_amp", "test_family_failures"),
+    "directions.py": ("test_family", "test_family_limits", "test_own_direction"),
+    "presets.py": ("test_formula", "test_family", "test_family_bad_input"),
+    "rwsam.py": ("test_rwsam", "test_rwsam_contract", "test_rwsam_bad_input", "test_rwsam_amp"),
+    "sam.py": ("test_contract", "test_bad_input", "test_formula"),
+    "*": ("test_contract", "test_family"),
+}
+ON_HOST = tuple(
+    Run(arguments, {"SAM_KERNELS_CUDA_ON_HOST": "1"}) for arguments in (("tests/ops", "tests/on_host", "-k", QUICK), (REFERENCE,))
+)
+
+
+def of_optim(*names: str) -> Run:
+    return Run(tuple("tests/distributed" if name == DISTRIBUTED else f"tests/optim/{name}.py" for name in names))
+
+
+def of_backend(name: str) -> tuple[Run, ...]:
+    return Run(("tests/ops", "tests/native", "-k", f"{name} and {QUICK}")), Run((REFERENCE,)), OPTIM
+
+
+# Pattern of a path -> runs, until one of them fails. Of all patterns that fit, the first counts. The last runs of each are for what the
+# nearest tests do not find.
+RUNS: list[tuple[str, tuple[Run, ...]]] = [
+    *((f"sam_kernels/optim/{pattern}", (of_optim(*nearest), OPTIM)) for pattern, nearest in OPTIM_TESTS.items()),
+    ("sam_kernels/functional/per_sample/*", (Run(("tests/ops", "-k", "per_sample")), Run(("tests/per_sample",)))),
+    ("sam_kernels/functional/sharpness*", (Run(("tests/ops/test_sharpness.py",)), *OPS)),
+    ("sam_kernels/functional/_library*", (Run(("tests/ops/test_compile.py", "tests/ops/test_compile_refusals.py")), *OPS)),
+    ("sam_kernels/functional/*", (*OPS, OPTIM)),
+    ("sam_kernels/backends/*/per_sample*", (Run(("tests/ops", "-k", "per_sample")), Run(("tests/per_sample",)))),
+    ("sam_kernels/backends/*/sharpness.py", (Run(("tests/ops/test_sharpness.py",)),)),
+    ("sam_kernels/backends/foreach/*", of_backend("foreach")),
+    ("sam_kernels/backends/native/cuda*", ON_HOST),
+    ("sam_kernels/backends/native/_cuda*", ON_HOST),
+    ("sam_kernels/backends/native/*", of_backend("native")),
+    ("csrc/common/random.h", (Run(("tests/ops/test_random.py", "tests/ops/test_rounding.py")), *OPS[:2])),
+    ("csrc/common/half.h", (Run(("tests/ops/test_half_conversion.py",)), *OPS[:2])),
+    ("csrc/common/sampling.h", (Run(("tests/ops/test_sharpness.py",)),)),
+    ("csrc/*", of_backend("native")),
+]
+# Kernels of Triton's are interpreted, then compiled.
+TRITON = "sam_kernels/backends/triton/"
+TRITON_RUNS: list[tuple[str, str]] = [
+    ("per_sample/*", "tests/ops -k per_sample"),
+    ("sharpness/*", "tests/ops/test_sharpness.py"),
+    ("adamw.py", f"{REFERENCE} -k adamw"),
+    ("sgd.py", f"{REFERENCE} -k sgd"),
+    ("random.py", f"{REFERENCE} -k random"),
+    ("_random.py", f"{REFERENCE} -k random"),
+    ("centralize.py", f"{REFERENCE} -k centralize"),
+    ("combine.py", f"{REFERENCE} -k combine"),
+    ("dots.py", f"{REFERENCE} -k dots"),
+    ("direction.py", f"{REFERENCE} -k direction"),
+    ("norm.py", f"{REFERENCE} -k grad_norm"),
+    ("perturb.py", f"{REFERENCE} -k perturb_"),
+]
+
+
+def runs_for(path: str) -> tuple[Run, ...]:
+    """The runs that are to find a fault in a file, in their order."""
+    if path.startswith(TRITON):
+        words = next((words for pattern, words in TRITON_RUNS if fnmatch(path.removeprefix(TRITON), pattern)), f"{REFERENCE} -k sgd")
+        return Run(tuple(words.split()), INTERPRETED), LAUNCHES, Run(("tests/interpreted",), INTERPRETED), CODE
+    return next((runs for pattern, runs in RUNS if fnmatch(path, pattern)), (*OPS, OPTIM))
