@@ -137,7 +137,10 @@ TRITON_RUNS: list[tuple[str, str]] = [
     ("combine.py", f"{REFERENCE} -k combine"),
     ("dots.py", f"{REFERENCE} -k dots"),
     ("direction.py", f"{REFERENCE} -k direction"),
-    ("norm.py", f"{REFERENCE} -k grad_norm"),
+    ("norm.py", "tests/ops/test_norm_and_flags.py"),
+    ("_slices.py", "tests/ops/test_centralize.py"),
+    ("_lists.py", "tests/ops/test_tensor_kinds.py tests/interpreted/test_tables.py"),
+    ("_table.py", "tests/interpreted/test_tables.py tests/ops/test_tensor_kinds.py"),
     ("perturb.py", f"{REFERENCE} -k perturb_"),
 ]
 
