@@ -1,13 +1,15 @@
 """``python -m bench.against COMMIT``: whole steps of this checkout against those of another commit, in turns in one process.
 
-The other commit's package is imported under a name of its own, with the compiled modules of this checkout, so the comparison is of the
-Python code. A second copy of the other commit takes part as a control: its ratio to the first shows what the machine cannot tell apart.
+The other commit's package is imported under a name of its own. Where ``csrc`` differs its CPU module is compiled first; otherwise it has
+the modules of this checkout. A second copy of the other commit takes part as a control: its ratio to the first shows what the machine
+cannot tell apart.
 """
 
 from __future__ import annotations
 
 import importlib
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -34,27 +36,37 @@ from bench.providers.base import RHO
 from bench.timing import interleave
 from bench.workloads import DTYPES, WORKLOADS, Workload, make_grads, make_params
 
-__all__ = ["load", "main", "measure"]
+__all__ = ["extract", "load", "main", "measure"]
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = {"many_tiny": 60, "resnet18": 40, "gpt2_124m": 15}
 
 
-def load(commit: str, name: str, folder: Path) -> ModuleType:
-    """The package of ``commit`` as a module called ``name``."""
-    archive = subprocess.run(["git", "archive", commit, "sam_kernels"], cwd=ROOT, check=True, capture_output=True).stdout
+def extract(commit: str, folder: Path) -> Path:
+    """The checkout of ``commit`` in a new folder, with compiled modules: its own where its sources are others than those here."""
+    archive = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, capture_output=True).stdout
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         tar.extractall(folder, filter="data")
-    (folder / "sam_kernels").rename(folder / name)
-    for path in (folder / name).rglob("*.py"):
+    if subprocess.run(["git", "diff", "--quiet", commit, "--", "csrc", "setup.py"], cwd=ROOT, check=False).returncode:
+        command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+        subprocess.run(command, cwd=folder, env={**os.environ, "SAM_KERNELS_BUILD": "cpu"}, check=True, stdout=subprocess.DEVNULL)
+    else:
+        for compiled in (ROOT / "sam_kernels").glob("*.so"):
+            shutil.copy2(compiled, folder / "sam_kernels")
+    return folder
+
+
+def load(checkout: Path, name: str) -> ModuleType:
+    """The package of a checkout as a module called ``name``."""
+    package = checkout.parent / "packages" / name
+    shutil.copytree(checkout / "sam_kernels", package)
+    for path in package.rglob("*.py"):
         path.write_text(re.sub(r"\bsam_kernels\b", name, path.read_text(encoding="utf-8")), encoding="utf-8")
-    for compiled in (ROOT / "sam_kernels").glob("*.so"):
-        shutil.copy2(compiled, folder / name)
-    sys.path.insert(0, str(folder))
+    sys.path.insert(0, str(package.parent))
     try:
         return importlib.import_module(name)
     finally:
-        sys.path.remove(str(folder))
+        sys.path.remove(str(package.parent))
 
 
 def _stepper(module: Any, workload: Workload, base: Base, dtype: str) -> Callable[[], None]:
@@ -119,7 +131,8 @@ def main(
     table = Table("workload", "base", "ms before", "ms now", "now / before: 20, 50, 80 %", "control / before")
     with tempfile.TemporaryDirectory() as folder:
         names = ("sam_kernels_before", "sam_kernels_control")
-        modules: dict[str, Any] = {name.rpartition("_")[2]: load(commit, name, Path(folder)) for name in names} | {"now": sam_kernels}
+        checkout = extract(commit, Path(folder) / "checkout")
+        modules: dict[str, Any] = {name.rpartition("_")[2]: load(checkout, name) for name in names} | {"now": sam_kernels}
         run = partial(measure, modules, dtype=dtype, times=times)
         rows = []
         for workload in workloads:

@@ -28,7 +28,7 @@ def test_both_take_the_same_steps_and_the_ratios_are_to_the_commit_before(tmp_pa
 
 
 def test_the_other_package_is_one_of_its_own(tmp_path: Path) -> None:
-    other = against.load("HEAD", "sam_kernels_other", tmp_path)
+    other = against.load(against.extract("HEAD", tmp_path / "checkout"), "sam_kernels_other")
     assert other.__name__ == "sam_kernels_other"
     assert other.SAM is not against.sam_kernels.SAM
     assert other.SAM.__module__.startswith("sam_kernels_other.")
