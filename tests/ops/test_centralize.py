@@ -144,13 +144,6 @@ def test_the_norm_is_that_before_rounding(backend: str) -> None:
     assert norm.item() != pytest.approx(grad.double().norm().item(), rel=1e-6)
 
 
-def test_autograd_hears_of_the_write(backend: str) -> None:
-    grad = torch.randn(3, 4)
-    before = grad._version
-    functional.centralize_([grad])
-    assert grad._version > before
-
-
 def cut_by_the_kernels(grad: Tensor, sizes: list[int]) -> None:
     """Past the public function, which knows the sizes."""
     if CUDA_ON_HOST:

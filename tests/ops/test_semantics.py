@@ -14,6 +14,7 @@ from sam_kernels.validation.problem import build, run
 from sam_kernels.validation.roundings import roundings_of
 from sam_kernels.validation.tolerance import norm_bound
 from tests.helpers.backends import require_dtype
+from tests.helpers.calls import CALLS
 from tests.helpers.compare import assert_same_bits, bits
 
 MOMENTUM = {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1, "maximize": True}
@@ -155,3 +156,25 @@ def test_vouched_lists_give_the_same_bits(backend: str, op: str) -> None:
         assert_same_bits("result", results[:1], results[1:])
     for name, tensors in plain.lists.items():
         assert_same_bits(name, list(vouched.lists[name]), tensors)
+
+
+WRITES = {  # call -> the list that a backward pass may need
+    "perturb_": "params",
+    "perturb_ ema": "params",
+    "centralize_": "grads",
+    "combine_": "outs",
+    "random_perturb_": "params",
+    "restore_": "params",
+    "sgd_step_": "params",
+    "adamw_step_": "params",
+}
+
+
+@pytest.mark.parametrize("call", WRITES)
+def test_autograd_hears_of_every_write(backend: str, call: str) -> None:
+    """A backward pass through a graph from before the write is then an error and not a wrong gradient."""
+    arguments = CALLS[call]()
+    tensors = [tensor for tensor in arguments[WRITES[call]] if call != "centralize_" or tensor.dim() > 1]  # others keep their bits
+    before = [tensor._version for tensor in tensors]
+    getattr(functional, call.partition(" ")[0])(**arguments)
+    assert all(tensor._version > version for tensor, version in zip(tensors, before, strict=True))
