@@ -119,8 +119,8 @@ class GroupLists:
         self.backend = _dispatch.select(params[0].device.type)
         # FakeTensors (shapes without values, of memory estimators) stay a plain list: operations then run their fake implementations.
         is_usual = all(param.device == params[0].device for param in params) and not any(map(is_fake, params))
-        vouched: TensorList | None = self.backend.trust(params) if is_usual else None
-        self.params: list[Tensor] = list(params) if vouched is None else vouched
+        trusted: TensorList | None = self.backend.trust(params) if is_usual else None
+        self.params: list[Tensor] = list(params) if trusted is None else trusted
         self._backups = backups
         self._old_params: list[Tensor] | None = None
         self._norm: Tensor | None = None
@@ -152,8 +152,8 @@ class GroupLists:
         """A list that operations need not check, where the parameters' list is one."""
         if not isinstance(self.params, TensorList):
             return tensors
-        vouched: TensorList | None = self.backend.trust(tensors, self.params)
-        return tensors if vouched is None else vouched
+        trusted: TensorList | None = self.backend.trust(tensors, self.params)
+        return tensors if trusted is None else trusted
 
     @property
     def old_params(self) -> list[Tensor]:
