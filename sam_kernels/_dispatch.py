@@ -135,7 +135,7 @@ def _find(family: str, forced: str | None, device_type: str, dtypes: Collection[
         if isinstance(module, ModuleType):
             return module
         reason = f" ({module})"
-    select(device_type, dtypes)  # has the words for a backend that is missing
+    select(device_type, dtypes)  # raises for a backend that is missing
     what = {"per_sample": "gradient norms per sample", "sharpness": "weights by sharpness"}[family]
     raise RuntimeError(f"backend {forced!r} was asked for and has no {what} for {device_type!r} tensors{reason}")
 

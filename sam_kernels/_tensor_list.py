@@ -11,7 +11,7 @@ __all__ = ["TensorList", "are_trusted", "is_dense_row", "slice_sizes", "slices_a
 
 
 class TensorList(list[Tensor]):
-    """A list whose owner vouches for it, so that operations neither check nor regroup it.
+    """A list that its owner has validated: operations neither check nor regroup it.
 
     The owner promises: every tensor is strided and floating point, all are on one device, and lists given together to one operation have
     equal lengths, equal shapes row by row, and equal dense memory order row by row. The list is not changed after it was made.

@@ -24,7 +24,7 @@ class WeightWatch:
         stride = 1 if count <= _ALL_WATCHED else count // _WATCHED
         self._lists = lists
         self._watches_all = stride == 1
-        self._has_addresses = all(isinstance(params, TensorList) for params in lists)  # vouched for: ordinary memory
+        self._has_addresses = all(isinstance(params, TensorList) for params in lists)  # trusted: ordinary memory
         self._watched = [param for params in lists for param in params[::stride]]
         self._versions = self._read_versions()
         self._addresses = self._read_addresses()
