@@ -10,9 +10,16 @@ import torch
 from torch import Tensor
 
 from sam_kernels._tensor_list import TensorList
-from sam_kernels.operations import Operands, Operation
+from sam_kernels.operations import OPERATIONS, Operands, Operation
 
-__all__ = ["Backend"]
+__all__ = ["Backend", "implementations"]
+
+Implementation = Callable[[Any, Operands], Any]
+
+
+def implementations(functions: Mapping[str, Any]) -> dict[type[Operation], Implementation]:
+    """By class of operation, the function that has its name. Raises KeyError for one that is missing."""
+    return {op: functions[op.name] for op in OPERATIONS}
 
 
 @dataclass(eq=False)
@@ -37,7 +44,7 @@ class Backend:
     """
 
     name: str
-    operations: Mapping[type[Operation], Callable[[Any, Operands], Any]]
+    operations: Mapping[type[Operation], Implementation]
     trust: Callable[..., TensorList | None]
     current_grads: Callable[[TensorList, list[Tensor]], TensorList | None]
     is_current: Callable[[TensorList, list[Tensor]], bool]

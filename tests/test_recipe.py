@@ -81,8 +81,6 @@ def shift_(op: Shift, lists: Operands) -> None:
     for param in lists["params"]:
         param.add_(op.by)
 '''
-IMPORT = "from sam_kernels.operations import ("  # of every backend's table
-ENTRY = "    AdamWStep: adamw_step_,"
 SCHEMA = '    "shift_": "Tensor(a!)[] params, Tensor by, str? backend) -> ()",'
 
 
@@ -92,32 +90,24 @@ def _exported(package: str, module: str, name: str) -> tuple[str, str, str]:
     return f"sam_kernels/{package}/__init__.py", "\n__all__ = [\n", f'{line}\n\n__all__ = [\n    "{name}",\n'
 
 
-def _entered(file: str, package: str, indent: str = "") -> list[Change]:
-    """The changes of a file that has a backend's table."""
-    table = f"sam_kernels/backends/{file}"
-    imported = f"from sam_kernels.backends.{package}.shift import shift_\n{IMPORT}\n    Shift,"
-    return [(table, IMPORT, imported), (table, indent + ENTRY, f"{indent}{ENTRY}\n{indent}    Shift: shift_,")]
-
-
-def _of_foreach() -> list[Change]:
-    file, entry = "sam_kernels/backends/foreach/__init__.py", "        operations.AdamWStep: ops.adamw_step_,"
-    return [
-        (file, "\nBACKEND = ", "from sam_kernels.backends.foreach.shift import shift_\n\nBACKEND = "),
-        (file, entry, f"{entry}\n        operations.Shift: shift_,"),
-    ]
+def _implemented(package: str, module: str) -> list[Change]:
+    """The function of a backend, imported where its table is made."""
+    folder, exports = f"sam_kernels/backends/{package}", "\n__all__ = ["
+    imported = f"from sam_kernels.backends.{package}.shift import shift_\n{exports}"
+    return [(f"{folder}/shift.py", BACKEND), (f"{folder}/{module}.py", exports, imported)]
 
 
 Change = tuple[str, str] | tuple[str, str, str]  # a new file and its text; a file, a text in it, and what takes its place
 STEPS: dict[str, list[Change]] = {
-    "class": [("sam_kernels/operations/shift.py", CLASS), _exported("operations", "shift", "Shift")],
-    "public function": [("sam_kernels/functional/shift.py", PUBLIC), _exported("functional", "shift", "shift_")],
-    "foreach": [("sam_kernels/backends/foreach/shift.py", BACKEND), *_of_foreach()],
-    "native": [
-        ("sam_kernels/backends/native/shift.py", BACKEND),
-        *_entered("native/cpu.py", "native", "    "),
-        *_entered("native/cuda.py", "native", "    "),
+    "class": [
+        ("sam_kernels/operations/shift.py", CLASS),
+        _exported("operations", "shift", "Shift"),
+        ("sam_kernels/operations/__init__.py", "    AdamWStep, Centralize,", "    Shift, AdamWStep, Centralize,"),
     ],
-    "triton": [("sam_kernels/backends/triton/shift.py", BACKEND), *_entered("triton/_operations.py", "triton")],
+    "public function": [("sam_kernels/functional/shift.py", PUBLIC), _exported("functional", "shift", "shift_")],
+    "foreach": _implemented("foreach", "__init__"),
+    "native": [*_implemented("native", "cpu"), _implemented("native", "cuda")[1]],
+    "triton": _implemented("triton", "_operations"),
     "validation": [("sam_kernels/validation/options.py", '    "restore_": {', '    "shift_": {"by": {"by": 0.5}},\n    "restore_": {')],
     "schema": [("tests/ops/test_compile.py", '    "restore_": ', f'{SCHEMA}\n    "restore_": ')],
 }

@@ -1,5 +1,5 @@
 """The operations over lists of tensors as values. ``sam_kernels.functional`` checks options and makes them; a backend takes one and its
-lists. A new option is a field here, a new operation a class."""
+lists. A new option is a field here, a new operation a class in :data:`OPERATIONS`."""
 
 from sam_kernels.operations._operation import Access, Number, Operands, Operation, number_on
 from sam_kernels.operations.ascent import Perturb, RandomPerturb, Restore
@@ -8,6 +8,10 @@ from sam_kernels.operations.family import Centralize, Combine, DirectionNorm, Gr
 from sam_kernels.operations.norms import CheckFinite, GradNorms
 
 __all__ = [
-    "Access", "AdamWStep", "Centralize", "CheckFinite", "Combine", "DirectionNorm", "GradDots", "GradNorms", "Number", "Operands",
-    "Operation", "Perturb", "RandomPerturb", "Restore", "SgdStep", "number_on",
+    "OPERATIONS", "Access", "AdamWStep", "Centralize", "CheckFinite", "Combine", "DirectionNorm", "GradDots", "GradNorms", "Number",
+    "Operands", "Operation", "Perturb", "RandomPerturb", "Restore", "SgdStep", "number_on",
 ]  # fmt: skip
+
+OPERATIONS: tuple[type[Operation], ...] = (
+    AdamWStep, Centralize, CheckFinite, Combine, DirectionNorm, GradDots, GradNorms, Perturb, RandomPerturb, Restore, SgdStep,
+)  # fmt: skip

@@ -11,10 +11,7 @@ from sam_kernels.validation.backends import backend_of
 
 __all__ = ["OPERATIONS", "require_dtype", "widest"]
 
-_PUBLIC = [getattr(operations, name) for name in operations.__all__]
-OPERATIONS: dict[str, type[Operation]] = {
-    kind.name: kind for kind in _PUBLIC if isinstance(kind, type) and issubclass(kind, Operation) and kind is not Operation
-}
+OPERATIONS: dict[str, type[Operation]] = {op.name: op for op in operations.OPERATIONS}
 
 
 def require_dtype(name: str, dtype: torch.dtype) -> None:

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from sam_kernels._backend import Backend
+from sam_kernels._backend import Backend, implementations
 from sam_kernels._flags import report_norm
 from sam_kernels._tensor_list import slice_sizes
 from sam_kernels.backends.native._lists import Lists, written
@@ -168,19 +168,7 @@ def _is_skipped(op: SgdStep | AdamWStep, lists: Operands) -> bool:
 
 BACKEND = Backend(
     name="native.cpu",
-    operations={
-        AdamWStep: adamw_step_,
-        Centralize: centralize_,
-        CheckFinite: check_finite_,
-        Combine: combine_,
-        DirectionNorm: direction_norm_,
-        GradDots: grad_dots,
-        GradNorms: grad_norms,
-        Perturb: perturb_,
-        RandomPerturb: random_perturb_,
-        Restore: restore_,
-        SgdStep: sgd_step_,
-    },
+    operations=implementations(globals()),
     trust=_lists.trust,
     current_grads=_lists.current_grads,
     is_current=_lists.is_current,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sam_kernels._backend import Backend
+from sam_kernels._backend import Backend, implementations
 from sam_kernels._tensor_list import TensorList, slice_sizes
 from sam_kernels.backends.native import CUDA_ON_HOST
 from sam_kernels.backends.native._architectures import runs_on
@@ -186,19 +186,7 @@ def _are_float32_on(steps: list[Tensor], device: torch.device) -> bool:
 
 BACKEND = Backend(
     name="native.cuda",
-    operations={
-        AdamWStep: adamw_step_,
-        Centralize: centralize_,
-        CheckFinite: check_finite_,
-        Combine: combine_,
-        DirectionNorm: direction_norm_,
-        GradDots: grad_dots,
-        GradNorms: grad_norms,
-        Perturb: perturb_,
-        RandomPerturb: random_perturb_,
-        Restore: restore_,
-        SgdStep: sgd_step_,
-    },
+    operations=implementations(globals()),
     trust=_lists.trust,
     current_grads=_lists.current_grads,
     is_current=_lists.is_current,

@@ -8,7 +8,7 @@ import importlib
 
 import torch
 
-from sam_kernels._backend import Backend
+from sam_kernels._backend import Backend, implementations
 from sam_kernels.backends.triton._lists import current_grads, is_current, trust
 from sam_kernels.backends.triton._requirements import IS_INTERPRETED, REASON_MISSING, VERSION
 
@@ -21,7 +21,7 @@ def _describe() -> str:
 
 BACKEND = Backend(
     name="triton",
-    operations={} if REASON_MISSING else importlib.import_module("sam_kernels.backends.triton._operations").OPERATIONS,
+    operations={} if REASON_MISSING else implementations(vars(importlib.import_module("sam_kernels.backends.triton._operations"))),
     trust=trust,
     current_grads=current_grads,
     is_current=is_current,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from sam_kernels.backends.triton.adamw import adamw_step_
 from sam_kernels.backends.triton.centralize import centralize_
 from sam_kernels.backends.triton.combine import combine_
@@ -14,34 +11,8 @@ from sam_kernels.backends.triton.norm import check_finite_, grad_norms
 from sam_kernels.backends.triton.perturb import perturb_, restore_
 from sam_kernels.backends.triton.random import random_perturb_
 from sam_kernels.backends.triton.sgd import sgd_step_
-from sam_kernels.operations import (
-    AdamWStep,
-    Centralize,
-    CheckFinite,
-    Combine,
-    DirectionNorm,
-    GradDots,
-    GradNorms,
-    Operands,
-    Operation,
-    Perturb,
-    RandomPerturb,
-    Restore,
-    SgdStep,
-)
 
-__all__ = ["OPERATIONS"]
-
-OPERATIONS: dict[type[Operation], Callable[[Any, Operands], Any]] = {
-    AdamWStep: adamw_step_,
-    Centralize: centralize_,
-    CheckFinite: check_finite_,
-    Combine: combine_,
-    DirectionNorm: direction_norm_,
-    GradDots: grad_dots,
-    GradNorms: grad_norms,
-    Perturb: perturb_,
-    RandomPerturb: random_perturb_,
-    Restore: restore_,
-    SgdStep: sgd_step_,
-}
+__all__ = [
+    "adamw_step_", "centralize_", "check_finite_", "combine_", "direction_norm_", "grad_dots", "grad_norms", "perturb_", "random_perturb_",
+    "restore_", "sgd_step_",
+]  # fmt: skip
