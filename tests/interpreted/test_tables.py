@@ -15,8 +15,9 @@ from sam_kernels.backends.triton import _staging, _table
 from sam_kernels.backends.triton._config import CONFIGS, Config
 from sam_kernels.backends.triton._lists import trust
 from tests.helpers.compare import assert_same_bits
+from tests.helpers.interpreter import CHUNK
 
-SIZES = (3, 700, 0, 512, 1025)
+SIZES = (3, CHUNK + 188, 0, CHUNK, 2 * CHUNK + 1)
 
 
 class Events:

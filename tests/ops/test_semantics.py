@@ -30,6 +30,7 @@ def copies(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor.clone() for tensor in tensors]
 
 
+@pytest.mark.usefixtures("wide_blocks")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_save_and_restore_keep_every_bit(backend: str, dtype: torch.dtype) -> None:
     """Payloads of NaNs, signs of zeros, subnormals."""
