@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import types
 from collections.abc import Callable
 from typing import Any
@@ -30,10 +29,10 @@ def prepare() -> None:
     """For the rest of the process."""
     from sam_kernels.backends.triton import _config
 
-    for name, config in _config.CONFIGS.items():
+    for name, config in list(_config.CONFIGS.items()):
         if config.chunk > CHUNK:
             small = (4 * TILE, 2 * TILE) if name == "random" else (CHUNK, BLOCK)
-            _config.CONFIGS[name] = dataclasses.replace(config, chunk=small[0], block=small[1])
+            _config.tune(name, chunk=small[0], block=small[1])
     cases.CASES["chunk_edges"] = cases.uniform((CHUNK - 1,), (CHUNK,), (CHUNK + 1,))
     cases.CASES["long_slices"] = cases.uniform((1, 3_000), (2, 2 * CHUNK + 1), (4, 1_200))
     cases.CASES["many_tiny"] = cases.uniform(*[(3,)] * MANY)
