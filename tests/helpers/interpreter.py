@@ -40,10 +40,10 @@ def prepare() -> None:
     """For the rest of the process."""
     from sam_kernels.backends.triton import _config
 
-    for name, config in _config.CONFIGS.items():
+    for name, config in list(_config.CONFIGS.items()):
         if config.chunk > CHUNK:
             small = {"random": (4 * TILE, 2 * TILE), "centralize": (CHUNK, SLICES_BLOCK)}.get(name, (CHUNK, BLOCK))
-            _config.CONFIGS[name] = dataclasses.replace(config, chunk=small[0], block=small[1])
+            _config.tune(name, chunk=small[0], block=small[1])
     for name in OF_MAGNITUDES:
         cases.CASES[name] = _within_a_chunk(cases.CASES[name])
     cases.CASES["chunk_edges"] = cases.uniform((CHUNK - 1,), (CHUNK,), (CHUNK + 1,))

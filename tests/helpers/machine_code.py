@@ -44,7 +44,7 @@ def with_every_pair(variants: Sequence[Variant]) -> list[Variant]:
     for kernel in dict.fromkeys(variant.kernel for variant in variants):
         own = [variant for variant in variants if variant.kernel == kernel]
         rows = [
-            {**{f"{name}=": str(value) for name, value in variant.constants}, **{f"{name}:": kind for name, kind in variant.signature}}
+            {**{f"{name}=": str(value) for name, value in variant.values}, **{f"{name}:": kind for name, kind in variant.signature}}
             for variant in own
         ]
         chosen += [own[i] for i in covering_pairs(rows)]
