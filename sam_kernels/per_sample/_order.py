@@ -1,7 +1,7 @@
-"""Whether ``losses[i]`` belongs to row i of the layers' outputs: operations between them may put rows into another order.
+"""Checks that ``losses[i]`` belongs to row i of the layers' outputs. Operations between the two may put rows into another order.
 
-A look at the graph finds the operations that could, and the indices that they saved clear most of them. What is left is decided by
-backward passes with other seeds: scaling ``losses[i]`` by a power of two must scale row i of every gradient by it, exactly.
+A walk through the graph finds the operations that could, and the indices that they saved clear most of them. Backward passes with other
+seeds decide about the rest: scaling ``losses[i]`` by a power of two must scale row i of every gradient by it, exactly.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from sam_kernels.per_sample._call import Call
-from sam_kernels.per_sample._graph import REORDERING, Graph
+from sam_kernels.per_sample._graph import REORDERING, Graph, edges_of
 
 __all__ = ["check_order"]
 
@@ -76,30 +76,20 @@ def check_order(
 
 
 def _tail(root: Any, recorded: Collection[Any]) -> tuple[list[tuple[Any, Any]], set[Any]]:
-    """The nodes between the losses and the first recorded ones, each with a node that uses it; and the latter."""
-    tail: list[tuple[Any, Any]] = []
-    first, seen = set(), {root}
-    stack: list[tuple[Any, Any]] = [(root, None)]
-    while stack:
-        node, user = stack.pop()
-        if node in recorded:
-            first.add(node)
-            continue
-        tail.append((node, user))
-        for child, _ in node.next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                stack.append((child, node))
-    return tail, first
+    """The nodes between the losses and the first recorded nodes, each with a node that uses it; and the first recorded nodes."""
+    users = {root: None}
+    for user, node in edges_of(root, recorded):
+        users.setdefault(node, user)
+    return [(node, user) for node, user in users.items() if node not in recorded], {node for node in users if node in recorded}
 
 
 def _is_of_two(node: Any, graph: Graph) -> bool:
-    """Whether a product has two factors that come from layers, as of every sample with every other."""
+    """Whether both factors of a product come from layers, as in a product of every sample with every other."""
     return sum(child is not None and graph.leads.get(child, False) for child, _ in node.next_functions) > 1
 
 
 def _keeps_rows(node: Any, user: Any, batch: int) -> bool:
-    """Whether the node's output has its rows, the first dimension, where its input has them, or is none that could reorder them."""
+    """Whether the rows (the first dimension) of the node's output are in the order of its input's, as far as the node shows it."""
     name = type(node).__name__
     if not any(name in names for names in (REORDERING, _JOINING, _TURNING, _SUMMING)):
         return True

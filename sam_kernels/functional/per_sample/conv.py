@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from sam_kernels._tensor_list import arithmetic_dtype
 from sam_kernels._unfold import output_sizes, unfolded
 from sam_kernels.functional._library import operation
-from sam_kernels.functional.per_sample._checks import arithmetic_of, backend_for, check_how, check_on, check_output, check_shape
+from sam_kernels.functional.per_sample._checks import backend_for, check_how, check_on, check_output, check_shape
 
 __all__ = ["conv_square_norms_"]
 
@@ -60,7 +61,7 @@ def conv_square_norms_(
         raise ValueError(f"{op}: square_norms has {m} groups, which do not divide {samples} samples")
     weight_shape = (out_channels, in_channels // groups, *sizes[0])
     if products is not None:
-        check_output(op, "products", products, (m, *weight_shape), arithmetic_of(inputs, grad_outputs))
+        check_output(op, "products", products, (m, *weight_shape), arithmetic_dtype((inputs, grad_outputs)))
     check_how(op, method, precision, products)
     check_on(op, grad_outputs.device, {"square_norms": square_norms, "inputs": inputs, "products": products})
     if 0 in inputs.shape or 0 in grad_outputs.shape:
