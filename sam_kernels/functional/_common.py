@@ -14,7 +14,7 @@ from sam_kernels import _validate
 from sam_kernels._tensor_list import TensorList, are_trusted
 from sam_kernels.operations import Operation
 
-__all__ = ["StepRows", "Tensors", "TensorsOrNone", "by_first_step", "check_lists", "check_with_gaps", "checked", "params_if"]
+__all__ = ["StepRows", "Tensors", "TensorsOrNone", "by_first_step", "check_lists", "check_with_gaps", "checked", "filled", "params_if"]
 
 _Op = TypeVar("_Op", bound=Operation)
 Tensors = Sequence[Tensor]
@@ -73,10 +73,14 @@ def check_with_gaps(op: type[Operation], lists: dict[str, Tensors | None], name:
     first_name, first = next((key, tensors) for key, tensors in lists.items() if tensors is not None)
     if len(entries) != len(first):
         raise ValueError(f"{op.name}: {name} has {len(entries)} tensors, {first_name} has {len(first)}")
-    stand_ins = [tensor if entry is None else entry for tensor, entry in zip(first, entries, strict=True)]
-    _validate.check_lists(op.name, {first_name: first, name: stand_ins})
+    _validate.check_lists(op.name, {first_name: first, name: filled(entries, first)})
     everything: dict[str, Sequence[Tensor | None] | None] = {**lists, name: entries}
     _validate.check_distinct(op.name, {key: everything[key] or [] for key in op.written})
+
+
+def filled(entries: Sequence[Tensor | None], stand_ins: Tensors) -> list[Tensor]:
+    """The entries, with the tensor of the same row in the place of None."""
+    return [stand_in if entry is None else entry for entry, stand_in in zip(entries, stand_ins, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)

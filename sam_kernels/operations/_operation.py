@@ -7,7 +7,7 @@ import inspect
 import math
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar, TypeVar
 
@@ -32,21 +32,15 @@ class Access(Enum):
         return 2 if self is Access.UPDATED else 1
 
 
-@dataclass(frozen=True, slots=True)
 class Limits:
-    """The finite numbers that an option may be: [low, high], without the ends that are open; None is no end."""
+    """The finite numbers that an option may be: [low, high], without an end that is open; None is no end."""
 
-    low: float | None = None
-    high: float | None = None
-    open_low: bool = False
-    least: float = field(init=False)  # the same as a closed interval of floats, which is quick to compare with
-    most: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        lowest, largest = -sys.float_info.max, sys.float_info.max
-        least = lowest if self.low is None else math.nextafter(self.low, largest) if self.open_low else self.low
-        object.__setattr__(self, "least", least)
-        object.__setattr__(self, "most", largest if self.high is None else self.high)
+    def __init__(self, low: float | None = None, high: float | None = None, *, open_low: bool = False) -> None:
+        largest = sys.float_info.max
+        self.low, self.high, self.open_low = low, high, open_low
+        # The same as a closed interval of floats, which is quick to compare with
+        self.least = -largest if low is None else math.nextafter(low, largest) if open_low else low
+        self.most = largest if high is None else high
 
 
 ANY, NOT_NEGATIVE = Limits(), Limits(low=0.0)

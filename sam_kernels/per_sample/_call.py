@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -135,20 +135,17 @@ class Call:
     def has_gradient(self) -> bool:
         return any(grad is not None for grad in self._grads)
 
-    def as_it_was(self) -> AbstractContextManager[None]:
-        """The module trains, or does not, as when it was called."""
-        return nullcontext() if all(child.training is training for child, training in self._training) else self._training_again()
-
     @contextmanager
-    def _training_again(self) -> Iterator[None]:
-        now = [(child, child.training) for child, _ in self._training]
+    def as_it_was(self) -> Iterator[None]:
+        """The module and those in it are in the mode, training or evaluation, in which the module was called."""
+        changed = [(child, child.training, before) for child, before in self._training if child.training is not before]
         try:
-            for child, training in self._training:
-                child.training = training
+            for child, _, before in changed:
+                child.training = before
             yield
         finally:
-            for child, training in now:
-                child.training = training
+            for child, now, _ in changed:
+                child.training = now
 
     def operands(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         """Arguments, keywords and the output's gradient, with the batch in dimension 0. Frees what was kept."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -86,8 +87,7 @@ def _joined_convolutions(terms: Sequence[Convolution]) -> Convolution:
     """A sample's calls as consecutive samples of its group."""
     inputs = torch.stack([t.inputs for t in terms], 1).flatten(0, 1)
     grad_outputs = torch.stack([t.grad_outputs for t in terms], 1).flatten(0, 1)
-    first = terms[0]
-    return Convolution(inputs, grad_outputs, first.kernel_size, first.stride, first.padding, first.dilation, first.groups)
+    return dataclasses.replace(terms[0], inputs=inputs, grad_outputs=grad_outputs)
 
 
 @dataclass

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["REORDERING", "Graph", "edges_of", "graph_of"]
-
-# Nodes whose saved indices or dimensions say whether they leave rows where they are. Looked for in the whole graph.
-REORDERING = frozenset(
-    f"{name}Backward0" for name in ("Sort", "Topk", "Index", "IndexSelect", "Gather", "Flip", "Roll", "Take", "MaskedSelect")
-)
+__all__ = ["REORDERING", "Graph", "edges_of", "graph_of", "nodes_of"]
 
 
+def nodes_of(operations: str, suffix: str = "Backward0") -> frozenset[str]:
+    """The names of the nodes that autograd makes for these operations."""
+    return frozenset(f"{name}{suffix}" for name in operations.split())
+
+
+# Nodes whose saved indices or dimensions show whether rows stay where they are. Looked for in the whole graph.
+REORDERING = nodes_of("Sort Topk Index IndexSelect Gather Flip Roll Take MaskedSelect")
 _CAST = "ToCopyBackward0"
 _CHECKPOINT = "CheckpointFunctionBackward"
 _Leaf: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]  # not declared

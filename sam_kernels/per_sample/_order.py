@@ -14,30 +14,21 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from sam_kernels.per_sample._call import Call
-from sam_kernels.per_sample._graph import REORDERING, Graph, edges_of
+from sam_kernels.per_sample._graph import REORDERING, Graph, edges_of, nodes_of
 
 __all__ = ["check_order"]
 
 # Nodes that put rows together. Looked for between the losses and the layers' outputs, where to make sure costs little.
-_JOINING = frozenset(
-    ["CopySlices"]
-    + [
-        f"{name}Backward0"
-        for name in (
-            *("Cat", "Stack", "IndexPut", "IndexCopy", "IndexAdd", "Scatter", "ScatterAdd", "ScatterReduce", "MaskedScatter", "Put"),
-            *("Repeat", "Rot90", "AsStrided", "SliceScatter", "SelectScatter", "Embedding"),
-        )
-    ]
-)
+_JOINING = nodes_of(
+    "Cat Stack IndexPut IndexCopy IndexAdd Scatter ScatterAdd ScatterReduce MaskedScatter Put Repeat Rot90 AsStrided SliceScatter "
+    "SelectScatter Embedding"
+) | {"CopySlices"}
 # Nodes that add up over a dimension, perhaps the first, or over all of them. Looked for there too.
-_SUMMING = frozenset(
-    [f"{name}Backward0" for name in ("Sum", "Mean", "Softmax", "LogSoftmax", "Logsumexp", "Cumsum", "Var", "Std", "LinalgVectorNorm")]
-    + [f"{name}Backward0" for name in ("Amax", "Amin", "Max", "Min", "Prod")]
-    + [f"{name}Backward1" for name in ("Sum", "Mean", "Max", "Min", "Prod")]
-)
-_PRODUCTS = frozenset(f"{name}Backward0" for name in ("Mm", "Bmm", "Addmm", "Baddbmm", "Cdist", "Mv", "Dot"))
-_TURNING = frozenset(f"{name}Backward0" for name in ("Transpose", "Permute", "T"))
-_VIEWING = frozenset(f"{name}Backward0" for name in ("View", "UnsafeView", "Clone"))
+_SUMMING = nodes_of("Sum Mean Softmax LogSoftmax Logsumexp Cumsum Var Std LinalgVectorNorm Amax Amin Max Min Prod")
+_SUMMING |= nodes_of("Sum Mean Max Min Prod", "Backward1")
+_PRODUCTS = nodes_of("Mm Bmm Addmm Baddbmm Cdist Mv Dot")
+_TURNING = nodes_of("Transpose Permute T")
+_VIEWING = nodes_of("View UnsafeView Clone")
 _BASE = 8  # seeds are powers of two of so many kinds: 1/8 to 16, so that gradients of 16 bits stay in range
 _CLOSE = 0.05  # of the largest element of a row; another row's seed is at least twice as large, or half
 

@@ -74,19 +74,9 @@ def conv_square_norms_(
         method = "direct" if products is not None else backend.linear_method(tokens, in_features, out_channels // groups)
     inputs, grad_outputs = inputs.contiguous(), grad_outputs.contiguous()
     if backend.conv_square_norms_ is not None:
-        backend.conv_square_norms_(
-            square_norms,
-            inputs,
-            grad_outputs,
-            products,
-            kernel_size=sizes[0],
-            stride=sizes[1],
-            padding=sizes[2],
-            dilation=sizes[3],
-            groups=groups,
-            method=method,
-            precision=precision,
-        )
+        how = {"groups": groups, "method": method, "precision": precision}
+        named = dict(zip(("kernel_size", "stride", "padding", "dilation"), sizes, strict=True))
+        backend.conv_square_norms_(square_norms, inputs, grad_outputs, products, **named, **how)
         return
     each = tokens * groups * in_features * inputs.element_size()
     at_once = max(1, min(m, _UNFOLDED_BYTES // each))
