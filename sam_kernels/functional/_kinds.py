@@ -117,5 +117,5 @@ def _check_fake_lists(op: str, arguments: Mapping[str, Any]) -> None:
     if not lists:
         return
     first = next(iter(lists.values()))
-    filled = {name: [*value] if len(value) != len(first) else filled(value, first) for name, value in lists.items()}
-    _validate.check_lists(op, filled)
+    full = {name: [*value] if len(value) != len(first) else filled(value, first) for name, value in lists.items()}
+    _validate.check_lists(op, full)
