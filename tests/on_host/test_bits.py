@@ -15,8 +15,8 @@ from sam_kernels import _dispatch, functional
 from sam_kernels.backends.native import cpu, cuda
 from sam_kernels.operations import AdamWStep, Combine, GradNorms, Operands, Operation, Perturb, RandomPerturb, SgdStep
 from sam_kernels.validation.cases import DTYPES, MIXED_NARROW
-from sam_kernels.validation.options import combinations
-from sam_kernels.validation.problem import build, run
+from sam_kernels.validation.check import build, combinations
+from sam_kernels.validation.problem import run
 from sam_kernels.validation.roundings import roundings_of
 from sam_kernels.validation.tolerance import norm_bound, ulp
 from tests.helpers.bits import RANDOM, assert_same_perturbation, compare_written

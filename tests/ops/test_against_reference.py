@@ -13,8 +13,8 @@ import pytest
 
 from sam_kernels.validation.backends import backend_of
 from sam_kernels.validation.cases import DTYPES, MIXED_NARROW, dtypes_for
-from sam_kernels.validation.check import check
-from sam_kernels.validation.options import OPTIONS, combinations
+from sam_kernels.validation.check import check, combinations
+from sam_kernels.validation.options import OPTIONS
 from tests.helpers.pairwise import covering_pairs
 
 ALL_DTYPES = (*DTYPES, MIXED_NARROW)
