@@ -21,8 +21,9 @@ from bench.byte_model import OPS
 from bench.offline import takes_cpu_tensors
 from sam_kernels import functional
 from sam_kernels.validation.cases import MIXED_NARROW
+from sam_kernels.validation.check import build
 from sam_kernels.validation.options import OPTIONS, concerns
-from sam_kernels.validation.problem import build, run
+from sam_kernels.validation.problem import run
 
 __all__ = ["DTYPES", "Variant", "covering", "covering_calls", "operation_calls", "recorded", "records_of", "timed_call"]
 

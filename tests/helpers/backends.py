@@ -10,7 +10,7 @@ import torch
 from sam_kernels import operations
 from sam_kernels.operations import Operation
 from sam_kernels.validation.backends import backend_of
-from sam_kernels.validation.options import combinations
+from sam_kernels.validation.check import combinations
 from tests.helpers.pairwise import covering_pairs
 
 __all__ = ["OPERATIONS", "Calls", "all_calls", "calls_in_pairs", "require_dtype", "widest"]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sam_kernels import functional
-from sam_kernels.validation.problem import Problem, build, run
+from sam_kernels.validation.check import build
+from sam_kernels.validation.problem import Problem, run
 from tests.helpers.compare import assert_same_bits
 
 __all__ = ["RANDOM", "Choose", "assert_same_perturbation", "compare_written"]

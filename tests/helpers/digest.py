@@ -15,8 +15,9 @@ from torch import Tensor
 
 from sam_kernels import _cpu
 from sam_kernels._dispatch import use_backend
+from sam_kernels.validation.check import build
 from sam_kernels.validation.options import ABOUT_SLICES, OPTIONS, concerns
-from sam_kernels.validation.problem import build, run
+from sam_kernels.validation.problem import run
 from tests.helpers.halves import VALUES, narrowed, widened
 from tests.helpers.pairwise import covering_pairs
 

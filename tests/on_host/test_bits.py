@@ -15,7 +15,8 @@ from sam_kernels import _dispatch, functional
 from sam_kernels.backends.native import cpu, cuda
 from sam_kernels.operations import AdamWStep, Combine, GradNorms, Operands, Operation, Perturb, RandomPerturb, SgdStep
 from sam_kernels.validation.cases import DTYPES, MIXED_NARROW
-from sam_kernels.validation.problem import build, run
+from sam_kernels.validation.check import build
+from sam_kernels.validation.problem import run
 from sam_kernels.validation.roundings import roundings_of
 from sam_kernels.validation.tolerance import norm_bound, ulp
 from tests.helpers.backends import Calls, all_calls, calls_in_pairs

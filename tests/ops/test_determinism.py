@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from sam_kernels import functional
+from sam_kernels.validation.check import build
 from sam_kernels.validation.options import OPTIONS
-from sam_kernels.validation.problem import build, run
+from sam_kernels.validation.problem import run
 from tests.helpers.compare import assert_same_bits
 
 ROOT = Path(__file__).resolve().parents[2]

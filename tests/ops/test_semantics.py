@@ -10,7 +10,8 @@ from sam_kernels import functional
 from sam_kernels._tensor_list import TensorList
 from sam_kernels.validation.backends import backend_of
 from sam_kernels.validation.cases import MIXED_NARROW
-from sam_kernels.validation.problem import build, run
+from sam_kernels.validation.check import build
+from sam_kernels.validation.problem import run
 from sam_kernels.validation.roundings import roundings_of
 from sam_kernels.validation.tolerance import norm_bound
 from tests.helpers.backends import require_dtype
