@@ -10,7 +10,7 @@ template <class A>
 struct Sgd {
   using Access = A;
   using T = typename A::Arithmetic;
-  using Options = SgdLaunch;
+  using Options = SgdOptions<Scalar>;
   static constexpr int kRoles = kSgdRoles;
   // 1536 threads where two results of eight elements are float until they are paired, or the architecture needs more registers for the
   // same: with fewer they would spill.
@@ -21,25 +21,27 @@ struct Sgd {
 #endif
   static constexpr bool kSums = false, kBackwards = true;
 
-  bool skipped, nesterov, first_step, decays;
+  bool skipped, decays;
+  Momentum with_buffer;  // of rows that have one
   SgdConstants<T> constants;
 
   SAM_INLINE explicit Sgd(const Options& o)
-      : skipped(is_skipped(o.multiplier.norm, o.found_inf)),
-        nesterov(o.nesterov),
-        first_step(o.first_step),
-        decays(o.weight_decay != 0.0),
-        constants(sgd_constants<T>({read(o.lr), o.momentum, o.dampening, o.weight_decay, read(o.multiplier)})) {}
+      : skipped(is_skipped(o.update.step)),
+        decays(o.update.weight_decay != 0.0),
+        with_buffer(momentum_of(o, true)),
+        constants(sgd_constants<T>(o)) {}
 
   SAM_INLINE void apply(const Piece<kRoles>& piece, int thread) const {
     if (skipped) {
       if (piece.operands[kOldParam].data != nullptr) copy_chunk<A>(piece, piece.operands[kOldParam], piece.operands[kParam], thread);
-    } else if (piece.operands[kBuffer].data == nullptr) {
-      choose_decay<Momentum::kNone>(piece, thread);
-    } else if (nesterov) {
-      first_step ? choose_decay<Momentum::kFirstNesterov>(piece, thread) : choose_decay<Momentum::kNesterov>(piece, thread);
-    } else {
-      first_step ? choose_decay<Momentum::kFirst>(piece, thread) : choose_decay<Momentum::kPlain>(piece, thread);
+      return;
+    }
+    switch (piece.operands[kBuffer].data == nullptr ? Momentum::kNone : with_buffer) {
+      case Momentum::kNone: choose_decay<Momentum::kNone>(piece, thread); break;
+      case Momentum::kFirst: choose_decay<Momentum::kFirst>(piece, thread); break;
+      case Momentum::kPlain: choose_decay<Momentum::kPlain>(piece, thread); break;
+      case Momentum::kNesterov: choose_decay<Momentum::kNesterov>(piece, thread); break;
+      case Momentum::kFirstNesterov: choose_decay<Momentum::kFirstNesterov>(piece, thread); break;
     }
   }
 
@@ -70,6 +72,6 @@ struct Sgd {
 
 }  // namespace
 
-void sgd(const RowLists<kSgdRoles>& lists, const SgdLaunch& options, const Place& place) { run<Sgd>(lists, options, place); }
+void sgd(const RowLists<kSgdRoles>& lists, const SgdOptions<Scalar>& options, const Place& place) { run<Sgd>(lists, options, place); }
 
 }  // namespace sam::cuda
