@@ -42,9 +42,9 @@ static inline void add_squares(const T* grad, int count, bool prefetches, Lanes&
   for_each_lane(count, begin, [&](int i, int lane) { lanes.sum[lane] += norm_term(grad[i]); });
 }
 
-// Of g, or of T_w g, w being elements of param from begin on.
+// Of g, or of T_w g, w being elements of param from begin on. scaling by value: a sum that is stored cannot change it.
 template <class T>
-static inline void add_scaled_squares(const Operand& param, int64_t begin, const T* grad, int count, const Scaling<double>& scaling,
+static inline void add_scaled_squares(const Operand& param, int64_t begin, const T* grad, int count, Scaling<double> scaling,
                                       bool prefetches, Lanes& lanes) {
   if (!scaling.is_adaptive) return add_squares(grad, count, prefetches, lanes);
   Buffer<T> buffer;

@@ -21,27 +21,25 @@ struct Sgd {
 #endif
   static constexpr bool kSums = false, kBackwards = true;
 
-  bool skipped, decays;
-  Momentum with_buffer;  // of rows that have one
+  bool skipped, nesterov, first_step, decays;
   SgdConstants<T> constants;
 
   SAM_INLINE explicit Sgd(const Options& o)
       : skipped(is_skipped(o.update.step)),
+        nesterov(o.nesterov),
+        first_step(o.first_step),
         decays(o.update.weight_decay != 0.0),
-        with_buffer(momentum_of(o, true)),
         constants(sgd_constants<T>(o)) {}
 
   SAM_INLINE void apply(const Piece<kRoles>& piece, int thread) const {
     if (skipped) {
       if (piece.operands[kOldParam].data != nullptr) copy_chunk<A>(piece, piece.operands[kOldParam], piece.operands[kParam], thread);
-      return;
-    }
-    switch (piece.operands[kBuffer].data == nullptr ? Momentum::kNone : with_buffer) {
-      case Momentum::kNone: choose_decay<Momentum::kNone>(piece, thread); break;
-      case Momentum::kFirst: choose_decay<Momentum::kFirst>(piece, thread); break;
-      case Momentum::kPlain: choose_decay<Momentum::kPlain>(piece, thread); break;
-      case Momentum::kNesterov: choose_decay<Momentum::kNesterov>(piece, thread); break;
-      case Momentum::kFirstNesterov: choose_decay<Momentum::kFirstNesterov>(piece, thread); break;
+    } else if (piece.operands[kBuffer].data == nullptr) {
+      choose_decay<Momentum::kNone>(piece, thread);
+    } else if (nesterov) {
+      first_step ? choose_decay<Momentum::kFirstNesterov>(piece, thread) : choose_decay<Momentum::kNesterov>(piece, thread);
+    } else {
+      first_step ? choose_decay<Momentum::kFirst>(piece, thread) : choose_decay<Momentum::kPlain>(piece, thread);
     }
   }
 
