@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-
 from torch import Tensor
 
 from sam_kernels._tensor_list import TensorList
@@ -71,9 +69,9 @@ class KeptLists:
             self._lists.setdefault(i, lists)
         return lists
 
-    def joined(self, group_grads: list[GroupGrads], kinds: Sequence[Hashable]) -> tuple[GroupLists, TensorList] | None:
-        """Lists and gradients of all groups together, where there are several of one kind and one call can take them; else None."""
-        if len(group_grads) < 2 or len(set(kinds)) > 1:
+    def joined(self, group_grads: list[GroupGrads]) -> tuple[GroupLists, TensorList] | None:
+        """Lists and gradients of all groups together, where there are several and one call can take them; else None."""
+        if len(group_grads) < 2:
             return None
         members = [each.lists for each in group_grads]
         if self._joint is None or not same_tensors(self._joint[0], members):
