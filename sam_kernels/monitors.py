@@ -118,21 +118,19 @@ def sharpness(
     if isinstance(params, Tensor | str | dict) or not isinstance(params, Iterable):
         raise TypeError(f"{name}: params must be tensors in a list, got {describe(params)}")
     everything = [check_tensor(name, f"params[{i}]", param) for i, param in enumerate(params)]
-    options: dict[str, Any] = {
-        "rho": check_number(name, "rho", rho, low=0.0),
-        "lambd": check_number(name, "lambd", lambd, low=0.0, high=1.0),
-        "adaptive": check_flag(name, "adaptive", adaptive),
-        "eta": check_number(name, "eta", eta, low=0.0),
-        "eps": check_number(name, "eps", eps, low=0.0),
-    }
+    rho = check_number(name, "rho", rho, low=0.0)
+    lambd = check_number(name, "lambd", lambd, low=0.0, high=1.0)
+    adaptive = check_flag(name, "adaptive", adaptive)
+    eta = check_number(name, "eta", eta, low=0.0)
+    eps = check_number(name, "eps", eps, low=0.0)
     first = _loss(name, closure)
     moving = [param for param in dict.fromkeys(everything) if param.grad is not None]
     grads = [param.grad for param in moving if param.grad is not None]
     old_params = [param.detach().clone() for param in moving]
     try:
         if moving:
-            norm = functional.grad_norm(grads, moving if options["adaptive"] else None, adaptive=options["adaptive"], eta=options["eta"])
-            functional.perturb_(moving, grads, old_params, norm, from_old=True, **options)
+            norm = functional.grad_norm(grads, moving, adaptive=adaptive, eta=eta)
+            functional.perturb_(moving, grads, old_params, norm, rho=rho, lambd=lambd, adaptive=adaptive, eta=eta, eps=eps, from_old=True)
         second = _loss(name, closure)
     finally:
         functional.restore_(moving, old_params)

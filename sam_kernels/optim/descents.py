@@ -118,7 +118,7 @@ class Descent(Part):
         return True
 
     def rewrite(self, step: DescentStep) -> Outcome:
-        """Makes the gradients what the base is to step along."""
+        """Rewrites the gradients of the second pass in place; the base steps along the result. Called where there are gradients."""
         return UNCHANGED
 
 
@@ -142,7 +142,7 @@ class SurrogateGap(Descent):
         check_number("GSAM", "alpha", self.alpha, low=0.0)
 
     def rewrite(self, step: DescentStep) -> Outcome:
-        if not step.has_ascended or not step.group_grads:
+        if not step.has_ascended:
             return UNCHANGED
         squares, along, _ = step.dots(step.kept.of)
         share = step.or_zero(along / squares.clamp_min(_TINY))
@@ -175,7 +175,7 @@ class WeightedSharpness(Descent):
         return self.decoupled and use in (Use.CLIPPING, Use.BACKWARD)
 
     def rewrite(self, step: DescentStep) -> Outcome:
-        if not step.has_ascended or not step.group_grads:
+        if not step.has_ascended:
             return UNCHANGED
         k = self.kappa / (1.0 - self.kappa)
         if not self.decoupled:
@@ -192,18 +192,12 @@ class WeightedSharpness(Descent):
             found_inf = step.passes.found_inf.clone()  # the step is made: weights that overflow now do not make it a skipped one
             for current, grads, kept in sharp:
                 rate = -current.group["lr"] * k if step.maximizes(current) else current.group["lr"] * k
-                kept_weight = rate if kept_is_unscaled else rate / step.scale
+                params, scaled = current.lists.params, rate / step.scale
+                weight = rate if kept_is_unscaled else scaled
                 functional.combine_(
-                    current.lists.params,
-                    current.lists.params,
-                    grads,
-                    kept,
-                    left_weight=1.0,
-                    right_weight=-rate / step.scale,
-                    origin_weight=kept_weight,
-                    found_inf=found_inf,
+                    params, params, grads, kept, left_weight=1.0, right_weight=-scaled, origin_weight=weight, found_inf=found_inf
                 )
-                for param, grad in zip(current.lists.params, grads, strict=True):
+                for param, grad in zip(params, grads, strict=True):
                     param.grad = grad
 
         return Outcome(finish=finish)
@@ -238,8 +232,6 @@ class Look(Descent):
         return bool((int(t) - 1) % self.k == 0)
 
     def rewrite(self, step: DescentStep) -> Outcome:
-        if not step.group_grads:
-            return UNCHANGED
         memory, name = step.passes.memory, self.keeps[0]
         if not step.has_ascended:
             if not memory.has(name):
@@ -291,8 +283,6 @@ class Polyak(Descent):
                     raise ValueError(f"SAMSPS: the Polyak step size is not defined for {option}={group[option]!r} (param_groups[{i}])")
 
     def rewrite(self, step: DescentStep) -> Outcome:
-        if not step.group_grads:
-            return UNCHANGED
         passes = step.passes
         parts = []
         for current in step.group_grads:

@@ -108,18 +108,20 @@ class _MovingAverage(Direction):
             averages = step.kept(self.keeps[0], lists)
             is_whole = isinstance(averages, TensorList)  # which none of them is missing from
             new = [] if is_whole else [param for param, average in zip(lists.params, averages, strict=True) if average is None]
-            norm = functional.direction_norm_(
-                grads,
-                averages,
-                kind=self.kind,
-                theta=self.theta,
-                sigma=self.sigma,
-                lmbda=self.lmbda,
-                grad_scale=grad_scale,
-                found_inf=step.found_inf,
-                **scaling,
+            norms.append(
+                functional.direction_norm_(
+                    grads,
+                    averages,
+                    lists.params,
+                    kind=self.kind,
+                    theta=self.theta,
+                    sigma=self.sigma,
+                    lmbda=self.lmbda,
+                    grad_scale=grad_scale,
+                    found_inf=step.found_inf,
+                    **scaling,
+                )
             )
-            norms.append(norm)
             if new:
                 step.keep(self.keeps[0], lists, cast("list[Tensor]", averages))
         return step.combined(norms)
@@ -181,7 +183,8 @@ class Centralized(Direction):
 
     def _centralize(self, step: AscentStep, group_grads: list[GroupGrads], *, normalised: bool) -> Tensor:  # ()
         parts = step.joined(group_grads, normalised=normalised)
-        return step.combined([functional.centralize_(grads, found_inf=step.found_inf, **scaling) for _, grads, scaling in parts])
+        norms = [functional.centralize_(grads, lists.params, found_inf=step.found_inf, **scaling) for lists, grads, scaling in parts]
+        return step.combined(norms)
 
 
 @dataclass(frozen=True)
@@ -222,15 +225,9 @@ class Randomized(Direction):
             c = -self.c if group.maximize else self.c  # of the function to be minimised
             weight = c if grad_scale is None else c / grad_scale.to(torch.float64)  # float32 would round c
             origins = step.origins(current) or lists.params  # frozen ones that still have a gradient were not moved
+            lefts, rights, found_inf = grads, lists.params, step.found_inf  # c g + (p - origin)
             norm = functional.combine_(
-                grads,
-                grads,
-                lists.params,
-                origins,
-                left_weight=weight,
-                right_weight=1.0,
-                origin_weight=-1.0,
-                found_inf=step.found_inf,
+                grads, lefts, rights, origins, left_weight=weight, right_weight=1.0, origin_weight=-1.0, found_inf=found_inf
             )
             if group.scaling["adaptive"]:
                 norm = functional.grad_norm(grads, origins, **group.scaling)

@@ -145,9 +145,11 @@ class RWSAM(SAM):
     def _link(self) -> None:
         super()._link()
         how = self.reweighting
-        options: dict[str, Any] = {"micro_batch": how.micro_batch, "reduction": "mean", "unsupported": how.unsupported}
-        self._engine = None if how.is_directional else GradNorms(self.model, **options)
-        self._directional = DirectionalNorms(self.model, how) if how.is_directional else None
+        self._engine = self._directional = None
+        if how.is_directional:
+            self._directional = DirectionalNorms(self.model, how)
+        else:
+            self._engine = GradNorms(self.model, micro_batch=how.micro_batch, reduction="mean", unsupported=how.unsupported)
         self._norms: list[Tensor] = []  # (B / m,) for each closure of the last step
         self._weights: list[Tensor] = []
         self._recorded: StepPlan | None = None  # of the forward pass under recording()

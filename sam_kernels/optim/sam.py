@@ -127,9 +127,8 @@ class SAM(Engine):
         given = [] if is_instance else given
         self._keys = group_keys((*self._group_keys, "sam_step"), self.base_optimizer, given)
         self._name_keys = group_keys(("direction", "descent"), self.base_optimizer, given)
-        if not is_instance:
-            for i, (group, keys) in enumerate(zip(self.base_optimizer.param_groups, given, strict=False)):
-                check_group_names(group, keys, i, self._keys, self.base_optimizer)
+        for i, (group, keys) in enumerate(zip(self.base_optimizer.param_groups, given, strict=False)):
+            check_group_names(group, keys, i, self._keys, self.base_optimizer)
         own = {"rho": rho, "lambd": lambd, "adaptive": adaptive, "eta": eta, **self._more_defaults}
         defaults = {self._keys[name]: value for name, value in own.items()}
         check_options(defaults, self._keys, capturable=self.capturable)

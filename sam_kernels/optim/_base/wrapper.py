@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from operator import is_
 from types import MappingProxyType
 from typing import Any
@@ -213,11 +213,11 @@ class Wrapper(Optimizer):
 
     # --- copies ---
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> StateDict:
         self._require_unperturbed("copying or pickling the optimizer")
         return {"defaults": self.defaults, **{name: self.__dict__[name] for name in self._kept}}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: StateDict) -> None:
         state = dict(state)
         shared = {name: state.pop(name) for name in ("state", "param_groups") if name in state}
         if "eps" in state:  # as it was called
@@ -238,37 +238,39 @@ class Wrapper(Optimizer):
         self._identity = IdentityCheck()
         reference = weakref.ref(self)
 
-        def restore_first(*_: Any) -> None:
-            optimizer = reference()
-            if optimizer is None:
-                return
-            rewriter = optimizer._rewriter
-            if optimizer._passes.is_perturbed and rewriter is not None:
-                raise RuntimeError(
-                    f"SAM: base_optimizer.step() after first_step would step along the gradients as they are, without the rule of "
-                    f"{rewriter.name!r}; call second_step()"
-                )
-            optimizer._restore()
+        def weakly(method: Callable[..., None]) -> Callable[..., None]:
+            def hook(_: Any, *args: Any) -> None:
+                optimizer = reference()
+                if optimizer is not None:
+                    method(optimizer, *args)
 
-        def check_first(_: Any, state_dict: StateDict) -> None:
-            optimizer = reference()
-            if optimizer is not None and "param_groups" in state_dict:
-                optimizer._checked_checkpoint(state_dict)
+            return hook
 
-        def adopt_loaded(_: Any) -> None:
-            optimizer = reference()
-            if optimizer is not None:
-                optimizer._memory.replace(ParamMemory(optimizer._memory.names))
-                optimizer._adopt()
-
-        base = self.base_optimizer
-        handles = [base.register_step_pre_hook(restore_first)]
+        base, kind = self.base_optimizer, type(self)
+        handles = [base.register_step_pre_hook(weakly(kind._before_base_step))]
         own_hooks = {handles[0].id}
         if hasattr(base, "_optimizer_load_state_dict_pre_hooks"):  # not where a base leaves torch's constructor out
-            handles += [base.register_load_state_dict_pre_hook(check_first), base.register_load_state_dict_post_hook(adopt_loaded)]
+            handles.append(base.register_load_state_dict_pre_hook(weakly(kind._before_base_loads)))
+            handles.append(base.register_load_state_dict_post_hook(weakly(kind._after_base_loaded)))
         for handle in handles:  # a base outlives its wrapper
             weakref.finalize(self, handle.remove).atexit = False
         self._passes = Passes(base, own_hooks, self._memory, self._identity)
+        self._adopt()
+
+    def _before_base_step(self, *_: Any) -> None:
+        if self._passes.is_perturbed and self._rewriter is not None:
+            raise RuntimeError(
+                f"SAM: base_optimizer.step() after first_step would step along the gradients as they are, without the rule of "
+                f"{self._rewriter.name!r}; call second_step()"
+            )
+        self._restore()
+
+    def _before_base_loads(self, state_dict: StateDict) -> None:
+        if "param_groups" in state_dict:
+            self._checked_checkpoint(state_dict)
+
+    def _after_base_loaded(self) -> None:
+        self._memory.replace(ParamMemory(self._memory.names))
         self._adopt()
 
     def _restore(self) -> None:

@@ -94,9 +94,9 @@ class GradientMean:
 
     def _average(self, part: _Part, grads: list[Tensor]) -> None:
         part.count += 1
-        # theta = 1 / count: m <- (1 - theta) m + theta g
-        kind: dict[str, Any] = {"kind": "vasso", "theta": 1.0 / part.count, "found_inf": self._passes.found_inf}
-        self._norms.append(functional.direction_norm_(grads, cast("list[Tensor | None]", part.means), **kind))
+        means, found_inf = cast("list[Tensor | None]", part.means), self._passes.found_inf
+        # m <- (1 - theta) m + theta g
+        self._norms.append(functional.direction_norm_(grads, means, kind="vasso", theta=1.0 / part.count, found_inf=found_inf))
 
     def _add_unevenly(self, parts: list[_Part], current: GroupGrads) -> list[_Part]:
         """Other parameters than last time have a gradient: parts by the number of gradients so far."""

@@ -12,7 +12,7 @@ from sam_kernels import functional
 from sam_kernels._validate import describe
 from sam_kernels.optim._engine.lists import GroupGrads, GroupLists
 from sam_kernels.optim._engine.passes import Passes
-from sam_kernels.optim._engine.plan import GroupPlan, NormScaling
+from sam_kernels.optim._engine.plan import GroupPlan, Scaling
 from sam_kernels.schedules._at_step import Step
 
 __all__ = ["AscentStep"]
@@ -69,7 +69,7 @@ class AscentStep:
         self._norm.copy_(first)
         return norm
 
-    def joined(self, group_grads: list[GroupGrads], *, normalised: bool = True) -> list[tuple[GroupLists, list[Tensor], NormScaling]]:
+    def joined(self, group_grads: list[GroupGrads], *, normalised: bool = True) -> list[tuple[GroupLists, list[Tensor], Scaling]]:
         """(lists, gradients, scaling): one row for all groups where one call can take them. ``**scaling`` are keywords of operations."""
         return self._passes.joined(group_grads, normalised=normalised)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -145,24 +145,14 @@ def _some_of(grad: Tensor) -> Tensor | None:
 
 def _first_and_last(groups: Sequence[ParamGroup]) -> list[tuple[Tensor, Tensor]]:
     """The first and the last parameter that have a gradient, with it."""
-    first = next(_with_old_grads(groups), None)
-    last = None if first is None else next(_with_old_grads(groups, last_first=True))
-    found = [] if first is None else [first] if last is first else [first, last]
-    return [(param, param.grad) for param in found if param is not None and param.grad is not None]
-
-
-def _with_old_grads(groups: Sequence[ParamGroup], *, last_first: bool = False) -> Iterator[Tensor]:
-    for group in reversed(groups) if last_first else groups:
-        params = group["params"]
-        yield from (param for param in (reversed(params) if last_first else params) if param.requires_grad and param.grad is not None)
+    forward = (param for group in groups for param in group["params"])
+    backward = (param for group in reversed(groups) for param in reversed(group["params"]))
+    ends = [next((param for param in params if param.requires_grad and param.grad is not None), None) for params in (forward, backward)]
+    return [(param, param.grad) for param in dict.fromkeys(ends) if param is not None]
 
 
 def _has_grads(groups: Sequence[ParamGroup]) -> bool:
     """Whether there is a gradient, or nothing that could have one."""
-    trainable = False
-    for group in groups:
-        for param in group["params"]:
-            if param.grad is not None:
-                return True
-            trainable = trainable or param.requires_grad
-    return not trainable
+    if any(param.grad is not None for group in groups for param in group["params"]):
+        return True
+    return not any(param.requires_grad for group in groups for param in group["params"])

@@ -91,20 +91,17 @@ class Engine(Wrapper):
 
     def _begin(self) -> StepPlan:
         """Begins a step of SAM and counts it. Raises TypeError or ValueError for an option that is none: nothing has changed then."""
-        device = self._prepare()
-        is_planned = self._next_plan is not None and self._next_plan.is_of(self.param_groups, self._keys)
-        if not self.capturable and not is_planned:
-            self._next_plan, is_planned = self._new_plan(ahead=True), True  # before anything is written
+        device, plan = self._prepare(), self._next_plan
+        if plan is None or not plan.is_of(self.param_groups, self._keys):
+            plan = None if self.capturable else self._new_plan(ahead=True)  # before anything is written
         self._advance(1)
-        if not is_planned:  # made of the tensors that count, which a graph goes on counting
+        if plan is None:  # made of the tensors that count, which a graph goes on counting
             try:
-                self._next_plan = self._new_plan(ahead=False)
+                plan = self._new_plan(ahead=False)
             except BaseException:
                 self._advance(-1)
                 raise
-        plan, self._next_plan = self._next_plan, None
-        assert plan is not None
-        self._is_counted, self._plain_steps = True, 0
+        self._next_plan, self._is_counted, self._plain_steps = None, True, 0
         self._enter(device, plan)
         return plan
 
@@ -330,7 +327,7 @@ class Engine(Wrapper):
         self._passes.skips.forget_last_step()  # where there was no ascent, nothing has yet
         loss = self._replicas.loss_for_descent(self._loss, self._passes.found_inf.device)
         step = DescentStep(self._passes, self.param_groups, self._kept_grads, has_ascended, grad_scale, loss)
-        outcome = self.descent.rewrite(step)
+        outcome = self.descent.rewrite(step) if step.group_grads else UNCHANGED
         return outcome, norm if outcome.norm is None else outcome.norm
 
     def _descend(

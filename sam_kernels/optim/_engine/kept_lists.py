@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sam_kernels._tensor_list import TensorList
 from sam_kernels.optim._base.identity import IdentityCheck
-from sam_kernels.optim._engine.lists import Backups, GroupGrads, GroupLists, check_grads, same_tensors, with_grads
+from sam_kernels.optim._engine.lists import Copies, GroupGrads, GroupLists, check_grads, same_tensors, with_grads
 from sam_kernels.optim._types import ParamGroup
 
 __all__ = ["KeptLists"]
@@ -19,7 +19,7 @@ class KeptLists:
     """
 
     def __init__(self, check: IdentityCheck) -> None:
-        self.backups = Backups()
+        self.backups = Copies()
         self._check = check
         self._lists: dict[int, GroupLists] = {}  # of the parameters that have a gradient
         self._trainable: dict[int, GroupLists] = {}  # where not every trainable parameter has a gradient
@@ -27,7 +27,7 @@ class KeptLists:
 
     def release(self) -> None:
         """Frees the backups."""
-        self.backups = Backups()
+        self.backups = Copies()
         self._lists = {}
         self._trainable = {}
         self._joint = None

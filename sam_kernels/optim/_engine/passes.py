@@ -20,7 +20,7 @@ from sam_kernels.optim._engine.in_flight import InFlight
 from sam_kernels.optim._engine.kept_lists import KeptLists
 from sam_kernels.optim._engine.lists import GroupGrads, GroupLists, same_tensors
 from sam_kernels.optim._engine.memory import ParamMemory
-from sam_kernels.optim._engine.plan import NormScaling, StepPlan, norm_scaling
+from sam_kernels.optim._engine.plan import UNSCALED, Scaling, StepPlan
 from sam_kernels.optim._engine.skipped import SkippedSteps
 from sam_kernels.optim._engine.update import UpdateScalars, can_fuse, fused_step, plain_step, with_options
 from sam_kernels.optim._engine.weight_watch import NOTHING_WATCHED, WeightWatch
@@ -197,7 +197,7 @@ class Passes:
             self.found_inf.logical_or_(found_inf.to(self.found_inf.device))
         if agree is not None:  # the last moment before the update is decided
             agree(self.found_inf)
-        scalars = UpdateScalars(self.found_inf, grad_scale, norm, max_norm)
+        scalars: UpdateScalars = {"found_inf": self.found_inf, "grad_scale": grad_scale, "norm": norm, "max_norm": max_norm}
         fuses = (bool(self._perturbed) or not is_plain) and can_fuse(self.base, self.own_hooks)
         if fuses:
             by_index = {current.index: current for current in group_grads}
@@ -264,7 +264,7 @@ class Passes:
         norms = []
         for lists, grads, scaling in self.joined(group_grads, normalised=normalised):
             skipped = self.skips.skipped if self.skips.is_of_last_step else None
-            functional.grad_norm_(lists.norm, grads, found_inf=self.found_inf, skipped=skipped, **scaling)
+            functional.grad_norm_(lists.norm, grads, lists.params, found_inf=self.found_inf, skipped=skipped, **scaling)
             self.skips.is_of_last_step = False
             norms.append(lists.norm)
         if not norms:
@@ -272,14 +272,13 @@ class Passes:
         self._told_norm = norms[0] if len(norms) == 1 else functional.combine_norms(norms)
         return self._told_norm
 
-    def joined(self, group_grads: list[GroupGrads], *, normalised: bool) -> list[tuple[GroupLists, list[Tensor], NormScaling]]:
+    def joined(self, group_grads: list[GroupGrads], *, normalised: bool) -> list[tuple[GroupLists, list[Tensor], Scaling]]:
         """Lists, gradients and scaling of the norms to take: one norm of all groups where they agree and one call can take them."""
-        scalings = [self.ascent_plan.groups[each.index].scaling if normalised else None for each in group_grads]
+        scalings = [self.ascent_plan.groups[each.index].scaling if normalised else UNSCALED for each in group_grads]
         together = self.lists.joined(group_grads) if all(each == scalings[0] for each in scalings[1:]) else None
         if together is not None:
-            return [(*together, norm_scaling(scalings[0], together[0].params))]
-        rows = zip(group_grads, scalings, strict=True)
-        return [(each.lists, each.grads, norm_scaling(scaling, each.lists.params)) for each, scaling in rows]
+            return [(*together, scalings[0])]
+        return [(each.lists, each.grads, scaling) for each, scaling in zip(group_grads, scalings, strict=True)]
 
     def _parts(self, i: int, current: GroupGrads | None) -> list[tuple[GroupLists, list[Tensor], list[Tensor] | None]]:
         """The parameters of group i by what their step starts from; those without a gradient now are restored here."""

@@ -24,7 +24,7 @@ from sam_kernels.schedules._at_step import (
 )
 from sam_kernels.schedules._radius import AscentInfo, Radius
 
-__all__ = ["GROUP_OPTIONS", "GroupPlan", "NormScaling", "Scaling", "StepPlan", "check_options", "norm_scaling"]
+__all__ = ["GROUP_OPTIONS", "UNSCALED", "GroupPlan", "Scaling", "StepPlan", "check_options"]
 
 GROUP_OPTIONS = ("rho", "lambd", "adaptive", "eta")  # SAM's options of a parameter group
 
@@ -36,17 +36,7 @@ class Scaling(TypedDict):
     eta: float
 
 
-class NormScaling(Scaling):
-    """The same for an operation that takes a norm."""
-
-    params: list[Tensor] | None  # w, read where ``adaptive``
-
-
-def norm_scaling(scaling: Scaling | None, params: list[Tensor]) -> NormScaling:
-    """None: T = 1."""
-    if scaling is None or not scaling["adaptive"]:
-        return {"params": None, "adaptive": False, "eta": 0.0}
-    return {"params": params, **scaling}
+UNSCALED: Scaling = {"adaptive": False, "eta": 0.0}
 
 
 @dataclass(slots=True)

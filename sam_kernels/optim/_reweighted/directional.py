@@ -113,8 +113,7 @@ class DirectionalNorms:
                 known = self._tangents[i] = [torch.empty_like(param, requires_grad=False) for param in lists.params]
             zeros = passes.scratch(i, lists)
             torch._foreach_zero_(list(zeros))
-            options: dict[str, Any] = {"seed": seeds[i], "scale": 1.0, "distribution": self._how.distribution}
-            functional.random_perturb_(known, zeros, **options, from_old=True)
+            functional.random_perturb_(known, zeros, seed=seeds[i], scale=1.0, distribution=self._how.distribution, from_old=True)
             found.update(zip(lists.params, known, strict=True))
         return found
 
@@ -122,14 +121,14 @@ class DirectionalNorms:
 @contextmanager
 def _dual_parameters(model: nn.Module, tangents: dict[Tensor, Tensor]) -> Iterator[None]:
     """Within, the model's parameters carry the tangents, and so does what is computed from them."""
-    swapped: list[tuple[dict[str, Any], str, Any]] = []
+    swapped: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]] = []
     # Of attention's implementations only the plain one has a forward derivative on every device.
     with forward_ad.dual_level(), sdpa_kernel([SDPBackend.MATH]):
         make_dual: Any = forward_ad.make_dual  # untyped
         duals = {param: make_dual(param.detach(), tangent) for param, tangent in tangents.items()}
         try:
             for module in model.modules():
-                parameters: dict[str, Any] = module._parameters
+                parameters = module._parameters
                 for name, param in parameters.items():
                     if param is not None and param in duals:
                         swapped.append((parameters, name, param))
