@@ -38,6 +38,9 @@ __all__ = [
 ]
 
 
+_USUAL, _UNSCALED = PerturbOptions(), PerturbOptions(is_scaled=False)
+
+
 class Direction(Part):
     """The gradient, d = g, unless a subclass overrides a method. Memory: none.
 
@@ -70,7 +73,7 @@ class Direction(Part):
 
     def perturb_options(self, step: AscentStep, current: GroupGrads) -> PerturbOptions:
         """How :func:`sam_kernels.functional.perturb_` finds d of one group again."""
-        return PerturbOptions()
+        return _USUAL
 
     def descent_norm(self, step: AscentStep) -> Tensor | None:  # ()
         """Rewrites the gradients of the second pass in place. Returns their norm where that is then known."""
@@ -236,7 +239,7 @@ class Randomized(Direction):
         return step.combined(norms)
 
     def perturb_options(self, step: AscentStep, current: GroupGrads) -> PerturbOptions:
-        return PerturbOptions(is_scaled=False)  # d is that of the loss itself
+        return _UNSCALED  # d is that of the loss itself
 
 
 class Momentum(Direction):
@@ -274,4 +277,4 @@ class Momentum(Direction):
         return found
 
     def perturb_options(self, step: AscentStep, current: GroupGrads) -> PerturbOptions:
-        return PerturbOptions(is_scaled=False)
+        return _UNSCALED

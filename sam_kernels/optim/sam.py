@@ -214,7 +214,7 @@ class SAM(Engine):
         self._restore()
         self._forget_gradients()
         self._random_state = self._replayed_state = None  # of a step that was given up
-        with self._undoing():
+        try:
             count, losses, norm = len(passes), [], None
             mean = self._replicas.mean(count, self._passes)
             passes = self._replicas.arranged(passes, mean, self.param_groups)
@@ -234,6 +234,9 @@ class SAM(Engine):
             if mean is not None:
                 norm = mean.put(self.param_groups)
             self._descend(amp.scale_of(scaler), None, scaler, norm)
+        except BaseException:
+            self._undo()
+            raise
         return losses[0] if mean is None else mean_loss(losses)
 
     @torch.no_grad()
@@ -284,8 +287,11 @@ class SAM(Engine):
         self._restore()
         if not is_same_step:
             self._begin()
-        with self._undoing():
+        try:
             self.direction.begin(AscentStep(self._passes, self._replicas.index_of(0, 1)))
+        except BaseException:
+            self._undo()
+            raise
         self._awaits_ascent = True
 
     @torch.no_grad()
@@ -312,11 +318,14 @@ class SAM(Engine):
             self._begin()
         self._awaits_ascent = False
         self._forget_first_pass()
-        with self._undoing():
+        try:
             self._replicas.check_first_pass()
             scale = None if first_gradient is FirstGradient.NONE else amp.scale_of(scaler)
             self._ascend(AscentStep(self._passes), scale, hand_over=zero_grad)
             self._passes.watch_weights()
+        except BaseException:
+            self._undo()
+            raise
         self._scale_is_known = scaler is not None
         if self._random_state is not None:
             self._random_state.replay()

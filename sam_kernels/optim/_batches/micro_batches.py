@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sam_kernels import functional
 from sam_kernels.optim._engine.lists import GroupGrads, GroupLists
-from sam_kernels.optim._engine.ownership import nobody_else_has
+from sam_kernels.optim._engine.ownership import take_over
 from sam_kernels.optim._engine.passes import Passes
 from sam_kernels.optim._types import ParamGroup
 
@@ -74,9 +74,7 @@ class GradientMean:
         return functional.combine_norms(self._norms) if known else None
 
     def _first(self, lists: GroupLists, grads: list[Tensor]) -> _Part:
-        for param in lists.params:
-            param.grad = None
-        ours = nobody_else_has(grads)
+        ours = take_over(lists.params, grads)
         means, copied = [], []
         for i, (param, grad) in enumerate(zip(lists.params, grads, strict=True)):
             fits = grad.stride() == param.stride() and grad.dtype not in _HALVES and not grad.requires_grad

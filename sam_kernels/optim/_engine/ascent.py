@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 from sam_kernels.optim._engine.lists import GroupGrads
 
-__all__ = ["Ascent", "PerturbOptions"]
+__all__ = ["Move", "PerturbOptions"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +27,9 @@ class PerturbOptions:
     lmbda: float = 0.6
 
 
-@dataclass(frozen=True, slots=True)
-class Ascent:
-    """Along what the groups that participate ascend: of each its gradients, how to find d again, and whether it is w - rho d."""
+class Move(NamedTuple):
+    """Along what a group that participates ascends."""
 
-    norm: Tensor  # () of the direction
-    moves: list[tuple[GroupGrads, PerturbOptions, bool]]
+    current: GroupGrads
+    along: PerturbOptions
+    is_downhill: bool  # w - rho d

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from sam_kernels.optim._base.wrapper import Wrapper
 from sam_kernels.optim._batches.closures import Closure
 from sam_kernels.optim._compatibility import check_gradient
 from sam_kernels.optim._engine import amp, capturable
-from sam_kernels.optim._engine.ascent import Ascent, PerturbOptions
+from sam_kernels.optim._engine.ascent import Move, PerturbOptions
 from sam_kernels.optim._engine.ascent_step import AscentStep
 from sam_kernels.optim._engine.closure_watch import ClosureWatch, HalvesWatch
 from sam_kernels.optim._engine.kept_grads import KeptGrads
@@ -38,7 +38,7 @@ class Engine(Wrapper):
     """The parts that :class:`sam_kernels.SAM` makes its steps of.
 
     A step is begun (:meth:`_begin`), which makes its plan and counts it; makes its two passes (:meth:`_two_passes`: first pass, ascent,
-    second pass), once for each micro-batch; and descends (:meth:`_descend`). An exception in between undoes all of it (:meth:`_undoing`).
+    second pass), once for each micro-batch; and descends (:meth:`_descend`). An exception in between undoes all of it (:meth:`_undo`).
     """
 
     norm_eps: float
@@ -114,21 +114,14 @@ class Engine(Wrapper):
         for group in self.base_optimizer.param_groups:
             group[t] += steps  # a tensor in place
 
-    @contextmanager
-    def _undoing(self, put_back: Callable[[], None] | None = None) -> Iterator[None]:
-        """Around a step, or a part of it. After an exception (out of memory, Ctrl-C: whatever it was) weights, buffers and t are those of
-        before, and the next step has this one's plan. ``put_back`` undoes what else was done."""
-        try:
-            yield
-        except BaseException:
-            if self._is_counted:
-                self._advance(-1)
-                self._next_plan, self._is_counted = self._passes.plan, False
-            self._restore()
-            self._forget_first_pass()
-            if put_back is not None:
-                put_back()
-            raise
+    def _undo(self) -> None:
+        """After an exception (out of memory, Ctrl-C: whatever it was): weights, buffers and t are those of before the step, and the next
+        step has this one's plan."""
+        if self._is_counted:
+            self._advance(-1)
+            self._next_plan, self._is_counted = self._passes.plan, False
+        self._restore()
+        self._forget_first_pass()
 
     def _restore(self) -> None:
         """Back to the weights and buffers of before the ascent, where there was one. A checkpoint that was loaded since stays."""
@@ -190,13 +183,14 @@ class Engine(Wrapper):
         if loss is not None:
             loss = self._replicas.loss_for_radii(loss, [each.rho for each in step.groups], self._passes.found_inf.device)
         group_grads = self.direction.group_grads(step)
-        self._passes.ascend(self._made_ascent(step, group_grads, grad_scale), eps=self.norm_eps, grad_scale=grad_scale, loss=loss)
+        norm, moves = self._moves(step, group_grads, grad_scale)
+        self._passes.ascend(moves, norm, eps=self.norm_eps, grad_scale=grad_scale, loss=loss)
         self._skips.after_ascent(self._passes.found_inf)
         if self.descent.keeps_grads and self._passes.has_ascended:  # its direction is made from gradients
             self._kept_grads.keep(group_grads, hand_over=hand_over, are_scaled=grad_scale is not None)
 
-    def _made_ascent(self, step: AscentStep, group_grads: list[GroupGrads], grad_scale: Tensor | None) -> Ascent:
-        """What the direction makes of the gradients of the groups that participate. Raises TypeError for a result of another type."""
+    def _moves(self, step: AscentStep, group_grads: list[GroupGrads], grad_scale: Tensor | None) -> tuple[Tensor, list[Move]]:
+        """The direction's norm, and the moves of the groups that participate. Raises TypeError for a result of another type."""
         participating = [each for each in group_grads if step.options(each).participates]
         norm: Any = self.direction.norm(step, participating, grad_scale)
         if not isinstance(norm, Tensor) or norm.numel() != 1 or not norm.is_floating_point():
@@ -209,8 +203,8 @@ class Engine(Wrapper):
                 raise TypeError(
                     f"SAM: {type(self.direction).__name__}.perturb_options must return a directions.PerturbOptions, got {describe(along)}"
                 )
-            moves.append((each, along, self.direction.is_downhill(step.options(each).maximize)))
-        return Ascent(norm, moves)
+            moves.append(Move(each, along, self.direction.is_downhill(step.options(each).maximize)))
+        return norm, moves
 
     # --- a gradient ---
 
@@ -233,7 +227,7 @@ class Engine(Wrapper):
         def call(closure: Closure) -> Any:
             return outer.called(partial(self._called, closure))
 
-        with self._undoing(outer.put_back):
+        try:
             if outer.are_shared and self._rewriter is not None:
                 raise ValueError(
                     f"SAM.backward: {self._rewriter.name!r} rewrites the gradient of one call, and with several processes gradients are "
@@ -250,6 +244,10 @@ class Engine(Wrapper):
             self._replicas.agree(found_inf)
             outer.add()
             add_not_finite(self.param_groups, found_inf)
+        except BaseException:
+            self._undo()
+            outer.put_back()
+            raise
         # It is the step that is skipped, and counted, once.
         self._gradients_made, self._not_finite = made + 1, found_inf.clone() if known is None else known.logical_or_(found_inf)
         found_inf.zero_()

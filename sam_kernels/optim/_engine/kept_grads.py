@@ -10,7 +10,7 @@ from torch import Tensor
 from sam_kernels import functional
 from sam_kernels._tensor_list import TensorList
 from sam_kernels.optim._engine.lists import Copies, GroupGrads, GroupLists
-from sam_kernels.optim._engine.ownership import nobody_else_has
+from sam_kernels.optim._engine.ownership import take_over
 
 __all__ = ["KeptGrads"]
 
@@ -34,7 +34,7 @@ class KeptGrads:
 
     def _keep(self, current: GroupGrads, hand_over: bool) -> list[Tensor]:
         params, grads = current.lists.params, current.grads
-        ours = _taken_over(params, grads) if hand_over else [False]
+        ours = take_over(params, grads) if hand_over else [False]
         if not any(ours):
             copies = self._copies_of(current)
             functional.restore_(copies, grads)
@@ -84,14 +84,3 @@ class KeptGrads:
     def release(self) -> None:
         """Frees the copies."""
         self._kept, self._copies, self._described = {}, Copies(), {}
-
-
-def _taken_over(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[bool]:
-    """Which of the gradients nobody else has: they are no longer their parameter's ``grad``."""
-    for param in params:
-        param.grad = None
-    ours = nobody_else_has(grads)
-    for param, grad, is_ours in zip(params, grads, ours, strict=True):
-        if not is_ours:
-            param.grad = grad
-    return ours

@@ -102,10 +102,14 @@ class Copies:
         copies = []
         for param, original in zip(params, params if originals is None else originals, strict=True):
             copy = self._copies.get(param)
-            if copy is None or copy.dtype != original.dtype or copy.device != original.device or copy.stride() != original.stride():
+            if copy is None or _layout(copy) != _layout(original):
                 copy = self._copies[param] = torch.empty_like(original, requires_grad=False)
             copies.append(copy)
         return copies
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 class GroupLists:

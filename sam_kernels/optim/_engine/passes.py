@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from sam_kernels import functional
 from sam_kernels.optim._base.identity import IdentityCheck
-from sam_kernels.optim._engine.ascent import Ascent
+from sam_kernels.optim._engine.ascent import Move
 from sam_kernels.optim._engine.capturable import is_recording, not_recordable
 from sam_kernels.optim._engine.in_flight import InFlight
 from sam_kernels.optim._engine.kept_lists import KeptLists
@@ -75,23 +75,23 @@ class Passes:
         self.lists.release()
         self._saved = {}
 
-    def ascend(self, ascent: Ascent, *, eps: float, grad_scale: Tensor | None, loss: Any = None) -> None:
+    def ascend(self, moves: Sequence[Move], norm: Tensor, *, eps: float, grad_scale: Tensor | None, loss: Any = None) -> None:
         """Saves and perturbs the parameters of the groups that participate, for SAM along their gradients as they are: 4 N s bytes.
 
         ``loss``: what the closure returned, for radii that follow it. Later in a step (m-SAM's second micro-batch) they are the same
         weights again, which are not saved a second time: 3 N s.
         """
         self.skips.forget_last_step()  # where no norm has seen to that
-        norm, plan = ascent.norm, self.ascent_plan
+        plan = self.ascent_plan
         if norm is not self._told_norm:
             self.found_inf.logical_or_(~norm.isfinite().to(self.found_inf.device))
         radii = []  # all of them before anything is written
-        for current, along, _ in ascent.moves:
+        for current, along, _ in moves:
             known_scale = grad_scale if along.is_scaled and along.ema is None else None
             radii.append(plan.groups[current.index].radius(norm, known_scale, loss))
         self.is_perturbed = True
         self.has_ascended = plan.ascends
-        for (current, along, is_downhill), rho in zip(ascent.moves, radii, strict=True):
+        for (current, along, is_downhill), rho in zip(moves, radii, strict=True):
             group = plan.groups[current.index]
             perturb_: Callable[..., None] = partial(
                 functional.perturb_,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -17,11 +17,9 @@ from sam_kernels.optim._engine.passes import Passes
 from sam_kernels.optim._part import FirstGradient
 from sam_kernels.optim._replicas.rank_mean import RankMean
 from sam_kernels.optim._types import ParamGroup
+from sam_kernels.optim.descents import Descent
+from sam_kernels.optim.directions import Direction
 from sam_kernels.schedules import Radius
-
-if TYPE_CHECKING:
-    from sam_kernels.optim.descents import Descent
-    from sam_kernels.optim.directions import Direction
 
 __all__ = ["Replicas", "check_weights_within_the_rank", "is_blank"]
 
