@@ -54,9 +54,9 @@ def check_family(direction: Any, descent: Any, base: Optimizer, *, clips: bool, 
         part.check_base(base)
     if descent.keeps_grads and direction.first_gradient is not FirstGradient.AT_WEIGHTS:
         raise ValueError(f"SAM: descent {descent.name!r} needs the gradient at the weights; direction {direction.name!r} takes none")
-    if clips and descent.refuses(Use.CLIPPING):
-        raise ValueError(f"SAM: max_grad_norm is not defined for descent {descent.name!r}")
     for part in (direction, descent):
+        if clips and part.refuses(Use.CLIPPING):
+            raise ValueError(f"SAM: max_grad_norm is not defined for {part.role} {part.name!r}")
         if capturable and part.refuses(Use.CAPTURE):
             raise ValueError(f"SAM: capturable=True, but what {part.name!r} does at a step is decided, or drawn, by the host")
 
@@ -85,8 +85,9 @@ def check_passes(direction: Direction, descent: Descent, passes: Sequence[TwoPas
 def check_gradient(direction: Direction, descent: Descent, made: int) -> None:
     """Raises ValueError where SAM's gradient alone, to be added to others, is not what the method steps along. ``made``: how many were
     made since the last step."""
-    if descent.refuses(Use.BACKWARD):
-        raise ValueError(f"SAM.backward: descent {descent.name!r} chooses more than a gradient; call step(closure)")
+    for part in (direction, descent):
+        if part.refuses(Use.BACKWARD):
+            raise ValueError(f"SAM.backward: {part.role} {part.name!r} chooses more than a gradient; call step(closure)")
     if made and direction.keeps:
         raise ValueError(
             f"SAM.backward: direction {direction.name!r} keeps an average of one gradient a step; call backward once for each step"

@@ -30,6 +30,7 @@ class Use(Enum):
 class Part:
     """A direction or a descent rule. Parts hold options alone and may be shared by optimizers."""
 
+    role: ClassVar[str]  # "direction" or "descent"
     name: ClassVar[str]  # in checkpoints and error messages
     keeps: ClassVar[tuple[str, ...]] = ()  # names of what is kept for each parameter between steps
 

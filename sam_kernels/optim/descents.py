@@ -97,6 +97,7 @@ UNCHANGED = Outcome(is_checked=False)  # the gradients are as they were
 class Descent(Part):
     """Along g_p, unless a subclass overrides :meth:`rewrite`."""
 
+    role = "descent"
     name: ClassVar[str] = "plain"
     keeps_grads: ClassVar[bool] = False  # those of the first pass, until the descent
 

@@ -48,6 +48,7 @@ class Direction(Part):
     :class:`~sam_kernels.optim._engine.ascent_step.AscentStep` that it is given; beginning and skipping steps is the optimizer's.
     """
 
+    role = "direction"
     name: ClassVar[str] = "gradient"
     first_gradient: ClassVar[FirstGradient] = FirstGradient.AT_WEIGHTS
 

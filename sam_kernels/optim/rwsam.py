@@ -333,16 +333,9 @@ class RWSAM(SAM):
     # --- parts ---
 
     def _new_plan(self, *, ahead: bool) -> StepPlan:
-        self._unify_beta()
-        return super()._new_plan(ahead=ahead)
-
-    def _unify_beta(self) -> None:
-        """One β for all groups. What is equal in all of them becomes one object, so that tensors are compared, which waits for the device,
-        once."""
+        """All groups must have one β. Equal values become one object, so that tensors are compared, which waits for the device, once."""
         key = self._keys["beta"]
-        if not self.param_groups:
-            return
-        first = self.param_groups[0][key]
+        first: Any = self.param_groups[0][key] if self.param_groups else None
         for group in self.param_groups[1:]:
             other = group[key]
             if other is first:
@@ -352,6 +345,7 @@ class RWSAM(SAM):
             if callable(other) or callable(first) or float(other) != float(first):
                 raise ValueError("RWSAM: param_groups have different values of beta; the weights of a batch are those of all parameters")
             group[key] = first
+        return super()._new_plan(ahead=ahead)
 
     def _is_plain(self, plan: StepPlan) -> bool:
         """Whether no norm is needed, without looking at a device: all weights are the same, or nothing ascends."""

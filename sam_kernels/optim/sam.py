@@ -303,7 +303,7 @@ class SAM(Engine):
         not depend on the scale. :class:`MomentumSAM` takes this step before the only forward and backward pass.
         """
         scaler = amp.check_scaler(grad_scaler)
-        if self.descent.refuses(Use.TWO_STEPS):
+        if self.direction.refuses(Use.TWO_STEPS) or self.descent.refuses(Use.TWO_STEPS):
             raise RuntimeError(f"SAM.first_step: {type(self).__name__} needs step(closure): not every step has two passes")
         first_gradient = self.direction.first_gradient
         if first_gradient is FirstGradient.ELSEWHERE and not self._awaits_ascent:

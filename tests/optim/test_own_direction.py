@@ -258,11 +258,18 @@ def test_a_direction_says_which_way_it_goes(maximize: bool) -> None:
     assert_same_bits(weights(model), weights(other))
 
 
-class RefusesClipping(Descent):
+class RefusingDirection(Direction):
     name = "refuses"
 
     def refuses(self, use: Use) -> bool:
-        return use is Use.CLIPPING
+        return True
+
+
+class RefusingDescent(Descent):
+    name = "refuses"
+
+    def refuses(self, use: Use) -> bool:
+        return True
 
 
 class MomentsFirst(Direction):
@@ -270,10 +277,22 @@ class MomentsFirst(Direction):
     first_gradient = FirstGradient.NONE
 
 
-def test_what_a_part_refuses_is_refused() -> None:
+@pytest.mark.parametrize("part", [RefusingDirection(), RefusingDescent()], ids=lambda part: part.role)
+def test_what_a_part_refuses_is_refused(part: Any) -> None:
     model = make_model()
-    with pytest.raises(ValueError, match="max_grad_norm is not defined for descent 'refuses'"):
-        SAM(model.parameters(), torch.optim.SGD, lr=0.1, descent=RefusesClipping(), max_grad_norm=1.0)
+    with pytest.raises(ValueError, match=f"max_grad_norm is not defined for {part.role} 'refuses'"):
+        SAM(model.parameters(), torch.optim.SGD, lr=0.1, **{part.role: part}, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match="capturable=True, but what 'refuses' does at a step is decided, or drawn, by the host"):
+        SAM(model.parameters(), torch.optim.SGD, lr=0.1, **{part.role: part}, capturable=True)
+    optimizer: Any = SAM(model.parameters(), torch.optim.SGD, lr=0.1, **{part.role: part})
+    with pytest.raises(ValueError, match=rf"SAM\.backward: {part.role} 'refuses' chooses more than a gradient"):
+        optimizer.backward(closure_of(optimizer, model, make_batch()))
+    with pytest.raises(RuntimeError, match=r"SAM\.first_step: SAM needs step"):
+        optimizer.first_step()
+
+
+def test_a_direction_without_a_gradient_takes_no_ascent_closure() -> None:
+    model = make_model()
     optimizer = own(MomentsFirst(), model)
     with pytest.raises(ValueError, match="'moments-first' takes no gradient before the ascent"):
         optimizer.step(closure_of(optimizer, model, make_batch()), ascent_closure=lambda: None)
