@@ -44,7 +44,7 @@ def _check_attributes(part: Part) -> None:
 
 
 def check_family(direction: Any, descent: Any, base: Optimizer, *, clips: bool, capturable: bool) -> None:
-    """Raises TypeError for what is no direction or no rule, ValueError for what does not go together."""
+    """Raises TypeError for a part of another type, ValueError for parts, base and options that have no meaning together."""
     if not isinstance(direction, Direction):
         raise TypeError(f"SAM: direction must be one of sam_kernels.optim.directions, such as Friendly(), got {describe(direction)}")
     if not isinstance(descent, Descent):
@@ -62,7 +62,7 @@ def check_family(direction: Any, descent: Any, base: Optimizer, *, clips: bool, 
 
 
 def check_weighted(direction: Any, descent: Any) -> None:
-    """Raises ValueError for what cannot be made of RW-SAM's ascent gradient, which is a weighted one, taken at the weights."""
+    """Raises ValueError for a direction or a rule that cannot use RW-SAM's ascent gradient, which is weighted and taken at the weights."""
     if isinstance(direction, Direction) and direction.first_gradient is not FirstGradient.AT_WEIGHTS:
         raise ValueError(f"RWSAM: direction {direction.name!r} does not ascend along a gradient at the weights, so nothing can be weighted")
     if isinstance(descent, Descent) and descent.keeps_grads:
@@ -83,8 +83,7 @@ def check_passes(direction: Direction, descent: Descent, passes: Sequence[TwoPas
 
 
 def check_gradient(direction: Direction, descent: Descent, made: int) -> None:
-    """Raises ValueError where SAM's gradient alone, to be added to others, is not what the method steps along. ``made``: how many were
-    made since the last step."""
+    """Raises ValueError where a step is more than SAM's gradient, added to others. ``made``: calls of ``backward`` since the last step."""
     for part in (direction, descent):
         if part.refuses(Use.BACKWARD):
             raise ValueError(f"SAM.backward: {part.role} {part.name!r} chooses more than a gradient; call step(closure)")

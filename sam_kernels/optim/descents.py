@@ -1,4 +1,4 @@
-"""What the base optimizer steps along: ``SAM(..., descent=...)``. The named optimizers set these.
+"""Descent rules, ``SAM(..., descent=...)``: the gradient that the base optimizer steps along. The named optimizers set these.
 
 With g = ∇f(w) the gradient of the first pass and g_p = ∇f(w + e) that of the second, the step from w is along g_p unless a rule says
 otherwise. Rules hold options alone and may be shared by optimizers. What they need beside the gradients of the second pass is made in
@@ -56,7 +56,7 @@ class DescentStep:
         return plan is not None and plan.groups[current.index].maximize
 
     def dots(self, others: Callable[[GroupGrads], list[Tensor]]) -> Tensor:  # (3,) float64
-        """(Σ g_p², Σ g_p o, Σ o²) with o what ``others`` gives for a group; ``found_inf`` is told."""
+        """Return (Σ g_p², Σ g_p o, Σ o²), with ``others`` returning o for a group. Sets ``found_inf`` where an element is not finite."""
         found_inf = self.passes.found_inf
         return self.sum_of([functional.grad_dots(current.grads, others(current), found_inf=found_inf) for current in self.group_grads])
 
@@ -81,14 +81,14 @@ class DescentStep:
 
 @dataclass
 class Outcome:
-    """What a rule has found out, or wants otherwise than usual."""
+    """What a rule returns: what it has computed, and how the update differs from the usual one."""
 
     norm: Tensor | None = None  # () of the gradients as they are now
-    is_checked: bool = True  # found_inf has been told of every gradient
+    is_checked: bool = True  # found_inf is set if a gradient is not finite
     is_scaled: bool = True  # the gradients are still multiplied by grad_scale
     options: dict[int, GroupOptions] = field(default_factory=dict)  # by group: options of the base for this step alone
     step_sizes: dict[int, Tensor] = field(default_factory=dict)  # () by group, where the rule has chosen them
-    finish: Callable[[bool], None] | None = None  # after the base's step; told whether that has divided the gradients by grad_scale
+    finish: Callable[[bool], None] | None = None  # called after the base's step, with whether that has divided gradients by grad_scale
 
 
 UNCHANGED = Outcome(is_checked=False)  # the gradients are as they were

@@ -1,4 +1,4 @@
-"""What the ascent goes along: ``SAM(..., direction=...)``. The named optimizers set these.
+"""Directions of the ascent, ``SAM(..., direction=...)``. The named optimizers set these.
 
 With g = ∇f(w) the ascent is e = ρ (1 - λ + λ / (‖d‖ + eps)) d, or T² d and ‖T d‖ in their places where a group is adaptive. Radius, mix,
 normalisation, base optimizer and descent rule are independent of d. Directions hold options alone and may be shared by optimizers.

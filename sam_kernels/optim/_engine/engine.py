@@ -71,7 +71,7 @@ class Engine(Wrapper):
         return StepPlan(self.param_groups, self._keys, self.base_optimizer, ahead=ahead, last=self._passes.plan)
 
     def _plan_ahead(self) -> StepPlan:
-        """The plan of the next step. What is needed of it before the step begins (a gradient, a forward pass) asks no schedule again."""
+        """Return the plan of the next step. Values needed before the step begins come from this plan, and the step then uses it."""
         if self._next_plan is None or not self._next_plan.is_of(self.param_groups, self._keys):
             self._next_plan = self._new_plan(ahead=True)
         return self._next_plan
@@ -170,7 +170,7 @@ class Engine(Wrapper):
         return loss
 
     def _watched(self, closure: Closure) -> Any:
-        """The same. Raises RuntimeError for a closure that adds to older gradients, or computes none."""
+        """Call the closure. Raises RuntimeError for one that adds to older gradients, or computes none."""
         if capturable.is_recording(self._passes.found_inf.device):
             return self._called(closure)
         with ClosureWatch(self.param_groups):
@@ -255,7 +255,7 @@ class Engine(Wrapper):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """The base optimizer's. What :meth:`backward` has added is forgotten."""
+        """The base optimizer's. Gradients that :meth:`backward` has added no longer count as a step's."""
         super().zero_grad(set_to_none=set_to_none)
         self._forget_gradients()
 
