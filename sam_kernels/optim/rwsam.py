@@ -178,7 +178,7 @@ class RWSAM(SAM):
         Raises:
             TypeError, ValueError: as :meth:`SAM.step`; for losses that are not (B,) or whose number m does not divide.
         """
-        with amp.forgetting_the_scaler(self):
+        try:
             scaler = amp.check_scaler(grad_scaler)
             pairs = passes_of(closure, batch, micro_batches, None)
             if pairs is None:
@@ -186,6 +186,9 @@ class RWSAM(SAM):
             self._norms, self._weights = [], []
             index_of = partial(self._replicas.index_of, count=len(pairs))
             return self._make_step([self._pair(each, index_of(i), scaler) for i, (each, _) in enumerate(pairs)], scaler)
+        except BaseException:
+            amp.forget_scaler(self)
+            raise
 
     @torch.no_grad()
     def backward(self, closure: Callable[[], Tensor], *, grad_scaler: GradScaler | None = None) -> Tensor:  # type: ignore[override]

@@ -198,10 +198,13 @@ class SAM(Engine):
             TypeError, ValueError: before anything is called, for a closure that is none, for a batch without tensors or whose tensors have
                 no dimension 0, differ in its size or cannot be cut into equal pieces, for arguments that do not go together.
         """
-        with amp.forgetting_the_scaler(self):
+        try:
             scaler = amp.check_scaler(grad_scaler)
             passes = passes_of(closure, batch, micro_batches, ascent_closure)
             return self._finish(scaler) if passes is None else self._make_step(passes, scaler)
+        except BaseException:
+            amp.forget_scaler(self)
+            raise
 
     def _make_step(self, passes: Sequence[TwoPasses], scaler: GradScaler | None) -> Any:
         """A whole step out of pairs of closures, one pair for each micro-batch."""

@@ -40,24 +40,20 @@ class ClosureWatch:
 
     def __init__(self, groups: Sequence[ParamGroup]) -> None:
         self._groups = groups
-        self._grads = [_OldGrad(param, grad, grad.detach()) for param, grad in _first_and_last(groups)]
 
     def __enter__(self) -> ClosureWatch:
-        for grad in self._grads:
-            grad.watch()
+        self._grads = [_OldGrad(param, grad, grad.detach()) for param, grad in _first_and_last(self._groups)]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        untouched = bool(self._grads)
-        for grad in self._grads:
-            untouched = not grad.end() and untouched
+        are_touched = [grad.end() for grad in self._grads]
         adds = any(grad.was_added_to for grad in self._grads)
         self._grads = []
         if kind is not None:
             return
         if adds:
             raise RuntimeError(_ADDS)
-        if untouched or not _has_grads(self._groups):
+        if (are_touched and not any(are_touched)) or not _has_grads(self._groups):
             raise RuntimeError(_COMPUTES_NOTHING)
 
 
@@ -71,13 +67,10 @@ class HalvesWatch:
 
     def begin(self, groups: Sequence[ParamGroup]) -> None:
         """After the ascent, where the gradients have not been zeroed."""
-        if self._grads:
-            self.end()
+        self.end()
         self._steps += 1
         if self._steps <= _STEPS_WATCHED:
             self._grads = [_OldGrad(param, grad, grad) for param, grad in _first_and_last(groups)]
-            for each in self._grads:
-                each.watch()
 
     def end(self) -> bool:
         """Whether a gradient of the second pass was added to one of the first."""
@@ -89,24 +82,22 @@ class HalvesWatch:
 
     def check(self) -> None:
         """Before the update. Warns where gradients of two points were added up."""
-        if self._grads and self.end():
+        if self.end():
             self._steps = _STEPS_WATCHED
             warn_user(_ADDS_HALVES)
 
 
 class _OldGrad:
-    """A gradient that was there before. While it is watched ``stand_in`` takes its place: of an alias, assigning the old tensor again is
-    seen, too."""
+    """A gradient that was there before, watched until :meth:`end`. Meanwhile ``stand_in`` takes its place: if that is an alias, a closure
+    that assigns the old tensor again is seen too."""
 
     def __init__(self, param: Tensor, grad: Tensor, stand_in: Tensor) -> None:
         self._param, self._grad, self._alias = param, grad, stand_in
         self.was_added_to = False
         self._is_about_to_be = False
         self._was_reached = False  # by autograd
-
-    def watch(self) -> None:
-        self._param.grad = self._alias
-        # Values tell what was written unseen; where the gradient stands in for itself nobody asks for that.
+        param.grad = stand_in
+        # Values show writes that no version counts. They are not needed where the gradient stands in for itself.
         self._version, self._values = self._alias._version, None if self._alias is self._grad else _some_of(self._alias)
         before = self._param.register_hook(self._before)  # type: ignore[no-untyped-call]  # torch's
         after = self._param.register_post_accumulate_grad_hook(self._after)  # type: ignore[no-untyped-call]  # torch's
@@ -152,7 +143,7 @@ def _first_and_last(groups: Sequence[ParamGroup]) -> list[tuple[Tensor, Tensor]]
 
 
 def _has_grads(groups: Sequence[ParamGroup]) -> bool:
-    """Whether there is a gradient, or nothing that could have one."""
+    """Whether a parameter has a gradient, or none requires one."""
     if any(param.grad is not None for group in groups for param in group["params"]):
         return True
     return not any(param.requires_grad for group in groups for param in group["params"])
