@@ -89,6 +89,7 @@ OPTIM_TESTS = {  # file of sam_kernels/optim -> its nearest tests in tests/optim
     "*/w*.py": ("test_both_sides", "test_contract", "test_torch_hooks", "test_torch_scenarios"),
     "descents.py": ("test_family", "test_family_amp", "test_family_failures"),
     "directions.py": ("test_family", "test_family_limits", "test_own_direction"),
+    "_part.py": ("test_own_direction", "test_family_bad_input"),
     "presets.py": ("test_formula", "test_family", "test_family_bad_input"),
     "rwsam.py": ("test_rwsam", "test_rwsam_contract", "test_rwsam_bad_input", "test_rwsam_amp"),
     "sam.py": ("test_contract", "test_bad_input", "test_formula"),

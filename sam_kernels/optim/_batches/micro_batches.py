@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sam_kernels import functional
 from sam_kernels.optim._engine.lists import GroupGrads, GroupLists
-from sam_kernels.optim._engine.ownership import nobody_else_has
+from sam_kernels.optim._engine.ownership import take_over
 from sam_kernels.optim._engine.passes import Passes
 from sam_kernels.optim._types import ParamGroup
 
@@ -74,9 +74,7 @@ class GradientMean:
         return functional.combine_norms(self._norms) if known else None
 
     def _first(self, lists: GroupLists, grads: list[Tensor]) -> _Part:
-        for param in lists.params:
-            param.grad = None
-        ours = nobody_else_has(grads)
+        ours = take_over(lists.params, grads)
         means, copied = [], []
         for i, (param, grad) in enumerate(zip(lists.params, grads, strict=True)):
             fits = grad.stride() == param.stride() and grad.dtype not in _HALVES and not grad.requires_grad
@@ -94,9 +92,9 @@ class GradientMean:
 
     def _average(self, part: _Part, grads: list[Tensor]) -> None:
         part.count += 1
-        # theta = 1 / count: m <- (1 - theta) m + theta g
-        kind: dict[str, Any] = {"kind": "vasso", "theta": 1.0 / part.count, "found_inf": self._passes.found_inf}
-        self._norms.append(functional.direction_norm_(grads, cast("list[Tensor | None]", part.means), **kind))
+        means, found_inf = cast("list[Tensor | None]", part.means), self._passes.found_inf
+        # m <- (1 - theta) m + theta g
+        self._norms.append(functional.direction_norm_(grads, means, kind="vasso", theta=1.0 / part.count, found_inf=found_inf))
 
     def _add_unevenly(self, parts: list[_Part], current: GroupGrads) -> list[_Part]:
         """Other parameters than last time have a gradient: parts by the number of gradients so far."""

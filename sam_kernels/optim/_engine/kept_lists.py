@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-
 from torch import Tensor
 
 from sam_kernels._tensor_list import TensorList
 from sam_kernels.optim._base.identity import IdentityCheck
-from sam_kernels.optim._engine.lists import Backups, GroupGrads, GroupLists, check_grads, same_tensors, with_grads
+from sam_kernels.optim._engine.lists import Copies, GroupGrads, GroupLists, check_grads, same_tensors, with_grads
 from sam_kernels.optim._types import ParamGroup
 
 __all__ = ["KeptLists"]
@@ -21,7 +19,7 @@ class KeptLists:
     """
 
     def __init__(self, check: IdentityCheck) -> None:
-        self.backups = Backups()
+        self.backups = Copies()
         self._check = check
         self._lists: dict[int, GroupLists] = {}  # of the parameters that have a gradient
         self._trainable: dict[int, GroupLists] = {}  # where not every trainable parameter has a gradient
@@ -29,7 +27,7 @@ class KeptLists:
 
     def release(self) -> None:
         """Frees the backups."""
-        self.backups = Backups()
+        self.backups = Copies()
         self._lists = {}
         self._trainable = {}
         self._joint = None
@@ -71,9 +69,9 @@ class KeptLists:
             self._lists.setdefault(i, lists)
         return lists
 
-    def joined(self, group_grads: list[GroupGrads], kinds: Sequence[Hashable]) -> tuple[GroupLists, TensorList] | None:
-        """Lists and gradients of all groups together, where there are several of one kind and one call can take them; else None."""
-        if len(group_grads) < 2 or len(set(kinds)) > 1:
+    def joined(self, group_grads: list[GroupGrads]) -> tuple[GroupLists, TensorList] | None:
+        """Lists and gradients of all groups together, where there are several and one call can take them; else None."""
+        if len(group_grads) < 2:
             return None
         members = [each.lists for each in group_grads]
         if self._joint is None or not same_tensors(self._joint[0], members):

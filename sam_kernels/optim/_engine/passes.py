@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -15,30 +14,19 @@ from torch.optim import Optimizer
 
 from sam_kernels import functional
 from sam_kernels.optim._base.identity import IdentityCheck
+from sam_kernels.optim._engine.ascent import Move
 from sam_kernels.optim._engine.capturable import is_recording, not_recordable
 from sam_kernels.optim._engine.in_flight import InFlight
 from sam_kernels.optim._engine.kept_lists import KeptLists
 from sam_kernels.optim._engine.lists import GroupGrads, GroupLists, same_tensors
 from sam_kernels.optim._engine.memory import ParamMemory
-from sam_kernels.optim._engine.plan import StepPlan
+from sam_kernels.optim._engine.plan import UNSCALED, Scaling, StepPlan
 from sam_kernels.optim._engine.skipped import SkippedSteps
 from sam_kernels.optim._engine.update import UpdateScalars, can_fuse, fused_step, plain_step, with_options
 from sam_kernels.optim._engine.weight_watch import NOTHING_WATCHED, WeightWatch
-from sam_kernels.optim._types import ParamGroup
+from sam_kernels.optim._types import GroupOptions, ParamGroup
 
-__all__ = ["Ascent", "Passes"]
-
-
-@dataclass(slots=True)
-class Ascent:
-    """What a direction has made of a step: along what the groups that participate ascend."""
-
-    group_grads: list[GroupGrads]
-    norm: Tensor  # () of the direction
-    options: list[dict[str, Any]]  # of functional.perturb_, for each group: how to find the direction again
-    is_downhill: bool
-    is_scaled: bool  # direction and norm are multiplied by grad_scale, as the gradients are
-    knows_maximize: bool  # the direction is already that of the function to be minimised
+__all__ = ["Passes"]
 
 
 class Passes:
@@ -66,10 +54,16 @@ class Passes:
 
     def begin(self, device: torch.device, plan: StepPlan | None) -> None:
         """A new step: nothing is known to be wrong with it."""
-        self.skips.begin(device)
         self.plan = plan
+        self.skips.begin(device)
         self._saved = {}
         self.begun = set()
+
+    @property
+    def ascent_plan(self) -> StepPlan:
+        """The plan of a step that is not the base's alone."""
+        assert self.plan is not None
+        return self.plan
 
     @property
     def found_inf(self) -> Tensor:  # () float32
@@ -81,44 +75,51 @@ class Passes:
         self.lists.release()
         self._saved = {}
 
-    def ascend(self, ascent: Ascent, plan: StepPlan, *, eps: float, grad_scale: Tensor | None, loss: Any = None) -> None:
+    def ascend(self, moves: Sequence[Move], norm: Tensor, *, eps: float, grad_scale: Tensor | None, loss: Any = None) -> None:
         """Saves and perturbs the parameters of the groups that participate, for SAM along their gradients as they are: 4 N s bytes.
 
         ``loss``: what the closure returned, for radii that follow it. Later in a step (m-SAM's second micro-batch) they are the same
         weights again, which are not saved a second time: 3 N s.
         """
         self.skips.forget_last_step()  # where no norm has seen to that
-        norm = ascent.norm
+        plan = self.ascent_plan
         if norm is not self._told_norm:
             self.found_inf.logical_or_(~norm.isfinite().to(self.found_inf.device))
-        known_scale = grad_scale if ascent.is_scaled else None
-        radii = [plan.groups[each.index].radius(norm, known_scale, loss) for each in ascent.group_grads]
+        radii = []  # all of them before anything is written
+        for current, along, _ in moves:
+            known_scale = grad_scale if along.is_scaled and along.ema is None else None
+            radii.append(plan.groups[current.index].radius(norm, known_scale, loss))
         self.is_perturbed = True
         self.has_ascended = plan.ascends
-        for current, rho, along in zip(ascent.group_grads, radii, ascent.options, strict=True):
+        for (current, along, is_downhill), rho in zip(moves, radii, strict=True):
             group = plan.groups[current.index]
-            is_downhill = ascent.is_downhill is not (group.maximize and not ascent.knows_maximize)
-            options: dict[str, Any] = {
-                "grads": current.grads,
-                "norm": norm,
-                "rho": -rho if is_downhill else rho,
-                "lambd": group.lambd,
-                "adaptive": group.adaptive,
-                "eta": group.eta,
-                "eps": eps,
-                "grad_scale": grad_scale,
-                "found_inf": self.found_inf,
-                **along,  # which may replace some of these
-            }
-            perturb_: Callable[..., None] = partial(functional.perturb_, **options)
-            # Other lists than those saved: other parameters have a gradient now, or some have moved. Saving all of them is right as well.
-            is_saved = self._saved.get(current.index) is current.lists
-            self._perturbed[current.index] = current.lists
-            self._in_flight = None if is_saved else InFlight(current.lists, perturb_)
-            perturb_(current.lists.params, old_params=current.lists.old_params, from_old=is_saved)
-            self._in_flight = None
-            self._saved[current.index] = current.lists
+            perturb_: Callable[..., None] = partial(
+                functional.perturb_,
+                grads=current.grads,
+                norm=norm,
+                rho=-rho if is_downhill else rho,
+                lambd=group.lambd,
+                eps=eps,
+                grad_scale=grad_scale if along.is_scaled else None,
+                found_inf=self.found_inf,
+                ema=along.ema,
+                kind=along.kind,
+                sigma=along.sigma,
+                lmbda=along.lmbda,
+                **group.scaling,
+            )
+            self._perturb(current.index, current.lists, perturb_)
         torch.clear_autocast_cache()  # where autocast is around the whole step: casts of what the weights were
+
+    def _perturb(self, i: int, lists: GroupLists, perturb_: Callable[..., None]) -> None:
+        """Perturbs group i and saves it where that has not been done in this step."""
+        # Other lists than those saved: other parameters have a gradient now, or some have moved. Saving all of them is right as well.
+        is_saved = self._saved.get(i) is lists
+        self._perturbed[i] = lists
+        self._in_flight = None if is_saved else InFlight(lists, perturb_)
+        perturb_(lists.params, old_params=lists.old_params, from_old=is_saved)
+        self._in_flight = None
+        self._saved[i] = lists
 
     def perturb_randomly(self, trainable: dict[int, GroupLists], seeds: Sequence[int], *, scale: float, distribution: str) -> None:
         """Adds scale z to what :meth:`trainable` gave, z from a seed for each group: 3 N s bytes.
@@ -128,13 +129,7 @@ class Passes:
         """
         self.is_perturbed = True
         for i, lists in trainable.items():
-            perturb_: Callable[..., None] = partial(functional.random_perturb_, seed=seeds[i], scale=scale, distribution=distribution)
-            is_saved = self._saved.get(i) is lists
-            self._perturbed[i] = lists
-            self._in_flight = None if is_saved else InFlight(lists, perturb_)
-            perturb_(lists.params, old_params=lists.old_params, from_old=is_saved)
-            self._in_flight = None
-            self._saved[i] = lists
+            self._perturb(i, lists, partial(functional.random_perturb_, seed=seeds[i], scale=scale, distribution=distribution))
         torch.clear_autocast_cache()
 
     def trainable(self, plan: StepPlan) -> dict[int, GroupLists]:
@@ -177,7 +172,7 @@ class Passes:
         found_inf: Tensor | None,
         known_norm: Tensor | None = None,
         agree: Callable[[Tensor], None] | None = None,
-        options: Mapping[int, dict[str, Any]] = MappingProxyType({}),
+        options: Mapping[int, GroupOptions] = MappingProxyType({}),
         is_plain: bool = True,
         scaler_has_checked: bool = False,
     ) -> bool:
@@ -202,7 +197,7 @@ class Passes:
             self.found_inf.logical_or_(found_inf.to(self.found_inf.device))
         if agree is not None:  # the last moment before the update is decided
             agree(self.found_inf)
-        scalars = UpdateScalars(self.found_inf, grad_scale, norm, max_norm)
+        scalars: UpdateScalars = {"found_inf": self.found_inf, "grad_scale": grad_scale, "norm": norm, "max_norm": max_norm}
         fuses = (bool(self._perturbed) or not is_plain) and can_fuse(self.base, self.own_hooks)
         if fuses:
             by_index = {current.index: current for current in group_grads}
@@ -267,10 +262,9 @@ class Passes:
     def norm(self, group_grads: list[GroupGrads], *, normalised: bool) -> Tensor:
         """Global norm over the groups, each with its own adaptive normalisation where ``normalised``; marks ``found_inf``."""
         norms = []
-        for lists, grads, adaptive, eta in self.joined(group_grads, normalised=normalised):
-            params = lists.params if adaptive else None
+        for lists, grads, scaling in self.joined(group_grads, normalised=normalised):
             skipped = self.skips.skipped if self.skips.is_of_last_step else None
-            functional.grad_norm_(lists.norm, grads, params, adaptive=adaptive, eta=eta, found_inf=self.found_inf, skipped=skipped)
+            functional.grad_norm_(lists.norm, grads, lists.params, found_inf=self.found_inf, skipped=skipped, **scaling)
             self.skips.is_of_last_step = False
             norms.append(lists.norm)
         if not norms:
@@ -278,16 +272,13 @@ class Passes:
         self._told_norm = norms[0] if len(norms) == 1 else functional.combine_norms(norms)
         return self._told_norm
 
-    def joined(self, group_grads: list[GroupGrads], *, normalised: bool) -> list[tuple[GroupLists, list[Tensor], bool, float]]:
-        """Lists, gradients, adaptive and eta of the norms to take: one norm of all groups where they agree and one call can take them."""
-        kinds = [(False, 0.0)] * len(group_grads)
-        if normalised:
-            assert self.plan is not None
-            kinds = [(self.plan.groups[each.index].adaptive, self.plan.groups[each.index].eta) for each in group_grads]
-        together = self.lists.joined(group_grads, kinds)
+    def joined(self, group_grads: list[GroupGrads], *, normalised: bool) -> list[tuple[GroupLists, list[Tensor], Scaling]]:
+        """Lists, gradients and scaling of the norms to take: one norm of all groups where they agree and one call can take them."""
+        scalings = [self.ascent_plan.groups[each.index].scaling if normalised else UNSCALED for each in group_grads]
+        together = self.lists.joined(group_grads) if all(each == scalings[0] for each in scalings[1:]) else None
         if together is not None:
-            return [(*together, *kinds[0])]
-        return [(each.lists, each.grads, *kind) for each, kind in zip(group_grads, kinds, strict=True)]
+            return [(*together, scalings[0])]
+        return [(each.lists, each.grads, scaling) for each, scaling in zip(group_grads, scalings, strict=True)]
 
     def _parts(self, i: int, current: GroupGrads | None) -> list[tuple[GroupLists, list[Tensor], list[Tensor] | None]]:
         """The parameters of group i by what their step starts from; those without a gradient now are restored here."""
