@@ -115,25 +115,25 @@ def test_no_gradient_no_product_of_tokens_and_no_patches_are_stored() -> None:
 
 def test_the_binding_refuses_what_would_be_read_out_of_bounds() -> None:
     from sam_kernels import _cpu
-    from sam_kernels.backends.native import per_sample as backend
+    from sam_kernels.backends.native._cpu_lists import _lists
 
     norms, x = torch.zeros(2, dtype=torch.float64), torch.zeros(2, 3, 4)
-    described = backend._describe([norms, x, x])
+    described = _lists.describe([norms, x, x])
     for sizes in ((2, 3, 4, 5), (2, 3, 5, 4), (2, 4, 4, 4), (1, 3, 4, 4), (2, 0, 4, 4), (-2, -3, 4, 4), (2, -3, -4, -4)):
         with pytest.raises(ValueError, match=r"size|groups|positive"):
             _cpu.linear_square_norms(described, *sizes, True, False, 1)
     with pytest.raises(ValueError, match="float64"):
-        _cpu.linear_square_norms(backend._describe([x, x, x]), 2, 3, 4, 4, True, False, 1)
+        _cpu.linear_square_norms(_lists.describe([x, x, x]), 2, 3, 4, 4, True, False, 1)
     with pytest.raises(ValueError, match="contiguous"):
-        _cpu.linear_square_norms(backend._describe([norms, x.mT, x.mT]), 2, 4, 3, 3, True, False, 1)
+        _cpu.linear_square_norms(_lists.describe([norms, x.mT, x.mT]), 2, 4, 3, 3, True, False, 1)
     with pytest.raises(ValueError, match="products"):
-        _cpu.linear_square_norms(backend._describe([norms, x, x, torch.zeros(2, 4, 3)]), 2, 3, 4, 4, False, False, 1)
+        _cpu.linear_square_norms(_lists.describe([norms, x, x, torch.zeros(2, 4, 3)]), 2, 3, 4, 4, False, False, 1)
     one = (1, 1, 1)
     with pytest.raises(ValueError, match="kernel larger"):
         _cpu.conv_square_norms(described, 2, 1, 3, 3, 1, (1, 1, 4), (1, 1, 5), one, (0, 0, 0), one, True, 1)
     with pytest.raises(ValueError, match="size"):
         _cpu.conv_square_norms(described, 2, 1, 3, 3, 1, (1, 1, 4), (1, 1, 3), one, (0, 0, 0), one, True, 1)
     with pytest.raises(ValueError, match="size"):
-        _cpu.affine_grads(backend._describe([x]), False, False, 2, 3, 4, 2, 1)
+        _cpu.affine_grads(_lists.describe([x]), False, False, 2, 3, 4, 2, 1)
     with pytest.raises(ValueError, match="indices"):
-        _cpu.embedding_square_norms(backend._describe([norms, x, torch.zeros(5).double()]), 2, 3, 4, None, 1)
+        _cpu.embedding_square_norms(_lists.describe([norms, x, torch.zeros(5).double()]), 2, 3, 4, None, 1)
