@@ -55,12 +55,18 @@ class DescentStep:
         return plan is not None and plan.groups[current.index].maximize
 
     def dots(self, others: Callable[[GroupGrads], list[Tensor]]) -> Tensor:  # (3,) float64
-        """(Σ g_p², Σ g_p o, Σ o²) with o what ``others`` gives for a group; ``found_inf`` is told."""
+        """(Σ g_p², Σ g_p o, Σ o²) with o what ``others`` gives for a group, of DTensors over all ranks; ``found_inf`` is told."""
         found_inf = self.passes.found_inf
         return self.sum_of([functional.grad_dots(current.grads, others(current), found_inf=found_inf) for current in self.group_grads])
 
     def sum_of(self, parts: list[Tensor]) -> Tensor:  # (3,) float64
-        device = self.passes.found_inf.device
+        """Sums over all groups, of DTensors over all ranks. ``parts``: one for each of :attr:`group_grads`."""
+        device, shards = self.passes.found_inf.device, self.passes.lists.shards
+        if shards:
+            layouts = [current.lists.layout for current in self.group_grads]
+            total = shards.sum(list(zip(layouts, parts, strict=True)), (3,), device)
+            self.passes.found_inf.logical_or_(~total.isfinite().all())
+            return total
         return torch.stack([part.to(device) for part in parts]).sum(0) if len(parts) != 1 else parts[0]
 
     def or_zero(self, value: Tensor) -> Tensor:  # () float64
@@ -70,8 +76,11 @@ class DescentStep:
     def combine_(self, others: Callable[[GroupGrads], list[Tensor]], weight: Any, other_weight: Any) -> Tensor:  # ()
         """g_p <- weight g_p + other_weight o in place; returns the norm of that."""
         weights: dict[str, Any] = {"left_weight": weight, "right_weight": other_weight, "found_inf": self.passes.found_inf}
-        return functional.combine_norms(
-            [functional.combine_(current.grads, current.grads, others(current), **weights) for current in self.group_grads]
+        return self.passes.combined(
+            [
+                (current.lists, functional.combine_(current.grads, current.grads, others(current), **weights))
+                for current in self.group_grads
+            ]
         )
 
 
@@ -188,8 +197,7 @@ class WeightedSharpness(Descent):
             functional.check_finite_(grads, step.passes.found_inf)
             if step.passes.origins(current) is None:  # a group that did not ascend was in no norm
                 functional.check_finite_(kept, step.passes.found_inf)
-            for param, grad in zip(current.lists.params, kept, strict=True):
-                param.grad = grad
+            current.lists.put_grads(kept)
 
         def finish(kept_is_unscaled: bool) -> None:
             found_inf = step.passes.found_inf.clone()  # the step is made: weights that overflow now do not make it a skipped one
@@ -198,8 +206,7 @@ class WeightedSharpness(Descent):
                 kept_weight = rate if kept_is_unscaled else rate / step.scale
                 weights: dict[str, Any] = {"left_weight": 1.0, "right_weight": -rate / step.scale, "origin_weight": kept_weight}
                 functional.combine_(current.lists.params, current.lists.params, grads, kept, **weights, found_inf=found_inf)
-                for param, grad in zip(current.lists.params, grads, strict=True):
-                    param.grad = grad
+                current.lists.put_grads(grads)
 
         return Outcome(finish=finish)
 

@@ -92,7 +92,7 @@ class _MovingAverage(Direction):
             new = [] if is_whole else [param for param, average in zip(lists.params, averages, strict=True) if average is None]
             params = lists.params if adaptive else None
             how: dict[str, Any] = {"adaptive": adaptive, "eta": eta, "grad_scale": grad_scale, "found_inf": step.found_inf}
-            norms.append(functional.direction_norm_(grads, averages, params, **self._options(), **how))
+            norms.append((lists, functional.direction_norm_(grads, averages, params, **self._options(), **how)))
             if new:
                 step.keep(self.keeps[0], lists, cast("list[Tensor]", averages))
         return step.combined(norms)
@@ -165,7 +165,7 @@ class Centralized(Direction):
         norms = []
         for lists, grads, adaptive, eta in step.joined(group_grads, normalised=normalised):
             params = lists.params if adaptive else None
-            norms.append(functional.centralize_(grads, params, adaptive=adaptive, eta=eta, found_inf=step.found_inf))
+            norms.append((lists, functional.centralize_(grads, params, adaptive=adaptive, eta=eta, found_inf=step.found_inf)))
         return step.combined(norms)
 
 
@@ -208,7 +208,7 @@ class Randomized(Direction):
             norm = functional.combine_(grads, grads, lists.params, origins, **moves)
             if group.adaptive:
                 norm = functional.grad_norm(grads, origins, adaptive=True, eta=group.eta)
-            norms.append(norm)
+            norms.append((lists, norm))
         step.restore_others(group_grads)
         return step.combined(norms)
 
@@ -245,9 +245,8 @@ class Momentum(Direction):
         for i, group in enumerate(step.groups):
             state = step.base.state
             params = [param for param in group.group["params"] if param.requires_grad and state.get(param, {}).get(key) is not None]
-            if params:
-                lists = step.lists_of(i, params)
-                found.append(GroupGrads(i, group.group, lists, lists.state(key, [state[param][key] for param in params])))
+            for place, lists in step.lists_of(i, params) if params else ():
+                found.append(GroupGrads(place, group.group, lists, lists.state(key, [state[param][key] for param in lists.owners])))
         return found
 
     def perturb_options(self, step: AscentStep, current: GroupGrads) -> dict[str, Any]:

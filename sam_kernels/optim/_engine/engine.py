@@ -365,7 +365,7 @@ class Engine(Wrapper):
             found_inf=found_inf,
             known_norm=known_norm if outcome.norm is None else outcome.norm,
             options=outcome.options,
-            agree=self._replicas.agree if is_sam or not is_blank(self.param_groups) else None,
+            agree=self._agree if is_sam or not is_blank(self.param_groups) else None,
             scaler_has_checked=outcome is UNCHANGED and not self.direction.rewrites_descent and amp.has_just_checked(self),
             # Not momentum's direction before there is one, nor where another rank may have ascended: the base's step has other last bits.
             is_plain=outcome is UNCHANGED
@@ -380,6 +380,11 @@ class Engine(Wrapper):
         self._random_state = None
         self._skips.after_step(self._passes.found_inf, self._passes.skips.skipped)
         amp.report_step(scaler, self, self._passes.found_inf)
+
+    def _agree(self, found_inf: Tensor) -> None:  # ()
+        """Replicas and shards skip a step together."""
+        self._replicas.agree(found_inf)
+        self._identity.shards.agree(found_inf)
 
     def _settle_random_state(self) -> None:
         """The two-step API's: its second forward pass is over."""

@@ -113,7 +113,7 @@ class DirectionalNorms:
                 known = self._tangents[i] = [torch.empty_like(param, requires_grad=False) for param in lists.params]
             zeros = passes.scratch(i, lists)
             torch._foreach_zero_(list(zeros))
-            options: dict[str, Any] = {"seed": seeds[i], "scale": 1.0, "distribution": self._how.distribution}
+            options: dict[str, Any] = {"seed": seeds[i[0]], "scale": 1.0, "distribution": self._how.distribution}
             functional.random_perturb_(known, zeros, **options, from_old=True)
             found.update(zip(lists.params, known, strict=True))
         return found

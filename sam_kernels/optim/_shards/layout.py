@@ -1,0 +1,79 @@
+"""How parameters lie on ranks, and sums over the elements of all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from sam_kernels.optim._shards.dtensor import is_dtensor
+
+__all__ = ["WHOLE", "Layout", "Meshes", "layout_of"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """``mesh``: a DeviceMesh, None for ordinary tensors. ``copies``: ranks of the mesh that hold the same elements."""
+
+    mesh: Any
+    copies: int
+
+
+WHOLE = Layout(None, 1)
+
+
+def layout_of(param: Tensor) -> Layout:
+    """The layout of a parameter."""
+    if not is_dtensor(param):
+        return WHOLE
+    owner: Any = param
+    mesh, copies = owner.device_mesh, 1
+    for dim, placement in enumerate(owner.placements):
+        if placement.is_replicate():
+            copies *= mesh.size(dim)
+    return Layout(mesh, copies)
+
+
+class Meshes:
+    """The meshes of an optimizer's parameters, in the order of the parameters, which is the same on all ranks.
+
+    Every rank of a mesh calls :meth:`sum` and :meth:`agree` equally often, whatever gradients it has.
+    """
+
+    def __init__(self, layouts: Sequence[Layout] = ()) -> None:
+        self._meshes = list(dict.fromkeys(layout.mesh for layout in layouts if layout.mesh is not None))
+
+    def __bool__(self) -> bool:
+        return bool(self._meshes)
+
+    def sum(self, parts: Sequence[tuple[Layout, Tensor]], like: Tensor) -> Tensor:
+        """Sum over all elements of all ranks of what the parts are the rank's own sums of: float64, of the shape of ``like``.
+
+        ``parts``: by layout, float64 tensors of the shape of ``like``, an empty one. Elements that several ranks hold count once. One
+        all-reduce a mesh.
+        """
+        total = like.new_zeros(like.shape, dtype=torch.float64)
+        for mesh in (None, *self._meshes):
+            own = [part.to(total.device) / layout.copies for layout, part in parts if layout.mesh == mesh]
+            share = torch.stack(own).sum(0) if own else total.new_zeros(total.shape)
+            total = total + (share if mesh is None else _all_reduce(share, mesh, distributed.ReduceOp.SUM))
+        return total
+
+    def agree(self, found_inf: Tensor) -> None:
+        """Sets ``found_inf``, () float32, where it is set on any rank of any mesh. 4 bytes a mesh."""
+        for mesh in self._meshes:
+            found_inf.copy_(_all_reduce(found_inf.clone(), mesh, distributed.ReduceOp.MAX))
+
+
+def _all_reduce(tensor: Tensor, mesh: Any, operation: Any) -> Tensor:
+    """Over all ranks of a mesh, on the mesh's type of device. One collective where the mesh has one dimension, or covers all ranks."""
+    if mesh.size() == 1:
+        return tensor
+    moved = tensor if tensor.device.type == mesh.device_type else tensor.to(mesh.device_type)
+    covers_all = mesh.size() == distributed.get_world_size()
+    for group in [None] if covers_all else mesh.get_all_groups():
+        distributed.all_reduce(moved, op=operation, group=group)
+    return moved.to(tensor.device)
