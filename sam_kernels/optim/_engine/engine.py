@@ -241,7 +241,7 @@ class Engine(Wrapper):
             self._passes.restore()
             self._passes.skips.forget_last_step()
             found_inf = self._passes.found_inf
-            self._replicas.agree(found_inf)
+            self._agree(found_inf)
             outer.add()
             add_not_finite(groups, found_inf)
         except BaseException:
