@@ -28,6 +28,7 @@ from sam_kernels.optim._engine.skip_warning import SkipWatch
 from sam_kernels.optim._engine.warn import warn_user
 from sam_kernels.optim._replicas.replicas import Replicas, is_blank
 from sam_kernels.optim.descents import UNCHANGED, DescentStep
+from sam_kernels.schedules import Radius
 
 __all__ = ["Engine"]
 
@@ -322,6 +323,8 @@ class Engine(Wrapper):
         assert plan is not None
         if loss is not None:
             loss = self._replicas.loss_for_radii(loss, [each.rho for each in plan.groups], self._passes.found_inf.device)
+            if any(isinstance(each.rho, Radius) for each in plan.groups):
+                loss = self._identity.shards.mean_loss(loss, self._passes.found_inf.device)
         group_grads, ascent = ascent_of(self.direction, step, grad_scale)
         self._passes.ascend(ascent, plan, eps=self.norm_eps, grad_scale=grad_scale, loss=loss)
         self._skips.after_ascent(self._passes.found_inf)
@@ -353,6 +356,8 @@ class Engine(Wrapper):
         if rewrites and not self.descent.is_plain:
             self._passes.skips.forget_last_step()  # where there was no ascent, nothing has yet
             loss = self._replicas.loss_for_descent(self._loss, self._passes.found_inf.device)
+            if self.descent.needs_loss:
+                loss = self._identity.shards.mean_loss(loss, self._passes.found_inf.device)
             step = DescentStep(self._passes, self.param_groups, self._kept_grads, has_ascended, grad_scale, loss)
             outcome = self.descent.rewrite(step)
         is_gradient = is_sam and not rewrites and self._plan is not None and self._plan.ascends  # SAM's own, by backward()

@@ -17,7 +17,7 @@ from sam_kernels._memory_of import is_fake, why_no_memory
 from sam_kernels._tensor_list import TensorList
 from sam_kernels._validate import SUPPORTED_DTYPES
 from sam_kernels.optim._base.sharded import check_whole
-from sam_kernels.optim._shards.dtensor import as_owner, is_dtensor, local_grad, local_of, locals_of
+from sam_kernels.optim._shards.dtensor import as_owner, is_dtensor, local_grad, local_grads_alike, local_of, locals_of
 from sam_kernels.optim._shards.layout import WHOLE, layout_of
 from sam_kernels.optim._types import ParamGroup
 
@@ -156,18 +156,9 @@ class GroupLists:
         if not isinstance(self.params, TensorList) or not self._has_backend(self.params[0].device.type):
             return None
         if self.layout is not WHOLE:
-            grads = self._local_grads(params)
+            grads = local_grads_alike(params) if self._are_unmoved(params) else None
             return None if grads is None else self.backend.trust(grads, self.params)
         return self.backend.current_grads(self.params, params)
-
-    def _local_grads(self, params: Sequence[Any]) -> list[Tensor] | None:
-        """The rank's parts of the gradients of DTensors, if every one has a gradient that lies as the parameter does; else None."""
-        if not self._are_unmoved(params):
-            return None
-        grads = [param.grad for param in params]
-        if any(not is_dtensor(grad) or grad._spec is not param._spec for param, grad in zip(params, grads, strict=True)):
-            return None
-        return [grad._local_tensor for grad in grads]
 
     def _are_unmoved(self, owners: Sequence[Any]) -> bool:
         return same_tensors(self.owners, owners) and self._describes(self.params, locals_of(owners))

@@ -24,6 +24,7 @@ from sam_kernels.optim._engine.plan import StepPlan
 from sam_kernels.optim._engine.skipped import SkippedSteps
 from sam_kernels.optim._engine.update import UpdateScalars, can_fuse, fused_step, plain_step, with_options
 from sam_kernels.optim._engine.weight_watch import NOTHING_WATCHED, WeightWatch
+from sam_kernels.optim._reweighted.seeds import derived_seed
 from sam_kernels.optim._shards.dtensor import local_of, locals_of
 from sam_kernels.optim._types import ParamGroup
 
@@ -120,7 +121,7 @@ class Passes:
             perturb_(current.lists.params, old_params=current.lists.old_params, from_old=is_saved)
             self._in_flight = None
             self._saved[current.key] = current.lists
-            self.lists.shards.written(current.lists.owners)
+            self.lists.shards.written(current.lists.layout, current.lists.owners)
         torch.clear_autocast_cache()  # where autocast is around the whole step: casts of what the weights were
 
     def perturb_randomly(self, trainable: dict[Key, GroupLists], seeds: Sequence[int], *, scale: float, distribution: str) -> None:
@@ -131,14 +132,14 @@ class Passes:
         """
         self.is_perturbed = True
         for i, lists in trainable.items():
-            perturb_: Callable[..., None] = partial(functional.random_perturb_, seed=seeds[i[0]], scale=scale, distribution=distribution)
+            perturb_: Callable[..., None] = partial(functional.random_perturb_, seed=_seed_of(lists, seeds[i[0]]), scale=scale, distribution=distribution)
             is_saved = self._saved.get(i) is lists
             self._perturbed[i] = lists
             self._in_flight = None if is_saved else InFlight(lists, perturb_)
             perturb_(lists.params, old_params=lists.old_params, from_old=is_saved)
             self._in_flight = None
             self._saved[i] = lists
-            self.lists.shards.written(lists.owners)
+            self.lists.shards.written(lists.layout, lists.owners)
         torch.clear_autocast_cache()
 
     def trainable(self, plan: StepPlan) -> dict[Key, GroupLists]:
@@ -216,7 +217,7 @@ class Passes:
                 group = {**group, **options[key[0]]} if key[0] in options else group
                 for lists, grads, old_params in self._parts(key, by_key.get(key)):
                     fused_step(self.base, group, lists, grads, old_params, scalars)
-                    self.lists.shards.written(lists.owners)
+                    self.lists.shards.written(lists.layout, lists.owners)
             self._perturbed, self._watch = {}, NOTHING_WATCHED
             self.base._opt_called = True  # type: ignore[attr-defined]  # or a scheduler on the base would warn
         else:
@@ -244,7 +245,7 @@ class Passes:
                 functional.restore_(lists.params, lists.old_params)
             else:  # plain lists: a parameter may lie elsewhere by now
                 functional.restore_([local_of(lists.owners[i]) for i in rows], [lists.old_params[i] for i in rows])
-            self.lists.shards.written(lists.owners)
+            self.lists.shards.written(lists.layout, lists.owners)
         self._perturbed, self._watch = {}, NOTHING_WATCHED
         self._in_flight = None
         self.is_perturbed = self.has_ascended = False
@@ -252,7 +253,7 @@ class Passes:
 
     def watch_weights(self) -> None:
         """Notes which weights the ascent has left, for :meth:`check_unwritten`."""
-        self._watch = WeightWatch([lists.owners for lists in self._perturbed.values()])
+        self._watch = WeightWatch([(lists.params, lists.owners) for lists in self._perturbed.values()])
 
     def check_unwritten(self) -> None:
         """Raises RuntimeError where somebody else has written weights since the ascent."""
@@ -293,7 +294,8 @@ class Passes:
             layout = self.lists.shards.only_layout if any(isinstance(each, Tensor) for each in norms) else None
             parts = [(layout, each) if isinstance(each, Tensor) else (each[0].layout, each[1]) for each in norms]
             norm = self._told_norm = self.lists.shards.norm(parts, self.found_inf.device)
-            self.found_inf.logical_or_(~norm.isfinite())
+            if not norm.is_cpu or not math.isfinite(norm.item()):
+                self.found_inf.logical_or_(~norm.isfinite())
             return norm
         found = [each if isinstance(each, Tensor) else each[1] for each in norms]
         if not found:
@@ -324,7 +326,7 @@ class Passes:
         if gone:
             lost = locals_of(gone)
             functional.restore_(lost, self.lists.backups.of(lost))
-            self.lists.shards.written(gone)
+            self.lists.shards.written(perturbed.layout, gone)
         parts: list[tuple[GroupLists, list[Tensor], list[Tensor] | None]] = []
         for from_old in (True, False):
             pairs = [(param, grad) for param, grad in zip(params, grads, strict=True) if (param in were_perturbed) is from_old]
@@ -332,3 +334,8 @@ class Passes:
                 lists = GroupLists([param for param, _ in pairs], self.lists.backups)
                 parts.append((lists, lists.grads([grad for _, grad in pairs]), lists.old_params if from_old else None))
         return parts
+
+
+def _seed_of(lists: GroupLists, seed: int) -> int:
+    """Random numbers are a function of an element's place in its list, so that each part of a tensor needs a seed of its own."""
+    return seed if lists.layout.part == 0 else derived_seed(seed, lists.layout.part)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["as_owner", "is_dtensor", "local_grad", "local_of", "locals_of"]
+__all__ = ["as_owner", "is_dtensor", "local_grad", "local_grads_alike", "local_of", "locals_of"]
+
+
+_LOCAL = attrgetter("_local_tensor")
+_SPEC = attrgetter("_spec")
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -27,10 +32,19 @@ def local_of(tensor: Tensor) -> Tensor:
 
 
 def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The rank's parts. A list without DTensors is returned as it is."""
-    if not any(map(is_dtensor, tensors)):
+    """The rank's parts. A list whose first tensor is no DTensor is returned as it is: lists are of one kind."""
+    if not tensors or not is_dtensor(tensors[0]):
         return tensors if isinstance(tensors, list) else list(tensors)
-    return [local_of(tensor) for tensor in tensors]
+    return list(map(_LOCAL, tensors))
+
+
+def local_grads_alike(params: Sequence[Any]) -> list[Tensor] | None:
+    """The rank's parts of the gradients of DTensors; None where one has no gradient, or one that lies otherwise than its parameter."""
+    grads = [param.grad for param in params]
+    try:
+        return list(map(_LOCAL, grads)) if list(map(_SPEC, grads)) == list(map(_SPEC, params)) else None
+    except AttributeError:  # None, or an ordinary tensor
+        return None
 
 
 def local_grad(param: Tensor, grad: Tensor) -> Tensor:

@@ -16,13 +16,15 @@ __all__ = ["WHOLE", "Layout", "Meshes", "layout_of"]
 
 @dataclass(frozen=True)
 class Layout:
-    """``mesh``: a DeviceMesh, None for ordinary tensors. ``copies``: ranks of the mesh that hold the same elements."""
+    """``mesh``: a DeviceMesh, None for ordinary tensors. ``copies``: ranks of the mesh that hold the same elements as this rank.
+    ``part``: the number of this rank's part among the parts of a tensor."""
 
     mesh: Any
     copies: int
+    part: int
 
 
-WHOLE = Layout(None, 1)
+WHOLE = Layout(None, 1, 0)
 
 
 def layout_of(param: Tensor) -> Layout:
@@ -30,11 +32,13 @@ def layout_of(param: Tensor) -> Layout:
     if not is_dtensor(param):
         return WHOLE
     owner: Any = param
-    mesh, copies = owner.device_mesh, 1
-    for dim, placement in enumerate(owner.placements):
+    mesh, copies, part = owner.device_mesh, 1, 0
+    for dim, (placement, place) in enumerate(zip(owner.placements, mesh.get_coordinate(), strict=True)):
         if placement.is_replicate():
             copies *= mesh.size(dim)
-    return Layout(mesh, copies)
+        else:
+            part = part * mesh.size(dim) + place
+    return Layout(mesh, copies, part)
 
 
 class Meshes:
@@ -57,10 +61,25 @@ class Meshes:
         """
         total = like.new_zeros(like.shape, dtype=torch.float64)
         for mesh in (None, *self._meshes):
-            own = [part.to(total.device) / layout.copies for layout, part in parts if layout.mesh == mesh]
+            own = [part.to(total.device) / layout.copies for layout, part in parts if layout.mesh is mesh or layout.mesh == mesh]
             share = torch.stack(own).sum(0) if own else total.new_zeros(total.shape)
             total = total + (share if mesh is None else _all_reduce(share, mesh, distributed.ReduceOp.SUM))
         return total
+
+    def sum_of_numbers(self, parts: Sequence[tuple[Layout, float]]) -> float:
+        """:meth:`sum` of numbers, for tensors on the CPU."""
+        total = 0.0
+        for mesh in (None, *self._meshes):
+            share = sum(part / layout.copies for layout, part in parts if layout.mesh is mesh or layout.mesh == mesh)
+            if mesh is not None and mesh.size() > 1:
+                share = _all_reduce(torch.tensor(share, dtype=torch.float64), mesh, distributed.ReduceOp.SUM).item()
+            total += share
+        return total
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of what the ranks of the largest mesh have, float64."""
+        mesh = max(self._meshes, key=lambda mesh: mesh.size())
+        return _all_reduce(value.to(torch.float64, copy=True), mesh, distributed.ReduceOp.SUM) / mesh.size()
 
     def agree(self, found_inf: Tensor) -> None:
         """Sets ``found_inf``, () float32, where it is set on any rank of any mesh. 4 bytes a mesh."""
