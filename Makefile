@@ -5,8 +5,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-# A process a core, of one thread each unless a test asks for more; tests that share something slow to make stay together.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
+# A process a core, of one thread each unless a test asks for more: those sleep while they wait, for another process has their core.
+# Tests that share something slow to make stay together.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadgroup
 BUILD := setup.py $(wildcard csrc/*.py)
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CPP_FILES := $(CSRC) $(wildcard bench/*.cpp)

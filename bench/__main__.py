@@ -13,7 +13,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from bench import allocator, gate, memory, ops, steps
+from bench import allocator, gate, memory, ops, options, steps
 from bench.byte_model import OPS
 from bench.command import begin, write
 from bench.environment import environment
@@ -24,45 +24,23 @@ from bench.workloads import DTYPES, WORKLOADS
 SLOW_TO_START = ("torch.compile",)  # minutes, for a graph per workload, dtype and base
 
 
-class Names(click.ParamType):
-    """Comma-separated names out of a fixed set."""
-
-    name = "names"
-
-    def __init__(self, known: list[str]) -> None:
-        self.known = known
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
-        if isinstance(value, list):
-            return value
-        names = [name.strip() for name in value.split(",") if name.strip()]
-        unknown = [name for name in names if name not in self.known]
-        if unknown:
-            self.fail(f"unknown: {', '.join(unknown)}; the names are {', '.join(self.known)}", param, ctx)
-        return names
-
-
-def _names_option(flag: str, known: Any, default: Any, text: str) -> Any:
-    return click.option(flag, type=Names(list(known)), default=",".join(default), show_default=flag != "--providers", help=text)
-
-
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@_names_option("--workload", WORKLOADS, WORKLOADS, "Parameter shapes.")
-@_names_option("--dtype", DTYPES, DTYPES, "Types of parameters, gradients and state.")
-@_names_option("--base", BASES, BASES, "Wrapped optimizer. SGD is measured in fp32 only.")
-@_names_option("--providers", PROVIDERS, PROVIDERS, f"Whose steps; {REFERENCE} always takes part. Default: all.")
-@_names_option("--skip", PROVIDERS, (), "Providers to leave out.")
-@click.option("--ops", "op_names", type=Names(list(OPS)), default=",".join(OPS), show_default=True, help="Single operations; '' for none.")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Where to write the result file.")
+@options.command
+@options.names("--workload", known=WORKLOADS, help="Parameter shapes.")
+@options.names("--dtype", known=DTYPES, help="Types of parameters, gradients and state.")
+@options.names("--base", known=BASES, help="Wrapped optimizer. SGD is measured in fp32 only.")
+@options.names("--providers", known=PROVIDERS, show_default=False, help=f"Whose steps; {REFERENCE} always takes part. Default: all.")
+@options.names("--skip", known=PROVIDERS, default=(), help="Providers to leave out.")
+@options.names("--ops", "op_names", known=OPS, help="Single operations; '' for none.")
+@options.JSON
 @click.option("--name", help="Write it as bench/results/<device>/NAME.json.")
 @click.option("--repeats", type=click.IntRange(min=1), help="Rounds. Default: 12 to 60, by size.")
-@click.option("--threads", type=click.IntRange(min=1), help="Default: torch's.")
-@click.option("--allocator", "regime", type=click.Choice(list(allocator.REGIMES)), default="default", help="glibc's, by a new process.")
-@click.option("--memory-budget", type=click.FloatRange(min=1), default=14.0, show_default=True, help="GiB; providers are split to fit.")
+@options.threads()
+@options.ALLOCATOR
+@options.MEMORY_BUDGET
 @click.option("--steps/--no-steps", "with_steps", default=True, help="Whole steps.")
 @click.option("--micro-batches", type=click.IntRange(min=0), default=8, show_default=True, help="Steps of m-SAM with so many; 0 for none.")
 @click.option("--memory/--no-memory", "with_memory", default=True, help="Memory, in a process for each provider.")
-@click.option("--gate/--no-gate", "with_gate", default=True, help="Run the tests of the operations first.")
+@options.gate()
 @click.option("--quick", is_flag=True, help="Three rounds, no torch.compile, no memory: does the tool work?")
 def main(
     workload: list[str],

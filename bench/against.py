@@ -27,8 +27,7 @@ import numpy as np
 from rich.table import Table
 
 import sam_kernels
-from bench import gate
-from bench.__main__ import Names
+from bench import gate, options
 from bench.command import begin, write
 from bench.environment import environment
 from bench.providers import BASES, Base
@@ -102,17 +101,17 @@ def measure(modules: dict[str, Any], workload: Workload, base: Base, dtype: str,
     }
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@options.command
 @click.argument("commit")
-@click.option("--workload", "workloads", type=Names(list(WORKLOADS)), default=",".join(WORKLOADS), show_default=True, help="Shapes.")
-@click.option("--base", "bases", type=Names(list(BASES)), default=",".join(BASES), show_default=True, help="Wrapped optimizer.")
+@options.names("--workload", "workloads", known=WORKLOADS, help="Shapes.")
+@options.names("--base", "bases", known=BASES, help="Wrapped optimizer.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Of the parameters.")
 @click.option("--repeats", type=click.IntRange(min=1), help="Rounds per set of optimizers. Default: 15 to 60, by size.")
 @click.option("--times", type=click.IntRange(min=1), default=4, show_default=True, help="Sets of optimizers, made one after another.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of torch. Default: all cores.")
-@click.option("--gate/--no-gate", "with_gate", default=True, help="Run the tests of the operations first.")
-@click.option("--store", is_flag=True, help="Write bench/results/<device>/against.json.")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the result there.")
+@options.threads("Threads of torch. Default: all cores.")
+@options.gate()
+@options.store("against")
+@options.JSON
 def main(
     commit: str,
     workloads: Sequence[str],

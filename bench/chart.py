@@ -9,20 +9,18 @@ from typing import Any
 from bench.providers import PROVIDERS, REFERENCE
 from bench.tables import cases, speedups, title
 
-__all__ = ["draw"]
+__all__ = ["draw", "save"]
 
 
 def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     """One panel a case, one bar a provider: how many times longer its step takes than the reference's."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     found = cases(results)
     columns = min(3, len(found))
     lines = -(-len(found) // columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(5.2 * columns, 3.4 * lines), squeeze=False, sharey=False)
+    figure = Figure(figsize=(5.2 * columns, 3.4 * lines))
+    axes = figure.subplots(lines, columns, squeeze=False)
     for axis in axes.flat[len(found) :]:
         axis.set_visible(False)
     for axis, case in zip(axes.flat, found, strict=False):
@@ -38,7 +36,11 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
         axis.margins(x=0.15)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"Time of a whole step, in units of {title(REFERENCE)}", fontsize=11)
+    save(figure, path, dpi=130)
+
+
+def save(figure: Any, path: Path, *, dpi: int) -> None:
+    """Write a figure without the version of matplotlib, so that equal figures are equal files."""
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-    pyplot.close(figure)
+    figure.savefig(path, dpi=dpi, metadata={"Software": None})

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-__all__ = ["RESULTS", "begin", "write"]
+from bench import allocator, gate
+from bench.environment import environment
+
+__all__ = ["RESULTS", "begin", "new_result", "write"]
 
 RESULTS = Path(__file__).parent / "results"
 _BUSY = (
@@ -29,6 +33,12 @@ def begin(threads: int | None) -> Console:
     if os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
         console.print(_BUSY.format(load=os.getloadavg()[0], cores=os.cpu_count()), style="bold yellow", highlight=False)
     return console
+
+
+def new_result(with_gate: bool, tests: Sequence[str]) -> dict[str, Any]:
+    """Return a result without rows, once the tests have passed: where it is measured, in which allocator regime, and the gate's line."""
+    passed = gate.run(tests=tests) if with_gate else "skipped"
+    return environment() | {"allocator": allocator.current(os.environ), "gate": passed, "rows": []}
 
 
 def write(result: dict[str, Any], json_path: Path | None, name: str | None, *, indent: int | None = 1) -> None:

@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import nn
 
 import sam_kernels
-from bench.__main__ import Names
+from bench import options
 from bench.command import begin, write
 from bench.environment import environment
 from bench.offline import compiling_only
@@ -123,12 +123,12 @@ def bars(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--tensors", type=Names(list(TENSORS)), default=",".join(TENSORS), show_default=True, help="How many.")
-@click.option("--base", "bases", type=Names(list(BASES)), default=",".join(BASES), show_default=True, help="Wrapped optimizer.")
+@options.command
+@options.names("--tensors", known=TENSORS, help="How many.")
+@options.names("--base", "bases", known=BASES, help="Wrapped optimizer.")
 @click.option("--repeats", type=click.IntRange(min=2), default=200, show_default=True, help="Rounds.")
-@click.option("--store", is_flag=True, help="Write bench/results/<device>/host.json.")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the result there.")
+@options.store("host")
+@options.JSON
 def main(tensors: Sequence[str], bases: Sequence[str], repeats: int, store: bool, json_path: Path | None) -> None:
     """Compare the host's work for a step of SAM on its way to a device with that of torch's fused base optimizer."""
     if not CUDA_ON_HOST:  # decided when sam_kernels is imported

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from bench.page import table
 from bench.providers import PROVIDERS, REFERENCE
 from bench.tables import Case, Cell, cases, format_ms, format_speedup, op_rows, speedups, title
 from bench.workloads import DTYPES, WORKLOADS
@@ -12,11 +13,6 @@ from bench.workloads import DTYPES, WORKLOADS
 __all__ = ["docs_section", "readme_section"]
 
 Result = dict[str, Any]
-
-
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def _where(results: Sequence[Result]) -> str:
@@ -57,7 +53,7 @@ def _speedup_table(results: Sequence[Result], found: Sequence[Case]) -> str:
     present = [name for name in PROVIDERS if name != REFERENCE and any(name in cells for cells in columns.values())]
     rows = [[f"**{title(REFERENCE)}**", *(format_ms(columns[case][REFERENCE].ms) if REFERENCE in columns[case] else "–" for case in found)]]
     rows += [[title(name), *(_ratio(columns[case][name]) if name in columns[case] else "–" for case in found)] for name in present]
-    return _table(["", *(case.title for case in found)], rows)
+    return table(["", *(case.title for case in found)], rows)
 
 
 def _step_table(results: Sequence[Result], case: Case) -> str:
@@ -67,23 +63,23 @@ def _step_table(results: Sequence[Result], case: Case) -> str:
         rows.append(
             [title(name), format_ms(cell.ms), f"{format_ms(cell.ms_20)} – {format_ms(cell.ms_80)}", format_speedup(cell.speedup), best]
         )
-    return _table(["", "median", "20–80 %", "takes longer by", "best allocator regime"], rows)
+    return table(["", "median", "20–80 %", "takes longer by", "best allocator regime"], rows)
 
 
 def _op_tables(result: Result) -> Iterable[str]:
     for workload in WORKLOADS:
         for dtype in DTYPES:
-            table = op_rows(result, workload, dtype)
-            if not table:
+            found = op_rows(result, workload, dtype)
+            if not found:
                 continue
             rows = []
-            for op, by_backend in table.items():
+            for op, by_backend in found.items():
                 for backend, row in by_backend.items():
                     percents = ["–" if row[key] is None else f"{row[key]:.0f} %" for key in ("pct_floor", "pct_copy")]
                     floor = f"{row['floor']}, {row['floor_gbps']:.1f} GB/s" if row["floor"] else "–"
                     rows.append([f"`{op}` {backend}", format_ms(row["ms_50"]), f"{row['gbps']:.1f}", *percents, floor])
             heading = f"### Operations: {WORKLOADS[workload].title}, {dtype}"
-            yield heading + "\n\n" + _table(["", "median", "GB/s", "of floor", "of copy", "floor"], rows)
+            yield heading + "\n\n" + table(["", "median", "GB/s", "of floor", "of copy", "floor"], rows)
 
 
 def _memory_table(results: Sequence[Result]) -> Iterable[str]:
@@ -98,7 +94,7 @@ def _memory_table(results: Sequence[Result]) -> Iterable[str]:
             break  # memory does not depend on the run
     if rows:
         heading = "### Memory beyond parameters, gradients and base state, in copies of the parameters"
-        yield heading + "\n\n" + _table(["", "held between steps", "peak of a step"], rows)
+        yield heading + "\n\n" + table(["", "held between steps", "peak of a step"], rows)
 
 
 def docs_section(results: Sequence[Result], image: str) -> str:

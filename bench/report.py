@@ -14,17 +14,17 @@ from typing import Any
 
 import click
 
+from bench import options
 from bench.chart import draw
 from bench.environment import SCHEMA
 from bench.gpu import markdown as gpu_markdown
 from bench.gpu import results as gpu_results
 from bench.gpu.markdown import is_of_a_gpu
 from bench.markdown import docs_section, readme_section
+from bench.page import BEGIN, END, ROOT, replace_section
 
-__all__ = ["BEGIN", "END", "load", "main", "replace_section", "rewrite"]
+__all__ = ["load", "main"]
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-ROOT = Path(__file__).parent.parent
 EMPTY_DOCS = f"# Benchmarks\n\nWritten by `python -m bench.report`; how to measure: `python -m bench --help`.\n\n{BEGIN}\n{END}\n"
 
 
@@ -40,31 +40,11 @@ def load(paths: Sequence[Path]) -> list[dict[str, Any]]:
     return [*(result for result in results if not is_of_a_gpu(result)), *gpu_results.merge(of_gpus)]
 
 
-def replace_section(text: str, section: str, name: str) -> str:
-    """``text`` with what stands between the markers replaced."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise click.ClickException(f"{name}: needs one line '{BEGIN}' and after it one line '{END}'")
-    return f"{text[: text.index(BEGIN)]}{BEGIN}\n{section}\n{text[text.index(END) :]}"
-
-
-def rewrite(docs: Path, section: str, *, check: bool) -> None:
-    """Puts the section into the page; with ``check`` exits with 1 where that would change it, and writes nothing."""
-    text = docs.read_text()
-    wanted = replace_section(text, section, docs.name)
-    if not check:
-        docs.write_text(wanted)
-    elif text != wanted:
-        click.echo(f"out of date: {docs.name}")
-        raise SystemExit(1)
-
-
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@options.command
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--readme", type=click.Path(dir_okay=False, path_type=Path), default=ROOT / "README.md", help="Default: README.md.")
-@click.option(
-    "--docs", type=click.Path(dir_okay=False, path_type=Path), default=ROOT / "docs/benchmarks.md", help="Default: docs/benchmarks.md."
-)
-@click.option("--image", type=click.Path(dir_okay=False, path_type=Path), default=ROOT / "docs/images/bench-steps.png", help="The chart.")
+@click.option("--readme", type=options.FILE(), default=ROOT / "README.md", help="Default: README.md.")
+@click.option("--docs", type=options.FILE(), default=ROOT / "docs/benchmarks.md", help="Default: docs/benchmarks.md.")
+@click.option("--image", type=options.FILE(), default=ROOT / "docs/images/bench-steps.png", help="The chart.")
 @click.option("--check", is_flag=True, help="Write nothing; exit with 1 where a file would change.")
 def main(files: tuple[Path, ...], readme: Path, docs: Path, image: Path, check: bool) -> None:
     """Regenerates the section between the markers of README and docs, and the chart. FILES: runs of one CPU, one for each allocator, and

@@ -6,125 +6,107 @@
 #include <array>
 #include <initializer_list>
 #include <optional>
-#include <stdexcept>
 #include <utility>
 #include <vector>
 
+#include "bind_common.h"
 #include "common/dlpack.h"
-#include "common/formulas.h"
-#include "common/random.h"
 #include "common/work_list.h"
 #include "cpu/engine.h"
 #include "cpu/per_sample.h"
 #include "cpu/sharpness.h"
-#include "operation.h"
-#include "tensor_list.h"
 
 namespace py = pybind11;
 
 namespace sam::cpu {
 namespace {
 
-using List = const PyTensorList*;
-
-Lists lists_of(const PyOperation& op, const char* params, const char* grads = "", const char* old_params = "", const char* first_state = "",
-               const char* second_state = "") {
-  const auto list = [&](const char* role) -> List { return *role == 0 ? nullptr : op.list(role); };
-  return {list(params), list(grads), list(old_params), {list(first_state), list(second_state)}};
-}
-
-RandomKey key_of(uint64_t seed, uint32_t stream) { return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), stream}; }
-
-double inverse_scale(const PyOperation& op) { return 1.0 / op.number_or("grad_scale", 1.0); }
-
-// What the gradients of an update are multiplied by.
-double multiplier_of(const PyOperation& op) {
-  const double inverse = inverse_scale(op);
-  const std::optional<double> max_norm = op.optional_number("max_norm");
-  const double clip = max_norm ? clip_factor<double>(op.number("norm"), *max_norm, inverse) : 1.0;
-  return grad_multiplier<double>(op.flag("maximize"), inverse, clip);
-}
-
-PerturbArgs perturb_args(const PyOperation& op) {
-  return {.norm = op.number("norm"),
-          .rho = op.number("rho"),
-          .lambd = op.number("lambd"),
-          .eps = op.number("eps"),
-          .eta = op.number("eta"),
-          .inv_grad_scale = inverse_scale(op),
-          .adaptive = op.flag("adaptive"),
-          .from_old = op.flag("from_old"),
-          .streaming = false};
-}
-
-void perturb_rows(const PyOperation& op, const py::object& indices, int threads) {
-  const PerturbArgs args = perturb_args(op);
-  const Lists lists = lists_of(op, "params", "grads", "old_params", "ema");
-  if (lists.states[0] == nullptr && op.is_none("rounding_seed")) {
-    const py::gil_scoped_release release;
-    perturb(lists, args, threads);
-    return;
-  }
-  PerturbVariantArgs variant{};
-  static_cast<PerturbArgs&>(variant) = args;
-  variant.grad_weight = op.number("grad_weight");
-  variant.ema_weight = op.number("ema_weight");
-  variant.stochastic = !op.is_none("rounding_seed");
-  variant.key = key_of(op.seed("rounding_seed"), sam::kRoundingStream);
-  const auto rows = indices.cast<std::vector<uint32_t>>();
+std::vector<double> norms_of(const PyOperation& op, int threads) {
+  const Lists lists = op.lists(kNormLists);
+  const Scaling<double> scaling = read_scaling(op);
+  const std::vector<int64_t> group_sizes = op.integers("group_sizes");
   const py::gil_scoped_release release;
-  perturb_variant(lists, variant, rows, threads);
+  return grad_norms(lists, group_sizes, scaling, threads);
 }
 
 double direction_norm_of(const PyOperation& op, int threads) {
-  const Lists lists = lists_of(op, "params", "grads", "", "ema");
-  const DirectionArgs args{.adaptive = op.flag("adaptive"),
-                           .friendly = op.equals("kind", "friendly"),
-                           .first_step = op.flag("first_step"),
-                           .eta = op.number("eta"),
-                           .inv_grad_scale = inverse_scale(op),
-                           .decay = op.number("decay"),
-                           .gain = op.number("gain"),
-                           .sigma = op.number("sigma")};
+  const Lists lists = op.lists(kDirectionLists);
+  const MovingDirection options = read_direction<double>(op);
   const py::gil_scoped_release release;
-  return direction_norm(lists, args, threads);
+  return direction_norm(lists, options, threads);
 }
 
-double combine_rows(const PyOperation& op, bool writes, int threads) {
-  const Lists lists = lists_of(op, "outs", "lefts", "origins", "rights");
-  const CombineArgs args{.left_weight = op.number("left_weight"),
-                         .right_weight = op.number("right_weight"),
-                         .origin_weight = op.number("origin_weight"),
-                         .writes = writes,
-                         .streaming = false};
+double centralize_rows(const PyOperation& op, const py::object& sizes, int threads) {
+  const Lists lists = op.lists(kNormLists);
+  const Scaling<double> scaling = read_scaling(op);
+  const auto slice_sizes = sizes.cast<std::vector<int64_t>>();
   const py::gil_scoped_release release;
-  return combine(lists, args, threads);
+  return centralize(lists, scaling, slice_sizes, threads);
+}
+
+std::array<double, 3> dots_of(const PyOperation& op, int threads) {
+  const Lists lists = op.lists(kDotsLists);
+  const py::gil_scoped_release release;
+  const Dots dots = grad_dots(lists, threads);
+  return {dots.left, dots.product, dots.right};
+}
+
+double combine_rows(const PyOperation& op, int threads) {
+  const Lists lists = op.lists(kCombineLists);
+  const Combine options = read_combine<double>(op);
+  const py::gil_scoped_release release;
+  return combine(lists, options, threads);
+}
+
+void copy_rows(const TensorList* destination, const TensorList* source, int threads) {
+  const py::gil_scoped_release release;
+  copy(std::array{destination, source}, threads);
+}
+
+// What a skipped ascent leaves: a backup, or with from_old the parameters as they were.
+void save_rows(const PyOperation& op, bool from_old, int threads) {
+  const List params = op.list("params"), old_params = op.list("old_params");
+  from_old ? copy_rows(params, old_params, threads) : copy_rows(old_params, params, threads);
+}
+
+void perturb_rows(const PyOperation& op, const py::object& indices, int threads) {
+  if (is_variant(op)) {
+    const Lists lists = op.lists(kPerturbVariantLists);
+    const PerturbVariant options = read_perturb_variant<double>(op);
+    if (is_skipped(options.ascent.step)) return save_rows(op, options.ascent.from_old, threads);
+    const auto rows = indices.cast<std::vector<uint32_t>>();
+    const py::gil_scoped_release release;
+    perturb_variant(lists, options, rows, threads);
+  } else {
+    const Lists lists = op.lists(kPerturbLists);
+    const Perturb options = read_perturb<double>(op);
+    if (is_skipped(options.step)) return save_rows(op, options.from_old, threads);
+    const py::gil_scoped_release release;
+    perturb(lists, options, threads);
+  }
 }
 
 void random_perturb_rows(const PyOperation& op, const py::object& indices, int threads) {
-  const Lists lists = lists_of(op, "params", "", "old_params");
-  const RandomPerturbArgs args{.key = key_of(op.seed("seed"), sam::kPerturbationStream),
-                               .scale = op.number("scale"),
-                               .normal = op.equals("distribution", "normal"),
-                               .from_old = op.flag("from_old"),
-                               .streaming = false};
+  const Lists lists = op.lists(kRandomLists);
+  const RandomPerturb options = read_random<double>(op);
   const auto rows = indices.cast<std::vector<uint32_t>>();
   const py::gil_scoped_release release;
-  random_perturb(lists, args, rows, threads);
+  random_perturb(lists, options, rows, threads);
 }
 
-void sgd_rows(const PyOperation& op, int threads) {
-  const Lists lists = lists_of(op, "params", "grads", "old_params", "momentum_buffers");
-  SgdArgs args{};
-  static_cast<SgdOptions&>(args) = {.lr = op.number("lr"),
-                                    .momentum = op.number("momentum"),
-                                    .dampening = op.number("dampening"),
-                                    .weight_decay = op.number("weight_decay"),
-                                    .grad_multiplier = multiplier_of(op)};
-  args.nesterov = op.flag("nesterov");
-  args.first_step = op.flag("first_step");
+// A skipped update restores parameters, where there is something to restore them from. Both return whether the step was made.
+bool skip_update(const PyOperation& op, int threads) {
+  if (const List old_params = op.list("old_params")) copy_rows(op.list("params"), old_params, threads);
+  return false;
+}
+
+bool sgd_rows(const PyOperation& op, int threads) {
+  const Sgd options = read_sgd<double>(op);
+  if (is_skipped(options.update.step)) return skip_update(op, threads);
+  const Lists lists = op.lists(kSgdLists);
   const py::gil_scoped_release release;
-  sgd(lists, args, threads);
+  sgd(lists, options, threads);
+  return true;
 }
 
 // Adds one to every step counter, float32 or float64, and returns the new values.
@@ -141,28 +123,18 @@ std::vector<double> advance_steps(List steps) {
   return values;
 }
 
-void adamw_rows(const PyOperation& op, int threads) {
-  const Lists lists = lists_of(op, "params", "grads", "old_params", "exp_avgs", "exp_avg_sqs");
-  const auto betas = op.value("betas").cast<std::pair<double, double>>();
-  AdamArgs args{};
-  static_cast<AdamOptions&>(args) = {.lr = op.number("lr"),
-                                     .beta1 = betas.first,
-                                     .beta2 = betas.second,
-                                     .eps = op.number("eps"),
-                                     .weight_decay = op.number("weight_decay"),
-                                     .grad_multiplier = multiplier_of(op)};
-  args.decoupled = op.flag("decoupled");
-  lists.check();
+bool adamw_rows(const PyOperation& op, int threads) {
+  const Adam options = read_adam<double>(op);
+  if (is_skipped(options.update.step)) return skip_update(op, threads);
+  const Lists lists = op.lists(kAdamLists);
+  check_sizes(lists.roles);
   const std::vector<double> steps = advance_steps(op.list("state_steps"));
   const py::gil_scoped_release release;
-  adamw(lists, args, steps, threads);
+  adamw(lists, options, steps, threads);
+  return true;
 }
 
 using Sizes = std::array<int64_t, 3>;
-
-void expect(bool holds, const char* what) {
-  if (!holds) throw std::invalid_argument(what);
-}
 
 void expect_positive(std::initializer_list<int64_t> sizes) {
   for (const int64_t size : sizes) expect(size > 0, "sizes must be positive");
@@ -250,29 +222,17 @@ void embedding(List tensors, int64_t groups, int64_t tokens, int64_t dim, std::o
                          dim, padding_idx ? &*padding_idx : nullptr, threads);
 }
 
-// tensors: norms, weights, of one dtype; of draws the int64 indices too, under the name of float64.
-void expect_norms(List tensors, std::size_t count) {
-  const std::vector<Operand>& operands = tensors->operands;
-  expect(operands.size() == count && tensors->non_contiguous.empty() && tensors->numels[0] > 0, "norms and what is written, contiguous");
-  expect(operands[0].dtype == operands[1].dtype, "norms and weights: dtype");
-  expect(operands[0].dtype == DType::kFloat64 || operands[0].dtype == DType::kFloat32, "norms: float32 or float64");
-}
-
 void weights(List tensors, double beta) {
-  expect_norms(tensors, 2);
-  expect(tensors->numels[1] == tensors->numels[0], "weights: size");
+  expect_weights(tensors);
   py::gil_scoped_release release;
   sharpness_weights(tensors->operands[0], tensors->operands[1], tensors->numels[0], beta);
 }
 
 void sample(List tensors, double beta, bool replacement, uint64_t seed) {
-  expect_norms(tensors, 3);
-  const int64_t count = tensors->numels[0], draws = tensors->numels[2];
-  expect(tensors->operands[2].dtype == DType::kFloat64, "indices: of 64 bits");
-  expect(tensors->numels[1] == draws && draws > 0 && (replacement || draws <= count), "weights and indices: size");
+  const int64_t count = tensors->numels[0], draws = expect_draws(tensors, replacement);
   py::gil_scoped_release release;
   sharpness_sample(tensors->operands[0], tensors->operands[1], static_cast<int64_t*>(tensors->operands[2].data), count, draws, beta,
-                   replacement, seed);
+                   replacement, seed_of(seed));
 }
 
 }  // namespace
@@ -290,76 +250,38 @@ PYBIND11_MODULE(_cpu, module) {
   module.attr("CHUNK_SIZE") = sam::kChunkSize;
 
   // Operations over lists: op is a value of sam_kernels/operations, lists holds a TensorList a role.
+  using Op = const py::object&;
+  using Given = const py::dict&;
+  const auto def = [&](const char* name, auto function) {
+    module.def(
+        name, [function](Op op, Given lists, int threads) { return function({op, lists}, threads); }, arg("op"), arg("lists"),
+        arg("threads"));
+  };
+  // With an integer for each row.
+  const auto def_rows = [&](const char* name, const char* integers, auto function) {
+    module.def(
+        name, [function](Op op, Given lists, Op values, int threads) { return function({op, lists}, values, threads); }, arg("op"),
+        arg("lists"), arg(integers), arg("threads"));
+  };
+  def("grad_norms", norms_of);
+  def("direction_norm", direction_norm_of);
+  def_rows("centralize", "slice_sizes", centralize_rows);
+  def("grad_dots", dots_of);
+  def("combine", combine_rows);
+  def_rows("perturb", "indices", perturb_rows);
+  def_rows("random_perturb", "indices", random_perturb_rows);
+  def("sgd", sgd_rows);
+  def("adamw", adamw_rows);
   module.def(
-      "grad_norms",
-      [](const py::object& value, const py::dict& given, int threads) {
-        const PyOperation op(value, given);
-        const Lists lists = lists_of(op, "params", "grads");
-        const NormArgs args{.adaptive = op.flag("adaptive"), .eta = op.number("eta")};
-        const std::vector<int64_t> group_sizes = op.integers("group_sizes");
-        const py::gil_scoped_release release;
-        return grad_norms(lists, group_sizes, args, threads);
-      },
-      arg("op"), arg("lists"), arg("threads"));
+      "copy", [](List destination, List source, int threads) { copy_rows(destination, source, threads); }, arg("destination"),
+      arg("source"), arg("threads"));
   module.def(
       "norm",
       [](List grads, int threads) {  // of all tensors together
         const py::gil_scoped_release release;
-        return grad_norms({nullptr, grads}, {static_cast<int64_t>(grads->numels.size())}, {false, 0.0}, threads).front();
+        return grad_norms(std::array<const TensorList*, 1>{grads}, {static_cast<int64_t>(grads->numels.size())}, {}, threads).front();
       },
       arg("grads"), arg("threads"));
-  module.def(
-      "perturb",
-      [](const py::object& op, const py::dict& lists, const py::object& indices, int threads) {
-        perturb_rows({op, lists}, indices, threads);
-      },
-      arg("op"), arg("lists"), arg("indices"), arg("threads"));
-  module.def(
-      "direction_norm", [](const py::object& op, const py::dict& lists, int threads) { return direction_norm_of({op, lists}, threads); },
-      arg("op"), arg("lists"), arg("threads"));
-  module.def(
-      "centralize",
-      [](const py::object& value, const py::dict& given, const std::vector<int64_t>& slice_sizes, int threads) {
-        const PyOperation op(value, given);
-        const Lists lists = lists_of(op, "params", "grads");
-        const NormArgs args{.adaptive = op.flag("adaptive"), .eta = op.number("eta")};
-        const py::gil_scoped_release release;
-        return centralize(lists, args, slice_sizes, threads);
-      },
-      arg("op"), arg("lists"), arg("slice_sizes"), arg("threads"));
-  module.def(
-      "grad_dots",
-      [](const py::object& value, const py::dict& given, int threads) {
-        const Lists lists = lists_of({value, given}, "", "lefts", "origins", "rights");
-        const py::gil_scoped_release release;
-        const Dots dots = grad_dots(lists, threads);
-        return std::array<double, 3>{dots.left, dots.product, dots.right};
-      },
-      arg("op"), arg("lists"), arg("threads"));
-  module.def(
-      "combine",
-      [](const py::object& op, const py::dict& lists, bool writes, int threads) { return combine_rows({op, lists}, writes, threads); },
-      arg("op"), arg("lists"), arg("writes"), arg("threads"));
-  module.def(
-      "random_perturb",
-      [](const py::object& op, const py::dict& lists, const py::object& indices, int threads) {
-        random_perturb_rows({op, lists}, indices, threads);
-      },
-      arg("op"), arg("lists"), arg("indices"), arg("threads"));
-  // save: old_params <- params, otherwise params <- old_params.
-  module.def(
-      "copy",
-      [](List params, List old_params, bool save, int threads) {
-        const py::gil_scoped_release release;
-        copy({params, nullptr, old_params}, {.save = save, .streaming = false}, threads);
-      },
-      arg("params"), arg("old_params"), arg("save"), arg("threads"));
-  module.def(
-      "sgd", [](const py::object& op, const py::dict& lists, int threads) { sgd_rows({op, lists}, threads); }, arg("op"), arg("lists"),
-      arg("threads"));
-  module.def(
-      "adamw", [](const py::object& op, const py::dict& lists, int threads) { adamw_rows({op, lists}, threads); }, arg("op"), arg("lists"),
-      arg("threads"));
 
   module.def("linear_square_norms", &linear, arg("tensors"), arg("groups"), arg("tokens"), arg("in_features"), arg("out_features"),
              arg("gram"), arg("with_bias"), arg("threads"));

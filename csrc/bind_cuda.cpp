@@ -32,13 +32,28 @@ constexpr int32_t kDeviceType = dlpack::kCuda;
 constexpr const char* kArchitectures = SAM_CUDA_ARCHITECTURES;
 #endif
 
-// tensors: norms, weights, of one dtype.
 GibbsOptions gibbs_of(List tensors, const py::object& beta) {
   const std::vector<Operand>& operands = tensors->operands;
-  expect(operands.size() >= 2 && tensors->non_contiguous.empty() && tensors->numels[0] > 0, "norms and weights, contiguous");
-  const bool is_double = operands[0].dtype == DType::kFloat64;
-  expect(operands[0].dtype == operands[1].dtype && (is_double || operands[0].dtype == DType::kFloat32), "norms and weights: dtype");
-  return {operands[0].data, operands[1].data, is_double, tensors->numels[0], scalar_of(beta)};
+  return {operands[0].data, operands[1].data, operands[0].dtype == DType::kFloat64, tensors->numels[0], scalar_of(beta)};
+}
+
+void weights(List tensors, const py::object& beta, uintptr_t stream) {
+  expect_weights(tensors);
+  const GibbsOptions options = gibbs_of(tensors, beta);
+  const Launch launch("sharpness_weights", tensors, stream);
+  sharpness_weights(options, launch.place);
+}
+
+void sample(List tensors, const py::object& beta, bool replacement, uint64_t seed, uintptr_t stream) {
+  const int64_t draws = expect_draws(tensors, replacement);
+  const DrawOptions options{gibbs_of(tensors, beta), static_cast<int64_t*>(tensors->operands[2].data), draws, seed_of(seed)};
+  const Launch launch("sharpness_sample", tensors, stream);
+  replacement ? sharpness_draw(options, launch.place) : sharpness_rank(options, launch.place);
+}
+
+void copy_rows(List destination, List source, uintptr_t stream) {
+  const Launch launch("restore_", destination, stream);
+  copy({{destination, source}}, {}, launch.place);
 }
 
 #if defined(SAM_CUDA_ON_HOST)
@@ -126,10 +141,19 @@ PYBIND11_MODULE(SAM_CUDA_MODULE, module) {
       },
       arg("list"), arg("slice_sizes") = std::nullopt);
 
-  // Operations over lists: op is a value of sam_kernels/operations, lists holds a TensorList a role. sums: the address of as many float64
-  // as count_sums says (of inner products three times as many), result: of what is made of them.
+  // Operations over lists: op is a value of sam_kernels/operations, lists holds a TensorList a role.
   using Op = const py::object&;
   using Given = const py::dict&;
+  const auto def = [&](const char* name, auto function) {
+    module.def(
+        name, [function](Op op, Given lists, uintptr_t stream) { function({op, lists}, stream); }, arg("op"), arg("lists"), arg("stream"));
+  };
+  const auto def_rows = [&](const char* name, auto function) {
+    module.def(
+        name, [function](Op op, Given lists, Op indices, uintptr_t stream) { function({op, lists}, indices, stream); }, arg("op"),
+        arg("lists"), arg("indices"), arg("stream"));
+  };
+  // sums: the address of as many float64 as count_sums says (of inner products three times as many), result: of what is made of them.
   const auto def_sums = [&](const char* name, auto function) {
     module.def(
         name,
@@ -148,56 +172,15 @@ PYBIND11_MODULE(SAM_CUDA_MODULE, module) {
         centralize_rows({op, lists}, slice_sizes, {sums, result, is_double}, stream);
       },
       arg("op"), arg("lists"), arg("slice_sizes"), arg("sums"), arg("result"), arg("is_double"), arg("stream"));
-  module.def(
-      "check_finite",
-      [](Op value, Given given, uintptr_t stream) {
-        const PyOperation op(value, given);
-        const List grads = op.list("grads");
-        const CheckOptions options{.found_inf = flag_address(op, "found_inf")};
-        const Launch launch("check_finite_", grads, stream);
-        check_finite({{grads}}, options, launch.place);
-      },
-      arg("op"), arg("lists"), arg("stream"));
-  module.def(
-      "perturb", [](Op op, Given lists, Op indices, uintptr_t stream) { perturb_rows({op, lists}, indices, stream); }, arg("op"),
-      arg("lists"), arg("indices"), arg("stream"));
-  module.def(
-      "random_perturb",
-      [](Op op, Given lists, const std::vector<uint32_t>& indices, uintptr_t stream) { random_perturb_rows({op, lists}, indices, stream); },
-      arg("op"), arg("lists"), arg("indices"), arg("stream"));
-  module.def(
-      "copy",
-      [](List destination, List source, uintptr_t stream) {
-        const Launch launch("restore_", destination, stream);
-        copy({{destination, source}}, {}, launch.place);
-      },
-      arg("destination"), arg("source"), arg("stream"));
-  module.def("sgd", [](Op op, Given lists, uintptr_t stream) { sgd_rows({op, lists}, stream); }, arg("op"), arg("lists"), arg("stream"));
+  def("check_finite", check_finite_rows);
+  def_rows("perturb", perturb_rows);
+  def_rows("random_perturb", random_perturb_rows);
+  def("sgd", sgd_rows);
   module.def(
       "adamw", [](Op op, Given lists, uintptr_t corrections, uintptr_t stream) { adamw_rows({op, lists}, corrections, stream); }, arg("op"),
       arg("lists"), arg("corrections"), arg("stream"));
+  module.def("copy", &copy_rows, arg("destination"), arg("source"), arg("stream"));
 
-  module.def(
-      "sharpness_weights",
-      [](List tensors, const py::object& beta, uintptr_t stream) {
-        const GibbsOptions options = gibbs_of(tensors, beta);
-        expect(tensors->numels[1] == options.count, "weights: size");
-        const Launch launch("sharpness_weights", tensors, stream);
-        sharpness_weights(options, launch.place);
-      },
-      py::kw_only(), arg("tensors"), arg("beta"), arg("stream"));
-
-  // tensors: norms, weights and the int64 indices under the name of float64, the only ones of 64 bits that a list knows.
-  module.def(
-      "sharpness_sample",
-      [](List tensors, const py::object& beta, bool replacement, uint64_t seed, uintptr_t stream) {
-        const GibbsOptions gibbs = gibbs_of(tensors, beta);
-        expect(tensors->operands.size() == 3 && tensors->operands[2].dtype == DType::kFloat64, "indices: of 64 bits");
-        const int64_t draws = tensors->numels[2];
-        expect(tensors->numels[1] == draws && draws > 0 && (replacement || draws <= gibbs.count), "weights and indices: size");
-        const Launch launch("sharpness_sample", tensors, stream);
-        const DrawOptions options{gibbs, static_cast<int64_t*>(tensors->operands[2].data), draws, low(seed), high(seed)};
-        replacement ? sharpness_draw(options, launch.place) : sharpness_rank(options, launch.place);
-      },
-      py::kw_only(), arg("tensors"), arg("beta"), arg("replacement"), arg("seed"), arg("stream"));
+  module.def("sharpness_weights", &weights, py::kw_only(), arg("tensors"), arg("beta"), arg("stream"));
+  module.def("sharpness_sample", &sample, py::kw_only(), arg("tensors"), arg("beta"), arg("replacement"), arg("seed"), arg("stream"));
 }

@@ -4,22 +4,20 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <optional>
+#include <array>
 #include <stdexcept>
 #include <utility>
 #include <vector>
 
+#include "bind_common.h"
 #include "cuda/config.h"
 #include "cuda/operations.h"
-#include "operation.h"
-#include "tensor_list.h"
 
 namespace sam::cuda {
 namespace {
 
 namespace py = pybind11;
 
-using List = const PyTensorList*;
 // A Python number, a tensor of one element that the device reads, or None.
 Scalar scalar_of(const py::object& value, double otherwise = 0.0) {
   if (value.is_none()) return {otherwise};
@@ -28,7 +26,16 @@ Scalar scalar_of(const py::object& value, double otherwise = 0.0) {
   return {0.0, operand.data, operand.dtype == DType::kFloat64};
 }
 
-Scalar scalar(const PyOperation& op, const char* field, double otherwise = 0.0) { return scalar_of(op.value(field), otherwise); }
+}  // namespace
+}  // namespace sam::cuda
+
+template <>
+inline sam::cuda::Scalar sam::PyOperation::scalar<sam::cuda::Scalar>(const char* field, double otherwise) const {
+  return cuda::scalar_of(value(field), otherwise);
+}
+
+namespace sam::cuda {
+namespace {
 
 // A flag that the device writes; null for None.
 float* flag_address(const PyOperation& op, const char* field) {
@@ -48,25 +55,15 @@ void* stream_of(uintptr_t stream) { return pointer<void>(stream); }
 
 // The place of an operation on the list's device, made the current one; other threads may run while the launch waits for room.
 struct Launch {
-  Launch(const char* op, List list, uintptr_t stream) : place{op, list->device, stream_of(stream)}, guard(place) {}
+  Launch(const char* op, const TensorList* list, uintptr_t stream) : place{op, list->device, stream_of(stream)}, guard(place) {}
 
   Place place;
   py::gil_scoped_release release;
   DeviceGuard guard;
 };
 
-Multiplier multiplier_of(const PyOperation& op) {
-  return {.norm = scalar(op, "norm"),
-          .grad_scale = scalar(op, "grad_scale", 1.0),
-          .max_norm = op.number_or("max_norm", -1.0),
-          .maximize = op.flag("maximize")};
-}
-
-uint32_t low(uint64_t seed) { return static_cast<uint32_t>(seed); }
-uint32_t high(uint64_t seed) { return static_cast<uint32_t>(seed >> 32); }
-
 // The first of each row's partial sums, and how many there are.
-std::pair<std::vector<uint32_t>, uint32_t> first_sums(List list, const std::vector<int64_t>* slice_sizes = nullptr) {
+std::pair<std::vector<uint32_t>, uint32_t> first_sums(const TensorList* list, const std::vector<int64_t>* slice_sizes = nullptr) {
   std::vector<uint32_t> firsts = chunk_counts(list->numels, slice_sizes);
   uint32_t total = 0;
   for (uint32_t& first : firsts) {
@@ -95,179 +92,112 @@ struct Sums {
   bool is_double;  // the result; of inner products always
 };
 
-// One norm is finished by the launch that makes its sums, several by one of their own.
-FinishOptions finish_of(const Sums& memory, float* found_inf, float* skipped, const std::vector<uint32_t>& bounds, const Place& place) {
-  return {.sums = pointer<double>(memory.sums),
-          .norms = pointer<void>(memory.result),
-          .is_double = memory.is_double,
-          .found_inf = found_inf,
-          .skipped = skipped,
-          .count = bounds.back(),
-          .counter = bounds.size() == 2 ? counter_of(place) : nullptr};
-}
+// Flags on the device, or null.
+struct Flags {
+  float *found_inf = nullptr, *skipped = nullptr;
+};
 
-void expect(bool holds, const char* what) {
-  if (!holds) throw std::invalid_argument(what);
+// An operation over lists that makes norms: of all rows, or of each group of them. One is finished by the launch that makes its sums,
+// several by one of their own.
+template <int kRoles, class Options>
+void run_norms(const char* op, bool (*run)(const RowLists<kRoles>&, const Summed<Options>&, const Place&),
+               const std::array<const TensorList*, std::size_t{kRoles}>& lists, const Options& options, const Flags& flags,
+               const Sums& memory, uintptr_t stream, const std::vector<int64_t>* group_sizes = nullptr,
+               const std::vector<int64_t>* slice_sizes = nullptr) {
+  const auto [firsts, total] = first_sums(lists[0], slice_sizes);
+  const auto bounds = group_sizes == nullptr ? std::vector<uint32_t>{0, total} : bounds_of(firsts, total, *group_sizes);
+  const Launch launch(op, lists[0], stream);
+  const FinishOptions finish{.sums = pointer<double>(memory.sums),
+                             .norms = pointer<void>(memory.result),
+                             .is_double = memory.is_double,
+                             .found_inf = flags.found_inf,
+                             .skipped = flags.skipped,
+                             .count = bounds.back(),
+                             .counter = bounds.size() == 2 ? counter_of(launch.place) : nullptr};
+  if (!run({lists, &firsts, slice_sizes}, {options, finish}, launch.place)) finish_norms(finish, bounds, launch.place);
 }
 
 void grad_norms(const PyOperation& op, const Sums& memory, uintptr_t stream) {
-  const List grads = op.list("grads"), params = op.list("params");
-  const auto [firsts, total] = first_sums(grads);
-  const auto bounds = bounds_of(firsts, total, op.integers("group_sizes"));
-  const double eta = op.number("eta");
-  const bool adaptive = op.flag("adaptive");
-  float *found_inf = flag_address(op, "found_inf"), *skipped = flag_address(op, "skipped");
-  const Launch launch("grad_norms", grads, stream);
-  const FinishOptions finish = finish_of(memory, found_inf, skipped, bounds, launch.place);
-  const NormOptions options{.eta = eta, .adaptive = adaptive, .sums = pointer<double>(memory.sums), .finish = finish};
-  if (!sum_squares({{grads, params}, &firsts}, options, launch.place)) finish_norms(finish, bounds, launch.place);
+  const Flags flags{.found_inf = flag_address(op, "found_inf"), .skipped = flag_address(op, "skipped")};
+  const std::vector<int64_t> group_sizes = op.integers("group_sizes");
+  run_norms("grad_norms", sum_squares, op.lists(kNormLists), read_scaling(op), flags, memory, stream, &group_sizes);
 }
 
 void direction_norm(const PyOperation& op, const Sums& memory, uintptr_t stream) {
-  const List grads = op.list("grads"), ema = op.list("ema"), params = op.list("params");
-  const auto [firsts, total] = first_sums(grads);
-  const std::vector<uint32_t> bounds = {0, total};
-  DirectionOptions options{.grad_scale = scalar(op, "grad_scale", 1.0),
-                           .decay = op.number("decay"),
-                           .gain = op.number("gain"),
-                           .sigma = op.number("sigma"),
-                           .eta = op.number("eta"),
-                           .adaptive = op.flag("adaptive"),
-                           .friendly = op.equals("kind", "friendly"),
-                           .first_step = op.flag("first_step"),
-                           .sums = pointer<double>(memory.sums),
-                           .finish = {}};
-  const Launch launch("direction_norm_", grads, stream);
-  options.finish = finish_of(memory, nullptr, nullptr, bounds, launch.place);
-  if (!sum_direction({{grads, ema, params}, &firsts}, options, launch.place)) finish_norms(options.finish, bounds, launch.place);
+  run_norms("direction_norm_", sum_direction, op.lists(kDirectionLists), read_direction<Scalar>(op), {}, memory, stream);
+}
+
+// found_inf is read first and set last.
+void combine_rows(const PyOperation& op, const Sums& memory, uintptr_t stream) {
+  const Flags flags{.found_inf = flag_address(op, "found_inf")};
+  run_norms("combine_", combine, op.lists(kCombineLists), read_combine<Scalar>(op), flags, memory, stream);
+}
+
+void centralize_rows(const PyOperation& op, const std::vector<int64_t>& slice_sizes, const Sums& memory, uintptr_t stream) {
+  const Flags flags{.found_inf = flag_address(op, "found_inf")};
+  run_norms("centralize_", centralize, op.lists(kNormLists), read_scaling(op), flags, memory, stream, nullptr, &slice_sizes);
 }
 
 void grad_dots(const PyOperation& op, const Sums& memory, uintptr_t stream) {
-  const List lefts = op.list("lefts"), rights = op.list("rights"), origins = op.list("origins");
-  const auto [firsts, total] = first_sums(lefts);
+  const auto lists = op.lists(kDotsLists);
+  const auto [firsts, total] = first_sums(lists[0]);
   float* found_inf = flag_address(op, "found_inf");
-  const Launch launch("grad_dots", lefts, stream);
+  const Launch launch("grad_dots", lists[0], stream);
   const FinishDotsOptions finish{.sums = pointer<Dots>(memory.sums),
                                  .count = total,
                                  .dots = pointer<Dots>(memory.result),
                                  .found_inf = found_inf,
                                  .counter = counter_of(launch.place)};
-  const DotsOptions options{.sums = pointer<Dots>(memory.sums), .finish = finish};
-  if (!sum_dots({{lefts, rights, origins}, &firsts}, options, launch.place)) finish_dots(finish, launch.place);
+  if (!sum_dots({lists, &firsts}, {{}, finish}, launch.place)) finish_dots(finish, launch.place);
 }
 
-// found_inf is read first and set last.
-void combine_rows(const PyOperation& op, const Sums& memory, uintptr_t stream) {
-  const List outs = op.list("outs"), lefts = op.list("lefts"), rights = op.list("rights"), origins = op.list("origins");
-  const auto [firsts, total] = first_sums(outs);
-  const std::vector<uint32_t> bounds = {0, total};
-  CombineOptions options{.left = scalar(op, "left_weight"),
-                         .right = scalar(op, "right_weight"),
-                         .origin = scalar(op, "origin_weight"),
-                         .found_inf = scalar(op, "found_inf"),
-                         .sums = pointer<double>(memory.sums),
-                         .finish = {}};
-  float* found_inf = flag_address(op, "found_inf");
-  const Launch launch("combine_", outs, stream);
-  options.finish = finish_of(memory, found_inf, nullptr, bounds, launch.place);
-  if (!combine({{outs, lefts, rights, origins}, &firsts}, options, launch.place)) finish_norms(options.finish, bounds, launch.place);
-}
-
-void centralize_rows(const PyOperation& op, const std::vector<int64_t>& slice_sizes, const Sums& memory, uintptr_t stream) {
-  const List grads = op.list("grads"), params = op.list("params");
-  const auto [firsts, total] = first_sums(grads, &slice_sizes);
-  const std::vector<uint32_t> bounds = {0, total};
-  const double eta = op.number("eta");
-  const bool adaptive = op.flag("adaptive");
-  float* found_inf = flag_address(op, "found_inf");
-  const Launch launch("centralize_", grads, stream);
-  const FinishOptions finish = finish_of(memory, found_inf, nullptr, bounds, launch.place);
-  const NormOptions options{.eta = eta, .adaptive = adaptive, .sums = pointer<double>(memory.sums), .finish = finish};
-  if (!centralize({{grads, params}, &firsts, &slice_sizes}, options, launch.place)) finish_norms(finish, bounds, launch.place);
+void check_finite_rows(const PyOperation& op, uintptr_t stream) {
+  const List grads = op.list("grads");
+  const CheckOptions options{.found_inf = flag_address(op, "found_inf")};
+  const Launch launch("check_finite_", grads, stream);
+  check_finite({{grads}}, options, launch.place);
 }
 
 void perturb_rows(const PyOperation& op, const py::object& indices, uintptr_t stream) {
-  const List params = op.list("params"), grads = op.list("grads"), old_params = op.list("old_params"), ema = op.list("ema");
-  const PerturbOptions options{.norm = scalar(op, "norm"),
-                               .rho = scalar(op, "rho"),
-                               .lambd = scalar(op, "lambd"),
-                               .grad_scale = scalar(op, "grad_scale", 1.0),
-                               .found_inf = scalar(op, "found_inf"),
-                               .eps = op.number("eps"),
-                               .eta = op.number("eta"),
-                               .adaptive = op.flag("adaptive"),
-                               .from_old = op.flag("from_old")};
-  const bool stochastic = !op.is_none("rounding_seed");
-  if (ema == nullptr && !stochastic) {
-    const Launch launch("perturb_", params, stream);
-    perturb({{params, grads, old_params}}, options, launch.place);
-    return;
+  if (is_variant(op)) {
+    const auto lists = op.lists(kPerturbVariantLists);
+    const auto options = read_perturb_variant<Scalar>(op);
+    const auto rows = indices.cast<std::vector<uint32_t>>();
+    const Launch launch("perturb_", lists[0], stream);
+    perturb_variant({lists, options.is_stochastic ? &rows : nullptr}, options, launch.place);
+  } else {
+    const auto lists = op.lists(kPerturbLists);
+    const auto options = read_perturb<Scalar>(op);
+    const Launch launch("perturb_", lists[0], stream);
+    perturb({lists}, options, launch.place);
   }
-  const uint64_t seed = op.seed("rounding_seed");
-  PerturbVariantOptions variant{};
-  static_cast<PerturbOptions&>(variant) = options;
-  variant.grad_weight = op.number("grad_weight");
-  variant.ema_weight = op.number("ema_weight");
-  variant.stochastic = stochastic;
-  variant.key_low = low(seed);
-  variant.key_high = high(seed);
-  const auto rows = indices.cast<std::vector<uint32_t>>();
-  const Launch launch("perturb_", params, stream);
-  perturb_variant({{params, grads, old_params, ema}, stochastic ? &rows : nullptr}, variant, launch.place);
 }
 
-void random_perturb_rows(const PyOperation& op, const std::vector<uint32_t>& rows, uintptr_t stream) {
-  const List params = op.list("params"), old_params = op.list("old_params");
-  const uint64_t seed = op.seed("seed");
-  const RandomOptions options{.scale = scalar(op, "scale"),
-                              .key_low = low(seed),
-                              .key_high = high(seed),
-                              .normal = op.equals("distribution", "normal"),
-                              .from_old = op.flag("from_old")};
-  const Launch launch("random_perturb_", params, stream);
-  random_perturb({{params, old_params}, &rows}, options, launch.place);
+void random_perturb_rows(const PyOperation& op, const py::object& indices, uintptr_t stream) {
+  const auto lists = op.lists(kRandomLists);
+  const auto options = read_random<Scalar>(op);
+  const auto rows = indices.cast<std::vector<uint32_t>>();
+  const Launch launch("random_perturb_", lists[0], stream);
+  random_perturb({lists, &rows}, options, launch.place);
 }
 
 void sgd_rows(const PyOperation& op, uintptr_t stream) {
-  const List params = op.list("params");
-  const RowLists<kSgdRoles> lists{{params, op.list("grads"), op.list("old_params"), op.list("momentum_buffers")}};
-  const SgdLaunch options{.lr = scalar(op, "lr"),
-                          .found_inf = scalar(op, "found_inf"),
-                          .multiplier = multiplier_of(op),
-                          .momentum = op.number("momentum"),
-                          .dampening = op.number("dampening"),
-                          .weight_decay = op.number("weight_decay"),
-                          .nesterov = op.flag("nesterov"),
-                          .first_step = op.flag("first_step")};
-  const Launch launch("sgd_step_", params, stream);
-  sgd(lists, options, launch.place);
+  const auto lists = op.lists(kSgdLists);
+  const auto options = read_sgd<Scalar>(op);
+  const Launch launch("sgd_step_", lists[0], stream);
+  sgd({lists}, options, launch.place);
 }
 
 // corrections: the address of (n, 2) float64. state_steps: float32, advanced here.
 void adamw_rows(const PyOperation& op, uintptr_t corrections, uintptr_t stream) {
-  const List params = op.list("params"), steps = op.list("state_steps");
-  expect(steps->operands.size() == params->operands.size(), "one step counter a tensor");
+  const List steps = op.list("state_steps");
+  const RowLists<kAdamRoles> lists{op.lists(kAdamLists)};
+  expect(steps->numels.size() == lists.numels().size(), "one step counter a tensor");
   if (!steps->only_float32) throw py::type_error("step counters must be float32");
-  const RowLists<kAdamRoles> lists{{params, op.list("grads"), op.list("old_params"), op.list("exp_avgs"), op.list("exp_avg_sqs")}};
-  const auto [beta1, beta2] = op.value("betas").cast<std::pair<double, double>>();
-  const AdvanceOptions advanced{.lr = scalar(op, "lr"),
-                                .norm = scalar(op, "norm"),
-                                .found_inf = scalar(op, "found_inf"),
-                                .beta1 = beta1,
-                                .beta2 = beta2,
-                                .corrections = pointer<double>(corrections)};
-  const AdamLaunch options{.lr = advanced.lr,
-                           .found_inf = advanced.found_inf,
-                           .multiplier = multiplier_of(op),
-                           .beta1 = beta1,
-                           .beta2 = beta2,
-                           .eps = op.number("eps"),
-                           .weight_decay = op.number("weight_decay"),
-                           .decoupled = op.flag("decoupled"),
-                           .corrections = advanced.corrections};
-  const Launch launch("adamw_step_", params, stream);
+  const AdamLaunch options{.options = read_adam<Scalar>(op), .corrections = pointer<double>(corrections)};
+  const Launch launch("adamw_step_", lists.roles[0], stream);
   lists.check();
-  advance({{steps}}, advanced, launch.place);
+  advance({{steps}}, options, launch.place);
   adamw(lists, options, launch.place);
 }
 

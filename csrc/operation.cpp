@@ -42,20 +42,18 @@ bool PyOperation::flag(const char* field) const { return value(field).cast<bool>
 
 bool PyOperation::equals(const char* field, const char* text) const { return value(field).cast<std::string>() == text; }
 
-uint64_t PyOperation::seed(const char* field) const {
+RandomSeed PyOperation::seed(const char* field) const {
   const py::object seed = value(field);
-  return seed.is_none() ? 0 : seed.cast<uint64_t>();
+  return seed_of(seed.is_none() ? 0 : seed.cast<uint64_t>());
 }
 
 std::vector<int64_t> PyOperation::integers(const char* field) const { return value(field).cast<std::vector<int64_t>>(); }
 
 double PyOperation::number(const char* field) const { return number_of(value(field)); }
 
-double PyOperation::number_or(const char* field, double otherwise) const { return optional_number(field).value_or(otherwise); }
-
-std::optional<double> PyOperation::optional_number(const char* field) const {
+double PyOperation::number_or(const char* field, double otherwise) const {
   const py::object found = value(field);
-  return found.is_none() ? std::nullopt : std::optional<double>(number_of(found));
+  return found.is_none() ? otherwise : number_of(found);
 }
 
 }  // namespace sam

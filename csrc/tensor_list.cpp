@@ -146,6 +146,19 @@ void register_types(const py::type& tensor_type, const py::type& parameter_type,
   r.exchange = find_exchange(tensor_type);
 }
 
+// A class of lists with what all of them have.
+template <class List>
+py::class_<List> bind_list(py::module_& module, const char* name) {
+  using py::arg;
+  return py::class_<List>(module, name, py::module_local())  // each module has its own
+      .def(py::init<const py::list&>(), arg("tensors"))
+      .def("is_current", &List::is_current, arg("tensors"))
+      .def("current_grads", &List::current_grads, arg("tensors"))
+      .def_readonly("has_float64", &List::has_float64)
+      .def_readonly("only_float32", &List::only_float32)
+      .def_readonly("non_contiguous", &List::non_contiguous);
+}
+
 }  // namespace
 
 void bind_tensor_list(py::module_& module, int32_t device_type) {
@@ -154,27 +167,15 @@ void bind_tensor_list(py::module_& module, int32_t device_type) {
   module.def("register_types", &register_types, arg("tensor_type"), arg("parameter_type"), arg("dtypes"));
   // Whether tensors are read through torch's DLPack exchange functions (torch >= 2.10) rather than through their Python methods.
   module.def("reads_through_dlpack", [] { return registry().exchange != nullptr; });
-  py::class_<PyTensorList>(module, "TensorList", py::module_local())  // each module has its own
-      .def(py::init<const py::list&>(), arg("tensors"))
-      .def("is_current", &PyTensorList::is_current, arg("tensors"))
-      .def("current_grads", &PyTensorList::current_grads, arg("tensors"))
-      .def_readonly("has_float64", &PyTensorList::has_float64)
-      .def_readonly("only_float32", &PyTensorList::only_float32)
-      .def_readonly("non_contiguous", &PyTensorList::non_contiguous);
+  bind_list<PyTensorList>(module, "TensorList");
 }
 
 void bind_any_tensor_list(py::module_& module) {
   using py::arg;
-  py::class_<AnyTensorList>(module, "AnyTensorList", py::module_local())
-      .def(py::init<const py::list&>(), arg("tensors"))
-      .def("is_current", &AnyTensorList::is_current, arg("tensors"))
-      .def("current_grads", &AnyTensorList::current_grads, arg("tensors"))
+  bind_list<AnyTensorList>(module, "AnyTensorList")
       .def("has_kinds_of", &AnyTensorList::has_kinds_of, arg("other"))
       .def("has_pointers_of", &AnyTensorList::has_pointers_of, arg("other"))
       .def("write_pointers", &AnyTensorList::write_pointers, arg("destination"))
-      .def_readonly("has_float64", &AnyTensorList::has_float64)
-      .def_readonly("only_float32", &AnyTensorList::only_float32)
-      .def_readonly("non_contiguous", &AnyTensorList::non_contiguous)
       .def_readonly("numels", &AnyTensorList::numels)
       .def_property_readonly("dtypes", [](const AnyTensorList& list) {
         py::tuple dtypes(list.operands.size());

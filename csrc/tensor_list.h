@@ -27,7 +27,6 @@ struct PyTensorList : TensorList {
   std::vector<const PyObject*> objects;  // (n,) which tensors they were; only compared
   std::vector<int64_t> non_contiguous;   // indices of the tensors that are not in C order; Python looks at their strides
   bool has_float64 = false, only_float32 = true;
-  int32_t device = 0;  // which one of its type; 0 for the CPU
 
   PyTensorList();                                        // of the module's type of device
   explicit PyTensorList(const pybind11::list& tensors);  // throws TypeError: a dtype without kernels, no memory, several devices

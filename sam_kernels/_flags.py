@@ -1,4 +1,4 @@
-"""What a norm that is not finite leaves behind."""
+"""The flag that a norm which is not finite sets."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["report_norm"]
 def report_norm(
     norm: Tensor,  # ()
     found_inf: Tensor | None,  # ()
-    skipped: Tensor | None,  # ()
-    out: Tensor | None,  # ()
+    skipped: Tensor | None = None,  # ()
+    out: Tensor | None = None,  # ()
 ) -> Tensor:  # (), ``out`` where given
-    """Sets ``found_inf`` where the norm is not finite. With ``skipped``, what ``found_inf`` was is added to that first, and it starts anew.
+    """Set ``found_inf`` to 1 if the norm is not finite. With ``skipped``, add ``found_inf`` to ``skipped`` first and start it from 0.
 
-    Waits for no device; a norm on the CPU takes no more than one small operation.
+    Waits for no device. A norm on the CPU takes one small operation at most.
     """
     if found_inf is not None and skipped is not None and not (found_inf.is_cpu and found_inf.item() == 0.0):
         skipped.add_(found_inf.reshape(skipped.shape))

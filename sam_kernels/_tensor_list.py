@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["TensorList", "are_trusted", "is_dense_row", "slice_sizes", "slices_are_runs"]
+__all__ = ["TensorList", "are_trusted", "arithmetic_dtype", "is_dense_row", "slice_sizes", "slices_are_runs"]
 
 
 class TensorList(list[Tensor]):
@@ -33,6 +34,11 @@ _TRUSTED = frozenset({TensorList, type(None)})
 def are_trusted(lists: Iterable[Sequence[Any] | None]) -> bool:
     """Whether every list that is given is a :class:`TensorList`."""
     return _TRUSTED.issuperset(map(type, lists))
+
+
+def arithmetic_dtype(tensors: Iterable[Tensor | None]) -> torch.dtype:
+    """The dtype in which operations calculate with these tensors: float64 if one of them is float64, otherwise float32."""
+    return torch.float64 if any(tensor is not None and tensor.dtype is torch.float64 for tensor in tensors) else torch.float32
 
 
 def is_dense_row(tensors: Sequence[Tensor]) -> bool:

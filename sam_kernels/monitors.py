@@ -48,12 +48,11 @@ def gradient_variance(
         TypeError, ValueError: for what is none of these. Rounding may make the result slightly negative where gradients hardly differ.
     """
     name = "gradient_variance"
-    wide, mean, b, m = _checked(name, norms, mean_grad_norm, micro_batch)
-    factor = 1.0
+    variance, _, _, m = _variance(name, norms, mean_grad_norm, micro_batch)
     if population is not None:
         n = check_count(name, "population", population, low=m + 1)
-        factor = (n - m) / (n - 1)
-    return _finish(m * (wide.square().mean() - mean.square()) / (1 - 1 / b) / factor, norms)
+        variance = variance / ((n - m) / (n - 1))
+    return _finish(variance, norms)
 
 
 def gradient_noise_scale(
@@ -68,8 +67,7 @@ def gradient_noise_scale(
     estimate is not positive, and the result is inf: the batch is too small to tell. Averaging numerator and denominator over steps before
     dividing, as the authors do, needs :func:`gradient_variance` alone. Arguments and errors as there.
     """
-    wide, mean, b, m = _checked("gradient_noise_scale", norms, mean_grad_norm, micro_batch)
-    variance = m * (wide.square().mean() - mean.square()) / (1 - 1 / b)
+    variance, mean, b, m = _variance("gradient_noise_scale", norms, mean_grad_norm, micro_batch)
     squared_norm = mean.square() - variance / (m * b)
     return _finish(torch.where(squared_norm <= 0, math.inf, variance / squared_norm), norms)
 
@@ -118,21 +116,19 @@ def sharpness(
     if isinstance(params, Tensor | str | dict) or not isinstance(params, Iterable):
         raise TypeError(f"{name}: params must be tensors in a list, got {describe(params)}")
     everything = [check_tensor(name, f"params[{i}]", param) for i, param in enumerate(params)]
-    options: dict[str, Any] = {
-        "rho": check_number(name, "rho", rho, low=0.0),
-        "lambd": check_number(name, "lambd", lambd, low=0.0, high=1.0),
-        "adaptive": check_flag(name, "adaptive", adaptive),
-        "eta": check_number(name, "eta", eta, low=0.0),
-        "eps": check_number(name, "eps", eps, low=0.0),
-    }
+    rho = check_number(name, "rho", rho, low=0.0)
+    lambd = check_number(name, "lambd", lambd, low=0.0, high=1.0)
+    adaptive = check_flag(name, "adaptive", adaptive)
+    eta = check_number(name, "eta", eta, low=0.0)
+    eps = check_number(name, "eps", eps, low=0.0)
     first = _loss(name, closure)
     moving = [param for param in dict.fromkeys(everything) if param.grad is not None]
     grads = [param.grad for param in moving if param.grad is not None]
     old_params = [param.detach().clone() for param in moving]
     try:
         if moving:
-            norm = functional.grad_norm(grads, moving if options["adaptive"] else None, adaptive=options["adaptive"], eta=options["eta"])
-            functional.perturb_(moving, grads, old_params, norm, from_old=True, **options)
+            norm = functional.grad_norm(grads, moving, adaptive=adaptive, eta=eta)
+            functional.perturb_(moving, grads, old_params, norm, rho=rho, lambd=lambd, adaptive=adaptive, eta=eta, eps=eps, from_old=True)
         second = _loss(name, closure)
     finally:
         functional.restore_(moving, old_params)
@@ -155,16 +151,18 @@ def _check_norms(name: str, norms: Tensor, *, low: int) -> Tensor:
     return norms.detach().to(torch.float64)
 
 
-def _checked(name: str, norms: Tensor, mean_grad_norm: Tensor | float, micro_batch: int) -> tuple[Tensor, Tensor, int, int]:
-    """norms and the norm of the mean in float64, b and m. The difference of their squares has few digits in float32."""
+def _variance(name: str, norms: Tensor, mean_grad_norm: Tensor | float, micro_batch: int) -> tuple[Tensor, Tensor, int, int]:
+    """tr V for independent samples and the norm of the mean, b and m. In float64: a difference of squares has few digits in float32."""
     wide = _check_norms(name, norms, low=2)
     m = check_count(name, "micro_batch", micro_batch, low=1)
-    if not isinstance(mean_grad_norm, Tensor):
-        return wide, wide.new_full((), check_number(name, "mean_grad_norm", mean_grad_norm, low=0.0)), len(wide), m
-    check_tensor(name, "mean_grad_norm", mean_grad_norm)
-    if mean_grad_norm.numel() != 1:
-        raise ValueError(f"{name}: mean_grad_norm must have one element, got {describe(mean_grad_norm)}")
-    return wide, mean_grad_norm.detach().to(wide.device, torch.float64).reshape(()), len(wide), m
+    if isinstance(mean_grad_norm, Tensor):
+        check_tensor(name, "mean_grad_norm", mean_grad_norm)
+        if mean_grad_norm.numel() != 1:
+            raise ValueError(f"{name}: mean_grad_norm must have one element, got {describe(mean_grad_norm)}")
+        mean = mean_grad_norm.detach().to(wide.device, torch.float64).reshape(())
+    else:
+        mean = wide.new_full((), check_number(name, "mean_grad_norm", mean_grad_norm, low=0.0))
+    return m * (wide.square().mean() - mean.square()) / (1 - 1 / len(wide)), mean, len(wide), m
 
 
 def _finish(result: Tensor, norms: Tensor) -> Tensor:

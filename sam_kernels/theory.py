@@ -114,7 +114,7 @@ def residual_constant(A: float, f_inf: float, mean_f_i_inf: float) -> float:
             eps of float64, that is rounding, and counts as equal.)
     """
     name = "residual_constant"
-    A = check_number(name, "A", A, low=0.0)
+    (A,) = _checked(name, A=A)
     f_inf, mean = check_number(name, "f_inf", f_inf), check_number(name, "mean_f_i_inf", mean_f_i_inf)
     if mean > f_inf + 4 * torch.finfo(torch.float64).eps * max(abs(f_inf), abs(mean)):
         check_number(name, "mean_f_i_inf", mean, high=f_inf)
@@ -177,7 +177,7 @@ def pl_bound(t: int, gap: float, mu: float, L: float, C: float, lambd: float, rh
     """
     name = "pl_bound"
     t = check_count(name, "t", t, low=0)
-    gap = check_number(name, "gap", gap, low=0.0)
+    (gap,) = _checked(name, gap=gap)
     mu, L, C, lambd, rho, gamma = _pl_steps(name, mu, L, C, lambd, rho, gamma)
     return max(0.0, 1 - gamma * mu) ** t * gap + pl_floor(mu, L, C, lambd, rho, gamma)
 
@@ -195,7 +195,7 @@ def nonconvex_steps(T: int, L: float, A: float, B: float, lambd: float) -> tuple
     """
     name = "nonconvex_steps"
     T = check_count(name, "T", T, low=1)
-    L, A, B, lambd = _constants(name, L, A, B, lambd)
+    L, A, B, lambd = _checked(name, L=L, A=A, B=B, lambd=lambd)
     u, s = (1 - lambd) ** 2, math.sqrt(_over(L, 2 * A * T))
     rho = min(0.25, _over(1, 8 * u * B), 0.75 * s, 1 / math.sqrt(T)) / L
     return rho, min(_over(2, 9 * B), 2 * s / 3, 1.0) / L
@@ -208,8 +208,7 @@ def nonconvex_bound(T: int, gap: float, L: float, C: float, lambd: float, rho: f
     """
     name = "nonconvex_bound"
     T = check_count(name, "T", T, low=1)
-    gap = check_number(name, "gap", gap, low=0.0)
-    L, C, lambd, rho, gamma = _steps(name, L, C, lambd, rho, gamma)
+    gap, L, C, lambd, rho, gamma = _checked(name, gap=gap, L=L, C=C, lambd=lambd, rho=rho, gamma=gamma)
     noise = 2 * C * (L * rho * (1 - lambd) ** 2 + 9 * L * gamma / 8)
     return 6 * gap / (gamma * T) + noise + 2 * L * rho * lambd**2 + 4 * L**3 * gamma * (rho * lambd) ** 2
 
@@ -224,7 +223,7 @@ def descent_step(L: float, rho: float, delta: float) -> float:
         delta: δ in (0, 2 - 2 ν).
     """
     name = "descent_step"
-    L = check_number(name, "L", L, low=0.0, open_low=True)
+    (L,) = _checked(name, L=L)
     nu = L * check_number(name, "rho", rho, low=0.0, high=1 / L, open_high=True)
     delta = check_number(name, "delta", delta, low=0.0, high=2 - 2 * nu, open_low=True, open_high=True)
     return (2 - 2 * nu - delta) / (L * (1 + nu) ** 2)
@@ -236,17 +235,13 @@ def _sampling(
     """L_i, p_i and τ in float64, with what a sampling does not say filled in: uniform probabilities, one draw."""
     check_choice(name, "sampling", sampling, SAMPLINGS)
     check_count(name, "n", n, low=1)
-    given = {"tau": tau, "probabilities": probabilities}
-    takes = {
-        "tau_nice": {"tau"},
-        "single": {"probabilities"},
-        "with_replacement": {"tau", "probabilities"},
-        "independent": {"probabilities"},
-    }
-    for what, value in given.items():
-        if value is not None and what not in takes.get(sampling, set()):
+    for what, value, needed, allowed in (
+        ("tau", tau, ("tau_nice", "with_replacement"), ()),
+        ("probabilities", probabilities, ("single", "independent"), ("with_replacement",)),
+    ):
+        if value is not None and sampling not in (*needed, *allowed):
             raise ValueError(f"{name}: {what} does not go with {sampling!r}")
-        if value is None and what in takes.get(sampling, set()) and (sampling, what) != ("with_replacement", "probabilities"):
+        if value is None and sampling in needed:
             raise ValueError(f"{name}: {sampling!r} needs {what}")
     is_one = isinstance(L, int | float) or (isinstance(L, Tensor) and L.numel() == 1)
     smoothness = torch.full((n,), check_number(name, "L", L), dtype=torch.float64) if is_one else L
@@ -266,19 +261,17 @@ def _sampling(
     return smoothness, p, 1 if tau is None else tau
 
 
-def _constants(name: str, L: float, A: float, B: float, lambd: float) -> tuple[float, float, float, float]:
-    return (
-        check_number(name, "L", L, low=0.0, open_low=True),
-        check_number(name, "A", A, low=0.0),
-        check_number(name, "B", B, low=0.0),
-        check_number(name, "lambd", lambd, low=0.0, high=1.0),
-    )
+def _checked(name: str, **constants: float) -> list[float]:
+    """Return constants of the notation above, checked in their order: at least 0, those that are divided by more than 0, λ at most 1."""
+    return [
+        check_number(name, key, value, low=0.0, open_low=key in ("mu", "L", "gamma"), high=1.0 if key == "lambd" else None)
+        for key, value in constants.items()
+    ]
 
 
 def _pl(name: str, mu: float, L: float, A: float, B: float, lambd: float) -> tuple[float, float, float, float]:
     """μ, L, B μ + A and u."""
-    mu = check_number(name, "mu", mu, low=0.0, open_low=True)
-    L, A, B, lambd = _constants(name, L, A, B, lambd)
+    mu, L, A, B, lambd = _checked(name, mu=mu, L=L, A=A, B=B, lambd=lambd)
     _check_curvature(name, mu, L)
     if A == B == 0:
         raise ValueError(f"{name}: A and B must not both be 0")
@@ -290,25 +283,12 @@ def _check_curvature(name: str, mu: float, L: float) -> None:
         raise ValueError(f"{name}: mu must be at most L, as no L-smooth function is μ-PL with a larger one: got mu = {mu!r}, L = {L!r}")
 
 
-def _pl_steps(
-    name: str, mu: float, L: float, C: float, lambd: float, rho: float, gamma: float
-) -> tuple[float, float, float, float, float, float]:
-    mu = check_number(name, "mu", mu, low=0.0, open_low=True)
-    L, C, lambd, rho, gamma = _steps(name, L, C, lambd, rho, gamma)
+def _pl_steps(name: str, mu: float, L: float, C: float, lambd: float, rho: float, gamma: float) -> list[float]:
+    mu, L, C, lambd, rho, gamma = checked = _checked(name, mu=mu, L=L, C=C, lambd=lambd, rho=rho, gamma=gamma)
     _check_curvature(name, mu, L)
     if gamma * mu > 1 + _ROUNDING:
         raise ValueError(f"{name}: gamma * mu must be at most 1, no larger step is proved to converge: got gamma = {gamma!r}, mu = {mu!r}")
-    return mu, L, C, lambd, rho, gamma
-
-
-def _steps(name: str, L: float, C: float, lambd: float, rho: float, gamma: float) -> tuple[float, float, float, float, float]:
-    return (
-        check_number(name, "L", L, low=0.0, open_low=True),
-        check_number(name, "C", C, low=0.0),
-        check_number(name, "lambd", lambd, low=0.0, high=1.0),
-        check_number(name, "rho", rho, low=0.0),
-        check_number(name, "gamma", gamma, low=0.0, open_low=True),
-    )
+    return checked
 
 
 def _over(a: float, b: float) -> float:

@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = _with_every_pair(kept)
     chosen = set(kept)
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = kept
+    items[:] = sorted(kept, key=lambda item: item.get_closest_marker("slow") is None)  # first: none is left alone at the end
 
 
 def _belongs_here(item: pytest.Item) -> bool:
@@ -107,6 +107,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def backends() -> list[str]:
     """All backends of this machine at once, where the reference is the expensive part."""
     return [name for name in available() if name in TESTED]
+
+
+@pytest.fixture
+def wide_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that are about many numbers, each by itself, and about no border of a block: the interpreter's time is by blocks."""
+    if INTERPRETED:
+        interpreter.widen_blocks(monkeypatch)
 
 
 @pytest.fixture

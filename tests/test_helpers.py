@@ -13,9 +13,9 @@ from sam_kernels.backends import foreach
 from sam_kernels.operations import GradNorms, Operands
 from sam_kernels.validation.bounds import bounds_of
 from sam_kernels.validation.cases import CASES, DTYPES, guards_intact, make_tensor, rows_of
-from sam_kernels.validation.check import check
+from sam_kernels.validation.check import build, check
 from sam_kernels.validation.compare import compare, same_bits
-from sam_kernels.validation.problem import build, run
+from sam_kernels.validation.problem import run
 from sam_kernels.validation.tolerance import Arithmetic, Rounded, norm_bound, ulp
 from tests.helpers.backends import OPERATIONS
 from tests.helpers.compare import assert_same_bits

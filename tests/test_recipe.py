@@ -32,7 +32,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sam_kernels.operations._operation import Access, Number, Operation
+from sam_kernels.operations._operation import ANY, Access, Number, Operation
 
 __all__ = ["Shift"]
 
@@ -43,7 +43,7 @@ class Shift(Operation):
 
     name: ClassVar[str] = "shift_"
     roles: ClassVar = {"params": Access.UPDATED}
-    numbers: ClassVar = ("by",)
+    limits: ClassVar = {"by": ANY}
 
     by: Number
 '''
@@ -51,9 +51,8 @@ PUBLIC = '''"""A shift of all elements."""
 
 from __future__ import annotations
 
-from sam_kernels import _validate
 from sam_kernels._grouping import run
-from sam_kernels.functional._common import Tensors, check_lists
+from sam_kernels.functional._common import Tensors, check_lists, checked
 from sam_kernels.functional._library import operation
 from sam_kernels.operations import Number, Shift
 
@@ -63,9 +62,9 @@ __all__ = ["shift_"]
 @operation(written=Shift.written)
 def shift_(params: Tensors, *, by: Number) -> None:
     """params <- params + by. Reads and writes params: 2 sweeps."""
-    by = _validate.check_number_or_tensor(Shift.name, "by", by)
+    op = checked(Shift(by=by))
     check_lists(Shift, {"params": params})
-    run(Shift(by=by), {"params": params})
+    run(op, {"params": params})
 '''
 BACKEND = '''"""A shift of all elements."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -12,10 +11,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from bench import allocator, gate, steps
-from bench.__main__ import Names
-from bench.command import begin, write
-from bench.environment import environment
+from bench import allocator, gate, options, steps
+from bench.command import begin, new_result, write
 from bench.family.bars import verdicts
 from bench.family.methods import METHODS
 from bench.family.tables import CELLS, HEADINGS, cases, heading
@@ -32,18 +29,18 @@ TESTS = (
 PROVIDERS = tuple(dict.fromkeys(provider.name for method in METHODS.values() for provider in method.providers))
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--method", "methods", type=Names(list(METHODS)), default=",".join(METHODS), show_default=True, help="Whose steps.")
-@click.option("--workload", "workloads", type=Names(list(WORKLOADS)), default=",".join(WORKLOADS), show_default=True, help="Shapes.")
-@click.option("--base", "bases", type=Names(list(BASES)), default=",".join(BASES), show_default=True, help="Wrapped optimizer.")
-@click.option("--providers", type=Names(list(PROVIDERS)), default=",".join(PROVIDERS), help=f"{REFERENCE} always takes part. Default: all.")
+@options.command
+@options.names("--method", "methods", known=METHODS, help="Whose steps.")
+@options.names("--workload", "workloads", known=WORKLOADS, help="Shapes.")
+@options.names("--base", "bases", known=BASES, help="Wrapped optimizer.")
+@options.names("--providers", known=PROVIDERS, show_default=False, help=f"{REFERENCE} always takes part. Default: all.")
 @click.option("--repeats", type=click.IntRange(min=1), help="Rounds. Default: 12 to 60, by size.")
-@click.option("--threads", type=click.IntRange(min=1), help="Default: torch's.")
-@click.option("--allocator", "regime", type=click.Choice(list(allocator.REGIMES)), default="default", help="glibc's, by a new process.")
-@click.option("--memory-budget", type=click.FloatRange(min=1), default=14.0, show_default=True, help="GiB; providers are split to fit.")
-@click.option("--gate/--no-gate", "with_gate", default=True, help="Run the tests of what is measured first.")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Where to write the result file.")
-@click.option("--store", is_flag=True, help="Write it as bench/results/<device>/family.json.")
+@options.threads()
+@options.ALLOCATOR
+@options.MEMORY_BUDGET
+@options.gate("Run the tests of what is measured first.")
+@options.JSON
+@options.store("family")
 def main(
     methods: list[str],
     workloads: list[str],
@@ -60,11 +57,7 @@ def main(
     """Whole steps, forward and backward left out: gradients are given, float32."""
     allocator.ensure(regime, "bench.family", sys.argv[1:])
     console = begin(threads)
-    result = environment() | {
-        "allocator": allocator.current(os.environ),
-        "gate": gate.run(tests=TESTS) if with_gate else "skipped",
-        "rows": [],
-    }
+    result = new_result(with_gate, TESTS)
     console.print(f"gate {result['gate']}", highlight=False, soft_wrap=True)
     for method, workload, base in itertools.product(methods, workloads, bases):
         known = METHODS[method].timed()

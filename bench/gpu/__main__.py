@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from bench import options
 from bench.byte_model import OPS
 from bench.gpu import bandwidth, gate, products, stages, sweep, sweep_products, training
 from bench.gpu.device import device_name, gpu_environment
@@ -27,26 +28,16 @@ STAGES = [stage.name for stage in stages.STAGES]
 MEASURED = [name for name in STAGES if name not in stages.SWEEPS]
 
 
-def _names(known: Any) -> Any:
-    def parse(ctx: click.Context, param: click.Parameter, value: str) -> list[str]:
-        names = [name for name in value.split(",") if name]
-        if unknown := [name for name in names if name not in known]:
-            raise click.BadParameter(f"unknown: {', '.join(unknown)}; the names are {', '.join(known)}")
-        return names
-
-    return parse
-
-
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@options.command
 @click.option("--out", help="Folder for bench.jsonl; '-': rows go to standard output, and no tables. Default: bench/results/<device>.")
 @click.option("--budget", default=120.0, show_default=True, help="Seconds; what does not fit is left out, and named.")
 @click.option("--until", type=float, help="Unix time at which the budget ends, in place of --budget.")
-@click.option("--stages", "stage_names", default=",".join(MEASURED), callback=_names(STAGES), show_default=True, help="In a fixed order.")
-@click.option("--workload", default=",".join(GPU_WORKLOADS), callback=_names(GPU_WORKLOADS), show_default=True, help="Parameter shapes.")
-@click.option("--dtype", default=",".join(DTYPES), callback=_names(DTYPES), show_default=True, help="Of everything an operation touches.")
-@click.option("--ops", "op_names", default=",".join(OPS), callback=_names(OPS), show_default=True, help="'' for none.")
+@options.names("--stages", "stage_names", known=STAGES, default=MEASURED, help="In a fixed order.")
+@options.names("--workload", known=GPU_WORKLOADS, help="Parameter shapes.")
+@options.names("--dtype", known=DTYPES, help="Of everything an operation touches.")
+@options.names("--ops", "op_names", known=OPS, help="'' for none.")
 @click.option("--tests", multiple=True, type=click.File(), help="Rows of tests, '-' for standard input. Default: the tests are run first.")
-@click.option("--gate/--no-gate", "with_gate", default=True, help="Measure only what has passed its tests.")
+@options.gate("Measure only what has passed its tests.")
 @click.option("--dry-run", is_flag=True, help="On the CPU, with tiny inputs and a host clock: does the tool work?")
 def main(
     out: str | None,

@@ -11,6 +11,7 @@ from bench.gpu.models import MODELS
 from bench.gpu.steps import BACKENDS, LOOPS, graph_of, provider
 from bench.gpu.summary import launch_rows, op_rows, step_rows
 from bench.gpu.workloads import GPU_WORKLOADS
+from bench.page import table
 from bench.providers import BASES
 from bench.tables import format_ms
 from bench.workloads import DTYPES
@@ -23,11 +24,6 @@ Row = Mapping[str, Any]
 
 def is_of_a_gpu(result: Result) -> bool:
     return "gpu" in result
-
-
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def _where(result: Result) -> str:
@@ -70,7 +66,7 @@ def _steps(result: Result) -> str:
         "davda54, fused base",
         "kernels",
     ]
-    return _table(headings, rows) if rows else ""
+    return table(headings, rows) if rows else ""
 
 
 def _training(result: Result) -> str:
@@ -81,7 +77,7 @@ def _training(result: Result) -> str:
         over_sam = training.ratio(by, training.REWEIGHTED, training.SAM_STEP)
         rows.append([f"{MODELS[name].title}, batch {next(iter(by.values()))['batch']}", *times, over_base, over_sam])
     headings = ["whole training step", "two of the base", "SAM", "RW-SAM, exact norms", "SAM ÷ two of the base", "RW-SAM ÷ SAM"]
-    return _table(headings, rows) if rows else ""
+    return table(headings, rows) if rows else ""
 
 
 def _bars(result: Result) -> str:
@@ -91,7 +87,7 @@ def _bars(result: Result) -> str:
             shown = ["–" if bar.bar is None else f"{bar.shown_bar} {bar.unit}"]
             shown.append("–" if bar.measured is None else f"{bar.measured:.2f} {bar.unit}")
             rows.append([f"{bar.figure}, {title}", *shown, bar.state])
-    return _table(["figure", "bar", "measured", ""], rows)
+    return table(["figure", "bar", "measured", ""], rows)
 
 
 def _winners(result: Result) -> str:
@@ -101,7 +97,7 @@ def _winners(result: Result) -> str:
             what = f"`{row['op']}` {row['dtype']}" if row["base"] is None else f"step, {BASES[row['base']].title}, {row['dtype']}"
             times = [format_ms(row["ms"][backend]) for backend in BACKENDS]
             rows.append([f"{GPU_WORKLOADS[row['workload']].title}, {what}", *times, row["winner"], f"{row['factor']:.2f}×"])
-    return _table(["", *BACKENDS, "faster", "by"], rows) if rows else ""
+    return table(["", *BACKENDS, "faster", "by"], rows) if rows else ""
 
 
 def _ops(result: Result) -> Iterable[str]:
@@ -116,7 +112,7 @@ def _ops(result: Result) -> Iterable[str]:
                     rows.append([f"`{op}` {backend}", format_ms(row["ms_50"]), spread, *speed])
             if rows:
                 heading = f"### Operations: {GPU_WORKLOADS[workload].title}, {dtype}, {result['gpu']}"
-                yield heading + "\n\n" + _table(["", "median", "20–80 %", "GB/s", "of copy", "to launch"], rows)
+                yield heading + "\n\n" + table(["", "median", "20–80 %", "GB/s", "of copy", "to launch"], rows)
 
 
 def _sweep(result: Result) -> str:
@@ -125,16 +121,16 @@ def _sweep(result: Result) -> str:
         if row["kind"] == "sweep":
             cut = f"{row['cut']}{', the default' if row['is_default'] else ''}"
             rows.append([f"`{row['kernel']}` {row['dtype']}, {row['backend']}", cut, format_ms(row["ms_50"]), f"{row['gbps']:,.0f}"])
-    return _table(["kernel", "cut", "median", "GB/s"], rows) if rows else ""
+    return table(["kernel", "cut", "median", "GB/s"], rows) if rows else ""
 
 
 def readme_section(results: Sequence[Result]) -> str:
     """Whole steps on each device."""
     parts = []
     for result in results:
-        if table := _steps(result):
+        if steps := _steps(result):
             note = "On a GPU: the time of a whole step in a loop of steps, and how many times longer the published loop takes."
-            parts += [note, table, _where(result)]
+            parts += [note, steps, _where(result)]
     return "\n\n".join(parts)
 
 

@@ -15,7 +15,8 @@ import torch
 
 from sam_kernels._dispatch import reason_missing, use_backend
 from sam_kernels.functional import per_sample, sharpness_sample, sharpness_weights
-from sam_kernels.validation.problem import build, run
+from sam_kernels.validation.check import build
+from sam_kernels.validation.problem import run
 
 __all__ = ["ERRORS_FOUND", "TOOLS", "Tool", "command", "verdict"]
 

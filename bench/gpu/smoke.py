@@ -22,10 +22,8 @@ from sam_kernels._dispatch import BACKENDS, reason_missing, select, use_backend
 from sam_kernels.validation.backends import has_per_sample
 from sam_kernels.validation.check import check
 from sam_kernels.validation.options import OPTIONS
-from sam_kernels.validation.per_sample.cases import PER_SAMPLE_OPTIONS
-from sam_kernels.validation.per_sample.check import check_per_sample
-from sam_kernels.validation.sharpness.cases import SHARPNESS_OPTIONS
-from sam_kernels.validation.sharpness.check import check_sharpness
+from sam_kernels.validation.per_sample import PER_SAMPLE_OPTIONS
+from sam_kernels.validation.sharpness import SHARPNESS_OPTIONS
 
 __all__ = ["cases", "main", "rows"]
 
@@ -38,19 +36,19 @@ Case = Callable[[], str | None]  # what is wrong, None if nothing
 def cases(backend: str, device: str) -> Iterator[tuple[str, str, Case]]:
     """(operation, keyword set, case); a graph last, as operation "graph"."""
 
-    def of(checker: Callable[..., Any], op: str, case: str, option: str) -> Case:
+    def of(op: str, case: str, option: str) -> Case:
         def run() -> str | None:
-            worst = checker(op, [backend], DTYPE, case, option, device=device)[backend]
+            worst = check(op, [backend], DTYPE, case, option, device=device)[backend]
             return None if worst.passed else str(worst)
 
         return run
 
     for op, options in OPTIONS.items():
-        yield op, next(iter(options)), of(check, op, SIZES.get(op, "odd_sizes"), next(iter(options)))
+        yield op, next(iter(options)), of(op, SIZES.get(op, "odd_sizes"), next(iter(options)))
     for op, options in SHARPNESS_OPTIONS.items():
-        yield op, "plain", of(check_sharpness, op, "odd", next(name for name in options if name.startswith("plain")))
+        yield op, "plain", of(op, "odd", next(name for name in options if name.startswith("plain")))
     for op, options in PER_SAMPLE_OPTIONS.items() if has_per_sample(backend, device) else ():
-        yield op, next(iter(options)), of(check_per_sample, op, "odd", next(iter(options)))
+        yield op, next(iter(options)), of(op, "odd", next(iter(options)))
     if device == "cuda" and backend != "foreach":  # which no graph is asked of
         yield "graph", "replay", lambda: _graph(backend)
 

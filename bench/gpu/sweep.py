@@ -9,6 +9,7 @@ import importlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -48,7 +49,7 @@ class Tuner(Protocol):
 
     def default_of(self, kernel: str) -> Any: ...
 
-    def use(self, kernel: str, choice: Any) -> None: ...
+    def using(self, kernel: str, choice: Any) -> AbstractContextManager[None]: ...
 
     def compile_all(self, dtypes: Sequence[str], seconds: float) -> None: ...
 
@@ -96,28 +97,26 @@ def run(clock: Clock, device: str, gate: Gate, deadline: float, *, dtypes: Seque
 
 def _rows(tuner: Tuner, clock: Clock, device: str, kernel: str, dtype: str, deadline: float) -> Iterator[dict[str, Any]]:
     op, numel = KERNELS[kernel], NUMEL if device != "cpu" else 4096
-    before = tuner.default_of(kernel)
+    default = tuner.default_of(kernel)
     call = call_of(op, tuner.BACKEND, DTYPES[dtype], numel, device) if device != "cpu" else lambda: None
 
     def times(choice: Any, samples: int) -> float:
-        tuner.use(kernel, choice)
         try:
-            call()
-            return clock.turn(call, samples, 1, samples * HOST_SECONDS).device.ms_50
+            with tuner.using(kernel, choice):
+                call()
+                return clock.turn(call, samples, 1, samples * HOST_SECONDS).device.ms_50
         except Exception as error:  # registers, shared memory: too much for a processor
             print(f"left out: {kernel} {dtype} {choice} on {tuner.BACKEND}: {type(error).__name__}")
             return float("inf")
 
-    try:
-        found = dict(best(times, tuner.choices(kernel), lambda: time.monotonic() > deadline))
-        found.setdefault(before, times(before, 20))
-    finally:
-        tuner.use(kernel, before)
+    found = dict(best(times, tuner.choices(kernel), lambda: time.monotonic() > deadline))
+    if default not in found:
+        found[default] = times(default, 20)
     nbytes = op_bytes(op, numel, DTYPES[dtype].itemsize)
     what = {"kind": "sweep", "backend": tuner.BACKEND, "op": op, "kernel": kernel, "dtype": dtype}
     for rank, (choice, ms) in enumerate(sorted(found.items(), key=lambda pair: pair[1]), 1):
         size = {"numel": numel, "bytes": nbytes, "ms_50": ms, "gbps": nbytes / ms / 1e6}
-        yield what | {"rank": rank, "cut": str(choice), **asdict(choice), "is_default": choice == before} | size
+        yield what | {"rank": rank, "cut": str(choice), **asdict(choice), "is_default": choice == default} | size
 
 
 def _slower(mine: Sequence[Mapping[str, Any]]) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from bench.gpu.sweep import NUMEL
 
-__all__ = ["BACKEND", "Choice", "choices", "compile_all", "default_of", "reason_missing", "use"]
+__all__ = ["BACKEND", "Choice", "choices", "compile_all", "default_of", "reason_missing", "using"]
 
 BACKEND = "native"
 CHUNKS = (8192, 16384, 32768, 65536, 131072)
@@ -47,11 +48,15 @@ def default_of(kernel: str) -> Choice:
     return Choice(_module().usual_chunk_size([NUMEL]), _DEFAULT_BLOCKS)
 
 
-def use(kernel: str, choice: Choice) -> None:
-    if choice == default_of(kernel):
-        _module().set_cut()  # chunks that shrink with the list
-    else:
+@contextmanager
+def using(kernel: str, choice: Choice) -> Iterator[None]:
+    """While open, every kernel's work is cut so."""
+    if choice != default_of(kernel):
         _module().set_cut(chunk_size=choice.chunk_size, blocks_per_processor=choice.blocks_per_processor)
+    try:
+        yield
+    finally:
+        _module().set_cut()  # chunks that shrink with the list
 
 
 def compile_all(dtypes: Sequence[str], seconds: float) -> None:

@@ -60,34 +60,31 @@ def _rows(
     clock: Clock, device: str, method: str, name: str, dtype: torch.dtype, precision: str, deadline: float
 ) -> Iterator[dict[str, Any]]:
     tokens, (d, p), m = (TOKENS, FEATURES, GROUPS) if device != "cpu" else (20, (32, 32), 1)
-    tables = {"gram": _config().GRAM, "direct": _config().DIRECT}[method]
     a, g = (torch.randn((m, tokens, size), dtype=dtype, device=device) for size in (d, p))
-    norms, before = torch.zeros(m, dtype=torch.float64, device=device), tables[name]
+    norms, default = torch.zeros(m, dtype=torch.float64, device=device), _config().TILES[method][name][0]
 
     def call() -> None:
         with use_backend("triton"):
             per_sample.linear_square_norms_(norms, a, g, method=method, precision=precision)
 
     def times(tile: Any, samples: int) -> float:
-        tables[name] = (tile,)
         try:
-            call()
-            return clock.turn(call, samples, 1, samples * HOST_SECONDS).device.ms_50
+            with _config().tuned(method, name, tile):
+                call()
+                return clock.turn(call, samples, 1, samples * HOST_SECONDS).device.ms_50
         except Exception as error:  # registers, shared memory: too much for a processor
             print(f"left out: {method} {name} {tile}: {type(error).__name__}")
             return float("inf")
 
-    try:
-        tried = choices(method, name) if device != "cpu" else choices(method, name)[:2]
-        found = dict(best(times, tried, lambda: time.monotonic() > deadline))
-        found.setdefault(before[0], times(before[0], 20))
-    finally:
-        tables[name] = before
+    tried = choices(method, name) if device != "cpu" else choices(method, name)[:2]
+    found = dict(best(times, tried, lambda: time.monotonic() > deadline))
+    if default not in found:
+        found[default] = times(default, 20)
     work = m * flops(method, tokens, d, p)
     for rank, (tile, ms) in enumerate(sorted(found.items(), key=lambda pair: pair[1]), 1):
         cut = f"{tile.rows}×{tile.columns}×{tile.depth}/{tile.num_warps}/{tile.num_stages}"
         what = {"kind": "sweep_product", "backend": "triton", "op": OP, "kernel": method, "dtype": name, "rank": rank, "cut": cut}
-        yield what | {"is_default": tile == before[0], "ms_50": ms, "tflops": work / ms / 1e9}
+        yield what | {"is_default": tile == default, "ms_50": ms, "tflops": work / ms / 1e9}
 
 
 def lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:

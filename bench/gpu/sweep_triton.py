@@ -13,7 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from bench.gpu.sweep import KERNELS, call_of
 from bench.workloads import DTYPES
 
-__all__ = ["BACKEND", "Choice", "choices", "compile_all", "compile_share", "default_of", "reason_missing", "use"]
+__all__ = ["BACKEND", "Choice", "choices", "compile_all", "compile_share", "default_of", "reason_missing", "using"]
 
 BACKEND = "triton"
 CHUNKS = (8192, 16384, 32768)
@@ -42,10 +43,9 @@ class Choice:
         return f"{self.chunk // 1024}k/{self.block}/{self.num_warps}"
 
 
-def _configs() -> dict[str, Any]:
+def _config() -> Any:
     """Imported late: without triton there is nothing to configure, and the rest of the benchmark need not know."""
-    found: dict[str, Any] = importlib.import_module("sam_kernels.backends.triton._config").CONFIGS
-    return found
+    return importlib.import_module("sam_kernels.backends.triton._config")
 
 
 def reason_missing() -> str | None:
@@ -59,12 +59,14 @@ def choices(kernel: str) -> list[Choice]:
 
 
 def default_of(kernel: str) -> Choice:
-    config = _configs()[kernel]
+    config = _config().CONFIGS[kernel]
     return Choice(config.chunk, config.block, config.num_warps)
 
 
-def use(kernel: str, choice: Choice) -> None:
-    _configs()[kernel] = replace(_configs()[kernel], **asdict(choice))
+def using(kernel: str, choice: Choice) -> AbstractContextManager[None]:
+    """While open, the kernel's work is cut so."""
+    found: AbstractContextManager[None] = _config().tuned(kernel, **asdict(choice))
+    return found
 
 
 def _variants(dtypes: Sequence[str]) -> list[tuple[str, str, Choice]]:
@@ -75,9 +77,9 @@ def compile_share(share: int, of: int, dtypes: Sequence[str]) -> None:
     """Compiles every ``of``-th variant by running it on little."""
     for i, (kernel, dtype, choice) in enumerate(_variants(dtypes)):
         if i % of == share:
-            use(kernel, choice)
             try:
-                call_of(KERNELS[kernel], BACKEND, DTYPES[dtype], 2 * choice.chunk, "cuda")()
+                with using(kernel, choice):
+                    call_of(KERNELS[kernel], BACKEND, DTYPES[dtype], 2 * choice.chunk, "cuda")()
             except Exception as error:  # too much for a processor: the measurement says so
                 print(f"{kernel} {dtype} {choice}: {type(error).__name__}")
     torch.cuda.synchronize()

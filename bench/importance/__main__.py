@@ -13,28 +13,29 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import Progress, TaskID
 
-from bench import gate
+from bench import gate, options
 from bench.batched import times_of
 from bench.command import write
 from bench.environment import environment
 from bench.importance.chart import draw
 from bench.importance.problem import PROBLEMS, make_problem
-from bench.importance.report import ROOT, section
+from bench.importance.report import section
 from bench.importance.run import measure
+from bench.page import ROOT
 
 __all__ = ["main"]
 
 TESTS = ("tests/test_theory.py", "tests/sampling")
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@options.command
 @click.option("--steps", type=click.IntRange(min=1), default=1_000_000, show_default=True, help="Of every run.")
 @click.option("--points", type=click.IntRange(min=1), default=200, show_default=True, help="Of every curve.")
 @click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True, help="Runs whose mean is taken.")
-@click.option("--gate/--no-gate", "with_gate", default=True, help="Run the tests of the theory and of the samplers first.")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Where to write the result file.")
-@click.option("--image", type=click.Path(dir_okay=False, path_type=Path), help="Where to draw the curves.")
-@click.option("--store", is_flag=True, help="Write bench/results/<device>/importance.json and docs/images/importance.png.")
+@options.gate("Run the tests of the theory and of the samplers first.")
+@options.JSON
+@click.option("--image", type=options.FILE(), help="Where to draw the curves.")
+@options.store("importance", " and docs/images/importance.png")
 def main(steps: int, points: int, seeds: int, with_gate: bool, json_path: Path | None, image: Path | None, store: bool) -> None:
     """Single-element sampling of Unified SAM, λ 0, 0.5 and 1, on two ridge problems: rates and floors against the bounds."""
     torch.set_num_threads(1)  # a step is a hundred numbers a run

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bench.chart import save
 from bench.importance.run import WAYS
 from sam_kernels import theory
 
@@ -15,13 +16,11 @@ COLORS = {"uniform": "#b05f3c", "importance_l_max": "#7f9aa8", "importance": "#1
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """A row of panels for each problem, a column for each λ; dashed: the bounds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     lambds = sorted({row["lambd"] for problem in result["problems"] for row in problem["rows"]})
-    figure, axes = pyplot.subplots(len(result["problems"]), len(lambds), figsize=(4.2 * len(lambds), 6.4), sharey=True, squeeze=False)
+    figure = Figure(figsize=(4.2 * len(lambds), 6.4))
+    axes = figure.subplots(len(result["problems"]), len(lambds), sharey=True, squeeze=False)
     for line, problem in zip(axes, result["problems"], strict=True):
         for axis, lambd in zip(line, lambds, strict=True):
             for row in (row for row in problem["rows"] if row["lambd"] == lambd):
@@ -41,7 +40,4 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axis.set_xlabel("step", fontsize=9)
     for line in axes:
         line[0].set_ylabel("f(x) − f*", fontsize=9)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
+    save(figure, path, dpi=110)

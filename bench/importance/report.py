@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
-
-import click
 
 from bench.importance.problem import PROBLEMS
 from bench.importance.run import WAYS
-from bench.report import ROOT, replace_section
+from bench.page import page_command, table
 
-__all__ = ["ROOT", "faster", "section"]
+__all__ = ["faster", "main", "section"]
+
+
+HEADINGS = ("λ", "sampling", "ρ", "γ", "bound: γμ", "measured rate", "over uniform", "floor: bound", "measured")
 
 
 def faster(rows: list[dict[str, Any]], row: dict[str, Any]) -> float:
@@ -29,42 +28,25 @@ def section(result: dict[str, Any]) -> str:
             f"**{PROBLEMS[problem['problem']]}**: L_max {problem['L_max']:.4g}, L_avg {problem['L_avg']:.4g}, "
             f"L_min {problem['L_min']:.4g}, μ {problem['mu']:.3g}."
         )
-        lines = [
-            "| λ | sampling | ρ | γ | bound: γμ | measured rate | over uniform | floor: bound | measured |",
-            "|---:|---|---:|---:|---:|---:|---:|---:|---:|",
-        ]
+        cells = []
         for row in sorted(problem["rows"], key=lambda row: row["lambd"]):
             floor = "not reached" if row["floor_measured"] is None else f"{row['floor_measured']:.2g}"
-            cells = [
-                f"{row['lambd']:g}",
-                WAYS[row["way"]],
-                *(f"{row[key]:.2g}" for key in ("rho", "gamma", "rate_predicted", "rate_measured")),
-                f"{faster(problem['rows'], row):.1f}×",
-                f"{row['floor_predicted']:.2g}",
-                floor,
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-        parts.append("\n".join(lines))
+            cells.append(
+                [
+                    f"{row['lambd']:g}",
+                    WAYS[row["way"]],
+                    *(f"{row[key]:.2g}" for key in ("rho", "gamma", "rate_predicted", "rate_measured")),
+                    f"{faster(problem['rows'], row):.1f}×",
+                    f"{row['floor_predicted']:.2g}",
+                    floor,
+                ]
+            )
+        parts.append(table(HEADINGS, cells, "rlr"))
     parts.append(f"{result['steps']:,} steps, mean of {result['seeds']} seeds, float64; commit {result['commit']}.")
     return "\n\n".join(parts)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option(
-    "--docs", type=click.Path(dir_okay=False, path_type=Path), default=ROOT / "docs/sampling.md", help="Default: docs/sampling.md."
-)
-@click.option("--check", is_flag=True, help="Write nothing; exit with 1 where the file would change.")
-def main(file: Path, docs: Path, check: bool) -> None:
-    """Regenerates the section between the markers from FILE."""
-    text = docs.read_text()
-    wanted = replace_section(text, section(json.loads(file.read_text())), docs.name)
-    if check and text != wanted:
-        click.echo(f"out of date: {docs.name}")
-        raise SystemExit(1)
-    if not check:
-        docs.write_text(wanted)
-
+main = page_command(section, "sampling.md")
 
 if __name__ == "__main__":
     main(prog_name="python -m bench.importance.report")

@@ -153,17 +153,24 @@ def compile_file(source: str, arch: str, root: Path = ROOT) -> list[Kernel]:
     return [_kernel(source, arch, name, entries[name], used[name], sass[name]) for name in entries]
 
 
+def _op_of(source: str, name: str) -> str:
+    """The source, with what tells its kernels apart where it has several."""
+    if sharpness := re.search(r"\dSharpness(Weights|Draw|Rank)E", name):
+        return f"{source}_{sharpness[1].lower()}"
+    if random := re.search(r"13RandomPerturb.*?ELb([01])E", name):
+        return f"{source}_normal" if random[1] == "1" else f"{source}_rademacher"
+    return source
+
+
 def _kernel(source: str, arch: str, name: str, ptx: str, used: list[int], code: list[_sass.Instruction]) -> Kernel:
     storage = next((storage for mangled, storage in _STORAGE.items() if mangled in name), "")
     table = re.search(r"TableILi\d+ELi(\d+)E", name)
-    normal = re.search(r"13RandomPerturb.*?ELb([01])E", name)
-    called = re.search(r"\d(sharpness_\w+?)_kernel", name)
     stack, spill_stores, spill_loads, registers, shared = used
     threads = re.search(r"\.maxntid (\d+)", ptx)
     assert threads is not None
     return Kernel(
         source=source,
-        op=called[1] if called else source if normal is None else "random_normal" if normal[1] == "1" else "random_rademacher",
+        op=_op_of(source, name),
         storage=storage,
         table=int(table[1]) if table else 0,
         arch=arch,

@@ -21,8 +21,9 @@ from bench.byte_model import OPS
 from bench.offline import takes_cpu_tensors
 from sam_kernels import functional
 from sam_kernels.validation.cases import MIXED_NARROW
+from sam_kernels.validation.check import build
 from sam_kernels.validation.options import OPTIONS, concerns
-from sam_kernels.validation.problem import build, run
+from sam_kernels.validation.problem import run
 
 __all__ = ["DTYPES", "Variant", "covering", "covering_calls", "operation_calls", "recorded", "records_of", "timed_call"]
 
@@ -56,9 +57,17 @@ class Variant:
         return any(name == "COLUMNS" for name, _ in self.constants)
 
     @property
+    def values(self) -> tuple[tuple[str, Any], ...]:
+        """The constants, each part of a tuple by itself."""
+        found: list[tuple[str, Any]] = []
+        for name, value in self.constants:
+            found += [(f"{name}[{i}]", part) for i, part in enumerate(value)] if isinstance(value, tuple) else [(name, value)]
+        return tuple(found)
+
+    @property
     def dtypes(self) -> tuple[tuple[str, str], ...]:
         """Storage type of each operand, in the order of the kernel's arguments."""
-        return tuple((name, str(value)) for name, value in self.constants if type(value).__name__ == "dtype")
+        return tuple((name, str(value)) for name, value in self.values if type(value).__name__ == "dtype")
 
     @property
     def dtype(self) -> str:
@@ -72,7 +81,7 @@ class Variant:
         return any(name.lower() == "chunk_size" for name, _ in self.signature)
 
     def __str__(self) -> str:
-        switches = (f"{name}={value}" for name, value in self.constants if not name.endswith("_SIZE"))
+        switches = (f"{name}={value}" for name, value in self.values if not name.endswith("_SIZE"))
         return f"{self.kernel}[{' '.join(switches)}]"
 
 
@@ -190,7 +199,7 @@ def recorded() -> list[Variant]:
 
 
 def _features(variant: Variant) -> set[tuple[Any, ...]]:
-    constants = {(variant.kernel, name, str(value)) for name, value in variant.constants}
+    constants = {(variant.kernel, name, str(value)) for name, value in variant.values}
     return {(variant.kernel, variant.dtype), *constants, *((variant.kernel, *argument) for argument in variant.signature)}
 
 

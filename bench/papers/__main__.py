@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from threadpoolctl import threadpool_limits
 
-from bench import gate
+from bench import gate, options
 from bench.command import RESULTS, begin, write
 from bench.environment import environment
 from bench.papers.experiment import Experiment, Measured
@@ -26,7 +26,7 @@ TESTS = ("tests/test_theory.py", "tests/sampling", "tests/optim/test_formula.py"
 IMAGES = gate.ROOT / "docs" / "images"
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@options.command
 @click.argument("names", nargs=-1, type=click.Choice(list(EXPERIMENTS)))
 @click.option("--quick", is_flag=True, help="A subset of seconds, to see that everything runs: its numbers are not for the page.")
 @click.option(
@@ -36,11 +36,11 @@ IMAGES = gate.ROOT / "docs" / "images"
     show_default=True,
     help="Of torch and of the linear algebra; little gains from more.",
 )
-@click.option("--gate/--no-gate", "with_gate", default=True, help="Run the tests of the optimizers, the theory and the samplers first.")
+@options.gate("Run the tests of the optimizers, the theory and the samplers first.")
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("out"), show_default=True, help="Folder for figures and CSV."
 )
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Where to write the result file.")
+@options.JSON
 @click.option(
     "--store", is_flag=True, help="Replace what is stored of NAMES: docs/images/papers_<name>.png, bench/results/<device>/papers*."
 )

@@ -9,27 +9,21 @@ from typing import Any
 import click
 
 from bench.machine_code.generated import between_markers, write
+from bench.page import page_options, table
 from bench.papers.experiments import EXPERIMENTS
-from bench.report import ROOT
 
 __all__ = ["main", "section"]
-
-PAGE = ROOT / "docs" / "papers.md"
 
 
 def section(name: str, entry: dict[str, Any]) -> str:
     """Markdown: the table of one experiment, and what it was measured with."""
     experiment = EXPERIMENTS[name]
-    lines = ["| " + " | ".join(column.heading for column in experiment.columns) + " |", "|---" * len(experiment.columns) + "|"]
-    lines += ["| " + " | ".join(experiment.cells(row)) + " |" for row in entry["rows"]]
+    lines = table([column.heading for column in experiment.columns], map(experiment.cells, entry["rows"]), "l")
     changed = " with local changes" if entry["dirty"] else ""
-    return "\n".join([*lines, "", f"`python -m bench.papers {name}`, commit {entry['commit']}{changed}."])
+    return "\n".join([lines, "", f"`python -m bench.papers {name}`, commit {entry['commit']}{changed}."])
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--docs", type=click.Path(dir_okay=False, path_type=Path), default=PAGE, help="Default: docs/papers.md.")
-@click.option("--check", is_flag=True, help="Write nothing; exit with 1 where the file would change.")
+@page_options("papers.md")
 def main(file: Path, docs: Path, check: bool) -> None:
     """Regenerates what stands between the markers of each experiment from FILE."""
     entries = json.loads(file.read_text())["experiments"]

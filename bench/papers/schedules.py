@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from bench.papers.experiment import Column, Experiment, Measured, curve, cut, tune_axes
 from sam_kernels import schedules
 from sam_kernels.cli.train.data import load
-from sam_kernels.cli.train.optimizers import BASES, SHARPNESS_AWARE, Settings
+from sam_kernels.cli.train.optimizers import BASES, MEMBERS, Settings
 from sam_kernels.cli.train.run import Plan, run
 
 __all__ = ["EXPERIMENT", "LR", "SCHEDULES"]
@@ -55,7 +55,7 @@ def measure(quick: bool, tell: Callable[[str], None]) -> Measured:
             series = {"optimizer": title, "schedule": name}
             points += curve(series, range(1, epochs + 1), accuracy=100 * accuracies.mean(0), train_loss=losses.mean(0))
             tell(f"{title}, {name}")
-    kept: dict[str, Any] = {"data": DATA, "lr": LR, "rho": SHARPNESS_AWARE["sam"], "weight_decay": base.weight_decay, **base.options}
+    kept: dict[str, Any] = {"data": DATA, "lr": LR, "rho": MEMBERS["sam"].rho, "weight_decay": base.weight_decay, **base.options}
     return Measured({**kept, "batch_size": plan.batch_size, "epochs": epochs, "seeds": seeds}, rows, points)
 
 

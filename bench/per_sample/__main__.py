@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,11 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from bench import allocator, gate
-from bench.__main__ import Names
-from bench.command import begin, write
-from bench.environment import environment
+from bench import options
+from bench.command import begin, new_result, write
 from bench.per_sample import memory
 from bench.per_sample.bars import verdicts
-from bench.per_sample.models import MODELS, make_problem
+from bench.per_sample.models import MODELS, runs_of
 from bench.per_sample.providers import PROVIDERS
 from bench.timing import interleave, quantiles
 
@@ -27,14 +24,7 @@ TESTS = ("tests/per_sample", *(f"tests/ops/test_per_sample_{name}.py" for name i
 
 
 def measure(model: str, names: list[str], rounds: int, *, with_memory: bool, console: Console) -> Iterator[dict[str, Any]]:
-    runs = {}
-    for name in names:
-        problem = make_problem(model)  # one each: gradients and hooks of its own
-        reason = PROVIDERS[name].missing(problem)
-        if reason is not None:
-            console.print(f"skipped {name}: {reason}", style="dim", highlight=False)
-            continue
-        runs[name] = PROVIDERS[name].make(problem)
+    runs = runs_of(model, names, PROVIDERS, console)
     norms = {name: result.double() for name, run in runs.items() if (result := run()) is not None}
     exact = norms.get("norms")
     rounds *= MODELS[model].turns
@@ -61,15 +51,15 @@ def measure(model: str, names: list[str], rounds: int, *, with_memory: bool, con
         yield row
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--model", "models", type=Names(list(MODELS)), default=",".join(MODELS), show_default=True, help="Which passes.")
-@click.option("--providers", type=Names(list(PROVIDERS)), default=",".join(PROVIDERS), show_default=True, help="Whose.")
+@options.command
+@options.names("--model", "models", known=MODELS, help="Which passes.")
+@options.names("--providers", known=PROVIDERS, help="Whose.")
 @click.option("--rounds", type=click.IntRange(min=1), default=12, show_default=True, help="Turns of each.")
-@click.option("--threads", type=click.IntRange(min=1), help="Default: torch's.")
+@options.threads()
 @click.option("--memory/--no-memory", "with_memory", default=True, help="How far the resident set rises, in processes of their own.")
-@click.option("--gate/--no-gate", "with_gate", default=True, help="Run the tests of the operations first.")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Where to write the result file.")
-@click.option("--store", is_flag=True, help="Write it as bench/results/<device>/per_sample.json.")
+@options.gate()
+@options.JSON
+@options.store("per_sample")
 def main(
     models: list[str],
     providers: list[str],
@@ -82,11 +72,7 @@ def main(
 ) -> None:
     """Gradient norms of every sample, with and without the batch's gradient, against a plain pass, Opacus and torch.func."""
     console = begin(threads)
-    result = environment() | {
-        "allocator": allocator.current(os.environ),
-        "gate": gate.run(tests=TESTS) if with_gate else "skipped",
-        "rows": [],
-    }
+    result = new_result(with_gate, TESTS)
     for model in models:
         result["rows"] += measure(model, providers, rounds, with_memory=with_memory, console=console)
     _print(result["rows"], console)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor, nn
 
-__all__ = ["MODELS", "Problem", "make_problem"]
+__all__ = ["MODELS", "Problem", "make_problem", "runs_of"]
 
 
 class Block(nn.Module):
@@ -130,3 +131,15 @@ def make_problem(name: str, batch: int | None = None) -> Problem:
     torch.manual_seed(0)
     size = batch or kind.batch
     return Problem(kind, kind.make(), kind.inputs(size), kind.labels(size))
+
+
+def runs_of(model: str, names: Sequence[str], providers: Mapping[str, Any], console: Console) -> dict[str, Callable[[], Any]]:
+    """Return what is timed, by provider. Each has a model of its own: weights, gradients and hooks are not shared."""
+    runs = {}
+    for name in names:
+        problem = make_problem(model)
+        if (reason := providers[name].missing(problem)) is not None:
+            console.print(f"{model}: skipped {name}: {reason}", style="dim", highlight=False)
+        else:
+            runs[name] = providers[name].make(problem)
+    return runs

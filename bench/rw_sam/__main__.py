@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,11 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from bench import allocator, gate
-from bench.__main__ import Names
-from bench.command import begin, write
-from bench.environment import environment
+from bench import gate, options
+from bench.command import begin, new_result, write
 from bench.per_sample.__main__ import TESTS as PER_SAMPLE_TESTS
 from bench.per_sample.bars import verdicts
-from bench.per_sample.models import MODELS, make_problem
+from bench.per_sample.models import MODELS, runs_of
 from bench.rw_sam import quality
 from bench.rw_sam.bars import BARS, over_sam
 from bench.rw_sam.providers import PROVIDERS
@@ -34,14 +31,7 @@ TESTS = (
 
 
 def measure(model: str, names: list[str], rounds: int, console: Console) -> Iterator[dict[str, Any]]:
-    runs = {}
-    for name in names:
-        problem = make_problem(model)  # one each: weights and optimizer of its own
-        reason = PROVIDERS[name].missing(problem.model)
-        if reason is not None:
-            console.print(f"{model}: skipped {name}: {reason}", style="dim", highlight=False)
-            continue
-        runs[name] = PROVIDERS[name].make(problem)
+    runs = runs_of(model, names, PROVIDERS, console)
     rounds *= MODELS[model].turns
     samples = interleave(runs, rounds=rounds, warmup=1)
     for name in runs:
@@ -54,15 +44,15 @@ def measure(model: str, names: list[str], rounds: int, console: Console) -> Iter
         yield row
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--model", "models", type=Names(list(MODELS)), default=",".join(MODELS), show_default=True, help="Whose steps.")
-@click.option("--providers", type=Names(list(PROVIDERS)), default=",".join(PROVIDERS), show_default=True, help="Which steps.")
+@options.command
+@options.names("--model", "models", known=MODELS, help="Whose steps.")
+@options.names("--providers", known=PROVIDERS, help="Which steps.")
 @click.option("--rounds", type=click.IntRange(min=1), default=12, show_default=True, help="Turns of each; of the MLP four times as many.")
-@click.option("--threads", type=click.IntRange(min=1), help="Default: torch's.")
+@options.threads()
 @click.option("--quality/--no-quality", "with_quality", default=True, help="Rank correlations of the weights with the true norms.")
-@click.option("--gate/--no-gate", "with_gate", default=True, help="Run the tests of the norms and of RWSAM first.")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Where to write the result file.")
-@click.option("--store", is_flag=True, help="Write it as bench/results/<device>/rw_sam.json.")
+@options.gate("Run the tests of the norms and of RWSAM first.")
+@options.JSON
+@options.store("rw_sam")
 def main(
     models: list[str],
     providers: list[str],
@@ -75,11 +65,7 @@ def main(
 ) -> None:
     """Whole steps of Reweighted SAM with each kind of norms over a step of SAM, and how well those norms rank the samples."""
     console = begin(threads)
-    result = environment() | {
-        "allocator": allocator.current(os.environ),
-        "gate": gate.run(tests=TESTS) if with_gate else "skipped",
-        "rows": [],
-    }
+    result = new_result(with_gate, TESTS)
     console.print(f"gate {result['gate']}", highlight=False, soft_wrap=True)
     for model in models:
         result["rows"] += measure(model, providers, rounds, console)

@@ -25,8 +25,8 @@ class Provider:
     title: str
     options: dict[str, Any] = field(default_factory=dict)  # of RWSAM; none: SAM
 
-    def missing(self, model: nn.Module) -> str | None:
-        if self.options.get("norms") == "norm_layers" and not has_norm_layers(model):
+    def missing(self, problem: Problem) -> str | None:
+        if self.options.get("norms") == "norm_layers" and not has_norm_layers(problem.model):
             return "the model has no normalisation layers"
         return None
 

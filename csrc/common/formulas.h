@@ -11,6 +11,11 @@
 
 namespace sam {
 
+template <class T>
+SAM_INLINE bool is_finite(T value) {
+  return value - value == T(0);
+}
+
 // 1 / grad_scale folded in: norm and gradient are those of the scaled loss, the perturbation is that of the unscaled one.
 //   s = rho * (1 - lambd + lambd / (norm / grad_scale + eps)) / grad_scale
 template <class T>
@@ -18,11 +23,20 @@ SAM_INLINE T perturb_scale(T norm, T rho, T lambd, T eps, T inv_grad_scale) {
   return rho * ((T(1) - lambd) + lambd / (norm * inv_grad_scale + eps)) * inv_grad_scale;
 }
 
-// T_w = |p| + eta, the normalisation operator of ASAM.
+// ASAM's normalisation operator T_w = |p| + eta, where it is asked for.
 template <class T>
-SAM_INLINE T adaptive_weight(T param, T eta) {
-  return std::fabs(param) + eta;
-}
+struct Scaling {
+  bool is_adaptive;
+  T eta;
+
+  SAM_INLINE T weight(T param) const { return std::fabs(param) + eta; }
+
+  // Rounded once, before the loops.
+  template <class To>
+  SAM_INLINE Scaling<To> as() const {
+    return {is_adaptive, To(eta)};
+  }
+};
 
 // p + s g
 template <class T>
@@ -32,9 +46,15 @@ SAM_INLINE T perturb(T param, T grad, T scale) {
 
 // p + s T_w^2 g
 template <class T>
-SAM_INLINE T perturb_adaptive(T param, T grad, T scale, T eta) {
-  const T weight = adaptive_weight(param, eta);
+SAM_INLINE T perturb_adaptive(T param, T grad, T scale, const Scaling<T>& scaling) {
+  const T weight = scaling.weight(param);
   return param + weight * weight * grad * scale;
+}
+
+// One or the other.
+template <class T>
+SAM_INLINE T perturb(T param, T grad, T scale, const Scaling<T>& scaling) {
+  return scaling.is_adaptive ? perturb_adaptive(param, grad, scale, scaling) : perturb(param, grad, scale);
 }
 
 // Gradient centralisation (arXiv 2004.01461): the mean is that of the elements which share an index of the first dimension.
@@ -60,7 +80,7 @@ SAM_INLINE T update_direction(T grad, T& ema, const DirectionConstants<T>& c) {
   grad = grad * c.inv_grad_scale;
   const T before = kFirst ? T(0) : ema;
   const T after = kFirst ? grad : before * c.decay + grad * c.gain;
-  ema = grad - grad == T(0) ? after : before;
+  ema = is_finite(grad) ? after : before;
   if constexpr (kFirst || kDirection == Direction::kVasso) return after;
   return grad - c.sigma * before;
 }
@@ -81,9 +101,14 @@ struct Dots {
   }
 };
 
-SAM_INLINE double norm_term_adaptive(double param, double grad, double eta) {
-  const double scaled = adaptive_weight(param, eta) * grad;
+SAM_INLINE double norm_term_adaptive(double param, double grad, const Scaling<double>& scaling) {
+  const double scaled = scaling.weight(param) * grad;
   return scaled * scaled;
+}
+
+// One or the other; param is read only where it counts.
+SAM_INLINE double norm_term(double param, double grad, const Scaling<double>& scaling) {
+  return scaling.is_adaptive ? norm_term_adaptive(param, grad, scaling) : norm_term(grad);
 }
 
 // What the descent rules of GSAM (arXiv 2203.08065), WSAM (arXiv 2305.15817), LookSAM (arXiv 2203.02714), SAM-SPS and RSAM are made of.
@@ -121,16 +146,6 @@ struct SgdConstants {
   T lr, momentum, one_minus_dampening, weight_decay, grad_multiplier;
 };
 
-struct SgdOptions {
-  double lr, momentum, dampening, weight_decay;
-  double grad_multiplier;
-};
-
-template <class T>
-SAM_INLINE SgdConstants<T> sgd_constants(const SgdOptions& o) {
-  return {T(o.lr), T(o.momentum), T(1.0 - o.dampening), T(o.weight_decay), T(o.grad_multiplier)};
-}
-
 // Returns the new parameter; buffer is read (unless this is its first step) and written.
 template <Momentum kMomentum, bool kWeightDecay, class T>
 SAM_INLINE T sgd_step(T param, T grad, T& buffer, const SgdConstants<T>& c) {
@@ -150,11 +165,6 @@ SAM_INLINE T sgd_step(T param, T grad, T& buffer, const SgdConstants<T>& c) {
 }
 
 enum class Decay { kNone, kL2, kDecoupled };
-
-struct AdamOptions {
-  double lr, beta1, beta2, eps, weight_decay;
-  double grad_multiplier;  // 1 / grad_scale, the clip factor and the sign of maximize
-};
 
 // In double whatever the storage, as torch computes them on the host.
 struct BiasCorrections {
@@ -176,21 +186,6 @@ struct AdamConstants {
   T decay_factor;  // kDecoupled: 1 - lr * weight_decay
   T grad_multiplier;
 };
-
-template <class T>
-SAM_INLINE AdamConstants<T> adam_constants(const AdamOptions& o, const BiasCorrections& corrections) {
-  AdamConstants<T> constants;
-  constants.step_size = T(corrections.step_size);
-  constants.inv_sqrt_correction = T(corrections.inv_sqrt_correction);
-  constants.one_minus_beta1 = T(1.0 - o.beta1);
-  constants.beta2 = T(o.beta2);
-  constants.one_minus_beta2 = T(1.0 - o.beta2);
-  constants.eps = T(o.eps);
-  constants.weight_decay = T(o.weight_decay);
-  constants.decay_factor = T(1.0 - o.lr * o.weight_decay);
-  constants.grad_multiplier = T(o.grad_multiplier);
-  return constants;
-}
 
 // Returns the new parameter; both moments are read and written.
 template <Decay kDecay, class T>

@@ -21,6 +21,13 @@ constexpr int kTile = kWords * kTileLanes;
 // What the words are for: the counter's last word. One seed may serve all.
 constexpr uint32_t kPerturbationStream = 0, kRoundingStream = 1, kSamplingStream = 2;
 
+// A seed as the two words of Philox's key.
+struct RandomSeed {
+  uint32_t low, high;
+};
+
+SAM_INLINE RandomSeed seed_of(uint64_t seed) { return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)}; }
+
 // 32-bit numbers in the lower halves of 64-bit lanes; whatever is in the upper halves is ignored. V is uint64_t or a vector of it.
 template <class V>
 struct Words {
@@ -30,14 +37,14 @@ struct Words {
 // product(V, uint32_t): the 64-bit product of each lane's lower half. That is one instruction where vectors are multiplied this way, and no
 // half of it is computed twice.
 template <class V, class Product>
-SAM_INLINE Words<V> philox(const Words<V>& counter, uint32_t key0, uint32_t key1, Product product) {
+SAM_INLINE Words<V> philox(const Words<V>& counter, const RandomSeed& seed, Product product) {
   V c0 = counter.word[0], c1 = counter.word[1], c2 = counter.word[2], c3 = counter.word[3];
   SAM_UNROLL
   for (uint32_t round = 0; round < 10; ++round) {
     const V product0 = product(c0, 0xD2511F53u), product1 = product(c2, 0xCD9E8D57u);
-    c0 = (product1 >> 32) ^ c1 ^ uint64_t{key0 + round * 0x9E3779B9u};
+    c0 = (product1 >> 32) ^ c1 ^ uint64_t{seed.low + round * 0x9E3779B9u};
     c1 = product1;
-    c2 = (product0 >> 32) ^ c3 ^ uint64_t{key1 + round * 0xBB67AE85u};
+    c2 = (product0 >> 32) ^ c3 ^ uint64_t{seed.high + round * 0xBB67AE85u};
     c3 = product0;
   }
   return {{c0, c1, c2, c3}};

@@ -10,10 +10,10 @@
 namespace sam {
 
 // In (0, 1), exact: 52 random bits and a half.
-SAM_INLINE double sampling_uniform(int64_t index, uint32_t key0, uint32_t key1) {
+SAM_INLINE double sampling_uniform(int64_t index, const RandomSeed& seed) {
   const auto product = [](uint64_t value, uint32_t factor) { return static_cast<uint64_t>(static_cast<uint32_t>(value)) * factor; };
   const auto counter = static_cast<uint64_t>(index);
-  const Words<uint64_t> words = philox<uint64_t>({{counter, counter >> 32, 0, kSamplingStream}}, key0, key1, product);
+  const Words<uint64_t> words = philox<uint64_t>({{counter, counter >> 32, 0, kSamplingStream}}, seed, product);
   const uint64_t upper = static_cast<uint32_t>(words.word[0]), lower = static_cast<uint32_t>(words.word[1]);
   return (static_cast<double>(static_cast<int64_t>(upper << 20 | lower >> 12)) + 0.5) * 0x1p-52;
 }

@@ -15,7 +15,17 @@ namespace sam {
 struct TensorList {
   std::vector<Operand> operands;  // (n,)
   std::vector<int64_t> numels;    // (n,)
+  int32_t device = 0;             // which one of its type; 0 for the CPU
 };
+
+// Throws std::invalid_argument unless every list that takes part (is not null) has the sizes of the first. Called before any memory is
+// touched. roles: an array of const TensorList*.
+template <class Roles>
+void check_sizes(const Roles& roles) {
+  for (const TensorList* list : roles) {
+    if (list != nullptr && list->numels != roles[0]->numels) throw std::invalid_argument("tensor lists of different sizes");
+  }
+}
 
 // Elements a chunk: 256 KiB of float32, several of which fit a core's L2 cache, and a few thousand chunks for a model of 10^8 parameters.
 constexpr int64_t kChunkSize = 65536;

@@ -5,47 +5,39 @@ namespace sam::cpu {
 inline namespace SAM_ISA {
 
 template <Decay kDecay, class T>
-static void adamw_chunk(const Row& row, Span span, const AdamArgs& args, double step) {
-  const AdamConstants<T> constants = adam_constants<T>(args, bias_corrections(args.lr, args.beta1, args.beta2, step));
-  const bool restores = row.old_param.data != nullptr;
-  const Operand& source = restores ? row.old_param : row.param;
+static void adamw_chunk(const Row& row, Span span, const Adam& options, bool streams, double step) {
+  const AdamConstants<T> constants = adam_constants<T>(options, bias_corrections(options, step));
+  const int from = row[kOldParam].data != nullptr ? kOldParam : kParam;
   for_each_block(span, [&](int64_t begin, int count) {
-    Buffer<T> param_buffer, grad_buffer, exp_avg_buffer, exp_avg_sq_buffer, result_buffer;
-    const T* grad = load(row.grad, begin, count, grad_buffer);
-    const T* param = load(source, begin, count, param_buffer);
-    load(row.state[0], begin, count, exp_avg_buffer);
-    load(row.state[1], begin, count, exp_avg_sq_buffer);
-    T* exp_avg = target(row.state[0], begin, exp_avg_buffer);
-    T* exp_avg_sq = target(row.state[1], begin, exp_avg_sq_buffer);
-    T* result = restores ? result_buffer.data : target(row.param, begin, result_buffer);
+    Buffer<T> grad_buffer, exp_avg_buffer, exp_avg_sq_buffer;
+    const T* grad = load(row[kGrad], begin, count, grad_buffer);
+    rewrite<T>(row, kParam, from, begin, count, streams, [&](const T* param, T* result) {
+      load(row[kExpAvg], begin, count, exp_avg_buffer);
+      load(row[kExpAvgSq], begin, count, exp_avg_sq_buffer);
+      T* exp_avg = target(row[kExpAvg], begin, exp_avg_buffer);
+      T* exp_avg_sq = target(row[kExpAvgSq], begin, exp_avg_sq_buffer);
 #pragma omp simd
-    for (int i = 0; i < count; ++i) {
-      result[i] = adamw_step<kDecay>(param[i], grad[i], exp_avg[i], exp_avg_sq[i], constants);
-    }
-    store(row.state[0], begin, count, exp_avg);
-    store(row.state[1], begin, count, exp_avg_sq);
-    store(row.param, begin, count, result, restores && args.streaming);
+      for (int i = 0; i < count; ++i) {
+        result[i] = adamw_step<kDecay>(param[i], grad[i], exp_avg[i], exp_avg_sq[i], constants);
+      }
+      store(row[kExpAvg], begin, count, exp_avg);
+      store(row[kExpAvgSq], begin, count, exp_avg_sq);
+    });
   });
   stream_fence();
 }
 
 template <class T>
-static void choose_decay(const Row& row, Span span, const AdamArgs& args, double step) {
-  if (args.weight_decay == 0) {
-    adamw_chunk<Decay::kNone, T>(row, span, args, step);
-  } else if (args.decoupled) {
-    adamw_chunk<Decay::kDecoupled, T>(row, span, args, step);
-  } else {
-    adamw_chunk<Decay::kL2, T>(row, span, args, step);
+static void choose_decay(const Row& row, Span span, const Adam& options, bool streams, double step) {
+  switch (decay_of(options)) {
+    case Decay::kNone: adamw_chunk<Decay::kNone, T>(row, span, options, streams, step); break;
+    case Decay::kL2: adamw_chunk<Decay::kL2, T>(row, span, options, streams, step); break;
+    case Decay::kDecoupled: adamw_chunk<Decay::kDecoupled, T>(row, span, options, streams, step); break;
   }
 }
 
-void adamw(const Row& row, Span span, const AdamArgs& args, double step) {
-  if (has_float64(row)) {
-    choose_decay<double>(row, span, args, step);
-  } else {
-    choose_decay<float>(row, span, args, step);
-  }
+void adamw(const Row& row, Span span, const Adam& options, bool streams, double step) {
+  has_float64(row) ? choose_decay<double>(row, span, options, streams, step) : choose_decay<float>(row, span, options, streams, step);
 }
 
 }  // namespace SAM_ISA

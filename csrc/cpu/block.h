@@ -30,37 +30,10 @@ struct Buffer {
   alignas(64) T data[kBlock];
 };
 
-static inline int64_t element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
-
-template <class T>
-constexpr DType kArithmetic = std::is_same_v<T, double> ? DType::kFloat64 : DType::kFloat32;
-
-static inline char* address(const Operand& operand, int64_t begin) {
-  return static_cast<char*>(operand.data) + begin * element_size(operand.dtype);
-}
-
 // kLocality as the compiler's: 3 to every cache level, 2 to the second and beyond.
 template <int kLocality = 3>
 static inline void prefetch(const char* source, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(source + kPrefetchBytes + i, 0, kLocality);
-}
-
-// count elements of another dtype than T, converted into the buffer. Out of line, as narrow(): a call a block costs nothing, and the code
-// of every conversion inlined into every kernel made three quarters of the time to compile and of the binary.
-template <class T>
-static __attribute__((noinline)) const T* widen(DType dtype, const char* source, int count, Buffer<T>& buffer) {
-  Buffer<float> widened;
-  float* target = widened.data;
-  if constexpr (std::is_same_v<T, float>) target = buffer.data;
-  switch (dtype) {
-    case DType::kBFloat16: widen_bfloat16(reinterpret_cast<const uint16_t*>(source), target, count); break;
-    case DType::kFloat16: widen_float16(reinterpret_cast<const uint16_t*>(source), target, count); break;
-    default: std::memcpy(target, source, count * sizeof(float));  // float32, and T is double: a row with a float64 has T = double
-  }
-  if constexpr (std::is_same_v<T, double>) {
-    for (int i = 0; i < count; ++i) buffer.data[i] = widened.data[i];
-  }
-  return buffer.data;
 }
 
 // count elements of the operand from begin, as T: the operand's own memory where its dtype is T, else converted into the buffer.
@@ -69,7 +42,8 @@ static inline const T* load(const Operand& operand, int64_t begin, int count, Bu
   const char* source = address(operand, begin);
   if (prefetches) prefetch(source, count * element_size(operand.dtype));
   if (operand.dtype == kArithmetic<T>) return reinterpret_cast<const T*>(source);
-  return widen(operand.dtype, source, count, buffer);
+  widen(operand.dtype, source, count, buffer.data);
+  return buffer.data;
 }
 
 // Where a kernel may write count results of an operand that it also reads: its own memory where the dtype is T, else the buffer.
@@ -78,28 +52,29 @@ static inline T* target(const Operand& operand, int64_t begin, Buffer<T>& buffer
   return operand.dtype == kArithmetic<T> ? reinterpret_cast<T*>(address(operand, begin)) : buffer.data;
 }
 
+#if defined(__AVX512F__)
+constexpr int64_t kStreamBytes = 64;
+static inline void stream_vector(char* to, const char* from) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+}
+#elif defined(__AVX__)
+constexpr int64_t kStreamBytes = 32;
+static inline void stream_vector(char* to, const char* from) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+#elif defined(__SSE2__)
+constexpr int64_t kStreamBytes = 16;
+static inline void stream_vector(char* to, const char* from) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+#endif
+
 // Non-temporal stores: a write-only output would otherwise be read into the caches before it is overwritten. Every chunk that streams ends
 // with stream_fence().
 static inline void stream_bytes(char* destination, const char* source, int64_t bytes) {
-#if defined(__AVX512F__)
-  if (reinterpret_cast<uintptr_t>(destination) % 64 == 0 && bytes % 64 == 0) {
-    for (int64_t i = 0; i < bytes; i += 64) {
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(destination + i), _mm512_loadu_si512(source + i));
-    }
-    return;
-  }
-#elif defined(__AVX__)
-  if (reinterpret_cast<uintptr_t>(destination) % 32 == 0 && bytes % 32 == 0) {
-    for (int64_t i = 0; i < bytes; i += 32) {
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(destination + i), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i)));
-    }
-    return;
-  }
-#elif defined(__SSE2__)
-  if (reinterpret_cast<uintptr_t>(destination) % 16 == 0 && bytes % 16 == 0) {
-    for (int64_t i = 0; i < bytes; i += 16) {
-      _mm_stream_si128(reinterpret_cast<__m128i*>(destination + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i)));
-    }
+#if defined(__SSE2__)
+  if (reinterpret_cast<uintptr_t>(destination) % kStreamBytes == 0 && bytes % kStreamBytes == 0) {
+    for (int64_t i = 0; i < bytes; i += kStreamBytes) stream_vector(destination + i, source + i);
     return;
   }
 #endif
@@ -120,7 +95,7 @@ static inline void put_bytes(char* destination, const void* source, int64_t byte
   }
 }
 
-// Writes count values of type T as another dtype.
+// Writes count values of type T as another dtype. Out of line, as widen().
 template <class T>
 static __attribute__((noinline)) void narrow(DType dtype, char* destination, int count, const T* values, bool streaming) {
   Buffer<float> narrowed;
@@ -164,6 +139,29 @@ static inline void copy(const Operand& from, const Operand& to, int64_t begin, i
   store(to, begin, count, load(from, begin, count, buffer), streaming);
 }
 
+// Calls compute(values, result), which makes a block of the target from one of the source, another role's or its own. What was just read is
+// written where it lies; a target that is only written is staged, and streamed if streams.
+template <class T, class Compute>
+static inline void rewrite(const Row& row, int to, int from, int64_t begin, int count, bool streams, Compute compute) {
+  Buffer<T> values_buffer, result_buffer;
+  const T* values = load(row[from], begin, count, values_buffer);
+  T* result = from == to ? target(row[to], begin, result_buffer) : result_buffer.data;
+  compute(values, result);
+  store(row[to], begin, count, result, from != to && streams);
+}
+
+// param moved by scale times the step, or times T_w^2 step.
+template <class T>
+static inline void move_along(const T* param, const T* step, int count, T scale, const Scaling<T>& scaling, T* result) {
+  if (scaling.is_adaptive) {
+#pragma omp simd
+    for (int i = 0; i < count; ++i) result[i] = perturb_adaptive(param[i], step[i], scale, scaling);
+  } else {
+#pragma omp simd
+    for (int i = 0; i < count; ++i) result[i] = perturb(param[i], step[i], scale);
+  }
+}
+
 // Calls body(begin, count) for each block of the span.
 template <class Body>
 static inline void for_each_block(Span span, Body body) {
@@ -174,8 +172,10 @@ static inline void for_each_block(Span span, Body body) {
 
 // The arithmetic type of a row: double as soon as one operand is float64.
 static inline bool has_float64(const Row& row) {
-  const auto is_float64 = [](const Operand& operand) { return operand.data != nullptr && operand.dtype == DType::kFloat64; };
-  return is_float64(row.param) || is_float64(row.grad) || is_float64(row.old_param) || is_float64(row.state[0]) || is_float64(row.state[1]);
+  for (const Operand& operand : row.operands) {
+    if (operand.data != nullptr && operand.dtype == DType::kFloat64) return true;
+  }
+  return false;
 }
 
 }  // namespace SAM_ISA

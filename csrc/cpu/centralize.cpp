@@ -10,12 +10,7 @@ inline namespace SAM_ISA {
 
 template <class T>
 static inline void add_terms(const T* grad, int count, Lanes& lanes) {
-  int i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-#pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane) lanes.sum[lane] += grad[i + lane];
-  }
-  for (int lane = 0; i + lane < count; ++lane) lanes.sum[lane] += grad[i + lane];
+  for_each_lane(count, nothing, [&](int i, int lane) { lanes.sum[lane] += grad[i]; });
 }
 
 // In double, of elements in one block. Fewer than kLanes are added one after the other: most of a tree would be zeros.
@@ -37,61 +32,52 @@ static inline void subtract(const T* grad, int count, T mean, T* target) {
   for (int i = 0; i < count; ++i) target[i] = centralized(grad[i], mean);
 }
 
-template <class T>
-static inline void add_squares_of(const Row& row, int64_t begin, const T* grad, int count, const NormArgs& args, Lanes& lanes) {
-  if (args.adaptive) {
-    Buffer<T> param_buffer;
-    add_adaptive_squares(load(row.param, begin, count, param_buffer), grad, count, args.eta, lanes);
-  } else {
-    add_squares(grad, count, false, lanes);
-  }
-}
-
 // As many whole slices as fit a block at a time.
 template <class T>
-static void centralize_short(const Row& row, Span span, const CentralizeArgs& args, Lanes& lanes) {
-  const int size = static_cast<int>(args.slice_size), together = kBlock / size * size;
+static void centralize_short(const Row& row, Span span, const Scaling<double>& scaling, int64_t slice_size, Lanes& lanes) {
+  const int size = static_cast<int>(slice_size), together = kBlock / size * size;
   for (int64_t begin = span.begin; begin < span.end; begin += together) {
     const int count = static_cast<int>(span.end - begin < together ? span.end - begin : together);
     Buffer<T> buffer;
-    const T* grad = load(row.grad, begin, count, buffer);
-    T* centred = target(row.grad, begin, buffer);
+    const T* grad = load(row[kNormGrad], begin, count, buffer);
+    T* centred = target(row[kNormGrad], begin, buffer);
     for (int i = 0; i < count; i += size) subtract(grad + i, size, mean_of(grad + i, size), centred + i);
-    store(row.grad, begin, count, centred);
-    add_squares_of(row, begin, centred, count, args, lanes);
+    store(row[kNormGrad], begin, count, centred);
+    add_scaled_squares(row[kNormParam], begin, centred, count, scaling, false, lanes);
   }
 }
 
 template <class T>
-static void centralize_long(const Row& row, Span slice, const CentralizeArgs& args, Lanes& lanes) {
+static void centralize_long(const Row& row, Span slice, const Scaling<double>& scaling, int64_t slice_size, Lanes& lanes) {
   Lanes sums;
   Buffer<T> buffer;
-  for_each_block(slice, [&](int64_t begin, int count) { add_terms(load(row.grad, begin, count, buffer), count, sums); });
-  const T mean = static_cast<T>(total(sums) / static_cast<double>(args.slice_size));
+  for_each_block(slice, [&](int64_t begin, int count) { add_terms(load(row[kNormGrad], begin, count, buffer), count, sums); });
+  const T mean = static_cast<T>(total(sums) / static_cast<double>(slice_size));
   for_each_block(slice, [&](int64_t begin, int count) {
-    const T* grad = load(row.grad, begin, count, buffer, false);
-    T* centred = target(row.grad, begin, buffer);
+    const T* grad = load(row[kNormGrad], begin, count, buffer, false);
+    T* centred = target(row[kNormGrad], begin, buffer);
     subtract(grad, count, mean, centred);
-    store(row.grad, begin, count, centred);
-    add_squares_of(row, begin, centred, count, args, lanes);
+    store(row[kNormGrad], begin, count, centred);
+    add_scaled_squares(row[kNormParam], begin, centred, count, scaling, false, lanes);
   });
 }
 
 template <class T>
-static double centralize_chunk(const Row& row, Span span, const CentralizeArgs& args) {
+static double centralize_chunk(const Row& row, Span span, const Scaling<double>& scaling, int64_t slice_size) {
   Lanes lanes;
-  if (args.slice_size <= kBlock) {
-    centralize_short<T>(row, span, args, lanes);
+  if (slice_size <= kBlock) {
+    centralize_short<T>(row, span, scaling, slice_size, lanes);
   } else {
-    for (int64_t begin = span.begin; begin < span.end; begin += args.slice_size) {
-      centralize_long<T>(row, {begin, begin + args.slice_size}, args, lanes);
+    for (int64_t begin = span.begin; begin < span.end; begin += slice_size) {
+      centralize_long<T>(row, {begin, begin + slice_size}, scaling, slice_size, lanes);
     }
   }
   return total(lanes);
 }
 
-double centralize(const Row& row, Span span, const CentralizeArgs& args) {
-  return has_float64(row) ? centralize_chunk<double>(row, span, args) : centralize_chunk<float>(row, span, args);
+double centralize(const Row& row, Span span, const Scaling<double>& scaling, int64_t slice_size) {
+  return has_float64(row) ? centralize_chunk<double>(row, span, scaling, slice_size)
+                          : centralize_chunk<float>(row, span, scaling, slice_size);
 }
 
 }  // namespace SAM_ISA

@@ -6,19 +6,20 @@ namespace sam::cpu {
 inline namespace SAM_ISA {
 
 template <bool kOrigin, class T>
-static double combine_chunk(const Row& row, Span span, const CombineArgs& args) {
-  const CombineWeights<T> weights{T(args.left_weight), T(args.right_weight), T(args.origin_weight)};
-  const Operand &out = row.param, &left_operand = row.grad, &right_operand = row.state[0], &origin_operand = row.old_param;
+static double combine_chunk(const Row& row, Span span, const Combine& options, bool streams) {
+  const CombineWeights<T> weights = combine_weights<T>(options);
+  const bool writes = options.found_inf == 0.0;
+  const auto is_out = [&](int role) { return row[role].data == row[kCombineOut].data; };
   // What was just read is written where it lies; what was not is staged and streamed.
-  const bool was_read = out.data == left_operand.data || out.data == right_operand.data || out.data == origin_operand.data;
+  const bool was_read = is_out(kCombineLeft) || is_out(kCombineRight) || is_out(kCombineOrigin);
   Lanes lanes;
   for_each_block(span, [&](int64_t begin, int count) {
     Buffer<T> left_buffer, right_buffer, origin_buffer, result_buffer;
-    const T* left = load(left_operand, begin, count, left_buffer);
-    const T* right = load(right_operand, begin, count, right_buffer);
-    T* result = was_read && args.writes ? target(out, begin, result_buffer) : result_buffer.data;
+    const T* left = load(row[kCombineLeft], begin, count, left_buffer);
+    const T* right = load(row[kCombineRight], begin, count, right_buffer);
+    T* result = was_read && writes ? target(row[kCombineOut], begin, result_buffer) : result_buffer.data;
     if constexpr (kOrigin) {
-      const T* origin = load(origin_operand, begin, count, origin_buffer);
+      const T* origin = load(row[kCombineOrigin], begin, count, origin_buffer);
 #pragma omp simd
       for (int i = 0; i < count; ++i) result[i] = combine<true>(left[i], right[i], origin[i], weights);
     } else {
@@ -26,19 +27,20 @@ static double combine_chunk(const Row& row, Span span, const CombineArgs& args) 
       for (int i = 0; i < count; ++i) result[i] = combine<false>(left[i], right[i], T(0), weights);
     }
     add_squares(result, count, false, lanes);
-    if (args.writes) store(out, begin, count, result, args.streaming && !was_read);
+    if (writes) store(row[kCombineOut], begin, count, result, streams && !was_read);
   });
   stream_fence();
   return total(lanes);
 }
 
 template <class T>
-static double choose_combine(const Row& row, Span span, const CombineArgs& args) {
-  return row.old_param.data == nullptr ? combine_chunk<false, T>(row, span, args) : combine_chunk<true, T>(row, span, args);
+static double choose_combine(const Row& row, Span span, const Combine& options, bool streams) {
+  return row[kCombineOrigin].data == nullptr ? combine_chunk<false, T>(row, span, options, streams)
+                                             : combine_chunk<true, T>(row, span, options, streams);
 }
 
-double combine(const Row& row, Span span, const CombineArgs& args) {
-  return has_float64(row) ? choose_combine<double>(row, span, args) : choose_combine<float>(row, span, args);
+double combine(const Row& row, Span span, const Combine& options, bool streams) {
+  return has_float64(row) ? choose_combine<double>(row, span, options, streams) : choose_combine<float>(row, span, options, streams);
 }
 
 }  // namespace SAM_ISA

@@ -2,8 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "common/half.h"
+#include "common/operand.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -50,6 +53,33 @@ static inline void narrow_float16(const float* source, uint16_t* target, int cou
 #pragma omp simd
 #endif
   for (int k = i; k < count; ++k) target[k] = float_to_float16(source[k]);
+}
+
+template <class T>
+constexpr DType kArithmetic = std::is_same_v<T, double> ? DType::kFloat64 : DType::kFloat32;
+
+// count elements to the arithmetic type. Out of line: a call a block costs nothing, and the code of every conversion inlined into every
+// kernel made three quarters of the time to compile and of the binary. A row with a float64 is never widened to float.
+static __attribute__((noinline)) void widen(DType dtype, const char* source, int64_t count, float* target) {
+  switch (dtype) {
+    case DType::kBFloat16: widen_bfloat16(reinterpret_cast<const uint16_t*>(source), target, static_cast<int>(count)); break;
+    case DType::kFloat16: widen_float16(reinterpret_cast<const uint16_t*>(source), target, static_cast<int>(count)); break;
+    default: std::memcpy(target, source, static_cast<std::size_t>(count) * sizeof(float));
+  }
+}
+
+static __attribute__((noinline)) void widen(DType dtype, const char* source, int64_t count, double* target) {
+  if (dtype == DType::kFloat64) {
+    std::memcpy(target, source, static_cast<std::size_t>(count) * sizeof(double));
+    return;
+  }
+  constexpr int64_t kPiece = 256;
+  float widened[kPiece];
+  for (int64_t begin = 0; begin < count; begin += kPiece) {
+    const int64_t piece = count - begin < kPiece ? count - begin : kPiece;
+    widen(dtype, source + begin * element_size(dtype), piece, widened);
+    for (int64_t i = 0; i < piece; ++i) target[begin + i] = widened[i];
+  }
 }
 
 }  // namespace SAM_ISA

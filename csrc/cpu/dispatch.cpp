@@ -3,30 +3,16 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "cpu/kernels.h"
 
-#define SAM_DECLARE_KERNELS(ISA)                                                                                    \
-  namespace ISA {                                                                                                   \
-  double norm(const Row&, Span, const NormArgs&);                                                                   \
-  void perturb(const Row&, Span, const PerturbArgs&);                                                               \
-  void perturb_variant(const Row&, Span, const PerturbVariantArgs&, uint32_t index);                                \
-  double direction_norm(const Row&, Span, const DirectionArgs&);                                                    \
-  double centralize(const Row&, Span, const CentralizeArgs&);                                                       \
-  Dots grad_dots(const Row&, Span);                                                                                 \
-  double combine(const Row&, Span, const CombineArgs&);                                                             \
-  void random_perturb(const Row&, Span, const RandomPerturbArgs&, uint32_t index);                                  \
-  void copy(const Row&, Span, const CopyArgs&);                                                                     \
-  void sgd(const Row&, Span, const SgdArgs&);                                                                       \
-  void adamw(const Row&, Span, const AdamArgs&, double step);                                                       \
-  double gram(const Matrix&, const Matrix&, Span, Span, bool, bool, void*);                                         \
-  double direct(const Matrix&, const Matrix&, const Product&, bool, void*);                                         \
-  void dots(const Matrix&, const Matrix&, Span, int64_t, bool, double*, bool, void*);                               \
-  void affine(const AffineTask&, bool);                                                                             \
-  double row_squares(const Operand&, int64_t, const Position*, int64_t, Span, const int64_t*);                      \
-  constexpr KernelTable kTable{                                                                                     \
-      #ISA, norm,  perturb, perturb_variant, direction_norm, centralize, grad_dots,  combine, random_perturb, copy, \
-      sgd,  adamw, gram,    direct,          dots,           affine,     row_squares};                              \
+#define SAM_DECLARE(KERNEL) std::remove_pointer_t<decltype(KernelTable::KERNEL)> KERNEL;
+#define SAM_NAME(KERNEL) KERNEL,
+#define SAM_DECLARE_KERNELS(ISA)                                     \
+  namespace ISA {                                                    \
+  SAM_FOR_EACH_KERNEL(SAM_DECLARE)                                   \
+  constexpr KernelTable kTable{#ISA, SAM_FOR_EACH_KERNEL(SAM_NAME)}; \
   }
 
 namespace sam::cpu {

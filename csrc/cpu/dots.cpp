@@ -64,7 +64,7 @@ static inline double square(const T* x, int64_t count) {
 template <class T>
 static inline void token_products(const Matrix& matrix, int64_t row, double* out, Workspace<T>& workspace, int64_t tokens) {
   for (int64_t i = 0; i < tokens * kMaxDotTokens; ++i) out[i] = 0;
-  const int64_t at_once = matrix.operand.dtype == kStorage<T> ? kStretch : kDepth;
+  const int64_t at_once = matrix.operand.dtype == kArithmetic<T> ? kStretch : kDepth;
   for (int64_t begin = 0; begin < matrix.cols; begin += at_once) {
     const int64_t count = matrix.cols - begin < at_once ? matrix.cols - begin : at_once;
     const Rectangle<T> rows = rectangle(matrix, {row, row + tokens}, {begin, begin + count}, workspace);

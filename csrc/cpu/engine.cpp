@@ -1,7 +1,6 @@
 #include "cpu/engine.h"
 
 #include <cmath>
-#include <initializer_list>
 #include <stdexcept>
 
 #include "common/random.h"
@@ -15,33 +14,33 @@ static_assert(kChunkSize % kTile == 0, "chunks begin where tiles of random numbe
 // Write-only outputs bypass the caches when what an operation touches is larger than this. Below it the next pass finds them there.
 constexpr int64_t kStreamingBytes = int64_t{32} << 20;
 
-Operand operand_of(const TensorList* list, int64_t row) { return list ? list->operands[static_cast<std::size_t>(row)] : Operand{}; }
-
 Row row_of(const Lists& lists, int64_t row) {
-  return {operand_of(lists.params, row),
-          operand_of(lists.grads, row),
-          operand_of(lists.old_params, row),
-          {operand_of(lists.states[0], row), operand_of(lists.states[1], row)}};
+  Row found;
+  for (std::size_t role = 0; role < lists.roles.size(); ++role) {
+    if (lists.roles[role] != nullptr) found.operands[role] = lists.roles[role]->operands[static_cast<std::size_t>(row)];
+  }
+  return found;
 }
 
-const std::vector<int64_t>& numels_of(const Lists& lists) { return lists.grads ? lists.grads->numels : lists.params->numels; }
-
-std::vector<int64_t> one_group(const Lists& lists) { return {static_cast<int64_t>(numels_of(lists).size())}; }
+std::vector<int64_t> one_group(const Lists& lists) { return {static_cast<int64_t>(lists.numels().size())}; }
 bool streams(const std::vector<Chunk>& chunks, int operands) {
   return count_elements(chunks) * operands * int64_t{sizeof(float)} > kStreamingBytes;
 }
 
-// Applies kernel(row, span, args) to every chunk, last first: an elementwise pass follows a norm over the same gradients, which read them
-// forwards, so it starts with those still in the caches (measured: 10 % of a whole step).
-template <class Args, class Kernel>
-void apply(const Lists& lists, Args args, int operands, int threads, Kernel kernel) {
-  lists.check();
-  const std::vector<Chunk> chunks = make_chunks(numels_of(lists));
-  args.streaming = streams(chunks, operands);
+// Runs a kernel that writes over every chunk, last first: an elementwise pass follows a norm over the same gradients, which read them
+// forwards, so it starts with those still in the caches (measured: 10 % of a whole step). operands: that it touches; values: (n,) each.
+template <class Options, class... Values>
+void apply(void (*kernel)(const Row&, Span, const Options&, bool, Values...), const Lists& lists, const Options& options, int operands,
+           int threads, const std::vector<Values>&... values) {
+  check_sizes(lists.roles);
+  if (((values.size() != lists.numels().size()) || ...)) throw std::invalid_argument("one value a tensor");
+  const std::vector<Chunk> chunks = make_chunks(lists.numels());
+  const bool streaming = streams(chunks, operands);
   const int64_t last = static_cast<int64_t>(chunks.size()) - 1;
   for_each_chunk(chunks, threads, [&](int64_t i) {
     const Chunk& chunk = chunks[static_cast<std::size_t>(last - i)];
-    kernel(row_of(lists, chunk.tensor), Span{chunk.begin, chunk.end}, args, chunk.tensor);
+    kernel(row_of(lists, chunk.tensor), Span{chunk.begin, chunk.end}, options, streaming,
+           values[static_cast<std::size_t>(chunk.tensor)]...);
   });
 }
 
@@ -61,8 +60,8 @@ std::vector<Sum> partial_sums(const Lists& lists, const std::vector<Chunk>& chun
 template <class Kernel>
 std::vector<double> norms(const Lists& lists, const std::vector<int64_t>& group_sizes, int threads, Kernel kernel,
                           const std::vector<int64_t>* slice_sizes = nullptr) {
-  lists.check();
-  const std::vector<Chunk> chunks = make_chunks(numels_of(lists), slice_sizes);
+  check_sizes(lists.roles);
+  const std::vector<Chunk> chunks = make_chunks(lists.numels(), slice_sizes);
   const std::vector<double> sums = partial_sums<double>(lists, chunks, false, threads, kernel);
   std::vector<double> roots;
   std::size_t i = 0;
@@ -78,92 +77,64 @@ std::vector<double> norms(const Lists& lists, const std::vector<int64_t>& group_
 
 }  // namespace
 
-void Lists::check() const {
-  const std::vector<int64_t>& numels = numels_of(*this);
-  for (const TensorList* list : {params, grads, old_params, states[0], states[1]}) {
-    if (list != nullptr && list->numels != numels) throw std::invalid_argument("tensor lists of different sizes");
-  }
-}
-
-std::vector<double> grad_norms(const Lists& lists, const std::vector<int64_t>& group_sizes, const NormArgs& args, int threads) {
+std::vector<double> grad_norms(const Lists& lists, const std::vector<int64_t>& group_sizes, const Scaling<double>& scaling, int threads) {
   const KernelTable& kernels = kernel_table();
-  return norms(lists, group_sizes, threads, [&](const Row& row, Span span, int64_t) { return kernels.norm(row, span, args); });
+  return norms(lists, group_sizes, threads, [&](const Row& row, Span span, int64_t) { return kernels.norm(row, span, scaling); });
 }
 
-double direction_norm(const Lists& lists, const DirectionArgs& args, int threads) {
+double direction_norm(const Lists& lists, const MovingDirection& options, int threads) {
   const KernelTable& kernels = kernel_table();
   return norms(lists, one_group(lists), threads,
-               [&](const Row& row, Span span, int64_t) { return kernels.direction_norm(row, span, args); })[0];
+               [&](const Row& row, Span span, int64_t) { return kernels.direction_norm(row, span, options); })[0];
 }
 
-double centralize(const Lists& lists, const NormArgs& args, const std::vector<int64_t>& slice_sizes, int threads) {
+double centralize(const Lists& lists, const Scaling<double>& scaling, const std::vector<int64_t>& slice_sizes, int threads) {
   const KernelTable& kernels = kernel_table();
-  check_slices(numels_of(lists), slice_sizes);
+  check_slices(lists.numels(), slice_sizes);
   const auto kernel = [&](const Row& row, Span span, int64_t tensor) {
     const int64_t slice_size = slice_sizes[static_cast<std::size_t>(tensor)];
-    return slice_size == 0 ? kernels.norm(row, span, args) : kernels.centralize(row, span, {args, slice_size});
+    return slice_size == 0 ? kernels.norm(row, span, scaling) : kernels.centralize(row, span, scaling, slice_size);
   };
   return norms(lists, one_group(lists), threads, kernel, &slice_sizes)[0];
 }
 
 Dots grad_dots(const Lists& lists, int threads) {
   const KernelTable& kernels = kernel_table();
-  lists.check();
-  const std::vector<Chunk> chunks = make_chunks(numels_of(lists));
+  check_sizes(lists.roles);
+  const std::vector<Chunk> chunks = make_chunks(lists.numels());
   const auto kernel = [&](const Row& row, Span span, int64_t) { return kernels.grad_dots(row, span); };
   Dots sum{0, 0, 0};
   for (const Dots& dots : partial_sums<Dots>(lists, chunks, false, threads, kernel)) sum += dots;
   return sum;
 }
 
-double combine(const Lists& lists, CombineArgs args, int threads) {
+double combine(const Lists& lists, const Combine& options, int threads) {
   const KernelTable& kernels = kernel_table();
-  lists.check();
-  const std::vector<Chunk> chunks = make_chunks(numels_of(lists));
-  args.streaming = streams(chunks, 4);
+  check_sizes(lists.roles);
+  const std::vector<Chunk> chunks = make_chunks(lists.numels());
+  const bool streaming = streams(chunks, 4);
   double sum = 0;
-  const auto kernel = [&](const Row& row, Span span, int64_t) { return kernels.combine(row, span, args); };
+  const auto kernel = [&](const Row& row, Span span, int64_t) { return kernels.combine(row, span, options, streaming); };
   for (const double square : partial_sums<double>(lists, chunks, true, threads, kernel)) sum += square;
   return std::sqrt(sum);
 }
 
-void perturb(const Lists& lists, PerturbArgs args, int threads) {
-  const KernelTable& kernels = kernel_table();
-  apply(lists, args, 4, threads, [&](const Row& row, Span span, const PerturbArgs& a, int64_t) { kernels.perturb(row, span, a); });
+void perturb(const Lists& lists, const Perturb& options, int threads) { apply(kernel_table().perturb, lists, options, 4, threads); }
+
+void perturb_variant(const Lists& lists, const PerturbVariant& options, const std::vector<uint32_t>& indices, int threads) {
+  apply(kernel_table().perturb_variant, lists, options, 5, threads, indices);
 }
 
-void perturb_variant(const Lists& lists, PerturbVariantArgs args, const std::vector<uint32_t>& indices, int threads) {
-  const KernelTable& kernels = kernel_table();
-  if (indices.size() != numels_of(lists).size()) throw std::invalid_argument("one index a tensor");
-  apply(lists, args, 5, threads, [&](const Row& row, Span span, const PerturbVariantArgs& a, int64_t tensor) {
-    kernels.perturb_variant(row, span, a, indices[static_cast<std::size_t>(tensor)]);
-  });
+void random_perturb(const Lists& lists, const RandomPerturb& options, const std::vector<uint32_t>& indices, int threads) {
+  apply(kernel_table().random_perturb, lists, options, 3, threads, indices);
 }
 
-void random_perturb(const Lists& lists, RandomPerturbArgs args, const std::vector<uint32_t>& indices, int threads) {
-  const KernelTable& kernels = kernel_table();
-  if (indices.size() != numels_of(lists).size()) throw std::invalid_argument("one index a tensor");
-  apply(lists, args, 3, threads, [&](const Row& row, Span span, const RandomPerturbArgs& a, int64_t tensor) {
-    kernels.random_perturb(row, span, a, indices[static_cast<std::size_t>(tensor)]);
-  });
-}
+void copy(const Lists& lists, int threads) { apply(kernel_table().copy, lists, NoOptions{}, 2, threads); }
 
-void copy(const Lists& lists, CopyArgs args, int threads) {
-  const KernelTable& kernels = kernel_table();
-  apply(lists, args, 2, threads, [&](const Row& row, Span span, const CopyArgs& a, int64_t) { kernels.copy(row, span, a); });
-}
+void sgd(const Lists& lists, const Sgd& options, int threads) { apply(kernel_table().sgd, lists, options, 5, threads); }
 
-void sgd(const Lists& lists, SgdArgs args, int threads) {
-  const KernelTable& kernels = kernel_table();
-  apply(lists, args, 5, threads, [&](const Row& row, Span span, const SgdArgs& a, int64_t) { kernels.sgd(row, span, a); });
-}
-
-void adamw(const Lists& lists, AdamArgs args, const std::vector<double>& steps, int threads) {
-  const KernelTable& kernels = kernel_table();
-  if (steps.size() != numels_of(lists).size()) throw std::invalid_argument("one step a tensor");
-  apply(lists, args, 7, threads, [&](const Row& row, Span span, const AdamArgs& a, int64_t tensor) {
-    kernels.adamw(row, span, a, steps[static_cast<std::size_t>(tensor)]);
-  });
+void adamw(const Lists& lists, const Adam& options, const std::vector<double>& steps, int threads) {
+  apply(kernel_table().adamw, lists, options, 7, threads, steps);
 }
 
 }  // namespace sam::cpu

@@ -1,7 +1,9 @@
 // The CPU backend's operations over lists of tensors. They own the threads and the cutting of the work; the kernels own the arithmetic.
-// Tensors of one row are dense, of one size and in one memory order. A role that takes no part is a null list.
+// Tensors of one row are dense, of one size and in one memory order.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -10,29 +12,31 @@
 
 namespace sam::cpu {
 
+// Lists by role (common/roles.h). Null: takes no part.
 struct Lists {
-  const TensorList* params = nullptr;
-  const TensorList* grads = nullptr;
-  const TensorList* old_params = nullptr;
-  const TensorList* states[2] = {nullptr, nullptr};
+  template <std::size_t kRoles>
+  Lists(const std::array<const TensorList*, kRoles>& given) {
+    std::copy(given.begin(), given.end(), roles.begin());
+  }
 
-  // Throws std::invalid_argument unless every list that takes part has the same sizes. Called before any memory is touched.
-  void check() const;
+  const std::vector<int64_t>& numels() const { return roles[0]->numels; }
+
+  std::array<const TensorList*, kMostRoles> roles{};
 };
 
 // Norms of consecutive groups of rows, group_sizes (m,) rows each, in one pass.
-std::vector<double> grad_norms(const Lists& lists, const std::vector<int64_t>& group_sizes, const NormArgs& args, int threads);
-void perturb(const Lists& lists, PerturbArgs args, int threads);
+std::vector<double> grad_norms(const Lists& lists, const std::vector<int64_t>& group_sizes, const Scaling<double>& scaling, int threads);
+void perturb(const Lists& lists, const Perturb& options, int threads);
 // indices: (n,), which rows of the caller's list these are.
-void perturb_variant(const Lists& lists, PerturbVariantArgs args, const std::vector<uint32_t>& indices, int threads);
-double direction_norm(const Lists& lists, const DirectionArgs& args, int threads);
+void perturb_variant(const Lists& lists, const PerturbVariant& options, const std::vector<uint32_t>& indices, int threads);
+double direction_norm(const Lists& lists, const MovingDirection& options, int threads);
 // slice_sizes: (n,), 0 for a tensor that is left as it is.
-double centralize(const Lists& lists, const NormArgs& args, const std::vector<int64_t>& slice_sizes, int threads);
+double centralize(const Lists& lists, const Scaling<double>& scaling, const std::vector<int64_t>& slice_sizes, int threads);
 Dots grad_dots(const Lists& lists, int threads);
-double combine(const Lists& lists, CombineArgs args, int threads);
-void random_perturb(const Lists& lists, RandomPerturbArgs args, const std::vector<uint32_t>& indices, int threads);
-void copy(const Lists& lists, CopyArgs args, int threads);
-void sgd(const Lists& lists, SgdArgs args, int threads);
-void adamw(const Lists& lists, AdamArgs args, const std::vector<double>& steps, int threads);  // steps: (n,), 1 on the first
+double combine(const Lists& lists, const Combine& options, int threads);
+void random_perturb(const Lists& lists, const RandomPerturb& options, const std::vector<uint32_t>& indices, int threads);
+void copy(const Lists& lists, int threads);
+void sgd(const Lists& lists, const Sgd& options, int threads);
+void adamw(const Lists& lists, const Adam& options, const std::vector<double>& steps, int threads);  // steps: (n,), 1 on the first
 
 }  // namespace sam::cpu

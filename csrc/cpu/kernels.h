@@ -4,91 +4,43 @@
 
 #include <cstdint>
 
-#include "common/formulas.h"
 #include "common/operand.h"
+#include "common/options.h"
+#include "common/roles.h"
 #include "cpu/layers.h"
 
 namespace sam::cpu {
 
-// The tensors of one parameter, all dense, of one size and in one memory order. Of combinations: param is the result, grad the left one,
-// state[0] the right one, old_param the origin.
+// The tensors of one parameter by role (common/roles.h), all dense, of one size and in one memory order.
 struct Row {
-  Operand param, grad, old_param;
-  Operand state[2];  // momentum buffer | exp_avg, exp_avg_sq | ema
+  Operand operands[kMostRoles];
+
+  SAM_INLINE const Operand& operator[](int role) const { return operands[role]; }
 };
 
-struct NormArgs {
-  bool adaptive;
-  double eta;
-};
+using Perturb = PerturbOptions<double>;
+using PerturbVariant = PerturbVariantOptions<double>;
+using RandomPerturb = RandomOptions<double>;
+using MovingDirection = DirectionOptions<double>;
+using Combine = CombineOptions<double>;
+using Sgd = SgdOptions<double>;
+using Adam = AdamOptions<double>;
 
-struct CentralizeArgs : NormArgs {
-  int64_t slice_size;  // elements that share a mean; a span is made of whole slices
-};
-
-struct PerturbArgs {
-  double norm, rho, lambd, eps, eta, inv_grad_scale;
-  bool adaptive;
-  bool from_old;   // read old_param, write param; otherwise read param, write both
-  bool streaming;  // write-only outputs bypass the caches
-};
-
-struct CopyArgs {
-  bool save;  // old_param <- param; otherwise param <- old_param
-  bool streaming;
-};
-
-// The seed as the two words of Philox's key, and the last word of its counters (csrc/common/random.h).
-struct RandomKey {
-  uint32_t low, high, stream;
-};
-
-struct PerturbVariantArgs : PerturbArgs {
-  double grad_weight, ema_weight;  // the direction is grad_weight g / grad_scale + ema_weight m, where there is an m
-  bool stochastic;                 // bfloat16 parameters are rounded stochastically
-  RandomKey key;
-};
-
-struct DirectionArgs {
-  bool adaptive, friendly, first_step;  // first_step: m is only written
-  double eta, inv_grad_scale, decay, gain, sigma;
-};
-
-struct RandomPerturbArgs {
-  RandomKey key;
-  double scale;
-  bool normal;     // otherwise -1 and +1
-  bool from_old;   // read old_param, write param; otherwise read param, write both
-  bool streaming;  // write-only outputs bypass the caches
-};
-
-struct SgdArgs : SgdOptions {
-  bool nesterov, first_step, streaming;
-};
-
-struct AdamArgs : AdamOptions {
-  bool decoupled, streaming;
-};
-
-struct CombineArgs {
-  double left_weight, right_weight, origin_weight;
-  bool writes;     // otherwise only the sum of squares is wanted
-  bool streaming;  // write-only outputs bypass the caches
-};
-
+// streams: outputs that are only written bypass the caches. index: of the row in the caller's list. Doubles that are returned are sums of
+// squares.
 struct KernelTable {
   const char* name;
-  double (*norm)(const Row&, Span, const NormArgs&);  // sum of squares
-  void (*perturb)(const Row&, Span, const PerturbArgs&);
-  void (*perturb_variant)(const Row&, Span, const PerturbVariantArgs&, uint32_t index);  // index: of the row in the caller's list
-  double (*direction_norm)(const Row&, Span, const DirectionArgs&);                      // sum of squares
-  double (*centralize)(const Row&, Span, const CentralizeArgs&);                         // sum of squares
+  double (*norm)(const Row&, Span, const Scaling<double>&);
+  void (*perturb)(const Row&, Span, const Perturb&, bool streams);
+  void (*perturb_variant)(const Row&, Span, const PerturbVariant&, bool streams, uint32_t index);
+  double (*direction_norm)(const Row&, Span, const MovingDirection&);
+  double (*centralize)(const Row&, Span, const Scaling<double>&, int64_t slice_size);  // a span is made of whole slices
   Dots (*grad_dots)(const Row&, Span);
-  double (*combine)(const Row&, Span, const CombineArgs&);  // sum of squares
-  void (*random_perturb)(const Row&, Span, const RandomPerturbArgs&, uint32_t index);
-  void (*copy)(const Row&, Span, const CopyArgs&);
-  void (*sgd)(const Row&, Span, const SgdArgs&);
-  void (*adamw)(const Row&, Span, const AdamArgs&, double step);  // step: 1 on the first
+  double (*combine)(const Row&, Span, const Combine&, bool streams);
+  void (*random_perturb)(const Row&, Span, const RandomPerturb&, bool streams, uint32_t index);
+  void (*copy)(const Row&, Span, const NoOptions&, bool streams);
+  void (*sgd)(const Row&, Span, const Sgd&, bool streams);
+  void (*adamw)(const Row&, Span, const Adam&, bool streams, double step);  // step: 1 on the first
   // The squared norm of one group's G'A, or of one block of it. memory: a Workspace<double>, or <float>.
   double (*gram)(const Matrix& inputs, const Matrix& grads, Span rows, Span cols, bool with_bias, bool is_double, void* memory);
   double (*direct)(const Matrix& inputs, const Matrix& grads, const Product&, bool is_double, void* memory);
@@ -98,6 +50,13 @@ struct KernelTable {
   // The rows of each index added up and squared, for the indices that begin in the span.
   double (*row_squares)(const Operand& grads, int64_t dim, const Position* sorted, int64_t total, Span, const int64_t* padding_idx);
 };
+
+// Calls X(kernel) for each kernel of the table, in its order.
+// clang-format off
+#define SAM_FOR_EACH_KERNEL(X) \
+  X(norm) X(perturb) X(perturb_variant) X(direction_norm) X(centralize) X(grad_dots) X(combine) X(random_perturb) X(copy) X(sgd) \
+  X(adamw) X(gram) X(direct) X(dots) X(affine) X(row_squares)
+// clang-format on
 
 // The best table this processor can run, or the one named by SAM_KERNELS_ISA. Throws std::runtime_error when that one cannot run here.
 const KernelTable& kernel_table();

@@ -10,37 +10,6 @@ namespace sam::cpu {
 inline namespace SAM_ISA {
 
 template <class T>
-constexpr DType kStorage = std::is_same_v<T, double> ? DType::kFloat64 : DType::kFloat32;
-
-static inline int64_t bytes_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
-
-static inline const char* element(const Operand& operand, int64_t index) {
-  return static_cast<const char*>(operand.data) + index * bytes_of(operand.dtype);
-}
-
-static __attribute__((noinline)) void convert(DType dtype, const char* source, int64_t count, float* target) {
-  switch (dtype) {
-    case DType::kBFloat16: widen_bfloat16(reinterpret_cast<const uint16_t*>(source), target, static_cast<int>(count)); break;
-    case DType::kFloat16: widen_float16(reinterpret_cast<const uint16_t*>(source), target, static_cast<int>(count)); break;
-    default: std::memcpy(target, source, static_cast<std::size_t>(count) * sizeof(float));
-  }
-}
-
-static __attribute__((noinline)) void convert(DType dtype, const char* source, int64_t count, double* target) {
-  if (dtype == DType::kFloat64) {
-    std::memcpy(target, source, static_cast<std::size_t>(count) * sizeof(double));
-    return;
-  }
-  constexpr int64_t kPiece = 256;
-  float widened[kPiece];
-  for (int64_t begin = 0; begin < count; begin += kPiece) {
-    const int64_t piece = count - begin < kPiece ? count - begin : kPiece;
-    convert(dtype, source + begin * bytes_of(dtype), piece, widened);
-    for (int64_t i = 0; i < piece; ++i) target[begin + i] = widened[i];
-  }
-}
-
-template <class T>
 struct Rectangle {
   const T* data;
   int64_t stride;
@@ -95,11 +64,11 @@ static inline void fill_slab(const Window& w, const Box& box, const Inside& insi
   for (int64_t k = 0; k < inside.count[0]; ++k) {
     const int64_t z = box.first[0] + inside.begin[0] + k - w.padding[0];
     const int64_t y = box.first[1] + inside.begin[1] - w.padding[1], x = box.first[2] + inside.begin[2] - w.padding[2];
-    const char* from = source + ((z * w.in[1] + y) * w.in[2] + x) * bytes_of(dtype);
+    const char* from = source + ((z * w.in[1] + y) * w.in[2] + x) * element_size(dtype);
     T* to = slab + ((inside.begin[0] + k) * box.size[1] + inside.begin[1]) * box.size[2] + inside.begin[2];
-    for (int64_t j = 0; j < inside.count[1]; ++j, from += w.in[2] * bytes_of(dtype), to += box.size[2]) {
-      if (dtype != kStorage<T>) {
-        convert(dtype, from, count, to);
+    for (int64_t j = 0; j < inside.count[1]; ++j, from += w.in[2] * element_size(dtype), to += box.size[2]) {
+      if (dtype != kArithmetic<T>) {
+        widen(dtype, from, count, to);
         continue;
       }
       const T* line = reinterpret_cast<const T*>(from);
@@ -174,7 +143,7 @@ static inline T lone_element(const Window& w, const Box& box, const int64_t (&ta
     index = index * w.in[i] + in;
   }
   T value;
-  convert(dtype, source + index * bytes_of(dtype), 1, &value);
+  widen(dtype, source + index * element_size(dtype), 1, &value);
   return value;
 }
 
@@ -188,7 +157,7 @@ static void unfold(const Matrix& matrix, Span rows, const char* sample, int64_t 
     while (stop - begin > 1 && Box(w, begin, stop).elements() > kSlab) stop = begin + (stop - begin) / 2;
     const Box box(w, begin, stop);
     const bool fits = box.elements() <= kSlab;
-    const char* source = sample + rows.begin / w.elements * w.plane * bytes_of(dtype);
+    const char* source = sample + rows.begin / w.elements * w.plane * element_size(dtype);
     const int64_t which = rows.begin % w.elements;
     int64_t tap[3] = {which / (w.kernel[1] * w.kernel[2]), which / w.kernel[2] % w.kernel[1], which % w.kernel[2]};
     const bool by_lines = w.stride[2] == 1 && w.out[2] >= kLength<T>;
@@ -211,7 +180,7 @@ static void unfold(const Matrix& matrix, Span rows, const char* sample, int64_t 
       }
       if (++tap[2] == w.kernel[2]) tap[2] = 0, ++tap[1];
       if (tap[1] == w.kernel[1]) tap[1] = 0, ++tap[0];
-      if (tap[0] == w.kernel[0]) tap[0] = 0, filled = false, source += w.plane * bytes_of(dtype);
+      if (tap[0] == w.kernel[0]) tap[0] = 0, filled = false, source += w.plane * element_size(dtype);
     }
     target += stop - begin;
     begin = stop;
@@ -226,17 +195,17 @@ static inline Rectangle<T> rectangle(const Matrix& matrix, Span rows, Span cols,
   const int64_t count = cols.end - cols.begin;
   const int64_t stride = count + kLength<T>;  // room for what copy_positions writes past the last position
   if (w == nullptr) {
-    const char* source = element(operand, rows.begin * matrix.cols + cols.begin);
-    if (operand.dtype == kStorage<T>) return {reinterpret_cast<const T*>(source), matrix.cols};
+    const char* source = address(operand, rows.begin * matrix.cols + cols.begin);
+    if (operand.dtype == kArithmetic<T>) return {reinterpret_cast<const T*>(source), matrix.cols};
     for (int64_t row = rows.begin; row < rows.end; ++row) {
-      convert(operand.dtype, element(operand, row * matrix.cols + cols.begin), count, workspace.tile + (row - rows.begin) * stride);
+      widen(operand.dtype, address(operand, row * matrix.cols + cols.begin), count, workspace.tile + (row - rows.begin) * stride);
     }
     return {workspace.tile, stride};
   }
   const int64_t first = cols.begin / w->positions;
-  if (w->is_flat && operand.dtype == kStorage<T> && cols.end <= (first + 1) * w->positions) {
+  if (w->is_flat && operand.dtype == kArithmetic<T> && cols.end <= (first + 1) * w->positions) {
     const int64_t index = first * w->sample + rows.begin * w->plane + cols.begin - first * w->positions;
-    return {reinterpret_cast<const T*>(element(operand, index)), w->plane};
+    return {reinterpret_cast<const T*>(address(operand, index)), w->plane};
   }
   T* target = workspace.tile;
   for (int64_t sample = first; sample * w->positions < cols.end; ++sample) {
@@ -245,11 +214,11 @@ static inline Rectangle<T> rectangle(const Matrix& matrix, Span rows, Span cols,
     const int64_t end = cols.end - before < w->positions ? cols.end - before : w->positions;
     if (w->is_flat) {
       for (int64_t row = rows.begin; row < rows.end; ++row) {
-        const char* source = element(operand, sample * w->sample + row * w->plane + begin);
-        convert(operand.dtype, source, end - begin, target + (row - rows.begin) * stride);
+        const char* source = address(operand, sample * w->sample + row * w->plane + begin);
+        widen(operand.dtype, source, end - begin, target + (row - rows.begin) * stride);
       }
     } else {
-      unfold(matrix, rows, element(operand, sample * w->sample), begin, end, target, stride, workspace.slab);
+      unfold(matrix, rows, address(operand, sample * w->sample), begin, end, target, stride, workspace.slab);
     }
     target += end - begin;
   }

@@ -13,11 +13,7 @@ namespace {
 constexpr int64_t kSmallestSide = 64;
 constexpr int64_t kEnoughTasks = 8;  // below, blocks are made smaller so that several threads find work
 
-int64_t bytes_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
-
-Operand moved(const Operand& operand, int64_t elements) {
-  return {static_cast<char*>(operand.data) + elements * bytes_of(operand.dtype), operand.dtype};
-}
+Operand moved(const Operand& operand, int64_t elements) { return {address(operand, elements), operand.dtype}; }
 
 int64_t parts(int64_t size, int64_t part) { return (size + part - 1) / part; }
 

@@ -22,57 +22,49 @@ static void store_stochastic(const Operand& operand, int64_t begin, int count, c
 }
 
 template <class T>
-static void perturb_variant_chunk(const Row& row, Span span, const PerturbVariantArgs& args, uint32_t index) {
-  const bool has_ema = row.state[0].data != nullptr;
+static void perturb_variant_chunk(const Row& row, Span span, const PerturbVariant& options, bool streams, uint32_t index) {
+  const bool has_ema = row[kEma].data != nullptr, from_old = options.ascent.from_old;
+  const double inv_grad_scale = inverse_of(options.ascent.step.grad_scale);
   // A direction is unscaled, and so is the norm that comes with it.
-  const T scale = T(perturb_scale<double>(args.norm, args.rho, args.lambd, args.eps, has_ema ? 1.0 : args.inv_grad_scale));
-  const T eta = T(args.eta), grad_weight = T(args.grad_weight * args.inv_grad_scale), ema_weight = T(args.ema_weight);
-  const bool stochastic = args.stochastic && row.param.dtype == DType::kBFloat16;
-  const Operand& source = args.from_old ? row.old_param : row.param;
+  const T scale = T(perturb_scale(options.ascent, has_ema ? 1.0 : inv_grad_scale));
+  const Scaling<T> scaling = options.ascent.scaling.as<T>();
+  const T grad_weight = T(options.grad_weight * inv_grad_scale), ema_weight = T(options.ema_weight);
+  const bool is_stochastic = options.is_stochastic && row[kParam].dtype == DType::kBFloat16;
   Tile tile;
   const auto start = [&](int64_t begin, int lanes) {
-    if (stochastic) fill(tile, begin, lanes, args.key, index);
+    if (is_stochastic) fill(tile, begin, lanes, options.seed, kRoundingStream, index);
   };
   for_each_tile(span, start, [&](int64_t begin, int count, int word) {
     Buffer<T> param_buffer, grad_buffer, ema_buffer, direction, result_buffer;
     const T* step = direction.data;
     if (!has_ema) {
-      step = load(row.grad, begin, count, grad_buffer);
-    } else if (args.grad_weight == 0) {  // not multiplied by 0: it may not be finite
-      const T* ema = load(row.state[0], begin, count, ema_buffer);
+      step = load(row[kGrad], begin, count, grad_buffer);
+    } else if (options.grad_weight == 0) {  // not multiplied by 0: it may not be finite
+      const T* ema = load(row[kEma], begin, count, ema_buffer);
 #pragma omp simd
       for (int i = 0; i < count; ++i) direction.data[i] = ema[i] * ema_weight;
     } else {
-      const T* grad = load(row.grad, begin, count, grad_buffer);
-      const T* ema = load(row.state[0], begin, count, ema_buffer);
+      const T* grad = load(row[kGrad], begin, count, grad_buffer);
+      const T* ema = load(row[kEma], begin, count, ema_buffer);
 #pragma omp simd
       for (int i = 0; i < count; ++i) direction.data[i] = grad[i] * grad_weight + ema[i] * ema_weight;
     }
-    const T* param = load(source, begin, count, param_buffer);
-    if (!args.from_old) copy(row.param, row.old_param, begin, count, args.streaming);
-    T* result = args.from_old ? result_buffer.data : target(row.param, begin, result_buffer);
-    if (args.adaptive) {
-#pragma omp simd
-      for (int i = 0; i < count; ++i) result[i] = perturb_adaptive(param[i], step[i], scale, eta);
+    const T* param = load(row[from_old ? kOldParam : kParam], begin, count, param_buffer);
+    if (!from_old) copy(row[kParam], row[kOldParam], begin, count, streams);
+    T* result = from_old ? result_buffer.data : target(row[kParam], begin, result_buffer);
+    move_along(param, step, count, scale, scaling, result);
+    if (is_stochastic) {
+      store_stochastic(row[kParam], begin, count, result, tile.word[word], from_old && streams);
     } else {
-#pragma omp simd
-      for (int i = 0; i < count; ++i) result[i] = perturb(param[i], step[i], scale);
-    }
-    if (stochastic) {
-      store_stochastic(row.param, begin, count, result, tile.word[word], args.from_old && args.streaming);
-    } else {
-      store(row.param, begin, count, result, args.from_old && args.streaming);
+      store(row[kParam], begin, count, result, from_old && streams);
     }
   });
   stream_fence();
 }
 
-void perturb_variant(const Row& row, Span span, const PerturbVariantArgs& args, uint32_t index) {
-  if (has_float64(row)) {
-    perturb_variant_chunk<double>(row, span, args, index);
-  } else {
-    perturb_variant_chunk<float>(row, span, args, index);
-  }
+void perturb_variant(const Row& row, Span span, const PerturbVariant& options, bool streams, uint32_t index) {
+  has_float64(row) ? perturb_variant_chunk<double>(row, span, options, streams, index)
+                   : perturb_variant_chunk<float>(row, span, options, streams, index);
 }
 
 }  // namespace SAM_ISA

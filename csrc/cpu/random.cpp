@@ -30,34 +30,30 @@ static inline void normals(const Tile& tile, int lanes, Numbers& numbers) {
 }
 
 template <class T>
-static void random_perturb_chunk(const Row& row, Span span, const RandomPerturbArgs& args, uint32_t index) {
-  const T scale = T(args.scale);
-  const Operand& source = args.from_old ? row.old_param : row.param;
+static void random_perturb_chunk(const Row& row, Span span, const RandomPerturb& options, bool streams, uint32_t index) {
+  const T scale = T(options.scale);
+  const bool from_old = options.from_old;
   Tile tile;
   Numbers numbers;
   const auto start = [&](int64_t begin, int lanes) {
-    fill(tile, begin, lanes, args.key, index);
-    args.normal ? normals(tile, lanes, numbers) : rademachers(tile, lanes, numbers);
+    fill(tile, begin, lanes, options.seed, kPerturbationStream, index);
+    options.is_normal ? normals(tile, lanes, numbers) : rademachers(tile, lanes, numbers);
   };
   for_each_tile(span, start, [&](int64_t begin, int count, int word) {
-    Buffer<T> param_buffer, result_buffer;
-    const T* param = load(source, begin, count, param_buffer);
-    if (!args.from_old) copy(row.param, row.old_param, begin, count, args.streaming);
-    T* result = args.from_old ? result_buffer.data : target(row.param, begin, result_buffer);
-    const float* z = numbers.z[word];
+    const int from = from_old ? kRandomOldParam : kRandomParam;
+    rewrite<T>(row, kRandomParam, from, begin, count, streams, [&](const T* param, T* result) {
+      if (!from_old) copy(row[kRandomParam], row[kRandomOldParam], begin, count, streams);
+      const float* z = numbers.z[word];
 #pragma omp simd
-    for (int i = 0; i < count; ++i) result[i] = perturb(param[i], T(z[i]), scale);
-    store(row.param, begin, count, result, args.from_old && args.streaming);
+      for (int i = 0; i < count; ++i) result[i] = perturb(param[i], T(z[i]), scale);
+    });
   });
   stream_fence();
 }
 
-void random_perturb(const Row& row, Span span, const RandomPerturbArgs& args, uint32_t index) {
-  if (has_float64(row)) {
-    random_perturb_chunk<double>(row, span, args, index);
-  } else {
-    random_perturb_chunk<float>(row, span, args, index);
-  }
+void random_perturb(const Row& row, Span span, const RandomPerturb& options, bool streams, uint32_t index) {
+  has_float64(row) ? random_perturb_chunk<double>(row, span, options, streams, index)
+                   : random_perturb_chunk<float>(row, span, options, streams, index);
 }
 
 }  // namespace SAM_ISA

@@ -1,16 +1,15 @@
 // Squared norms of sums of rows: the gradient of an embedding, row by row. Reads g once, where no index comes up twice.
-#include "cpu/patches.h"
+#include "cpu/block.h"
+#include "cpu/vector.h"
 
 namespace sam::cpu {
 inline namespace SAM_ISA {
 
-constexpr int64_t kPiece = 256;
-
 template <class T>
 static double squares(const Operand& grads, int64_t dim, const Position* sorted, int64_t total, Span span, const int64_t* padding_idx) {
-  alignas(64) T buffer[kPiece];
-  alignas(64) double added[kPiece];
-  const bool in_place = grads.dtype == kStorage<T>;
+  Buffer<T> buffer;
+  Buffer<double> sum;
+  double* added = sum.data;
   DoubleSums sums;
   int64_t begin = span.begin;
   while (begin > 0 && begin < total && sorted[begin].index == sorted[begin - 1].index) ++begin;  // not ours: it begins before the span
@@ -19,26 +18,19 @@ static double squares(const Operand& grads, int64_t dim, const Position* sorted,
     int64_t end = begin + 1;
     while (end < total && sorted[end].index == index) ++end;
     if (padding_idx == nullptr || index != *padding_idx) {
-      for (int64_t first = 0; first < dim; first += kPiece) {
-        const int64_t count = dim - first < kPiece ? dim - first : kPiece;
+      for_each_block({0, dim}, [&](int64_t first, int count) {
         for (int64_t i = begin; i < end; ++i) {
-          const char* source = element(grads, sorted[i].token * dim + first);
-          const T* row = buffer;
-          if (in_place) {
-            row = reinterpret_cast<const T*>(source);
-          } else {
-            convert(grads.dtype, source, count, buffer);
-          }
+          const T* row = load(grads, sorted[i].token * dim + first, count, buffer, false);
           if (end == begin + 1) {
             sums.add(row, row, count);
           } else if (i == begin) {
-            for (int64_t k = 0; k < count; ++k) added[k] = static_cast<double>(row[k]);
+            for (int k = 0; k < count; ++k) added[k] = static_cast<double>(row[k]);
           } else {
-            for (int64_t k = 0; k < count; ++k) added[k] += static_cast<double>(row[k]);
+            for (int k = 0; k < count; ++k) added[k] += static_cast<double>(row[k]);
           }
         }
         if (end > begin + 1) sums.add(added, added, count);
-      }
+      });
     }
     begin = end;
   }

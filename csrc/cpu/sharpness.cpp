@@ -62,13 +62,13 @@ void sharpness_weights(Operand norms, Operand weights, int64_t count, double bet
 
 namespace {
 
-void draw(const Gibbs& gibbs, const Operand& weights, int64_t* indices, int64_t draws, uint32_t key0, uint32_t key1) {
+void draw(const Gibbs& gibbs, const Operand& weights, int64_t* indices, int64_t draws, const RandomSeed& seed) {
   const Numbers sums = sums_of(gibbs.terms);
   const double total = sums.back(), places = static_cast<double>(draws) * static_cast<double>(sums.size());
   auto last = static_cast<int64_t>(sums.size()) - 1;  // of positive weight
   while (last > 0 && !(gibbs.terms[static_cast<std::size_t>(last)] > 0.0)) --last;
   for (int64_t j = 0; j < draws; ++j) {
-    const double target = sampling_uniform(j, key0, key1) * total;
+    const double target = sampling_uniform(j, seed) * total;
     const int64_t found = std::upper_bound(sums.begin(), sums.end(), target) - sums.begin();
     indices[j] = std::min(found, last);
     store(weights, j, replacement_weight(gibbs.terms[static_cast<std::size_t>(indices[j])], total, places));
@@ -80,12 +80,12 @@ struct Item {
   int64_t index;
 };
 
-void draw_successively(const Gibbs& gibbs, const Operand& weights, int64_t* indices, int64_t draws, uint32_t key0, uint32_t key1) {
+void draw_successively(const Gibbs& gibbs, const Operand& weights, int64_t* indices, int64_t draws, const RandomSeed& seed) {
   std::vector<Item> items;
   items.reserve(gibbs.terms.size());
   for (const double exponent : gibbs.exponents) {
     const auto index = static_cast<int64_t>(items.size());
-    items.push_back({gumbel_key(exponent, sampling_uniform(index, key0, key1)), index});
+    items.push_back({gumbel_key(exponent, sampling_uniform(index, seed)), index});
   }
   const auto precedes = [](const Item& a, const Item& b) { return a.key != b.key ? a.key > b.key : a.index < b.index; };
   std::partial_sort(items.begin(), items.begin() + draws, items.end(), precedes);
@@ -104,10 +104,8 @@ void draw_successively(const Gibbs& gibbs, const Operand& weights, int64_t* indi
 }  // namespace
 
 void sharpness_sample(Operand norms, Operand weights, int64_t* indices, int64_t count, int64_t draws, double beta, bool replacement,
-                      uint64_t seed) {
-  const Gibbs gibbs = gibbs_of(norms, count, beta);
-  const auto key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-  (replacement ? draw : draw_successively)(gibbs, weights, indices, draws, key0, key1);
+                      const RandomSeed& seed) {
+  (replacement ? draw : draw_successively)(gibbs_of(norms, count, beta), weights, indices, draws, seed);
 }
 
 }  // namespace sam::cpu

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/operand.h"
+#include "common/random.h"
 
 namespace sam::cpu {
 
@@ -12,6 +13,6 @@ void sharpness_weights(Operand norms, Operand weights, int64_t count, double bet
 
 // indices, weights (draws,)
 void sharpness_sample(Operand norms, Operand weights, int64_t* indices, int64_t count, int64_t draws, double beta, bool replacement,
-                      uint64_t seed);
+                      const RandomSeed& seed);
 
 }  // namespace sam::cpu

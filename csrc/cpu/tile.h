@@ -35,16 +35,16 @@ struct Tile {
 };
 
 // The words of the first `lanes` counters, a multiple of kStep, of the tile that begins at an element. Out of line: one copy an operation.
-static __attribute__((noinline)) void fill(Tile& tile, int64_t begin, int lanes, const RandomKey& key, uint32_t row) {
+static __attribute__((noinline)) void fill(Tile& tile, int64_t begin, int lanes, const RandomSeed& seed, uint32_t stream, uint32_t row) {
   constexpr int kWidth = sizeof(Wide) / sizeof(uint64_t);
   const uint64_t first = static_cast<uint64_t>(begin) / kTile * kTileLanes;
   Wide even = {};  // counters 2 i in one vector, 2 i + 1 in another: a pair's words lie side by side when one is shifted up
   for (int i = 0; i < kWidth; ++i) even[i] = (first & 0xFFFFFFFFu) + 2 * i;
   const Wide none = {}, high = none + (first >> 32);  // a tile's counters share the upper word
-  const Wide rows = none + uint64_t{row}, streams = none + uint64_t{key.stream};
+  const Wide rows = none + uint64_t{row}, streams = none + uint64_t{stream};
   for (int lane = 0; lane < lanes; lane += 2 * kWidth, even += 2 * kWidth) {
-    const Words<Wide> evens = philox(Words<Wide>{{even, high, rows, streams}}, key.low, key.high, wide_product);
-    const Words<Wide> odds = philox(Words<Wide>{{even + 1, high, rows, streams}}, key.low, key.high, wide_product);
+    const Words<Wide> evens = philox(Words<Wide>{{even, high, rows, streams}}, seed, wide_product);
+    const Words<Wide> odds = philox(Words<Wide>{{even + 1, high, rows, streams}}, seed, wide_product);
     for (int i = 0; i < kWords; ++i) {
       const Wide pairs = (evens.word[i] & 0xFFFFFFFFull) | (odds.word[i] << 32);  // little-endian, as every processor this is built for
       std::memcpy(&tile.word[i][lane], &pairs, sizeof pairs);

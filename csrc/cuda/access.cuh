@@ -10,8 +10,6 @@
 
 namespace sam::cuda {
 
-SAM_INLINE int element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
-
 // Elements [i, ...) of a chunk. The offset is made in 32 bits: a chunk's first element is the same for all threads, and lies in no register
 // of theirs.
 template <class Target, class S>
@@ -166,12 +164,12 @@ SAM_INLINE bool is_aligned(const Piece<kRoles>& piece) {
   return aligned;
 }
 
-// Calls body(Width<n>, i) for this thread's elements [i, i + n) of the chunk, which so many threads share.
-template <class Access, int kRoles, class Body>
+// Calls body(Width<n>, i) for this thread's elements [i, i + n) of the chunk, which so many threads share. kTogether: packs in flight.
+template <class Access, int kTogether = 1, int kRoles, class Body>
 SAM_INLINE void for_each_pack(const Piece<kRoles>& piece, int thread, Body body, int threads = kThreads) {
   constexpr int kWidth = Access::kWidth;
   const int whole = is_aligned<Access>(piece) ? piece.count / kWidth * kWidth : 0;
-  SAM_NO_UNROLL
+#pragma unroll(kTogether)
   for (int i = thread * kWidth; i < whole; i += threads * kWidth) body(Width<kWidth>{}, i);
   SAM_NO_UNROLL
   for (int i = whole + thread; i < piece.count; i += threads) body(Width<1>{}, i);

@@ -20,12 +20,10 @@ struct Adam {
   AdamConstants<T> constants;  // but for the corrections, which are each row's own
 
   SAM_INLINE explicit Adam(const Options& o)
-      : skipped(is_skipped(o.multiplier.norm, o.found_inf)),
-        decay(o.weight_decay == 0.0 ? Decay::kNone
-              : o.decoupled         ? Decay::kDecoupled
-                                    : Decay::kL2),
+      : skipped(is_skipped(o.options.update.step)),
+        decay(decay_of(o.options)),
         corrections(o.corrections),
-        constants(adam_constants<T>({read(o.lr), o.beta1, o.beta2, o.eps, o.weight_decay, read(o.multiplier)}, {})) {}
+        constants(adam_constants<T>(o.options, {})) {}
 
   SAM_INLINE void apply(const Piece<kRoles>& piece, int thread) const {
     if (skipped) {

@@ -3,8 +3,37 @@
 
 #include "common/bits.h"
 #include "cuda/config.h"
+#include "cuda/device.h"
+
+// Of functions that all threads of a block call, and of what they share.
+#if defined(__CUDACC__)
+#define SAM_BLOCK __device__ __forceinline__
+#define SAM_SHARED __shared__
+#else
+#define SAM_BLOCK inline
+#define SAM_SHARED
+#endif
 
 namespace sam::cuda {
+
+SAM_BLOCK bool is_first_thread() {
+#if defined(__CUDACC__)
+  return threadIdx.x == 0;
+#else
+  return true;
+#endif
+}
+
+// body(thread) for every thread of the block. On the host: for those below active, the others having nothing to do, which saves most of the
+// time of small tensors.
+template <class Body>
+SAM_BLOCK void each_thread([[maybe_unused]] int active, Body body) {
+#if defined(__CUDACC__)
+  body(static_cast<int>(threadIdx.x));
+#else
+  for (int thread = 0; thread < active; ++thread) body(thread);
+#endif
+}
 
 // body(thread) for every thread of the block; all are through when this returns.
 template <class Body>
@@ -39,5 +68,29 @@ SAM_INLINE void scan(Values& values, Values& scratch) {
     all_threads([&](int thread) { values[thread] = scratch[thread]; });
   }
 }
+
+// Launches blocks that are not over chunks: Kernel::run(options, block), which all threads of a block call.
+#if defined(SAM_CUDA_ON_HOST)
+
+template <class Kernel>
+void launch_blocks(const typename Kernel::Options& options, int64_t blocks, const Place&) {
+  ++on_host().launches;
+  for (int64_t block = 0; block < blocks; ++block) Kernel::run(options, block);
+}
+
+#else
+
+template <class Kernel>
+__global__ void __launch_bounds__(kThreads) block_kernel(const __grid_constant__ typename Kernel::Options options) {
+  Kernel::run(options, blockIdx.x);
+}
+
+template <class Kernel>
+void launch_blocks(const typename Kernel::Options& options, int64_t blocks, const Place& place) {
+  void* arguments[] = {const_cast<typename Kernel::Options*>(&options)};
+  launch_kernel(reinterpret_cast<const void*>(&block_kernel<Kernel>), static_cast<unsigned>(blocks), kThreads, arguments, place);
+}
+
+#endif
 
 }  // namespace sam::cuda

@@ -25,9 +25,9 @@ struct Centralize {
     Values squares;  // of all that a thread has seen
   };
 
-  Options options;
+  Scaling<double> scaling;
 
-  SAM_INLINE explicit Centralize(const Options& o) : options(o) {}
+  SAM_INLINE explicit Centralize(const Options& o) : scaling(o.options) {}
 
   SAM_INLINE void together(const Block& piece, Shared& shared) const {
     all_threads([&](int thread) { shared.squares[thread] = 0.0; });
@@ -56,8 +56,6 @@ struct Centralize {
       });
     }
   }
-
-  SAM_INLINE void finish(const Block& piece, double total) const { options.sums[piece.tag + piece.chunk] = total; }
 
  private:
   static constexpr int kLongest = 1 << 30;                        // elements of a slice that shares its chunk: far more than a chunk has
@@ -120,12 +118,11 @@ struct Centralize {
           constexpr int kCount = decltype(width)::value;
           auto g = load<A, kCount>(grad, i);
           typename A::template Values<kCount> p{};
-          if (options.adaptive) p = load<A, kCount>(param, i);
+          if (scaling.is_adaptive) p = load<A, kCount>(param, i);
           SAM_UNROLL
           for (int j = 0; j < kCount; ++j) {
             if constexpr (kWrites) g.data[j] = centralized(g.data[j], mean);
-            const double d = g.data[j];
-            total += options.adaptive ? norm_term_adaptive(p.data[j], d, options.eta) : norm_term(d);
+            total += norm_term(p.data[j], g.data[j], scaling);
           }
           if constexpr (kWrites) store<A, kCount>(grad, i, g);
         },

@@ -20,17 +20,12 @@ struct CheckFinite {
   SAM_INLINE void apply(const Piece<kRoles>& piece, int thread) const {
     constexpr int kWidth = A::kWidth;
     T zeros[kWidth] = {};  // of finite elements; NaN once there was another
-    const auto add = [&](auto width, int i) {
+    for_each_pack<A, 4>(piece, thread, [&](auto width, int i) {
       constexpr int kCount = decltype(width)::value;
       const auto g = load<A, kCount>(piece.operands[0], i);
       SAM_UNROLL
       for (int j = 0; j < kCount; ++j) zeros[j] += g.data[j] * T(0);
-    };
-    const int whole = is_aligned<A>(piece) ? piece.count / kWidth * kWidth : 0;
-#pragma unroll 4
-    for (int i = thread * kWidth; i < whole; i += kThreads * kWidth) add(Width<kWidth>{}, i);
-    SAM_NO_UNROLL
-    for (int i = whole + thread; i < piece.count; i += kThreads) add(Width<1>{}, i);
+    });
     T sum = 0;
     SAM_UNROLL
     for (int j = 0; j < kWidth; ++j) sum += zeros[j];

@@ -11,22 +11,18 @@ template <class A>
 struct Combine {
   using Access = A;
   using T = typename A::Arithmetic;
-  using Options = CombineOptions;
+  using Options = CombineLaunch;
   static constexpr int kRoles = kCombineRoles, kBlocks = 2;
   static constexpr bool kSums = true, kBackwards = true;
 
-  double* sums;
   bool writes;
   CombineWeights<T> weights;
 
-  SAM_INLINE explicit Combine(const Options& o)
-      : sums(o.sums), writes(read(o.found_inf) == 0.0), weights{T(read(o.left)), T(read(o.right)), T(read(o.origin))} {}
+  SAM_INLINE explicit Combine(const Options& o) : writes(read(o.options.found_inf) == 0.0), weights(combine_weights<T>(o.options)) {}
 
   SAM_INLINE double sum(const Piece<kRoles>& piece, int thread) const {
     return piece.operands[kCombineOrigin].data == nullptr ? sum_of<false>(piece, thread) : sum_of<true>(piece, thread);
   }
-
-  SAM_INLINE void finish(const Piece<kRoles>& piece, double total) const { sums[piece.tag + piece.chunk] = total; }
 
  private:
   template <bool kOrigin>
@@ -53,7 +49,7 @@ struct Combine {
 
 }  // namespace
 
-bool combine(const RowLists<kCombineRoles>& lists, const CombineOptions& options, const Place& place) {
+bool combine(const RowLists<kCombineRoles>& lists, const CombineLaunch& options, const Place& place) {
   return run<Combine>(lists, options, place);
 }
 

@@ -8,7 +8,7 @@ namespace {
 template <class A>
 struct Copy {
   using Access = A;
-  using Options = CopyOptions;
+  using Options = NoOptions;
   static constexpr int kRoles = kCopyRoles, kBlocks = A::kBlocks;
   static constexpr bool kSums = false, kBackwards = false;
 
@@ -21,6 +21,6 @@ struct Copy {
 
 }  // namespace
 
-void copy(const RowLists<kCopyRoles>& lists, const CopyOptions& options, const Place& place) { run<Copy>(lists, options, place); }
+void copy(const RowLists<kCopyRoles>& lists, const NoOptions& options, const Place& place) { run<Copy>(lists, options, place); }
 
 }  // namespace sam::cuda

@@ -10,22 +10,24 @@ template <class A>
 struct SumDirection {
   using Access = A;
   using T = typename A::Arithmetic;
-  using Options = DirectionOptions;
+  using Options = DirectionLaunch;
   static constexpr int kRoles = kDirectionRoles, kBlocks = 2;
   static constexpr bool kSums = true, kBackwards = false;
 
-  Options options;
+  bool is_friendly, first_step;
+  Scaling<double> scaling;
   DirectionConstants<T> constants;
 
   SAM_INLINE explicit SumDirection(const Options& o)
-      : options(o), constants{T(inverse_of(o.grad_scale)), T(o.decay), T(o.gain), T(o.sigma)} {}
+      : is_friendly(o.options.is_friendly),
+        first_step(o.options.first_step),
+        scaling(o.options.scaling),
+        constants(direction_constants<T>(o.options)) {}
 
   SAM_INLINE double sum(const Piece<kRoles>& piece, int thread) const {
-    if (options.first_step) return sum_of<Direction::kVasso, true>(piece, thread);  // the gradient itself, for both
-    return options.friendly ? sum_of<Direction::kFriendly, false>(piece, thread) : sum_of<Direction::kVasso, false>(piece, thread);
+    if (first_step) return sum_of<Direction::kVasso, true>(piece, thread);  // the gradient itself, for both
+    return is_friendly ? sum_of<Direction::kFriendly, false>(piece, thread) : sum_of<Direction::kVasso, false>(piece, thread);
   }
-
-  SAM_INLINE void finish(const Piece<kRoles>& piece, double total) const { options.sums[piece.tag + piece.chunk] = total; }
 
  private:
   template <Direction kDirection, bool kFirst>
@@ -37,11 +39,11 @@ struct SumDirection {
       const auto g = load<A, kCount>(grad, i);
       typename A::template Values<kCount> m{}, p{};
       if constexpr (!kFirst) m = load<A, kCount>(ema, i);
-      if (options.adaptive) p = load<A, kCount>(param, i);
+      if (scaling.is_adaptive) p = load<A, kCount>(param, i);
       SAM_UNROLL
       for (int j = 0; j < kCount; ++j) {
         const double d = update_direction<kDirection, kFirst>(g.data[j], m.data[j], constants);
-        total += options.adaptive ? norm_term_adaptive(p.data[j], d, options.eta) : norm_term(d);
+        total += norm_term(p.data[j], d, scaling);
       }
       store<A, kCount>(ema, i, m);
     });
@@ -51,7 +53,7 @@ struct SumDirection {
 
 }  // namespace
 
-bool sum_direction(const RowLists<kDirectionRoles>& lists, const DirectionOptions& options, const Place& place) {
+bool sum_direction(const RowLists<kDirectionRoles>& lists, const DirectionLaunch& options, const Place& place) {
   return run<SumDirection>(lists, options, place);
 }
 

@@ -11,33 +11,12 @@ struct Norms : FinishOptions {
   uint32_t bounds[kMostNorms + 1];
 };
 
-#if defined(SAM_CUDA_ON_HOST)
-
-void launch_norms(const Norms& norms, unsigned count, const Place&) {
-  ++on_host().launches;
-  for (unsigned norm = 0; norm < count; ++norm) {
-    double partials[kThreads];
-    for (int thread = 0; thread < kThreads; ++thread) {
-      partials[thread] = sum_of(norms.sums, norms.bounds[norm], norms.bounds[norm + 1], thread);
-    }
-    store_result(norms, block_sum_on_host(partials), static_cast<int>(norm));
+struct FinishNorms {
+  using Options = Norms;
+  static SAM_BLOCK void run(const Norms& norms, int64_t norm) {
+    finish_sums(norms, norms.bounds[norm], norms.bounds[norm + 1], static_cast<int>(norm));
   }
-}
-
-#else
-
-__global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant__ Norms norms) {
-  const int norm = static_cast<int>(blockIdx.x);
-  const double sum = block_sum(sum_of(norms.sums, norms.bounds[norm], norms.bounds[norm + 1], static_cast<int>(threadIdx.x)));
-  if (threadIdx.x == 0) store_result(norms, sum, norm);
-}
-
-void launch_norms(const Norms& norms, unsigned count, const Place& place) {
-  void* arguments[] = {const_cast<Norms*>(&norms)};
-  launch_kernel(reinterpret_cast<const void*>(&finish_kernel), count, kThreads, arguments, place);
-}
-
-#endif
+};
 
 }  // namespace
 
@@ -60,7 +39,7 @@ void finish_norms(const FinishOptions& options, const std::vector<uint32_t>& bou
     const std::size_t here = count - first < kMostNorms ? count - first : kMostNorms;
     for (std::size_t i = 0; i <= here; ++i) norms.bounds[i] = bounds[first + i];
     norms.norms = static_cast<char*>(options.norms) + first * (options.is_double ? sizeof(double) : sizeof(float));
-    launch_norms(norms, static_cast<unsigned>(here), place);
+    launch_blocks<FinishNorms>(norms, static_cast<int64_t>(here), place);
   }
 }
 

@@ -38,7 +38,7 @@ SAM_INLINE Sum sum_of(const Sum* sums, uint32_t begin, uint32_t end, int thread)
 }
 
 // The norm whose square is given, in its place. And the step's beginning: what the last one's found_inf was is counted.
-SAM_INLINE void store_result(const FinishOptions& o, double sum, int norm = 0) {
+SAM_INLINE void store_result(const FinishOptions& o, double sum, int norm) {
   const double root = std::sqrt(sum);
   bool finite;
   if (o.is_double) {
@@ -58,43 +58,42 @@ SAM_INLINE void store_result(const FinishOptions& o, double sum, int norm = 0) {
   }
 }
 
-SAM_INLINE void store_result(const FinishDotsOptions& o, const Dots& sum) {
+SAM_INLINE void store_result(const FinishDotsOptions& o, const Dots& sum, int) {
   *o.dots = sum;
   const bool finite = is_finite(sum.left) && is_finite(sum.product) && is_finite(sum.right);
   if (o.found_inf != nullptr && !finite) *o.found_inf = 1.0f;
 }
 
-#if defined(__CUDACC__)
-
-// All threads of every block call it, when the block's sums are stored.
+// Adds up sums [begin, end). All threads of a block call it, as what follows.
 template <class Finish>
-__device__ inline void finish_in_last_block(const Finish& finish) {
-  if (finish.counter == nullptr) return;  // a launch that is not the call's last, or one whose sums are added up by another
+SAM_BLOCK void finish_sums(const Finish& finish, uint32_t begin, uint32_t end, int result) {
+  const auto sum = sum_of_threads([&](int thread) { return sum_of(finish.sums, begin, end, thread); });
+  if (is_first_thread()) store_result(finish, sum, result);
+}
+
+// Whether this is the last block of its launch to take a ticket.
+SAM_BLOCK bool takes_last_ticket(uint32_t* counter, uint32_t blocks) {
+#if defined(__CUDACC__)
   __shared__ bool is_last;
   if (threadIdx.x == 0) {
     __threadfence();
-    is_last = atomicInc(finish.counter, gridDim.x - 1) == gridDim.x - 1;
+    is_last = atomicInc(counter, blocks - 1) == blocks - 1;
     __threadfence();
   }
   __syncthreads();
-  if (!is_last) return;
-  const auto sum = block_sum(sum_of(finish.sums, 0, finish.count, static_cast<int>(threadIdx.x)));
-  if (threadIdx.x == 0) store_result(finish, sum);
+  return is_last;
+#else
+  const uint32_t ticket = *counter;
+  *counter = ticket >= blocks - 1 ? 0 : ticket + 1;
+  return ticket == blocks - 1;
+#endif
 }
 
-#endif
-
-// The same on the host, where blocks run one after another.
+// Called when the block's sums are stored.
 template <class Finish>
-void finish_in_last_block_on_host(const Finish& finish, uint32_t blocks) {
-  if (finish.counter == nullptr) return;
-  const uint32_t ticket = *finish.counter;
-  *finish.counter = ticket >= blocks - 1 ? 0 : ticket + 1;
-  if (ticket != blocks - 1) return;
-  using Sum = std::remove_const_t<std::remove_pointer_t<decltype(finish.sums)>>;
-  Sum partials[kThreads];
-  for (int thread = 0; thread < kThreads; ++thread) partials[thread] = sum_of(finish.sums, 0, finish.count, thread);
-  store_result(finish, block_sum_on_host(partials));
+SAM_BLOCK void finish_in_last_block(const Finish& finish, uint32_t blocks) {
+  if (finish.counter == nullptr) return;  // a launch that is not the call's last, or one whose sums are added up by another
+  if (takes_last_ticket(finish.counter, blocks)) finish_sums(finish, 0, finish.count, 0);
 }
 
 }  // namespace sam::cuda

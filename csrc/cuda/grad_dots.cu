@@ -16,15 +16,11 @@ struct SumDots {
   static constexpr int kRoles = kDotsRoles, kBlocks = 2;
   static constexpr bool kSums = true, kBackwards = false;
 
-  Dots* sums;
-
-  SAM_INLINE explicit SumDots(const Options& o) : sums(o.sums) {}
+  SAM_INLINE explicit SumDots(const Options&) {}
 
   SAM_INLINE Dots sum(const Piece<kRoles>& piece, int thread) const {
     return piece.operands[kDotsOrigin].data == nullptr ? sum_of<false>(piece, thread) : sum_of<true>(piece, thread);
   }
-
-  SAM_INLINE void finish(const Piece<kRoles>& piece, const Dots& total) const { sums[piece.tag + piece.chunk] = total; }
 
  private:
   template <bool kOrigin>

@@ -1,10 +1,9 @@
 // Running an operation over lists: rows by how they are accessed, tables, kernels; on the host, the same code thread by thread.
 //
 // An operation is a struct Op<Access> with kRoles, kBlocks (resident on a processor), Options (trivially copyable), a constructor from
-// these, and either apply(piece, thread), or, where kSums, sum(piece, thread), a double or Dots, and finish(piece, total); its Options then
-// have a member finish, for what becomes of the sums. kBackwards: it follows a read of the same gradients. One whose threads need each
-// other's results (a struct Shared in it) has together(piece, shared), which leaves a thread's sum in shared.squares, in place of sum; its
-// rows have slices.
+// these, and either apply(piece, thread), or, where kSums, sum(piece, thread), a double or Dots; its Options are then Summed. kBackwards:
+// it follows a read of the same gradients. One whose threads need each other's results (a struct Shared in it) has together(piece, shared),
+// which leaves a thread's sum in shared.squares, in place of sum; its rows have slices.
 #pragma once
 
 #include <cstddef>
@@ -49,6 +48,29 @@ SAM_INLINE Piece<Op::kRoles> piece_of(const Table& table, uint32_t turn) {
   return piece;
 }
 
+// In thread 0 alone. All threads of a block call it, as what follows. active: as of each_thread.
+template <class Op>
+SAM_BLOCK auto sum_of_piece(const Op& op, const Piece<Op::kRoles>& piece, int active) {
+  if constexpr (Sharing<Op>::value) {
+    SAM_SHARED typename Op::Shared shared;
+    op.together(piece, shared);
+    return sum_of_threads([&](int thread) { return shared.squares[thread]; });
+  } else {
+    return sum_of_threads([&](int thread) { return op.sum(piece, thread); }, active);
+  }
+}
+
+template <class Op>
+SAM_BLOCK void run_piece(const Op& op, const Piece<Op::kRoles>& piece, const typename Op::Options& options) {
+  const int active = piece.count < kThreads ? piece.count : kThreads;
+  if constexpr (Op::kSums) {
+    const auto sum = sum_of_piece(op, piece, active);
+    if (is_first_thread()) options.finish.sums[piece.tag + piece.chunk] = sum;
+  } else {
+    each_thread(active, [&](int thread) { op.apply(piece, thread); });
+  }
+}
+
 #if defined(SAM_CUDA_ON_HOST)
 
 // Blocks run one after another; a few of them, so that tickets are taken. Which is the first is a test's to say.
@@ -73,22 +95,9 @@ void launch_table(const Table& table, const typename Op::Options& options, const
   const uint32_t blocks = blocks_on_host(table.chunks());
   for (uint32_t turn = 0; turn < table.chunks(); ++turn) {
     const auto [chunk, ends] = turn_on_host(turn, table.chunks(), blocks);
-    const auto piece = piece_of<Op>(table, chunk);
-    // More threads than elements have nothing to do: most tensors of the tests are small.
-    const int threads = static_cast<int>(std::min<int64_t>(kThreads, piece.count));
-    if constexpr (Sharing<Op>::value) {
-      typename Op::Shared shared;
-      op.together(piece, shared);
-      op.finish(piece, block_sum_on_host(shared.squares));
-    } else if constexpr (Op::kSums) {
-      decltype(op.sum(piece, 0)) partials[kThreads] = {};
-      for (int thread = 0; thread < threads; ++thread) partials[thread] = op.sum(piece, thread);
-      op.finish(piece, block_sum_on_host(partials));
-    } else {
-      for (int thread = 0; thread < threads; ++thread) op.apply(piece, thread);
-    }
+    run_piece(op, piece_of<Op>(table, chunk), options);
     if constexpr (Op::kSums) {
-      if (ends) finish_in_last_block_on_host(options.finish, blocks);
+      if (ends) finish_in_last_block(options.finish, blocks);
     }
   }
 }
@@ -108,20 +117,9 @@ __global__ void __launch_bounds__(kThreads, Op::kBlocks < kMostBlocks ? Op::kBlo
   const Op& op = *reinterpret_cast<const Op*>(storage);
   SAM_NO_UNROLL
   for (uint32_t chunk = blockIdx.x; chunk < table.chunks(); chunk += gridDim.x) {
-    const auto piece = piece_of<Op>(table, chunk);
-    if constexpr (Sharing<Op>::value) {
-      __shared__ typename Op::Shared shared;
-      op.together(piece, shared);
-      const double total = block_sum(shared.squares[threadIdx.x]);
-      if (threadIdx.x == 0) op.finish(piece, total);
-    } else if constexpr (Op::kSums) {
-      const auto total = block_sum(op.sum(piece, static_cast<int>(threadIdx.x)));
-      if (threadIdx.x == 0) op.finish(piece, total);
-    } else {
-      op.apply(piece, static_cast<int>(threadIdx.x));
-    }
+    run_piece(op, piece_of<Op>(table, chunk), options);
   }
-  if constexpr (Op::kSums) finish_in_last_block(options.finish);
+  if constexpr (Op::kSums) finish_in_last_block(options.finish, gridDim.x);
 }
 
 template <class Op, class Table>

@@ -17,16 +17,14 @@ struct SumSquares {
   static constexpr int kRoles = kNormRoles, kBlocks = A::kBlocks;
   static constexpr bool kSums = true, kBackwards = false;
 
-  Options options;
-  float eta;  // rounded once, not in each thread
+  Scaling<double> scaling;
+  Scaling<float> rounded;  // once, not in each thread
 
-  SAM_INLINE explicit SumSquares(const Options& o) : options(o), eta(static_cast<float>(o.eta)) {}
+  SAM_INLINE explicit SumSquares(const Options& o) : scaling(o.options), rounded(o.options.as<float>()) {}
 
   SAM_INLINE double sum(const Piece<kRoles>& piece, int thread) const {
-    return options.adaptive ? sum_of<true>(piece, thread) : sum_of<false>(piece, thread);
+    return scaling.is_adaptive ? sum_of<true>(piece, thread) : sum_of<false>(piece, thread);
   }
-
-  SAM_INLINE void finish(const Piece<kRoles>& piece, double total) const { options.sums[piece.tag + piece.chunk] = total; }
 
  private:
   struct Sum {
@@ -49,7 +47,8 @@ struct SumSquares {
     constexpr int kWidth = A::kWidth;
     const Operand grad = piece.operands[kNormGrad], param = piece.operands[kNormParam];
     float sums[kWidth] = {}, largest = 0.0f;
-    const auto add = [&](auto width, int i) {
+    // Two packs in flight: one would leave the memory idle.
+    for_each_pack<A, kAdaptive ? 1 : 2>(piece, thread, [&](auto width, int i) {
       constexpr int kCount = decltype(width)::value;
       const auto g = load<A, kCount>(grad, i);
       typename A::template Values<kCount> p{};
@@ -57,17 +56,11 @@ struct SumSquares {
       SAM_UNROLL
       for (int j = 0; j < kCount; ++j) {
         float x = g.data[j];
-        if constexpr (kAdaptive) x = adaptive_weight(p.data[j], eta) * x;
+        if constexpr (kAdaptive) x = rounded.weight(p.data[j]) * x;
         sums[j] = fmaf(x, x, sums[j]);
         largest = fmaxf(largest, fabsf(x));
       }
-    };
-    const int whole = is_aligned<A>(piece) ? piece.count / kWidth * kWidth : 0;
-    // Two packs in flight: one would leave the memory idle.
-#pragma unroll(kAdaptive ? 1 : 2)
-    for (int i = thread * kWidth; i < whole; i += kThreads * kWidth) add(Width<kWidth>{}, i);
-    SAM_NO_UNROLL
-    for (int i = whole + thread; i < piece.count; i += kThreads) add(Width<1>{}, i);
+    });
     SAM_UNROLL
     for (int half = kWidth / 2; half > 0; half /= 2) {
       SAM_UNROLL
@@ -91,7 +84,7 @@ struct SumSquares {
         if constexpr (kAdaptive) p = load<A, kTogether>(param, j);
         SAM_UNROLL
         for (int k = 0; k < kTogether; ++k) {
-          total += kAdaptive ? norm_term_adaptive(p.data[k], g.data[k], options.eta) : norm_term(g.data[k]);
+          total += kAdaptive ? norm_term_adaptive(p.data[k], g.data[k], scaling) : norm_term(g.data[k]);
         }
       }
     });

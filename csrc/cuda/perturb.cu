@@ -10,20 +10,19 @@ template <class A>
 struct Perturb {
   using Access = A;
   using T = typename A::Arithmetic;
-  using Options = PerturbOptions;
+  using Options = PerturbOptions<Scalar>;
   static constexpr int kRoles = kPerturbRoles, kBlocks = A::kBlocks;
   static constexpr bool kSums = false, kBackwards = true;
 
-  bool skipped, adaptive, from_old;
-  T scale, eta;
+  bool skipped, from_old;
+  T scale;
+  Scaling<T> scaling;
 
-  // The scale in double and rounded once: 1 - lambd cancels for the lambd close to 1 of the schedule 1 - 1/t.
   SAM_INLINE explicit Perturb(const Options& o)
-      : skipped(is_skipped(o.norm, o.found_inf)),
-        adaptive(o.adaptive),
+      : skipped(is_skipped(o.step)),
         from_old(o.from_old),
-        scale(T(perturb_scale<double>(read(o.norm), read(o.rho), read(o.lambd), o.eps, inverse_of(o.grad_scale)))),
-        eta(T(o.eta)) {}
+        scale(T(perturb_scale(o, inverse_of(o.step.grad_scale)))),
+        scaling(o.scaling.as<T>()) {}
 
   SAM_INLINE void apply(const Piece<kRoles>& piece, int thread) const {
     const Operand param = piece.operands[kParam], grad = piece.operands[kGrad], old_param = piece.operands[kOldParam];
@@ -39,9 +38,7 @@ struct Perturb {
       if (!from_old) A::template copy<kCount>(param, old_param, i, stored);
       auto p = A::template values<kCount>(stored);
       SAM_UNROLL
-      for (int j = 0; j < kCount; ++j) {
-        p.data[j] = adaptive ? perturb_adaptive(p.data[j], g.data[j], scale, eta) : sam::perturb(p.data[j], g.data[j], scale);
-      }
+      for (int j = 0; j < kCount; ++j) p.data[j] = sam::perturb(p.data[j], g.data[j], scale, scaling);
       store<A, kCount>(param, i, p);
     });
   }
@@ -49,7 +46,7 @@ struct Perturb {
 
 }  // namespace
 
-void perturb(const RowLists<kPerturbRoles>& lists, const PerturbOptions& options, const Place& place) {
+void perturb(const RowLists<kPerturbRoles>& lists, const PerturbOptions<Scalar>& options, const Place& place) {
   run<Perturb>(lists, options, place);
 }
 

@@ -19,34 +19,33 @@ template <class A>
 struct PerturbAlong {
   using Access = A;
   using T = typename A::Arithmetic;
-  using Options = PerturbVariantOptions;
+  using Options = PerturbVariantOptions<Scalar>;
   static constexpr int kRoles = kPerturbVariantRoles, kBlocks = A::kHasBFloat16 ? 1 : 2;  // 1: as random.cu
   static constexpr bool kSums = false, kBackwards = true;
 
-  bool skipped, adaptive, from_old, stochastic, uses_grad;
-  T scale, direction_scale, eta, grad_weight, ema_weight;  // direction_scale: where there is an m, which is unscaled, and so is its norm
-  uint32_t key_low, key_high;
+  bool skipped, from_old, is_stochastic, uses_grad;
+  T scale, direction_scale, grad_weight, ema_weight;  // direction_scale: where there is an m, which is unscaled, and so is its norm
+  Scaling<T> scaling;
+  RandomSeed seed;
 
   SAM_INLINE explicit PerturbAlong(const Options& o)
-      : skipped(is_skipped(o.norm, o.found_inf)),
-        adaptive(o.adaptive),
-        from_old(o.from_old),
-        stochastic(o.stochastic),
+      : skipped(is_skipped(o.ascent.step)),
+        from_old(o.ascent.from_old),
+        is_stochastic(o.is_stochastic),
         uses_grad(o.grad_weight != 0.0),
-        scale(T(perturb_scale<double>(read(o.norm), read(o.rho), read(o.lambd), o.eps, inverse_of(o.grad_scale)))),
-        direction_scale(T(perturb_scale<double>(read(o.norm), read(o.rho), read(o.lambd), o.eps, 1.0))),
-        eta(T(o.eta)),
-        grad_weight(T(o.grad_weight * inverse_of(o.grad_scale))),
+        scale(T(perturb_scale(o.ascent, inverse_of(o.ascent.step.grad_scale)))),
+        direction_scale(T(perturb_scale(o.ascent, 1.0))),
+        grad_weight(T(o.grad_weight * inverse_of(o.ascent.step.grad_scale))),
         ema_weight(T(o.ema_weight)),
-        key_low(o.key_low),
-        key_high(o.key_high) {}
+        scaling(o.ascent.scaling.as<T>()),
+        seed(o.seed) {}
 
   SAM_INLINE void apply(const Piece<kRoles>& piece, int thread) const {
     const Operand param = piece.operands[kParam], old_param = piece.operands[kOldParam];
     const Operand source = choose(from_old, old_param, param);
     if (skipped) {
       copy_chunk<A>(piece, source, choose(from_old, param, old_param), thread);
-    } else if (A::kHasBFloat16 && stochastic && param.dtype == DType::kBFloat16) {
+    } else if (A::kHasBFloat16 && is_stochastic && param.dtype == DType::kBFloat16) {
       for_each_tile<A>(piece, thread, [&](auto width, int begin, int lane, int count) {
         move_tile<decltype(width)::value>(piece, source, begin, lane, count);
       });
@@ -79,20 +78,17 @@ struct PerturbAlong {
     auto p = A::template values<kCount>(stored);
     const T s = has_ema ? direction_scale : scale;
     SAM_UNROLL
-    for (int j = 0; j < kCount; ++j) {
-      p.data[j] = adaptive ? perturb_adaptive(p.data[j], d.data[j], s, eta) : sam::perturb(p.data[j], d.data[j], s);
-    }
+    for (int j = 0; j < kCount; ++j) p.data[j] = sam::perturb(p.data[j], d.data[j], s, scaling);
     return p;
   }
 
   template <int kCount>
   SAM_INLINE void move_tile(const Piece<kRoles>& piece, const Operand& source, int begin, int lane, int count) const {
-    const Key key{key_low, key_high, piece.tag, kRoundingStream};
     const uint64_t counter = first_counter(piece.begin + begin) + static_cast<uint64_t>(lane);
     uint32_t words[kWords][kCount];
     SAM_UNROLL
     for (int j = 0; j < kCount; ++j) {
-      const Words<uint64_t> found = random_words(counter + static_cast<uint64_t>(j), key);
+      const Words<uint64_t> found = random_words(counter + static_cast<uint64_t>(j), seed, kRoundingStream, piece.tag);
       SAM_UNROLL
       for (int word = 0; word < kWords; ++word) words[word][j] = static_cast<uint32_t>(found.word[word]);
     }
@@ -111,7 +107,7 @@ struct PerturbAlong {
 
 }  // namespace
 
-void perturb_variant(const RowLists<kPerturbVariantRoles>& lists, const PerturbVariantOptions& options, const Place& place) {
+void perturb_variant(const RowLists<kPerturbVariantRoles>& lists, const PerturbVariantOptions<Scalar>& options, const Place& place) {
   run<PerturbAlong>(lists, options, place);
 }
 

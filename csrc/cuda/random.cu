@@ -11,23 +11,21 @@ template <class A, bool kNormal>
 struct RandomPerturb {
   using Access = A;
   using T = typename A::Arithmetic;
-  using Options = RandomOptions;
+  using Options = RandomOptions<Scalar>;
   static constexpr int kRoles = kRandomRoles;
   // A thread has the words of 16 or 32 elements at hand: 512 or 1024 threads.
   static constexpr int kBlocks = kNormal || A::kWidth != 4 ? 1 : 2;
   static constexpr bool kSums = false, kBackwards = false;
 
-  uint32_t key_low, key_high;
+  RandomSeed seed;
   bool from_old;
   T scale;
 
-  SAM_INLINE explicit RandomPerturb(const Options& o)
-      : key_low(o.key_low), key_high(o.key_high), from_old(o.from_old), scale(T(read(o.scale))) {}
+  SAM_INLINE explicit RandomPerturb(const Options& o) : seed(o.seed), from_old(o.from_old), scale(T(read(o.scale))) {}
 
   SAM_INLINE void apply(const Piece<kRoles>& piece, int thread) const {
     const Operand param = piece.operands[kRandomParam], old_param = piece.operands[kRandomOldParam];
     const Operand source = choose(from_old, old_param, param);
-    const Key key{key_low, key_high, piece.tag, kPerturbationStream};
     for_each_tile<A>(piece, thread, [&](auto width, int begin, int lane, int count) {
       constexpr int kCount = decltype(width)::value;
       typename A::template Values<kCount> p[kWords] = {};
@@ -41,7 +39,9 @@ struct RandomPerturb {
       }
       const uint64_t counter = first_counter(piece.begin + begin) + static_cast<uint64_t>(lane);
       SAM_UNROLL
-      for (int j = 0; j < kCount; ++j) move(random_words(counter + static_cast<uint64_t>(j), key), p, j);
+      for (int j = 0; j < kCount; ++j) {
+        move(random_words(counter + static_cast<uint64_t>(j), seed, kPerturbationStream, piece.tag), p, j);
+      }
       SAM_UNROLL
       for (int word = 0; word < kWords; ++word) {
         const int i = begin + lane + word * kTileLanes;
@@ -80,8 +80,8 @@ using Rademacher = RandomPerturb<A, false>;
 
 }  // namespace
 
-void random_perturb(const RowLists<kRandomRoles>& lists, const RandomOptions& options, const Place& place) {
-  options.normal ? run<Normal>(lists, options, place) : run<Rademacher>(lists, options, place);
+void random_perturb(const RowLists<kRandomRoles>& lists, const RandomOptions<Scalar>& options, const Place& place) {
+  options.is_normal ? run<Normal>(lists, options, place) : run<Rademacher>(lists, options, place);
 }
 
 }  // namespace sam::cuda

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/formulas.h"
-#include "cuda/config.h"
+#include "cuda/block.cuh"
 
 namespace sam::cuda {
 
@@ -19,7 +19,7 @@ __device__ inline Dots shuffle_down(const Dots& dots, int offset) {
   return {shuffle_down(dots.left, offset), shuffle_down(dots.product, offset), shuffle_down(dots.right, offset)};
 }
 
-// The sum (a double, or Dots), in thread 0 alone. All threads of the block call it; two calls may follow each other.
+// In thread 0 alone. Two calls may follow each other.
 template <class Sum>
 __device__ inline Sum block_sum(Sum partial) {
   __shared__ Sum warp_sums[kWarps];
@@ -52,6 +52,18 @@ Sum block_sum_on_host(Sum* partials) {
     for (int warp = 0; warp < offset; ++warp) partials[warp] += partials[warp + offset];
   }
   return partials[0];
+}
+
+// The sum of part(thread), a double or Dots, over the threads of the block, in thread 0 alone. active: as of each_thread.
+template <class Part>
+SAM_BLOCK auto sum_of_threads(Part part, [[maybe_unused]] int active = kThreads) {
+#if defined(__CUDACC__)
+  return block_sum(part(static_cast<int>(threadIdx.x)));
+#else
+  decltype(part(0)) partials[kThreads] = {};
+  for (int thread = 0; thread < active; ++thread) partials[thread] = part(thread);
+  return block_sum_on_host(partials);
+#endif
 }
 
 }  // namespace sam::cuda

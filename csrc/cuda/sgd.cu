@@ -10,7 +10,7 @@ template <class A>
 struct Sgd {
   using Access = A;
   using T = typename A::Arithmetic;
-  using Options = SgdLaunch;
+  using Options = SgdOptions<Scalar>;
   static constexpr int kRoles = kSgdRoles;
   // 1536 threads where two results of eight elements are float until they are paired, or the architecture needs more registers for the
   // same: with fewer they would spill.
@@ -25,11 +25,11 @@ struct Sgd {
   SgdConstants<T> constants;
 
   SAM_INLINE explicit Sgd(const Options& o)
-      : skipped(is_skipped(o.multiplier.norm, o.found_inf)),
+      : skipped(is_skipped(o.update.step)),
         nesterov(o.nesterov),
         first_step(o.first_step),
-        decays(o.weight_decay != 0.0),
-        constants(sgd_constants<T>({read(o.lr), o.momentum, o.dampening, o.weight_decay, read(o.multiplier)})) {}
+        decays(o.update.weight_decay != 0.0),
+        constants(sgd_constants<T>(o)) {}
 
   SAM_INLINE void apply(const Piece<kRoles>& piece, int thread) const {
     if (skipped) {
@@ -70,6 +70,6 @@ struct Sgd {
 
 }  // namespace
 
-void sgd(const RowLists<kSgdRoles>& lists, const SgdLaunch& options, const Place& place) { run<Sgd>(lists, options, place); }
+void sgd(const RowLists<kSgdRoles>& lists, const SgdOptions<Scalar>& options, const Place& place) { run<Sgd>(lists, options, place); }
 
 }  // namespace sam::cuda

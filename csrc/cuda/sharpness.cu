@@ -72,7 +72,7 @@ SAM_INLINE void draw(const DrawOptions& o, int64_t block, Shared& s) {
   const Gibbs gibbs(o, s);
   const double total = gibbs.total(s);
   all_threads([&](int thread) {
-    s.keys[thread] = sampling_uniform(block * kThreads + thread, o.key_low, o.key_high) * total;
+    s.keys[thread] = sampling_uniform(block * kThreads + thread, o.seed) * total;
     s.counts[thread] = -1;
   });
   double before = 0.0;
@@ -106,7 +106,7 @@ SAM_INLINE void draw(const DrawOptions& o, int64_t block, Shared& s) {
 SAM_INLINE void rank(const DrawOptions& o, int64_t block, Shared& s) {
   const Gibbs gibbs(o, s);
   const int64_t first = block * kItems;
-  const auto key = [&](int64_t i) { return gumbel_key(gibbs.exponent(i), sampling_uniform(i, o.key_low, o.key_high)); };
+  const auto key = [&](int64_t i) { return gumbel_key(gibbs.exponent(i), sampling_uniform(i, o.seed)); };
   all_threads([&](int thread) {
     const int64_t i = first + thread / kParts;
     s.scratch[thread] = i < o.count ? key(i) : 0.0;
@@ -151,59 +151,38 @@ SAM_INLINE void rank(const DrawOptions& o, int64_t block, Shared& s) {
 
 int64_t blocks_of(int64_t items, int64_t of_a_block) { return (items + of_a_block - 1) / of_a_block; }
 
-#if defined(SAM_CUDA_ON_HOST)
+struct SharpnessWeights {
+  using Options = GibbsOptions;
+  static SAM_BLOCK void run(const Options& options, int64_t) {
+    SAM_SHARED Shared shared;
+    weigh(options, shared);
+  }
+};
 
-template <class Options, class Block>
-void launch(const Options& options, int64_t blocks, Block body) {
-  Shared shared;
-  for (int64_t block = 0; block < blocks; ++block) body(options, block, shared);
-}
+struct SharpnessDraw {
+  using Options = DrawOptions;
+  static SAM_BLOCK void run(const Options& options, int64_t block) {
+    SAM_SHARED Shared shared;
+    draw(options, block, shared);
+  }
+};
 
-#else
-
-__global__ void __launch_bounds__(kThreads) sharpness_weights_kernel(const __grid_constant__ GibbsOptions options) {
-  __shared__ Shared shared;
-  weigh(options, shared);
-}
-
-__global__ void __launch_bounds__(kThreads) sharpness_draw_kernel(const __grid_constant__ DrawOptions options) {
-  __shared__ Shared shared;
-  draw(options, blockIdx.x, shared);
-}
-
-__global__ void __launch_bounds__(kThreads) sharpness_rank_kernel(const __grid_constant__ DrawOptions options) {
-  __shared__ Shared shared;
-  rank(options, blockIdx.x, shared);
-}
-
-template <class Options>
-void launch(void (*kernel)(Options), const Options& options, int64_t blocks, const Place& place) {
-  void* arguments[] = {const_cast<Options*>(&options)};
-  launch_kernel(reinterpret_cast<const void*>(kernel), static_cast<unsigned>(blocks), kThreads, arguments, place);
-}
-
-#endif
+struct SharpnessRank {
+  using Options = DrawOptions;
+  static SAM_BLOCK void run(const Options& options, int64_t block) {
+    SAM_SHARED Shared shared;
+    rank(options, block, shared);
+  }
+};
 
 }  // namespace
 
-#if defined(SAM_CUDA_ON_HOST)
-
-void sharpness_weights(const GibbsOptions& options, const Place&) {
-  launch(options, 1, [](const GibbsOptions& o, int64_t, Shared& s) { weigh(o, s); });
-}
-void sharpness_draw(const DrawOptions& options, const Place&) { launch(options, blocks_of(options.draws, kThreads), &draw); }
-void sharpness_rank(const DrawOptions& options, const Place&) { launch(options, blocks_of(options.count, kItems), &rank); }
-
-#else
-
-void sharpness_weights(const GibbsOptions& options, const Place& place) { launch(&sharpness_weights_kernel, options, 1, place); }
+void sharpness_weights(const GibbsOptions& options, const Place& place) { launch_blocks<SharpnessWeights>(options, 1, place); }
 void sharpness_draw(const DrawOptions& options, const Place& place) {
-  launch(&sharpness_draw_kernel, options, blocks_of(options.draws, kThreads), place);
+  launch_blocks<SharpnessDraw>(options, blocks_of(options.draws, kThreads), place);
 }
 void sharpness_rank(const DrawOptions& options, const Place& place) {
-  launch(&sharpness_rank_kernel, options, blocks_of(options.count, kItems), place);
+  launch_blocks<SharpnessRank>(options, blocks_of(options.count, kItems), place);
 }
-
-#endif
 
 }  // namespace sam::cuda

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/random.h"
 #include "cuda/device.h"
 #include "cuda/scalars.cuh"
 
@@ -20,7 +21,7 @@ void sharpness_weights(const GibbsOptions& options, const Place& place);
 struct DrawOptions : GibbsOptions {
   int64_t* indices;  // (draws,)
   int64_t draws;
-  uint32_t key_low, key_high;
+  RandomSeed seed;
 };
 void sharpness_draw(const DrawOptions& options, const Place& place);  // with replacement
 void sharpness_rank(const DrawOptions& options, const Place& place);  // without

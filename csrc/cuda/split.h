@@ -1,6 +1,7 @@
 // Lists of tensors to launches: as many rows as the arguments of one hold, in order, empty ones left out.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
@@ -17,17 +18,15 @@ constexpr uint32_t kMostChunks = 0x7FFFFFFF;
 
 template <int kRoles>
 struct RowLists {
-  const TensorList* roles[kRoles] = {};               // null: takes no part; the first never is
+  std::array<const TensorList*, kRoles> roles;        // null: takes no part; the first never is
   const std::vector<uint32_t>* tags = nullptr;        // (n,); null: the rows' numbers
   const std::vector<int64_t>* slice_sizes = nullptr;  // (n,) of slices that no chunk cuts; 0, or null: none
 
   const std::vector<int64_t>& numels() const { return roles[0]->numels; }
 
-  // Throws std::invalid_argument unless every list that takes part has the same sizes. Called before any memory is touched.
+  // As check_sizes.
   void check() const {
-    for (const TensorList* list : roles) {
-      if (list != nullptr && list->numels != numels()) throw std::invalid_argument("tensor lists of different sizes");
-    }
+    check_sizes(roles);
     if (tags != nullptr && tags->size() != numels().size()) throw std::invalid_argument("one tag a tensor");
     if (slice_sizes != nullptr) check_slices(numels(), *slice_sizes);
   }

@@ -7,14 +7,10 @@
 
 namespace sam::cuda {
 
-struct Key {
-  uint32_t low, high, row, stream;
-};
-
 // The words of one counter.
-SAM_INLINE Words<uint64_t> random_words(uint64_t counter, const Key& key) {
+SAM_INLINE Words<uint64_t> random_words(uint64_t counter, const RandomSeed& seed, uint32_t stream, uint32_t row) {
   const auto product = [](uint64_t value, uint32_t factor) { return static_cast<uint64_t>(static_cast<uint32_t>(value)) * factor; };
-  return philox<uint64_t>({{counter, counter >> 32, key.row, key.stream}}, key.low, key.high, product);
+  return philox<uint64_t>({{counter, counter >> 32, row, stream}}, seed, product);
 }
 
 // The counter of lane 0 of the tile that begins at an element of the row.

@@ -109,9 +109,4 @@ SAM_INLINE Pack<S, kCount> narrow(const Pack<T, kCount>& values) {
   return pack;
 }
 
-template <class T>
-SAM_INLINE bool is_finite(T value) {
-  return value - value == T(0);
-}
-
 }  // namespace sam::cuda

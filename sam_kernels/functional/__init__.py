@@ -18,12 +18,13 @@ shapes or devices do not fit, for a tensor written twice, and for a number out o
 and are raised before any memory is touched.
 """
 
+from sam_kernels.functional._results import combine_norms
 from sam_kernels.functional.ascent import perturb_, restore_
 from sam_kernels.functional.centralize import centralize_
 from sam_kernels.functional.combinations import combine_, grad_dots
 from sam_kernels.functional.descent import adamw_step_, sgd_step_
 from sam_kernels.functional.directions import direction_norm_
-from sam_kernels.functional.norms import check_finite_, combine_norms, grad_norm, grad_norm_, grad_norms
+from sam_kernels.functional.norms import check_finite_, grad_norm, grad_norm_, grad_norms
 from sam_kernels.functional.random import random_perturb_
 from sam_kernels.functional.sharpness import sharpness_sample, sharpness_weights
 

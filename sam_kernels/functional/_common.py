@@ -2,67 +2,119 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from sam_kernels import _validate
 from sam_kernels._tensor_list import TensorList, are_trusted
 from sam_kernels.operations import Operation
 
-__all__ = ["Tensors", "TensorsOrNone", "check_amp", "check_clip", "check_lists", "check_with_gaps", "first_and_later", "pick"]
+__all__ = ["StepRows", "Tensors", "TensorsOrNone", "by_first_step", "check_lists", "check_with_gaps", "checked", "filled", "params_if"]
 
+_Op = TypeVar("_Op", bound=Operation)
 Tensors = Sequence[Tensor]
 TensorsOrNone = list[Tensor | None] | TensorList  # None: a row's first step
 
 
+def checked(op: _Op) -> _Op:
+    """Check the options of an operation as its class describes them, and return it with Python floats for its numbers.
+
+    A number that may be a tensor stays one (``_validate.check_number_or_tensor``).
+
+    Raises TypeError for a wrong type, ValueError for a number out of range or a tensor that holds no single number.
+    """
+    name = op.name
+    changes: dict[str, object] = {}
+    for field, limits in op.limits.items():
+        value = getattr(op, field)
+        if (type(value) is float and limits.least <= value <= limits.most) or (value is None and field in op.optional):
+            continue
+        if field in op.numbers:
+            number: object = _validate.check_number_or_tensor(name, field, value, low=limits.low, high=limits.high)
+        else:
+            number = _validate.check_number(name, field, value, low=limits.low, high=limits.high, open_low=limits.open_low)
+        if number is not value:
+            changes[field] = number
+    for field in op.flags:
+        if type(value := getattr(op, field)) is not bool:
+            _validate.check_flag(name, field, value)
+    for field in op.scalars:
+        value = getattr(op, field)
+        if value is not None or field not in op.optional:
+            _validate.check_scalar_tensor(name, field, value)
+    return dataclasses.replace(op, **changes) if changes else op
+
+
+def params_if(adaptive: bool, op: str, params: Tensors | None) -> Tensors | None:
+    """The parameters that a norm reads: none unless it is ``adaptive``. Raises ValueError if they are missing."""
+    if adaptive and params is None:
+        raise ValueError(f"{op}: adaptive=True needs params")
+    return params if adaptive else None
+
+
 def check_lists(op: type[Operation], lists: Mapping[str, Tensors | None]) -> None:
-    """Lists that operations trust are not looked at. Raises TypeError or ValueError for others that do not fit each other."""
+    """Check lists that are not trusted. Raises TypeError or ValueError if they do not fit each other."""
     if not are_trusted(lists.values()):
         _validate.check_lists(op.name, lists, written=op.written)
 
 
-def check_with_gaps(op: str, lists: dict[str, Tensors | None], name: str, entries: TensorsOrNone, *, written: tuple[str, ...]) -> None:
-    """As ``_validate.check_lists``, with one more list called ``name`` whose entries may be None: these fit every row."""
+def check_with_gaps(op: type[Operation], lists: dict[str, Tensors | None], name: str, entries: TensorsOrNone) -> None:
+    """As :func:`check_lists`, with one more list called ``name`` whose entries may be None: None fits every row."""
     if not isinstance(entries, list):
-        raise TypeError(f"{op}: {name} must be a list of tensors or None, got {_validate.describe(entries)}")
+        raise TypeError(f"{op.name}: {name} must be a list of tensors or None, got {_validate.describe(entries)}")
     if are_trusted((*lists.values(), entries)):
         return
-    _validate.check_lists(op, lists)
+    _validate.check_lists(op.name, lists)
     first_name, first = next((key, tensors) for key, tensors in lists.items() if tensors is not None)
     if len(entries) != len(first):
-        raise ValueError(f"{op}: {name} has {len(entries)} tensors, {first_name} has {len(first)}")
-    stand_ins = [tensor if entry is None else entry for tensor, entry in zip(first, entries, strict=True)]
-    _validate.check_lists(op, {first_name: first, name: stand_ins})
+        raise ValueError(f"{op.name}: {name} has {len(entries)} tensors, {first_name} has {len(first)}")
+    _validate.check_lists(op.name, {first_name: first, name: filled(entries, first)})
     everything: dict[str, Sequence[Tensor | None] | None] = {**lists, name: entries}
-    _validate.check_distinct(op, {key: everything[key] or [] for key in written})
+    _validate.check_distinct(op.name, {key: everything[key] or [] for key in op.written})
 
 
-def first_and_later(entries: Sequence[Tensor | None] | None) -> list[tuple[bool, list[int] | None]]:
-    """The rows whose entry is None, then the others: (whether it is their first step, indices, None for all rows)."""
-    first = [] if entries is None or isinstance(entries, TensorList) else [i for i, entry in enumerate(entries) if entry is None]
-    if not first or entries is None:
-        return [(False, None)]
-    later = sorted(set(range(len(entries))) - set(first))
-    return [(True, first), *([(False, later)] if later else [])]
+def filled(entries: Sequence[Tensor | None], stand_ins: Tensors) -> list[Tensor]:
+    """The entries, with the tensor of the same row in the place of None."""
+    return [stand_in if entry is None else entry for entry, stand_in in zip(entries, stand_ins, strict=True)]
 
 
-def pick(tensors: Tensors | None, indices: list[int] | None) -> Tensors | None:
-    return tensors if tensors is None or indices is None else [tensors[i] for i in indices]
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """Rows of lists that all make their first step, or all make a later one.
+
+    Attributes:
+        is_first: whether it is the first step.
+        lists: by role, with the list whose entries may be None: zeros for a first step, or no list.
+        indices: the rows in the caller's lists; None: all of them.
+    """
+
+    is_first: bool
+    lists: dict[str, Tensors | None]
+    indices: list[int] | None = None
+
+    def put_back(self, name: str, entries: TensorsOrNone) -> None:
+        """Put the tensors that a first step has filled into the caller's list."""
+        for i, tensor in zip(self.indices or (), self.lists[name] or (), strict=True):
+            entries[i] = tensor
 
 
-def check_amp(op: str, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    if grad_scale is not None:
-        _validate.check_scalar_tensor(op, "grad_scale", grad_scale)
-    if found_inf is not None:
-        _validate.check_scalar_tensor(op, "found_inf", found_inf)
-
-
-def check_clip(op: str, norm: Tensor | None, max_norm: float | None) -> float | None:
-    if norm is not None:
-        _validate.check_scalar_tensor(op, "norm", norm)
-    if max_norm is None:
-        return None
-    if norm is None:
-        raise ValueError(f"{op}: max_norm needs norm, the norm of the gradients as given")
-    return _validate.check_number(op, "max_norm", max_norm, low=0.0)
+def by_first_step(lists: Mapping[str, Tensors | None], name: str, entries: TensorsOrNone, *, like: str | None) -> list[StepRows]:
+    """The rows whose entry in the list ``name`` is None, then the others. A first step gets zeros like the tensors of the list ``like``."""
+    everything: dict[str, Sequence[Any] | None] = {**lists, name: entries}
+    if isinstance(entries, TensorList) or all(entry is not None for entry in entries):
+        return [StepRows(False, everything)]
+    found = []
+    for is_first in (True, False):
+        indices = [i for i, entry in enumerate(entries) if (entry is None) is is_first]
+        if indices:
+            part: dict[str, Tensors | None]
+            part = {role: None if tensors is None else [tensors[i] for i in indices] for role, tensors in everything.items()}
+            if is_first:
+                part[name] = None if like is None else [torch.zeros_like(tensor) for tensor in part[like] or ()]
+            found.append(StepRows(is_first, part, indices))
+    return found

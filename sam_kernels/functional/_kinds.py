@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from sam_kernels import _validate
 from sam_kernels._memory_of import ORDINARY_TYPES, active_fake_mode, is_inside_transform, why_no_memory
 from sam_kernels._tensor_list import TensorList
+from sam_kernels.functional._common import filled
 
 __all__ = ["are_ordinary", "explain", "fake_mode_of"]
 
@@ -116,9 +117,5 @@ def _check_fake_lists(op: str, arguments: Mapping[str, Any]) -> None:
     if not lists:
         return
     first = next(iter(lists.values()))
-    filled = {name: [*value] if len(value) != len(first) else _filled(value, first) for name, value in lists.items()}
-    _validate.check_lists(op, filled)
-
-
-def _filled(entries: Iterable[Tensor | None], stand_ins: Iterable[Tensor]) -> list[Tensor]:
-    return [stand_in if entry is None else entry for entry, stand_in in zip(entries, stand_ins, strict=True)]
+    full = {name: [*value] if len(value) != len(first) else filled(value, first) for name, value in lists.items()}
+    _validate.check_lists(op, full)

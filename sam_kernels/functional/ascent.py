@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from sam_kernels import _validate
 from sam_kernels._grouping import run, split
 from sam_kernels._tensor_list import TensorList
-from sam_kernels.functional._common import Tensors, TensorsOrNone, check_amp, check_lists, check_with_gaps, first_and_later, pick
+from sam_kernels.functional._common import Tensors, TensorsOrNone, by_first_step, check_lists, check_with_gaps, checked
 from sam_kernels.functional._library import operation
 from sam_kernels.functional.directions import DIRECTIONS
 from sam_kernels.operations import Number, Perturb, Restore
@@ -58,53 +57,44 @@ def perturb_(
     float32 and float64 parameters are not concerned, float16 ones are refused.
     Reads p, g; writes old_p, p: 4 N s bytes (``from_old``: reads old_p, g; writes p: 3 N s; ``ema``: reads m too).
     """
-    name = Perturb.name
-    rho = _validate.check_number_or_tensor(name, "rho", rho)
-    lambd = _validate.check_number_or_tensor(name, "lambd", lambd, low=0.0, high=1.0)
-    eta = _validate.check_number(name, "eta", eta, low=0.0)
-    eps = _validate.check_number(name, "eps", eps, low=0.0)
-    _validate.check_flag(name, "adaptive", adaptive)
-    _validate.check_flag(name, "from_old", from_old)
-    _validate.check_scalar_tensor(name, "norm", norm)
-    check_amp(name, grad_scale, found_inf)
-    grad_weight, ema_weight = _direction_weights(name, ema, kind, sigma, lmbda)
+    grad_weight, ema_weight = _direction_weights(Perturb.name, ema, kind, sigma, lmbda)
     lists: dict[str, Tensors | None] = {"params": params, "grads": grads, "old_params": old_params}
-    if ema is not None:
-        check_with_gaps(name, lists, "ema", ema, written=Perturb.written)
-    else:
+    if ema is None:
         check_lists(Perturb, lists)
+    else:
+        check_with_gaps(Perturb, lists, "ema", ema)
     if rounding_seed is not None:
-        rounding_seed = _check_rounding(name, rounding_seed, params)
-    op = Perturb(
-        norm=norm,
-        rho=rho,
-        lambd=lambd,
-        adaptive=adaptive,
-        eta=eta,
-        eps=eps,
-        grad_scale=grad_scale,
-        found_inf=found_inf,
-        from_old=from_old,
-        grad_weight=grad_weight,
-        ema_weight=ema_weight,
-        rounding_seed=rounding_seed,
+        rounding_seed = _check_rounding(Perturb.name, rounding_seed, params)
+    op = checked(
+        Perturb(
+            norm=norm,
+            rho=rho,
+            lambd=lambd,
+            adaptive=adaptive,
+            eta=eta,
+            eps=eps,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            from_old=from_old,
+            grad_weight=grad_weight,
+            ema_weight=ema_weight,
+            rounding_seed=rounding_seed,
+        )
     )
     if ema is None or isinstance(ema, TensorList):
         run(op, {**lists, "ema": ema})
         return
-    for is_first, indices in first_and_later(ema):
-        part = {role: pick(tensors, indices) for role, tensors in lists.items()}
-        part["ema"] = None if is_first else pick(cast(Tensors, ema), indices)
-        # A first step goes along the gradient, whose norm its backend expects to be scaled as it is.
+    for rows in by_first_step(lists, "ema", ema, like=None):
         mine = op
-        if is_first and grad_scale is not None:
+        # A first step goes along the gradient. Its backend expects the norm of the gradient as it is given, scaled.
+        if rows.is_first and grad_scale is not None:
             mine = dataclasses.replace(op, norm=norm.to(torch.float64) * grad_scale.to(norm.device, torch.float64))
-        for rows in split(part, written=op.written, indices=indices):
-            rows.run(mine)
+        for part in split(rows.lists, written=op.written, indices=rows.indices):
+            part.run(mine)
 
 
 def _direction_weights(op: str, ema: TensorsOrNone | None, kind: str | None, sigma: float, lmbda: float) -> tuple[float, float]:
-    """What the unscaled gradient and the moving average are multiplied by. The sum is the direction."""
+    """The factors of the unscaled gradient and of the moving average, whose sum is the direction."""
     sigma = _validate.check_number(op, "sigma", sigma)
     lmbda = _validate.check_number(op, "lmbda", lmbda, low=0.0, high=1.0, open_low=True)
     if kind is not None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from sam_kernels import _validate
-from sam_kernels._flags import report_norm
 from sam_kernels._grouping import split
-from sam_kernels.functional._common import Tensors, check_lists
+from sam_kernels.functional._common import Tensors, check_lists, checked, params_if
 from sam_kernels.functional._library import operation
-from sam_kernels.functional.norms import combine_norms, fake_norm
+from sam_kernels.functional._results import joined, run_reporting
+from sam_kernels.functional.norms import fake_norm
 from sam_kernels.operations import Centralize
 
 __all__ = ["centralize_"]
@@ -35,19 +33,7 @@ def centralize_(
     What is not finite makes its whole slice so. ``found_inf`` is set to 1 where the norm is not finite, and left alone otherwise.
     Reads g (and p), writes g: 2 N s bytes. A slice of more than 2^16 elements is read twice from memory, and by one thread or one block.
     """
-    name = Centralize.name
-    _validate.check_flag(name, "adaptive", adaptive)
-    eta = _validate.check_number(name, "eta", eta, low=0.0)
-    if adaptive and params is None:
-        raise ValueError(f"{name}: adaptive=True needs params")
-    if found_inf is not None:
-        _validate.check_scalar_tensor(name, "found_inf", found_inf)
-    lists: dict[str, Tensors | None] = {"grads": grads, "params": params if adaptive else None}
+    op = checked(Centralize(adaptive=adaptive, eta=eta, found_inf=found_inf))
+    lists: dict[str, Tensors | None] = {"grads": grads, "params": params_if(op.adaptive, op.name, params)}
     check_lists(Centralize, lists)
-    row_groups = split(lists, written=Centralize.written, by_slices=True)
-    # One backend reports by itself, on a device within the launch that finishes the norm.
-    alone = len(row_groups) == 1 and (found_inf is None or found_inf.device == grads[0].device)
-    op = Centralize(adaptive=adaptive, eta=eta, found_inf=found_inf if alone else None)
-    norms = [rows.run(op) for rows in row_groups]
-    result = combine_norms(norms) if norms else torch.zeros((), dtype=torch.float32, device="cpu")
-    return result if alone else report_norm(result, found_inf, None, None)
+    return run_reporting(op, split(lists, written=op.written, by_slices=True), joined)

@@ -11,27 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam_kernels import _validate
-from sam_kernels._flags import report_norm
-from sam_kernels._grouping import run, split
-from sam_kernels.functional._common import Tensors, check_lists
+from sam_kernels._grouping import split
+from sam_kernels.functional._common import Tensors, check_lists, checked
 from sam_kernels.functional._library import operation
-from sam_kernels.functional.norms import combine_norms
+from sam_kernels.functional._results import joined, norm_like, run_reporting
 from sam_kernels.operations import Combine, GradDots, Number
 
 __all__ = ["combine_", "grad_dots"]
 
 
 def _fake_dots(*, lefts: Tensors, **_: Any) -> Tensor:
-    return lefts[0].new_empty(3, dtype=torch.float64) if lefts else torch.zeros(3, dtype=torch.float64, device="cpu")
+    return norm_like(lefts, 3).to(torch.float64)
 
 
 def _fake_norm(*, outs: Tensors, **_: Any) -> Tensor:
-    return outs[0].new_empty((), dtype=_norm_dtype(outs)) if outs else torch.zeros((), dtype=torch.float32, device="cpu")
-
-
-def _norm_dtype(outs: Sequence[Tensor]) -> torch.dtype:
-    return torch.float64 if any(out.dtype is torch.float64 for out in outs) else torch.float32
+    return norm_like(outs)
 
 
 @operation(written=GradDots.reports, fake=_fake_dots)
@@ -54,21 +48,14 @@ def grad_dots(
     ``found_inf`` is set to 1 where one of the three is not finite, and left alone otherwise. Empty lists give zeros.
     Reads l, r (and o): 2 N s bytes (3 N s).
     """
-    if found_inf is not None:
-        _validate.check_scalar_tensor(GradDots.name, "found_inf", found_inf)
+    op = checked(GradDots(found_inf=found_inf))
     lists: dict[str, Tensors | None] = {"lefts": lefts, "rights": rights, "origins": origins}
     check_lists(GradDots, lists)
-    row_groups = split(lists)
-    alone = len(row_groups) == 1 and (found_inf is None or found_inf.device == lefts[0].device)
-    op = GradDots(found_inf=found_inf if alone else None)
-    parts: list[Tensor] = [rows.run(op) for rows in row_groups]
-    if alone:
-        return parts[0]
-    result = (
-        torch.stack([part.to(lefts[0].device) for part in parts]).sum(dim=0) if parts else torch.zeros(3, dtype=torch.float64, device="cpu")
-    )
-    report_norm(torch.linalg.vector_norm(result, ord=torch.inf), found_inf, None, None)
-    return result
+    return run_reporting(op, split(lists), _sum)
+
+
+def _sum(dots: Sequence[Tensor]) -> Tensor:
+    return torch.stack([each.to(dots[0].device) for each in dots]).sum(dim=0) if dots else _fake_dots(lefts=())
 
 
 @operation(written=(*Combine.written, *Combine.reports), fake=_fake_norm)
@@ -97,21 +84,12 @@ def combine_(
     Raises ValueError for an ``origin_weight`` without ``origins``.
     Reads l, r (and o); writes out: 3 N s bytes (4 N s).
     """
-    name = Combine.name
-    left_weight = _validate.check_number_or_tensor(name, "left_weight", left_weight)
-    right_weight = _validate.check_number_or_tensor(name, "right_weight", right_weight)
-    origin_weight = _validate.check_number_or_tensor(name, "origin_weight", origin_weight)
-    if origins is None and not _is_zero(origin_weight):
-        raise ValueError(f"{name}: origin_weight needs origins, which it is multiplied by")
-    if found_inf is not None:
-        _validate.check_scalar_tensor(name, "found_inf", found_inf)
+    op = checked(Combine(left_weight=left_weight, right_weight=right_weight, origin_weight=origin_weight, found_inf=found_inf))
+    if origins is None and not _is_zero(op.origin_weight):
+        raise ValueError(f"{op.name}: origin_weight needs origins, which it is multiplied by")
     lists: dict[str, Tensors | None] = {"outs": outs, "lefts": lefts, "rights": rights, "origins": origins}
     check_lists(Combine, lists)
-    op = Combine(left_weight=left_weight, right_weight=right_weight, origin_weight=origin_weight, found_inf=found_inf)
-    norms: list[Tensor] = run(op, lists)
-    if len(norms) == 1 and (found_inf is None or found_inf.device == outs[0].device):
-        return norms[0]  # whose backend has reported it
-    return report_norm(combine_norms(norms) if norms else torch.zeros((), dtype=torch.float32, device="cpu"), found_inf, None, None)
+    return run_reporting(op, split(lists, written=op.written), joined)
 
 
 def _is_zero(weight: Number) -> bool:

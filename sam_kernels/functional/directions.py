@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from sam_kernels import _validate
 from sam_kernels._flags import report_norm
 from sam_kernels._grouping import run
-from sam_kernels.functional._common import Tensors, TensorsOrNone, check_amp, check_with_gaps, first_and_later, pick
+from sam_kernels._tensor_list import arithmetic_dtype
+from sam_kernels.functional._common import Tensors, TensorsOrNone, by_first_step, check_with_gaps, checked, params_if
 from sam_kernels.functional._flat import EMA
 from sam_kernels.functional._library import operation
-from sam_kernels.functional.norms import combine_norms
+from sam_kernels.functional._results import joined, norm_like
 from sam_kernels.operations import DirectionNorm
 
 __all__ = ["DIRECTIONS", "direction_norm_"]
@@ -25,12 +25,7 @@ DIRECTIONS = ("vasso", "friendly")
 
 def _fake_direction_norm(*, grads: Tensors, first_steps: Sequence[int], **_: Any) -> Tensor:
     """First steps are made first: the norm is on the device of the first of these."""
-    dtype = torch.float64 if any(grad.dtype is torch.float64 for grad in grads) else torch.float32
-    return (
-        grads[first_steps[0] if first_steps else 0].new_empty((), dtype=dtype)
-        if grads
-        else torch.zeros((), dtype=torch.float32, device="cpu")
-    )
+    return norm_like([*(grads[i] for i in first_steps), *grads])
 
 
 @operation(written=(*DirectionNorm.written, "found_inf"), fake=_fake_direction_norm, flat=EMA)
@@ -61,26 +56,14 @@ def direction_norm_(
     """
     name = DirectionNorm.name
     _validate.check_choice(name, "kind", kind, DIRECTIONS)
-    theta = _validate.check_number(name, "theta", theta, low=0.0, high=1.0, open_low=True)
-    sigma = _validate.check_number(name, "sigma", sigma)
-    lmbda = _validate.check_number(name, "lmbda", lmbda, low=0.0, high=1.0, open_low=True)
-    eta = _validate.check_number(name, "eta", eta, low=0.0)
-    _validate.check_flag(name, "adaptive", adaptive)
-    if adaptive and params is None:
-        raise ValueError(f"{name}: adaptive=True needs params")
-    check_amp(name, grad_scale, found_inf)
-    lists: dict[str, Tensors | None] = {"grads": grads, "params": params if adaptive else None}
-    check_with_gaps(name, lists, "ema", ema, written=DirectionNorm.written)
-    op = DirectionNorm(kind=kind, theta=theta, sigma=sigma, lmbda=lmbda, adaptive=adaptive, eta=eta, grad_scale=grad_scale)
-    norms = []
-    for is_first, indices in first_and_later(ema):
-        part = {role: pick(tensors, indices) for role, tensors in lists.items()}
-        fresh = [torch.zeros_like(grad) for grad in part["grads"] or ()] if is_first else None
-        part["ema"] = fresh if fresh is not None else pick(cast(Tensors, ema), indices)
-        norms += run(dataclasses.replace(op, first_step=is_first) if is_first else op, part)
-        if fresh is not None:
-            for i, average in zip(range(len(fresh)) if indices is None else indices, fresh, strict=True):
-                cast("list[Tensor | None]", ema)[i] = average
-    dtype = torch.float64 if torch.float64 in {grad.dtype for grad in grads} else torch.float32
-    result = combine_norms(norms).to(dtype) if norms else torch.zeros((), dtype=torch.float32, device="cpu")
-    return report_norm(result, found_inf, None, None)
+    op = checked(DirectionNorm(kind=kind, theta=theta, sigma=sigma, lmbda=lmbda, adaptive=adaptive, eta=eta, grad_scale=grad_scale))
+    if found_inf is not None:
+        _validate.check_scalar_tensor(name, "found_inf", found_inf)
+    lists: dict[str, Tensors | None] = {"grads": grads, "params": params_if(op.adaptive, op.name, params)}
+    check_with_gaps(DirectionNorm, lists, "ema", ema)
+    norms: list[Tensor] = []
+    for rows in by_first_step(lists, "ema", ema, like="grads"):
+        norms += run(dataclasses.replace(op, first_step=True) if rows.is_first else op, rows.lists)
+        if rows.is_first:
+            rows.put_back("ema", ema)
+    return report_norm(joined(norms).to(arithmetic_dtype(grads)), found_inf)

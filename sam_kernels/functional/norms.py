@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from sam_kernels import _validate
 from sam_kernels._flags import report_norm
 from sam_kernels._grouping import split
-from sam_kernels._tensor_list import TensorList
-from sam_kernels.functional._common import Tensors, check_lists
+from sam_kernels._tensor_list import are_trusted
+from sam_kernels.functional._common import Tensors, check_lists, params_if
 from sam_kernels.functional._flat import GROUPS
 from sam_kernels.functional._library import operation
+from sam_kernels.functional._results import combine_norms, norm_like
 from sam_kernels.operations import CheckFinite, GradNorms
 
-__all__ = ["check_finite_", "combine_norms", "fake_norm", "grad_norm", "grad_norm_", "grad_norms"]
+__all__ = ["check_finite_", "fake_norm", "grad_norm", "grad_norm_", "grad_norms"]
 
 
 def fake_norm(*, grads: Tensors, **_: Any) -> Tensor:
-    return _fake_norms(grad_groups=grads, group_sizes=[len(grads)])[0]
+    return norm_like(grads)
 
 
 def _fake_norms(*, grad_groups: Tensors, group_sizes: Sequence[int], **_: Any) -> Tensor:
     """``grad_groups`` flattened."""
-    if not grad_groups:
-        return torch.zeros(len(group_sizes), dtype=torch.float32, device="cpu")
-    dtype = torch.float64 if any(grad.dtype is torch.float64 for grad in grad_groups) else torch.float32
-    return grad_groups[0].new_empty(len(group_sizes), dtype=dtype)
+    return norm_like(grad_groups, len(group_sizes))
 
 
 @operation(written=("found_inf",), fake=fake_norm)
@@ -91,7 +88,7 @@ def grad_norms(
 
 
 def _grad_norms(
-    op: str,
+    name: str,
     groups: Sequence[Tensors],
     params: Tensors | None,
     *,
@@ -101,17 +98,15 @@ def _grad_norms(
     skipped: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    _validate.check_flag(op, "adaptive", adaptive)
-    eta = _validate.check_number(op, "eta", eta, low=0.0)
-    if adaptive and params is None:
-        raise ValueError(f"{op}: adaptive=True needs params")
+    _validate.check_flag(name, "adaptive", adaptive)
+    eta = _validate.check_number(name, "eta", eta, low=0.0)
     if found_inf is not None:
-        _validate.check_scalar_tensor(op, "found_inf", found_inf)
-    used_params = params if adaptive else None
+        _validate.check_scalar_tensor(name, "found_inf", found_inf)
+    used_params = params_if(adaptive, name, params)
     for j, group in enumerate(groups):
-        if not (isinstance(group, TensorList) and (used_params is None or isinstance(used_params, TensorList))):
-            name = f"grad_groups[{j}]" if op == "grad_norms" else "grads"
-            _validate.check_lists(op, {name: group, "params": used_params})
+        if not are_trusted((group, used_params)):
+            role = f"grad_groups[{j}]" if name == "grad_norms" else "grads"
+            _validate.check_lists(name, {role: group, "params": used_params})
     grads = groups[0] if len(groups) == 1 else [grad for group in groups for grad in group]
     repeated = used_params if used_params is None or len(groups) == 1 else [param for _ in groups for param in used_params]
     group_of_row = [j for j, group in enumerate(groups) for _ in group] if len(groups) != 1 else None
@@ -125,7 +120,7 @@ def _grad_norms(
         indices = rows.lists.indices
         sizes = [len(indices)] if group_of_row is None else _count(group_of_row, indices, len(groups))
         norms.append(rows.run(GradNorms(group_sizes=sizes, adaptive=adaptive, eta=eta, **reported)))
-    result = combine_norms(norms) if norms else torch.zeros(len(groups), dtype=torch.float32, device="cpu")
+    result = combine_norms(norms) if norms else norm_like((), len(groups))
     return result if alone or len(groups) != 1 else report_norm(result[0], **report).reshape(1)
 
 
@@ -140,15 +135,6 @@ def check_finite_(grads: Tensors, found_inf: Tensor) -> None:
         rows.run(CheckFinite(found_inf=here))
         if here is not found_inf:
             found_inf.logical_or_(here.to(found_inf.device))
-
-
-def combine_norms(norms: Sequence[Tensor]) -> Tensor:
-    """sqrt(sum of squares) of norms over disjoint parts, elementwise, on the first one's device. float64 where one of them is."""
-    if len(norms) == 1:
-        return norms[0]
-    dtype = torch.float64 if any(norm.dtype is torch.float64 for norm in norms) else torch.float32
-    wide = torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms])
-    return cast(Tensor, torch.linalg.vector_norm(wide, dim=0)).to(dtype)
 
 
 def _count(group_of_row: Sequence[int], indices: Sequence[int], groups: int) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sam_kernels import _validate
 from sam_kernels._grouping import run
-from sam_kernels.functional._common import Tensors, check_lists
+from sam_kernels.functional._common import Tensors, check_lists, checked
 from sam_kernels.functional._library import operation
 from sam_kernels.operations import Number, RandomPerturb
 
@@ -36,11 +36,9 @@ def random_perturb_(
     r cos(2 pi u), r sin(2 pi u) with u = (b >> 8) 2^-24 and r = sqrt(-2 log(((a >> 8) + 1) 2^-24)).
     Reads p; writes old_p, p: 3 N s bytes (``from_old``: reads old_p; writes p: 2 N s).
     """
-    name = RandomPerturb.name
-    seed = _validate.check_seed(name, "seed", seed)
-    scale = _validate.check_number_or_tensor(name, "scale", scale)
-    _validate.check_choice(name, "distribution", distribution, DISTRIBUTIONS)
-    _validate.check_flag(name, "from_old", from_old)
+    seed = _validate.check_seed(RandomPerturb.name, "seed", seed)
+    _validate.check_choice(RandomPerturb.name, "distribution", distribution, DISTRIBUTIONS)
+    op = checked(RandomPerturb(seed=seed, scale=scale, distribution=distribution, from_old=from_old))
     lists: dict[str, Tensors | None] = {"params": params, "old_params": old_params}
     check_lists(RandomPerturb, lists)
-    run(RandomPerturb(seed=seed, scale=scale, distribution=distribution, from_old=from_old), lists)
+    run(op, lists)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import math
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -11,7 +14,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Access", "Number", "Operands", "Operation", "number_on"]
+__all__ = ["ANY", "NOT_NEGATIVE", "Access", "Limits", "Number", "Operands", "Operation", "number_on"]
 
 _Op = TypeVar("_Op", bound="Operation")
 Number = float | Tensor  # () or one element, float32 or float64, on the CPU or the device of the lists
@@ -27,6 +30,20 @@ class Access(Enum):
     @property
     def sweeps(self) -> int:
         return 2 if self is Access.UPDATED else 1
+
+
+class Limits:
+    """The finite numbers that an option may be: [low, high], without an end that is open; None is no end."""
+
+    def __init__(self, low: float | None = None, high: float | None = None, *, open_low: bool = False) -> None:
+        largest = sys.float_info.max
+        self.low, self.high, self.open_low = low, high, open_low
+        # The same as a closed interval of floats, which is quick to compare with
+        self.least = -largest if low is None else math.nextafter(low, largest) if open_low else low
+        self.most = largest if high is None else high
+
+
+ANY, NOT_NEGATIVE = Limits(), Limits(low=0.0)
 
 
 class Operands(dict[str, list[Tensor]]):
@@ -59,15 +76,24 @@ class Operation:
     """The base of all operations. ``name`` is that of the public function and of every backend's."""
 
     name: ClassVar[str]
-    roles: ClassVar[Mapping[str, Access]]  # of each list, with all options at their defaults
-    numbers: ClassVar[tuple[str, ...]] = ()  # fields that hold a Number
-    scalars: ClassVar[tuple[str, ...]] = ()  # fields that hold a () tensor or None
+    roles: ClassVar[Mapping[str, Access]] = {}  # of each list, with all options at their defaults
+    limits: ClassVar[Mapping[str, Limits]] = {}  # of the numbers that callers choose
     reports: ClassVar[tuple[str, ...]] = ()  # of the scalars, those that are written
 
-    written: ClassVar[tuple[str, ...]] = ()  # roles of lists that are written with some options; derived
+    # Derived, from the roles and from the annotations of the fields
+    written: ClassVar[tuple[str, ...]] = ()  # roles of lists that are written with some options
+    numbers: ClassVar[tuple[str, ...]] = ()  # fields that hold a Number
+    scalars: ClassVar[tuple[str, ...]] = ()  # fields that hold a () tensor or None
+    flags: ClassVar[tuple[str, ...]] = ()  # fields that are True or False
+    optional: ClassVar[tuple[str, ...]] = ()  # fields that may be None
 
     def __init_subclass__(cls) -> None:
         cls.written = tuple(role for role, access in cls.roles.items() if access is not Access.READ)
+        types = {name: kind for base in reversed(cls.__mro__) for name, kind in inspect.get_annotations(base).items()}
+        cls.numbers = tuple(name for name, kind in types.items() if kind == "Number")
+        cls.scalars = tuple(name for name, kind in types.items() if kind in ("Tensor", "Tensor | None"))
+        cls.flags = tuple(name for name, kind in types.items() if kind == "bool")
+        cls.optional = tuple(name for name, kind in types.items() if kind.endswith("| None"))
 
     @classmethod
     def accesses(cls, given: Collection[str]) -> dict[str, Access]:

@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from sam_kernels.operations._operation import Access, Number, Operation
+from sam_kernels.operations._operation import ANY, NOT_NEGATIVE, Access, Limits, Number, Operation
+from sam_kernels.operations.norms import Adaptive
 
 __all__ = ["Perturb", "RandomPerturb", "Restore"]
 
@@ -18,7 +19,7 @@ def _from_old(accesses: dict[str, Access], from_old: bool) -> dict[str, Access]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Perturb(Operation):
+class Perturb(Adaptive):
     """old_params <- params, then params <- params + rho (1 - lambd + lambd / (norm + eps)) d.
 
     d is the gradient; with a list ``ema`` it is grad_weight g / grad_scale + ema_weight m (without g where its weight is 0), and ``norm``
@@ -27,14 +28,11 @@ class Perturb(Operation):
 
     name: ClassVar[str] = "perturb_"
     roles: ClassVar = {"params": Access.UPDATED, "grads": Access.READ, "old_params": Access.WRITTEN, "ema": Access.READ}
-    numbers: ClassVar = ("rho", "lambd")
-    scalars: ClassVar = ("norm", "grad_scale", "found_inf")
+    limits: ClassVar = Adaptive.limits | {"rho": ANY, "lambd": Limits(0.0, 1.0), "eps": NOT_NEGATIVE}
 
     norm: Tensor  # ()
     rho: Number
     lambd: Number = 1.0
-    adaptive: bool = False
-    eta: float = 0.0
     eps: float = 1e-12
     grad_scale: Tensor | None = None  # ()
     found_inf: Tensor | None = None  # ()
@@ -54,7 +52,7 @@ class RandomPerturb(Operation):
 
     name: ClassVar[str] = "random_perturb_"
     roles: ClassVar = {"params": Access.UPDATED, "old_params": Access.WRITTEN}
-    numbers: ClassVar = ("scale",)
+    limits: ClassVar = {"scale": ANY}
 
     seed: int
     scale: Number

@@ -8,40 +8,22 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from sam_kernels.operations._operation import Access, Number, Operation
+from sam_kernels.operations._operation import ANY, NOT_NEGATIVE, Access, Number, Operation
 
-__all__ = ["AdamWStep", "SgdStep"]
-
-
-def _from_params(accesses: dict[str, Access], given: Collection[str]) -> dict[str, Access]:
-    """Without backups the update starts from the parameters themselves."""
-    return accesses if "old_params" in given else accesses | {"params": Access.UPDATED}
+__all__ = ["AdamWStep", "Descent", "SgdStep"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SgdStep(Operation):
-    """``torch.optim.SGD`` from old_params (where given) to params. See :func:`sam_kernels.functional.sgd_step_`.
+class Descent(Operation):
+    """The base of updates from old_params (where given) to params. A backend returns whether the step was made; True where only the device
+    knows."""
 
-    ``first_step``: momentum buffers are only written. A backend returns whether the step was made; True where only the device knows.
-    """
-
-    name: ClassVar[str] = "sgd_step_"
-    roles: ClassVar = {
-        "params": Access.WRITTEN,
-        "grads": Access.READ,
-        "old_params": Access.READ,
-        "momentum_buffers": Access.UPDATED,
-    }
-    numbers: ClassVar = ("lr",)
-    scalars: ClassVar = ("grad_scale", "found_inf", "norm")
+    roles: ClassVar = {"params": Access.WRITTEN, "grads": Access.READ, "old_params": Access.READ}
+    limits: ClassVar = {"lr": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "max_norm": NOT_NEGATIVE}
 
     lr: Number
-    momentum: float = 0.0
-    dampening: float = 0.0
     weight_decay: float = 0.0
-    nesterov: bool = False
     maximize: bool = False
-    first_step: bool = False
     grad_scale: Tensor | None = None  # ()
     found_inf: Tensor | None = None  # ()
     norm: Tensor | None = None  # ()
@@ -49,40 +31,37 @@ class SgdStep(Operation):
 
     @classmethod
     def accesses(cls, given: Collection[str]) -> dict[str, Access]:
-        return _from_params(super(SgdStep, cls).accesses(given), given)
+        """Without backups the update starts from the parameters themselves."""
+        accesses = super(Descent, cls).accesses(given)
+        return accesses if "old_params" in given else accesses | {"params": Access.UPDATED}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AdamWStep(Operation):
-    """``torch.optim.AdamW`` (``decoupled``) or ``Adam`` from old_params (where given) to params. See
-    :func:`sam_kernels.functional.adamw_step_`.
+class SgdStep(Descent):
+    """``torch.optim.SGD``. See :func:`sam_kernels.functional.sgd_step_`. ``first_step``: momentum buffers are only written."""
+
+    name: ClassVar[str] = "sgd_step_"
+    roles: ClassVar = Descent.roles | {"momentum_buffers": Access.UPDATED}
+    limits: ClassVar = Descent.limits | {"momentum": NOT_NEGATIVE, "dampening": ANY}
+
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    first_step: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdamWStep(Descent):
+    """``torch.optim.AdamW`` (``decoupled``) or ``Adam``. See :func:`sam_kernels.functional.adamw_step_`.
 
     The operands have one list more, ``state_steps``: n counters of one element, on any device, each one larger afterwards unless the step
-    is skipped. A backend returns whether the step was made; True where only the device knows.
+    is skipped.
     """
 
     name: ClassVar[str] = "adamw_step_"
-    roles: ClassVar = {
-        "params": Access.WRITTEN,
-        "grads": Access.READ,
-        "old_params": Access.READ,
-        "exp_avgs": Access.UPDATED,
-        "exp_avg_sqs": Access.UPDATED,
-    }
-    numbers: ClassVar = ("lr",)
-    scalars: ClassVar = ("grad_scale", "found_inf", "norm")
+    roles: ClassVar = Descent.roles | {"exp_avgs": Access.UPDATED, "exp_avg_sqs": Access.UPDATED}
+    limits: ClassVar = Descent.limits | {"eps": NOT_NEGATIVE}
 
-    lr: Number
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    weight_decay: float = 0.0
     decoupled: bool = True
-    maximize: bool = False
-    grad_scale: Tensor | None = None  # ()
-    found_inf: Tensor | None = None  # ()
-    norm: Tensor | None = None  # ()
-    max_norm: float | None = None
-
-    @classmethod
-    def accesses(cls, given: Collection[str]) -> dict[str, Access]:
-        return _from_params(super(AdamWStep, cls).accesses(given), given)

@@ -7,13 +7,16 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from sam_kernels.operations._operation import Access, Number, Operation
+from sam_kernels.operations._operation import ANY, Access, Limits, Number, Operation
+from sam_kernels.operations.norms import Adaptive
 
 __all__ = ["Centralize", "Combine", "DirectionNorm", "GradDots"]
 
+ABOVE_0_TO_1 = Limits(0.0, 1.0, open_low=True)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DirectionNorm(Operation):
+class DirectionNorm(Adaptive):
     """Updates the moving averages ``ema``. See :func:`sam_kernels.functional.direction_norm_`.
 
     ``first_step``: the averages are only written. A backend returns () float64, the norm of the direction.
@@ -21,15 +24,13 @@ class DirectionNorm(Operation):
 
     name: ClassVar[str] = "direction_norm_"
     roles: ClassVar = {"grads": Access.READ, "ema": Access.UPDATED, "params": Access.READ}
-    scalars: ClassVar = ("grad_scale",)
+    limits: ClassVar = Adaptive.limits | {"theta": ABOVE_0_TO_1, "sigma": ANY, "lmbda": ABOVE_0_TO_1}
 
     kind: str
     first_step: bool = False
     theta: float = 0.9
     sigma: float = 1.0
     lmbda: float = 0.6
-    adaptive: bool = False
-    eta: float = 0.0
     grad_scale: Tensor | None = None  # ()
 
     @property
@@ -49,7 +50,6 @@ class GradDots(Operation):
 
     name: ClassVar[str] = "grad_dots"
     roles: ClassVar = {"lefts": Access.READ, "rights": Access.READ, "origins": Access.READ}
-    scalars: ClassVar = ("found_inf",)
     reports: ClassVar = ("found_inf",)
 
     found_inf: Tensor | None = None  # ()
@@ -62,8 +62,7 @@ class Combine(Operation):
 
     name: ClassVar[str] = "combine_"
     roles: ClassVar = {"outs": Access.WRITTEN, "lefts": Access.READ, "rights": Access.READ, "origins": Access.READ}
-    numbers: ClassVar = ("left_weight", "right_weight", "origin_weight")
-    scalars: ClassVar = ("found_inf",)
+    limits: ClassVar = {"left_weight": ANY, "right_weight": ANY, "origin_weight": ANY}
     reports: ClassVar = ("found_inf",)
 
     left_weight: Number
@@ -73,15 +72,12 @@ class Combine(Operation):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Centralize(Operation):
+class Centralize(Adaptive):
     """g <- g minus its mean over all dimensions but the first. A backend returns the norm of what is left, () float32 (float64 where a
     gradient is float64), and reports it to ``found_inf``. Slices along the first dimension are runs of memory."""
 
     name: ClassVar[str] = "centralize_"
     roles: ClassVar = {"grads": Access.UPDATED, "params": Access.READ}
-    scalars: ClassVar = ("found_inf",)
     reports: ClassVar = ("found_inf",)
 
-    adaptive: bool = False
-    eta: float = 0.0
     found_inf: Tensor | None = None  # ()

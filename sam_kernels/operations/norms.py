@@ -8,13 +8,23 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from sam_kernels.operations._operation import Access, Operation
+from sam_kernels.operations._operation import NOT_NEGATIVE, Access, Operation
 
-__all__ = ["CheckFinite", "GradNorms"]
+__all__ = ["Adaptive", "CheckFinite", "GradNorms"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GradNorms(Operation):
+class Adaptive(Operation):
+    """The base of operations that multiply by ASAM's T = |p| + eta when ``adaptive``."""
+
+    limits: ClassVar = {"eta": NOT_NEGATIVE}
+
+    adaptive: bool = False
+    eta: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradNorms(Adaptive):
     """The norms of consecutive groups of rows: sqrt(sum g^2), or of T_w g with T_w = |p| + eta when ``adaptive``.
 
     A backend returns (len(group_sizes),) float32, float64 where a gradient is float64, in ``out`` where that is given. It reports one norm
@@ -23,12 +33,9 @@ class GradNorms(Operation):
 
     name: ClassVar[str] = "grad_norms"
     roles: ClassVar = {"grads": Access.READ, "params": Access.READ}
-    scalars: ClassVar = ("found_inf", "skipped", "out")
     reports: ClassVar = ("found_inf", "skipped")
 
     group_sizes: Sequence[int]  # rows
-    adaptive: bool = False
-    eta: float = 0.0
     found_inf: Tensor | None = None  # ()
     skipped: Tensor | None = None  # () float32 or float64
     out: Tensor | None = None  # () any floating dtype
@@ -40,7 +47,6 @@ class CheckFinite(Operation):
 
     name: ClassVar[str] = "check_finite_"
     roles: ClassVar = {"grads": Access.READ}
-    scalars: ClassVar = ("found_inf",)
     reports: ClassVar = ("found_inf",)
 
     found_inf: Tensor  # ()

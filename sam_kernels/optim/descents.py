@@ -1,4 +1,4 @@
-"""What the base optimizer steps along: ``SAM(..., descent=...)``. The named optimizers set these.
+"""Descent rules, ``SAM(..., descent=...)``: the gradient that the base optimizer steps along. The named optimizers set these.
 
 With g = ∇f(w) the gradient of the first pass and g_p = ∇f(w + e) that of the second, the step from w is along g_p unless a rule says
 otherwise. Rules hold options alone and may be shared by optimizers. What they need beside the gradients of the second pass is made in
@@ -22,9 +22,10 @@ from sam_kernels.optim._engine.capturable import is_recording, not_recordable
 from sam_kernels.optim._engine.kept_grads import KeptGrads
 from sam_kernels.optim._engine.lists import GroupGrads
 from sam_kernels.optim._engine.passes import Passes
-from sam_kernels.optim._types import ParamGroup
+from sam_kernels.optim._part import Part, Use
+from sam_kernels.optim._types import GroupOptions, ParamGroup
 
-__all__ = ["UNCHANGED", "Descent", "DescentStep", "Look", "Outcome", "Plain", "Polyak", "SurrogateGap", "WeightedSharpness"]
+__all__ = ["UNCHANGED", "Descent", "DescentStep", "Look", "Outcome", "Plain", "Polyak", "SurrogateGap", "Use", "WeightedSharpness"]
 
 _TINY = torch.finfo(torch.float64).tiny
 
@@ -55,7 +56,8 @@ class DescentStep:
         return plan is not None and plan.groups[current.index].maximize
 
     def dots(self, others: Callable[[GroupGrads], list[Tensor]]) -> Tensor:  # (3,) float64
-        """(Σ g_p², Σ g_p o, Σ o²) with o what ``others`` gives for a group, of DTensors over all ranks; ``found_inf`` is told."""
+        """Return (Σ g_p², Σ g_p o, Σ o²), with ``others`` returning o for a group; of DTensors over all ranks. Sets ``found_inf`` where an
+        element is not finite."""
         found_inf = self.passes.found_inf
         return self.sum_of([functional.grad_dots(current.grads, others(current), found_inf=found_inf) for current in self.group_grads])
 
@@ -75,62 +77,60 @@ class DescentStep:
 
     def combine_(self, others: Callable[[GroupGrads], list[Tensor]], weight: Any, other_weight: Any) -> Tensor:  # ()
         """g_p <- weight g_p + other_weight o in place; returns the norm of that."""
-        weights: dict[str, Any] = {"left_weight": weight, "right_weight": other_weight, "found_inf": self.passes.found_inf}
-        return self.passes.combined(
-            [
-                (current.lists, functional.combine_(current.grads, current.grads, others(current), **weights))
-                for current in self.group_grads
-            ]
-        )
+        norms = []
+        for current in self.group_grads:
+            grads, found_inf = current.grads, self.passes.found_inf
+            norm = functional.combine_(grads, grads, others(current), left_weight=weight, right_weight=other_weight, found_inf=found_inf)
+            norms.append((current.lists, norm))
+        return self.passes.combined(norms)
 
 
 @dataclass
 class Outcome:
-    """What a rule has found out, or wants otherwise than usual."""
+    """What a rule returns: what it has computed, and how the update differs from the usual one."""
 
     norm: Tensor | None = None  # () of the gradients as they are now
-    is_checked: bool = True  # found_inf has been told of every gradient
+    is_checked: bool = True  # found_inf is set if a gradient is not finite
     is_scaled: bool = True  # the gradients are still multiplied by grad_scale
-    options: dict[int, dict[str, Any]] = field(default_factory=dict)  # by group: options of the base for this step alone
+    options: dict[int, GroupOptions] = field(default_factory=dict)  # by group: options of the base for this step alone
     step_sizes: dict[int, Tensor] = field(default_factory=dict)  # () by group, where the rule has chosen them
-    finish: Callable[[bool], None] | None = None  # after the base's step; told whether that has divided the gradients by grad_scale
+    finish: Callable[[bool], None] | None = None  # called after the base's step, with whether that has divided gradients by grad_scale
 
 
 UNCHANGED = Outcome(is_checked=False)  # the gradients are as they were
 
 
-class Descent:
-    """Along g_p, unless a subclass says otherwise."""
+class Descent(Part):
+    """Along g_p, unless a subclass overrides :meth:`rewrite`."""
 
+    role = "descent"
     name: ClassVar[str] = "plain"
-    keeps: ClassVar[tuple[str, ...]] = ()  # what is kept for each parameter between steps
     keeps_grads: ClassVar[bool] = False  # those of the first pass, until the descent
-    is_plain: ClassVar[bool] = False
-    needs_closure: ClassVar[bool] = False
-    needs_loss: ClassVar[bool] = False
-    is_capturable: ClassVar[bool] = True
-    can_clip: ClassVar[bool] = True
-    makes_gradient: ClassVar[bool] = True  # all it does is done to the gradients of one batch
 
-    def check_base(self, base: Optimizer) -> None:
-        """Raises ValueError for a base optimizer, or options of it, for which the rule is not defined."""
+    @property
+    def rewrites(self) -> bool:
+        """Whether :meth:`rewrite` is overridden: the gradients of the second pass are written."""
+        return type(self).rewrite is not Descent.rewrite
+
+    @property
+    def needs_loss(self) -> bool:
+        """Whether :meth:`check_loss` is overridden: the update follows the loss, which is then that of all replicas."""
+        return type(self).check_loss is not Descent.check_loss
 
     def check_loss(self, loss: Any, device: torch.device) -> None:
-        """Raises TypeError or RuntimeError where the rule cannot do with what the last pass on ``device`` gave as its loss."""
+        """Raises TypeError or RuntimeError for a loss of the last pass, on ``device``, that the rule cannot use."""
 
     def ascends(self, t: Any) -> bool:
         """Whether step t = 1, 2, … has an ascent."""
         return True
 
     def rewrite(self, step: DescentStep) -> Outcome:
-        """Makes the gradients what the base is to step along."""
+        """Rewrites the gradients of the second pass in place; the base steps along the result. Called where there are gradients."""
         return UNCHANGED
 
 
 class Plain(Descent):
     """Along g_p: SAM. Memory: none."""
-
-    is_plain = True
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class SurrogateGap(Descent):
         check_number("GSAM", "alpha", self.alpha, low=0.0)
 
     def rewrite(self, step: DescentStep) -> Outcome:
-        if not step.has_ascended or not step.group_grads:
+        if not step.has_ascended:
             return UNCHANGED
         squares, along, _ = step.dots(step.kept.of)
         share = step.or_zero(along / squares.clamp_min(_TINY))
@@ -178,16 +178,11 @@ class WeightedSharpness(Descent):
     def name(self) -> str:  # type: ignore[override]  # what the base's momentum is made of depends on the option
         return "wsam" if self.decoupled else "wsam-coupled"
 
-    @property
-    def can_clip(self) -> bool:  # type: ignore[override]  # depends on the option
-        return not self.decoupled
-
-    @property
-    def makes_gradient(self) -> bool:  # type: ignore[override]  # depends on the option
-        return not self.decoupled
+    def refuses(self, use: Use) -> bool:
+        return self.decoupled and use in (Use.CLIPPING, Use.BACKWARD)
 
     def rewrite(self, step: DescentStep) -> Outcome:
-        if not step.has_ascended or not step.group_grads:
+        if not step.has_ascended:
             return UNCHANGED
         k = self.kappa / (1.0 - self.kappa)
         if not self.decoupled:
@@ -203,9 +198,11 @@ class WeightedSharpness(Descent):
             found_inf = step.passes.found_inf.clone()  # the step is made: weights that overflow now do not make it a skipped one
             for current, grads, kept in sharp:
                 rate = -current.group["lr"] * k if step.maximizes(current) else current.group["lr"] * k
-                kept_weight = rate if kept_is_unscaled else rate / step.scale
-                weights: dict[str, Any] = {"left_weight": 1.0, "right_weight": -rate / step.scale, "origin_weight": kept_weight}
-                functional.combine_(current.lists.params, current.lists.params, grads, kept, **weights, found_inf=found_inf)
+                params, scaled = current.lists.params, rate / step.scale
+                weight = rate if kept_is_unscaled else scaled
+                functional.combine_(
+                    params, params, grads, kept, left_weight=1.0, right_weight=-scaled, origin_weight=weight, found_inf=found_inf
+                )
                 current.lists.put_grads(grads)
 
         return Outcome(finish=finish)
@@ -227,21 +224,19 @@ class Look(Descent):
     name = "looksam"
     keeps = ("orthogonal_grad",)
     keeps_grads = True
-    needs_closure = True
-    is_capturable = False
-    makes_gradient = False
 
     def __post_init__(self) -> None:
         store_plain(self)
         check_count("LookSAM", "k", self.k, low=1)
         check_number("LookSAM", "alpha", self.alpha, low=0.0)
 
+    def refuses(self, use: Use) -> bool:
+        return use is not Use.CLIPPING
+
     def ascends(self, t: Any) -> bool:
         return bool((int(t) - 1) % self.k == 0)
 
     def rewrite(self, step: DescentStep) -> Outcome:
-        if not step.group_grads:
-            return UNCHANGED
         memory, name = step.passes.memory, self.keeps[0]
         if not step.has_ascended:
             if not memory.has(name):
@@ -253,8 +248,8 @@ class Look(Descent):
         along = step.or_zero(along / ascent_squares.clamp_min(_TINY))
         for current in step.group_grads:
             orthogonal, grads, kept = memory.of_or_zeros(name, current.lists), current.grads, step.kept.of(current)
-            weights: dict[str, Any] = {"left_weight": 1.0 / step.scale, "right_weight": -along / step.scale}
-            functional.combine_(orthogonal, grads, kept, **weights, found_inf=step.passes.found_inf)
+            weight, kept_weight, found_inf = 1.0 / step.scale, -along / step.scale, step.passes.found_inf
+            functional.combine_(orthogonal, grads, kept, left_weight=weight, right_weight=kept_weight, found_inf=found_inf)
         return Outcome(norm=squares.sqrt())
 
 
@@ -276,13 +271,13 @@ class Polyak(Descent):
 
     f_star: float = 0.0
     name = "polyak"
-    needs_loss = True
-    can_clip = False
-    makes_gradient = False
 
     def __post_init__(self) -> None:
         store_plain(self)
         check_number("SAMSPS", "f_star", self.f_star)
+
+    def refuses(self, use: Use) -> bool:
+        return use in (Use.CLIPPING, Use.BACKWARD)
 
     def check_base(self, base: Optimizer) -> None:
         if type(base) is not torch.optim.SGD:
@@ -293,8 +288,6 @@ class Polyak(Descent):
                     raise ValueError(f"SAMSPS: the Polyak step size is not defined for {option}={group[option]!r} (param_groups[{i}])")
 
     def rewrite(self, step: DescentStep) -> Outcome:
-        if not step.group_grads:
-            return UNCHANGED
         passes = step.passes
         parts = []
         for current in step.group_grads:
@@ -317,8 +310,8 @@ class Polyak(Descent):
         for current in step.group_grads:
             each = steps[current.index]
             start = passes.origins(current) or current.lists.params
-            weights: dict[str, Any] = {"left_weight": each / step.scale, "right_weight": each * current.group["weight_decay"]}
-            functional.combine_(current.grads, current.grads, start, **weights, found_inf=passes.found_inf)
+            weight, decay, found_inf = each / step.scale, each * current.group["weight_decay"], passes.found_inf
+            functional.combine_(current.grads, current.grads, start, left_weight=weight, right_weight=decay, found_inf=found_inf)
         return Outcome(norm=squares.sqrt(), is_scaled=False, step_sizes=steps, options={i: {"lr": 1.0, "weight_decay": 0.0} for i in steps})
 
     def check_loss(self, loss: Any, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""What the ascent goes along: ``SAM(..., direction=...)``. The named optimizers set these.
+"""Directions of the ascent, ``SAM(..., direction=...)``. The named optimizers set these.
 
 With g = ∇f(w) the ascent is e = ρ (1 - λ + λ / (‖d‖ + eps)) d, or T² d and ‖T d‖ in their places where a group is adaptive. Radius, mix,
 normalisation, base optimizer and descent rule are independent of d. Directions hold options alone and may be shared by optimizers.
@@ -6,8 +6,9 @@ normalisation, base optimizer and descent rule are independent of d. Directions 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -17,32 +18,54 @@ from sam_kernels import functional
 from sam_kernels._tensor_list import TensorList
 from sam_kernels._validate import check_number, check_seed
 from sam_kernels.optim._base.options import store_plain
+from sam_kernels.optim._engine.ascent import PerturbOptions
 from sam_kernels.optim._engine.ascent_step import AscentStep
-from sam_kernels.optim._engine.lists import GroupGrads
+from sam_kernels.optim._engine.lists import GroupGrads, param_name
+from sam_kernels.optim._part import FirstGradient, Part, Use
 from sam_kernels.optim._reweighted.seeds import derived_seed
+from sam_kernels.optim._shards.layout import sharded_dims
+from sam_kernels.optim._types import ParamGroup
 
-__all__ = ["Centralized", "Direction", "Extragradient", "Friendly", "Gradient", "Momentum", "Randomized", "VarianceSuppressed"]
+__all__ = [
+    "Centralized",
+    "Direction",
+    "Extragradient",
+    "FirstGradient",
+    "Friendly",
+    "Gradient",
+    "Momentum",
+    "PerturbOptions",
+    "Randomized",
+    "Use",
+    "VarianceSuppressed",
+]
 
 
-class Direction:
-    """The gradient, d = g, unless a subclass says otherwise. Memory: none.
+_USUAL, _UNSCALED = PerturbOptions(), PerturbOptions(is_scaled=False)
+
+
+class Direction(Part):
+    """The gradient, d = g, unless a subclass overrides a method. Memory: none.
 
     A subclass overrides :meth:`norm`, and :meth:`perturb_options` or :meth:`group_grads` where d is not the gradient. All it may use is the
     :class:`~sam_kernels.optim._engine.ascent_step.AscentStep` that it is given; beginning and skipping steps is the optimizer's.
     """
 
+    role = "direction"
     name: ClassVar[str] = "gradient"
-    keeps: ClassVar[tuple[str, ...]] = ()  # what is kept for each parameter between steps
-    sign: ClassVar[float] = 1.0
-    begins_elsewhere: ClassVar[bool] = False  # the first gradient is not the one at w
-    needs_no_gradient: ClassVar[bool] = False  # the ascent comes before the only forward pass
-    rewrites_descent: ClassVar[bool] = False  # descent_norm writes the gradients
-    is_capturable: ClassVar[bool] = True
-    is_scaled: ClassVar[bool] = True  # d and its norm are multiplied by grad_scale, as the gradients are
-    knows_maximize: ClassVar[bool] = False  # d is already that of the function to be minimised; otherwise it is negated for ``maximize``
+    first_gradient: ClassVar[FirstGradient] = FirstGradient.AT_WEIGHTS
 
-    def check_base(self, base: Optimizer) -> None:
-        """Raises ValueError for a base optimizer that the direction cannot be made from."""
+    def is_downhill(self, maximize: bool) -> bool:
+        """Whether the ascent is w - ρ d. ``maximize``: that of the group, with which a step along the gradient goes to better points."""
+        return maximize
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether :meth:`descent_norm` is overridden: the gradients of the second pass are written."""
+        return type(self).descent_norm is not Direction.descent_norm
+
+    def check_shards(self, groups: Sequence[ParamGroup]) -> None:
+        """Raises ValueError, by name, for a parameter that is cut into parts of which the direction cannot be made."""
 
     def begin(self, step: AscentStep) -> None:
         """Called before the first forward pass of a micro-batch."""
@@ -55,12 +78,12 @@ class Direction:
         """‖d‖, or ‖T d‖, over the groups that participate. A norm that is not finite skips the step, as does setting ``step.found_inf``."""
         return step.norm(group_grads)
 
-    def perturb_options(self, step: AscentStep, current: GroupGrads) -> dict[str, Any]:
-        """What :func:`sam_kernels.functional.perturb_` is given beside the usual: how to find d again."""
-        return {}
+    def perturb_options(self, step: AscentStep, current: GroupGrads) -> PerturbOptions:
+        """How :func:`sam_kernels.functional.perturb_` finds d of one group again."""
+        return _USUAL
 
     def descent_norm(self, step: AscentStep) -> Tensor | None:  # ()
-        """Does to the descent gradients what the method asks for. Returns their norm where that is known then."""
+        """Rewrites the gradients of the second pass in place. Returns their norm where that is then known."""
         return None
 
 
@@ -72,38 +95,51 @@ class Extragradient(Direction):
     """d = -g: the point where the gradient is taken lies downhill, w - ρ g with λ = 0 (arXiv 2401.08060). Memory: none."""
 
     name = "extragradient"
-    sign = -1.0
+
+    def is_downhill(self, maximize: bool) -> bool:
+        return not maximize
 
 
 class _MovingAverage(Direction):
-    """d from the gradient and a moving average m of earlier ones, by ``direction_norm_`` (3 N s) and ``perturb_``."""
+    """d from the gradient and a moving average m of earlier ones, by ``direction_norm_`` (3 N s) and ``perturb_``.
+
+    ``kind`` decides which of the three numbers those operations read.
+    """
 
     keeps = ("direction_average",)
-    is_scaled = False
-
-    def _options(self) -> dict[str, Any]:
-        raise NotImplementedError
+    kind: ClassVar[str]
+    theta: float = 0.9
+    sigma: float = 1.0
+    lmbda: float = 0.6
 
     def norm(self, step: AscentStep, group_grads: list[GroupGrads], grad_scale: Tensor | None) -> Tensor:
         norms = []
-        for lists, grads, adaptive, eta in step.joined(group_grads):
+        for lists, grads, scaling in step.joined(group_grads):
             averages = step.kept(self.keeps[0], lists)
             is_whole = isinstance(averages, TensorList)  # which none of them is missing from
             new = [] if is_whole else [param for param, average in zip(lists.params, averages, strict=True) if average is None]
-            params = lists.params if adaptive else None
-            how: dict[str, Any] = {"adaptive": adaptive, "eta": eta, "grad_scale": grad_scale, "found_inf": step.found_inf}
-            norms.append((lists, functional.direction_norm_(grads, averages, params, **self._options(), **how)))
+            norm = functional.direction_norm_(
+                grads,
+                averages,
+                lists.params,
+                kind=self.kind,
+                theta=self.theta,
+                sigma=self.sigma,
+                lmbda=self.lmbda,
+                grad_scale=grad_scale,
+                found_inf=step.found_inf,
+                **scaling,
+            )
+            norms.append((lists, norm))
             if new:
                 step.keep(self.keeps[0], lists, cast("list[Tensor]", averages))
         return step.combined(norms)
 
-    def perturb_options(self, step: AscentStep, current: GroupGrads) -> dict[str, Any]:
+    def perturb_options(self, step: AscentStep, current: GroupGrads) -> PerturbOptions:
         averages = step.kept(self.keeps[0], current.lists)
         if step.begun:  # those have d = g
             averages = [None if param in step.begun else m for param, m in zip(current.lists.params, averages, strict=True)]
-        options = self._options()
-        options.pop("theta", None)
-        return {"ema": averages, **options}
+        return PerturbOptions(ema=averages, kind=self.kind, sigma=self.sigma, lmbda=self.lmbda)
 
 
 @dataclass(frozen=True)
@@ -114,14 +150,11 @@ class VarianceSuppressed(_MovingAverage):
     """
 
     theta: float = 0.9
-    name = "vasso"
+    name = kind = "vasso"
 
     def __post_init__(self) -> None:
         store_plain(self)
         check_number("VaSSO", "theta", self.theta, low=0.0, high=1.0, open_low=True)
-
-    def _options(self) -> dict[str, Any]:
-        return {"kind": "vasso", "theta": self.theta}
 
 
 @dataclass(frozen=True)
@@ -133,15 +166,12 @@ class Friendly(_MovingAverage):
 
     sigma: float = 1.0
     lmbda: float = 0.6
-    name = "friendly"
+    name = kind = "friendly"
 
     def __post_init__(self) -> None:
         store_plain(self)
         check_number("FriendlySAM", "sigma", self.sigma)
         check_number("FriendlySAM", "lmbda", self.lmbda, low=0.0, high=1.0, open_low=True)
-
-    def _options(self) -> dict[str, Any]:
-        return {"kind": "friendly", "sigma": self.sigma, "lmbda": self.lmbda}
 
 
 class Centralized(Direction):
@@ -152,7 +182,15 @@ class Centralized(Direction):
     """
 
     name = "centralized"
-    rewrites_descent = True
+
+    def check_shards(self, groups: Sequence[ParamGroup]) -> None:
+        for i, group in enumerate(groups):
+            for j, param in enumerate(group["params"]):
+                if param.dim() > 1 and (cut := sharded_dims(param) - {0}):
+                    raise ValueError(
+                        f"GCSAM: parameter {param_name(group, i, j)} is sharded along dimension {min(cut)}, so that a slice whose mean is to "
+                        "be subtracted lies on several ranks; shard it along dimension 0, or use SAM"
+                    )
 
     def norm(self, step: AscentStep, group_grads: list[GroupGrads], grad_scale: Tensor | None) -> Tensor:
         return self._centralize(step, group_grads, normalised=True)
@@ -162,10 +200,10 @@ class Centralized(Direction):
         return self._centralize(step, group_grads, normalised=False) if group_grads else None
 
     def _centralize(self, step: AscentStep, group_grads: list[GroupGrads], *, normalised: bool) -> Tensor:  # ()
-        norms = []
-        for lists, grads, adaptive, eta in step.joined(group_grads, normalised=normalised):
-            params = lists.params if adaptive else None
-            norms.append((lists, functional.centralize_(grads, params, adaptive=adaptive, eta=eta, found_inf=step.found_inf)))
+        parts = step.joined(group_grads, normalised=normalised)
+        norms = [
+            (lists, functional.centralize_(grads, lists.params, found_inf=step.found_inf, **scaling)) for lists, grads, scaling in parts
+        ]
         return step.combined(norms)
 
 
@@ -182,16 +220,19 @@ class Randomized(Direction):
     c: float = 1.0
     seed: int = 0
     name = "randomized"
-    begins_elsewhere = True
-    is_capturable = False
-    is_scaled = False
-    knows_maximize = True
+    first_gradient = FirstGradient.ELSEWHERE
 
     def __post_init__(self) -> None:
         store_plain(self)
         check_number("RSAM", "sigma", self.sigma, low=0.0)
         check_number("RSAM", "c", self.c)
         check_seed("RSAM", "seed", self.seed)
+
+    def is_downhill(self, maximize: bool) -> bool:
+        return False  # d is that of the function to be minimised
+
+    def refuses(self, use: Use) -> bool:
+        return use is Use.CAPTURE  # the host makes the seeds
 
     def begin(self, step: AscentStep) -> None:
         seeds = [derived_seed(self.seed, int(group.t), step.micro_batch, i) for i, group in enumerate(step.groups)]
@@ -203,17 +244,19 @@ class Randomized(Direction):
             lists, grads, group = current.lists, current.grads, step.options(current)
             c = -self.c if group.maximize else self.c  # of the function to be minimised
             weight = c if grad_scale is None else c / grad_scale.to(torch.float64)  # float32 would round c
-            moves: dict[str, Any] = {"left_weight": weight, "right_weight": 1.0, "origin_weight": -1.0, "found_inf": step.found_inf}
             origins = step.origins(current) or lists.params  # frozen ones that still have a gradient were not moved
-            norm = functional.combine_(grads, grads, lists.params, origins, **moves)
-            if group.adaptive:
-                norm = functional.grad_norm(grads, origins, adaptive=True, eta=group.eta)
+            lefts, rights, found_inf = grads, lists.params, step.found_inf  # c g + (p - origin)
+            norm = functional.combine_(
+                grads, lefts, rights, origins, left_weight=weight, right_weight=1.0, origin_weight=-1.0, found_inf=found_inf
+            )
+            if group.scaling["adaptive"]:
+                norm = functional.grad_norm(grads, origins, **group.scaling)
             norms.append((lists, norm))
         step.restore_others(group_grads)
         return step.combined(norms)
 
-    def perturb_options(self, step: AscentStep, current: GroupGrads) -> dict[str, Any]:
-        return {"grad_scale": None}  # d is that of the loss itself
+    def perturb_options(self, step: AscentStep, current: GroupGrads) -> PerturbOptions:
+        return _UNSCALED  # d is that of the loss itself
 
 
 class Momentum(Direction):
@@ -225,10 +268,10 @@ class Momentum(Direction):
     """
 
     name = "momentum"
-    sign = -1.0
-    needs_no_gradient = True
-    is_scaled = False
-    knows_maximize = True  # the base's momentum is made of gradients that it has negated
+    first_gradient = FirstGradient.NONE
+
+    def is_downhill(self, maximize: bool) -> bool:
+        return True  # the base's momentum is made of gradients that it has negated for maximize
 
     def check_base(self, base: Optimizer) -> None:
         if type(base) in (torch.optim.Adam, torch.optim.AdamW):
@@ -249,5 +292,5 @@ class Momentum(Direction):
                 found.append(GroupGrads(place, group.group, lists, lists.state(key, [state[param][key] for param in lists.owners])))
         return found
 
-    def perturb_options(self, step: AscentStep, current: GroupGrads) -> dict[str, Any]:
-        return {"grad_scale": None}
+    def perturb_options(self, step: AscentStep, current: GroupGrads) -> PerturbOptions:
+        return _UNSCALED

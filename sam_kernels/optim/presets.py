@@ -12,6 +12,7 @@ import torch
 
 from sam_kernels._validate import check_number, check_number_or_tensor
 from sam_kernels.optim import descents, directions
+from sam_kernels.optim._types import Keywords
 from sam_kernels.optim.sam import SAM
 from sam_kernels.schedules import LRProportional
 from sam_kernels.schedules._at_step import RhoSchedule, Schedule
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 
-def _is_given(name: str, part: str, kwargs: dict[str, Any]) -> None:
+def _is_given(name: str, part: str, kwargs: Keywords) -> None:
     if part in kwargs:
         raise TypeError(f"{name}: its {part} is what makes it {name}; combine directions and descent rules with SAM(direction=, descent=)")
 

@@ -83,7 +83,7 @@ class RWSAM(SAM):
             that take no gradient at w, and rules that keep it (which mean ∇f, not v), do not.
 
     Raises:
-        TypeError, ValueError: for arguments of the wrong type or out of range.
+        TypeError, ValueError: for arguments of the wrong type or out of range, and for parameters that are DTensors.
     """
 
     _group_keys = (*SAM._group_keys, "beta")
@@ -134,8 +134,8 @@ class RWSAM(SAM):
         check_weighted(sam_and_base_kwargs.get("direction"), sam_and_base_kwargs.get("descent"))
         self._more_defaults = {"beta": beta}
         check_weights_within_the_rank(model, local_ascent)
-        parameters = model.parameters() if params is None else params
-        super().__init__(parameters, base_optimizer, model=model, local_ascent=local_ascent, **sam_and_base_kwargs)
+        params = model.parameters() if params is None else params
+        super().__init__(params, base_optimizer, model=model, local_ascent=local_ascent, **sam_and_base_kwargs)
         known = set(map(id, model.parameters()))
         for i, group in enumerate(self.param_groups):
             for j, param in enumerate(group["params"]):
@@ -145,9 +145,11 @@ class RWSAM(SAM):
     def _link(self) -> None:
         super()._link()
         how = self.reweighting
-        options: dict[str, Any] = {"micro_batch": how.micro_batch, "reduction": "mean", "unsupported": how.unsupported}
-        self._engine = None if how.is_directional else GradNorms(self.model, **options)
-        self._directional = DirectionalNorms(self.model, how) if how.is_directional else None
+        self._engine = self._directional = None
+        if how.is_directional:
+            self._directional = DirectionalNorms(self.model, how)
+        else:
+            self._engine = GradNorms(self.model, micro_batch=how.micro_batch, reduction="mean", unsupported=how.unsupported)
         self._norms: list[Tensor] = []  # (B / m,) for each closure of the last step
         self._weights: list[Tensor] = []
         self._recorded: StepPlan | None = None  # of the forward pass under recording()
@@ -176,7 +178,7 @@ class RWSAM(SAM):
         Raises:
             TypeError, ValueError: as :meth:`SAM.step`; for losses that are not (B,) or whose number m does not divide.
         """
-        with amp.forgetting_the_scaler(self):
+        try:
             scaler = amp.check_scaler(grad_scaler)
             pairs = passes_of(closure, batch, micro_batches, None)
             if pairs is None:
@@ -184,6 +186,9 @@ class RWSAM(SAM):
             self._norms, self._weights = [], []
             index_of = partial(self._replicas.index_of, count=len(pairs))
             return self._make_step([self._pair(each, index_of(i), scaler) for i, (each, _) in enumerate(pairs)], scaler)
+        except BaseException:
+            amp.forget_scaler(self)
+            raise
 
     @torch.no_grad()
     def backward(self, closure: Callable[[], Tensor], *, grad_scaler: GradScaler | None = None) -> Tensor:  # type: ignore[override]
@@ -331,16 +336,9 @@ class RWSAM(SAM):
     # --- parts ---
 
     def _new_plan(self, *, ahead: bool) -> StepPlan:
-        self._unify_beta()
-        return super()._new_plan(ahead=ahead)
-
-    def _unify_beta(self) -> None:
-        """One β for all groups. What is equal in all of them becomes one object, so that tensors are compared, which waits for the device,
-        once."""
+        """All groups must have one β. Equal values become one object, so that tensors are compared, which waits for the device, once."""
         key = self._keys["beta"]
-        if not self.param_groups:
-            return
-        first = self.param_groups[0][key]
+        first: Any = self.param_groups[0][key] if self.param_groups else None
         for group in self.param_groups[1:]:
             other = group[key]
             if other is first:
@@ -350,6 +348,7 @@ class RWSAM(SAM):
             if callable(other) or callable(first) or float(other) != float(first):
                 raise ValueError("RWSAM: param_groups have different values of beta; the weights of a batch are those of all parameters")
             group[key] = first
+        return super()._new_plan(ahead=ahead)
 
     def _is_plain(self, plan: StepPlan) -> bool:
         """Whether no norm is needed, without looking at a device: all weights are the same, or nothing ascends."""

@@ -14,13 +14,16 @@ from torch.optim import Optimizer
 from sam_kernels._validate import check_flag, check_number, describe, plain_number
 from sam_kernels.optim._base.base import keys_given, make_base, materialised
 from sam_kernels.optim._base.options import check_earlier_values, check_group_names, check_keywords, group_keys
-from sam_kernels.optim._batches.closures import Closure, passes_of
-from sam_kernels.optim._compatibility import check_family
+from sam_kernels.optim._batches.closures import Closure, TwoPasses, passes_of
+from sam_kernels.optim._batches.micro_batches import mean_loss
+from sam_kernels.optim._compatibility import check_family, check_passes
 from sam_kernels.optim._engine import amp, capturable
 from sam_kernels.optim._engine.ascent_step import AscentStep
 from sam_kernels.optim._engine.engine import Engine
 from sam_kernels.optim._engine.memory import ParamMemory
+from sam_kernels.optim._engine.plan import check_options
 from sam_kernels.optim._engine.replay import BufferGuard, RandomState
+from sam_kernels.optim._part import FirstGradient, Use
 from sam_kernels.optim._replicas.replicas import Replicas
 from sam_kernels.optim.descents import Descent, Plain
 from sam_kernels.optim.directions import Direction, Gradient
@@ -124,12 +127,11 @@ class SAM(Engine):
         given = [] if is_instance else given
         self._keys = group_keys((*self._group_keys, "sam_step"), self.base_optimizer, given)
         self._name_keys = group_keys(("direction", "descent"), self.base_optimizer, given)
-        if not is_instance:
-            for i, (group, keys) in enumerate(zip(self.base_optimizer.param_groups, given, strict=False)):
-                check_group_names(group, keys, i, self._keys, self.base_optimizer)
+        for i, (group, keys) in enumerate(zip(self.base_optimizer.param_groups, given, strict=False)):
+            check_group_names(group, keys, i, self._keys, self.base_optimizer)
         own = {"rho": rho, "lambd": lambd, "adaptive": adaptive, "eta": eta, **self._more_defaults}
         defaults = {self._keys[name]: value for name, value in own.items()}
-        self._check_group_values(defaults)
+        check_options(defaults, self._keys, capturable=self.capturable)
         if is_instance:
             check_earlier_values(self.base_optimizer, defaults, self._keys)
         super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **defaults, self._keys["sam_step"]: 0})
@@ -196,10 +198,49 @@ class SAM(Engine):
             TypeError, ValueError: before anything is called, for a closure that is none, for a batch without tensors or whose tensors have
                 no dimension 0, differ in its size or cannot be cut into equal pieces, for arguments that do not go together.
         """
-        with amp.forgetting_the_scaler(self):
+        try:
             scaler = amp.check_scaler(grad_scaler)
             passes = passes_of(closure, batch, micro_batches, ascent_closure)
             return self._finish(scaler) if passes is None else self._make_step(passes, scaler)
+        except BaseException:
+            amp.forget_scaler(self)
+            raise
+
+    def _make_step(self, passes: Sequence[TwoPasses], scaler: GradScaler | None) -> Any:
+        """A whole step out of pairs of closures, one pair for each micro-batch."""
+        if "found_inf" in self.__dict__:
+            raise RuntimeError(
+                "SAM.step was given a closure by GradScaler.step, which cannot tell the scaler about gradients computed inside it; "
+                "call optimizer.step(closure, grad_scaler=scaler) and scaler.update()"
+            )
+        check_passes(self.direction, self.descent, passes)
+        self._restore()
+        self._forget_gradients()
+        self._random_state = self._replayed_state = None  # of a step that was given up
+        try:
+            count, losses, norm = len(passes), [], None
+            mean = self._replicas.mean(count, self._passes)
+            passes = self._replicas.arranged(passes, mean, self.param_groups)
+            plan = self._begin()
+            ascends = plan.ascends and self.descent.ascends(plan.groups[0].t)
+            for i, (ascent, descent) in enumerate(passes):
+                if ascends:
+                    step = AscentStep(self._passes, self._replicas.index_of(i, count))
+                    losses.append(self._two_passes(step, ascent, descent, scaler, self._watched))
+                else:  # of one batch it is the base's own step
+                    losses.append(self._called(descent) if mean is None else self._watched(descent))
+                if mean is not None:
+                    mean.add(self.param_groups)
+                    if i < count - 1:  # the last time the descent does it
+                        self._guard.restore()
+                        self._passes.restore()
+            if mean is not None:
+                norm = mean.put(self.param_groups)
+            self._descend(amp.scale_of(scaler), None, scaler, norm)
+        except BaseException:
+            self._undo()
+            raise
+        return losses[0] if mean is None else mean_loss(losses)
 
     @torch.no_grad()
     def backward(self, closure: Callable[[], Loss], *, grad_scaler: GradScaler | None = None) -> Loss:
@@ -243,18 +284,16 @@ class SAM(Engine):
         """For the two-step API of :class:`RSAM`, before the first forward pass: moves the weights to w + Δ, where :meth:`first_step` goes
         on. Called again before that, it moves them from w by the same Δ. Raises RuntimeError where the direction begins at w.
         """
-        if not self.direction.begins_elsewhere:
+        if self.direction.first_gradient is not FirstGradient.ELSEWHERE:
             raise RuntimeError(f"SAM.random_step: direction {self.direction.name!r} begins at the weights; call first_step")
-        plan = self._plan if self._awaits_ascent else None  # called again: the same step
+        is_same_step = self._awaits_ascent  # called again
         self._restore()
-        if plan is None:
-            plan = self._begin()
-            assert plan is not None
+        if not is_same_step:
+            self._begin()
         try:
-            self.direction.begin(AscentStep(self._passes, plan, self._replicas.index_of(0, 1)))
+            self.direction.begin(AscentStep(self._passes, self._replicas.index_of(0, 1)))
         except BaseException:
-            self._take_back()
-            self._restore()
+            self._undo()
             raise
         self._awaits_ascent = True
 
@@ -267,29 +306,28 @@ class SAM(Engine):
         not depend on the scale. :class:`MomentumSAM` takes this step before the only forward and backward pass.
         """
         scaler = amp.check_scaler(grad_scaler)
-        if self.descent.needs_closure:
+        if self.direction.refuses(Use.TWO_STEPS) or self.descent.refuses(Use.TWO_STEPS):
             raise RuntimeError(f"SAM.first_step: {type(self).__name__} needs step(closure): not every step has two passes")
-        if self.direction.begins_elsewhere and not self._awaits_ascent:
+        first_gradient = self.direction.first_gradient
+        if first_gradient is FirstGradient.ELSEWHERE and not self._awaits_ascent:
             raise RuntimeError(f"SAM.first_step: {type(self).__name__} needs random_step() before the first forward pass, or step(closure)")
-        if self.preserve_rng_state and self._random_state is None and not self.direction.needs_no_gradient:
+        if self.preserve_rng_state and self._random_state is None and first_gradient is not FirstGradient.NONE:
             raise RuntimeError("SAM.first_step: preserve_rng_state=True needs record_rng_state() before the first forward pass")
         amp.check_unscaled(scaler, self)
         if self._calls_made():
             raise RuntimeError("SAM.first_step: .grad holds what backward(closure) has added; call step(), or zero_grad() to drop it")
-        if not self.direction.begins_elsewhere:
+        if first_gradient is not FirstGradient.ELSEWHERE:
             self._restore()
             self._begin()
         self._awaits_ascent = False
         self._forget_first_pass()
-        assert self._plan is not None
-        step = AscentStep(self._passes, self._plan)
         try:
             self._replicas.check_first_pass()
-            self._ascend(step, None if self.direction.needs_no_gradient else amp.scale_of(scaler), hand_over=zero_grad)
+            scale = None if first_gradient is FirstGradient.NONE else amp.scale_of(scaler)
+            self._ascend(AscentStep(self._passes), scale, hand_over=zero_grad)
             self._passes.watch_weights()
         except BaseException:
-            self._take_back()
-            self._restore()
+            self._undo()
             raise
         self._scale_is_known = scaler is not None
         if self._random_state is not None:
@@ -297,7 +335,7 @@ class SAM(Engine):
             self._replayed_state, self._random_state = self._random_state, None
         if zero_grad:
             self.zero_grad()
-        elif not (self.direction.needs_no_gradient or capturable.is_recording(self._passes.found_inf.device)):
+        elif not (first_gradient is FirstGradient.NONE or capturable.is_recording(self._passes.found_inf.device)):
             self._halves.begin(self.param_groups)
 
     def second_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None, loss: Any = None) -> None:

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sam_kernels.per_sample._terms import Place
+
 __all__ = ["LinearCalls", "attention_params", "rows_of"]
 
 # record(input, weight, bias, output)
@@ -56,12 +58,12 @@ def attention_params(module: nn.MultiheadAttention) -> dict[str, nn.Parameter]:
     return {name: param for name, param in module.named_parameters() if param.requires_grad}
 
 
-def rows_of(tensor: Tensor | None, params: dict[str, nn.Parameter]) -> tuple[nn.Parameter, slice] | None:
-    """Which of ``params`` the tensor is, or is consecutive rows of; None where it is neither."""
+def rows_of(tensor: Tensor | None, params: dict[str, nn.Parameter]) -> tuple[nn.Parameter, Place | None] | None:
+    """The parameter of ``params`` that the tensor is (with no place), or is consecutive rows of; None if it is neither."""
     for param in params.values():
         if tensor is param:
-            return param, slice(0, len(param))
+            return param, None
         if tensor is not None and tensor._base is param and tensor.stride() == param.stride():
             start = (tensor.storage_offset() - param.storage_offset()) // param.stride(0)
-            return param, slice(start, start + len(tensor))
+            return param, None if len(tensor) == len(param) else (start, start + len(tensor))
     return None

@@ -1,9 +1,9 @@
-"""What is remembered of one call of a layer: what it was given, and where in autograd's graph the gradient of its output will come by."""
+"""The record of one call of a layer: its arguments, and the nodes of autograd's graph through which its outputs' gradients come."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from sam_kernels.per_sample._extents import Extent
 from sam_kernels.per_sample._registry import Rule
+from sam_kernels.per_sample._terms import Place
 
 __all__ = ["Call", "Saved"]
 
@@ -45,7 +46,7 @@ class Saved:
         self._versions = [tensor._version for tensor in self._tensors]
 
     def tensors(self, name: str) -> list[Tensor]:
-        """Raises RuntimeError if one of them has been written to since."""
+        """Return the tensors. Raises RuntimeError if one of them has been written to since it was saved."""
         if self._node is not None:
             return list(self._node.saved_tensors)
         if any(tensor._version != version for tensor, version in zip(self._tensors, self._versions, strict=True)):
@@ -66,13 +67,13 @@ class Call:
         keywords: dict[str, Any],
         output: Any,
         *,
-        rows: dict[str, slice] | None = None,  # of the parameters, where a function read only those
+        places: dict[str, Place | None] | None = None,  # rows of the parameters, if a function read parameters rather than a module
         batch_dim: int = 0,
         merged: int | None = None,  # a batch of so many: dimension 0 is (positions, batch) flattened, or those two are dimensions 0 and 1
         reads_once: bool = False,  # a call reads each parameter once
     ) -> None:
         self.name, self.module, self.rule, self.params = name, module, rule, params
-        self.rows = rows or {}
+        self.places = places or {}
         self.span: tuple[int, int] | None = None  # numbers of the nodes made while it ran, where it does not read its parameters once
         self.extent: Extent | None = None  # this call's own, where layers inside it have its parameters too
         self.extents: Sequence[Extent] = ()  # of the calls that this one was made in
@@ -105,7 +106,7 @@ class Call:
         return self._saved.is_recomputed
 
     def expect(self, reached: Collection[Any]) -> bool:
-        """Whether the losses depend on an output: on those whose nodes were ``reached``."""
+        """Return whether the losses depend on an output of the call. ``reached``: the nodes that the losses depend on."""
         self._awaited = sum(node in reached for node in self.nodes)
         return self._awaited > 0
 
@@ -125,7 +126,7 @@ class Call:
         return min(int(node._sequence_nr()) for node in self.nodes if node is not None)
 
     def receive(self, position: int, grad: Tensor | None) -> bool:
-        """The gradient of one of the outputs. Whether it was the last to come."""
+        """Store the gradient of one of the outputs. Return whether it is the last one that is awaited."""
         self._grads[position] = None if grad is None else grad.reshape(self._shapes[position])
         self._awaited -= 1
         return self._awaited == 0
@@ -134,20 +135,17 @@ class Call:
     def has_gradient(self) -> bool:
         return any(grad is not None for grad in self._grads)
 
-    def as_it_was(self) -> AbstractContextManager[None]:
-        """The module trains, or does not, as when it was called."""
-        return nullcontext() if all(child.training is training for child, training in self._training) else self._training_again()
-
     @contextmanager
-    def _training_again(self) -> Iterator[None]:
-        now = [(child, child.training) for child, _ in self._training]
+    def as_it_was(self) -> Iterator[None]:
+        """The module and those in it are in the mode, training or evaluation, in which the module was called."""
+        changed = [(child, child.training, before) for child, before in self._training if child.training is not before]
         try:
-            for child, training in self._training:
-                child.training = training
+            for child, _, before in changed:
+                child.training = before
             yield
         finally:
-            for child, training in now:
-                child.training = training
+            for child, now, _ in changed:
+                child.training = now
 
     def operands(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         """Arguments, keywords and the output's gradient, with the batch in dimension 0. Frees what was kept."""

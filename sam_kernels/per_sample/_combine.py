@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,20 +10,19 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sam_kernels.per_sample._terms import Convolution, Dense, Outer, Rows, Shift, Term
+from sam_kernels._tensor_list import arithmetic_dtype
+from sam_kernels.per_sample._terms import Convolution, Dense, Form, Outer, Place, Rows, Shift, Term
 
-__all__ = ["Place", "combined", "disjoint"]
-
-Place = tuple[int, int]  # rows of a parameter
+__all__ = ["combined", "disjoint"]
 
 _TEMPORARY = 1 << 24  # elements of gradients multiplied out at a time, or one group's
 
 
-def combined(terms: Sequence[Term], shape: torch.Size) -> Term:
-    """One term for the sum of several of one parameter of this ``shape``, cross terms included."""
-    if len(terms) == 1:
-        return terms[0]
-    terms = _joined_rows([t.dense() if isinstance(t, Shift) else t for t in terms])
+def combined(uses: Sequence[Form | Shift], shape: torch.Size) -> Term:
+    """One term for the sum of several uses of one parameter of this ``shape``, cross terms included."""
+    if len(uses) == 1:
+        return uses[0]
+    terms = _joined_rows([t.dense() if isinstance(t, Shift) else t for t in uses])
     outers, rows = [t for t in terms if isinstance(t, Outer)], [t for t in terms if isinstance(t, Rows)]
     dense, convolutions = [t for t in terms if isinstance(t, Dense)], [t for t in terms if isinstance(t, Convolution)]
     if len(outers) == len(terms):
@@ -38,12 +38,12 @@ def combined(terms: Sequence[Term], shape: torch.Size) -> Term:
     return Mixed(tuple(terms), shape)
 
 
-def disjoint(uses: Sequence[tuple[Place | None, Term]], length: int) -> list[tuple[Place | None, Term]]:
+def disjoint(uses: Sequence[tuple[Place | None, Form | Shift]], length: int) -> list[tuple[Place | None, Form | Shift]]:
     """The same uses of a parameter of so many rows, cut where another's begin or end: cross terms are between uses of the same rows."""
     if len({place for place, _ in uses}) <= 1:
         return list(uses)
     borders = sorted({border for place, _ in uses for border in place or (0, length)})
-    found: list[tuple[Place | None, Term]] = []
+    found: list[tuple[Place | None, Form | Shift]] = []
     for place, term in uses:
         first, last = place or (0, length)
         for start, stop in pairwise(borders):
@@ -52,7 +52,7 @@ def disjoint(uses: Sequence[tuple[Place | None, Term]], length: int) -> list[tup
     return found
 
 
-def _part(term: Term, start: int, stop: int) -> Term:
+def _part(term: Form | Shift, start: int, stop: int) -> Form | Shift:
     if isinstance(term, Outer):
         return Outer(term.left[:, :, start:stop], term.right)
     if isinstance(term, Dense):
@@ -62,7 +62,7 @@ def _part(term: Term, start: int, stop: int) -> Term:
     raise NotImplementedError(f"GradNorms: a parameter is used in parts, as of an attention, and as a whole by a {type(term).__name__}")
 
 
-def _joined_rows(terms: Sequence[Term]) -> list[Term]:
+def _joined_rows(terms: Sequence[Form]) -> list[Form]:
     """Embeddings of one padding, one sequence after the other."""
     rows = [t for t in terms if isinstance(t, Rows)]
     if len(rows) < 2 or len({t.padding_idx for t in rows}) > 1:
@@ -87,8 +87,7 @@ def _joined_convolutions(terms: Sequence[Convolution]) -> Convolution:
     """A sample's calls as consecutive samples of its group."""
     inputs = torch.stack([t.inputs for t in terms], 1).flatten(0, 1)
     grad_outputs = torch.stack([t.grad_outputs for t in terms], 1).flatten(0, 1)
-    first = terms[0]
-    return Convolution(inputs, grad_outputs, first.kernel_size, first.stride, first.padding, first.dilation, first.groups)
+    return dataclasses.replace(terms[0], inputs=inputs, grad_outputs=grad_outputs)
 
 
 @dataclass
@@ -105,7 +104,7 @@ class Tied:
         m = len(square_norms)
         ids, values = self.rows.indices.reshape(m, -1), self.rows.values.reshape(m, -1, self.shape[1])
         left, right = self.outer.left.reshape(m, -1, self.shape[0]), self.outer.right.reshape(m, -1, self.shape[1])
-        dtype = torch.promote_types(torch.promote_types(values.dtype, right.dtype), torch.float32)
+        dtype = arithmetic_dtype((values, right))
         for i in range(m):  # one group's (T, S) products at a time
             # <E, W> = sum over s, t of left_t[id_s] <values_s, right_t>
             products = torch.mm(right[i].to(dtype), values[i].to(dtype).mT)
@@ -116,37 +115,23 @@ class Tied:
     def weighted(self, weights: Tensor | None, shape: torch.Size) -> Tensor:
         return self.rows.weighted(weights, shape) + self.outer.weighted(weights, shape)
 
-    def sample_grads(self, part: slice, shape: torch.Size) -> Tensor:
-        return self.rows.sample_grads(part, shape) + self.outer.sample_grads(part, shape)
-
 
 @dataclass
 class Mixed:
     """Uses of different kinds: the gradients of some groups at a time are multiplied out and added."""
 
-    terms: tuple[Term, ...]
+    terms: tuple[Form, ...]
     shape: torch.Size
 
     def add_square_norms_(self, square_norms: Tensor, *, keep: bool) -> None:
         m = len(square_norms)
-        samples = _samples(self.terms[0]) // m
+        samples = self.terms[0].sizes()[0] // m
         step = max(1, _TEMPORARY // max(1, samples * self.shape.numel()))
         for start in range(0, m, step):
             stop = min(m, start + step)
-            grads = self.sample_grads(slice(start * samples, stop * samples), self.shape)
+            part = slice(start * samples, stop * samples)
+            grads = torch.stack([term.sample_grads(part, self.shape) for term in self.terms]).sum(0)
             Dense(grads).add_square_norms_(square_norms[start:stop], keep=keep)
 
     def weighted(self, weights: Tensor | None, shape: torch.Size) -> Tensor:
         return torch.stack([term.weighted(weights, shape).reshape(shape) for term in self.terms]).sum(0)
-
-    def sample_grads(self, part: slice, shape: torch.Size) -> Tensor:
-        return torch.stack([term.sample_grads(part, shape) for term in self.terms]).sum(0)
-
-
-def _samples(term: Term) -> int:
-    """B."""
-    if isinstance(term, Dense):
-        return len(term.grads)
-    if isinstance(term, Convolution):
-        return len(term.inputs)
-    return len(term.indices if isinstance(term, Rows) else term.left)  # type: ignore[attr-defined]  # what is left is Outer

@@ -1,4 +1,4 @@
-"""What the calls of one forward pass say about each parameter: its norms as soon as the last of them has come by, then its gradient."""
+"""The terms of each parameter, from all calls of one forward pass: first their squared norms, then the weighted gradient."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from torch import Tensor, nn
 
 from sam_kernels._validate import describe
 from sam_kernels.per_sample._call import Call
-from sam_kernels.per_sample._combine import Place, combined, disjoint
-from sam_kernels.per_sample._terms import Convolution, Dense, Outer, Rows, Shift, Term
+from sam_kernels.per_sample._combine import combined, disjoint
+from sam_kernels.per_sample._terms import Convolution, Dense, Form, Outer, Place, Rows, Shift, Term, shape_of
 
 __all__ = ["Gathered"]
 
 
 class Gathered:
-    """Squared norms of ``m`` groups of ``batch`` samples; with ``keep`` the terms stay for weighted gradients.
+    """Squared norms of ``m`` groups of samples, ``batch`` samples in all.
 
-    ``over``: the ids of the parameters that the norms are over, None: all.
+    A parameter's norm is computed when all calls that use the parameter have been added. With ``keep`` the terms stay for weighted
+    gradients. ``over``: the ids of the parameters that the norms are over; None: all.
     """
 
     def __init__(
@@ -29,22 +30,19 @@ class Gathered:
         self._batch, self.device, self._keep, self._over = batch, device, keep, over
         self._open = set(calls)
         self._awaited = Counter(id(param) for call in calls for param in call.params.values())
-        self._terms: dict[int, list[tuple[Place | None, Term]]] = {}  # by the id of a parameter: hashing a tensor is slow
+        self._terms: dict[int, list[tuple[Place | None, Form | Shift]]] = {}  # by the id of a parameter: hashing a tensor is slow
         self._kept: list[tuple[nn.Parameter, Place | None, Term]] = []
         self._pairs: list[tuple[nn.Parameter, nn.Parameter, Outer]] = []  # kept too: a weight and its bias
         self._square_norms: dict[torch.device, Tensor] = {}  # (M,) each
 
     def add(self, call: Call) -> None:
-        """A call all of whose gradients are there."""
+        """Add a call that has received the gradients of all its outputs."""
         self._open.discard(call)
         if call.has_gradient:
             terms = self._terms_of(call)
             for name, param in call.params.items():
-                rows = call.rows.get(name)
-                if name not in terms:  # a second name of a parameter, by which the rule does not give it
-                    continue
-                whole = rows is None or rows == slice(0, len(param))
-                self._terms.setdefault(id(param), []).append((None if whole or rows is None else (rows.start, rows.stop), terms[name]))
+                if name in terms:  # else a second name of a parameter, which the rule does not use
+                    self._terms.setdefault(id(param), []).append((call.places.get(name), terms[name]))
             if self._take_together(call, terms):
                 return
         for param in call.params.values():
@@ -52,8 +50,8 @@ class Gathered:
             if self._awaited[id(param)] == 0:
                 self._close(param)
 
-    def _take_together(self, call: Call, terms: dict[str, Term]) -> bool:
-        """Whether these are a linear layer's weight and bias that nothing else uses: norms of both are then the work of one."""
+    def _take_together(self, call: Call, terms: dict[str, Form | Shift]) -> bool:
+        """Add the norms of a linear layer's weight and bias in one call of the kernel. False if another call uses one of the two."""
         outer, shift = terms.get("weight"), terms.get("bias")
         if not (isinstance(outer, Outer) and isinstance(shift, Shift) and outer.left is shift.left and len(terms) == 2):
             return False
@@ -63,7 +61,7 @@ class Gathered:
         if any(self._awaited[id(param)] > 1 or len(self._terms[id(param)]) > 1 for param in params):
             return False
         outer.add_square_norms_(self._square_norms_on(params[0].device), keep=self._keep, with_shift=True)
-        together = self._keep and outer.gives_shift and not call.rows
+        together = self._keep and outer.gives_shift and not call.places
         if together:
             self._pairs.append((call.params["weight"], call.params["bias"], outer))
         for name, param in call.params.items():
@@ -76,13 +74,13 @@ class Gathered:
         return True
 
     def finish(self, calls: Sequence[Call]) -> None:
-        """The calls that are left: some had to wait, by some no gradient came, or not all, because they are zero."""
+        """Add the calls that are left: those that had to wait, and those with outputs that got no gradient because it is zero."""
         for call in reversed(calls):
             if call in self._open:
                 self.add(call)
 
     def square_norms(self) -> Tensor:  # (M,) float64
-        """Of all devices, on the losses'; to be had once."""
+        """Return the squared norms of the parameters of all devices, on the device of the losses. Call it once."""
         total = self._square_norms_on(self.device)
         for device, square_norms in self._square_norms.items():
             if device != self.device:
@@ -90,7 +88,7 @@ class Gathered:
         return total
 
     def add_weighted_grads(self, weights: Tensor | None) -> None:  # (M,), None: 1 everywhere
-        """Of every parameter, freeing its terms."""
+        """Add the weighted gradient of every parameter to its ``.grad``, and free the terms."""
         while self._pairs:
             weight, bias, outer = self._pairs.pop()
             grads = outer.weighted_with_shift(None if weights is None else weights.to(weight.device), weight.shape)
@@ -99,10 +97,9 @@ class Gathered:
                 _add_grad(param, None, grad)
         while self._kept:
             param, place, term = self._kept.pop()
-            shape = param.shape if place is None else torch.Size((place[1] - place[0], *param.shape[1:]))
-            _add_grad(param, place, term.weighted(None if weights is None else weights.to(param.device), shape))
+            _add_grad(param, place, term.weighted(None if weights is None else weights.to(param.device), shape_of(param, place)))
 
-    def _terms_of(self, call: Call) -> dict[str, Term]:
+    def _terms_of(self, call: Call) -> dict[str, Form | Shift]:
         arguments, keywords, grads = call.operands(self._batch)
         try:
             with call.as_it_was():
@@ -115,12 +112,11 @@ class Gathered:
             raise NotImplementedError(f"GradNorms: the rule for {call.name} gives no gradient for {', '.join(missing)}")
         return {name: self._checked(call, name, found[name]) for name in call.params if name in found}
 
-    def _checked(self, call: Call, name: str, term: Tensor | Term) -> Term:
+    def _checked(self, call: Call, name: str, term: Tensor | Term) -> Form | Shift:
         term = Dense(term) if isinstance(term, Tensor) else term
         if not isinstance(term, Dense | Outer | Shift | Convolution | Rows):
             raise TypeError(f"GradNorms: the rule for {call.name} gives {describe(term)} for {name}, expected a tensor or a term")
-        rows, param = call.rows.get(name), call.params[name]
-        shape = param.shape if rows is None else torch.Size((rows.stop - rows.start, *param.shape[1:]))
+        shape = shape_of(call.params[name], call.places.get(name))
         if not term.fits(self._batch, shape):
             raise ValueError(
                 f"GradNorms: the rule for {call.name} gives a gradient of shape {term.sizes()} for {name}, expected {(self._batch, *shape)}"
@@ -134,18 +130,17 @@ class Gathered:
         return square_norms
 
     def _close(self, param: nn.Parameter) -> None:
-        """All that is to come for a parameter has come."""
-        by_place: dict[Place | None, list[Term]] = {}
+        """Add the squared norms of a parameter whose calls have all been added."""
+        by_place: dict[Place | None, list[Form | Shift]] = {}
         for place, term in disjoint(self._terms.pop(id(param), []), len(param)):
             by_place.setdefault(place, []).append(term)
         square_norms = self._square_norms_on(param.device)
         for place, terms in by_place.items():
-            shape = param.shape if place is None else torch.Size((place[1] - place[0], *param.shape[1:]))
-            term = combined(terms, shape)
+            joined = combined(terms, shape_of(param, place))
             if self._is_counted(param):  # else its gradient may be wanted all the same
-                term.add_square_norms_(square_norms, keep=self._keep)
+                joined.add_square_norms_(square_norms, keep=self._keep)
             if self._keep:
-                self._kept.append((param, place, term))
+                self._kept.append((param, place, joined))
 
     def _is_counted(self, param: nn.Parameter) -> bool:
         return self._over is None or id(param) in self._over

@@ -1,22 +1,24 @@
-"""What autograd's graph says: where a backward pass may stop, which nodes read a parameter, and where rows may change places."""
+"""Walks through autograd's graph: where a backward pass may stop, which nodes read a parameter, and where rows may change places."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["REORDERING", "Graph", "graph_of"]
-
-# Nodes whose saved indices or dimensions say whether they leave rows where they are. Looked for in the whole graph.
-REORDERING = frozenset(
-    f"{name}Backward0" for name in ("Sort", "Topk", "Index", "IndexSelect", "Gather", "Flip", "Roll", "Take", "MaskedSelect")
-)
+__all__ = ["REORDERING", "Graph", "edges_of", "graph_of", "nodes_of"]
 
 
+def nodes_of(operations: str, suffix: str = "Backward0") -> frozenset[str]:
+    """The names of the nodes that autograd makes for these operations."""
+    return frozenset(f"{name}{suffix}" for name in operations.split())
+
+
+# Nodes whose saved indices or dimensions show whether rows stay where they are. Looked for in the whole graph.
+REORDERING = nodes_of("Sort Topk Index IndexSelect Gather Flip Roll Take MaskedSelect")
 _CAST = "ToCopyBackward0"
 _CHECKPOINT = "CheckpointFunctionBackward"
 _Leaf: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]  # not declared
@@ -32,6 +34,21 @@ class Graph:
     readers: dict[int, list[Any]] = field(default_factory=dict)  # the nodes that read each leaf, by its id
     leads: dict[Any, bool] = field(default_factory=dict)  # whether a node is one of ``reached`` or leads to one
     reordering: list[Any] = field(default_factory=list)  # nodes that may put rows into another order
+
+
+def edges_of(root: Any, ends: Collection[Any] = ()) -> Iterator[tuple[Any, Any]]:
+    """Every (node, child) of the graph below ``root``, once. Nothing below the nodes of ``ends`` is visited."""
+    seen, stack = {root}, [] if root in ends else [root]
+    while stack:
+        node = stack.pop()
+        for child, _ in node.next_functions:
+            if child is None:
+                continue
+            yield node, child
+            if child not in seen:
+                seen.add(child)
+                if child not in ends:
+                    stack.append(child)
 
 
 def graph_of(root: Any, nodes: Collection[Any]) -> Graph:
@@ -76,7 +93,7 @@ def graph_of(root: Any, nodes: Collection[Any]) -> Graph:
 
 
 def _cast_leaf(node: Any) -> Any:
-    """The leaf that a cast's node has to itself, else None. Autocast casts a weight once: who reads the cast reads the leaf."""
+    """The leaf that a cast reads; None for a cast of anything else. Autocast casts a weight once: a read of the cast is one of the leaf."""
     child = node.next_functions[0][0]
     return child if type(child) is _Leaf else None
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sam_kernels.per_sample._call import Call
+from sam_kernels.per_sample._graph import edges_of
 
 __all__ = ["has_graph", "refuse_hidden", "refuse_inside_function"]
 
@@ -61,19 +62,11 @@ def refuse_hidden(root: Any, calls: Collection[Call]) -> None:
     if not calls:
         return
     first_use: dict[Any, int] = {}
-    seen, stack = {root}, [root]
     if isinstance(root, _PythonNode):
         first_use[root] = sys.maxsize
-    while stack:
-        node = stack.pop()
-        for child, _ in node.next_functions:
-            if child is None:
-                continue
-            if isinstance(child, _PythonNode):
-                first_use[child] = min(first_use.get(child, sys.maxsize), node._sequence_nr())
-            if child not in seen:
-                seen.add(child)
-                stack.append(child)
+    for node, child in edges_of(root):
+        if isinstance(child, _PythonNode):
+            first_use[child] = min(first_use.get(child, sys.maxsize), node._sequence_nr())
     for node, last in first_use.items():
         for call in calls:
             if node._sequence_nr() < call.first_order < last:

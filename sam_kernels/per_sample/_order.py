@@ -1,7 +1,7 @@
-"""Whether ``losses[i]`` belongs to row i of the layers' outputs: operations between them may put rows into another order.
+"""Checks that ``losses[i]`` belongs to row i of the layers' outputs. Operations between the two may put rows into another order.
 
-A look at the graph finds the operations that could, and the indices that they saved clear most of them. What is left is decided by
-backward passes with other seeds: scaling ``losses[i]`` by a power of two must scale row i of every gradient by it, exactly.
+A walk through the graph finds the operations that could, and the indices that they saved clear most of them. Backward passes with other
+seeds decide about the rest: scaling ``losses[i]`` by a power of two must scale row i of every gradient by it, exactly.
 """
 
 from __future__ import annotations
@@ -14,30 +14,21 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from sam_kernels.per_sample._call import Call
-from sam_kernels.per_sample._graph import REORDERING, Graph
+from sam_kernels.per_sample._graph import REORDERING, Graph, edges_of, nodes_of
 
 __all__ = ["check_order"]
 
 # Nodes that put rows together. Looked for between the losses and the layers' outputs, where to make sure costs little.
-_JOINING = frozenset(
-    ["CopySlices"]
-    + [
-        f"{name}Backward0"
-        for name in (
-            *("Cat", "Stack", "IndexPut", "IndexCopy", "IndexAdd", "Scatter", "ScatterAdd", "ScatterReduce", "MaskedScatter", "Put"),
-            *("Repeat", "Rot90", "AsStrided", "SliceScatter", "SelectScatter", "Embedding"),
-        )
-    ]
-)
+_JOINING = nodes_of(
+    "Cat Stack IndexPut IndexCopy IndexAdd Scatter ScatterAdd ScatterReduce MaskedScatter Put Repeat Rot90 AsStrided SliceScatter "
+    "SelectScatter Embedding"
+) | {"CopySlices"}
 # Nodes that add up over a dimension, perhaps the first, or over all of them. Looked for there too.
-_SUMMING = frozenset(
-    [f"{name}Backward0" for name in ("Sum", "Mean", "Softmax", "LogSoftmax", "Logsumexp", "Cumsum", "Var", "Std", "LinalgVectorNorm")]
-    + [f"{name}Backward0" for name in ("Amax", "Amin", "Max", "Min", "Prod")]
-    + [f"{name}Backward1" for name in ("Sum", "Mean", "Max", "Min", "Prod")]
-)
-_PRODUCTS = frozenset(f"{name}Backward0" for name in ("Mm", "Bmm", "Addmm", "Baddbmm", "Cdist", "Mv", "Dot"))
-_TURNING = frozenset(f"{name}Backward0" for name in ("Transpose", "Permute", "T"))
-_VIEWING = frozenset(f"{name}Backward0" for name in ("View", "UnsafeView", "Clone"))
+_SUMMING = nodes_of("Sum Mean Softmax LogSoftmax Logsumexp Cumsum Var Std LinalgVectorNorm Amax Amin Max Min Prod")
+_SUMMING |= nodes_of("Sum Mean Max Min Prod", "Backward1")
+_PRODUCTS = nodes_of("Mm Bmm Addmm Baddbmm Cdist Mv Dot")
+_TURNING = nodes_of("Transpose Permute T")
+_VIEWING = nodes_of("View UnsafeView Clone")
 _BASE = 8  # seeds are powers of two of so many kinds: 1/8 to 16, so that gradients of 16 bits stay in range
 _CLOSE = 0.05  # of the largest element of a row; another row's seed is at least twice as large, or half
 
@@ -76,30 +67,20 @@ def check_order(
 
 
 def _tail(root: Any, recorded: Collection[Any]) -> tuple[list[tuple[Any, Any]], set[Any]]:
-    """The nodes between the losses and the first recorded ones, each with a node that uses it; and the latter."""
-    tail: list[tuple[Any, Any]] = []
-    first, seen = set(), {root}
-    stack: list[tuple[Any, Any]] = [(root, None)]
-    while stack:
-        node, user = stack.pop()
-        if node in recorded:
-            first.add(node)
-            continue
-        tail.append((node, user))
-        for child, _ in node.next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                stack.append((child, node))
-    return tail, first
+    """The nodes between the losses and the first recorded nodes, each with a node that uses it; and the first recorded nodes."""
+    users = {root: None}
+    for user, node in edges_of(root, recorded):
+        users.setdefault(node, user)
+    return [(node, user) for node, user in users.items() if node not in recorded], {node for node in users if node in recorded}
 
 
 def _is_of_two(node: Any, graph: Graph) -> bool:
-    """Whether a product has two factors that come from layers, as of every sample with every other."""
+    """Whether both factors of a product come from layers, as in a product of every sample with every other."""
     return sum(child is not None and graph.leads.get(child, False) for child, _ in node.next_functions) > 1
 
 
 def _keeps_rows(node: Any, user: Any, batch: int) -> bool:
-    """Whether the node's output has its rows, the first dimension, where its input has them, or is none that could reorder them."""
+    """Whether the rows (the first dimension) of the node's output are in the order of its input's, as far as the node shows it."""
     name = type(node).__name__
     if not any(name in names for names in (REORDERING, _JOINING, _TURNING, _SUMMING)):
         return True

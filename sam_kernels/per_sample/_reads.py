@@ -1,4 +1,4 @@
-"""Whether every read of a parameter belongs to a recorded call: whatever reads one past its layer would be left out of the norm.
+"""Checks that every read of a parameter belongs to a recorded call. A read past the parameter's layer would be missing in the norm.
 
 A layer of the package's rules reads each parameter once a call. A module with a rule of the user's, or by ``torch.func``, may read one
 as often as it likes while it is called: autograd numbers its nodes as they are made, so a read belongs to the call in whose time it was
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from sam_kernels.per_sample._call import Call
+from sam_kernels.per_sample._graph import edges_of
 
 __all__ = ["check_reads", "now"]
 
@@ -62,13 +63,7 @@ def _is_in(number: int, spans: Sequence[tuple[int, int]]) -> bool:
 def _reached_past(root: Any, calls: Sequence[Call]) -> set[Any]:
     """The nodes that ``root`` leads to by other ways than through these calls' outputs."""
     outputs = {node for call in calls for node in call.nodes if node is not None}
-    seen, stack = {root} - outputs, [] if root in outputs else [root]
-    while stack:
-        for child, _ in stack.pop().next_functions:
-            if child is not None and child not in seen and child not in outputs:
-                seen.add(child)
-                stack.append(child)
-    return seen
+    return {root, *(child for _, child in edges_of(root, outputs))} - outputs
 
 
 def _read_past(name: str, reads: int, seen: int) -> RuntimeError:

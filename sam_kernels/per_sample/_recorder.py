@@ -208,7 +208,7 @@ class Recorder:
             (x,),
             {},
             output,
-            rows={name: rows for name, (_, rows) in used.items()},
+            places={name: place for name, (_, place) in used.items()},
             merged=batch,  # attention works on (positions, batch, features), whatever it is given
         )
         if self._spans:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sam_kernels._tensor_list import arithmetic_dtype
 from sam_kernels.per_sample._registry import register_rule
 from sam_kernels.per_sample._terms import Convolution, Dense, Outer, Rows, Shift, Term, affine_grads
 
@@ -227,7 +228,7 @@ def _planes(tensor: Tensor) -> Tensor:  # (B, C, *positions) -> (B, 1, C, L)
 
 def _arithmetic(x: Tensor) -> Tensor:
     """Normalised in float32 at least, as under autocast."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(arithmetic_dtype((x,)))
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

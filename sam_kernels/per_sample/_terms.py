@@ -1,4 +1,4 @@
-"""What a layer's rule says about a parameter: the gradient of every sample, in a form that need not be multiplied out.
+"""The forms in which a layer's rule gives a parameter's gradient of every sample, without multiplying it out.
 
 B samples; a group is a sample or a micro-batch of consecutive ones. All terms belong to the gradient of the sum of the samples' losses.
 """
@@ -12,25 +12,24 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sam_kernels._tensor_list import arithmetic_dtype
 from sam_kernels.functional.per_sample import affine_grads_, conv_square_norms_, embedding_square_norms_, linear_square_norms_
 
-__all__ = ["Convolution", "Dense", "Outer", "Rows", "Shift", "Term", "affine_grads"]
+__all__ = ["Convolution", "Dense", "Form", "Outer", "Place", "Rows", "Shift", "Term", "affine_grads", "shape_of"]
 
+Place = tuple[int, int]  # the first row of a parameter, and the row after the last
 _KEPT_PER_ACTIVATION = 4
 _FLOPS_PER_KEPT = 80  # an element kept is written and read again: 8 bytes, the time of so many flops where 15 GB/s meet 150 GFLOPS
 
 
 class Term(Protocol):
-    """One parameter's gradients, of every sample: one of the forms below (a rule gives one of these), or several of them joined."""
+    """One parameter's gradients, of every sample: one of the forms below, which rules return, or several of them joined."""
 
     def add_square_norms_(self, square_norms: Tensor, *, keep: bool) -> None:  # (M,) float64
-        """Adds the squared norm of each group's gradient. With ``keep`` :meth:`weighted` follows, and may use what was formed."""
+        """Add the squared norm of each group's gradient. With ``keep``, products may be kept for :meth:`weighted`, which follows."""
 
     def weighted(self, weights: Tensor | None, shape: torch.Size) -> Tensor:  # (M,) -> the parameter's shape
-        """The sum over the groups of weight times gradient. None: weights of 1."""
-
-    def sample_grads(self, part: slice, shape: torch.Size) -> Tensor:  # -> (samples of part, *shape)
-        """The gradients of some samples, multiplied out."""
+        """Return the sum over the groups of weight times gradient. None: weights of 1."""
 
 
 @dataclass
@@ -52,15 +51,16 @@ class Dense:
 
     def weighted(self, weights: Tensor | None, shape: torch.Size) -> Tensor:
         grads = self.grads if weights is None else self._of_groups(weights.shape[0])
-        return _weighted_sum(weights, grads.to(torch.promote_types(grads.dtype, torch.float32))).view(shape)
+        return _weighted_sum(weights, grads.to(arithmetic_dtype((grads,)))).view(shape)
 
-    def sample_grads(self, part: slice, shape: torch.Size) -> Tensor:
+    def sample_grads(self, part: slice, shape: torch.Size) -> Tensor:  # -> (samples of part, *shape)
+        """The gradients of some samples, multiplied out. All forms but :class:`Shift` have this method."""
         return self.grads[part].reshape(-1, *shape)
 
     def _of_groups(self, m: int) -> Tensor:  # (M, numel) in the arithmetic type
         samples = self.grads.shape[0]
         grads = self.grads.reshape(samples, -1)
-        return grads if samples == m else grads.view(m, samples // m, -1).sum(1, dtype=torch.promote_types(grads.dtype, torch.float32))
+        return grads if samples == m else grads.view(m, samples // m, -1).sum(1, dtype=arithmetic_dtype((grads,)))
 
 
 @dataclass
@@ -90,8 +90,7 @@ class Outer:
         tokens = self.left.shape[0] // m * self.left.shape[1]
         left, right = (each.reshape(m, tokens, each.shape[2]) for each in (self.left, self.right))
         if keep and _worth_keeping(m, left.shape[1], left.shape[2], right.shape[2]):
-            dtype = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
-            self._products = left.new_empty((m, left.shape[2], right.shape[2]), dtype=dtype)
+            self._products = left.new_empty((m, left.shape[2], right.shape[2]), dtype=arithmetic_dtype((left, right)))
         linear_square_norms_(square_norms, right, left, self._products, bias=with_shift)
         if self._products is not None:
             self.left = self.right = self._products.new_empty(0)  # no longer needed
@@ -123,7 +122,7 @@ class Outer:
 
     def sample_grads(self, part: slice, shape: torch.Size) -> Tensor:
         left, right = self.left[part], self.right[part]
-        dtype = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
+        dtype = arithmetic_dtype((left, right))
         return torch.bmm(left.mT.to(dtype), right.to(dtype)).reshape(-1, *shape)
 
 
@@ -144,11 +143,8 @@ class Shift:
 
     def weighted(self, weights: Tensor | None, shape: torch.Size) -> Tensor:
         if weights is None:
-            return self.left.sum((0, 1), dtype=torch.promote_types(self.left.dtype, torch.float32)).view(shape)
+            return self.left.sum((0, 1), dtype=arithmetic_dtype((self.left,))).view(shape)
         return self.dense().weighted(weights, shape)
-
-    def sample_grads(self, part: slice, shape: torch.Size) -> Tensor:
-        return self.dense().sample_grads(part, shape)
 
     def dense(self) -> Dense:
         return Dense(self.left[:, 0] if self.left.shape[1] == 1 else affine_grads(self.left.unsqueeze(3))[1])
@@ -156,9 +152,7 @@ class Shift:
 
 def affine_grads(grad_output: Tensor, normalized: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(B, S, C, L) -> (B, C) gradients of the scale, where there are ``normalized`` values, and of the shift."""
-    dtype = torch.promote_types(grad_output.dtype, torch.float32)
-    if normalized is not None:
-        dtype = torch.promote_types(dtype, normalized.dtype)
+    dtype = arithmetic_dtype((grad_output, normalized))
     weight_grads, bias_grads = (grad_output.new_empty(grad_output.shape[0], grad_output.shape[2], dtype=dtype) for _ in range(2))
     affine_grads_(None if normalized is None else weight_grads, bias_grads, normalized, grad_output)
     return weight_grads, bias_grads
@@ -188,7 +182,7 @@ class Convolution:
         weight = (g.shape[1], x.shape[1] // self.groups, *self.kernel_size)
         tokens = len(x) // m * math.prod(g.shape[2:])
         if keep and _worth_keeping(m, tokens, weight[0], math.prod(weight[1:]), x.numel() + g.numel()):
-            self._products = g.new_empty((m, *weight), dtype=torch.promote_types(torch.promote_types(x.dtype, g.dtype), torch.float32))
+            self._products = g.new_empty((m, *weight), dtype=arithmetic_dtype((x, g)))
         conv_square_norms_(square_norms, x, g, self._products, **self._options())
         if self._products is not None:
             self.inputs = self.grad_outputs = self._products.new_empty(0)  # no longer needed
@@ -252,6 +246,14 @@ class Rows:
         padding = -1 if self.padding_idx is None else self.padding_idx
         grad: Tensor = torch.ops.aten.embedding_dense_backward(values, indices, shape[0], padding, False)
         return grad
+
+
+Form = Convolution | Dense | Outer | Rows  # forms that can be multiplied out, sample by sample
+
+
+def shape_of(param: Tensor, place: Place | None) -> torch.Size:
+    """The shape of the rows of a parameter at a place; None: of the whole parameter."""
+    return param.shape if place is None else torch.Size((place[1] - place[0], *param.shape[1:]))
 
 
 def _worth_keeping(m: int, tokens: int, out_features: int, in_features: int, activations: int | None = None) -> bool:

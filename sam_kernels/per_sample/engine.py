@@ -153,7 +153,7 @@ class GradNorms:
         check_reads(self._recorder.params, calls, graph.readers, losses.grad_fn)
         gathered = Gathered(calls, losses.shape[0], losses.shape[0] // self.micro_batch, losses.device, keep=keep, over=self._over)
 
-        def pass_by(node: Any, grads: Sequence[Tensor | None]) -> None:
+        def pass_by(node: Any, grads: Sequence[Tensor | None] | dict[int, Tensor | None]) -> None:
             for call, position in nodes[node]:
                 # What is kept anyway can wait until the backward pass is over, when nothing else wants the caches that Python runs in. What
                 # a checkpoint has computed again is there now.
@@ -176,9 +176,11 @@ class GradNorms:
                 elif edges:
                     found = torch.autograd.grad(losses, edges, ones, retain_graph=retain_graph, allow_unused=True)
                 with torch.no_grad():
-                    by_edge: dict[Any, Tensor | None] = {(edge.node, edge.output_nr): grad for edge, grad in zip(edges, found, strict=True)}
-                    for node in ends:
-                        pass_by(node, _Lookup(by_edge, node))
+                    grads_of: dict[Any, dict[int, Tensor | None]] = {edge.node: {} for edge in edges}
+                    for edge, grad in zip(edges, found, strict=True):
+                        grads_of[edge.node][edge.output_nr] = grad
+                    for node, grads in grads_of.items():
+                        pass_by(node, grads)
                     gathered.finish(calls)
         finally:
             for handle in handles:
@@ -284,19 +286,6 @@ def _require_owned(over: Iterable[object] | None, model: nn.Module) -> None:
             raise TypeError(f"GradNorms: over[{i}] must be a parameter of the model, got {describe(param)}")
         if id(param) not in known:
             raise ValueError(f"GradNorms: over[{i}], {describe(param)}, is no parameter of the model")
-
-
-class _Lookup(Sequence[Tensor | None]):
-    """The gradients of a node's outputs by their number, of which only some were asked for."""
-
-    def __init__(self, by_edge: dict[Any, Tensor | None], node: Any) -> None:
-        self._by_edge, self._node = by_edge, node
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._by_edge.get((self._node, index))
-
-    def __len__(self) -> int:
-        return len(self._by_edge)
 
 
 def _mixing(calls: Sequence[Call]) -> str | None:

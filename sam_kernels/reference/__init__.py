@@ -3,7 +3,8 @@
 from sam_kernels.reference.centralize import centralize_
 from sam_kernels.reference.combinations import combine_, grad_dots
 from sam_kernels.reference.directions import direction_norm_
-from sam_kernels.reference.ops import adamw_step_, grad_norm, grad_norms, perturb_, restore_, sgd_step_
+from sam_kernels.reference.norms import grad_norm, grad_norms
+from sam_kernels.reference.ops import adamw_step_, perturb_, restore_, sgd_step_
 from sam_kernels.reference.random import random_perturb_
 from sam_kernels.reference.sharpness import sharpness_sample, sharpness_weights
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
+
+from sam_kernels.reference.norms import grad_norm
 
 __all__ = ["centralize_", "centralized"]
 
@@ -27,16 +28,8 @@ def centralize_(
     eta: float = 0.0,
     found_inf: Tensor | None = None,  # ()
 ) -> Tensor:  # ()
-    """g <- :func:`centralized` g, and sqrt(sum g^2), or sqrt(sum (T g)^2), T = |p| + eta, when ``adaptive``."""
-    squares = [torch.zeros((), dtype=torch.float64)]
-    for i, g in enumerate(grads):
-        d = centralized(g)
-        g.copy_(d)
-        if adaptive:
-            assert params is not None
-            d = (abs(params[i]) + eta) * d
-        squares.append((d * d).sum())
-    norm = torch.stack(squares).sum().sqrt()
-    if found_inf is not None and not norm.isfinite():
-        found_inf.fill_(1)
-    return norm
+    """g <- :func:`centralized` g, and the norm of that (:func:`grad_norm`)."""
+    results = [centralized(g) for g in grads]
+    for g, result in zip(grads, results, strict=True):
+        g.copy_(result)
+    return grad_norm(results, params, adaptive=adaptive, eta=eta, found_inf=found_inf)

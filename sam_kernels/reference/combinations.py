@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sam_kernels.reference.norms import grad_norm
+
 __all__ = ["combine_", "combined", "differences", "grad_dots"]
 
 
@@ -60,16 +62,12 @@ def combine_(
     origin_weight: float = 0.0,
     found_inf: Tensor | None = None,  # ()
 ) -> Tensor:  # ()
-    """out <- :func:`combined`, unless ``found_inf`` is set; sqrt(sum of squares) of it. ``outs`` may be the tensors of another list."""
+    """out <- :func:`combined`, unless ``found_inf`` is set, and the norm of that. ``outs`` may be the tensors of another list."""
     keeps = found_inf is not None and bool(found_inf != 0)
-    squares = [torch.zeros((), dtype=torch.float64)]
+    results = []
     for i, (out, left, right) in enumerate(zip(outs, lefts, rights, strict=True)):
         origin = None if origins is None else origins[i]
-        result = combined(left, right, origin, left_weight=left_weight, right_weight=right_weight, origin_weight=origin_weight)
-        squares.append((result * result).sum())
+        results.append(combined(left, right, origin, left_weight=left_weight, right_weight=right_weight, origin_weight=origin_weight))
         if not keeps:
-            out.copy_(result)
-    norm = torch.stack(squares).sum().sqrt()
-    if found_inf is not None and not norm.isfinite():
-        found_inf.fill_(1)
-    return norm
+            out.copy_(results[-1])
+    return grad_norm(results, found_inf=found_inf)

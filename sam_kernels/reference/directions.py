@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sam_kernels.reference.norms import grad_norm
+
 __all__ = ["direction_norm_", "direction_updated", "direction_used"]
 
 
@@ -59,8 +61,8 @@ def direction_norm_(
     grad_scale: Tensor | None = None,  # ()
     found_inf: Tensor | None = None,  # ()
 ) -> Tensor:  # ()
-    """m <- its update where g is finite, and sqrt(sum d^2), or sqrt(sum (T d)^2), T = |p| + eta, when ``adaptive``."""
-    squares = [torch.zeros((), dtype=torch.float64)]
+    """m <- its update where g is finite, and the norm of the directions d (:func:`grad_norm`)."""
+    directions = []
     for i, (g, m) in enumerate(zip(grads, ema, strict=True)):
         g = g if grad_scale is None else g / grad_scale
         d, new_m = direction_updated(g, m, kind=kind, theta=theta, sigma=sigma, lmbda=lmbda)
@@ -69,11 +71,5 @@ def direction_norm_(
             ema[i] = kept
         else:
             m.copy_(kept)
-        if adaptive:
-            assert params is not None
-            d = (abs(params[i]) + eta) * d
-        squares.append((d * d).sum())
-    norm = torch.stack(squares).sum().sqrt()
-    if found_inf is not None and not norm.isfinite():
-        found_inf.fill_(1)
-    return norm
+        directions.append(d)
+    return grad_norm(directions, params, adaptive=adaptive, eta=eta, found_inf=found_inf)

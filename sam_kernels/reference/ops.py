@@ -17,7 +17,7 @@ from torch import Tensor
 from sam_kernels.reference.directions import direction_used
 from sam_kernels.reference.random import rounded_stochastically, rounding_words
 
-__all__ = ["adamw_step_", "adamw_updated", "grad_norm", "grad_norms", "perturb_", "perturbed", "restore_", "sgd_step_", "sgd_updated"]
+__all__ = ["adamw_step_", "adamw_updated", "perturb_", "perturbed", "restore_", "sgd_step_", "sgd_updated"]
 
 Tensors = Sequence[Tensor]
 
@@ -104,36 +104,6 @@ def adamw_updated(
     m_hat = m / (1 - beta1**t)
     v_hat = v / (1 - beta2**t)
     return p - lr * m_hat / (v_hat.sqrt() + eps), m, v
-
-
-def grad_norm(
-    grads: Tensors,  # n tensors
-    params: Tensors | None = None,  # n tensors
-    *,
-    adaptive: bool = False,
-    eta: float = 0.0,
-    found_inf: Tensor | None = None,  # ()
-) -> Tensor:  # ()
-    """sqrt(sum g^2) over all gradients; sqrt(sum (T g)^2), T = |p| + eta, when ``adaptive``."""
-    if adaptive:
-        assert params is not None
-        grads = [(abs(p) + eta) * g for p, g in zip(params, grads, strict=True)]
-    norm = torch.stack([(g * g).sum() for g in grads]).sum().sqrt() if len(grads) else torch.zeros(())
-    if found_inf is not None and not norm.isfinite():
-        found_inf.fill_(1)
-    return norm
-
-
-def grad_norms(
-    grad_groups: Sequence[Tensors],  # M groups of n tensors
-    params: Tensors | None = None,  # n tensors
-    *,
-    adaptive: bool = False,
-    eta: float = 0.0,
-) -> Tensor:  # (M,)
-    """:func:`grad_norm` of every group."""
-    norms = [grad_norm(grads, params, adaptive=adaptive, eta=eta) for grads in grad_groups]
-    return torch.stack(norms) if norms else torch.zeros(0)
 
 
 def perturb_(

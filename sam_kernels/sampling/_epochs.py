@@ -8,13 +8,13 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import torch
-from torch import Generator, distributed
+from torch import Generator, Tensor, distributed
 from torch.utils.data import Sampler
 
 from sam_kernels._validate import check_count, check_seed, describe
 from sam_kernels.sampling._weighted import WeightedIndex
 
-__all__ = ["BatchDraws", "Draw", "Draws", "world_size"]
+__all__ = ["BatchDraws", "Draw", "Draws", "FixedBatchDraws", "uniforms", "world_size"]
 
 T_co = TypeVar("T_co", covariant=True)
 Draw = tuple[list[int], list[float]]  # what all replicas draw together in a step: indices, and the weights of their losses
@@ -148,16 +148,31 @@ class BatchDraws(Draws[list[int]]):
     def _part(self, draw: Draw) -> list[int]:
         return [WeightedIndex(index, weight) for index, weight in zip(*self._mine(draw), strict=True)]
 
-    def _check_batch_size(self, batch_size: int, high: int | None = None) -> int:
-        name = type(self).__name__
-        batch_size = check_count(name, "batch_size", batch_size, low=1, high=high)
-        if batch_size % self.num_replicas:
-            raise ValueError(f"{name}: batch_size must be a multiple of num_replicas {self.num_replicas}, got {batch_size}")
-        return batch_size
-
     def _batches(self, num_batches: int | None, default: int) -> int:
         """In an epoch."""
         return default if num_batches is None else check_count(type(self).__name__, "num_batches", num_batches, low=1)
+
+
+class FixedBatchDraws(BatchDraws):
+    """Batches of one size: a multiple of the number of replicas. The default epoch has n // batch_size of them, at least 1."""
+
+    def __init__(
+        self,
+        data_size: int,
+        batch_size: int,
+        num_batches: int | None,
+        seed: int,
+        num_replicas: int | None,
+        rank: int | None,
+        *,
+        largest_batch: int | None = None,
+    ) -> None:
+        super().__init__(seed, num_replicas, rank)
+        self.batch_size = check_count(self._name, "batch_size", batch_size, low=1, high=largest_batch)
+        if batch_size % self.num_replicas:
+            raise ValueError(f"{self._name}: batch_size must be a multiple of num_replicas {self.num_replicas}, got {batch_size}")
+        self._steps = self._batches(num_batches, max(1, data_size // self.batch_size))
+        self._sizes = {"data_size": data_size, "batch_size": self.batch_size}
 
 
 def world_size() -> int | None:
@@ -170,3 +185,8 @@ def _seed_of(seed: int, epoch: int) -> int:
     pairs share one by chance of 2^-32. With seed + epoch, epoch 1 of seed 0 would be epoch 0 of seed 1."""
     digest = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
+
+
+def uniforms(*shape: int, generator: Generator | None) -> Tensor:  # (*shape)
+    """Return random numbers in [0, 1), float64. Samplers draw on the CPU, whatever the default device is."""
+    return torch.rand(*shape, generator=generator, dtype=torch.float64, device="cpu")

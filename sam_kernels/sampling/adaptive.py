@@ -9,13 +9,13 @@ import torch
 from torch import Generator, Tensor, distributed
 
 from sam_kernels._validate import check_count, check_number, check_tensor, describe
-from sam_kernels.sampling._epochs import BatchDraws, Draw, world_size
+from sam_kernels.sampling._epochs import Draw, FixedBatchDraws, uniforms, world_size
 from sam_kernels.sampling._tree import SumTree
 
 __all__ = ["AdaptiveImportanceSampler"]
 
 
-class AdaptiveImportanceSampler(BatchDraws):
+class AdaptiveImportanceSampler(FixedBatchDraws):
     r"""Batches of tau draws with replacement, samples of large gradient more often: a batch sampler that learns from :meth:`update`::
 
         sampler = AdaptiveImportanceSampler(len(dataset), batch_size=32)
@@ -71,19 +71,15 @@ class AdaptiveImportanceSampler(BatchDraws):
     ) -> None:
         name = type(self).__name__
         self.data_size = check_count(name, "data_size", data_size, low=1)
-        super().__init__(seed, num_replicas, rank)
+        super().__init__(self.data_size, batch_size, num_batches, seed, num_replicas, rank)
         if self.num_replicas > 1 and world_size() not in (None, self.num_replicas):
             raise ValueError(f"{name}: num_replicas must be 1 or the world size {world_size()}, got {self.num_replicas}")
-        self.batch_size = self._check_batch_size(batch_size)
-        default = max(1, self.data_size // self.batch_size)
-        self._steps = self._batches(num_batches, default)
         self.uniform_share = check_number(name, "uniform_share", uniform_share, low=0.0, high=1.0, open_low=True)
         self.decay = check_number(name, "decay", decay, low=0.0, high=1.0, open_high=True)
         # Of the current epoch: what was drawn, as probabilities do not tell it later. Read from a state's position on.
         self._indices = torch.empty(self._steps, self.batch_size, dtype=torch.int64, device="cpu")
         self._weights = torch.empty(self._steps, self.batch_size, dtype=torch.float64, device="cpu")
         self._drawn = 0
-        self._sizes = {"data_size": self.data_size, "batch_size": self.batch_size}
         self._set_estimates(torch.full((self.data_size,), torch.nan, dtype=torch.float64, device="cpu"))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -154,7 +150,7 @@ class AdaptiveImportanceSampler(BatchDraws):
         ahead = slice(state["position"], self._drawn)
         return state | {"estimates": self.estimates, "indices": self._indices[ahead].clone(), "weights": self._weights[ahead].clone()}
 
-    state_dict.__doc__ = BatchDraws.state_dict.__doc__
+    state_dict.__doc__ = FixedBatchDraws.state_dict.__doc__
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         _, _, position = self._checked(state_dict)
@@ -165,7 +161,7 @@ class AdaptiveImportanceSampler(BatchDraws):
         self._weights[self._position : self._drawn] = weights
         self._set_estimates(estimates)
 
-    load_state_dict.__doc__ = BatchDraws.load_state_dict.__doc__
+    load_state_dict.__doc__ = FixedBatchDraws.load_state_dict.__doc__
 
     def _checked_tensors(self, state_dict: dict[str, Any], position: int) -> tuple[Tensor, Tensor, Tensor]:
         """Estimates, indices and weights of a state, as they are stored here."""
@@ -215,23 +211,23 @@ class AdaptiveImportanceSampler(BatchDraws):
 
     def _draws(self, generator: Generator, start: int) -> Iterator[Draw]:
         for step in range(self._steps):
-            uniforms = torch.rand(self.batch_size, 2, generator=generator, dtype=torch.float64, device="cpu")
+            numbers = uniforms(self.batch_size, 2, generator=generator)
             if step < start:
                 continue
             if step >= self._drawn:  # else a loaded state had it drawn, from the probabilities of that time
-                self._indices[step] = self._choose(uniforms)
+                self._indices[step] = self._choose(numbers)
                 self._weights[step] = 1 / (self.data_size * self._probability(self._indices[step]))
                 self._drawn = step + 1
             yield self._indices[step].tolist(), self._weights[step].tolist()
 
-    def _choose(self, uniforms: Tensor) -> Tensor:  # (m, 2) -> (m,) int64
+    def _choose(self, numbers: Tensor) -> Tensor:  # (m, 2) -> (m,) int64
         """One random number decides between uniform and learned probabilities, the other one which sample it is."""
         factors = self._factors()
         total = self._tree.total @ factors
-        uniform = (uniforms[:, 1] * self.data_size).long()
+        uniform = (numbers[:, 1] * self.data_size).long()
         if total == 0:
             return uniform
-        return torch.where(uniforms[:, 0] < self.uniform_share, uniform, self._tree.find(uniforms[:, 1] * total, factors))
+        return torch.where(numbers[:, 0] < self.uniform_share, uniform, self._tree.find(numbers[:, 1] * total, factors))
 
 
 def _largest(count: int) -> float:

@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from sam_kernels._validate import check_count, check_probabilities, check_vector
-from sam_kernels.sampling._epochs import BatchDraws, Draw, Draws
+from sam_kernels.sampling._epochs import Draw, Draws, FixedBatchDraws, uniforms
 from sam_kernels.sampling._weighted import WeightedIndex, weights_of
 
 __all__ = ["ImportanceBatchSampler", "ImportanceSampler"]
@@ -83,18 +83,18 @@ class ImportanceSampler(Draws[int]):
         """Indices and weights as tensors, for loops without a ``DataLoader``; no part of the epoch. Random numbers: ``generator``, or
         torch's own."""
         num_draws = check_count(self._name, "num_draws", num_draws, low=0)
-        return self._table.find(torch.rand(num_draws, generator=generator, dtype=torch.float64, device="cpu"))
+        return self._table.find(uniforms(num_draws, generator=generator))
 
     def _all_draws(self, generator: Generator) -> Iterator[Draw]:
         while True:
-            block = self._table.find(torch.rand(_BLOCK, self.num_replicas, generator=generator, dtype=torch.float64, device="cpu"))
+            block = self._table.find(uniforms(_BLOCK, self.num_replicas, generator=generator))
             yield from zip(*(part.tolist() for part in block), strict=True)
 
     def _part(self, draw: Draw) -> int:
         return WeightedIndex(draw[0][self.rank], draw[1][self.rank])
 
 
-class ImportanceBatchSampler(BatchDraws):
+class ImportanceBatchSampler(FixedBatchDraws):
     """Batches of tau independent draws with replacement: the mean of weight · loss over a batch is unbiased, weights 1 / (n p_i).
 
     A sample drawn twice is in the batch twice. Sampling with replacement of arXiv 2503.02225, section 3.
@@ -118,16 +118,11 @@ class ImportanceBatchSampler(BatchDraws):
         num_replicas: int | None = None,
         rank: int | None = None,
     ) -> None:
-        name = type(self).__name__
-        self._table = _Table(name, probabilities, lipschitz)
+        self._table = _Table(type(self).__name__, probabilities, lipschitz)
         self.probabilities, self.weights = self._table.probabilities, self._table.weights
-        super().__init__(seed, num_replicas, rank)
-        self.batch_size = self._check_batch_size(batch_size)
-        default = max(1, len(self.weights) // self.batch_size)
-        self._steps = self._batches(num_batches, default)
-        self._sizes = {"data_size": len(self.weights), "batch_size": self.batch_size}
+        super().__init__(len(self.weights), batch_size, num_batches, seed, num_replicas, rank)
 
     def _all_draws(self, generator: Generator) -> Iterator[Draw]:
         while True:
-            indices, weights = self._table.find(torch.rand(self.batch_size, generator=generator, dtype=torch.float64, device="cpu"))
+            indices, weights = self._table.find(uniforms(self.batch_size, generator=generator))
             yield indices.tolist(), weights.tolist()

@@ -8,13 +8,13 @@ import torch
 from torch import Generator, Tensor
 
 from sam_kernels._validate import check_count, check_vector
-from sam_kernels.sampling._epochs import BatchDraws, Draw
+from sam_kernels.sampling._epochs import BatchDraws, Draw, FixedBatchDraws, uniforms
 from sam_kernels.sampling._weighted import WeightedIndex, weights_of
 
 __all__ = ["IndependentBatchSampler", "TauNiceBatchSampler"]
 
 
-class TauNiceBatchSampler(BatchDraws):
+class TauNiceBatchSampler(FixedBatchDraws):
     """tau-nice sampling: each batch is a uniformly random subset of tau samples, without replacement, independent of the batches before.
 
     Not an epoch's permutation: a sample may be in two batches running, and in none of an epoch. Every weight is 1. A batch comes in
@@ -40,13 +40,8 @@ class TauNiceBatchSampler(BatchDraws):
         num_replicas: int | None = None,
         rank: int | None = None,
     ) -> None:
-        name = type(self).__name__
-        self.data_size = check_count(name, "data_size", data_size, low=1)
-        super().__init__(seed, num_replicas, rank)
-        self.batch_size = self._check_batch_size(batch_size, high=self.data_size)
-        default = self.data_size // self.batch_size
-        self._steps = self._batches(num_batches, default)
-        self._sizes = {"data_size": self.data_size, "batch_size": self.batch_size}
+        self.data_size = check_count(type(self).__name__, "data_size", data_size, low=1)
+        super().__init__(self.data_size, batch_size, num_batches, seed, num_replicas, rank, largest_batch=self.data_size)
         self._left = self.data_size - torch.arange(self.batch_size, device="cpu")  # samples to choose from, at each of the tau choices
 
     def _all_draws(self, generator: Generator) -> Iterator[Draw]:
@@ -116,7 +111,7 @@ class IndependentBatchSampler(BatchDraws):
     def _all_draws(self, generator: Generator) -> Iterator[Draw]:
         while True:
             # What is below 1 is drawn: a probability of 1 always, as the random number is less than 1.
-            yield self._draw(torch.rand(len(self.weights), generator=generator, dtype=torch.float64, device="cpu") / self.probabilities)
+            yield self._draw(uniforms(len(self.weights), generator=generator) / self.probabilities)
 
     def _draw(self, tried: Tensor) -> Draw:  # (n,)
         drawn = (tried < 1).nonzero().flatten()

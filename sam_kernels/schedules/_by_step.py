@@ -6,11 +6,13 @@ Each is called with t: an int, or with ``capturable=True`` a () float64 tensor, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from sam_kernels._validate import check_count, check_number
 from sam_kernels.schedules._at_step import Step, almost_constant
+from sam_kernels.schedules._radius import between
 
 __all__ = ["AlmostConstantRadius", "DecreasingRadius", "LinearLambda", "LinearRadius"]
 
@@ -64,7 +66,25 @@ class DecreasingRadius:
 
 
 @dataclass(frozen=True)
-class LinearRadius:
+class _Linear:
+    """From ``first`` at t = 1 to ``last`` at t = steps + 1, and constant after that."""
+
+    first: float
+    last: float
+    steps: int
+    _high: ClassVar[float | None] = None
+
+    def __post_init__(self) -> None:
+        op = type(self).__name__
+        check_number(op, "first", self.first, low=0.0, high=self._high)
+        check_number(op, "last", self.last, low=0.0, high=self._high)
+        check_count(op, "steps", self.steps, low=1)
+
+    def __call__(self, t: Step) -> float | Tensor:
+        return between(self.first, self.last, (t - 1) / self.steps)
+
+
+class LinearRadius(_Linear):
     """ρ_t from ``first`` at t = 1 to ``last`` at t = steps + 1 and from there on, linearly: a radius that is warmed up or faded out.
 
     Args:
@@ -75,19 +95,8 @@ class LinearRadius:
         TypeError, ValueError: for what is none of these.
     """
 
-    first: float
-    last: float
-    steps: int
 
-    def __post_init__(self) -> None:
-        _check_linear("LinearRadius", self.first, self.last, self.steps, high=None)
-
-    def __call__(self, t: Step) -> float | Tensor:
-        return _linear(self.first, self.last, self.steps, t)
-
-
-@dataclass(frozen=True)
-class LinearLambda:
+class LinearLambda(_Linear):
     """λ_t from ``first`` at t = 1 to ``last`` at t = steps + 1 and from there on, linearly: from SAM (1) to USAM (0), or back.
 
     Args:
@@ -98,24 +107,4 @@ class LinearLambda:
         TypeError, ValueError: for what is none of these.
     """
 
-    first: float
-    last: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        _check_linear("LinearLambda", self.first, self.last, self.steps, high=1.0)
-
-    def __call__(self, t: Step) -> float | Tensor:
-        return _linear(self.first, self.last, self.steps, t)
-
-
-def _check_linear(op: str, first: float, last: float, steps: int, *, high: float | None) -> None:
-    check_number(op, "first", first, low=0.0, high=high)
-    check_number(op, "last", last, low=0.0, high=high)
-    check_count(op, "steps", steps, low=1)
-
-
-def _linear(first: float, last: float, steps: int, t: Step) -> float | Tensor:
-    way = (t - 1) / steps
-    way = way.clamp(max=1.0) if isinstance(way, Tensor) else min(1.0, way)
-    return first * (1 - way) + last * way  # exact at both ends, never beyond them
+    _high = 1.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sam_kernels._validate import check_number
-from sam_kernels.schedules._radius import AscentInfo, Radius
+from sam_kernels.schedules._radius import AscentInfo, Radius, between
 
 __all__ = ["LRProportional"]
 
@@ -42,6 +42,4 @@ class LRProportional(Radius):
     def radius(self, info: AscentInfo) -> float | Tensor:
         """Of the group's ``lr`` alone."""
         lr: float | Tensor = info.group["lr"]
-        way = (lr - self.lr_min) / (self.lr_max - self.lr_min)
-        way = way.clamp(0.0, 1.0) if isinstance(way, Tensor) else min(max(way, 0.0), 1.0)
-        return self.rho_min * (1 - way) + self.rho_max * way  # exact at both ends, never beyond them
+        return between(self.rho_min, self.rho_max, (lr - self.lr_min) / (self.lr_max - self.lr_min))

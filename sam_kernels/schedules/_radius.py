@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["AscentInfo", "Radius"]
+__all__ = ["AscentInfo", "Radius", "between"]
 
 
 @dataclass(frozen=True)
@@ -56,3 +56,9 @@ class Radius(ABC):
     def at_step(self, t: int) -> Any:
         """What is known of ρ_t before there is a gradient: 0.0 where the group rests in step t, a number, or the radius to ask later."""
         return self if self.takes_part(t) else 0.0
+
+
+def between(first: float, last: float, way: float | Tensor) -> float | Tensor:
+    """Return the number at ``way`` from ``first`` (0) to ``last`` (1): exact at both ends, never beyond them."""
+    way = way.clamp(0.0, 1.0) if isinstance(way, Tensor) else min(max(way, 0.0), 1.0)
+    return first * (1 - way) + last * way

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -10,15 +11,23 @@ from torch import Tensor
 
 from sam_kernels._tensor_list import slice_sizes
 from sam_kernels.reference import combinations, directions, ops, random
-from sam_kernels.validation.options import SCHEDULED
+from sam_kernels.validation.options import SCHEDULED, adapted, is_rounded_stochastically
 from sam_kernels.validation.problem import Problem
 from sam_kernels.validation.tolerance import Arithmetic, Rounded, mean_bound, ulp
 
-__all__ = ["bounds_of"]
+__all__ = ["accepted", "bounds_of"]
+
+
+def accepted(formula: Callable[..., Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keywords that a formula of the reference takes."""
+    names = signature(formula).parameters
+    return {name: value for name, value in keywords.items() if name in names}
 
 
 def bounds_of(problem: Problem, roundings: Sequence[int] | None = None) -> dict[str, list[Tensor]]:
     """Return a bound (numel,) for each tensor of each list that a call, not yet made, will compute. A list without bounds must be exact.
+
+    "terms" are the bounds of the numbers whose squares or products are summed to the result.
 
     ``roundings``: of each tensor's means, on a backend that sums them in float32 (:func:`roundings_of`).
     """
@@ -52,73 +61,57 @@ def _first(problem: Problem) -> list[Tensor | None]:
 
 
 def _flat_bounds(problem: Problem, indices: list[int]) -> dict[str, Tensor]:
-    """Bounds of the rows' elements, one after the other."""
-    kwargs: dict[str, Any] = {name: float(value) if name in SCHEDULED else value for name, value in problem.kwargs.items()}
+    """Bounds of the rows' elements, one after the other. The formulas of the reference accept :class:`Rounded` in place of tensors."""
+    op, lists = problem.op, problem.lists
     numels = [_numel(_first(problem)[i]) for i in indices]
     is_double = [any(t is not None and t.dtype is torch.float64 for t in _row(problem, i)) for i in indices]
     arithmetic = Arithmetic.of(_spread(torch.tensor(is_double), numels))
+    keywords: dict[str, Any] = {name: float(value) if name in SCHEDULED else value for name, value in problem.kwargs.items()}
+    if (norm := problem.kwargs.get("norm")) is not None:  # rounded once into the arithmetic
+        value = norm.to(torch.float64)
+        keywords["norm"] = Rounded(value, value.abs() * arithmetic.unit / 2, arithmetic)
 
     def operand(name: str) -> Any:
-        tensors = [problem.lists[name][i] for i in indices]
-        flat = [t.reshape(-1).to(torch.float64) for t in tensors if t is not None]
+        flat = [t.reshape(-1).to(torch.float64) for t in (lists[name][i] for i in indices) if t is not None] if name in lists else []
         return Rounded.exact(torch.cat(flat), arithmetic) if flat else None
 
-    norm = kwargs.pop("norm", None)
-    if norm is not None:  # rounded once into the arithmetic
-        value = norm.to(torch.float64)
-        norm = Rounded(value, value.abs() * arithmetic.unit / 2, arithmetic)
-    kwargs.pop("found_inf", None)
-    if problem.op in ("grad_dots", "combine_"):
-        origin = operand("origins") if "origins" in problem.lists else None
-        if problem.op == "grad_dots":
-            return {"directions": torch.zeros_like(operand("rights").value) if origin is None else (operand("rights") - origin).error}
-        sum_of_three: Any = combinations.combined(operand("lefts"), operand("rights"), origin, **kwargs)
-        return {"outs": sum_of_three.error, "directions": sum_of_three.error}
-    if problem.op == "direction_norm_":
-        return _direction_bounds(operand, kwargs)
-    reads_old = kwargs.pop("from_old", problem.op in ("sgd_step_", "adamw_step_") and "old_params" in problem.lists)
-    param = operand("old_params" if reads_old else "params")
-    if problem.op == "random_perturb_":
-        perturbed: Any = random.randomly_perturbed(param, _random_numbers(problem, arithmetic), kwargs["scale"])
-        return {"params": perturbed.error}
-    grad = operand("grads")
-    if problem.op == "perturb_":
-        rounding_seed, chosen = (
-            kwargs.pop("rounding_seed", None),
-            {name: kwargs.pop(name) for name in ("kind", "sigma", "lmbda") if name in kwargs},
-        )
-        if "ema" in problem.lists:
-            scale = kwargs.pop("grad_scale", None)
-            grad = directions.direction_used(grad if scale is None else grad / scale, operand("ema"), **chosen)
-        moved: Any = ops.perturbed(param, grad, norm, **kwargs)
-        return {"params": moved.error + (0.0 if rounding_seed is None else _rounding_step(problem, moved, indices, numels))}
-    names = ("maximize", "grad_scale", "max_norm")
-    grad = ops.descent_gradient(grad, norm=norm, **{name: kwargs.pop(name) for name in names if name in kwargs})
-    if problem.op == "sgd_step_":
-        buffer = operand("momentum_buffers") if kwargs.get("momentum", 0.0) else None
-        updated: Any = ops.sgd_updated(param, grad, buffer, **kwargs)
-        bounds = {"params": updated[0].error}
-        return bounds if updated[1] is None else {**bounds, "momentum_buffers": updated[1].error}
-    steps = torch.stack([t.to(torch.float64) for t in (problem.lists["state_steps"][i] for i in indices) if t is not None])
-    updated = ops.adamw_updated(param, grad, operand("exp_avgs"), operand("exp_avg_sqs"), _spread(steps, numels) + 1, **kwargs)
-    return dict(zip(("params", "exp_avgs", "exp_avg_sqs"), (rounded.error for rounded in updated), strict=True))
+    def evaluated(formula: Callable[..., Any], *operands: Any) -> Any:
+        return formula(*operands, **accepted(formula, keywords))
 
-
-def _direction_bounds(operand: Any, kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    """Of the new averages, and of the terms whose squares are summed."""
-    chosen = {name: kwargs[name] for name in ("kind", "theta", "sigma", "lmbda") if name in kwargs}
-    grad = operand("grads")
-    grad = grad / kwargs["grad_scale"] if "grad_scale" in kwargs else grad
-    updated: Any = directions.direction_updated(grad, operand("ema"), **chosen)  # of Rounded: formulas take whatever has the operators
-    direction, average = updated
-    if kwargs.get("adaptive", False):
-        direction = (abs(operand("params")) + kwargs.get("eta", 0.0)) * direction
-    return {"ema": torch.where(grad.value.isfinite(), average.error, 0.0), "directions": direction.error}
+    if op == "grad_dots":
+        right, origin = operand("rights"), operand("origins")
+        return {"terms": torch.zeros_like(right.value) if origin is None else (right - origin).error}
+    if op == "combine_":
+        error = evaluated(combinations.combined, operand("lefts"), operand("rights"), operand("origins")).error
+        return {"outs": error, "terms": error}
+    grad, param = operand("grads"), operand("params")
+    if "ema" in lists and "grad_scale" in keywords:  # directions are made of the gradient without its scale
+        grad = grad / keywords.pop("grad_scale")
+    if op == "direction_norm_":
+        direction, average = evaluated(directions.direction_updated, grad, operand("ema"))
+        return {"ema": torch.where(grad.value.isfinite(), average.error, 0.0), "terms": adapted(direction, param, keywords).error}
+    if keywords.get("from_old", op in ("sgd_step_", "adamw_step_") and "old_params" in lists):
+        param = operand("old_params")
+    if op == "random_perturb_":
+        moved: Any = random.randomly_perturbed(param, _random_numbers(problem, arithmetic), keywords["scale"])
+        return {"params": moved.error}
+    if op == "perturb_":
+        direction = evaluated(directions.direction_used, grad, operand("ema")) if "ema" in lists else grad
+        moved = evaluated(ops.perturbed, param, direction)
+        return {"params": moved.error + (_rounding_step(problem, moved, indices, numels) if is_rounded_stochastically(keywords) else 0.0)}
+    grad = evaluated(ops.descent_gradient, grad)
+    if op == "sgd_step_":
+        updated = evaluated(ops.sgd_updated, param, grad, operand("momentum_buffers") if keywords.get("momentum", 0.0) else None)
+    else:
+        steps = torch.stack([t.to(torch.float64) for t in (lists["state_steps"][i] for i in indices) if t is not None])
+        updated = evaluated(ops.adamw_updated, param, grad, operand("exp_avgs"), operand("exp_avg_sqs"), _spread(steps, numels) + 1)
+    names = ("params", "momentum_buffers") if op == "sgd_step_" else ("params", "exp_avgs", "exp_avg_sqs")
+    return {name: rounded.error for name, rounded in zip(names, updated, strict=True) if rounded is not None}
 
 
 def _centralized_bounds(problem: Problem, roundings: Sequence[int] | None) -> dict[str, list[Tensor]]:
     """Of the centralised gradients, and of the terms whose squares are summed."""
-    bounds: dict[str, list[Tensor]] = {"grads": [], "directions": []}
+    bounds: dict[str, list[Tensor]] = {"grads": [], "terms": []}
     lists: Any = problem.lists  # none of these entries is None
     for i, (grad, size) in enumerate(zip(lists["grads"], slice_sizes(lists["grads"]), strict=True)):
         flat = grad.reshape(-1).to(torch.float64)
@@ -127,10 +120,9 @@ def _centralized_bounds(problem: Problem, roundings: Sequence[int] | None) -> di
         if size > 0:
             centred = centred - mean_bound(centred, size, None if roundings is None else roundings[i])
         bounds["grads"].append(centred.error)
-        if problem.kwargs.get("adaptive", False):
-            param = Rounded.exact(lists["params"][i].reshape(-1).to(torch.float64), centred.arithmetic)
-            centred = (abs(param) + problem.kwargs["eta"]) * centred
-        bounds["directions"].append(torch.where(centred.value.isfinite(), centred.error, 0.0))
+        param = Rounded.exact(lists["params"][i].reshape(-1).to(torch.float64), centred.arithmetic)
+        centred = adapted(centred, param, problem.kwargs)
+        bounds["terms"].append(torch.where(centred.value.isfinite(), centred.error, 0.0))
     return bounds
 
 

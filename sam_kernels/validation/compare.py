@@ -66,21 +66,22 @@ def compare(
     """Return the worst element. A result passes where it lies between the roundings of expected - bound and expected + bound."""
     if len(actual) != len(expected):
         return failure(name, f"{len(actual)} tensors, expected {len(expected)}")
-    by_dtype: dict[torch.dtype, list[int]] = {}
+    by_dtype: dict[torch.dtype, list[tuple[Tensor, ...]]] = {}
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         if (a is None) != (e is None):
             return failure(name, f"is {'None' if a is None else 'a tensor'}, expected {'None' if e is None else 'one'}", i)
-        if a is not None:
-            by_dtype.setdefault(a.dtype, []).append(i)
+        if a is not None and e is not None and a.numel():
+            start = torch.zeros_like(e) if (given := starts[i]) is None else given.to(torch.float64)
+            by_dtype.setdefault(a.dtype, []).append(
+                (torch.full((a.numel(),), i), a.reshape(-1), e.reshape(-1), bounds[i], start.reshape(-1))
+            )
     worst = Worst(name)
-    for dtype, indices in by_dtype.items():
-        flat_actual = _flat(actual, indices)
-        if flat_actual.numel():
-            flat_starts = _flat(_or_zeros(starts, expected), indices).to(torch.float64)
-            found = _worst_element(flat_actual, _flat(expected, indices), torch.cat([bounds[i] for i in indices]), flat_starts, dtype)
-            index, element = _locate(found[0], [_numel(actual[i]) for i in indices])
-            candidate = Worst(name, indices[index], element, *found[1:])
-            worst = max(worst, candidate, key=Worst.badness)
+    for dtype, rows in by_dtype.items():
+        owners, *flat = (torch.cat(column) for column in zip(*rows, strict=True))
+        found = _worst_element(*flat, dtype=dtype)
+        index = int(owners[found[0]])
+        element = found[0] - int((owners < index).sum())
+        worst = max(worst, Worst(name, index, element, *found[1:]), key=Worst.badness)
     return worst
 
 
@@ -89,6 +90,7 @@ def _worst_element(
     expected: Tensor,  # (N,) float64
     bound: Tensor,  # (N,) float64
     start: Tensor,  # (N,) float64
+    *,
     dtype: torch.dtype,
 ) -> tuple[int, float, float, float, float, bool]:  # position, error, bound, actual, expected, passed
     low, high = (expected - bound).to(dtype), (expected + bound).to(dtype)
@@ -105,24 +107,3 @@ def _worst_element(
     if bool(passed[i]) and bool(unchecked[i]):
         return i, 0.0, 0.0, wide[i].item(), expected[i].item(), True
     return i, error[i].item(), 0.0 if bool(exact[i]) else allowed[i].item(), wide[i].item(), expected[i].item(), bool(passed[i])
-
-
-def _flat(tensors: Sequence[Tensor | None], indices: Sequence[int]) -> Tensor:
-    return torch.cat([tensor.reshape(-1) for tensor in (tensors[i] for i in indices) if tensor is not None])
-
-
-def _or_zeros(starts: Sequence[Tensor | None], like: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [torch.zeros_like(e) if start is None and e is not None else start for start, e in zip(starts, like, strict=True)]
-
-
-def _numel(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.numel()
-
-
-def _locate(position: int, numels: Sequence[int]) -> tuple[int, int]:
-    """Return the tensor, and the element in it, at a position of their concatenation."""
-    for i, numel in enumerate(numels):
-        if position < numel:
-            return i, position
-        position -= numel
-    raise IndexError(position)

@@ -10,12 +10,11 @@ given as tensors), ``origins`` (such a list is given) and ``alias`` (which list'
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-from sam_kernels.validation.cases import CASES, LAYOUT_CASES, MIXED_NARROW
-
-__all__ = ["ABOUT_OTHERS", "ABOUT_SLICES", "FOR_LAYOUT_CASES", "OPTIONS", "SCHEDULED", "combinations", "concerns"]
+__all__ = [
+    "ABOUT_OTHERS", "ABOUT_SLICES", "FOR_LAYOUT_CASES", "OPTIONS", "SCHEDULED", "adapted", "concerns", "is_rounded_stochastically",
+]  # fmt: skip
 
 # Numbers that may change with every step
 SCHEDULED = ("rho", "lambd", "lr", "scale", "left_weight", "right_weight", "origin_weight")
@@ -174,17 +173,14 @@ ABOUT_SLICES = ("slices", "unaligned_slices", "long_slices")  # cases that add n
 
 def concerns(op: str, option: str, dtype: str) -> bool:
     """Return whether a keyword set concerns a dtype: stochastic rounding is for bfloat16 parameters, and refuses float16 ones."""
-    return dtype == "bfloat16" or "rounding_seed" not in OPTIONS[op][option]
+    return dtype == "bfloat16" or not is_rounded_stochastically(OPTIONS[op][option])
 
 
-def combinations(op: str, dtype: str) -> Iterator[tuple[str, str]]:
-    """The (case, keyword set) pairs to check an operation with in a dtype."""
-    for case in CASES:
-        if case in ABOUT_OTHERS.get(op, ()) or (case in ABOUT_SLICES and op != "centralize_"):
-            continue
-        if dtype in ("mixed", MIXED_NARROW) and case == "chunk_edges" and (op.startswith("grad_") or op == "random_perturb_"):
-            continue  # a dtype a row is covered by the others
-        options = FOR_LAYOUT_CASES[op] if case in LAYOUT_CASES else tuple(OPTIONS[op])
-        for option in options[:1] if case == "many_tiny" else options:
-            if concerns(op, option, dtype):
-                yield case, option
+def is_rounded_stochastically(keywords: dict[str, Any]) -> bool:
+    """Return whether a call rounds its bfloat16 results stochastically."""
+    return "rounding_seed" in keywords
+
+
+def adapted(direction: Any, params: Any, keywords: dict[str, Any]) -> Any:
+    """Return T d with T = |p| + eta for a call with ``adaptive``, otherwise d."""
+    return (abs(params) + keywords.get("eta", 0.0)) * direction if keywords.get("adaptive", False) else direction

@@ -29,7 +29,7 @@ class Roundings:
     """The most float32 additions on the way of one number into its sum. None: the sum is float64."""
 
     terms: int | None = None  # of a term of the norm or of the inner products
-    means: list[int] | None = None  # of an element in the mean of its slice; one number a tensor
+    means: tuple[int, ...] | None = None  # of an element in the mean of its slice; one number a tensor
 
 
 def roundings_of(
@@ -100,4 +100,4 @@ def _triton_centralize(numels: Sequence[int], slice_sizes: Sequence[int]) -> Rou
             means[i] = max(means[i], mean + math.ceil(math.log2(block)))
             terms = max(terms, within + math.ceil(math.log2(block)))
         chunks += most
-    return Roundings(terms + _triton_across(chunks) + 4, means)
+    return Roundings(terms + _triton_across(chunks) + 4, tuple(means))

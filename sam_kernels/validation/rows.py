@@ -2,45 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from sam_kernels.validation.backends import dtypes_of, has_per_sample
 from sam_kernels.validation.cases import DTYPES, MIXED_NARROW
-from sam_kernels.validation.check import check
+from sam_kernels.validation.check import FAMILIES, check, combinations
 from sam_kernels.validation.compare import Worst, failure
-from sam_kernels.validation.options import OPTIONS, combinations
-from sam_kernels.validation.per_sample.cases import PER_SAMPLE_OPTIONS
-from sam_kernels.validation.per_sample.cases import combinations as per_sample_combinations
-from sam_kernels.validation.per_sample.check import check_per_sample
-from sam_kernels.validation.sharpness.cases import SHARPNESS_DTYPES, SHARPNESS_OPTIONS
-from sam_kernels.validation.sharpness.cases import combinations as sharpness_combinations
-from sam_kernels.validation.sharpness.check import check_sharpness
 
 __all__ = ["OPERATIONS", "ValidationRow", "validate_rows"]
 
-
-@dataclass(frozen=True)
-class Family:
-    """Operations that share their cases, their check and the backends that have them."""
-
-    ops: Collection[str]
-    combinations: Callable[[str, str], Iterator[tuple[str, str]]]  # operation, dtype -> (case, keyword set)
-    check: Callable[..., dict[str, Worst]]
-    dtypes_of: Callable[[str, str], Collection[str]]  # backend, device -> dtypes
-
-
-def _per_sample_dtypes(backend: str, device: str) -> list[str]:
-    return dtypes_of(backend, device) if has_per_sample(backend, device) else []
-
-
-FAMILIES = (
-    Family(OPTIONS, combinations, check, dtypes_of),
-    Family(PER_SAMPLE_OPTIONS, per_sample_combinations, check_per_sample, _per_sample_dtypes),
-    Family(SHARPNESS_OPTIONS, sharpness_combinations, check_sharpness, lambda backend, device: SHARPNESS_DTYPES),
-)
-OPERATIONS = tuple(op for family in FAMILIES for op in family.ops)
+OPERATIONS = tuple(FAMILIES)
 
 
 @dataclass(frozen=True)
@@ -69,21 +41,20 @@ def validate_rows(
 ) -> Iterator[ValidationRow]:
     """Yield a row for each operation, dtype and backend with kernels for both. A wrong result or an exception makes a failed row."""
     for op in ops:
-        family = next(family for family in FAMILIES if op in family.ops)
-        taken = {backend: family.dtypes_of(backend, device) for backend in backends}
+        taken = {backend: FAMILIES[op].dtypes_of(backend, device) for backend in backends}
         for dtype in dtypes:
             takers = [backend for backend in backends if dtype in taken[backend]]
             if takers:
-                yield from _validate_op(family, op, dtype, takers, seed, device)
+                yield from _validate_op(op, dtype, takers, seed, device)
 
 
-def _validate_op(family: Family, op: str, dtype: str, backends: Sequence[str], seed: int, device: str) -> Iterator[ValidationRow]:
+def _validate_op(op: str, dtype: str, backends: Sequence[str], seed: int, device: str) -> Iterator[ValidationRow]:
     worst = dict.fromkeys(backends, Worst())
     where = dict.fromkeys(backends, ("", ""))
     count = 0
-    for case, option in family.combinations(op, dtype):
+    for case, option in combinations(op, dtype):
         count += 1
-        for backend, found in _guarded(partial(family.check, op, backends, dtype, case, option, seed, device), backends).items():
+        for backend, found in _guarded(partial(check, op, backends, dtype, case, option, seed, device), backends).items():
             if where[backend] == ("", "") or found.badness() > worst[backend].badness():
                 worst[backend], where[backend] = found, (case, option)
     for backend in backends:

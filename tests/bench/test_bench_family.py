@@ -18,8 +18,8 @@ from bench.family import report
 from bench.family.bars import BARS, fastest_peer, judged
 from bench.family.methods import METHODS, Method
 from bench.family.options import ALPHA, KAPPA, LMBDA, LOOK_ALPHA, LOOK_EVERY, SIGMA, THETA
+from bench.page import BEGIN, END
 from bench.providers import BASES, REFERENCE, RHO, Provider
-from bench.report import BEGIN, END
 from bench.workloads import WORKLOADS, Workload, make_grads, make_params
 
 ROOT = Path(__file__).parents[2]

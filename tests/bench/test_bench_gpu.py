@@ -262,7 +262,7 @@ def test_choices_are_what_the_kernels_take() -> None:
 
 def test_a_sweep_leaves_the_configuration_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    configs = sweep_triton._configs()
+    configs = sweep_triton._config().CONFIGS
     before = dict(configs)
     clock = FakeClock(lambda: 1.0 + abs(configs["perturb"].chunk - 32768) + configs["perturb"].block / 1e6)
     monkeypatch.setattr(sweep, "tuners", lambda: [sweep_triton])

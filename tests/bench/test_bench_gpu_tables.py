@@ -16,7 +16,7 @@ from bench.gpu.models import MODELS
 from bench.gpu.peers import COPY
 from bench.gpu.steps import BACKENDS, BASE_ALONE, COMBINATIONS, FORWARDS, LOOPS, graph_of, provider
 from bench.gpu.workloads import GPU_WORKLOADS
-from bench.report import BEGIN, END
+from bench.page import BEGIN, END
 from bench.report import main as report
 
 

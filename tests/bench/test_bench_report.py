@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from bench.report import BEGIN, END, load, main
+from bench.page import BEGIN, END
+from bench.report import load, main
 
 ENVIRONMENT = {
     "schema": 1, "commit": "abc", "dirty": False, "device": "some-cpu-2-cores", "cpu": "Some CPU", "threads": 2, "instruction_set": "avx2",

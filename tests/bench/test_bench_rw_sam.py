@@ -13,9 +13,9 @@ import torch
 from click.testing import CliRunner
 
 import sam_kernels
+from bench.page import BEGIN, END
 from bench.per_sample.bars import judged
 from bench.per_sample.models import MODELS, make_problem
-from bench.report import BEGIN, END
 from bench.rw_sam import __main__ as program
 from bench.rw_sam import quality, report
 from bench.rw_sam.bars import BARS
@@ -38,7 +38,7 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_every_step_of_every_model(model: str, provider: str) -> None:
     problem = make_problem(model, batch=2)
-    if PROVIDERS[provider].missing(problem.model):
+    if PROVIDERS[provider].missing(problem):
         assert (model, provider) == ("mlp", "norm_layers")
         return
     before = [param.detach().clone() for param in problem.model.parameters()]
@@ -114,7 +114,7 @@ def test_run_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
         return {name: [taken[name]] * rounds for name in calls}
 
     monkeypatch.setattr(program, "interleave", stand_in)
-    monkeypatch.setattr(program, "make_problem", partial(make_problem, batch=2))
+    monkeypatch.setattr("bench.per_sample.models.make_problem", partial(make_problem, batch=2))
     monkeypatch.setattr(quality, "MODELS", {"mnist_cnn": quality.MODELS["mnist_cnn"]})
     monkeypatch.setattr(quality, "trained", partial(quality.trained, steps=5, samples=16))
     monkeypatch.setattr(quality, "measure", partial(quality.measure, draws=1))

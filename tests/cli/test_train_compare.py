@@ -24,8 +24,8 @@ from sam_kernels.cli.train.clock import StepClock
 from sam_kernels.cli.train.data import Digits, load
 from sam_kernels.cli.train.optimizers import Settings, options_of
 from sam_kernels.cli.train.options import micro_batches, optimizer_names
+from sam_kernels.cli.train.report import summarise
 from sam_kernels.cli.train.run import Plan, Run, run
-from sam_kernels.cli.train.summary import summarise
 from sam_kernels.per_sample import GradNorms
 
 SETTINGS = Settings("sgd", 0.05, 5e-4, None, 0.5)
@@ -265,7 +265,7 @@ def test_several_backward_passes_of_a_step_add_up() -> None:
 
 
 def test_optimizer_options_have_words_for_the_table() -> None:
-    from sam_kernels.cli.train.table import SHOWN
+    from sam_kernels.cli.train.report import SHOWN
 
     settings = Settings("sgd", 0.05, 5e-4, None, "1/t", norms="jvp")
     for name in ("sgd", "sam", "usam", "unified", "msam", "rwsam"):

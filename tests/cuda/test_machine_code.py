@@ -134,8 +134,8 @@ FAULTS = {
     ),
     "a number in float64": Fault(
         "perturb.cu",
-        "sam::perturb(p.data[j], g.data[j], scale)",
-        "T(sam::perturb(double(p.data[j]), double(g.data[j]), double(scale)))",
+        "sam::perturb(p.data[j], g.data[j], scale, scaling)",
+        "T(sam::perturb(double(p.data[j]), double(g.data[j]), double(scale), scaling.template as<double>()))",
         "perturb",
         "no_double_in_main_loops",
     ),

@@ -17,7 +17,19 @@ from sam_kernels import ASAM, GCSAM, GSAM, RSAM, SAM, SAMSPS, WSAM, FriendlySAM,
 from sam_kernels.optim.directions import Extragradient
 from sam_kernels.schedules import AscentInfo, Radius
 
-__all__ = ["CASES", "STEPS", "Case", "batch_of", "closure_of", "fully_sharded", "largest_difference", "make_model", "sharded_as", "whole", "run"]
+__all__ = [
+    "CASES",
+    "STEPS",
+    "Case",
+    "batch_of",
+    "closure_of",
+    "fully_sharded",
+    "largest_difference",
+    "make_model",
+    "run",
+    "sharded_as",
+    "whole",
+]
 
 STEPS, ROWS = 20, 24
 SGD: dict[str, Any] = {"base_optimizer": torch.optim.SGD, "lr": 0.1, "momentum": 0.9, "rho": 0.1}
@@ -60,7 +72,7 @@ CASES = {
     "MomentumSAM": Case(MomentumSAM, SGD),
     "MomentumSAM, AdamW": Case(MomentumSAM, ADAMW),
     "RSAM without noise": Case(RSAM, {**SGD, "sigma": 0.0}),
-    "GCSAM": Case(GCSAM, SGD, refused_with={"tensor parallel": "sharded along dimension 1", "tensor parallel and FSDP2": "sharded along dimension 1"}),
+    "GCSAM": Case(GCSAM, SGD, refused_with=dict.fromkeys(("tensor parallel", "tensor parallel and FSDP2"), "sharded along dimension 1")),
     "SAMSPS": Case(SAMSPS, {"base_optimizer": torch.optim.SGD, "gamma_b": 1.0, "momentum": 0.5, "rho": 0.1}),
 }  # fmt: skip
 

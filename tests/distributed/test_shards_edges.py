@@ -1,8 +1,9 @@
-"""What a run over FSDP2's shards meets beside the usual step: gathered weights that stay, NaN on one rank, exceptions, scalers, policies."""
+"""FSDP2's shards beside the usual step: gathered weights that stay, NaN on one rank, exceptions, loss scaling, policies."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -57,6 +58,7 @@ def weights(model: nn.Module) -> list[Tensor]:
     return [whole(param) for param in model.parameters()]
 
 
+@cache
 def in_one_process(steps: int = STEPS) -> list[Tensor]:
     model = make_model()
     run(CASES["SAM, SGD"], model, [(0, 1)], range(steps))
@@ -115,7 +117,6 @@ def bfloat16_by_policy(rank: int, ranks: int) -> tuple[float, float, torch.dtype
     fully_sharded(model, init_device_mesh("cpu", (ranks,)), mp_policy=policy)
     optimizer = SAM(model.parameters(), torch.optim.SGD, **SGD)
     inputs, targets = (tensor.float() for tensor in batch_of(0, rank, ranks))
-    losses = []
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -123,8 +124,7 @@ def bfloat16_by_policy(rank: int, ranks: int) -> tuple[float, float, torch.dtype
         loss.backward()
         return loss
 
-    for _ in range(30):
-        losses.append(optimizer.step(closure).item())
+    losses = [optimizer.step(closure).item() for _ in range(30)]
     return losses[0], losses[-1], next(model.parameters()).dtype
 
 

@@ -15,8 +15,8 @@ from sam_kernels._dispatch import available
 from sam_kernels.cli.validate import validate
 from sam_kernels.validation.backends import AUTOMATIC, dtypes_of
 from sam_kernels.validation.cases import DTYPES, MIXED_NARROW
-from sam_kernels.validation.check import check
-from sam_kernels.validation.options import OPTIONS, combinations
+from sam_kernels.validation.check import check, combinations
+from sam_kernels.validation.options import OPTIONS
 from tests.helpers.devices import KERNELS, reason_without
 
 pytestmark = pytest.mark.cuda

@@ -10,9 +10,10 @@ from torch import Tensor
 from sam_kernels import functional, use_backend
 from sam_kernels._dispatch import reason_missing
 from sam_kernels.validation.cases import MIXED_NARROW
+from sam_kernels.validation.check import build, combinations
 from sam_kernels.validation.compare import same_bits
-from sam_kernels.validation.options import OPTIONS, combinations
-from sam_kernels.validation.problem import build, run
+from sam_kernels.validation.options import OPTIONS
+from sam_kernels.validation.problem import run
 from tests.helpers.compare import assert_same_bits
 from tests.helpers.devices import KERNELS, reason_without
 from tests.helpers.exact import EXACT_OPS, with_exact_scalars

@@ -13,8 +13,8 @@ from bench.gpu.launches import record
 from sam_kernels import _dispatch
 from sam_kernels.functional import sharpness_sample, sharpness_weights
 from sam_kernels.validation.backends import AUTOMATIC
-from sam_kernels.validation.sharpness.cases import SHARPNESS_DTYPES, SHARPNESS_OPTIONS, combinations
-from sam_kernels.validation.sharpness.check import check_sharpness
+from sam_kernels.validation.check import check, combinations
+from sam_kernels.validation.sharpness import SHARPNESS_DTYPES, SHARPNESS_OPTIONS
 from tests.helpers.devices import KERNELS, reason_without
 
 pytestmark = pytest.mark.cuda
@@ -30,7 +30,7 @@ def test_matches_the_reference(op: str, dtype: str, backend_name: str, device: s
         pytest.skip(f"backend {backend_name}: {reason}")
     wrong = []
     for case, option in list(combinations(op, dtype))[::EVERY]:
-        worst = check_sharpness(op, [backend_name], dtype, case, option, device=device)[backend_name]
+        worst = check(op, [backend_name], dtype, case, option, device=device)[backend_name]
         wrong += [] if worst.passed else [f"{case} {option}: {worst}"]
     assert wrong == []
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from sam_kernels import functional
-from sam_kernels.validation.options import combinations
-from sam_kernels.validation.problem import Problem, build, run
+from sam_kernels.validation.check import build
+from sam_kernels.validation.problem import Problem, run
 from tests.helpers.compare import assert_same_bits
 
 __all__ = ["RANDOM", "Choose", "assert_same_perturbation", "compare_written"]
@@ -22,18 +22,14 @@ RANDOM = ("rademacher", "normal", "rounding")
 def compare_written(
     op: str,
     dtype: str,
+    calls: Iterable[tuple[str, str]],
     ours: Choose,
     theirs: Choose,
-    *,
-    cases_left_out: Collection[str] = (),
-    options_left_out: Collection[str] = (),
     prepare: Callable[[Problem], Problem] = lambda problem: problem,
 ) -> int:
-    """How many calls were compared."""
+    """How many calls were compared. A call is a case and a keyword set."""
     compared = 0
-    for case, option in combinations(op, dtype):
-        if case in cases_left_out or option in options_left_out:
-            continue
+    for case, option in calls:
         written = []
         for choose in (ours, theirs):
             problem = prepare(build(op, case, dtype, option))

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+import torch
+
 from sam_kernels.validation import cases
+from tests.helpers import per_sample
 
-__all__ = ["is_interpreted", "prepare"]
+__all__ = ["MANY", "is_interpreted", "prepare", "widen_blocks"]
 
-CHUNK = 512
-BLOCK = 128  # four blocks a chunk
+# The interpreter's time is by programs and by blocks, hardly by elements.
+CHUNK = 768
+BLOCK = 256  # three blocks a chunk: a first one, one between, a last one
+SLICES_BLOCK = 128  # the case slices has slices of exactly half of it, and longer ones
 TILE = 1024  # of the random numbers
-MANY = 100  # tensors of the case many_tiny: a launch of a thousand programs takes seconds here and shows nothing more
+WIDE_BLOCK = 16_384  # for tests on many numbers
+MANY = 40  # tensors of the case many_tiny: a launch of a thousand programs takes seconds here and shows nothing more
+LONG = 330  # positions of a long line: the time of products of all positions is by its square
+OF_MAGNITUDES = ("zero_grads", "huge", "huge_params", "tiny")  # cases of every keyword set, about values: without their longest tensor
 
 
 def is_interpreted() -> bool:
@@ -30,14 +40,29 @@ def prepare() -> None:
     """For the rest of the process."""
     from sam_kernels.backends.triton import _config
 
-    for name, config in _config.CONFIGS.items():
+    for name, config in list(_config.CONFIGS.items()):
         if config.chunk > CHUNK:
-            small = (4 * TILE, 2 * TILE) if name == "random" else (CHUNK, BLOCK)
-            _config.CONFIGS[name] = dataclasses.replace(config, chunk=small[0], block=small[1])
+            small = {"random": (4 * TILE, 2 * TILE), "centralize": (CHUNK, SLICES_BLOCK)}.get(name, (CHUNK, BLOCK))
+            _config.tune(name, chunk=small[0], block=small[1])
+    for name in OF_MAGNITUDES:
+        cases.CASES[name] = _within_a_chunk(cases.CASES[name])
     cases.CASES["chunk_edges"] = cases.uniform((CHUNK - 1,), (CHUNK,), (CHUNK + 1,))
     cases.CASES["long_slices"] = cases.uniform((1, 3_000), (2, 2 * CHUNK + 1), (4, 1_200))
     cases.CASES["many_tiny"] = cases.uniform(*[(3,)] * MANY)
+    per_sample.CONVOLUTIONS["1d_long"] = dataclasses.replace(per_sample.CONVOLUTIONS["1d_long"], sizes=(LONG,))
     _patch_once()
+    _look_types_up_once()
+
+
+def widen_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sam_kernels.backends.triton import _config
+
+    for name in ("perturb", "copy", "random"):
+        monkeypatch.setitem(_config.CONFIGS, name, dataclasses.replace(_config.CONFIGS[name], chunk=4 * WIDE_BLOCK, block=WIDE_BLOCK))
+
+
+def _within_a_chunk(rows: Callable[[torch.dtype], list[cases.Row]]) -> Callable[[torch.dtype], list[cases.Row]]:
+    return lambda dtype: [row for row in rows(dtype) if math.prod(row.shape) <= CHUNK]
 
 
 def _patch_once() -> None:
@@ -46,18 +71,36 @@ def _patch_once() -> None:
     from triton.runtime import interpreter
 
     replace: Callable[[Any], Any] = interpreter._patch_lang
+    functions: set[Any] = set()
     done: set[frozenset[str]] = set()
 
     def replace_once(function: Any) -> Any:
-        seen = frozenset(
-            value.__name__
-            for value in function.__globals__.values()
-            if isinstance(value, types.ModuleType) and value.__name__.startswith("triton.language")
-        )
-        if seen not in done:
-            replace(function)
-            done.add(seen)
+        if function not in functions:
+            functions.add(function)
+            seen = frozenset(
+                value.__name__
+                for value in function.__globals__.values()
+                if isinstance(value, types.ModuleType) and value.__name__.startswith("triton.language")
+            )
+            if seen not in done:
+                replace(function)
+                done.add(seen)
         return interpreter._LangPatchScope()
 
     if hasattr(interpreter, "_LangPatchScope"):  # not in every version: then slowly
         interpreter._patch_lang = replace_once
+
+
+def _look_types_up_once() -> None:
+    """The interpreter makes a table of all types whenever it looks one of them up in it."""
+    from triton.runtime import interpreter
+
+    look_up: Callable[[Any], Any] = interpreter._get_np_dtype
+    known: dict[str, Any] = {}
+
+    def look_up_once(kind: Any) -> Any:
+        if kind.name not in known:
+            known[kind.name] = look_up(kind)
+        return known[kind.name]
+
+    interpreter._get_np_dtype = look_up_once

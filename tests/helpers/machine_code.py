@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 import shlex
 import subprocess
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from bench.machine_code import cuda
 from bench.machine_code.launches import Variant
 from tests.helpers.pairwise import covering_pairs
-from tests.helpers.shared import ROOT, digest, digest_of_files, made_together
+from tests.helpers.shared import ROOT, digest, digest_of_files, made_together, with_included
 
 __all__ = ["cuda_kernels", "cuda_sources", "triton_digest", "with_every_pair"]
 
@@ -36,16 +35,7 @@ def triton_digest(*work: object, module: str, kernel: str) -> str:
 
 def cuda_sources(source: str, root: Path = ROOT) -> list[Path]:
     """``root``/csrc/cuda/``source``.cu and every file of csrc that it includes."""
-    found: list[Path] = []
-    missing = [root / "csrc" / "cuda" / f"{source}.cu"]
-    while missing:
-        path = missing.pop()
-        if path not in found:
-            found.append(path)
-            included = re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE)
-            candidates = [folder / name for name in included for folder in (root / "csrc", path.parent)]
-            missing += [candidate for candidate in candidates if candidate.is_file()]
-    return found
+    return with_included(root / "csrc" / "cuda" / f"{source}.cu", root / "csrc")
 
 
 def with_every_pair(variants: Sequence[Variant]) -> list[Variant]:
@@ -54,7 +44,7 @@ def with_every_pair(variants: Sequence[Variant]) -> list[Variant]:
     for kernel in dict.fromkeys(variant.kernel for variant in variants):
         own = [variant for variant in variants if variant.kernel == kernel]
         rows = [
-            {**{f"{name}=": str(value) for name, value in variant.constants}, **{f"{name}:": kind for name, kind in variant.signature}}
+            {**{f"{name}=": str(value) for name, value in variant.values}, **{f"{name}:": kind for name, kind in variant.signature}}
             for variant in own
         ]
         chosen += [own[i] for i in covering_pairs(rows)]

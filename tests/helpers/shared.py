@@ -10,12 +10,13 @@ import hashlib
 import os
 import pickle
 import platform
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-__all__ = ["FOLDER", "digest", "digest_of_files", "made_once", "made_together"]
+__all__ = ["FOLDER", "ROOT", "digest", "digest_of_files", "made_once", "made_together", "with_included"]
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "test-cache"
@@ -32,6 +33,20 @@ def digest(*parts: object) -> str:
 def digest_of_files(paths: Iterable[Path]) -> str:
     """Return the hash of the contents of files and of their names, without their folders."""
     return digest(*((path.name, path.read_bytes()) for path in sorted(paths)))
+
+
+def with_included(source: Path, folder: Path) -> list[Path]:
+    """Return ``source`` and every file that it includes, itself or through others, from ``folder`` or from beside the including file."""
+    found: list[Path] = []
+    missing = [source]
+    while missing:
+        path = missing.pop()
+        if path not in found:
+            found.append(path)
+            included = re.findall(r'^\s*#\s*include\s+[<"]([^">]+)[">]', path.read_text(encoding="utf-8"), re.MULTILINE)
+            candidates = [place / name for name in included for place in (folder, path.parent)]
+            missing += [candidate for candidate in candidates if candidate.is_file()]
+    return found
 
 
 def made_once(kind: str, key: str, make: Callable[[], Made], folder: Path = FOLDER) -> Made:

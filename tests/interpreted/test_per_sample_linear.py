@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
 
@@ -83,15 +84,16 @@ def test_a_bias_is_a_feature_that_is_1() -> None:
 
 
 @pytest.mark.parametrize(("method", "precision"), list(itertools.product(["gram", "direct"], ["ieee", "bf16"])))
-def test_the_largest_tiles(method: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_largest_tiles(method: str, precision: str) -> None:
     """Which otherwise take more programs than anyone wants to interpret."""
-    monkeypatch.setattr(_config, "ENOUGH", 1)
+    largest = _config.TILES[method][precision][0]
     shapes = [(127, 129, 40), (129, 40, 131)] if method == "gram" else [(20, 129, 127), (17, 300, 128)]
     for tokens, d, p in shapes:
         a, g = surrounded((2, tokens, d), F32), surrounded((2, tokens, p), F32)
-        check(a, g, method, precision, with_products=method == "direct")
-        if method == "gram":
-            check(a, g, method, precision, bias=True)
+        with _config.tuned(method, precision, largest):
+            check(a, g, method, precision, with_products=method == "direct")
+            if method == "gram":
+                check(a, g, method, precision, bias=True)
 
 
 def test_a_micro_batch_is_a_longer_sequence() -> None:
@@ -148,10 +150,10 @@ def test_a_sweep_of_tiles_leaves_them_as_they_were(monkeypatch: pytest.MonkeyPat
     from bench.gpu.gate import Gate
     from bench.gpu.timing import HostClock
 
-    before = dict(_config.GRAM), dict(_config.DIRECT)
+    before = copy.deepcopy(_config.TILES)
     monkeypatch.setattr(sweep_products, "WARPS", (4,))
     rows = list(sweep_products.run(HostClock(), "cpu", Gate("", is_off=True), 1e18))
-    assert before == (_config.GRAM, _config.DIRECT)
+    assert before == _config.TILES
     assert {(row["kernel"], row["dtype"]) for row in rows} == {
         (form, kind) for form in ("gram", "direct") for kind in ("bf16", "tf32", "ieee")
     }

@@ -12,11 +12,12 @@ import sam_kernels
 from sam_kernels import functional, use_backend
 from sam_kernels._tensor_list import TensorList
 from sam_kernels.backends.triton import _staging, _table
-from sam_kernels.backends.triton._config import CONFIGS, Config
+from sam_kernels.backends.triton._config import Config, tuned
 from sam_kernels.backends.triton._lists import trust
 from tests.helpers.compare import assert_same_bits
+from tests.helpers.interpreter import CHUNK
 
-SIZES = (3, 700, 0, 512, 1025)
+SIZES = (3, CHUNK + 188, 0, CHUNK, 2 * CHUNK + 1)
 
 
 class Events:
@@ -178,15 +179,15 @@ def test_chunks_cover_every_element_once_in_order() -> None:
             }
 
 
-def test_chunks_shrink_where_they_would_be_few(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_shrink_where_they_would_be_few() -> None:
     """Not below 4,096 elements, by the sum of the sizes alone."""
     config = Config(16384, 2048)
     for numel, size in ((0, 4096), (11_689_512, 4096), (25_557_032, 8192), (2**25 - 1, 8192), (2**25, 16384), (10**9, 16384)):
         assert config.chunk_of(numel) == size
         assert size == 4096 or numel // size >= 2048
     assert Config(1, 1).chunk_of(0) == 1  # smaller ones stay
-    monkeypatch.setitem(CONFIGS, "norm", config)
-    table = _table.table_of({"grads": TensorList([torch.zeros(size) for size in (9000, 4096, 1)])}, "norm")
+    with tuned("norm", chunk=16384, block=2048):
+        table = _table.table_of({"grads": TensorList([torch.zeros(size) for size in (9000, 4096, 1)])}, "norm")
     assert table.chunk_size == 4096
     assert [group.rows.tolist() for group in table.groups] == [[0, 0, 0, 1, 2]]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import click
 
+from tests.helpers.kept_objects import in_place_of_the_compiler
 from tests.helpers.shared import FOLDER
 from tests.mutants.planting import Mutant
 from tests.mutants.selection import Run, chosen, runs_for
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results.json")
 LEFT_OUT = ("build", "dist", ".venv", ".git", "__pycache__", "*.egg-info", ".*_cache", ".benchmarks", "out", "results")
 SECONDS = 600  # of a processor: a fault that makes a test run for ever is found
-BASELINE = {"SAM_KERNELS_BUILD": "cpu", "SAM_KERNELS_INSTRUCTION_SETS": "baseline", "SAM_KERNELS_CXXFLAGS": "-O1"}
+BUILDING = {"SAM_KERNELS_BUILD": "cpu", "SAM_KERNELS_INSTRUCTION_SETS": "baseline", "SAM_KERNELS_CXXFLAGS": "-O1"}
 CPP = "csrc/"
 NOTHING_RAN = 5  # pytest's exit status
 
@@ -51,6 +52,8 @@ def main(seed: int, only: str, again: bool, listed: bool, out: Path) -> None:
         if FOLDER.exists():
             shutil.copytree(FOLDER, tree / FOLDER.relative_to(ROOT))
         if any(mutant.path.startswith(CPP) for mutant in mutants):
+            (Path(folder) / "bin").mkdir()
+            BUILDING.update(in_place_of_the_compiler(Path(folder) / "bin"))
             _build(tree)
         left = [mutant for mutant in mutants if again or _key(asdict(mutant)) not in rows]
         for search in (_nearest, _others):  # what survives the quick tests of all files comes last
@@ -116,8 +119,8 @@ def _failure(tree: Path, run: Run, *options: str) -> str | None:
 
 
 def _build(tree: Path, *, succeeds: bool = True) -> bool:
-    """The CPU's module for the baseline alone, hardly optimised: a minute."""
-    done = _call([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], tree, BASELINE)
+    """The CPU's module for the baseline alone, hardly optimised: a minute. What the fault before changed is taken from the objects kept."""
+    done = _call([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], tree, BUILDING)
     if succeeds and done.returncode != 0:
         raise click.ClickException(done.stdout)
     return done.returncode == 0

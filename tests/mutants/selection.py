@@ -51,6 +51,7 @@ CODE = Run(("tests/triton",))
 REFERENCE = "tests/ops/test_against_reference.py"
 QUICK = "not compile and not determinism and not against_reference and not instruction_set"
 OPS = Run(("tests/ops", "-k", QUICK)), Run((REFERENCE,)), Run(("tests/ops", "-k", "compile"))  # the quickest first
+FORMULAS = Run((*(f"tests/ops/test_{name}.py" for name in ("semantics", "combinations", "directions", "torch_optim")), "-k", "native"))
 OPTIM = Run(("tests/optim",))
 
 
@@ -88,6 +89,7 @@ OPTIM_TESTS = {  # file of sam_kernels/optim -> its nearest tests in tests/optim
     "*/w*.py": ("test_both_sides", "test_contract", "test_torch_hooks", "test_torch_scenarios"),
     "descents.py": ("test_family", "test_family_amp", "test_family_failures"),
     "directions.py": ("test_family", "test_family_limits", "test_own_direction"),
+    "_part.py": ("test_own_direction", "test_family_bad_input"),
     "presets.py": ("test_formula", "test_family", "test_family_bad_input"),
     "rwsam.py": ("test_rwsam", "test_rwsam_contract", "test_rwsam_bad_input", "test_rwsam_amp"),
     "sam.py": ("test_contract", "test_bad_input", "test_formula"),
@@ -96,6 +98,21 @@ OPTIM_TESTS = {  # file of sam_kernels/optim -> its nearest tests in tests/optim
 ON_HOST = tuple(
     Run(arguments, {"SAM_KERNELS_CUDA_ON_HOST": "1"}) for arguments in (("tests/ops", "tests/on_host", "-k", QUICK), (REFERENCE,))
 )
+
+
+FUNCTIONAL_TESTS = {  # file of sam_kernels/functional -> its nearest tests in tests/ops, after those of bad input
+    "ascent.py": ("test_semantics", "test_directions", "test_rounding"),
+    "centralize.py": ("test_centralize",),
+    "combinations.py": ("test_combinations",),
+    "descent.py": ("test_semantics", "test_torch_optim", "test_scalar_dtypes"),
+    "directions.py": ("test_directions",),
+    "norms.py": ("test_norm_and_flags", "test_semantics"),
+    "random.py": ("test_random",),
+}
+
+
+def of_functional(*names: str) -> Run:
+    return Run(tuple(f"tests/ops/{name}.py" for name in ("test_bad_input", *names)))
 
 
 def of_optim(*names: str) -> Run:
@@ -113,6 +130,7 @@ RUNS: list[tuple[str, tuple[Run, ...]]] = [
     ("sam_kernels/functional/per_sample/*", (Run(("tests/ops", "-k", "per_sample")), Run(("tests/per_sample",)))),
     ("sam_kernels/functional/sharpness*", (Run(("tests/ops/test_sharpness.py",)), *OPS)),
     ("sam_kernels/functional/_library*", (Run(("tests/ops/test_compile.py", "tests/ops/test_compile_refusals.py")), *OPS)),
+    *((f"sam_kernels/functional/{name}", (of_functional(*nearest), *OPS, OPTIM)) for name, nearest in FUNCTIONAL_TESTS.items()),
     ("sam_kernels/functional/*", (*OPS, OPTIM)),
     ("sam_kernels/operations/*", (Run(("tests/ops/test_operations.py",)), *OPS)),
     ("sam_kernels/backends/*/per_sample*", (Run(("tests/ops", "-k", "per_sample")), Run(("tests/per_sample",)))),
@@ -124,6 +142,7 @@ RUNS: list[tuple[str, tuple[Run, ...]]] = [
     ("csrc/common/random.h", (Run(("tests/ops/test_random.py", "tests/ops/test_rounding.py")), *OPS[:2])),
     ("csrc/common/half.h", (Run(("tests/ops/test_half_conversion.py",)), *OPS[:2])),
     ("csrc/common/sampling.h", (Run(("tests/ops/test_sharpness.py",)),)),
+    ("csrc/common/formulas.h", (FORMULAS, *of_backend("native"))),
     ("csrc/*", of_backend("native")),
 ]
 # Kernels of Triton's are interpreted, then compiled.

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.kept_objects import built_folder, in_place_of_the_compiler
+
 ROOT = Path(__file__).resolve().parents[2]
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
 BUILD = SETUP["ninja_build"]
@@ -27,34 +29,21 @@ def run(*command: str | Path) -> str:
     return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout
 
 
-def built_folder() -> Path | None:
-    """The installed build's object files, if they are those of the sources as they are, and of the flags that ship."""
-    import ninja
-
-    if (BUILD.setting("CXX"), BUILD.setting("SAM_KERNELS_CXXFLAGS")) != ("c++", ""):
-        return None
-    folder = ROOT / "build" / BUILD.folder_name()
-    rules = folder / "build.ninja"
-    if not rules.exists() or rules.stat().st_mtime < max(path.stat().st_mtime for path in (ROOT / "setup.py", Path(BUILD.__file__))):
-        return None
-    module = folder.relative_to(ROOT) / "_cpu.so"
-    return folder if "no work to do" in run(Path(ninja.BIN_DIR) / "ninja", "-C", ROOT, "-f", rules, "-n", module) else None
-
-
 @pytest.fixture(scope="session")
 def objects(tmp_path_factory) -> Path:
     """The folder of object files, as setup.py makes them with its own flags: those of the build at hand, else compiled now."""
-    folder = built_folder()
+    folder = built_folder(BUILD)
     if folder is not None:
         return folder
     if (missing := SETUP["missing_toolchain"]()) is not None:
         pytest.skip(missing)
     copy = tmp_path_factory.mktemp("objects")
+    environment = os.environ | in_place_of_the_compiler(tmp_path_factory.mktemp("compiler"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, copy)
     shutil.copytree(ROOT / "csrc", copy / "csrc")
     (copy / "sam_kernels").mkdir()
-    env = {**os.environ, "SAM_KERNELS_BUILD": "cpu"} | {"SAM_KERNELS_CXXFLAGS": "", "CXX": ""}
+    env = environment | {"SAM_KERNELS_BUILD": "cpu", "SAM_KERNELS_CXXFLAGS": "", "CXX": ""}
     subprocess.run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], cwd=copy, env=env, check=True)
     (folder,) = (copy / "build").glob("ninja*")
     return folder

@@ -15,15 +15,23 @@ from sam_kernels import _dispatch, functional
 from sam_kernels.backends.native import cpu, cuda
 from sam_kernels.operations import AdamWStep, Combine, GradNorms, Operands, Operation, Perturb, RandomPerturb, SgdStep
 from sam_kernels.validation.cases import DTYPES, MIXED_NARROW
-from sam_kernels.validation.options import combinations
-from sam_kernels.validation.problem import build, run
+from sam_kernels.validation.check import build
+from sam_kernels.validation.problem import run
 from sam_kernels.validation.roundings import roundings_of
 from sam_kernels.validation.tolerance import norm_bound, ulp
+from tests.helpers.backends import Calls, all_calls, calls_in_pairs
 from tests.helpers.bits import RANDOM, assert_same_perturbation, compare_written
 from tests.helpers.compare import assert_same_bits
 
 ELEMENTWISE = ("combine_", "perturb_", "random_perturb_", "restore_", "sgd_step_", "adamw_step_")
 ROWS = [3, 5, 64, 0, 1030]  # again and again, in lists of more rows than a launch takes
+TYPES = tuple(DTYPES)
+WITH_NARROW = (*TYPES, MIXED_NARROW)
+
+
+def calls_of(op: str, dtypes: tuple[str, ...], is_full: bool, options_left_out: tuple[str, ...] = ()) -> Calls:
+    """All calls of an operation; without --full those in which every pair of a dtype, a case and a keyword set occurs."""
+    return (all_calls if is_full else calls_in_pairs)(op, dtypes, (), options_left_out)
 
 
 @contextmanager
@@ -48,17 +56,19 @@ def test_there_are_two() -> None:
         pass
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, MIXED_NARROW])
+@pytest.mark.parametrize("dtype", WITH_NARROW)
 @pytest.mark.parametrize("op", ELEMENTWISE)
-def test_same_bits_as_the_cpu_kernels(op: str, dtype: str) -> None:
+def test_same_bits_as_the_cpu_kernels(op: str, dtype: str, is_full: bool) -> None:
     """Scalars too: both make them in double. (A first step that is skipped leaves zeros in new buffers on a device, none on the CPU.)"""
-    assert compare_written(op, dtype, cuda_kernels, cpu_kernels, options_left_out=("found_inf_first",)) >= 10
+    calls = calls_of(op, WITH_NARROW, is_full, ("found_inf_first",))[dtype]
+    assert compare_written(op, dtype, calls, cuda_kernels, cpu_kernels) >= 10
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_directions_have_the_bits_of_the_cpu_kernels(dtype: str) -> None:
+def test_directions_have_the_bits_of_the_cpu_kernels(dtype: str, is_full: bool) -> None:
     """The moving average; its norm is summed in another order."""
-    assert compare_written("direction_norm_", dtype, cuda_kernels, cpu_kernels) >= 10
+    calls = calls_of("direction_norm_", TYPES, is_full)[dtype]
+    assert compare_written("direction_norm_", dtype, calls, cuda_kernels, cpu_kernels) >= 10
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -71,9 +81,9 @@ def test_random_numbers_across_chunks(distribution: str, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", ["grad_norm", "grad_norms", "direction_norm_", "combine_"])
-def test_norms_agree_within_their_roundings(op: str, dtype: str) -> None:
+def test_norms_agree_within_their_roundings(op: str, dtype: str, is_full: bool) -> None:
     """Sums of float64 on the CPU; here a term passes through as many float32 additions as the module says."""
-    for case, option in combinations(op, dtype):
+    for case, option in calls_of(op, TYPES, is_full)[dtype]:
         (found, numels), (expected, _) = (norm_of(op, case, dtype, option, choose) for choose in (cuda_kernels, cpu_kernels))
         roundings = roundings_of(cuda.BACKEND, op, numels).terms
         bound = norm_bound(expected.double(), sum(numels), roundings) + ulp(expected, expected.dtype)  # both are rounded to it

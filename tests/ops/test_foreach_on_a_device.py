@@ -10,8 +10,7 @@ import torch
 from sam_kernels import functional, use_backend
 from sam_kernels.backends import foreach
 from sam_kernels.operations import Operands, Operation
-from sam_kernels.validation.check import check
-from sam_kernels.validation.options import combinations
+from sam_kernels.validation.check import check, combinations
 from tests.helpers.backends import OPERATIONS
 
 OPERATIONS_ON_A_DEVICE = ("direction_norm_", "grad_dots", "combine_", "perturb_", "random_perturb_", "sgd_step_", "adamw_step_")

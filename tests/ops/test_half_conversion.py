@@ -6,6 +6,7 @@ import torch
 from sam_kernels.validation.compare import same_bits
 from tests.helpers.halves import VALUES, all_halves, deciding_floats, narrowed, widened
 
+pytestmark = pytest.mark.usefixtures("wide_blocks")
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 

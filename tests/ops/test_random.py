@@ -94,6 +94,7 @@ def test_numbers_follow_memory_order(backend: str) -> None:
         assert_same_bits("C order", [param.reshape(-1)], [flat])
 
 
+@pytest.mark.usefixtures("wide_blocks")
 @pytest.mark.parametrize("distribution", ["rademacher", "normal"])
 def test_moments_and_tails(backend: str, distribution: str) -> None:
     z = numbers((1_000_000,), seed=11, distribution=distribution)[0].double()

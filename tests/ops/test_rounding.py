@@ -79,6 +79,7 @@ def test_backends_agree(options: dict[str, Any]) -> None:
     assert different <= (0 if not options or "from_old" in options else 20)
 
 
+@pytest.mark.usefixtures("wide_blocks")
 def test_a_small_perturbation_arrives_in_expectation(backend: str) -> None:
     """Half an ulp is 2^-9 at 1; a step of 2^-13 is lost by ordinary rounding, and one element in 64 takes it with this."""
     params, grads = [torch.ones(200_000, dtype=torch.bfloat16)], [torch.full((200_000,), 2.0**-8)]

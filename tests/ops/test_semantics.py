@@ -10,7 +10,8 @@ from sam_kernels import functional
 from sam_kernels._tensor_list import TensorList
 from sam_kernels.validation.backends import backend_of
 from sam_kernels.validation.cases import MIXED_NARROW
-from sam_kernels.validation.problem import build, run
+from sam_kernels.validation.check import build
+from sam_kernels.validation.problem import run
 from sam_kernels.validation.roundings import roundings_of
 from sam_kernels.validation.tolerance import norm_bound
 from tests.helpers.backends import require_dtype
@@ -30,6 +31,7 @@ def copies(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor.clone() for tensor in tensors]
 
 
+@pytest.mark.usefixtures("wide_blocks")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_save_and_restore_keep_every_bit(backend: str, dtype: torch.dtype) -> None:
     """Payloads of NaNs, signs of zeros, subnormals."""

@@ -15,8 +15,8 @@ from torch import Tensor
 from sam_kernels.backends.foreach import sharpness as foreach
 from sam_kernels.functional import sharpness_sample, sharpness_weights
 from sam_kernels.reference.sharpness import gibbs_terms, ordered_weights, replacement_weights, uniforms
-from sam_kernels.validation.sharpness.cases import SHARPNESS_DTYPES, SHARPNESS_OPTIONS, combinations
-from sam_kernels.validation.sharpness.check import check_sharpness
+from sam_kernels.validation.check import check, combinations
+from sam_kernels.validation.sharpness import SHARPNESS_DTYPES, SHARPNESS_OPTIONS
 from tests.helpers.compare import assert_same_bits
 from tests.ops.test_random import philox_in_integers
 
@@ -50,7 +50,7 @@ def test_matches_the_reference(backend: str, op: str, dtype: str) -> None:
     for i, (case, option) in enumerate(combinations(op, dtype)):
         if backend == "triton" and (i % 7 or case == "many"):
             continue
-        worst = check_sharpness(op, [backend], dtype, case, option)[backend]
+        worst = check(op, [backend], dtype, case, option)[backend]
         wrong += [] if worst.passed else [f"{case} {option}: {worst}"]
     assert wrong == []
 

@@ -9,7 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from sam_kernels import functional
-from sam_kernels.validation.sharpness.cases import SHARPNESS_OPTIONS, build
+from sam_kernels.validation.check import build
+from sam_kernels.validation.problem import run
+from sam_kernels.validation.sharpness import SHARPNESS_OPTIONS
 from tests.helpers.compiling import assert_same, compiled, operator
 
 SCHEMAS = {
@@ -54,7 +56,7 @@ def test_every_keyword_set(backend: str, name: str) -> None:
     for option in SHARPNESS_OPTIONS[name]:
         call = build(name, "odd", "float32", option)
         torch._dynamo.reset()
-        assert_same(option, compiled(lambda call=call: call.run(functional), "eager")(), call.run(functional))
+        assert_same(option, compiled(run, "eager")(call), run(call))
 
 
 def test_new_seeds_and_betas_make_no_new_graphs(backend: str) -> None:

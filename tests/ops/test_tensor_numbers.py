@@ -11,8 +11,9 @@ from torch import Tensor
 
 from sam_kernels import _validate, functional
 from sam_kernels.operations import number_on
+from sam_kernels.validation.check import build
 from sam_kernels.validation.options import SCHEDULED
-from sam_kernels.validation.problem import Problem, build, run
+from sam_kernels.validation.problem import Problem, run
 from tests.helpers.compare import assert_same_bits
 
 # Of every operation the keyword sets in which each number counts for something of its own.

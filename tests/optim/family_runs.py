@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import sam_kernels
+from sam_kernels.optim.directions import FirstGradient
 from tests.optim.family import BASES, MEMBERS
 from tests.optim.problem import closure_of, loss_of, make_batch
 
@@ -73,7 +74,7 @@ def run(optimizer: Any, model: nn.Module, steps: int, *, start: int = 0, after: 
 def two_steps(optimizer: Any, model: nn.Module, batch: Any, *, zero_first: bool = True, zero_second: bool = True) -> None:
     """One step by first_step and second_step, in the order that the member asks for."""
     optimizer.zero_grad()
-    if optimizer.direction.begins_elsewhere:
+    if optimizer.direction.first_gradient is FirstGradient.ELSEWHERE:
         optimizer.random_step()
     if not isinstance(optimizer, sam_kernels.MomentumSAM):
         loss_of(model, batch).backward()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import sam_kernels
 from sam_kernels import schedules
+from sam_kernels.optim.directions import FirstGradient
 from tests.optim.family import MEMBERS
 from tests.optim.family_runs import CASES, TWO_STEP_CASES, close, everything_of, make, run, using
 from tests.optim.problem import assert_same_bits, every_backend, loss_of, make_batch, make_model, twin, weights
@@ -42,7 +43,7 @@ def two_steps_with(flow: str, optimizer: Any, model: nn.Module, scaler: Any, bat
         return loss
 
     optimizer.zero_grad()
-    if optimizer.direction.begins_elsewhere:
+    if optimizer.direction.first_gradient is FirstGradient.ELSEWHERE:
         optimizer.random_step()
     if not isinstance(optimizer, sam_kernels.MomentumSAM):
         backward()

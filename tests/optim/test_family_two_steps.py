@@ -257,7 +257,7 @@ def test_the_bases_own_step_is_no_way_around_the_rule(name: str, base: str) -> N
     optimizer.first_step(zero_grad=True)
     loss = loss_of(model, batch)
     loss.backward()
-    if optimizer.descent.is_plain and name != "GCSAM":
+    if not optimizer.descent.rewrites and name != "GCSAM":
         optimizer.base_optimizer.step()
         assert not optimizer._passes.is_perturbed
         return

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sam_kernels import SAM, functional
-from sam_kernels.optim.directions import Direction
+from sam_kernels.optim.descents import Descent
+from sam_kernels.optim.directions import Direction, Extragradient, FirstGradient, PerturbOptions, Use
 from tests.optim.family_runs import close, make
 from tests.optim.problem import assert_same_bits, closure_of, make_batch, make_model, twin, weights
 
@@ -75,8 +76,8 @@ class Average(Direction):
     def norm(self, step: Any, group_grads: Any, grad_scale: Any) -> Tensor:
         return step.combined([functional.grad_norm(step.kept("own_average", current.lists)) for current in group_grads])
 
-    def perturb_options(self, step: Any, current: Any) -> dict[str, Any]:
-        return {"ema": step.kept("own_average", current.lists), "kind": "vasso"}
+    def perturb_options(self, step: Any, current: Any) -> PerturbOptions:
+        return PerturbOptions(ema=step.kept("own_average", current.lists), kind="vasso")
 
 
 def own(direction: Direction, model: Any, **options: Any) -> Any:
@@ -194,3 +195,104 @@ def test_wrong_use_has_words(kind: Any, act: Any, error: Any, words: str) -> Non
         optimizer.step(closure_of(optimizer, model, make_batch()))
     assert_same_bits(weights(model), before)
     assert optimizer.param_groups[0]["sam_step"] == 0
+
+
+class OldOptions(Direction):
+    def perturb_options(self, step: Any, current: Any) -> Any:
+        return {"grad_scale": None}
+
+
+def test_options_of_another_type_are_refused() -> None:
+    model = make_model()
+    optimizer = own(OldOptions(), model)
+    before = weights(model)
+    with pytest.raises(TypeError, match=r"OldOptions\.perturb_options must return a directions\.PerturbOptions, got dict"):
+        optimizer.step(closure_of(optimizer, model, make_batch()))
+    assert_same_bits(weights(model), before)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "words"),
+    [
+        (Direction, "sign", "override is_downhill"),
+        (Direction, "knows_maximize", "override is_downhill"),
+        (Direction, "begins_elsewhere", r"first_gradient = FirstGradient\.ELSEWHERE"),
+        (Direction, "needs_no_gradient", r"first_gradient = FirstGradient\.NONE"),
+        (Direction, "rewrites_descent", "override descent_norm"),
+        (Direction, "is_scaled", r"PerturbOptions\(is_scaled=False\)"),
+        (Direction, "is_capturable", r"Use\.CAPTURE"),
+        (Descent, "is_plain", "override rewrite"),
+        (Descent, "needs_loss", "override check_loss"),
+        (Descent, "needs_closure", r"Use\.TWO_STEPS"),
+        (Descent, "is_capturable", r"Use\.CAPTURE"),
+        (Descent, "can_clip", r"Use\.CLIPPING"),
+        (Descent, "makes_gradient", r"Use\.BACKWARD"),
+    ],
+)
+@pytest.mark.parametrize("place", ["class", "base", "instance"])
+def test_an_attribute_of_earlier_versions_is_refused_by_name(part: Any, name: str, words: str, place: str) -> None:
+    kind = type("Mine", (part,), {"name": "mine"} if place == "instance" else {"name": "mine", name: True})
+    mine = (type("Mine", (kind,), {}) if place == "base" else kind)()
+    if place == "instance":
+        mine.__dict__[name] = True
+    with pytest.raises(TypeError, match=rf"Mine\.{name} is an attribute of earlier versions, which is no longer read; .*{words}"):
+        SAM(make_model().parameters(), torch.optim.SGD, lr=0.1, **{"direction" if part is Direction else "descent": mine})
+
+
+class Downhill(Direction):
+    """The extragradient method's, by the method that says so."""
+
+    name = "downhill"
+
+    def is_downhill(self, maximize: bool) -> bool:
+        return not maximize
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_a_direction_says_which_way_it_goes(maximize: bool) -> None:
+    model = make_model()
+    other = twin(model)
+    optimizer, expected = own(Downhill(), model, maximize=maximize), own(Extragradient(), other, maximize=maximize)
+    optimizer.step(closure_of(optimizer, model, make_batch()))
+    expected.step(closure_of(expected, other, make_batch()))
+    assert_same_bits(weights(model), weights(other))
+
+
+class RefusingDirection(Direction):
+    name = "refuses"
+
+    def refuses(self, use: Use) -> bool:
+        return True
+
+
+class RefusingDescent(Descent):
+    name = "refuses"
+
+    def refuses(self, use: Use) -> bool:
+        return True
+
+
+class MomentsFirst(Direction):
+    name = "moments-first"
+    first_gradient = FirstGradient.NONE
+
+
+@pytest.mark.parametrize("part", [RefusingDirection(), RefusingDescent()], ids=lambda part: part.role)
+def test_what_a_part_refuses_is_refused(part: Any) -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match=f"max_grad_norm is not defined for {part.role} 'refuses'"):
+        SAM(model.parameters(), torch.optim.SGD, lr=0.1, **{part.role: part}, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match="capturable=True, but what 'refuses' does at a step is decided, or drawn, by the host"):
+        SAM(model.parameters(), torch.optim.SGD, lr=0.1, **{part.role: part}, capturable=True)
+    optimizer: Any = SAM(model.parameters(), torch.optim.SGD, lr=0.1, **{part.role: part})
+    with pytest.raises(ValueError, match=rf"SAM\.backward: {part.role} 'refuses' chooses more than a gradient"):
+        optimizer.backward(closure_of(optimizer, model, make_batch()))
+    with pytest.raises(RuntimeError, match=r"SAM\.first_step: SAM needs step"):
+        optimizer.first_step()
+
+
+def test_a_direction_without_a_gradient_takes_no_ascent_closure() -> None:
+    model = make_model()
+    optimizer = own(MomentsFirst(), model)
+    with pytest.raises(ValueError, match="'moments-first' takes no gradient before the ascent"):
+        optimizer.step(closure_of(optimizer, model, make_batch()), ascent_closure=lambda: None)

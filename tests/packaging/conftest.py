@@ -1,4 +1,4 @@
-"""The wheels that the packaging tests share: each is built once a run."""
+"""The wheels that the packaging tests share: each is built once a run. Builds share objects with each other, and with earlier runs."""
 
 from __future__ import annotations
 
@@ -8,14 +8,24 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.kept_objects import built_folder, in_place_of_the_compiler, keep_objects
 from tests.packaging.support import ROOT, copy_tree, pip_wheel, run
+
+SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
 
 
 @pytest.fixture(scope="session")
 def needs_compiler() -> None:
-    missing = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")["missing_toolchain"]()
-    if missing is not None:
+    if (missing := SETUP["missing_toolchain"]()) is not None:
         pytest.skip(missing)
+
+
+@pytest.fixture(scope="session")
+def kept_objects(tmp_path_factory, needs_compiler) -> dict[str, str]:
+    """An environment for builds that compile only what neither the installation nor an earlier build has compiled."""
+    if (folder := built_folder(SETUP["ninja_build"])) is not None:
+        keep_objects(folder)
+    return in_place_of_the_compiler(tmp_path_factory.mktemp("compiler"))
 
 
 @pytest.fixture(scope="session")
@@ -40,10 +50,10 @@ def source(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def wheel(source, tmp_path_factory, needs_compiler, needs_index) -> Path:
+def wheel(source, tmp_path_factory, kept_objects, needs_index) -> Path:
     """The wheel with the native core, built in isolation with the flags that ship. For the CPU: test_cuda.py looks at the other module."""
     target = tmp_path_factory.mktemp("wheel") / "dist"
-    pip_wheel(source, target, isolated=True, SAM_KERNELS_BUILD="cpu")
+    pip_wheel(source, target, isolated=True, **kept_objects, SAM_KERNELS_BUILD="cpu")
     (path,) = target.iterdir()
     return path
 

@@ -65,11 +65,11 @@ def test_the_build_needs_no_torch():
     assert "torch" not in requires
 
 
-def test_pip_install_builds_in_isolation_without_torch_in_a_minute_and_a_half(source, wheel, tmp_path):
+def test_pip_install_builds_in_isolation_without_torch_in_a_minute_and_a_half(source, wheel, kept_objects, tmp_path):
     """`pip install .` where `wheel` was built: only the binding compiles anew, the kernels do not depend on the environment."""
     python = new_environment(tmp_path / "venv")
     start = time.monotonic()
-    said = install(python, source, "--verbose", cwd=tmp_path, env={"SAM_KERNELS_BUILD": "cpu"})
+    said = install(python, source, "--verbose", cwd=tmp_path, env={**kept_objects, "SAM_KERNELS_BUILD": "cpu"})
     assert time.monotonic() - start < 90
     assert "torch" not in {line.split()[-1] for line in said.splitlines() if line.strip().startswith("Collecting")}
     assert "bind_cpu.cpp" in said
@@ -94,7 +94,7 @@ def test_the_wheel_is_a_platform_wheel_of_the_package_alone(wheel):
     assert wheel.stat().st_size < 5_000_000
 
 
-def test_build_makes_a_source_distribution_that_builds_itself(needs_compiler, tmp_path):
+def test_build_makes_a_source_distribution_that_builds_itself(kept_objects, tmp_path):
     """`python -m build`: an archive from the tree, then a wheel from the archive. Compiled quickly: the code is tested elsewhere."""
     tree = copy_tree(tmp_path / "tree")
     (tree / "build" / "ninja.x").mkdir(parents=True)
@@ -109,7 +109,7 @@ def test_build_makes_a_source_distribution_that_builds_itself(needs_compiler, tm
         "--outdir",
         dist,
         cwd=tree,
-        env=QUICKLY,
+        env={**kept_objects, **QUICKLY},
     )
     (sdist,), (wheel,) = dist.glob("*.tar.gz"), dist.glob("*.whl")
     names = names_in(sdist)
@@ -175,10 +175,10 @@ def test_a_failing_compile_is_an_error_with_the_compilers_words(mode, needs_comp
     assert "compiling the native backend failed" in said
 
 
-def test_builds_are_incremental(needs_compiler, tmp_path):
+def test_builds_are_incremental(kept_objects, tmp_path):
     """Only what a change reaches is compiled again. In a path with spaces, with a compiler of two words."""
     tree = copy_tree(tmp_path / "a folder with spaces & $igns")
-    options = {**QUICKLY, "CXX": "env c++", "MAX_JOBS": "2"}
+    options = {**kept_objects, **QUICKLY, "CXX": "env c++", "MAX_JOBS": "2"}
 
     def build(**more: str) -> str:
         return run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=tree, env={**options, **more})

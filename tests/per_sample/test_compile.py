@@ -1,13 +1,12 @@
 """The operations per sample under ``torch.compile``: operators of ``torch.ops.sam_kernels``, with schemas that say what is written."""
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 from sam_kernels.functional import per_sample
-from sam_kernels.validation.per_sample.cases import PER_SAMPLE_OPTIONS, build
+from sam_kernels.validation.check import build
+from sam_kernels.validation.per_sample import PER_SAMPLE_OPTIONS, written
+from sam_kernels.validation.problem import run
 from tests.helpers.compiling import compiled, operator
 
 SCHEMAS = {
@@ -33,16 +32,11 @@ def test_every_operation_has_an_operator() -> None:
 @pytest.mark.parametrize(("name", "option"), [(name, option) for name, options in PER_SAMPLE_OPTIONS.items() for option in options])
 def test_every_keyword_set(name: str, option: str) -> None:
     eager = build(name, "odd", "float32", option)
-    traced = eager.on("cpu")
-    eager.run(per_sample)
-
-    def call(tensors: dict[str, Tensor | None], keywords: dict[str, Any]) -> None:
-        getattr(per_sample, name)(**tensors, **keywords)
-
-    compiled(call, "eager")(traced.tensors, traced.keywords)
-    for key in eager.written:
-        actual, expected = traced.tensors[key], eager.tensors[key]
-        assert torch.equal(actual, expected), key  # type: ignore[arg-type]  # both are there
+    traced = eager.clone()
+    run(eager)
+    compiled(run, "eager")(traced)
+    for key in written(eager):
+        assert torch.equal(traced.tensor(key), eager.tensor(key)), key
 
 
 def test_a_wrong_call_has_the_same_words() -> None:

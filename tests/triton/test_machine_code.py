@@ -161,7 +161,7 @@ def _kernel_and_dtype(variant: Variant) -> set[Any]:
 
 
 def _constants(variant: Variant) -> set[Any]:
-    return {(variant.kernel, name, str(value)) for name, value in variant.constants}
+    return {(variant.kernel, name, str(value)) for name, value in variant.values}
 
 
 def _types(variant: Variant) -> set[Any]:
@@ -195,9 +195,9 @@ FAULTS = {
         "_blocks.py", "tl.multiple_of(address.to(tl.pointer_type(DTYPE)) + start, 16)", "plain", "_perturb_kernel", "full_blocks_are_wide"
     ),
     "one operand is not": Fault(
-        "perturb.py",
-        "aligned_param, aligned_grad, aligned_old",
-        "aligned_param, grad, aligned_old",
+        "_blocks.py",
+        "_with(plain, pointer), _with(aligned, aligned_pointer)",
+        "_with(plain, pointer), _with(aligned, pointer)",
         "_perturb_kernel",
         "full_blocks_are_wide",
     ),
@@ -230,7 +230,7 @@ def planted(folder: Path, fault: Fault) -> str:
 def one(variants: list[Variant], kernel: str, dtype: str, **constants: str) -> Variant:
     """The first variant of a kernel with these storage types."""
     wanted = constants.items()
-    return next(v for v in variants if (v.kernel, v.dtype) == (kernel, dtype) and wanted <= {n: str(c) for n, c in v.constants}.items())
+    return next(v for v in variants if (v.kernel, v.dtype) == (kernel, dtype) and wanted <= {n: str(c) for n, c in v.values}.items())
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -258,7 +258,7 @@ def with_constants(variant: Variant, **values: Any) -> Variant:
     ],
 )
 def test_a_wrong_setting_is_found(variants: list[Variant], rule: str, change: Callable[[Variant], Variant]) -> None:
-    variant = one(variants, "_adamw_kernel", "mixed", PARAM="fp32", GRAD="bf16")
+    variant = one(variants, "_adamw_kernel", "mixed", **{"DTYPES[0]": "fp32", "DTYPES[1]": "bf16"})
     assert violations(compile_variant(variant, SM_90), rule) == []
     assert violations(compile_variant(change(variant), SM_90), rule)
 

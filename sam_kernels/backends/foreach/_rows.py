@@ -1,4 +1,4 @@
-"""What the operations share: rows in the arithmetic type, and the way results go back to storage."""
+"""Helpers of the operations: rows in the arithmetic type, norms, factors, and results rounded to storage."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sam_kernels.operations import Number, Operands, Operation
+from sam_kernels._tensor_list import arithmetic_dtype
+from sam_kernels.operations import Adaptive, Number, Operands, Operation
 
 __all__ = [
-    "add_scaled_", "arithmetic_dtypes", "exact", "is_host", "norm_dtype", "number_of", "rows_of", "scale_", "skip_of", "start",
-    "weighted", "widen", "write",
+    "add_scaled_", "arithmetic_dtypes", "asam_weights", "exact", "is_host", "joined_norm", "norms_of", "number_of", "rows_of", "scale_",
+    "skip_of", "start", "wide", "widen", "write",
 ]  # fmt: skip
 
 
@@ -23,22 +24,32 @@ def rows_of(op: Operation, lists: Operands) -> list[tuple[Tensor, ...]]:
 
 def arithmetic_dtypes(op: Operation, lists: Operands) -> list[torch.dtype]:
     """The arithmetic type of each row."""
-    return [torch.float64 if any(t.dtype is torch.float64 for t in row) else torch.float32 for row in rows_of(op, lists)]
+    return [arithmetic_dtype(row) for row in rows_of(op, lists)]
 
 
-def norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """The type of a norm over these tensors."""
-    return torch.float64 if any(tensor.dtype is torch.float64 for tensor in tensors) else torch.float32
-
-
-def weighted(tensors: Sequence[Tensor], params: Sequence[Tensor] | None, eta: float) -> list[Tensor]:
-    """The tensors in float64, times |p| + eta where there are parameters."""
-    terms = [tensor.to(torch.float64) for tensor in tensors]
-    if params is None:
-        return terms
-    weights = torch._foreach_abs([param.to(torch.float64) for param in params])
+def asam_weights(params: Sequence[Tensor], eta: float) -> list[Tensor]:
+    """T = |p| + eta of every parameter."""
+    weights = torch._foreach_abs(list(params))
     torch._foreach_add_(weights, eta)
-    return list(torch._foreach_mul(weights, terms))
+    return list(weights)
+
+
+def norms_of(op: Adaptive, tensors: Sequence[Tensor], lists: Operands) -> list[Tensor]:  # n () float64
+    """The norm of every tensor, or of T times it if the operation is adaptive, summed in float64."""
+    terms = [tensor.to(torch.float64) for tensor in tensors]
+    if op.adaptive:
+        terms = list(torch._foreach_mul(asam_weights([param.to(torch.float64) for param in lists["params"]], op.eta), terms))
+    return list(torch._foreach_norm(terms))
+
+
+def joined_norm(norms: Sequence[Tensor]) -> Tensor:  # ()
+    """The norm of all tensors together, from their norms."""
+    result: Tensor = torch.linalg.vector_norm(torch.stack(list(norms)))
+    return result
+
+
+def wide(scalar: Tensor) -> Tensor:  # one element -> () float64
+    return scalar.reshape(()).to(torch.float64)
 
 
 def widen(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], *, copy: bool = False) -> list[Tensor]:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from sam_kernels._flags import report_norm
-from sam_kernels._tensor_list import slice_sizes
-from sam_kernels.backends.foreach._rows import arithmetic_dtypes, norm_dtype, weighted, widen, write
+from sam_kernels._tensor_list import arithmetic_dtype, slice_sizes
+from sam_kernels.backends.foreach._rows import arithmetic_dtypes, joined_norm, norms_of, widen, write
 from sam_kernels.operations import Centralize, Operands
 
 __all__ = ["centralize_"]
@@ -22,6 +22,4 @@ def centralize_(op: Centralize, lists: Operands) -> Tensor:  # () float32, float
             g = directions[i]
             directions[i] = g - g.mean(dim=tuple(range(1, g.dim())), keepdim=True, dtype=torch.float64).to(g.dtype)
             write([grads[i]], [directions[i]], None)
-    terms = weighted(directions, lists["params"] if op.adaptive else None, op.eta)
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(terms))).to(norm_dtype(grads))
-    return report_norm(norm, op.found_inf, None, None)
+    return report_norm(joined_norm(norms_of(op, directions, lists)).to(arithmetic_dtype(grads)), op.found_inf)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sam_kernels.backends.foreach._rows import arithmetic_dtypes, exact, norm_dtype, scale_, skip_of, widen, write
+from sam_kernels._tensor_list import arithmetic_dtype
+from sam_kernels.backends.foreach._rows import arithmetic_dtypes, exact, joined_norm, scale_, skip_of, widen, write
 from sam_kernels.operations import Combine, GradDots, Operands
 
 __all__ = ["combine_", "grad_dots"]
@@ -47,12 +48,11 @@ def combine_(op: Combine, lists: Operands) -> Tensor:  # () float32, float64 whe
         torch._foreach_add_(terms[1], terms.pop())
     torch._foreach_add_(terms[0], terms[1])
     results = terms[0]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([result.to(torch.float64) for result in results])))
+    norm = joined_norm(torch._foreach_norm([result.to(torch.float64) for result in results])).to(arithmetic_dtype(lists["outs"]))
     if skip is not True:
         write(lists["outs"], results, skip)
-    result: Tensor = norm.to(norm_dtype(lists["outs"]))
-    _report(result, op.found_inf)
-    return result
+    _report(norm, op.found_inf)
+    return norm
 
 
 def _report(result: Tensor, found_inf: Tensor | None) -> None:

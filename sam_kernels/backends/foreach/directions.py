@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sam_kernels.backends.foreach._rows import arithmetic_dtypes, number_of, scale_, weighted, widen, write
+from sam_kernels.backends.foreach._rows import arithmetic_dtypes, joined_norm, norms_of, number_of, scale_, wide, widen, write
 from sam_kernels.operations import DirectionNorm, Operands, Perturb
 
 __all__ = ["direction_norm_", "weighted_directions"]
@@ -30,7 +30,7 @@ def direction_norm_(op: DirectionNorm, lists: Operands) -> Tensor:  # () float64
     ema, dtypes = lists["ema"], arithmetic_dtypes(op, lists)
     scaled = widen(lists["grads"], dtypes, copy=op.grad_scale is not None)
     if op.grad_scale is not None:
-        scale_(scaled, number_of(1.0 / op.grad_scale.reshape(()).to(torch.float64)))
+        scale_(scaled, number_of(1.0 / wide(op.grad_scale)))
     before = [torch.zeros_like(grad) for grad in scaled] if op.first_step else widen(ema, dtypes)
     if op.first_step:
         after = directions = scaled
@@ -39,6 +39,4 @@ def direction_norm_(op: DirectionNorm, lists: Operands) -> Tensor:  # () float64
         directions = list(torch._foreach_add(scaled, before, alpha=-op.sigma)) if op.kind == "friendly" else after
     # What is not finite stays out of the averages and shows in the norm.
     write(ema, [torch.where(torch.isfinite(g), a, b) for g, a, b in zip(scaled, after, before, strict=True)], None)
-    terms = weighted(directions, lists["params"] if op.adaptive else None, op.eta)
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(terms)))
-    return norm
+    return joined_norm(norms_of(op, directions, lists))

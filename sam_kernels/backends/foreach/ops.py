@@ -8,46 +8,42 @@ import torch
 from torch import Tensor
 
 from sam_kernels._flags import report_norm
+from sam_kernels._tensor_list import arithmetic_dtype
 from sam_kernels.backends.foreach._rows import (
     add_scaled_,
     arithmetic_dtypes,
+    asam_weights,
     exact,
     is_host,
-    norm_dtype,
+    norms_of,
     number_of,
     rows_of,
     scale_,
     skip_of,
     start,
-    weighted,
+    wide,
     widen,
     write,
 )
 from sam_kernels.backends.foreach.directions import weighted_directions
 from sam_kernels.backends.foreach.random import rounded_stochastically
-from sam_kernels.operations import AdamWStep, CheckFinite, GradNorms, Operands, Perturb, Restore, SgdStep
+from sam_kernels.operations import AdamWStep, CheckFinite, Descent, GradNorms, Operands, Perturb, Restore, SgdStep
 
 __all__ = ["adamw_step_", "check_finite_", "grad_norms", "perturb_", "restore_", "sgd_step_"]
 
 
 def grad_norms(op: GradNorms, lists: Operands) -> Tensor:  # (len(group_sizes),) float32, float64 where a gradient is float64
     """See :class:`sam_kernels.operations.GradNorms`. Summed in float64."""
-    grads = lists["grads"]
-    norms = torch._foreach_norm(weighted(grads, lists["params"] if op.adaptive else None, op.eta))
-    result, first = [], 0
-    for size in op.group_sizes:
-        group = list(norms[first : first + size])
-        result.append(torch.linalg.vector_norm(torch.stack(group)) if group else torch.zeros((), dtype=torch.float64, device=lists.device))
-        first += size
-    stacked = torch.stack(result).to(norm_dtype(grads))
-    return stacked if len(result) != 1 else report_norm(stacked[0], op.found_inf, op.skipped, op.out).reshape(1)
+    norms = torch.split(torch.stack(norms_of(op, lists["grads"], lists)), list(op.group_sizes))
+    stacked = torch.stack([torch.linalg.vector_norm(group) for group in norms]).to(arithmetic_dtype(lists["grads"]))
+    return stacked if len(stacked) != 1 else report_norm(stacked[0], op.found_inf, op.skipped, op.out).reshape(1)
 
 
 def check_finite_(op: CheckFinite, lists: Operands) -> None:
     """See :class:`sam_kernels.operations.CheckFinite`."""
     filled = [grad for grad in lists["grads"] if grad.numel() > 0]  # torch knows no largest element of nothing
     for norm in torch._foreach_norm(filled, ord=torch.inf) if filled else ():
-        report_norm(norm, op.found_inf, None, None)
+        report_norm(norm, op.found_inf)
 
 
 def perturb_(op: Perturb, lists: Operands) -> None:
@@ -63,16 +59,15 @@ def perturb_(op: Perturb, lists: Operands) -> None:
     dtypes = arithmetic_dtypes(op, lists)
     # Scalars in float64 whatever they are given in: a float64 row takes part in that precision.
     rho, lambd = exact(op.rho), exact(op.lambd)
-    inverse = 1.0 if op.grad_scale is None else 1.0 / op.grad_scale.reshape(()).to(torch.float64)
+    inverse = 1.0 if op.grad_scale is None else 1.0 / wide(op.grad_scale)
     if "ema" in lists:  # the direction and its norm are unscaled
         steps, inverse = weighted_directions(op, lists, dtypes, inverse), 1.0
     else:
         steps = widen(lists["grads"], dtypes)
-    scale = number_of(rho * ((1.0 - lambd) + lambd / (op.norm.reshape(()).to(torch.float64) * inverse + op.eps)) * inverse)
+    scale = number_of(rho * ((1.0 - lambd) + lambd / (wide(op.norm) * inverse + op.eps)) * inverse)
     results = start(params, old_params if op.from_old else None, dtypes, skip)
     if op.adaptive:
-        weights = torch._foreach_abs(results)
-        torch._foreach_add_(weights, op.eta)
+        weights = asam_weights(results, op.eta)
         torch._foreach_mul_(weights, weights)
         torch._foreach_mul_(weights, steps)
         scale_(weights, scale)
@@ -94,17 +89,15 @@ def _restore(params: Sequence[Tensor], old_params: Sequence[Tensor] | None) -> N
         torch._foreach_copy_(list(params), list(old_params))
 
 
-def _grad_updates(op: SgdStep | AdamWStep, grads: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+def _grad_updates(op: Descent, grads: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     """Gradients in the arithmetic type, unscaled, clipped and signed: the caller's own tensors where nothing is to be done to them."""
     factor = torch.full((), -1.0 if op.maximize else 1.0, dtype=torch.float64, device=grads[0].device)
-    inverse = None if op.grad_scale is None else 1.0 / op.grad_scale.reshape(()).to(torch.float64)
-    if inverse is not None:
-        factor = factor * inverse
+    inverse = 1.0 if op.grad_scale is None else 1.0 / wide(op.grad_scale)
+    factor = factor * inverse
     if op.norm is not None and op.max_norm is not None:
-        unscaled = op.norm.reshape(()).to(torch.float64) * (1.0 if inverse is None else inverse)
-        factor = factor * torch.clamp(op.max_norm / (unscaled + 1e-6), max=1.0)
+        factor = factor * torch.clamp(op.max_norm / (wide(op.norm) * inverse + 1e-6), max=1.0)
     number = number_of(factor)
-    changes = number != 1.0 if isinstance(number, float) else op.maximize or inverse is not None or op.max_norm is not None
+    changes = number != 1.0 if isinstance(number, float) else op.maximize or op.grad_scale is not None or op.max_norm is not None
     updates = widen(grads, dtypes, copy=changes)
     if changes:
         scale_(updates, number)

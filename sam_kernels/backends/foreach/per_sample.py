@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sam_kernels._tensor_list import arithmetic_dtype
+
 __all__ = ["affine_grads_", "conv_square_norms_", "embedding_square_norms_", "linear_method", "linear_square_norms_"]
 
 _TEMPORARY = 1 << 24  # elements: 64 MiB of float32
@@ -35,7 +37,7 @@ def linear_square_norms_(
     """Writes and reads the (T, T) or (p, d) products of some groups at a time. ``precision`` is torch's to decide."""
     m, tokens, in_features = inputs.shape
     out_features = grad_outputs.shape[2]
-    dtype = torch.promote_types(torch.promote_types(inputs.dtype, grad_outputs.dtype), torch.float32)
+    dtype = arithmetic_dtype((inputs, grad_outputs))
     size = 2 * tokens * tokens if method == "gram" else out_features * in_features
     for part in _parts(m, size + tokens * (in_features + out_features)):
         a, g = inputs[part].to(dtype), grad_outputs[part].to(dtype)
@@ -76,7 +78,7 @@ def embedding_square_norms_(
     padding_idx: int | None,
 ) -> None:
     """Sums of the rows of each distinct index of a group, found by sorting; no host waits for their number."""
-    dtype = torch.promote_types(grad_outputs.dtype, torch.float32)
+    dtype = arithmetic_dtype((grad_outputs,))
     tokens, dim = grad_outputs.shape[1:]
     for part in _parts(len(indices), tokens * dim):
         ids, order = indices[part].sort(dim=1)

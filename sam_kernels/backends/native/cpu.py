@@ -16,7 +16,8 @@ from torch import Tensor
 from sam_kernels._backend import Backend, implementations
 from sam_kernels._flags import report_norm
 from sam_kernels._tensor_list import slice_sizes
-from sam_kernels.backends.native._lists import Lists, written
+from sam_kernels.backends.native._cpu_lists import _cpu, _lists
+from sam_kernels.backends.native._lists import written
 from sam_kernels.operations import (
     AdamWStep,
     Centralize,
@@ -32,28 +33,12 @@ from sam_kernels.operations import (
     SgdStep,
 )
 
-try:
-    from sam_kernels import _cpu
-except ImportError as error:
-    raise ImportError(f"the compiled module sam_kernels._cpu cannot be imported ({error}); reinstall with a C++ compiler") from error
-
 __all__ = ["BACKEND"]
-
-_lists = Lists(_cpu)
 
 
 def describe() -> str:
     """One line for ``python -m sam_kernels info``."""
     return f"C++ on {_cpu.instruction_set()}, {torch.get_num_threads()} threads"
-
-
-def _skips(norm: Tensor | None, found_inf: Tensor | None) -> bool:
-    return (found_inf is not None and found_inf.item() != 0.0) or (norm is not None and not math.isfinite(norm.item()))
-
-
-def _copy(lists: Operands, *, save: bool = False) -> None:
-    params, old_params = _lists.describe(lists["params"]), _lists.describe(lists["old_params"])
-    _cpu.copy(params, old_params, save, torch.get_num_threads())
 
 
 def grad_norms(op: GradNorms, lists: Operands) -> Tensor:  # (len(group_sizes),) float32, float64 where a gradient is float64
@@ -84,10 +69,7 @@ def check_finite_(op: CheckFinite, lists: Operands) -> None:
 def perturb_(op: Perturb, lists: Operands) -> None:
     """Reads p, g, m; writes old_p, p. ``from_old``: reads old_p, g, m; writes p. A skipped one only saves (``from_old``: restores)."""
     written(lists["params"])
-    if _skips(op.norm, op.found_inf):
-        _copy(lists, save=not op.from_old)
-    else:
-        _cpu.perturb(op, _lists.describe_all(lists), lists.indices, torch.get_num_threads())
+    _cpu.perturb(op, _lists.describe_all(lists), lists.indices, torch.get_num_threads())
 
 
 def direction_norm_(op: DirectionNorm, lists: Operands) -> Tensor:  # () float64
@@ -115,11 +97,10 @@ def grad_dots(op: GradDots, lists: Operands) -> Tensor:  # (3,) float64
 
 def combine_(op: Combine, lists: Operands) -> Tensor:  # () float32, float64 where an out is float64
     """Reads l, r (and o); writes out."""
-    writes = not _skips(None, op.found_inf)
-    if writes:
+    if op.found_inf is None or op.found_inf.item() == 0.0:
         written(lists["outs"])
     given = _lists.describe_all(lists)
-    norm = _cpu.combine(op, given, writes, torch.get_num_threads())
+    norm = _cpu.combine(op, given, torch.get_num_threads())
     return _reported(norm, given["outs"].has_float64, op.found_inf)
 
 
@@ -136,34 +117,24 @@ def random_perturb_(op: RandomPerturb, lists: Operands) -> None:
 def restore_(op: Restore, lists: Operands) -> None:
     """Reads old_p; writes p."""
     written(lists["params"])
-    _copy(lists)
+    _cpu.copy(_lists.describe(lists["params"]), _lists.describe(lists["old_params"]), torch.get_num_threads())
 
 
 def sgd_step_(op: SgdStep, lists: Operands) -> bool:  # whether the step was made
     """Reads old_p (or p), g, m; writes p, m. ``first_step``: m is only written."""
-    if _is_skipped(op, lists):
-        return False
-    written(lists["params"])
-    _cpu.sgd(op, _lists.describe_all(lists), torch.get_num_threads())
-    return True
+    return _written_by(_cpu.sgd(op, _lists.describe_all(lists), torch.get_num_threads()), lists)
 
 
 def adamw_step_(op: AdamWStep, lists: Operands) -> bool:  # whether the step was made
     """Reads old_p (or p), g, m, v; writes p, m, v. Adds one to every ``state_steps``, unless skipped."""
-    if _is_skipped(op, lists):
-        return False
-    written(lists["params"])
-    _cpu.adamw(op, _lists.describe_all(lists), torch.get_num_threads())
-    return True
+    return _written_by(_cpu.adamw(op, _lists.describe_all(lists), torch.get_num_threads()), lists)
 
 
-def _is_skipped(op: SgdStep | AdamWStep, lists: Operands) -> bool:
-    """Whether there is no step to make. Parameters are then restored, where there is something to restore them from."""
-    if not _skips(op.norm, op.found_inf):
-        return False
-    if "old_params" in lists:
-        restore_(Restore(), lists)
-    return True
+def _written_by(made: bool, lists: Operands) -> bool:
+    """``made``. A skipped step has written the parameters only where it restored them."""
+    if made or "old_params" in lists:
+        written(lists["params"])
+    return made
 
 
 BACKEND = Backend(

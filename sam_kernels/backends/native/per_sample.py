@@ -11,12 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sam_kernels.backends.native._lists import Lists, written
-
-try:
-    from sam_kernels import _cpu
-except ImportError as error:
-    raise ImportError(f"the compiled module sam_kernels._cpu cannot be imported ({error}); reinstall with a C++ compiler") from error
+from sam_kernels.backends.native._cpu_lists import _cpu, _lists
+from sam_kernels.backends.native._lists import written
 
 __all__ = ["affine_grads_", "conv_square_norms_", "embedding_square_norms_", "linear_method", "linear_square_norms_"]
 
@@ -24,8 +20,6 @@ __all__ = ["affine_grads_", "conv_square_norms_", "embedding_square_norms_", "li
 # (d, p) = (64, 576) 0.65, (384, 384) 0.75, (384, 1536) 0.75, (1024, 1024) 0.95, (64, 64) 0.5. Tiles on the diagonal are computed whole,
 # and rows are transposed before they are multiplied: both weigh the more the fewer tokens there are.
 _GRAM_SPEED = 0.7
-
-_describe = Lists(_cpu).describe
 
 
 def linear_method(tokens: int, in_features: int, out_features: int) -> str:
@@ -92,7 +86,7 @@ def affine_grads_(
     """Reads x and g once: 2 N s bytes. Sums in float64."""
     outputs = [tensor for tensor in (weight_grads, bias_grads) if tensor is not None]
     written(outputs)
-    tensors = _describe([tensor for tensor in (weight_grads, normalized, bias_grads, grad_outputs) if tensor is not None])
+    tensors = _lists.describe([tensor for tensor in (weight_grads, normalized, bias_grads, grad_outputs) if tensor is not None])
     _cpu.affine_grads(tensors, weight_grads is not None, bias_grads is not None, *grad_outputs.shape, torch.get_num_threads())
 
 
@@ -105,13 +99,13 @@ def embedding_square_norms_(
 ) -> None:
     """Sorts each group's tokens by index and adds up rows of one index, in float64. Reads g once, but for rows cut at 256 elements."""
     written([square_norms])
-    tensors = _describe([square_norms, grad_outputs, indices.view(torch.float64)])
+    tensors = _lists.describe([square_norms, grad_outputs, indices.view(torch.float64)])
     _cpu.embedding_square_norms(tensors, *grad_outputs.shape, padding_idx, torch.get_num_threads())
 
 
 def _tensors(square_norms: Tensor, inputs: Tensor, grad_outputs: Tensor, products: Tensor | None) -> object:
     if products is None:
         written([square_norms])
-        return _describe([square_norms, inputs, grad_outputs])
+        return _lists.describe([square_norms, inputs, grad_outputs])
     written([square_norms, products])
-    return _describe([square_norms, inputs, grad_outputs, products])
+    return _lists.describe([square_norms, inputs, grad_outputs, products])

@@ -9,22 +9,15 @@ import torch
 from torch import Tensor
 
 from sam_kernels.backends.native._arguments import value_of
-from sam_kernels.backends.native._lists import Lists
-
-try:
-    from sam_kernels import _cpu
-except ImportError as error:
-    raise ImportError(f"the compiled module sam_kernels._cpu cannot be imported ({error}); reinstall with a C++ compiler") from error
+from sam_kernels.backends.native._cpu_lists import _cpu, _lists
 
 __all__ = ["sharpness_sample", "sharpness_weights"]
-
-_describe = Lists(_cpu).describe
 
 
 def sharpness_weights(norms: Tensor, *, beta: float | Tensor) -> Tensor:  # (B,), () -> (B,)
     """See :func:`sam_kernels.functional.sharpness_weights`."""
     weights = torch.empty_like(norms)
-    _cpu.sharpness_weights(tensors=_describe([norms, weights]), beta=value_of(beta))
+    _cpu.sharpness_weights(tensors=_lists.describe([norms, weights]), beta=value_of(beta))
     return weights
 
 
@@ -38,6 +31,6 @@ def sharpness_sample(
 ) -> tuple[Tensor, Tensor]:  # (k,) int64, (k,)
     """See :func:`sam_kernels.functional.sharpness_sample`."""
     indices, weights = norms.new_empty(num_samples, dtype=torch.int64), norms.new_empty(num_samples)
-    tensors = _describe([norms, weights, indices.view(torch.float64)])
+    tensors = _lists.describe([norms, weights, indices.view(torch.float64)])
     _cpu.sharpness_sample(tensors=tensors, beta=value_of(beta), replacement=replacement, seed=seed)
     return indices, weights

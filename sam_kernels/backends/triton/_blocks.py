@@ -5,6 +5,10 @@ takes the path without a mask, whose accesses are 16 bytes wide; whatever is lef
 size makes every access scalar.) Masked blocks are half as long: Triton lays blocks of one shape out alike, and a scalar access in the
 layout of a 16-byte one is scattered, costs registers, and goes to a store through shared memory. (Norms keep one sum an element of a
 block, so theirs are whole.)
+
+Kernels of one shape differ in what they do to a block. They pass that as a jit function to the loops (:func:`for_blocks`, and those of
+``_sums.py``), with its operands as one tuple of pointers and its other arguments as another. Write that tuple where it is passed: assigning
+it to a name turns its constants into tensors, and so does returning it.
 """
 
 from __future__ import annotations
@@ -17,8 +21,8 @@ from sam_kernels.backends.triton._requirements import IS_INTERPRETED
 
 __all__ = [
     "convert",
-    "copy_chunk",
-    "full_blocks",
+    "copy_block",
+    "for_blocks",
     "grad_multiplier",
     "inverse_of",
     "is_finite",
@@ -26,9 +30,10 @@ __all__ = [
     "load",
     "load_float",
     "load_number",
-    "locate",
-    "operand",
+    "load_where",
+    "operands",
     "store",
+    "take_chunk",
 ]
 
 # The interpreter truncates float32 to bfloat16 and garbles subnormal bfloat16: there conversions are made of integer operations.
@@ -36,28 +41,13 @@ _BFLOAT16_BY_HAND = tl.constexpr(IS_INTERPRETED)
 
 
 @triton.jit
-def locate(
-    work_rows,  # (C,) int32
-    work_chunks,  # (C,) int32
-    chunk_size,  # elements
-    numels,  # (R,) int64
-):  # row, first element (int64), elements (int32)
-    """The chunk of this program. Chunks are numbered in 32 bits, elements in 64."""
-    program = tl.program_id(0)
-    row = tl.load(work_rows + program)
-    start = tl.load(work_chunks + program).to(tl.int64) * chunk_size
-    count = tl.minimum(tl.load(numels + row) - start, chunk_size).to(tl.int32)
-    return row, start, count
-
-
-@triton.jit
-def operand(
+def _operand(
     pointers,  # (R,) int64
     row,
     start,
     DTYPE: tl.constexpr,
 ):  # the address, the same as a pointer, as a pointer promised to be a multiple of 16 bytes
-    """One operand of a chunk. The promise holds only inside :func:`full_blocks`."""
+    """One operand of a chunk."""
     address = tl.load(pointers + row)
     plain = address.to(tl.pointer_type(DTYPE)) + start
     aligned = tl.multiple_of(address.to(tl.pointer_type(DTYPE)) + start, 16)
@@ -65,9 +55,59 @@ def operand(
 
 
 @triton.jit
-def full_blocks(addresses, count, BLOCK_SIZE: tl.constexpr):
-    """Elements of the chunk that can be done without a mask. addresses: those of all operands, joined by or."""
-    return tl.where((addresses & 15) == 0, count // BLOCK_SIZE * BLOCK_SIZE, 0)
+def _with(pointers, pointer):
+    return pointers + (pointer,)  # noqa: RUF005 - triton 3.4 takes no star in a tuple
+
+
+@triton.jit
+def operands(
+    pointers,  # of each operand (R,) int64, or None
+    row,
+    start,  # element, int64
+    DTYPES: tl.constexpr,
+):  # all addresses joined by or, the operands as pointers, as pointers promised to be multiples of 16 bytes
+    """The operands of a chunk. In the place of one that is None is the first, which is always there."""
+    addresses, first, aligned_first = _operand(pointers[0], row, start, DTYPES[0])
+    plain, aligned = (first,), (aligned_first,)
+    for i in tl.static_range(1, len(DTYPES)):
+        if pointers[i] is None:
+            plain, aligned = _with(plain, first), _with(aligned, aligned_first)
+        else:
+            address, pointer, aligned_pointer = _operand(pointers[i], row, start, DTYPES[i])
+            plain, aligned = _with(plain, pointer), _with(aligned, aligned_pointer)
+            addresses = addresses | address
+    return addresses, plain, aligned
+
+
+@triton.jit
+def take_chunk(
+    pointers,  # of each operand (R,) int64, or None
+    numels,  # (R,) int64
+    work_rows,  # (C,) int32
+    work_chunks,  # (C,) int32
+    chunk_size,  # elements
+    DTYPES: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):  # row, first element (int64), elements (int32), those of them that take no mask, and two tuples of pointers as of operands()
+    """The chunk of this program. Chunks are numbered in 32 bits, elements in 64."""
+    program = tl.program_id(0)
+    row = tl.load(work_rows + program)
+    start = tl.load(work_chunks + program).to(tl.int64) * chunk_size
+    count = tl.minimum(tl.load(numels + row) - start, chunk_size).to(tl.int32)
+    addresses, plain, aligned = operands(pointers, row, start, DTYPES)
+    full = tl.where((addresses & 15) == 0, count // BLOCK_SIZE * BLOCK_SIZE, 0)
+    return row, start, count, full, plain, aligned
+
+
+@triton.jit
+def for_blocks(BODY: tl.constexpr, plain, aligned, full, count, options, BLOCK_SIZE: tl.constexpr):
+    """Calls ``BODY(*pointers, block, count, *options, BLOCK_SIZE, MASKED)`` for each block of a chunk: whole ones up to ``full``, half
+    ones under a mask from there on."""
+    HALF: tl.constexpr = BLOCK_SIZE // 2
+    for block in range(0, full, BLOCK_SIZE):
+        BODY(*aligned, block, count, *options, BLOCK_SIZE, False)
+    for block in range(full, count, HALF):
+        BODY(*plain, block, count, *options, HALF, True)
 
 
 @triton.jit
@@ -83,6 +123,12 @@ def load(pointer, offsets, count, MASKED: tl.constexpr):
 def load_float(pointer, offsets, count, MASKED: tl.constexpr):
     """A block as float32."""
     return convert(load(pointer, offsets, count, MASKED), tl.float32)
+
+
+@triton.jit
+def load_where(pointer, offsets, mask):
+    """A block of any shape as float32; 0 outside of the mask."""
+    return convert(tl.load(pointer + offsets, mask=mask, other=0.0), tl.float32)
 
 
 @triton.jit
@@ -138,19 +184,10 @@ def is_skipped(norm, found_inf):  # pointers to () float32, or None
 
 
 @triton.jit
-def _copy_block(destination, source, offsets, count, MASKED: tl.constexpr):
+def copy_block(destination, source, block, count, BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr):
+    """A block without arithmetic, bit for bit where the types agree."""
+    offsets = block + tl.arange(0, BLOCK_SIZE)
     store(destination, offsets, count, load(source, offsets, count, MASKED), MASKED)
-
-
-@triton.jit
-def copy_chunk(destination, aligned_destination, source, aligned_source, count, full, BLOCK_SIZE: tl.constexpr):
-    """A chunk without arithmetic, bit for bit where the types agree."""
-    HALF: tl.constexpr = BLOCK_SIZE // 2  # without a mask whole blocks, with one half blocks: see above
-    offsets, half = tl.arange(0, BLOCK_SIZE), tl.arange(0, HALF)
-    for block in range(0, full, BLOCK_SIZE):
-        _copy_block(aligned_destination, aligned_source, block + offsets, count, False)
-    for block in range(full, count, HALF):
-        _copy_block(destination, source, block + half, count, True)
 
 
 @triton.jit

@@ -1,13 +1,16 @@
-"""How the work is cut: elements a program, elements a block of its loop, warps. Tests shrink these so that tiny tensors cross every border.
+"""How the work is cut: elements a program, elements a block of its loop, warps.
 
-No kernel is autotuned at run time: an operation in place cannot be run twice.
+No kernel is autotuned at run time: an operation in place cannot be run twice. Benchmarks try other sizes, and tests set smaller ones so
+that tiny tensors cross every border: :func:`tuned`, :func:`tune`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
-__all__ = ["CONFIGS", "FINISH_BLOCK", "FINISH_DOTS_BLOCK", "Config"]
+__all__ = ["CONFIGS", "FINISH_BLOCK", "FINISH_DOTS_BLOCK", "Config", "tune", "tuned"]
 
 _WANTED_CHUNKS = 2048  # of a call: about as many programs as 132 processors hold of a norm, sixteen each
 _LEAST_CHUNK = 4096  # elements, two of most blocks: a chunk is found by three loads that wait for each other
@@ -61,3 +64,19 @@ CONFIGS = {
 
 FINISH_BLOCK = 512  # sums of chunks that the finishing stage of a norm takes at a time: with 1024 programs would need more registers
 FINISH_DOTS_BLOCK = 256  # the same of inner products: three sums, in float64
+
+
+def tune(kernel: str, **sizes: int) -> None:
+    """Sets fields of a kernel's :class:`Config` for the rest of the process."""
+    CONFIGS[kernel] = replace(CONFIGS[kernel], **sizes)
+
+
+@contextmanager
+def tuned(kernel: str, **sizes: int) -> Iterator[None]:
+    """As :func:`tune`, until the block ends."""
+    before = CONFIGS[kernel]
+    tune(kernel, **sizes)
+    try:
+        yield
+    finally:
+        CONFIGS[kernel] = before

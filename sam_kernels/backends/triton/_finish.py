@@ -17,6 +17,9 @@ too large to be squared), or of terms times GROW (too small).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,14 +29,16 @@ from sam_kernels.backends.triton._config import FINISH_BLOCK
 from sam_kernels.backends.triton._launch import launch
 from sam_kernels.backends.triton._table import ChunkTable, LaunchGroup
 
-__all__ = ["GROW", "GROWN", "HIGH", "IN_RANGE", "LOW", "NOT_LAST", "SHRINK", "SHRUNK", "Finish", "finish", "store_sum"]
+__all__ = [
+    "GROW", "GROWN", "HIGH", "IN_RANGE", "LOW", "SHRINK", "SHRUNK", "Finish", "finish_in_last_program", "launch_sums", "store_sum",
+]  # fmt: skip
 
 SHRINK = tl.constexpr(2.0**-80)
 GROW = tl.constexpr(2.0**100)
 IN_RANGE, SHRUNK, GROWN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 HIGH, LOW = tl.constexpr(2.0**100), tl.constexpr(2.0**-100)  # a sum of squares of a chunk as it is lies between
 
-NOT_LAST = (None,) * 5  # counter, bounds, norm, found_inf and skipped of a launch that makes sums alone
+_NOT_LAST = (None,) * 5  # counter, bounds, norm, found_inf and skipped of a launch that makes sums alone
 
 
 @triton.jit
@@ -70,7 +75,18 @@ def _finish_one(sums, kinds, begin, end, norm, found_inf, skipped, BLOCK_SIZE: t
 def store_sum(
     total,
     kind,
-    slot,
+    work_slots,  # (C,) int32
+    sums,  # (C,) float32
+    kinds,  # (C,) int32
+):
+    """The sum of this program's chunk, into its place."""
+    slot = tl.load(work_slots + tl.program_id(0))
+    tl.store(sums + slot, total)
+    tl.store(kinds + slot, kind)
+
+
+@triton.jit
+def finish_in_last_program(
     sums,  # (C,) float32
     kinds,  # (C,) int32
     counter,  # () int32; None: the sums are added up later
@@ -80,9 +96,7 @@ def store_sum(
     skipped,  # () floating point or None: what found_inf was is added to it, and found_inf starts anew
     FINISH_SIZE: tl.constexpr,
 ):
-    """The sum of this program's chunk, into its place; the last program goes on to the norm."""
-    tl.store(sums + slot, total)
-    tl.store(kinds + slot, kind)
+    """Makes the norm, where this program is the last to have stored its sum."""
     if counter is not None:
         # Not a constant 0: the compiler would lay blocks out otherwise than for several norms, and add in another order. (Not beside the
         # other bound: AMD's compiler would make one wide access of both, and that is what operands are known by.)
@@ -111,30 +125,22 @@ def _finish_kernel(
     )  # fmt: skip
 
 
-def finish(
+def launch_sums(
+    kernel: Any,
     table: ChunkTable,
-    group_sizes: tuple[int, ...],
-    norms: Tensor,  # (M,)
-    found_inf: Tensor | None,
-    skipped: Tensor | None,
+    group: LaunchGroup,
+    roles: Sequence[str],
+    finishing: Sequence[Tensor | None],  # as of Finish.arguments
+    *args: Any,
+    **constants: Any,
 ) -> None:
-    """Norms of consecutive groups of rows from the sums of their chunks, in a launch of its own."""
-    launch(
-        _finish_kernel,
-        len(group_sizes),
-        table.device,
-        *table.sums,
-        table.bounds(group_sizes),
-        norms,
-        found_inf,
-        skipped,
-        BLOCK_SIZE=FINISH_BLOCK,
-    )
+    """The first stage of a norm, for one of the groups of a table."""
+    table.launch(kernel, group, roles, group.slots, *table.sums, *finishing, *args, FINISH_SIZE=FINISH_BLOCK, **constants)
 
 
 class Finish:
-    """The second stage in the last program of the last launch, where there is one norm and a launch at all. The launch has four warps, as
-    :func:`finish` has: others would add in another order."""
+    """The second stage in the last program of the last launch, where there is one norm and a launch at all; else in a launch of its own.
+    Both launches have four warps: others would add in another order."""
 
     def __init__(
         self,
@@ -153,10 +159,13 @@ class Finish:
         self._last = next((group for group in reversed(table.groups) if group.chunks > 0), None) if folds else None
 
     def arguments(self, group: LaunchGroup) -> tuple[Tensor | None, ...]:
-        """What a kernel hands to :func:`store_sum`: counter, bounds, norm, found_inf and skipped, of the last launch; None for others."""
-        return (self._table.counter, self._table.bounds(self._group_sizes), *self._results) if group is self._last else NOT_LAST
+        """What :func:`finish_in_last_program` takes beside the sums: counter, bounds, norm, found_inf and skipped, of the last launch; None
+        for others."""
+        return (self._table.counter, self._table.bounds(self._group_sizes), *self._results) if group is self._last else _NOT_LAST
 
     def launch_rest(self) -> None:
-        """What no last program does."""
+        """What no last program does: norms of consecutive groups of rows from the sums of their chunks."""
         if self._last is None:
-            finish(self._table, self._group_sizes, *self._results)
+            table, sizes = self._table, self._group_sizes
+            arguments = *table.sums, table.bounds(sizes), *self._results
+            launch(_finish_kernel, len(sizes), table.device, *arguments, BLOCK_SIZE=FINISH_BLOCK)

@@ -7,7 +7,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
@@ -79,7 +78,9 @@ def _kind_of(arg: Any) -> Any:
 
 def _constant_of(item: tuple[str, Any]) -> tuple[str, Any]:
     name, value = item
-    return (name, value.name) if isinstance(value, tl.dtype) else item  # Triton's own hash of a dtype is slow
+    if isinstance(value, tuple):  # of dtypes, or None: Triton's own hash of a dtype is slow
+        return name, tuple([None if dtype is None else dtype.name for dtype in value])
+    return item
 
 
 def single(scalar: Tensor | None) -> Tensor | None:

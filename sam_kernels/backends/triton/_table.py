@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from sam_kernels.backends.triton._config import CONFIGS, Config
 from sam_kernels.backends.triton._contents import Contents
 from sam_kernels.backends.triton._device import is_recording, keep, on
+from sam_kernels.backends.triton._launch import launch
 from sam_kernels.backends.triton._lists import Description, describe_list
 from sam_kernels.backends.triton._slices import columns_of, whole_slices
 from sam_kernels.backends.triton._staging import Staging, upload
@@ -28,19 +30,11 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.f
 _TABLES_KEPT = 16  # a list takes part in a handful of operations; the oldest goes first
 
 
-class _Dtypes(dict[str, Any]):
-    """By role, what Triton calls its dtype. None for a role that takes no part, whether the caller has named it or not: one table serves
-    operations with and without it."""
-
-    def __missing__(self, role: str) -> None:
-        return None
-
-
 @dataclass(frozen=True)
 class LaunchGroup:
     """Chunks of the rows that share their dtypes, and the width of blocks for their slices: one launch."""
 
-    dtypes: _Dtypes
+    dtypes: Mapping[str, Any]  # by role, what Triton calls its dtype
     chunks: int
     rows: Tensor  # (chunks,) int32
     chunk_indices: Tensor  # (chunks,) int32: which chunk of its row
@@ -91,10 +85,6 @@ class ChunkTable:
         self._chunk_counts = (numels + chunk - 1) // chunk
         columns = [columns_of(size, block) for size, block in sliced]
         self.groups = self._make_groups(given, list(zip(dtypes, blocks, columns, strict=True)))
-        self._sums: tuple[Tensor, Tensor] | None = None
-        self._dot_sums: tuple[Tensor, ...] | None = None
-        self._counter: Tensor | None = None
-        self._corrections: tuple[Tensor, Tensor] | None = None
         self._row_indices: dict[tuple[int, ...], Tensor] = {}
         self._bounds: dict[tuple[int, ...], Tensor] = {}
 
@@ -114,16 +104,19 @@ class ChunkTable:
                 belongs[members] = True
                 chosen = slots[belongs[rows]]
             mine = rows[chosen]
-            named = _Dtypes(zip(given, (TRITON_DTYPES[dtype] for dtype in dtypes), strict=True))
+            named = dict(zip(given, (TRITON_DTYPES[dtype] for dtype in dtypes), strict=True))
             row_of, chunk_of, slot_of = (upload(part.to(torch.int32), self.device) for part in (mine, chosen - first_slots[mine], chosen))
             constants = _constants(self._config, block)
             groups.append(LaunchGroup(named, len(mine), row_of, chunk_of, slot_of, constants, columns))
         return groups
 
-    def arguments(self, group: LaunchGroup, *roles: str, with_chunk_size: bool = True) -> list[Tensor | int | None]:
-        """What every kernel over chunks takes first: addresses of each role, sizes, rows, chunks; their size, if it is not compiled in."""
-        size = [self.chunk_size] if with_chunk_size else []
-        return [*self.pointers(*roles), self.numels, group.rows, group.chunk_indices, *size]
+    def launch(self, kernel: Any, group: LaunchGroup, roles: Sequence[str], *args: Any, **constants: Any) -> None:
+        """Runs a kernel on the chunks of a group. Its first arguments are the addresses of each role, sizes, rows and chunks, then the size
+        of a chunk, unless that is a constant; ``args`` follow. Its constants are the dtypes of the roles, and those of the group."""
+        size = [] if "CHUNK_SIZE" in constants else [self.chunk_size]
+        work = *self.pointers(*roles), self.numels, group.rows, group.chunk_indices, *size
+        dtypes = tuple([group.dtypes.get(role) for role in roles])
+        launch(kernel, group.chunks, self.device, *work, *args, DTYPES=dtypes, **{**group.constants, **constants})
 
     def pointers(self, *roles: str) -> list[Tensor | None]:
         """(R,) int64 addresses of each role; None for one that takes no part."""
@@ -153,40 +146,29 @@ class ChunkTable:
     def _record(self) -> None:
         self._staging.record({self._slices[role] * self._stride: contents for role, contents in self._known.items()})
 
-    @property
+    @cached_property
     def sums(self) -> tuple[Tensor, Tensor]:
-        """(C,) float32 and (C,) int32: a sum a chunk and how it is scaled. Allocated once."""
-        if self._sums is None:
-            chunks = int(self._chunk_counts.sum())
-            self._sums = (
-                torch.empty(chunks, dtype=torch.float32, device=self.device),
-                torch.empty(chunks, dtype=torch.int32, device=self.device),
-            )
-        return self._sums
+        """(C,) float32 and (C,) int32: a sum a chunk and how it is scaled."""
+        chunks = int(self._chunk_counts.sum())
+        sums, kinds = (torch.empty(chunks, dtype=dtype, device=self.device) for dtype in (torch.float32, torch.int32))
+        return sums, kinds
 
-    @property
+    @cached_property
     def counter(self) -> Tensor:
-        """() int32, 0 between launches, for programs to count themselves. Allocated once; into a graph that is recorded meanwhile, with a
-        fill."""
-        if self._counter is None:
-            self._counter = torch.zeros((), dtype=torch.int32, device=self.device)
-        return self._counter
+        """() int32, 0 between launches, for programs to count themselves. A graph that is recorded when it is made fills it."""
+        return torch.zeros((), dtype=torch.int32, device=self.device)
 
-    @property
+    @cached_property
     def dot_sums(self) -> tuple[Tensor, ...]:
-        """(C,) float32 three times and (C,) int32: three sums a chunk and how they are scaled. Allocated once."""
-        if self._dot_sums is None:
-            squares, kinds = self.sums
-            self._dot_sums = squares, torch.empty_like(squares), torch.empty_like(squares), kinds
-        return self._dot_sums
+        """(C,) float32 three times and (C,) int32: three sums a chunk and how they are scaled."""
+        squares, kinds = self.sums
+        return squares, torch.empty_like(squares), torch.empty_like(squares), kinds
 
-    @property
+    @cached_property
     def corrections(self) -> tuple[Tensor, Tensor]:
-        """(R,) float32 twice: what a row of Adam's needs besides its tensors. Allocated once."""
-        if self._corrections is None:
-            first, second = (torch.empty(self.count, dtype=torch.float32, device=self.device) for _ in range(2))
-            self._corrections = first, second
-        return self._corrections
+        """(R,) float32 twice: what a row of Adam's needs besides its tensors."""
+        first, second = (torch.empty(self.count, dtype=torch.float32, device=self.device) for _ in range(2))
+        return first, second
 
     def row_indices(self, indices: Sequence[int]) -> Tensor | None:  # (R,) int32
         """The caller's numbers of the rows; None where they are the table's."""

@@ -18,15 +18,14 @@ from torch import Tensor
 
 from sam_kernels._tensor_list import TensorList
 from sam_kernels.backends.triton._blocks import (
-    copy_chunk,
-    full_blocks,
+    copy_block,
+    for_blocks,
     grad_multiplier,
     is_skipped,
     load_float,
     load_number,
-    locate,
-    operand,
     store,
+    take_chunk,
 )
 from sam_kernels.backends.triton._launch import launch, single, written
 from sam_kernels.backends.triton._lists import describe_list
@@ -107,10 +106,11 @@ def _advance_kernel(
 
 @triton.jit
 def _adamw_block(
-    param, grad, source, exp_avg, exp_avg_sq, offsets, count,
+    param, grad, source, exp_avg, exp_avg_sq, block, count,
     step_size, inv_sqrt_correction, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay_factor, multiplier,
-    DECAY: tl.constexpr, MASKED: tl.constexpr,
+    DECAY: tl.constexpr, BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
+    offsets = block + tl.arange(0, BLOCK_SIZE)
     p = load_float(source, offsets, count, MASKED)
     g = load_float(grad, offsets, count, MASKED) * multiplier
     if DECAY == "l2":
@@ -150,30 +150,18 @@ def _adamw_kernel(
     weight_decay,
     decay_factor,  # number: 1 - lr weight_decay; None: lr is no number
     lr,  # () floating point, None: a number
-    PARAM: tl.constexpr,
-    GRAD: tl.constexpr,
-    OLD_PARAM: tl.constexpr,
-    EXP_AVG: tl.constexpr,
-    EXP_AVG_SQ: tl.constexpr,
+    DTYPES: tl.constexpr,
     DECAY: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    RESTORES: tl.constexpr = old_param_pointers is not None
-    row, start, count = locate(work_rows, work_chunks, chunk_size, numels)
-    param_address, param, aligned_param = operand(param_pointers, row, start, PARAM)
-    grad_address, grad, aligned_grad = operand(grad_pointers, row, start, GRAD)
-    exp_avg_address, exp_avg, aligned_exp_avg = operand(exp_avg_pointers, row, start, EXP_AVG)
-    exp_avg_sq_address, exp_avg_sq, aligned_exp_avg_sq = operand(exp_avg_sq_pointers, row, start, EXP_AVG_SQ)
-    addresses = param_address | grad_address | exp_avg_address | exp_avg_sq_address
-    source, aligned_source = param, aligned_param
-    if RESTORES:
-        old_address, source, aligned_source = operand(old_param_pointers, row, start, OLD_PARAM)
-        addresses = addresses | old_address
-    full = full_blocks(addresses, count, BLOCK_SIZE)
+    row, _, count, full, plain, aligned = take_chunk(
+        (param_pointers, grad_pointers, old_param_pointers, exp_avg_pointers, exp_avg_sq_pointers),
+        numels, work_rows, work_chunks, chunk_size, DTYPES, BLOCK_SIZE,
+    )  # fmt: skip
     if is_skipped(norm, found_inf):
-        if RESTORES:
-            copy_chunk(param, aligned_param, source, aligned_source, count, full, BLOCK_SIZE)
+        if old_param_pointers is not None:
+            for_blocks(copy_block, (plain[0], plain[2]), (aligned[0], aligned[2]), full, count, (), BLOCK_SIZE)
     else:
         multiplier = grad_multiplier(grad_scale, norm, max_norm, MAXIMIZE)
         factor = decay_factor
@@ -181,20 +169,11 @@ def _adamw_kernel(
             factor = (1.0 - load_number(lr) * weight_decay).to(tl.float32)
         step_size = tl.load(step_sizes + row)
         inv_sqrt_correction = tl.load(inv_sqrt_corrections + row)
-        HALF: tl.constexpr = BLOCK_SIZE // 2  # of the masked blocks: see _blocks.py
-        offsets, half = tl.arange(0, BLOCK_SIZE), tl.arange(0, HALF)
-        for block in range(0, full, BLOCK_SIZE):
-            _adamw_block(
-                aligned_param, aligned_grad, aligned_source, aligned_exp_avg, aligned_exp_avg_sq, block + offsets, count,
-                step_size, inv_sqrt_correction, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, factor, multiplier,
-                DECAY, False,
-            )  # fmt: skip
-        for block in range(full, count, HALF):
-            _adamw_block(
-                param, grad, source, exp_avg, exp_avg_sq, block + half, count,
-                step_size, inv_sqrt_correction, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, factor, multiplier,
-                DECAY, True,
-            )  # fmt: skip
+        for_blocks(
+            _adamw_block, plain, aligned, full, count,
+            (step_size, inv_sqrt_correction, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, factor, multiplier, DECAY),
+            BLOCK_SIZE,
+        )  # fmt: skip
 
 
 def adamw_step_(op: AdamWStep, lists: Operands) -> bool:  # always True: whether the step was made only the device knows
@@ -206,11 +185,10 @@ def adamw_step_(op: AdamWStep, lists: Operands) -> bool:  # always True: whether
     corrections = _advance(op, steps)
     decay = "none" if op.weight_decay == 0.0 else "decoupled" if op.decoupled else "l2"
     for group in table.groups:
-        launch(
+        table.launch(
             _adamw_kernel,
-            group.chunks,
-            table.device,
-            *table.arguments(group, "params", "grads", "old_params", "exp_avgs", "exp_avg_sqs"),
+            group,
+            ("params", "grads", "old_params", "exp_avgs", "exp_avg_sqs"),
             *corrections,
             single(op.norm),
             single(op.grad_scale),
@@ -223,14 +201,8 @@ def adamw_step_(op: AdamWStep, lists: Operands) -> bool:  # always True: whether
             op.weight_decay,
             None if isinstance(op.lr, Tensor) else 1.0 - op.lr * op.weight_decay,
             op.lr if isinstance(op.lr, Tensor) else None,
-            PARAM=group.dtypes["params"],
-            GRAD=group.dtypes["grads"],
-            OLD_PARAM=group.dtypes["old_params"],
-            EXP_AVG=group.dtypes["exp_avgs"],
-            EXP_AVG_SQ=group.dtypes["exp_avg_sqs"],
             DECAY=decay,
             MAXIMIZE=op.maximize,
-            **group.constants,
         )
     written(lists["params"])
     if steps is not state_steps:

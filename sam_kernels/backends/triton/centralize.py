@@ -15,13 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from sam_kernels._tensor_list import slice_sizes
-from sam_kernels.backends.triton._blocks import convert, load_float, operand, store
-from sam_kernels.backends.triton._finish import NOT_LAST, finish
-from sam_kernels.backends.triton._launch import launch, written
+from sam_kernels.backends.triton._blocks import convert, load_float, load_where, operands, store
+from sam_kernels.backends.triton._finish import Finish, store_sum
+from sam_kernels.backends.triton._launch import written
 from sam_kernels.backends.triton._slices import ALIGNED_ELEMENTS
-from sam_kernels.backends.triton._squares import add_squares, join_kinds
+from sam_kernels.backends.triton._sums import add_squares, join_kinds, sum_blocks, sum_chunk, weighted
 from sam_kernels.backends.triton._table import table_of
-from sam_kernels.backends.triton.norm import launch_sums
+from sam_kernels.backends.triton.norm import launch_norms
 from sam_kernels.operations import Centralize, Operands
 
 __all__ = ["centralize_"]
@@ -31,32 +31,19 @@ _ALIGNED = tl.constexpr(ALIGNED_ELEMENTS)
 
 @triton.jit
 def _short_block(
-    grad, param, first, slices, size, eta, medium, big, small,
-    ADAPTIVE: tl.constexpr, SLICES: tl.constexpr, COLUMNS: tl.constexpr,
+    grad, param, slices, count, size, eta, ADAPTIVE: tl.constexpr, COLUMNS: tl.constexpr, sums, MASKED: tl.constexpr
 ):  # fmt: skip
-    slice_index = (first + tl.arange(0, SLICES))[:, None]
+    """Slices of a block, a slice a line; ``count`` of them in all. Every access has a mask."""
     column = tl.arange(0, COLUMNS)[None, :]
-    offsets = slice_index * size + column
-    mask = (slice_index < slices) & (column < size)
-    g = convert(tl.load(grad + offsets, mask=mask, other=0.0), tl.float32)
-    mean = tl.div_rn(tl.sum(g, axis=1), tl.zeros([SLICES], tl.float32) + size.to(tl.float32))
+    offsets = slices[:, None] * size + column
+    mask = (slices[:, None] < count) & (column < size)
+    g = load_where(grad, offsets, mask)
+    mean = tl.div_rn(tl.sum(g, axis=1), tl.zeros_like(slices).to(tl.float32) + size.to(tl.float32))
     d = tl.where(mask, g - mean[:, None], 0.0)
     tl.store(grad + offsets, convert(d, grad.dtype.element_ty), mask=mask)
     if ADAPTIVE:
-        d = (tl.abs(convert(tl.load(param + offsets, mask=mask, other=0.0), tl.float32)) + eta) * d
-    return add_squares(d, medium, big, small)
-
-
-@triton.jit
-def _short_sums(
-    grad, param, begin, end, slices, size, eta, ADAPTIVE: tl.constexpr, SLICES: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
-    medium = tl.zeros([SLICES, COLUMNS], tl.float32)
-    big = tl.zeros([SLICES, COLUMNS], tl.float32)
-    small = tl.zeros([SLICES, COLUMNS], tl.float32)
-    for first in range(begin, end, SLICES):
-        medium, big, small = _short_block(grad, param, first, slices, size, eta, medium, big, small, ADAPTIVE, SLICES, COLUMNS)
-    return tl.sum(medium), tl.sum(big), tl.sum(small)
+        d = (tl.abs(load_where(param, offsets, mask)) + eta) * d
+    return add_squares(d, sums)
 
 
 @triton.jit
@@ -72,8 +59,7 @@ def _short_slices_kernel(
     sums,  # (C,) float32
     kinds,  # (C,) int32: how the sum is scaled
     eta,
-    GRAD: tl.constexpr,
-    PARAM: tl.constexpr,
+    DTYPES: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
@@ -83,22 +69,20 @@ def _short_slices_kernel(
     most = chunk_size // size
     start = tl.load(work_chunks + program).to(tl.int64) * (most * size)
     slices = (tl.minimum(tl.load(numels + row) - start, most * size) // size).to(tl.int32)
-    addresses, grad, aligned_grad = operand(grad_pointers, row, start, GRAD)
-    param, aligned_param = grad, aligned_grad
+    addresses, plain, aligned = operands((grad_pointers, param_pointers), row, start, DTYPES)
     ADAPTIVE: tl.constexpr = param_pointers is not None
-    if ADAPTIVE:
-        param_address, param, aligned_param = operand(param_pointers, row, start, PARAM)
-        addresses = addresses | param_address
     SLICES: tl.constexpr = BLOCK_SIZE // COLUMNS
-    full = tl.where(((addresses & 15) == 0) & (size % _ALIGNED == 0), slices, 0)
     HALF: tl.constexpr = SLICES // 2  # of blocks that lie askew: see _blocks.py
+    full = tl.where(((addresses & 15) == 0) & (size % _ALIGNED == 0), slices, 0)
     multiple = size // _ALIGNED * _ALIGNED  # known to be one: neighbours share a mask then, and an access
-    medium, big, small = _short_sums(aligned_grad, aligned_param, 0, full, slices, multiple, eta, ADAPTIVE, SLICES, COLUMNS)
-    medium_rest, big_rest, small_rest = _short_sums(grad, param, full, slices, slices, size, eta, ADAPTIVE, HALF, COLUMNS)
+    medium, big, small = sum_blocks(
+        _short_block, aligned, 0, full, slices, (multiple, eta, ADAPTIVE, COLUMNS), (SLICES, COLUMNS), False
+    )  # fmt: skip
+    medium_rest, big_rest, small_rest = sum_blocks(
+        _short_block, plain, full, slices, slices, (size, eta, ADAPTIVE, COLUMNS), (HALF, COLUMNS), True
+    )
     total, kind = join_kinds(medium + medium_rest, big + big_rest, small + small_rest)
-    slot = tl.load(work_slots + tl.program_id(0))
-    tl.store(sums + slot, total)
-    tl.store(kinds + slot, kind)
+    store_sum(total, kind, work_slots, sums, kinds)
 
 
 @triton.jit
@@ -111,22 +95,12 @@ def _sum_part(grad, begin, end, count, BLOCK_SIZE: tl.constexpr, MASKED: tl.cons
 
 
 @triton.jit
-def _finish_part(
-    grad, param, begin, end, count, mean, eta, ADAPTIVE: tl.constexpr, BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr
-):  # fmt: skip
-    offsets = tl.arange(0, BLOCK_SIZE)
-    medium = tl.zeros([BLOCK_SIZE], tl.float32)
-    big = tl.zeros([BLOCK_SIZE], tl.float32)
-    small = tl.zeros([BLOCK_SIZE], tl.float32)
-    for block in range(begin, end, BLOCK_SIZE):
-        d = load_float(grad, block + offsets, count, MASKED) - mean
-        if MASKED:
-            d = tl.where(block + offsets < count, d, 0.0)
-        store(grad, block + offsets, count, d, MASKED)
-        if ADAPTIVE:
-            d = (tl.abs(load_float(param, block + offsets, count, MASKED)) + eta) * d
-        medium, big, small = add_squares(d, medium, big, small)
-    return tl.sum(medium), tl.sum(big), tl.sum(small)
+def _long_block(grad, param, offsets, count, mean, eta, ADAPTIVE: tl.constexpr, sums, MASKED: tl.constexpr):
+    d = load_float(grad, offsets, count, MASKED) - mean
+    if MASKED:
+        d = tl.where(offsets < count, d, 0.0)
+    store(grad, offsets, count, d, MASKED)
+    return add_squares(weighted(d, param, offsets, count, eta, ADAPTIVE, MASKED), sums)
 
 
 @triton.jit
@@ -142,55 +116,34 @@ def _long_slices_kernel(
     sums,  # (C,) float32
     kinds,  # (C,) int32: how the sum is scaled
     eta,
-    GRAD: tl.constexpr,
-    PARAM: tl.constexpr,
+    DTYPES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     program = tl.program_id(0)
     row = tl.load(work_rows + program)
     size = tl.load(slice_sizes + row)
     start = tl.load(work_chunks + program).to(tl.int64) * size
-    addresses, grad, aligned_grad = operand(grad_pointers, row, start, GRAD)
-    param, aligned_param = grad, aligned_grad
-    ADAPTIVE: tl.constexpr = param_pointers is not None
-    if ADAPTIVE:
-        param_address, param, aligned_param = operand(param_pointers, row, start, PARAM)
-        addresses = addresses | param_address
+    addresses, plain, aligned = operands((grad_pointers, param_pointers), row, start, DTYPES)
     full = tl.where(((addresses & 15) == 0) & (size % _ALIGNED == 0), size // BLOCK_SIZE * BLOCK_SIZE, 0)
     HALF: tl.constexpr = BLOCK_SIZE // 2  # of the masked blocks: see _blocks.py
-    mean = _sum_part(aligned_grad, 0, full, size, BLOCK_SIZE, False) + _sum_part(grad, full, size, size, HALF, True)
+    mean = _sum_part(aligned[0], 0, full, size, BLOCK_SIZE, False) + _sum_part(plain[0], full, size, size, HALF, True)
     mean = tl.div_rn(mean, size.to(tl.float32))
-    medium, big, small = _finish_part(aligned_grad, aligned_param, 0, full, size, mean, eta, ADAPTIVE, BLOCK_SIZE, False)
-    medium_rest, big_rest, small_rest = _finish_part(grad, param, full, size, size, mean, eta, ADAPTIVE, HALF, True)
-    total, kind = join_kinds(medium + medium_rest, big + big_rest, small + small_rest)
-    slot = tl.load(work_slots + tl.program_id(0))
-    tl.store(sums + slot, total)
-    tl.store(kinds + slot, kind)
+    medium, big, small = sum_chunk(_long_block, plain, aligned, full, size, (mean, eta, param_pointers is not None), BLOCK_SIZE)
+    total, kind = join_kinds(medium, big, small)
+    store_sum(total, kind, work_slots, sums, kinds)
 
 
 def centralize_(op: Centralize, lists: Operands) -> Tensor:  # () float32
     """See :func:`sam_kernels.functional.centralize_`."""
     written(lists["grads"])
     table = table_of(lists, "centralize", tuple(slice_sizes(lists["grads"])))
+    norm = torch.empty(1, dtype=torch.float32, device=table.device)
+    finish = Finish(table, (table.count,), norm, op.found_inf, None, folds=False)
     for group in table.groups:
         if group.columns == 0:
-            launch_sums(table, group, op.eta, NOT_LAST)
+            launch_norms(table, group, op.eta, finish.arguments(group))
             continue
         kernel, width = (_long_slices_kernel, {}) if group.columns is None else (_short_slices_kernel, {"COLUMNS": group.columns})
-        launch(
-            kernel,
-            group.chunks,
-            table.device,
-            *table.arguments(group, "grads", "params"),
-            table.slice_sizes,
-            group.slots,
-            *table.sums,
-            op.eta,
-            GRAD=group.dtypes["grads"],
-            PARAM=group.dtypes["params"],
-            **width,
-            **group.constants,
-        )
-    norm = torch.empty(1, dtype=torch.float32, device=table.device)
-    finish(table, (table.count,), norm, op.found_inf, None)
+        table.launch(kernel, group, ("grads", "params"), table.slice_sizes, group.slots, *table.sums, op.eta, **width)
+    finish.launch_rest()
     return norm[0]

@@ -13,11 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sam_kernels.backends.triton._blocks import full_blocks, inverse_of, load_float, locate, operand, store
-from sam_kernels.backends.triton._config import FINISH_BLOCK
-from sam_kernels.backends.triton._finish import Finish, store_sum
-from sam_kernels.backends.triton._launch import launch, single
-from sam_kernels.backends.triton._squares import add_squares, join_kinds
+from sam_kernels.backends.triton._blocks import inverse_of, load_float, store, take_chunk
+from sam_kernels.backends.triton._finish import Finish, finish_in_last_program, launch_sums, store_sum
+from sam_kernels.backends.triton._launch import single
+from sam_kernels.backends.triton._sums import add_squares, join_kinds, sum_chunk, weighted
 from sam_kernels.backends.triton._table import table_of
 from sam_kernels.operations import DirectionNorm, Operands
 
@@ -26,8 +25,8 @@ __all__ = ["direction_norm_"]
 
 @triton.jit
 def _direction_block(
-    grad, ema, param, offsets, count, inverse, decay, gain, sigma, eta, medium, big, small,
-    FRIENDLY: tl.constexpr, FIRST_STEP: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr,
+    grad, ema, param, offsets, count, inverse, decay, gain, sigma, eta,
+    FRIENDLY: tl.constexpr, FIRST_STEP: tl.constexpr, ADAPTIVE: tl.constexpr, sums, MASKED: tl.constexpr,
 ):  # fmt: skip
     g = load_float(grad, offsets, count, MASKED) * inverse
     if FIRST_STEP:
@@ -41,26 +40,7 @@ def _direction_block(
     d = after
     if FRIENDLY:
         d = g - sigma * before
-    if ADAPTIVE:
-        d = (tl.abs(load_float(param, offsets, count, MASKED)) + eta) * d
-    return add_squares(d, medium, big, small)
-
-
-@triton.jit
-def _direction_sums(
-    grad, ema, param, begin, end, count, inverse, decay, gain, sigma, eta,
-    FRIENDLY: tl.constexpr, FIRST_STEP: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    offsets = tl.arange(0, BLOCK_SIZE)
-    medium = tl.zeros([BLOCK_SIZE], tl.float32)
-    big = tl.zeros([BLOCK_SIZE], tl.float32)
-    small = tl.zeros([BLOCK_SIZE], tl.float32)
-    for block in range(begin, end, BLOCK_SIZE):
-        medium, big, small = _direction_block(
-            grad, ema, param, block + offsets, count, inverse, decay, gain, sigma, eta, medium, big, small,
-            FRIENDLY, FIRST_STEP, ADAPTIVE, MASKED,
-        )  # fmt: skip
-    return tl.sum(medium), tl.sum(big), tl.sum(small)
+    return add_squares(weighted(d, param, offsets, count, eta, ADAPTIVE, MASKED), sums)
 
 
 @triton.jit
@@ -85,36 +65,22 @@ def _direction_kernel(
     gain,
     sigma,
     eta,
-    GRAD: tl.constexpr,
-    EMA: tl.constexpr,
-    PARAM: tl.constexpr,
+    DTYPES: tl.constexpr,
     FRIENDLY: tl.constexpr,
     FIRST_STEP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     FINISH_SIZE: tl.constexpr,
 ):
-    row, start, count = locate(work_rows, work_chunks, chunk_size, numels)
-    grad_address, grad, aligned_grad = operand(grad_pointers, row, start, GRAD)
-    ema_address, ema, aligned_ema = operand(ema_pointers, row, start, EMA)
-    addresses = grad_address | ema_address
-    param, aligned_param = grad, aligned_grad
-    ADAPTIVE: tl.constexpr = param_pointers is not None
-    if ADAPTIVE:
-        param_address, param, aligned_param = operand(param_pointers, row, start, PARAM)
-        addresses = addresses | param_address
-    full = full_blocks(addresses, count, BLOCK_SIZE)
-    inverse = inverse_of(grad_scale)
-    HALF: tl.constexpr = BLOCK_SIZE // 2  # of the masked blocks: see _blocks.py
-    medium_sum, big_sum, small_sum = _direction_sums(
-        aligned_grad, aligned_ema, aligned_param, 0, full, count, inverse, decay, gain, sigma, eta,
-        FRIENDLY, FIRST_STEP, ADAPTIVE, BLOCK_SIZE, False,
-    )  # fmt: skip
-    medium_rest, big_rest, small_rest = _direction_sums(
-        grad, ema, param, full, count, count, inverse, decay, gain, sigma, eta, FRIENDLY, FIRST_STEP, ADAPTIVE, HALF, True
+    _, _, count, full, plain, aligned = take_chunk(
+        (grad_pointers, ema_pointers, param_pointers), numels, work_rows, work_chunks, chunk_size, DTYPES, BLOCK_SIZE
     )
-    total, kind = join_kinds(medium_sum + medium_rest, big_sum + big_rest, small_sum + small_rest)
-    slot = tl.load(work_slots + tl.program_id(0))
-    store_sum(total, kind, slot, sums, kinds, counter, bounds, norm, found_inf, skipped, FINISH_SIZE)
+    medium, big, small = sum_chunk(
+        _direction_block, plain, aligned, full, count,
+        (inverse_of(grad_scale), decay, gain, sigma, eta, FRIENDLY, FIRST_STEP, param_pointers is not None), BLOCK_SIZE,
+    )  # fmt: skip
+    total, kind = join_kinds(medium, big, small)
+    store_sum(total, kind, work_slots, sums, kinds)
+    finish_in_last_program(sums, kinds, counter, bounds, norm, found_inf, skipped, FINISH_SIZE)
 
 
 def direction_norm_(op: DirectionNorm, lists: Operands) -> Tensor:  # () float32
@@ -123,26 +89,19 @@ def direction_norm_(op: DirectionNorm, lists: Operands) -> Tensor:  # () float32
     norm = torch.empty(1, dtype=torch.float32, device=table.device)
     finish = Finish(table, (table.count,), norm, None, None)
     for group in table.groups:
-        launch(
+        launch_sums(
             _direction_kernel,
-            group.chunks,
-            table.device,
-            *table.arguments(group, "grads", "ema", "params"),
-            group.slots,
-            *table.sums,
-            *finish.arguments(group),
+            table,
+            group,
+            ("grads", "ema", "params"),
+            finish.arguments(group),
             single(op.grad_scale),
             op.decay,
             op.gain,
             op.sigma,
             op.eta,
-            GRAD=group.dtypes["grads"],
-            EMA=group.dtypes["ema"],
-            PARAM=group.dtypes["params"],
             FRIENDLY=op.kind == "friendly" and not op.first_step,
             FIRST_STEP=op.first_step,
-            FINISH_SIZE=FINISH_BLOCK,
-            **group.constants,
         )
     finish.launch_rest()
     return norm[0]

@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sam_kernels.backends.triton._blocks import full_blocks, load_float, locate, operand
+from sam_kernels.backends.triton._blocks import load_float, take_chunk
 from sam_kernels.backends.triton._config import FINISH_DOTS_BLOCK
 from sam_kernels.backends.triton._finish import GROW, GROWN, HIGH, IN_RANGE, LOW, SHRINK, SHRUNK
 from sam_kernels.backends.triton._launch import launch
+from sam_kernels.backends.triton._sums import sum_chunk
 from sam_kernels.backends.triton._table import table_of
 from sam_kernels.operations import GradDots, Operands
 
@@ -27,9 +28,10 @@ __all__ = ["grad_dots"]
 
 @triton.jit
 def _dots_block(
-    left, right, origin, offsets, count, left_factor, right_factor, squares, products, others,
-    HAS_ORIGIN: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr,
+    left, right, origin, offsets, count, left_factor, right_factor,
+    HAS_ORIGIN: tl.constexpr, SCALED: tl.constexpr, sums, MASKED: tl.constexpr,
 ):  # fmt: skip
+    squares, products, others = sums
     a = load_float(left, offsets, count, MASKED)
     b = load_float(right, offsets, count, MASKED)
     if HAS_ORIGIN:
@@ -40,39 +42,13 @@ def _dots_block(
 
 
 @triton.jit
-def _dots_of(
-    left, right, origin, begin, end, count, left_factor, right_factor,
-    HAS_ORIGIN: tl.constexpr, SCALED: tl.constexpr, BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    offsets = tl.arange(0, BLOCK_SIZE)
-    squares = tl.zeros([BLOCK_SIZE], tl.float32)
-    products = tl.zeros([BLOCK_SIZE], tl.float32)
-    others = tl.zeros([BLOCK_SIZE], tl.float32)
-    for block in range(begin, end, BLOCK_SIZE):
-        squares, products, others = _dots_block(
-            left, right, origin, block + offsets, count, left_factor, right_factor, squares, products, others, HAS_ORIGIN, SCALED, MASKED
-        )
-    return tl.sum(squares), tl.sum(products), tl.sum(others)
-
-
-@triton.jit
-def _chunk_dots(
-    left, aligned_left, right, aligned_right, origin, aligned_origin, count, full, left_factor, right_factor,
-    HAS_ORIGIN: tl.constexpr, SCALED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-):  # fmt: skip
-    HALF: tl.constexpr = BLOCK_SIZE // 2  # of the masked blocks: see _blocks.py
-    squares, products, others = _dots_of(
-        aligned_left, aligned_right, aligned_origin, 0, full, count, left_factor, right_factor, HAS_ORIGIN, SCALED, BLOCK_SIZE, False
-    )
-    more_squares, more_products, more_others = _dots_of(
-        left, right, origin, full, count, count, left_factor, right_factor, HAS_ORIGIN, SCALED, HALF, True
-    )
-    return squares + more_squares, products + more_products, others + more_others
-
-
-@triton.jit
 def _kind_of(square):
     return tl.where(square >= HIGH, SHRUNK, tl.where(square < LOW, GROWN, IN_RANGE))
+
+
+@triton.jit
+def _factor_of(kind):
+    return tl.where(kind == GROWN, GROW, tl.where(kind == SHRUNK, SHRINK, 1.0))
 
 
 @triton.jit
@@ -89,32 +65,19 @@ def _dots_kernel(
     product_sums,  # (C,) float32
     other_sums,  # (C,) float32
     kinds,  # (C,) int32: how l is scaled, and 4 times how d is
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
-    ORIGIN: tl.constexpr,
+    DTYPES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    row, start, count = locate(work_rows, work_chunks, chunk_size, numels)
-    left_address, left, aligned_left = operand(left_pointers, row, start, LEFT)
-    right_address, right, aligned_right = operand(right_pointers, row, start, RIGHT)
-    addresses = left_address | right_address
-    origin, aligned_origin = right, aligned_right
     HAS_ORIGIN: tl.constexpr = origin_pointers is not None
-    if HAS_ORIGIN:
-        origin_address, origin, aligned_origin = operand(origin_pointers, row, start, ORIGIN)
-        addresses = addresses | origin_address
-    full = full_blocks(addresses, count, BLOCK_SIZE)
-    squares, products, others = _chunk_dots(
-        left, aligned_left, right, aligned_right, origin, aligned_origin, count, full, 1.0, 1.0, HAS_ORIGIN, False, BLOCK_SIZE
+    _, _, count, full, plain, aligned = take_chunk(
+        (left_pointers, right_pointers, origin_pointers), numels, work_rows, work_chunks, chunk_size, DTYPES, BLOCK_SIZE
     )
+    squares, products, others = sum_chunk(_dots_block, plain, aligned, full, count, (1.0, 1.0, HAS_ORIGIN, False), BLOCK_SIZE)
     left_kind, right_kind = _kind_of(squares), _kind_of(others)
     if (left_kind != IN_RANGE) | (right_kind != IN_RANGE):
-        left_factor = tl.where(left_kind == GROWN, GROW, tl.where(left_kind == SHRUNK, SHRINK, 1.0))
-        right_factor = tl.where(right_kind == GROWN, GROW, tl.where(right_kind == SHRUNK, SHRINK, 1.0))
-        squares, products, others = _chunk_dots(
-            left, aligned_left, right, aligned_right, origin, aligned_origin, count, full, left_factor, right_factor,
-            HAS_ORIGIN, True, BLOCK_SIZE,
-        )  # fmt: skip
+        squares, products, others = sum_chunk(
+            _dots_block, plain, aligned, full, count, (_factor_of(left_kind), _factor_of(right_kind), HAS_ORIGIN, True), BLOCK_SIZE
+        )
     slot = tl.load(work_slots + tl.program_id(0))
     tl.store(square_sums + slot, squares)
     tl.store(product_sums + slot, products)
@@ -164,18 +127,7 @@ def grad_dots(op: GradDots, lists: Operands) -> Tensor:  # (3,) float64
     """See :func:`sam_kernels.functional.grad_dots`."""
     table = table_of(lists, "dots")
     for group in table.groups:
-        launch(
-            _dots_kernel,
-            group.chunks,
-            table.device,
-            *table.arguments(group, "lefts", "rights", "origins"),
-            group.slots,
-            *table.dot_sums,
-            LEFT=group.dtypes["lefts"],
-            RIGHT=group.dtypes["rights"],
-            ORIGIN=group.dtypes["origins"],
-            **group.constants,
-        )
+        table.launch(_dots_kernel, group, ("lefts", "rights", "origins"), group.slots, *table.dot_sums)
     dots = torch.empty(3, dtype=torch.float64, device=table.device)
     bounds = table.bounds((table.count,))
     launch(_finish_dots_kernel, 1, table.device, *table.dot_sums, bounds, dots, op.found_inf, BLOCK_SIZE=FINISH_DOTS_BLOCK)

@@ -18,37 +18,46 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sam_kernels.backends.triton._blocks import full_blocks, is_finite, load_float, locate, operand
-from sam_kernels.backends.triton._config import FINISH_BLOCK
-from sam_kernels.backends.triton._finish import GROW, GROWN, HIGH, IN_RANGE, LOW, SHRINK, SHRUNK, Finish, store_sum
-from sam_kernels.backends.triton._launch import launch
+from sam_kernels.backends.triton._blocks import is_finite, load_float, take_chunk
+from sam_kernels.backends.triton._finish import (
+    GROW,
+    GROWN,
+    HIGH,
+    IN_RANGE,
+    LOW,
+    SHRINK,
+    SHRUNK,
+    Finish,
+    finish_in_last_program,
+    launch_sums,
+    store_sum,
+)
+from sam_kernels.backends.triton._sums import weighted
 from sam_kernels.backends.triton._table import ChunkTable, LaunchGroup, table_of
 from sam_kernels.operations import CheckFinite, GradNorms, Operands
 
-__all__ = ["check_finite_", "grad_norms", "launch_sums"]
+__all__ = ["check_finite_", "grad_norms", "launch_norms"]
 
 
 @triton.jit
-def _squares(grad, param, offsets, count, eta, factor, sums, ADAPTIVE: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr):
+def _norm_block(
+    grad, param, offsets, count, eta, factor, sums, ADAPTIVE: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
     g = load_float(grad, offsets, count, MASKED)
     if SCALED:
         g = g * factor
-    if ADAPTIVE:
-        g = (tl.abs(load_float(param, offsets, count, MASKED)) + eta) * g
+    g = weighted(g, param, offsets, count, eta, ADAPTIVE, MASKED)
     return tl.fma(g, g, sums)
 
 
 @triton.jit
-def _chunk_sum(
-    grad, aligned_grad, param, aligned_param, count, full, eta, factor,
-    ADAPTIVE: tl.constexpr, SCALED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-):  # fmt: skip
+def _norm_chunk(plain, aligned, full, count, eta, factor, ADAPTIVE: tl.constexpr, SCALED: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     offsets = tl.arange(0, BLOCK_SIZE)
     sums = tl.zeros([BLOCK_SIZE], tl.float32)
     for block in range(0, full, BLOCK_SIZE):
-        sums = _squares(aligned_grad, aligned_param, block + offsets, count, eta, factor, sums, ADAPTIVE, SCALED, False)
+        sums = _norm_block(*aligned, block + offsets, count, eta, factor, sums, ADAPTIVE, SCALED, False)
     for block in range(full, count, BLOCK_SIZE):
-        sums = _squares(grad, param, block + offsets, count, eta, factor, sums, ADAPTIVE, SCALED, True)
+        sums = _norm_block(*plain, block + offsets, count, eta, factor, sums, ADAPTIVE, SCALED, True)
     return tl.sum(sums)
 
 
@@ -69,31 +78,26 @@ def _norm_kernel(
     found_inf,  # () floating point or None: set where the norm is not finite; without a norm, where a gradient is not
     skipped,  # () floating point or None: what found_inf was is added to it, and found_inf starts anew
     eta,
-    GRAD: tl.constexpr,
-    PARAM: tl.constexpr,
+    DTYPES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     FINISH_SIZE: tl.constexpr,
 ):
-    row, start, count = locate(work_rows, work_chunks, chunk_size, numels)
-    address, grad, aligned_grad = operand(grad_pointers, row, start, GRAD)
-    param, aligned_param = grad, aligned_grad
     ADAPTIVE: tl.constexpr = param_pointers is not None
-    if ADAPTIVE:
-        param_address, param, aligned_param = operand(param_pointers, row, start, PARAM)
-        address = address | param_address
-    full = full_blocks(address, count, BLOCK_SIZE)
+    _, _, count, full, plain, aligned = take_chunk(
+        (grad_pointers, param_pointers), numels, work_rows, work_chunks, chunk_size, DTYPES, BLOCK_SIZE
+    )
     kind = IN_RANGE
-    total = _chunk_sum(grad, aligned_grad, param, aligned_param, count, full, eta, 1.0, ADAPTIVE, False, BLOCK_SIZE)
+    total = _norm_chunk(plain, aligned, full, count, eta, 1.0, ADAPTIVE, False, BLOCK_SIZE)
     if (total >= HIGH) | (total < LOW):
         factor = tl.where(total < LOW, GROW, SHRINK)
         kind = tl.where(total < LOW, GROWN, SHRUNK)
-        total = _chunk_sum(grad, aligned_grad, param, aligned_param, count, full, eta, factor, ADAPTIVE, True, BLOCK_SIZE)
-    slot = tl.load(work_slots + tl.program_id(0))
+        total = _norm_chunk(plain, aligned, full, count, eta, factor, ADAPTIVE, True, BLOCK_SIZE)
     if norm is None:
         if found_inf is not None:
             if ~is_finite(total):  # every program that finds one stores the same
                 tl.store(found_inf, 1.0)
-    store_sum(total, kind, slot, sums, kinds, counter, bounds, norm, found_inf, skipped, FINISH_SIZE)
+    store_sum(total, kind, work_slots, sums, kinds)
+    finish_in_last_program(sums, kinds, counter, bounds, norm, found_inf, skipped, FINISH_SIZE)
 
 
 def grad_norms(op: GradNorms, lists: Operands) -> Tensor:  # (len(op.group_sizes),) float32
@@ -103,7 +107,7 @@ def grad_norms(op: GradNorms, lists: Operands) -> Tensor:  # (len(op.group_sizes
     norms = torch.empty(len(sizes), dtype=torch.float32, device=table.device) if op.out is None else op.out.reshape(1)
     finish = Finish(table, sizes, norms, op.found_inf, op.skipped)
     for group in table.groups:
-        launch_sums(table, group, op.eta, finish.arguments(group))
+        launch_norms(table, group, op.eta, finish.arguments(group))
     finish.launch_rest()
     return norms
 
@@ -112,22 +116,9 @@ def check_finite_(op: CheckFinite, lists: Operands) -> None:
     """Sets found_inf where a gradient is not finite: the first stage alone. Reads g."""
     table = table_of(lists, "norm")
     for group in table.groups:
-        launch_sums(table, group, 0.0, (None, None, None, op.found_inf, None))
+        launch_norms(table, group, 0.0, (None, None, None, op.found_inf, None))
 
 
-def launch_sums(table: ChunkTable, group: LaunchGroup, eta: float, finishing: Sequence[Tensor | None]) -> None:
+def launch_norms(table: ChunkTable, group: LaunchGroup, eta: float, finishing: Sequence[Tensor | None]) -> None:
     """The first stage of a norm, for one of the groups of a table. ``finishing``: as of :class:`Finish`."""
-    launch(
-        _norm_kernel,
-        group.chunks,
-        table.device,
-        *table.arguments(group, "grads", "params"),
-        group.slots,
-        *table.sums,
-        *finishing,
-        eta,
-        GRAD=group.dtypes["grads"],
-        PARAM=group.dtypes.get("params"),
-        FINISH_SIZE=FINISH_BLOCK,
-        **table.constants,
-    )
+    launch_sums(_norm_kernel, table, group, ("grads", "params"), finishing, eta, **table.constants)

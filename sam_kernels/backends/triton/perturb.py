@@ -16,20 +16,19 @@ from torch import Tensor
 
 from sam_kernels.backends.triton._blocks import (
     convert,
-    copy_chunk,
-    full_blocks,
+    copy_block,
+    for_blocks,
     inverse_of,
     is_finite,
     is_skipped,
     load,
     load_float,
     load_number,
-    locate,
-    operand,
     store,
+    take_chunk,
 )
 from sam_kernels.backends.triton._config import CONFIGS
-from sam_kernels.backends.triton._launch import launch, single, written
+from sam_kernels.backends.triton._launch import single, written
 from sam_kernels.backends.triton._random import ROUNDING_STREAM, seed_key, tile_offsets, tile_words
 from sam_kernels.backends.triton._table import table_of
 from sam_kernels.operations import Operands, Perturb, Restore
@@ -56,7 +55,7 @@ def _stochastic_bfloat16(value, word):
 
 
 @triton.jit
-def _perturb_block(
+def _perturb_words(
     param, old_param, d, offsets, count, scale, eta, word,
     FROM_OLD: tl.constexpr, ADAPTIVE: tl.constexpr, STOCHASTIC: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -76,8 +75,8 @@ def _perturb_block(
 
 
 @triton.jit
-def _perturb_blocks(
-    param, grad, old_param, ema, start, block, count, row, key_low, key_high, scale, eta, grad_weight, ema_weight,
+def _perturb_block(
+    param, old_param, grad, ema, block, count, start, row, key_low, key_high, scale, eta, grad_weight, ema_weight,
     USES_GRAD: tl.constexpr, USES_EMA: tl.constexpr, FROM_OLD: tl.constexpr, ADAPTIVE: tl.constexpr, STOCHASTIC: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -87,18 +86,18 @@ def _perturb_blocks(
         for word in tl.static_range(4):
             offsets = block + tile_offsets(word, LANES)
             d = _direction(grad, ema, offsets, count, grad_weight, ema_weight, USES_GRAD, USES_EMA, MASKED)
-            _perturb_block(param, old_param, d, offsets, count, scale, eta, words[word], FROM_OLD, ADAPTIVE, True, MASKED)
+            _perturb_words(param, old_param, d, offsets, count, scale, eta, words[word], FROM_OLD, ADAPTIVE, True, MASKED)
     else:
         offsets = block + tl.arange(0, BLOCK_SIZE)
         d = _direction(grad, ema, offsets, count, grad_weight, ema_weight, USES_GRAD, USES_EMA, MASKED)
-        _perturb_block(param, old_param, d, offsets, count, scale, eta, None, FROM_OLD, ADAPTIVE, False, MASKED)
+        _perturb_words(param, old_param, d, offsets, count, scale, eta, None, FROM_OLD, ADAPTIVE, False, MASKED)
 
 
 @triton.jit(do_not_specialize=["key_low", "key_high"])
 def _perturb_kernel(
     param_pointers,  # (R,) int64
-    grad_pointers,  # (R,) int64, None where the direction does without
     old_param_pointers,  # (R,) int64
+    grad_pointers,  # (R,) int64, None where the direction does without
     ema_pointers,  # (R,) int64, None where the direction is the gradient
     numels,  # (R,) int64
     work_rows,  # (C,) int32
@@ -117,10 +116,7 @@ def _perturb_kernel(
     ema_weight,
     key_low,
     key_high,
-    PARAM: tl.constexpr,
-    GRAD: tl.constexpr,
-    OLD_PARAM: tl.constexpr,
-    EMA: tl.constexpr,
+    DTYPES: tl.constexpr,
     FROM_OLD: tl.constexpr,
     ADAPTIVE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
@@ -128,25 +124,16 @@ def _perturb_kernel(
 ):
     USES_GRAD: tl.constexpr = grad_pointers is not None
     USES_EMA: tl.constexpr = ema_pointers is not None
-    row, start, count = locate(work_rows, work_chunks, chunk_size, numels)
-    param_address, param, aligned_param = operand(param_pointers, row, start, PARAM)
-    old_address, old_param, aligned_old_param = operand(old_param_pointers, row, start, OLD_PARAM)
+    row, start, count, full, plain, aligned = take_chunk(
+        (param_pointers, old_param_pointers, grad_pointers, ema_pointers),
+        numels, work_rows, work_chunks, chunk_size, DTYPES, BLOCK_SIZE,
+    )  # fmt: skip
     if is_skipped(norm, found_inf):
-        full = full_blocks(param_address | old_address, count, BLOCK_SIZE)
         if FROM_OLD:
-            copy_chunk(param, aligned_param, old_param, aligned_old_param, count, full, BLOCK_SIZE)
+            for_blocks(copy_block, (plain[0], plain[1]), (aligned[0], aligned[1]), full, count, (), BLOCK_SIZE)
         else:
-            copy_chunk(old_param, aligned_old_param, param, aligned_param, count, full, BLOCK_SIZE)
+            for_blocks(copy_block, (plain[1], plain[0]), (aligned[1], aligned[0]), full, count, (), BLOCK_SIZE)
     else:
-        addresses = param_address | old_address
-        grad, aligned_grad = param, aligned_param
-        if USES_GRAD:
-            grad_address, grad, aligned_grad = operand(grad_pointers, row, start, GRAD)
-            addresses = addresses | grad_address
-        ema, aligned_ema = param, aligned_param
-        if USES_EMA:
-            ema_address, ema, aligned_ema = operand(ema_pointers, row, start, EMA)
-            addresses = addresses | ema_address
         inverse = inverse_of(grad_scale)
         mix = load_number(lambd)
         rest = one_minus_lambd
@@ -161,18 +148,14 @@ def _perturb_kernel(
         index = row
         if row_indices is not None:
             index = tl.load(row_indices + row)
-        full = full_blocks(addresses, count, BLOCK_SIZE)
-        for block in range(0, full, BLOCK_SIZE):
-            _perturb_blocks(
-                aligned_param, aligned_grad, aligned_old_param, aligned_ema, start, block, count, index, key_low, key_high, scale, eta,
-                grad_weight * inverse, ema_weight, USES_GRAD, USES_EMA, FROM_OLD, ADAPTIVE, STOCHASTIC, BLOCK_SIZE, False,
-            )  # fmt: skip
-        HALF: tl.constexpr = BLOCK_SIZE // 2  # of the masked blocks: see _blocks.py
-        for block in range(full, count, HALF):
-            _perturb_blocks(
-                param, grad, old_param, ema, start, block, count, index, key_low, key_high, scale, eta,
-                grad_weight * inverse, ema_weight, USES_GRAD, USES_EMA, FROM_OLD, ADAPTIVE, STOCHASTIC, HALF, True,
-            )  # fmt: skip
+        for_blocks(
+            _perturb_block, plain, aligned, full, count,
+            (
+                start, index, key_low, key_high, scale, eta, grad_weight * inverse, ema_weight,
+                USES_GRAD, USES_EMA, FROM_OLD, ADAPTIVE, STOCHASTIC,
+            ),
+            BLOCK_SIZE,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -183,15 +166,13 @@ def _copy_kernel(
     work_rows,  # (C,) int32
     work_chunks,  # (C,) int32
     chunk_size,  # elements
-    DESTINATION: tl.constexpr,
-    SOURCE: tl.constexpr,
+    DTYPES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    row, start, count = locate(work_rows, work_chunks, chunk_size, numels)
-    destination_address, destination, aligned_destination = operand(destination_pointers, row, start, DESTINATION)
-    source_address, source, aligned_source = operand(source_pointers, row, start, SOURCE)
-    full = full_blocks(destination_address | source_address, count, BLOCK_SIZE)
-    copy_chunk(destination, aligned_destination, source, aligned_source, count, full, BLOCK_SIZE)
+    _, _, count, full, plain, aligned = take_chunk(
+        (destination_pointers, source_pointers), numels, work_rows, work_chunks, chunk_size, DTYPES, BLOCK_SIZE
+    )
+    for_blocks(copy_block, plain, aligned, full, count, (), BLOCK_SIZE)
 
 
 def perturb_(op: Perturb, lists: Operands) -> None:
@@ -204,11 +185,10 @@ def perturb_(op: Perturb, lists: Operands) -> None:
         # Only the rows that are rounded so need blocks of whole random tiles; one more operand, and registers would cost occupancy.
         block, most = group.constants["BLOCK_SIZE"], CONFIGS["perturb"].block // (2 if uses_ema else 1)
         block = block if stochastic else min(block, most)
-        launch(
+        table.launch(
             _perturb_kernel,
-            group.chunks,
-            table.device,
-            *table.arguments(group, "params", "grads", "old_params", "ema"),
+            group,
+            ("params", "old_params", "grads", "ema"),
             table.row_indices(lists.indices) if is_rounded else None,
             single(op.norm),
             single(op.grad_scale),
@@ -221,14 +201,10 @@ def perturb_(op: Perturb, lists: Operands) -> None:
             op.grad_weight,
             op.ema_weight,
             *seed_key(op.rounding_seed or 0),
-            PARAM=group.dtypes["params"],
-            GRAD=group.dtypes["grads"],
-            OLD_PARAM=group.dtypes["old_params"],
-            EMA=group.dtypes["ema"],
             FROM_OLD=op.from_old,
             ADAPTIVE=op.adaptive,
             STOCHASTIC=stochastic,
-            **{**group.constants, "BLOCK_SIZE": block},
+            BLOCK_SIZE=block,
         )
     written(lists["params"])
 
@@ -237,13 +213,5 @@ def restore_(op: Restore, lists: Operands) -> None:
     """See :func:`sam_kernels.functional.restore_`."""
     table = table_of(lists, "copy")
     for group in table.groups:
-        launch(
-            _copy_kernel,
-            group.chunks,
-            table.device,
-            *table.arguments(group, "params", "old_params"),
-            DESTINATION=group.dtypes["params"],
-            SOURCE=group.dtypes["old_params"],
-            **group.constants,
-        )
+        table.launch(_copy_kernel, group, ("params", "old_params"))
     written(lists["params"])

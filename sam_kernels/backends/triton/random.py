@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sam_kernels.backends.triton._blocks import convert, full_blocks, load, load_number, locate, operand, store
-from sam_kernels.backends.triton._launch import launch, written
+from sam_kernels.backends.triton._blocks import convert, for_blocks, load, load_number, store, take_chunk
+from sam_kernels.backends.triton._launch import written
 from sam_kernels.backends.triton._random import PERTURBATION_STREAM, normal_pair, rademacher, seed_key, tile_offsets, tile_words
 from sam_kernels.backends.triton._table import table_of
 from sam_kernels.operations import Operands, RandomPerturb
@@ -30,8 +30,8 @@ def _move(param, old_param, offsets, count, z, scale, FROM_OLD: tl.constexpr, MA
 
 
 @triton.jit
-def _move_tiles(
-    param, old_param, start, block, count, row, key_low, key_high, scale,
+def _move_block(
+    param, old_param, block, count, start, row, key_low, key_high, scale,
     NORMAL: tl.constexpr, FROM_OLD: tl.constexpr, BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     LANES: tl.constexpr = BLOCK_SIZE // 4
@@ -59,43 +59,33 @@ def _random_kernel(
     key_low,
     key_high,
     scale,  # number or () floating point
-    PARAM: tl.constexpr,
-    OLD_PARAM: tl.constexpr,
+    DTYPES: tl.constexpr,
     NORMAL: tl.constexpr,
     FROM_OLD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    row, start, count = locate(work_rows, work_chunks, chunk_size, numels)
-    param_address, param, aligned_param = operand(param_pointers, row, start, PARAM)
-    old_address, old_param, aligned_old_param = operand(old_param_pointers, row, start, OLD_PARAM)
+    row, start, count, full, plain, aligned = take_chunk(
+        (param_pointers, old_param_pointers), numels, work_rows, work_chunks, chunk_size, DTYPES, BLOCK_SIZE
+    )
     index = row if row_indices is None else tl.load(row_indices + row)
-    full = full_blocks(param_address | old_address, count, BLOCK_SIZE)
     factor = load_number(scale).to(tl.float32)
-    for block in range(0, full, BLOCK_SIZE):
-        _move_tiles(
-            aligned_param, aligned_old_param, start, block, count, index, key_low, key_high, factor, NORMAL, FROM_OLD, BLOCK_SIZE, False
-        )
-    HALF: tl.constexpr = BLOCK_SIZE // 2  # of the masked blocks: see _blocks.py
-    for block in range(full, count, HALF):
-        _move_tiles(param, old_param, start, block, count, index, key_low, key_high, factor, NORMAL, FROM_OLD, HALF, True)
+    for_blocks(
+        _move_block, plain, aligned, full, count, (start, index, key_low, key_high, factor, NORMAL, FROM_OLD), BLOCK_SIZE
+    )  # fmt: skip
 
 
 def random_perturb_(op: RandomPerturb, lists: Operands) -> None:
     """See :func:`sam_kernels.functional.random_perturb_`."""
     table = table_of(lists, "random")
     for group in table.groups:
-        launch(
+        table.launch(
             _random_kernel,
-            group.chunks,
-            table.device,
-            *table.arguments(group, "params", "old_params"),
+            group,
+            ("params", "old_params"),
             table.row_indices(lists.indices),
             *seed_key(op.seed),
             op.scale,
-            PARAM=group.dtypes["params"],
-            OLD_PARAM=group.dtypes["old_params"],
             NORMAL=op.distribution == "normal",
             FROM_OLD=op.from_old,
-            **group.constants,
         )
     written(lists["params"])

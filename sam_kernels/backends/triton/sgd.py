@@ -13,17 +13,16 @@ import triton
 import triton.language as tl
 
 from sam_kernels.backends.triton._blocks import (
-    copy_chunk,
-    full_blocks,
+    copy_block,
+    for_blocks,
     grad_multiplier,
     is_skipped,
     load_float,
     load_number,
-    locate,
-    operand,
     store,
+    take_chunk,
 )
-from sam_kernels.backends.triton._launch import launch, single, written
+from sam_kernels.backends.triton._launch import single, written
 from sam_kernels.backends.triton._table import table_of
 from sam_kernels.operations import Operands, SgdStep
 
@@ -32,9 +31,11 @@ __all__ = ["sgd_step_"]
 
 @triton.jit
 def _sgd_block(
-    param, grad, source, buffer, offsets, count, lr, momentum, one_minus_dampening, weight_decay, multiplier,
-    MOMENTUM: tl.constexpr, FIRST_STEP: tl.constexpr, NESTEROV: tl.constexpr, WEIGHT_DECAY: tl.constexpr, MASKED: tl.constexpr,
+    param, grad, source, buffer, block, count, lr, momentum, one_minus_dampening, weight_decay, multiplier,
+    MOMENTUM: tl.constexpr, FIRST_STEP: tl.constexpr, NESTEROV: tl.constexpr, WEIGHT_DECAY: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
+    offsets = block + tl.arange(0, BLOCK_SIZE)
     p = load_float(source, offsets, count, MASKED)
     update = load_float(grad, offsets, count, MASKED) * multiplier
     if WEIGHT_DECAY:
@@ -70,60 +71,41 @@ def _sgd_kernel(
     momentum,
     one_minus_dampening,
     weight_decay,
-    PARAM: tl.constexpr,
-    GRAD: tl.constexpr,
-    OLD_PARAM: tl.constexpr,
-    BUFFER: tl.constexpr,
+    DTYPES: tl.constexpr,
     FIRST_STEP: tl.constexpr,
     NESTEROV: tl.constexpr,
     WEIGHT_DECAY: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    RESTORES: tl.constexpr = old_param_pointers is not None
-    MOMENTUM: tl.constexpr = buffer_pointers is not None
-    row, start, count = locate(work_rows, work_chunks, chunk_size, numels)
-    param_address, param, aligned_param = operand(param_pointers, row, start, PARAM)
-    grad_address, grad, aligned_grad = operand(grad_pointers, row, start, GRAD)
-    addresses = param_address | grad_address
-    source, aligned_source = param, aligned_param
-    if RESTORES:
-        old_address, source, aligned_source = operand(old_param_pointers, row, start, OLD_PARAM)
-        addresses = addresses | old_address
-    buffer, aligned_buffer = param, aligned_param
-    if MOMENTUM:
-        buffer_address, buffer, aligned_buffer = operand(buffer_pointers, row, start, BUFFER)
-        addresses = addresses | buffer_address
-    full = full_blocks(addresses, count, BLOCK_SIZE)
+    _, _, count, full, plain, aligned = take_chunk(
+        (param_pointers, grad_pointers, old_param_pointers, buffer_pointers),
+        numels, work_rows, work_chunks, chunk_size, DTYPES, BLOCK_SIZE,
+    )  # fmt: skip
     if is_skipped(norm, found_inf):
-        if RESTORES:
-            copy_chunk(param, aligned_param, source, aligned_source, count, full, BLOCK_SIZE)
+        if old_param_pointers is not None:
+            for_blocks(copy_block, (plain[0], plain[2]), (aligned[0], aligned[2]), full, count, (), BLOCK_SIZE)
     else:
         multiplier = grad_multiplier(grad_scale, norm, max_norm, MAXIMIZE)
         rate = load_number(lr).to(tl.float32)
-        HALF: tl.constexpr = BLOCK_SIZE // 2  # of the masked blocks: see _blocks.py
-        offsets, half = tl.arange(0, BLOCK_SIZE), tl.arange(0, HALF)
-        for block in range(0, full, BLOCK_SIZE):
-            _sgd_block(
-                aligned_param, aligned_grad, aligned_source, aligned_buffer, block + offsets, count,
-                rate, momentum, one_minus_dampening, weight_decay, multiplier, MOMENTUM, FIRST_STEP, NESTEROV, WEIGHT_DECAY, False,
-            )  # fmt: skip
-        for block in range(full, count, HALF):
-            _sgd_block(
-                param, grad, source, buffer, block + half, count,
-                rate, momentum, one_minus_dampening, weight_decay, multiplier, MOMENTUM, FIRST_STEP, NESTEROV, WEIGHT_DECAY, True,
-            )  # fmt: skip
+        for_blocks(
+            _sgd_block, plain, aligned, full, count,
+            (
+                rate, momentum, one_minus_dampening, weight_decay, multiplier,
+                buffer_pointers is not None, FIRST_STEP, NESTEROV, WEIGHT_DECAY,
+            ),
+            BLOCK_SIZE,
+        )  # fmt: skip
 
 
 def sgd_step_(op: SgdStep, lists: Operands) -> bool:  # always True: whether the step was made only the device knows
     """See :func:`sam_kernels.functional.sgd_step_`."""
     table = table_of(lists, "sgd")
     for group in table.groups:
-        launch(
+        table.launch(
             _sgd_kernel,
-            group.chunks,
-            table.device,
-            *table.arguments(group, "params", "grads", "old_params", "momentum_buffers"),
+            group,
+            ("params", "grads", "old_params", "momentum_buffers"),
             single(op.norm),
             single(op.grad_scale),
             single(op.found_inf),
@@ -132,15 +114,10 @@ def sgd_step_(op: SgdStep, lists: Operands) -> bool:  # always True: whether the
             op.momentum,
             1.0 - op.dampening,
             op.weight_decay,
-            PARAM=group.dtypes["params"],
-            GRAD=group.dtypes["grads"],
-            OLD_PARAM=group.dtypes["old_params"],
-            BUFFER=group.dtypes["momentum_buffers"],
             FIRST_STEP=op.first_step,
             NESTEROV=op.nesterov,
             WEIGHT_DECAY=op.weight_decay != 0.0,
             MAXIMIZE=op.maximize,
-            **group.constants,
         )
     written(lists["params"])
     return True

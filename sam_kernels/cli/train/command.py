@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -12,13 +13,11 @@ from sam_kernels.cli.execution import require_backend, require_device, threads
 from sam_kernels.cli.train import options as check
 from sam_kernels.cli.train.comparison import Comparison
 from sam_kernels.cli.train.data import DATA_SETS, load
-from sam_kernels.cli.train.family import NUMBERED
 from sam_kernels.cli.train.model import NORMALIZATIONS
-from sam_kernels.cli.train.optimizers import BASES, NORMS, SHARPNESS_AWARE, Settings
+from sam_kernels.cli.train.optimizers import BASES, MEMBERS, NORMS, NUMBERED, Settings
 from sam_kernels.cli.train.plot import save_curves
-from sam_kernels.cli.train.report import to_json
+from sam_kernels.cli.train.report import tables, to_json
 from sam_kernels.cli.train.run import Plan
-from sam_kernels.cli.train.table import tables
 
 __all__ = ["train"]
 
@@ -29,7 +28,7 @@ __all__ = ["train"]
     "--optimizers",
     metavar="NAME,...",
     show_default="the base, sam, usam, unified",
-    help=f"Names, separated by commas: the base's own name (sgd or adamw), {', '.join(SHARPNESS_AWARE)}. msam:8 is msam with "
+    help=f"Names, separated by commas: the base's own name (sgd or adamw), {', '.join(MEMBERS)}. msam:8 is msam with "
     f"micro-batches of 8, rwsam:2 is rwsam with beta 2, likewise {', '.join(NUMBERED)}.",
 )
 @click.option("--base", type=click.Choice(list(BASES)), default="sgd", help="Optimizer that the others wrap.")
@@ -100,14 +99,7 @@ def train(
     batch_size: int,
     lr: float | None,
     weight_decay: float | None,
-    rho: float | None,
-    lambd: float | str,
     normalization: str,
-    micro_batch_size: int,
-    beta: float,
-    norms: str,
-    micro_batch: int,
-    num_directions: int,
     held_out: bool,
     seeds: int,
     backend: str,
@@ -115,6 +107,7 @@ def train(
     thread_count: int,
     out: Path,
     as_json: bool,
+    **settings_as_given: Any,
 ) -> None:
     """Train a small CNN on handwritten digits with each optimizer, and compare.
 
@@ -126,18 +119,8 @@ def train(
     torch_device = require_device(device)
     if backend != "auto":
         require_backend(backend, torch_device)
-    settings = Settings(
-        base=base,
-        lr=lr or BASES[base].lr,
-        weight_decay=BASES[base].weight_decay if weight_decay is None else weight_decay,
-        rho=rho,
-        lambd=lambd,
-        micro_batch_size=micro_batch_size,
-        beta=beta,
-        norms=norms,
-        micro_batch=micro_batch,
-        num_directions=num_directions,
-    )
+    decay = BASES[base].weight_decay if weight_decay is None else weight_decay
+    settings = Settings(base=base, lr=lr or BASES[base].lr, weight_decay=decay, **settings_as_given)
     plan = Plan(epochs, batch_size, label_noise, normalization)
     check.micro_batches(names, settings, plan)
     comparison = Comparison(

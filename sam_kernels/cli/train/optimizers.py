@@ -1,4 +1,4 @@
-"""The optimizers ``train`` compares, by name, with the radius each uses unless ``--rho`` says otherwise."""
+"""The optimizers that ``train`` compares: what each is made of, and its radius unless ``--rho`` says otherwise."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import click
 import torch
 from torch import nn
 
 import sam_kernels
-from sam_kernels.cli.train.family import FAMILY
 
-__all__ = ["BASES", "BY_DEFAULT", "NORMS", "SHARPNESS_AWARE", "Settings", "build", "kind_of", "options_of"]
+__all__ = ["BASES", "BY_DEFAULT", "MEMBERS", "NORMS", "NUMBERED", "Settings", "build", "kind_of", "options_of"]
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,6 @@ BASES = {
     "adamw": Base(torch.optim.AdamW, lr=2e-3, weight_decay=1e-2, options={}),
 }
 
-# The radius of each. They do not compare: SAM moves by rho whatever the gradient, USAM by rho times the gradient's norm.
-# Chosen with seed 0 and --base sgd between 0.1 and 1, for clean and for 40 % noisy labels together, on held-out training images; those of
-# msam and rwsam, which move by rho too, are SAM's.
-SHARPNESS_AWARE: dict[str, float] = {
-    **{"sam": 0.3, "usam": 0.5, "unified": 0.5, "msam": 0.3, "rwsam": 0.3},
-    **{name: member.rho for name, member in FAMILY.items()},
-}
 BY_DEFAULT = ("sam", "usam", "unified")  # two passes over the whole batch each: what takes longer is asked for
 NORMS = ("exact", "finite_difference", "jvp", "last_layer", "norm_layers")
 
@@ -55,29 +48,85 @@ class Settings:
     num_directions: int = 1
 
 
+@dataclass(frozen=True)
+class Member:
+    """A sharpness-aware optimizer. A number behind a colon of its name sets ``option``."""
+
+    make: Callable[..., torch.optim.Optimizer]
+    rho: float
+    option: str | None = None
+    default: float | None = None  # of the option; None: the setting of its name
+    number: click.ParamType[Any] | None = None  # of the option
+    settings: tuple[str, ...] = ()  # other options, which are the settings of their names
+    takes_seed: bool = False
+    bases: tuple[str, ...] = ("sgd", "adamw")
+
+
+def _micro_batched(params: Any, base: Any, *, micro_batch_size: int, **options: Any) -> torch.optim.Optimizer:
+    """The size of the micro-batches is an argument of the step."""
+    return sam_kernels.SAM(params, base, **options)
+
+
+def _reweighted(params: Any, base: Any, *, model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    """It takes the parameters of the model."""
+    return sam_kernels.RWSAM(model, base, **options)
+
+
+def _polyak(params: Any, base: Any, *, lr: float, **options: Any) -> torch.optim.Optimizer:
+    """Its step size is found; what the schedule of learning rates multiplies is the bound of it, the package's 1 at first."""
+    return sam_kernels.SAMSPS(params, base, gamma_b=1.0, **options)
+
+
+# Radii do not compare: SAM moves by rho whatever the gradient, USAM by rho times the gradient's norm. Those of sam, usam and unified were
+# chosen with seed 0 and --base sgd between 0.1 and 1, for clean and for 40 % noisy labels together, on held-out training images. Others
+# that move by rho whatever the gradient have SAM's, the rest that of their authors' code, but for extragradient: the textbook's
+# extrapolation is as long as the step, and 0.05 is SGD's learning rate.
+MEMBERS = {
+    "sam": Member(sam_kernels.SAM, 0.3),
+    "usam": Member(sam_kernels.USAM, 0.5),
+    "unified": Member(sam_kernels.UnifiedSAM, 0.5, settings=("lambd",)),
+    "msam": Member(_micro_batched, 0.3, "micro_batch_size", number=click.IntRange(min=1)),
+    "rwsam": Member(
+        _reweighted,
+        0.3,
+        "beta",
+        number=click.FloatRange(0),
+        settings=("norms", "micro_batch", "num_directions"),
+        takes_seed=True,
+    ),
+    "asam": Member(sam_kernels.ASAM, 0.5),
+    "vasso": Member(sam_kernels.VaSSO, 0.3, "theta", 0.9, click.FloatRange(0, 1, min_open=True)),
+    "fsam": Member(sam_kernels.FriendlySAM, 0.3),
+    "rsam": Member(sam_kernels.RSAM, 0.3, takes_seed=True),
+    "gcsam": Member(sam_kernels.GCSAM, 0.3),
+    "gsam": Member(sam_kernels.GSAM, 0.3, "alpha", 0.4, click.FloatRange(0)),
+    "wsam": Member(sam_kernels.WSAM, 0.3, "kappa", 0.9, click.FloatRange(0, 1, max_open=True)),
+    "looksam": Member(sam_kernels.LookSAM, 0.3, "k", 5, click.IntRange(min=1)),
+    "momentum-sam": Member(sam_kernels.MomentumSAM, 0.3),
+    "extragradient": Member(sam_kernels.Extragradient, 0.05),
+    "sam-sps": Member(_polyak, 0.1, bases=("sgd",)),
+}
+NUMBERED = [f"{name}:{member.option.upper()}" for name, member in MEMBERS.items() if member.option and member.default]  # for the help text
+
+
 def kind_of(name: str) -> str:
     """``msam:8`` is a kind of msam."""
     return name.partition(":")[0]
 
 
 def options_of(name: str, settings: Settings) -> dict[str, Any]:
-    """What ``name`` is run with beyond the base's options. A number behind a colon takes the place of msam's m, of rwsam's beta, of what
-    else the family's table says."""
+    """Return the options of ``name`` beyond those of the base."""
     kind, _, number = name.partition(":")
-    if kind not in SHARPNESS_AWARE:
+    if kind not in MEMBERS:
         return {}
-    options: dict[str, Any] = {"rho": SHARPNESS_AWARE[kind] if settings.rho is None else settings.rho}
-    if kind == "unified":
-        options["lambd"] = settings.lambd
-    if kind == "msam":
-        options["micro_batch_size"] = int(number or settings.micro_batch_size)
-    if kind == "rwsam":
-        options |= {"beta": float(number or settings.beta), "norms": settings.norms, "micro_batch": settings.micro_batch}
-        if settings.norms in ("finite_difference", "jvp"):
-            options["num_directions"] = settings.num_directions
-    if kind in FAMILY and (key := FAMILY[kind].option) is not None:
-        default = FAMILY[kind].default
-        options[key] = type(default)(number) if number else default  # type: ignore[misc]  # a number where there is an option
+    member = MEMBERS[kind]
+    options: dict[str, Any] = {"rho": member.rho if settings.rho is None else settings.rho}
+    if member.option is not None:
+        default = getattr(settings, member.option) if member.default is None else member.default
+        options[member.option] = type(default)(number) if number else default
+    options |= {key: getattr(settings, key) for key in member.settings}
+    if options.get("norms", "jvp") not in ("finite_difference", "jvp"):
+        del options["num_directions"]
     return options
 
 
@@ -85,20 +134,8 @@ def build(name: str, model: nn.Module, settings: Settings, seed: int) -> torch.o
     """``seed`` is of random directions and moves, where there are any."""
     kind, base = kind_of(name), BASES[settings.base]
     base_options = {"lr": settings.lr, "weight_decay": settings.weight_decay, **base.options}
-    options = options_of(name, settings)
     if kind in BASES:
         return base.build(model.parameters(), **base_options)
-    if kind == "rwsam":
-        return sam_kernels.RWSAM(model, base.build, seed=seed, **options, **base_options)
-    if kind in FAMILY:
-        member = FAMILY[kind]
-        seeds = {"seed": seed} if member.takes_seed else {}
-        return member.make(model.parameters(), base.build, model=model, **options, **seeds, **base_options)
-    options.pop("micro_batch_size", None)  # of the step, not of the optimizer
-    presets: dict[str, Callable[..., torch.optim.Optimizer]] = {
-        "sam": sam_kernels.SAM,
-        "msam": sam_kernels.SAM,
-        "usam": sam_kernels.USAM,
-        "unified": sam_kernels.UnifiedSAM,
-    }
-    return presets[kind](model.parameters(), base.build, model=model, **options, **base_options)
+    member = MEMBERS[kind]
+    seeds = {"seed": seed} if member.takes_seed else {}
+    return member.make(model.parameters(), base.build, model=model, **options_of(name, settings), **seeds, **base_options)

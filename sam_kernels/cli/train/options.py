@@ -5,21 +5,13 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import click
 
-from sam_kernels.cli.train.family import FAMILY
-from sam_kernels.cli.train.optimizers import BASES, BY_DEFAULT, SHARPNESS_AWARE, Settings, options_of
+from sam_kernels.cli.train.optimizers import BASES, BY_DEFAULT, MEMBERS, Settings, options_of
 from sam_kernels.cli.train.run import Plan
 
 __all__ = ["check_extra", "finite", "lambd", "micro_batches", "optimizer_names"]
-
-# What may stand behind a colon of a name.
-NUMBERS: dict[str, click.ParamType[Any]] = {
-    **{"msam": click.IntRange(min=1), "rwsam": click.FloatRange(0)},
-    **{name: member.number for name, member in FAMILY.items() if member.number is not None},
-}
 
 
 def finite(_ctx: click.Context | None, _param: click.Parameter | None, value: float | None) -> float | None:
@@ -40,18 +32,19 @@ def lambd(ctx: click.Context, param: click.Parameter, value: str) -> float | str
 
 def optimizer_names(text: str | None, base: str) -> list[str]:
     """From a comma-separated list. The plain optimizer goes by its own name, so that no table calls AdamW "sgd"."""
-    known = [base, *SHARPNESS_AWARE]
+    known = [base, *MEMBERS]
     names = [base, *BY_DEFAULT] if text is None else [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         kind, colon, number = name.partition(":")
-        if kind not in known or (colon and kind not in NUMBERS):
+        member = MEMBERS.get(kind)
+        if kind not in known or (colon and (member is None or member.number is None)):
             other = f" ({name} needs --base {name})" if name in BASES else ""
             raise click.BadParameter(f"unknown optimizer {name!r}{other}; the names are {', '.join(known)}.", param_hint="'--optimizers'")
-        if kind in FAMILY and base not in FAMILY[kind].bases:
-            raise click.BadParameter(f"{name} needs --base {' or '.join(FAMILY[kind].bases)}.", param_hint="'--optimizers'")
-        if colon:
+        if member is not None and base not in member.bases:
+            raise click.BadParameter(f"{name} needs --base {' or '.join(member.bases)}.", param_hint="'--optimizers'")
+        if member is not None and member.number is not None and colon:
             try:
-                finite(None, None, NUMBERS[kind].convert(number, None, None))
+                finite(None, None, member.number.convert(number, None, None))
             except click.BadParameter as error:
                 raise click.BadParameter(f"{name!r}: {error.message}", param_hint="'--optimizers'") from error
     if not names:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from sam_kernels._tensor_list import arithmetic_dtype
 from sam_kernels.functional._library import operation
-from sam_kernels.functional.per_sample._checks import arithmetic_of, backend_for, check_on, check_output, check_shape
+from sam_kernels.functional.per_sample._checks import backend_for, check_on, check_output, check_shape
 
 __all__ = ["affine_grads_"]
 
@@ -34,7 +35,7 @@ def affine_grads_(
     written = {"weight_grads": weight_grads, "bias_grads": bias_grads}
     for name, tensor in written.items():
         if tensor is not None:
-            check_output(op, name, tensor, shape, arithmetic_of(normalized, grad_outputs))
+            check_output(op, name, tensor, shape, arithmetic_dtype((normalized, grad_outputs)))
     check_on(op, grad_outputs.device, {**written, "normalized": normalized})
     if grad_outputs.numel() == 0:
         for tensor in written.values():

@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from sam_kernels._tensor_list import arithmetic_dtype
 from sam_kernels._unfold import output_sizes, unfolded
 from sam_kernels.functional._library import operation
-from sam_kernels.functional.per_sample._checks import arithmetic_of, backend_for, check_how, check_on, check_output, check_shape
+from sam_kernels.functional.per_sample._checks import backend_for, check_how, check_on, check_output, check_shape
 
 __all__ = ["conv_square_norms_"]
 
@@ -60,7 +61,7 @@ def conv_square_norms_(
         raise ValueError(f"{op}: square_norms has {m} groups, which do not divide {samples} samples")
     weight_shape = (out_channels, in_channels // groups, *sizes[0])
     if products is not None:
-        check_output(op, "products", products, (m, *weight_shape), arithmetic_of(inputs, grad_outputs))
+        check_output(op, "products", products, (m, *weight_shape), arithmetic_dtype((inputs, grad_outputs)))
     check_how(op, method, precision, products)
     check_on(op, grad_outputs.device, {"square_norms": square_norms, "inputs": inputs, "products": products})
     if 0 in inputs.shape or 0 in grad_outputs.shape:
@@ -73,19 +74,9 @@ def conv_square_norms_(
         method = "direct" if products is not None else backend.linear_method(tokens, in_features, out_channels // groups)
     inputs, grad_outputs = inputs.contiguous(), grad_outputs.contiguous()
     if backend.conv_square_norms_ is not None:
-        backend.conv_square_norms_(
-            square_norms,
-            inputs,
-            grad_outputs,
-            products,
-            kernel_size=sizes[0],
-            stride=sizes[1],
-            padding=sizes[2],
-            dilation=sizes[3],
-            groups=groups,
-            method=method,
-            precision=precision,
-        )
+        how = {"groups": groups, "method": method, "precision": precision}
+        named = dict(zip(("kernel_size", "stride", "padding", "dilation"), sizes, strict=True))
+        backend.conv_square_norms_(square_norms, inputs, grad_outputs, products, **named, **how)
         return
     each = tokens * groups * in_features * inputs.element_size()
     at_once = max(1, min(m, _UNFOLDED_BYTES // each))

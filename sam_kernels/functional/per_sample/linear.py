@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from sam_kernels import _dispatch
+from sam_kernels._tensor_list import arithmetic_dtype
 from sam_kernels._validate import check_flag
 from sam_kernels.functional._library import operation
-from sam_kernels.functional.per_sample._checks import arithmetic_of, backend_for, check_how, check_on, check_output, check_shape
+from sam_kernels.functional.per_sample._checks import backend_for, check_how, check_on, check_output, check_shape
 
 __all__ = ["linear_method", "linear_square_norms_"]
 
@@ -55,7 +56,7 @@ def linear_square_norms_(
         )
     check_output(op, "square_norms", square_norms, (m,), torch.float64)
     if products is not None:
-        check_output(op, "products", products, (m, out_features, inputs.shape[2]), arithmetic_of(inputs, grad_outputs))
+        check_output(op, "products", products, (m, out_features, inputs.shape[2]), arithmetic_dtype((inputs, grad_outputs)))
     check_how(op, method, precision, products)
     check_flag(op, "bias", bias)
     check_on(op, grad_outputs.device, {"square_norms": square_norms, "inputs": inputs, "products": products})
@@ -72,7 +73,7 @@ def linear_square_norms_(
         backend.linear_square_norms_(square_norms, inputs, grad_outputs, products, bias=is_fused, method=method, precision=precision)
     if bias and not is_fused:
         wide = grad_outputs.double() if inputs.dtype is torch.float64 else grad_outputs
-        sums = wide.new_empty((m, out_features), dtype=arithmetic_of(wide))
+        sums = wide.new_empty((m, out_features), dtype=arithmetic_dtype((wide,)))
         backend.affine_grads_(None, sums, None, wide.unsqueeze(3))
         one = sums.new_ones(1).expand(m).view(m, 1, 1).contiguous()
         backend.linear_square_norms_(square_norms, one, sums.unsqueeze(1), None, bias=False, method="gram", precision="ieee")

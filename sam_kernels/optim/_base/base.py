@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sam_kernels.optim._types import Keywords
+
 __all__ = ["keys_given", "make_base", "materialised"]
 
 
@@ -23,7 +25,7 @@ def keys_given(params: Any) -> list[set[str]]:
     return [set(group) for group in params] if is_groups else [{"params"}]
 
 
-def make_base(params: Any, base: Any, kwargs: dict[str, Any]) -> Optimizer:
+def make_base(params: Any, base: Any, kwargs: Keywords) -> Optimizer:
     """Raises TypeError for what is no optimizer, or one that SAM cannot wrap, ValueError for an instance that has other parameters."""
     if not isinstance(base, Optimizer):
         if not callable(base):

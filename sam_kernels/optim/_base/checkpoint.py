@@ -20,7 +20,7 @@ _BASE = "sam_base_optimizer"
 _DEFAULTS = {"direction": "gradient", "descent": "plain"}
 
 
-def with_base(base_dict: StateDict, groups: Sequence[ParamGroup], keys: Mapping[str, str]) -> dict[str, Any]:
+def with_base(base_dict: StateDict, groups: Sequence[ParamGroup], keys: Mapping[str, str]) -> StateDict:
     """What the base's ``state_dict`` gave, in torch's format. One of another format is carried whole, beside SAM's own options."""
     saved = base_dict.get("param_groups")
     is_usual = isinstance(base_dict.get("state"), dict) and isinstance(saved, list) and len(saved) == len(groups)
@@ -33,7 +33,7 @@ def with_base(base_dict: StateDict, groups: Sequence[ParamGroup], keys: Mapping[
     return {_BASE: base_dict, "state": {}, "param_groups": own_groups}
 
 
-def base_part(state_dict: StateDict, step_key: str) -> dict[str, Any] | None:
+def base_part(state_dict: StateDict, step_key: str) -> StateDict | None:
     """What a base of another format saved; None where the checkpoint is in torch's format, which a base may have added keys to."""
     if "param_groups" not in state_dict:
         return state_dict  # from a run without SAM
@@ -47,7 +47,7 @@ def put_group_values(state_dict: StateDict, groups: Sequence[ParamGroup], keys: 
         group.update({key: saved[key] for key in keys.values() if key in saved})
 
 
-def with_plain_values(state_dict: StateDict) -> dict[str, Any]:
+def with_plain_values(state_dict: StateDict) -> StateDict:
     """Schedules given as functions, or as a ``Radius``, are left out (None): they belong to the program, not to the checkpoint. NumPy's
     numbers become Python's, so that ``torch.load`` takes the checkpoint."""
     groups = [
@@ -65,12 +65,12 @@ class Names:
     descent: str
     keys: Mapping[str, str]
 
-    def added(self, state_dict: StateDict) -> dict[str, Any]:
+    def added(self, state_dict: StateDict) -> StateDict:
         """``state_dict`` with the names in each group. The usual ones go unsaid."""
         names = {self.keys[part]: name for part, name in self._both() if name != _DEFAULTS[part]}
         return {**state_dict, "param_groups": [{**group, **names} for group in state_dict["param_groups"]]} if names else state_dict
 
-    def removed(self, state_dict: StateDict, step_key: str) -> dict[str, Any]:
+    def removed(self, state_dict: StateDict, step_key: str) -> StateDict:
         """The way back. Raises ValueError where they are others. The base optimizer's own checkpoint has none, and fits all."""
         groups = [dict(group) for group in state_dict["param_groups"]]
         for group in groups:
@@ -90,7 +90,7 @@ class Names:
         return ("direction", self.direction), ("descent", self.descent)
 
 
-def with_group_values(state_dict: StateDict, groups: Sequence[ParamGroup], keys: Mapping[str, str]) -> dict[str, Any]:
+def with_group_values(state_dict: StateDict, groups: Sequence[ParamGroup], keys: Mapping[str, str]) -> StateDict:
     """Values the checkpoint does not hold (functions; a plain checkpoint of the base) stay what they are."""
     merged = []
     for saved, group in zip(state_dict["param_groups"], groups, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from operator import is_
 from types import MappingProxyType
 from typing import Any
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sam_kernels._validate import check_flag, check_number, plain_number
 from sam_kernels.optim._base import checkpoint
 from sam_kernels.optim._base.identity import IdentityCheck
 from sam_kernels.optim._base.options import check_group_names, check_keywords
@@ -20,11 +19,12 @@ from sam_kernels.optim._engine import capturable
 from sam_kernels.optim._engine.lists import same_tensors
 from sam_kernels.optim._engine.memory import ParamMemory
 from sam_kernels.optim._engine.passes import Passes
+from sam_kernels.optim._engine.plan import GROUP_OPTIONS, check_options
 from sam_kernels.optim._engine.update import can_fuse
+from sam_kernels.optim._part import Part
 from sam_kernels.optim._types import ParamGroup, StateDict
 from sam_kernels.optim.descents import Descent
 from sam_kernels.optim.directions import Direction
-from sam_kernels.schedules._at_step import FIRST_STEP, check_schedule
 
 __all__ = ["Wrapper"]
 
@@ -35,7 +35,7 @@ class Wrapper(Optimizer):
     SAM's options lie in the groups under the keys of ``_keys``: their own names, or ``sam_<name>`` where the base has an option so named.
     """
 
-    _group_keys: tuple[str, ...] = ("rho", "lambd", "adaptive", "eta")  # of a parameter group, beside the base's own and the step t
+    _group_keys: tuple[str, ...] = GROUP_OPTIONS  # of a parameter group, beside the base's own and the step t
     _shared_keywords: tuple[str, ...] = ("rho", "capturable")  # of the constructor: never the base's, or of one meaning for both
     _more_defaults: Mapping[str, Any] = MappingProxyType({})  # a subclass's own values of parameter groups
     _kept: tuple[str, ...] = (
@@ -146,16 +146,17 @@ class Wrapper(Optimizer):
                     if group.get(key) is None:  # a checkpoint's word for a function
                         group[key] = follows.get(key, self.defaults[key])
                 group.setdefault(t, count)
-                self._check_group_values(group)
+                check_options(group, self._keys, capturable=self.capturable)
                 if self.capturable:
                     capturable.to_tensors(group, self._keys)
             self._identity(groups)
+            self.direction.check_shards(groups)
             self._memory.adopt(self.state)
         self._groups = list(groups)
 
     # --- checkpoints ---
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """The base optimizer's state and the groups, with ρ, λ and the step t. Callables are not saved: give them to the constructor.
 
         Made by the base's own ``state_dict``. Where that has a format of its own, it is found whole under ``"sam_base_optimizer"``.
@@ -198,7 +199,7 @@ class Wrapper(Optimizer):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _checked_checkpoint(self, state_dict: StateDict) -> tuple[dict[str, Any], ParamMemory]:
+    def _checked_checkpoint(self, state_dict: StateDict) -> tuple[StateDict, ParamMemory]:
         """The base's part of a checkpoint, with SAM's options in the groups, and what is kept beside. Nothing has changed yet.
 
         Raises ValueError or TypeError for one that does not fit.
@@ -208,16 +209,16 @@ class Wrapper(Optimizer):
         if len(state_dict["param_groups"]) == len(self.param_groups):  # otherwise torch says what is wrong
             state_dict = checkpoint.with_group_values(state_dict, self.param_groups, self._keys)
             for group in state_dict["param_groups"]:
-                self._check_group_values(group)
+                check_options(group, self._keys, capturable=self.capturable)
         return state_dict, memory
 
     # --- copies ---
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> StateDict:
         self._require_unperturbed("copying or pickling the optimizer")
         return {"defaults": self.defaults, **{name: self.__dict__[name] for name in self._kept}}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: StateDict) -> None:
         state = dict(state)
         shared = {name: state.pop(name) for name in ("state", "param_groups") if name in state}
         if "eps" in state:  # as it was called
@@ -238,42 +239,49 @@ class Wrapper(Optimizer):
         self._identity = IdentityCheck()
         reference = weakref.ref(self)
 
-        def restore_first(*_: Any) -> None:
-            optimizer = reference()
-            if optimizer is None:
-                return
-            rewriter = optimizer.direction if optimizer.direction.rewrites_descent else optimizer.descent
-            if optimizer._passes.is_perturbed and (optimizer.direction.rewrites_descent or not optimizer.descent.is_plain):
-                raise RuntimeError(
-                    f"SAM: base_optimizer.step() after first_step would step along the gradients as they are, without the rule of "
-                    f"{rewriter.name!r}; call second_step()"
-                )
-            optimizer._restore()
+        def weakly(method: Callable[..., None]) -> Callable[..., None]:
+            def hook(_: Any, *args: Any) -> None:
+                optimizer = reference()
+                if optimizer is not None:
+                    method(optimizer, *args)
 
-        def check_first(_: Any, state_dict: StateDict) -> None:
-            optimizer = reference()
-            if optimizer is not None and "param_groups" in state_dict:
-                optimizer._checked_checkpoint(state_dict)
+            return hook
 
-        def adopt_loaded(_: Any) -> None:
-            optimizer = reference()
-            if optimizer is not None:
-                optimizer._memory.replace(ParamMemory(optimizer._memory.names))
-                optimizer._adopt()
-
-        base = self.base_optimizer
-        handles = [base.register_step_pre_hook(restore_first)]
+        base, kind = self.base_optimizer, type(self)
+        handles = [base.register_step_pre_hook(weakly(kind._before_base_step))]
         own_hooks = {handles[0].id}
         if hasattr(base, "_optimizer_load_state_dict_pre_hooks"):  # not where a base leaves torch's constructor out
-            handles += [base.register_load_state_dict_pre_hook(check_first), base.register_load_state_dict_post_hook(adopt_loaded)]
+            handles.append(base.register_load_state_dict_pre_hook(weakly(kind._before_base_loads)))
+            handles.append(base.register_load_state_dict_post_hook(weakly(kind._after_base_loaded)))
         for handle in handles:  # a base outlives its wrapper
             weakref.finalize(self, handle.remove).atexit = False
         self._passes = Passes(base, own_hooks, self._memory, self._identity)
         self._adopt()
 
+    def _before_base_step(self, *_: Any) -> None:
+        if self._passes.is_perturbed and self._rewriter is not None:
+            raise RuntimeError(
+                f"SAM: base_optimizer.step() after first_step would step along the gradients as they are, without the rule of "
+                f"{self._rewriter.name!r}; call second_step()"
+            )
+        self._restore()
+
+    def _before_base_loads(self, state_dict: StateDict) -> None:
+        if "param_groups" in state_dict:
+            self._checked_checkpoint(state_dict)
+
+    def _after_base_loaded(self) -> None:
+        self._memory.replace(ParamMemory(self._memory.names))
+        self._adopt()
+
     def _restore(self) -> None:
         """Back to the weights of before the ascent, where there was one."""
         raise NotImplementedError
+
+    @property
+    def _rewriter(self) -> Part | None:
+        """The part that writes the gradients of the second pass, None where they are stepped along as they are."""
+        return self.direction if self.direction.rewrites else self.descent if self.descent.rewrites else None
 
     @property
     def _names(self) -> checkpoint.Names:
@@ -282,17 +290,6 @@ class Wrapper(Optimizer):
     def _require_unperturbed(self, what: str) -> None:
         if self._passes.is_perturbed:
             raise RuntimeError(f"SAM: {what} between first_step and second_step, while the weights are perturbed")
-
-    def _check_group_values(self, values: dict[str, Any]) -> None:
-        """Raises TypeError or ValueError. NumPy's numbers become Python's."""
-        first_step = FIRST_STEP if self.capturable else 1
-        for name in ("rho", "lambd", "beta"):
-            key = self._keys.get(name)
-            if key in values:
-                values[key] = plain_number(values[key])
-                check_schedule(name, values[key], first_step)
-        check_flag("SAM", "adaptive", values[self._keys["adaptive"]])
-        values[self._keys["eta"]] = check_number("SAM", "eta", values[self._keys["eta"]], low=0.0)
 
     def _all_params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]

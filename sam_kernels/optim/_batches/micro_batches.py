@@ -11,9 +11,8 @@ from torch import Tensor
 
 from sam_kernels import functional
 from sam_kernels.optim._engine.lists import GroupGrads, GroupLists, Key
-from sam_kernels.optim._engine.ownership import nobody_else_has
+from sam_kernels.optim._engine.ownership import take_over
 from sam_kernels.optim._engine.passes import Passes
-from sam_kernels.optim._shards.layout import WHOLE
 from sam_kernels.optim._types import ParamGroup
 
 __all__ = ["GradientMean", "mean_loss"]
@@ -77,18 +76,13 @@ class GradientMean:
         return self._passes.combined(self._norms) if known else None
 
     def _first(self, lists: GroupLists, grads: list[Tensor]) -> _Part:
-        ours = [False] * len(grads)
-        if lists.layout is WHOLE:  # FSDP2's gradients are views of one buffer
-            lists.put_grads([None] * len(grads))
-            ours = nobody_else_has(grads)
+        ours = take_over(lists.owners, grads)
         means, copied = [], []
         for i, (param, grad) in enumerate(zip(lists.params, grads, strict=True)):
             fits = grad.stride() == param.stride() and grad.dtype not in _HALVES and not grad.requires_grad
             if ours[i] and fits:
                 means.append(grad)
                 continue
-            if lists.layout is WHOLE:
-                param.grad = grad  # somebody's buffer: the next backward pass may count on finding it
             means.append(torch.empty_like(param, dtype=torch.float32 if grad.dtype in _HALVES else grad.dtype, requires_grad=False))
             copied.append(i)
         if len(copied) == len(means):
@@ -99,9 +93,9 @@ class GradientMean:
 
     def _average(self, part: _Part, grads: list[Tensor]) -> None:
         part.count += 1
-        # theta = 1 / count: m <- (1 - theta) m + theta g
-        kind: dict[str, Any] = {"kind": "vasso", "theta": 1.0 / part.count, "found_inf": self._passes.found_inf}
-        norm = functional.direction_norm_(grads, cast("list[Tensor | None]", part.means), **kind)
+        means, found_inf = cast("list[Tensor | None]", part.means), self._passes.found_inf
+        # m <- (1 - theta) m + theta g
+        norm = functional.direction_norm_(grads, means, kind="vasso", theta=1.0 / part.count, found_inf=found_inf)
         self._norms.append((part.lists, norm))
 
     def _add_unevenly(self, parts: list[_Part], current: GroupGrads) -> list[_Part]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from operator import is_
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -94,7 +95,7 @@ def _sequence(value: Any, name: str) -> Structure:
         new = _with(entries, changed)
         if hasattr(kind, "_make"):
             return kind._make(new)
-        return _checked(name, kind, lambda: kind(new), lambda made: len(made) == len(new) and all(map(_is, made, new)))
+        return _checked(name, kind, lambda: kind(new), lambda made: len(made) == len(new) and all(map(is_, made, new)))
 
     return Structure(list(zip(names, entries, strict=True)), rebuild)
 
@@ -162,7 +163,3 @@ def _checked(name: str, kind: type, make: Callable[[], Any], is_right: Callable[
 
 def _with(entries: Sequence[Any], changed: Changed) -> list[Any]:
     return [changed.get(i, entry) for i, entry in enumerate(entries)]
-
-
-def _is(a: Any, b: Any) -> bool:
-    return a is b

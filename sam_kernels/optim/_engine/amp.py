@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +14,7 @@ __all__ = [
     "check_order",
     "check_scaler",
     "check_unscaled",
-    "forgetting_the_scaler",
+    "forget_scaler",
     "has_just_checked",
     "hide_grad_scaler",
     "report_step",
@@ -75,15 +73,10 @@ def has_just_checked(optimizer: Optimizer) -> bool:
     return not (optimizer._optimizer_step_pre_hooks or torch_optimizer._global_optimizer_pre_hooks)
 
 
-@contextmanager
-def forgetting_the_scaler(optimizer: Optimizer) -> Iterator[None]:
-    """After an exception in ``step``: what ``GradScaler.step`` sets on the optimizer, and would have deleted."""
-    try:
-        yield
-    except BaseException:
-        for name in ("grad_scale", "found_inf"):
-            optimizer.__dict__.pop(name, None)
-        raise
+def forget_scaler(optimizer: Optimizer) -> None:
+    """After an exception in ``step``: delete the attributes that ``GradScaler.step`` sets on the optimizer, and would have deleted."""
+    for name in ("grad_scale", "found_inf"):
+        optimizer.__dict__.pop(name, None)
 
 
 def report_step(grad_scaler: GradScaler | None, optimizer: Optimizer, found_inf: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from sam_kernels._validate import describe
 from sam_kernels.optim._engine.lists import GroupGrads, GroupLists, Key
 from sam_kernels.optim._engine.passes import Passes
-from sam_kernels.optim._engine.plan import GroupPlan, StepPlan
+from sam_kernels.optim._engine.plan import GroupPlan, Scaling
 from sam_kernels.schedules._at_step import Step
 
 __all__ = ["AscentStep"]
@@ -20,15 +20,14 @@ class AscentStep:
     """One ascent, as a :class:`~sam_kernels.optim.directions.Direction` may use it.
 
     Attributes:
-        groups: a :class:`GroupPlan` for each parameter group: radius, mix, ``adaptive``, ``eta``, ``maximize``, ``participates``.
+        groups: a :class:`GroupPlan` for each parameter group: radius, mix, ``scaling``, ``maximize``, ``participates``.
         micro_batch: which of the step's micro-batches, from 0.
         t: the step, 1, 2, …
     """
 
-    def __init__(self, passes: Passes, plan: StepPlan, micro_batch: int = 0) -> None:
+    def __init__(self, passes: Passes, micro_batch: int = 0) -> None:
         self._passes = passes
-        self._plan = plan
-        self.groups: Sequence[GroupPlan] = plan.groups
+        self.groups: Sequence[GroupPlan] = passes.ascent_plan.groups
         self.micro_batch = micro_batch
         self._norm: Tensor | None = None  # () the first that was taken
 
@@ -68,8 +67,8 @@ class AscentStep:
         self._norm.copy_(first)
         return norm
 
-    def joined(self, group_grads: list[GroupGrads], *, normalised: bool = True) -> list[tuple[GroupLists, list[Tensor], bool, float]]:
-        """(lists, gradients, adaptive, eta): one row for all groups where one call can take them."""
+    def joined(self, group_grads: list[GroupGrads], *, normalised: bool = True) -> list[tuple[GroupLists, list[Tensor], Scaling]]:
+        """(lists, gradients, scaling): one row for all groups where one call can take them. ``**scaling`` are keywords of operations."""
         return self._passes.joined(group_grads, normalised=normalised)
 
     def combined(self, norms: Sequence[Tensor | tuple[GroupLists, Tensor]]) -> Tensor:  # ()
@@ -125,7 +124,7 @@ class AscentStep:
 
     def trainable(self) -> dict[Key, GroupLists]:
         """By the index of a group and a layout that participates, its parameters that require a gradient."""
-        return self._passes.trainable(self._plan)
+        return self._passes.trainable(self._passes.ascent_plan)
 
     def perturb_randomly(self, trainable: dict[Key, GroupLists], seeds: Sequence[int], *, scale: float, distribution: str) -> None:
         """Adds scale z to what :meth:`trainable` gave, z from a seed for each group: 3 N s bytes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,24 +41,20 @@ class ClosureWatch:
 
     def __init__(self, groups: Sequence[ParamGroup]) -> None:
         self._groups = groups
-        self._grads = [_OldGrad(param, grad, grad.detach()) for param, grad in _first_and_last(groups)]
 
     def __enter__(self) -> ClosureWatch:
-        for grad in self._grads:
-            grad.watch()
+        self._grads = [_OldGrad(param, grad, grad.detach()) for param, grad in _first_and_last(self._groups)]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        untouched = bool(self._grads)
-        for grad in self._grads:
-            untouched = not grad.end() and untouched
+        are_touched = [grad.end() for grad in self._grads]
         adds = any(grad.was_added_to for grad in self._grads)
         self._grads = []
         if kind is not None:
             return
         if adds:
             raise RuntimeError(_ADDS)
-        if untouched or not _has_grads(self._groups):
+        if (are_touched and not any(are_touched)) or not _has_grads(self._groups):
             raise RuntimeError(_COMPUTES_NOTHING)
 
 
@@ -72,13 +68,10 @@ class HalvesWatch:
 
     def begin(self, groups: Sequence[ParamGroup]) -> None:
         """After the ascent, where the gradients have not been zeroed."""
-        if self._grads:
-            self.end()
+        self.end()
         self._steps += 1
         if self._steps <= _STEPS_WATCHED:
             self._grads = [_OldGrad(param, grad, grad) for param, grad in _first_and_last(groups)]
-            for each in self._grads:
-                each.watch()
 
     def end(self) -> bool:
         """Whether a gradient of the second pass was added to one of the first."""
@@ -90,14 +83,14 @@ class HalvesWatch:
 
     def check(self) -> None:
         """Before the update. Warns where gradients of two points were added up."""
-        if self._grads and self.end():
+        if self.end():
             self._steps = _STEPS_WATCHED
             warn_user(_ADDS_HALVES)
 
 
 class _OldGrad:
-    """A gradient that was there before. While it is watched ``stand_in`` takes its place: of an alias, assigning the old tensor again is
-    seen, too.
+    """A gradient that was there before, watched until :meth:`end`. Meanwhile ``stand_in`` takes its place: if that is an alias, a closure
+    that assigns the old tensor again is seen too.
 
     FSDP2 accumulates by itself: it adds to the local part of a DTensor and then calls the hooks that follow an accumulation alone.
     """
@@ -107,10 +100,8 @@ class _OldGrad:
         self.was_added_to = False
         self._is_about_to_be = False
         self._was_reached = False  # by autograd
-
-    def watch(self) -> None:
-        self._param.grad = self._alias
-        # Values tell what was written unseen; where the gradient stands in for itself nobody asks for that.
+        param.grad = stand_in
+        # Values show writes that no version counts. They are not needed where the gradient stands in for itself.
         self._versions, self._values = self._read_versions(), None if self._alias is self._grad else _some_of(self._alias)
         self._had_values = is_dtensor(self._alias) and bool(local_of(self._alias).any())
         before = self._param.register_hook(self._before)  # type: ignore[no-untyped-call]  # torch's
@@ -159,24 +150,14 @@ def _some_of(grad: Tensor) -> Tensor | None:
 
 def _first_and_last(groups: Sequence[ParamGroup]) -> list[tuple[Tensor, Tensor]]:
     """The first and the last parameter that have a gradient, with it."""
-    first = next(_with_old_grads(groups), None)
-    last = None if first is None else next(_with_old_grads(groups, last_first=True))
-    found = [] if first is None else [first] if last is first else [first, last]
-    return [(param, param.grad) for param in found if param is not None and param.grad is not None]
-
-
-def _with_old_grads(groups: Sequence[ParamGroup], *, last_first: bool = False) -> Iterator[Tensor]:
-    for group in reversed(groups) if last_first else groups:
-        params = group["params"]
-        yield from (param for param in (reversed(params) if last_first else params) if param.requires_grad and param.grad is not None)
+    forward = (param for group in groups for param in group["params"])
+    backward = (param for group in reversed(groups) for param in reversed(group["params"]))
+    ends = [next((param for param in params if param.requires_grad and param.grad is not None), None) for params in (forward, backward)]
+    return [(param, param.grad) for param in dict.fromkeys(ends) if param is not None]
 
 
 def _has_grads(groups: Sequence[ParamGroup]) -> bool:
-    """Whether there is a gradient, or nothing that could have one."""
-    trainable = False
-    for group in groups:
-        for param in group["params"]:
-            if param.grad is not None:
-                return True
-            trainable = trainable or param.requires_grad
-    return not trainable
+    """Whether a parameter has a gradient, or none requires one."""
+    if any(param.grad is not None for group in groups for param in group["params"]):
+        return True
+    return not any(param.requires_grad for group in groups for param in group["params"])

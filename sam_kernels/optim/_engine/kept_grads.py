@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from sam_kernels import functional
 from sam_kernels._tensor_list import TensorList
-from sam_kernels.optim._engine.lists import GroupGrads, GroupLists, Key
-from sam_kernels.optim._engine.ownership import nobody_else_has
-from sam_kernels.optim._shards.layout import WHOLE
+from sam_kernels.optim._engine.lists import Copies, GroupGrads, GroupLists, Key
+from sam_kernels.optim._engine.ownership import take_over
 
 __all__ = ["KeptGrads"]
 
@@ -23,7 +21,7 @@ class KeptGrads:
     def __init__(self) -> None:
         self._kept: dict[Key, tuple[GroupLists, list[Tensor]]] = {}
         self._are_scaled = False
-        self._copies: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()  # a copy goes with its parameter
+        self._copies = Copies()
         self._described: dict[Key, tuple[GroupLists, TensorList]] = {}  # by group: copies of all its gradients
 
     def keep(self, group_grads: Sequence[GroupGrads], *, hand_over: bool, are_scaled: bool = False) -> None:
@@ -36,16 +34,17 @@ class KeptGrads:
 
     def _keep(self, current: GroupGrads, hand_over: bool) -> list[Tensor]:
         params, grads = current.lists.params, current.grads
-        ours = _taken_over(params, grads) if hand_over and current.lists.layout is WHOLE else [False]  # FSDP2: views of one buffer
+        ours = take_over(current.lists.owners, grads) if hand_over else [False]
         if not any(ours):
             copies = self._copies_of(current)
             functional.restore_(copies, grads)
             return copies
-        rows = list(zip(params, grads, ours, strict=True))
-        kept = [grad if is_ours else self._copy_of(param, grad) for param, grad, is_ours in rows]
-        copied = [(copy, grad) for copy, (_, grad, is_ours) in zip(kept, rows, strict=True) if not is_ours]
-        if copied:
-            functional.restore_([copy for copy, _ in copied], [grad for _, grad in copied])
+        others = [i for i, is_ours in enumerate(ours) if not is_ours]
+        kept, copied = list(grads), [grads[i] for i in others]
+        for i, copy in zip(others, self._copies.of([params[i] for i in others], copied), strict=True):
+            kept[i] = copy
+        if others:
+            functional.restore_([kept[i] for i in others], copied)
         return current.lists.grads(kept)
 
     def _copies_of(self, current: GroupGrads) -> list[Tensor]:
@@ -55,16 +54,10 @@ class KeptGrads:
         is_known = described_for is lists and isinstance(grads, TensorList)  # both lists in the parameters' memory order
         if is_known and [copy.dtype for copy in known] == [grad.dtype for grad in grads]:
             return known
-        copies = lists.grads([self._copy_of(param, grad) for param, grad in zip(lists.params, grads, strict=True)])
+        copies = lists.grads(self._copies.of(lists.params, grads))
         if isinstance(copies, TensorList):
             self._described[current.key] = lists, copies
         return copies
-
-    def _copy_of(self, param: Tensor, grad: Tensor) -> Tensor:
-        copy = self._copies.get(param)
-        if copy is None or copy.dtype != grad.dtype or copy.device != grad.device or copy.stride() != grad.stride():
-            copy = self._copies[param] = torch.empty_like(grad, requires_grad=False)
-        return copy
 
     def of(self, current: GroupGrads) -> list[Tensor]:
         """One for each parameter of ``current``: zeros for one that had no gradient in the first pass."""
@@ -90,15 +83,4 @@ class KeptGrads:
 
     def release(self) -> None:
         """Frees the copies."""
-        self._kept, self._copies, self._described = {}, WeakTensorKeyDictionary(), {}
-
-
-def _taken_over(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[bool]:
-    """Which of the gradients nobody else has: they are no longer their parameter's ``grad``."""
-    for param in params:
-        param.grad = None
-    ours = nobody_else_has(grads)
-    for param, grad, is_ours in zip(params, grads, ours, strict=True):
-        if not is_ours:
-            param.grad = grad
-    return ours
+        self._kept, self._copies, self._described = {}, Copies(), {}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-
 from torch import Tensor
 
 from sam_kernels._tensor_list import TensorList
 from sam_kernels.optim._base.identity import IdentityCheck
-from sam_kernels.optim._engine.lists import Backups, GroupGrads, GroupLists, Key, check_grads, same_tensors, with_grads
-from sam_kernels.optim._shards.layout import Layout, layout_of
+from sam_kernels.optim._engine.lists import Copies, GroupGrads, GroupLists, Key, check_grads, same_tensors, with_grads
+from sam_kernels.optim._shards.dtensor import local_grad
+from sam_kernels.optim._shards.layout import WHOLE, Layout, layout_of
 from sam_kernels.optim._shards.shards import Shards
 from sam_kernels.optim._types import ParamGroup
 
@@ -23,7 +22,7 @@ class KeptLists:
     """
 
     def __init__(self, check: IdentityCheck) -> None:
-        self.backups = Backups()
+        self.backups = Copies()
         self._check = check
         self._lists: dict[Key, GroupLists] = {}  # of the parameters that have a gradient
         self._trainable: dict[Key, GroupLists] = {}  # where not every trainable parameter has a gradient
@@ -32,7 +31,7 @@ class KeptLists:
 
     def release(self) -> None:
         """Frees the backups."""
-        self.backups = Backups()
+        self.backups = Copies()
         self._lists = {}
         self._trainable = {}
         self._joint = None
@@ -76,8 +75,11 @@ class KeptLists:
                     self._joint = None
                     self._trainable.pop(key, None)
                     lists = self._lists[key] = GroupLists(params, self.backups)
+                if lists.layout is not WHOLE:
+                    check_grads(group, i)
+                    grads = list(map(local_grad, params, grads))
                 described = lists.grads(grads)
-                if not isinstance(described, TensorList):  # perhaps one of them is no dense tensor
+                if described is grads:  # not trusted: perhaps one of them is no dense tensor
                     check_grads(group, i)
                 found.append(GroupGrads(key, group, lists, described))
         return found
@@ -92,9 +94,9 @@ class KeptLists:
             self._lists.setdefault(key, lists)
         return lists
 
-    def joined(self, group_grads: list[GroupGrads], kinds: Sequence[Hashable]) -> tuple[GroupLists, TensorList] | None:
-        """Lists and gradients of all groups together, where there are several of one kind and one call can take them; else None."""
-        if len(group_grads) < 2 or len(set(kinds)) > 1:
+    def joined(self, group_grads: list[GroupGrads]) -> tuple[GroupLists, TensorList] | None:
+        """Lists and gradients of all groups together, where there are several and one call can take them; else None."""
+        if len(group_grads) < 2:
             return None
         members = [each.lists for each in group_grads]
         if any(lists.layout != members[0].layout for lists in members):

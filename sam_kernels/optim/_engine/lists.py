@@ -17,12 +17,12 @@ from sam_kernels._memory_of import is_fake, why_no_memory
 from sam_kernels._tensor_list import TensorList
 from sam_kernels._validate import SUPPORTED_DTYPES
 from sam_kernels.optim._base.sharded import check_whole
-from sam_kernels.optim._shards.dtensor import as_owner, is_dtensor, local_grad, local_grads_alike, local_of, locals_of
-from sam_kernels.optim._shards.layout import WHOLE, layout_of
-from sam_kernels.optim._types import ParamGroup
+from sam_kernels.optim._shards.dtensor import as_owner, local_grad, local_grads_alike, local_of, locals_of
+from sam_kernels.optim._shards.layout import WHOLE, layout_of, why_no_layout
+from sam_kernels.optim._types import ParamGroup, ParamState
 
 __all__ = [
-    "Backups",
+    "Copies",
     "GroupGrads",
     "GroupLists",
     "Key",
@@ -68,10 +68,13 @@ def param_name(group: ParamGroup, group_index: int, index: int) -> str:
 
 
 def check_param(group: ParamGroup, group_index: int, index: int) -> None:
-    """A dense floating-point tensor, or a DTensor made of such, or TypeError by name. (Parameters that require no gradient may be anything.)"""
+    """Raises TypeError, by name, unless the parameter is a dense floating-point tensor or a DTensor of such. (One that requires no gradient
+    may be anything.)"""
     param = group["params"][index]
     name = param_name(group, group_index, index)
     check_whole(param, name)
+    if (why := why_no_layout(param)) is not None:
+        raise TypeError(f"SAM: parameter {name} {why}")
     param = local_of(param)
     if param.layout is not torch.strided:
         raise TypeError(f"SAM: parameter {name} is a {param.layout} tensor; only dense (strided) parameters are supported")
@@ -99,29 +102,29 @@ def check_grads(group: ParamGroup, group_index: int) -> None:
             raise TypeError(f"SAM: the gradient of parameter {name} is a {grad.layout} tensor; only dense gradients are supported")
 
 
-class Backups:
-    """Copies of the unperturbed parameters: allocated once, outside ``optimizer.state`` so that no checkpoint carries them.
+class Copies:
+    """Memory for copies of parameters, or of their gradients: allocated once, outside ``optimizer.state`` so that no checkpoint carries it.
 
-    A copy lives as long as its parameter: one that was replaced or removed takes its backup along.
+    A copy lives as long as its parameter: one that was replaced or removed takes its copy along.
     """
 
     def __init__(self) -> None:
         self._copies: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
 
-    def of(self, params: Sequence[Tensor]) -> list[Tensor]:
-        """A tensor for each parameter, of its shape, dtype, device and strides; contents are whatever was last saved."""
+    def of(self, params: Sequence[Tensor], originals: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """A tensor for each parameter, of the shape, dtype, device and strides of its original (by default the parameter itself); contents
+        are whatever was last saved."""
         copies = []
-        for param in params:
+        for param, original in zip(params, params if originals is None else originals, strict=True):
             copy = self._copies.get(param)
-            if copy is None or copy.dtype != param.dtype or copy.device != param.device or copy.stride() != param.stride():
-                copy = torch.empty_like(param, requires_grad=False)
-                self._copies[param] = copy
+            if copy is None or _layout(copy) != _layout(original):
+                copy = self._copies[param] = torch.empty_like(original, requires_grad=False)
             copies.append(copy)
         return copies
 
-    def release(self) -> None:
-        """Frees the memory."""
-        self._copies = WeakTensorKeyDictionary()
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 class GroupLists:
@@ -131,7 +134,7 @@ class GroupLists:
     parts ``params`` then holds.
     """
 
-    def __init__(self, owners: list[Tensor], backups: Backups) -> None:
+    def __init__(self, owners: list[Tensor], backups: Copies) -> None:
         self.layout = layout_of(owners[0])
         params = locals_of(owners)
         self.backend = _dispatch.select(params[0].device.type)
@@ -144,9 +147,9 @@ class GroupLists:
         self._old_params: list[Tensor] | None = None
         self._norm: Tensor | None = None
         self._state_tensors: dict[str, list[Tensor]] = {}
-        self._states: list[dict[str, Any]] = []
+        self._states: list[ParamState] = []
         self.memory: dict[str, tuple[object, list[Tensor]]] = {}  # ParamMemory's: of which version, and what it keeps for these parameters
-        self._all_states: list[dict[str, Any]] | None = None
+        self._all_states: list[ParamState] | None = None
 
     def _has_backend(self, device_type: str) -> bool:
         return self.backend is _dispatch.select(device_type)
@@ -195,9 +198,7 @@ class GroupLists:
         return self._norm
 
     def grads(self, grads: list[Tensor]) -> list[Tensor]:
-        """The gradients as operations take them; they move at every backward pass. DTensors: the rank's parts."""
-        if self.layout is not WHOLE:
-            grads = [local_grad(owner, grad) if is_dtensor(grad) else grad for owner, grad in zip(self.owners, grads, strict=True)]
+        """The gradients, of DTensors the rank's parts, as operations take them; they move at every backward pass."""
         return self._list(grads)
 
     def put_grads(self, grads: Sequence[Tensor | None]) -> None:
@@ -205,7 +206,7 @@ class GroupLists:
         for owner, grad in zip(self.owners, grads, strict=True):
             owner.grad = None if grad is None else as_owner(owner, grad)
 
-    def states(self, all_states: dict[Tensor, dict[str, Any]]) -> list[dict[str, Any]]:
+    def states(self, all_states: dict[Tensor, ParamState]) -> list[ParamState]:
         """The base optimizer's state of each parameter. Looked up anew only when ``base.state`` holds other dictionaries than last time:
         hashing a tensor is a call into Python."""
         if not same_tensors(self._all_states, list(all_states.values())):

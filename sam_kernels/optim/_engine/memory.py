@@ -30,10 +30,10 @@ class ParamMemory:
         self._tensors: dict[str, MutableMapping[Tensor, Tensor]] = {name: WeakTensorKeyDictionary() for name in self.names}
         self._version = object()  # another one whenever other tensors are kept; not a number, which a copy would share
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> StateDict:
         return {"names": self.names, "tensors": {name: dict(kept.items()) for name, kept in self._tensors.items()}}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: StateDict) -> None:
         self.names, self._version = state["names"], object()
         self._tensors = {
             name: WeakTensorKeyDictionary(kept) for name, kept in (state["tensors"] if "tensors" in state else state["_tensors"]).items()
@@ -75,7 +75,7 @@ class ParamMemory:
 
     # --- checkpoints ---
 
-    def saved(self, state_dict: StateDict, params: Sequence[Tensor], *, blanks: bool) -> dict[str, Any]:
+    def saved(self, state_dict: StateDict, params: Sequence[Tensor], *, blanks: bool) -> StateDict:
         """``state_dict`` with what is kept.
 
         ``blanks``: a parameter that has nothing gets NaN, which nothing that is kept is. So has the checkpoint of an optimizer that made
@@ -95,7 +95,7 @@ class ParamMemory:
                     state.setdefault(param_id, {})[name] = kept
         return {**state_dict, "state": state}
 
-    def taken_out(self, state_dict: StateDict, params: Sequence[Tensor]) -> tuple[dict[str, Any], ParamMemory]:
+    def taken_out(self, state_dict: StateDict, params: Sequence[Tensor]) -> tuple[StateDict, ParamMemory]:
         """The base optimizer's part of a checkpoint, and what was kept as a memory of its own: nothing here changes before
         :meth:`replace`, since torch may still refuse the checkpoint."""
         found = ParamMemory(self.names)

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["nobody_else_has"]
+from sam_kernels.optim._shards.dtensor import is_dtensor
+
+__all__ = ["nobody_else_has", "take_over"]
 
 
 def _references(tensors: Sequence[Any]) -> list[tuple[int, int, int]]:
@@ -39,3 +41,19 @@ def nobody_else_has(tensors: Sequence[Tensor]) -> list[bool]:
     if _ALONE is None:
         return [False] * len(tensors)
     return [found == _ALONE for found in _references(tensors)]
+
+
+def take_over(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[bool]:
+    """Which of the gradients nobody else has. Those are no longer their parameter's ``grad``, where the next pass would write them.
+
+    ``grads`` of DTensors are local parts. FSDP2 makes them in one buffer for many parameters, so all of them stay.
+    """
+    if is_dtensor(params[0]):
+        return [False] * len(grads)
+    for param in params:
+        param.grad = None
+    ours = nobody_else_has(grads)
+    for param, grad, is_ours in zip(params, grads, ours, strict=True):
+        if not is_ours:
+            param.grad = grad
+    return ours

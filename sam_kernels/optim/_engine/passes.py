@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -15,32 +14,21 @@ from torch.optim import Optimizer
 
 from sam_kernels import functional
 from sam_kernels.optim._base.identity import IdentityCheck
+from sam_kernels.optim._engine.ascent import Move
 from sam_kernels.optim._engine.capturable import is_recording, not_recordable
 from sam_kernels.optim._engine.in_flight import InFlight
 from sam_kernels.optim._engine.kept_lists import KeptLists
 from sam_kernels.optim._engine.lists import GroupGrads, GroupLists, Key, same_tensors
 from sam_kernels.optim._engine.memory import ParamMemory
-from sam_kernels.optim._engine.plan import StepPlan
+from sam_kernels.optim._engine.plan import UNSCALED, Scaling, StepPlan
 from sam_kernels.optim._engine.skipped import SkippedSteps
 from sam_kernels.optim._engine.update import UpdateScalars, can_fuse, fused_step, plain_step, with_options
 from sam_kernels.optim._engine.weight_watch import NOTHING_WATCHED, WeightWatch
 from sam_kernels.optim._reweighted.seeds import derived_seed
 from sam_kernels.optim._shards.dtensor import local_of, locals_of
-from sam_kernels.optim._types import ParamGroup
+from sam_kernels.optim._types import GroupOptions, ParamGroup
 
-__all__ = ["Ascent", "Passes"]
-
-
-@dataclass(slots=True)
-class Ascent:
-    """What a direction has made of a step: along what the groups that participate ascend."""
-
-    group_grads: list[GroupGrads]
-    norm: Tensor  # () of the direction
-    options: list[dict[str, Any]]  # of functional.perturb_, for each group: how to find the direction again
-    is_downhill: bool
-    is_scaled: bool  # direction and norm are multiplied by grad_scale, as the gradients are
-    knows_maximize: bool  # the direction is already that of the function to be minimised
+__all__ = ["Passes"]
 
 
 class Passes:
@@ -68,10 +56,16 @@ class Passes:
 
     def begin(self, device: torch.device, plan: StepPlan | None) -> None:
         """A new step: nothing is known to be wrong with it."""
-        self.skips.begin(device)
         self.plan = plan
+        self.skips.begin(device)
         self._saved = {}
         self.begun = set()
+
+    @property
+    def ascent_plan(self) -> StepPlan:
+        """The plan of a step that is not the base's alone."""
+        assert self.plan is not None
+        return self.plan
 
     @property
     def found_inf(self) -> Tensor:  # () float32
@@ -83,46 +77,53 @@ class Passes:
         self.lists.release()
         self._saved = {}
 
-    def ascend(self, ascent: Ascent, plan: StepPlan, *, eps: float, grad_scale: Tensor | None, loss: Any = None) -> None:
+    def ascend(self, moves: Sequence[Move], norm: Tensor, *, eps: float, grad_scale: Tensor | None, loss: Any = None) -> None:
         """Saves and perturbs the parameters of the groups that participate, for SAM along their gradients as they are: 4 N s bytes.
 
         ``loss``: what the closure returned, for radii that follow it. Later in a step (m-SAM's second micro-batch) they are the same
         weights again, which are not saved a second time: 3 N s.
         """
         self.skips.forget_last_step()  # where no norm has seen to that
-        norm = ascent.norm
+        plan = self.ascent_plan
         if norm is not self._told_norm:
             self.found_inf.logical_or_(~norm.isfinite().to(self.found_inf.device))
-        known_scale = grad_scale if ascent.is_scaled else None
-        indices = dict.fromkeys(each.index for each in ascent.group_grads)
-        radii = {i: plan.groups[i].radius(norm, known_scale, loss) for i in indices}
+        radii: dict[int, float | Tensor] = {}  # by group, all of them before anything is written
+        for current, along, _ in moves:
+            if current.index not in radii:
+                known_scale = grad_scale if along.is_scaled and along.ema is None else None
+                radii[current.index] = plan.groups[current.index].radius(norm, known_scale, loss)
         self.is_perturbed = True
         self.has_ascended = plan.ascends
-        for current, along in zip(ascent.group_grads, ascent.options, strict=True):
+        for current, along, is_downhill in moves:
             group, rho = plan.groups[current.index], radii[current.index]
-            is_downhill = ascent.is_downhill is not (group.maximize and not ascent.knows_maximize)
-            options: dict[str, Any] = {
-                "grads": current.grads,
-                "norm": norm,
-                "rho": -rho if is_downhill else rho,
-                "lambd": group.lambd,
-                "adaptive": group.adaptive,
-                "eta": group.eta,
-                "eps": eps,
-                "grad_scale": grad_scale,
-                "found_inf": self.found_inf,
-                **along,  # which may replace some of these
-            }
-            perturb_: Callable[..., None] = partial(functional.perturb_, **options)
-            # Other lists than those saved: other parameters have a gradient now, or some have moved. Saving all of them is right as well.
-            is_saved = self._saved.get(current.key) is current.lists
-            self._perturbed[current.key] = current.lists
-            self._in_flight = None if is_saved else InFlight(current.lists, perturb_)
-            perturb_(current.lists.params, old_params=current.lists.old_params, from_old=is_saved)
-            self._in_flight = None
-            self._saved[current.key] = current.lists
-            self.lists.shards.written(current.lists.layout, current.lists.owners)
+            perturb_: Callable[..., None] = partial(
+                functional.perturb_,
+                grads=current.grads,
+                norm=norm,
+                rho=-rho if is_downhill else rho,
+                lambd=group.lambd,
+                eps=eps,
+                grad_scale=grad_scale if along.is_scaled else None,
+                found_inf=self.found_inf,
+                ema=along.ema,
+                kind=along.kind,
+                sigma=along.sigma,
+                lmbda=along.lmbda,
+                **group.scaling,
+            )
+            self._perturb(current.key, current.lists, perturb_)
         torch.clear_autocast_cache()  # where autocast is around the whole step: casts of what the weights were
+
+    def _perturb(self, key: Key, lists: GroupLists, perturb_: Callable[..., None]) -> None:
+        """Perturbs the parameters in ``lists`` and saves them where that has not been done in this step."""
+        # Other lists than those saved: other parameters have a gradient now, or some have moved. Saving all of them is right as well.
+        is_saved = self._saved.get(key) is lists
+        self._perturbed[key] = lists
+        self._in_flight = None if is_saved else InFlight(lists, perturb_)
+        perturb_(lists.params, old_params=lists.old_params, from_old=is_saved)
+        self._in_flight = None
+        self._saved[key] = lists
+        self.lists.shards.written(lists.layout, lists.owners)
 
     def perturb_randomly(self, trainable: dict[Key, GroupLists], seeds: Sequence[int], *, scale: float, distribution: str) -> None:
         """Adds scale z to what :meth:`trainable` gave, z from a seed for each group: 3 N s bytes.
@@ -131,15 +132,9 @@ class Passes:
         those that are saved already are not saved again (2 N s).
         """
         self.is_perturbed = True
-        for i, lists in trainable.items():
-            perturb_: Callable[..., None] = partial(functional.random_perturb_, seed=_seed_of(lists, seeds[i[0]]), scale=scale, distribution=distribution)
-            is_saved = self._saved.get(i) is lists
-            self._perturbed[i] = lists
-            self._in_flight = None if is_saved else InFlight(lists, perturb_)
-            perturb_(lists.params, old_params=lists.old_params, from_old=is_saved)
-            self._in_flight = None
-            self._saved[i] = lists
-            self.lists.shards.written(lists.layout, lists.owners)
+        for key, lists in trainable.items():
+            seed = _seed_of(lists, seeds[key[0]])
+            self._perturb(key, lists, partial(functional.random_perturb_, seed=seed, scale=scale, distribution=distribution))
         torch.clear_autocast_cache()
 
     def trainable(self, plan: StepPlan) -> dict[Key, GroupLists]:
@@ -183,7 +178,7 @@ class Passes:
         found_inf: Tensor | None,
         known_norm: Tensor | None = None,
         agree: Callable[[Tensor], None] | None = None,
-        options: Mapping[int, dict[str, Any]] = MappingProxyType({}),
+        options: Mapping[int, GroupOptions] = MappingProxyType({}),
         is_plain: bool = True,
         scaler_has_checked: bool = False,
     ) -> bool:
@@ -208,7 +203,7 @@ class Passes:
             self.found_inf.logical_or_(found_inf.to(self.found_inf.device))
         if agree is not None:  # the last moment before the update is decided
             agree(self.found_inf)
-        scalars = UpdateScalars(self.found_inf, grad_scale, norm, max_norm)
+        scalars: UpdateScalars = {"found_inf": self.found_inf, "grad_scale": grad_scale, "norm": norm, "max_norm": max_norm}
         fuses = (bool(self._perturbed) or not is_plain) and can_fuse(self.base, self.own_hooks)
         if fuses:
             by_key = {current.key: current for current in group_grads}
@@ -276,10 +271,9 @@ class Passes:
     def norm(self, group_grads: list[GroupGrads], *, normalised: bool) -> Tensor:
         """Global norm over the groups, each with its own adaptive normalisation where ``normalised``; marks ``found_inf``."""
         norms = []
-        for lists, grads, adaptive, eta in self.joined(group_grads, normalised=normalised):
-            params = lists.params if adaptive else None
+        for lists, grads, scaling in self.joined(group_grads, normalised=normalised):
             skipped = self.skips.skipped if self.skips.is_of_last_step else None
-            functional.grad_norm_(lists.norm, grads, params, adaptive=adaptive, eta=eta, found_inf=self.found_inf, skipped=skipped)
+            functional.grad_norm_(lists.norm, grads, lists.params, found_inf=self.found_inf, skipped=skipped, **scaling)
             self.skips.is_of_last_step = False
             norms.append((lists, lists.norm))
         norm = self.combined(norms)
@@ -291,9 +285,9 @@ class Passes:
         """The norm over all elements out of norms of lists; 0 of none. Of DTensors it is that of all ranks, and tells ``found_inf``."""
         if self.lists.shards:
             self.skips.forget_last_step()  # where no norm has seen to that
-            layout = self.lists.shards.only_layout if any(isinstance(each, Tensor) for each in norms) else None
-            parts = [(layout, each) if isinstance(each, Tensor) else (each[0].layout, each[1]) for each in norms]
-            norm = self._told_norm = self.lists.shards.norm(parts, self.found_inf.device)
+            shards = self.lists.shards
+            parts = [(shards.only_layout, each) if isinstance(each, Tensor) else (each[0].layout, each[1]) for each in norms]
+            norm = self._told_norm = shards.norm(parts, self.found_inf.device)
             if not norm.is_cpu or not math.isfinite(norm.item()):
                 self.found_inf.logical_or_(~norm.isfinite())
             return norm
@@ -302,16 +296,13 @@ class Passes:
             return torch.zeros((), dtype=torch.float32, device=self.found_inf.device)
         return found[0] if len(found) == 1 else functional.combine_norms(found)
 
-    def joined(self, group_grads: list[GroupGrads], *, normalised: bool) -> list[tuple[GroupLists, list[Tensor], bool, float]]:
-        """Lists, gradients, adaptive and eta of the norms to take: one norm of all groups where they agree and one call can take them."""
-        kinds = [(False, 0.0)] * len(group_grads)
-        if normalised:
-            assert self.plan is not None
-            kinds = [(self.plan.groups[each.index].adaptive, self.plan.groups[each.index].eta) for each in group_grads]
-        together = self.lists.joined(group_grads, kinds)
+    def joined(self, group_grads: list[GroupGrads], *, normalised: bool) -> list[tuple[GroupLists, list[Tensor], Scaling]]:
+        """Lists, gradients and scaling of the norms to take: one norm of all groups where they agree and one call can take them."""
+        scalings = [self.ascent_plan.groups[each.index].scaling if normalised else UNSCALED for each in group_grads]
+        together = self.lists.joined(group_grads) if all(each == scalings[0] for each in scalings[1:]) else None
         if together is not None:
-            return [(*together, *kinds[0])]
-        return [(each.lists, each.grads, *kind) for each, kind in zip(group_grads, kinds, strict=True)]
+            return [(*together, scalings[0])]
+        return [(each.lists, each.grads, scaling) for each, scaling in zip(group_grads, scalings, strict=True)]
 
     def _parts(self, key: Key, current: GroupGrads | None) -> list[tuple[GroupLists, list[Tensor], list[Tensor] | None]]:
         """The parameters under a key by what their step starts from; those without a gradient now are restored here."""

@@ -4,17 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sam_kernels._validate import check_flag, check_number
+from sam_kernels._validate import check_flag, check_number, plain_number
 from sam_kernels.optim._types import ParamGroup
-from sam_kernels.schedules._at_step import Step, beta_at, is_ascending, lambd_at, loss_for_radius, radius_at, resolved_at
+from sam_kernels.schedules._at_step import (
+    FIRST_STEP,
+    Step,
+    beta_at,
+    check_schedule,
+    is_ascending,
+    lambd_at,
+    loss_for_radius,
+    radius_at,
+    resolved_at,
+)
 from sam_kernels.schedules._radius import AscentInfo, Radius
 
-__all__ = ["GroupPlan", "StepPlan"]
+__all__ = ["GROUP_OPTIONS", "UNSCALED", "GroupPlan", "Scaling", "StepPlan", "check_options"]
+
+GROUP_OPTIONS = ("rho", "lambd", "adaptive", "eta")  # SAM's options of a parameter group
+
+
+class Scaling(TypedDict):
+    """ASAM's normalisation of a group, as keywords of operations: T = |w| + eta where ``adaptive``, otherwise 1."""
+
+    adaptive: bool
+    eta: float
+
+
+UNSCALED: Scaling = {"adaptive": False, "eta": 0.0}
 
 
 @dataclass(slots=True)
@@ -25,8 +47,7 @@ class GroupPlan:
     t: Step
     rho: float | Tensor | Radius  # a Radius: asked when the norm is known
     lambd: float | Tensor
-    adaptive: bool
-    eta: float
+    scaling: Scaling
     maximize: bool
     participates: bool
     options: tuple[Any, ...]  # as the group holds them
@@ -76,6 +97,21 @@ class StepPlan:
         return self._beta
 
 
+def check_options(values: ParamGroup, keys: Mapping[str, str], *, capturable: bool) -> None:
+    """Checks SAM's options in a group, or in a checkpoint of one; NumPy's numbers become Python's. Raises TypeError or ValueError."""
+    first_step = FIRST_STEP if capturable else 1
+    for name in ("rho", "lambd", "beta"):
+        key = keys.get(name)
+        if key in values:
+            values[key] = plain_number(values[key])
+            check_schedule(name, values[key], first_step)
+    values[keys["eta"]] = _checked_scaling(values[keys["adaptive"]], values[keys["eta"]])["eta"]
+
+
+def _checked_scaling(adaptive: Any, eta: Any) -> Scaling:
+    return {"adaptive": check_flag("SAM", "adaptive", adaptive), "eta": check_number("SAM", "eta", eta, low=0.0)}
+
+
 def _raw(groups: Sequence[ParamGroup], keys: Mapping[str, str]) -> list[Any]:
     return [group[key] for group in groups for key in keys.values()]
 
@@ -84,28 +120,23 @@ def _is_same(left: Any, right: Any) -> bool:
     return left is right or (isinstance(left, int | float) and type(left) is type(right) and left == right)
 
 
-def _options(group: ParamGroup, keys: Mapping[str, str]) -> tuple[Any, ...]:
-    return group[keys["rho"]], group[keys["lambd"]], group[keys["adaptive"]], group[keys["eta"]], len(group["params"]) > 0
-
-
 def _maximizes(group: ParamGroup, base: Optimizer) -> bool:
     """Some optimizers keep the option for themselves, for all groups."""
     return bool(group.get("maximize", getattr(base, "maximize", False)))
 
 
 def _planned(group: ParamGroup, keys: Mapping[str, str], base: Optimizer, t: Step, before: GroupPlan | None) -> GroupPlan:
-    rho, lambd, adaptive, eta, has_params = options = _options(group, keys)
+    rho, lambd, adaptive, eta, has_params = options = (*(group[keys[name]] for name in GROUP_OPTIONS), len(group["params"]) > 0)
     if before is not None and before.is_constant and before.group is group and before.options == options:
-        numbers = before.rho, before.lambd, before.adaptive, before.eta
-        return GroupPlan(group, t, *numbers, _maximizes(group, base), before.participates, options, True)
+        known = before.rho, before.lambd, before.scaling
+        return GroupPlan(group, t, *known, _maximizes(group, base), before.participates, options, True)
     resolved = resolved_at(rho, t)
     return GroupPlan(
         group,
         t,
         resolved,
         lambd_at(lambd, t),
-        check_flag("SAM", "adaptive", adaptive),
-        check_number("SAM", "eta", eta, low=0.0),
+        _checked_scaling(adaptive, eta),
         _maximizes(group, base),
         has_params and is_ascending(resolved),
         options,

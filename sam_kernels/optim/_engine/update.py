@@ -5,9 +5,8 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import repeat
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -19,15 +18,16 @@ from sam_kernels._memory_of import is_fake
 from sam_kernels.optim._engine.capturable import is_recording, not_recordable
 from sam_kernels.optim._engine.lists import GroupLists
 from sam_kernels.optim._shards.dtensor import as_owner
-from sam_kernels.optim._types import ParamGroup
+from sam_kernels.optim._types import GroupOptions, ParamGroup, ParamState
 
 __all__ = ["UpdateScalars", "can_fuse", "fused_step", "plain_step", "with_options"]
 
 
-@dataclass(frozen=True, slots=True)
-class UpdateScalars:
-    """What decides about an update beside gradients and options: skipped where ``found_inf`` is set, divided by ``grad_scale``, clipped to
-    ``max_norm`` by ``norm``."""
+class UpdateScalars(TypedDict):
+    """What decides about an update beside gradients and options, as keywords of operations.
+
+    An update is skipped where ``found_inf`` is set; its gradients are divided by ``grad_scale`` and clipped to ``max_norm`` by ``norm``.
+    """
 
     found_inf: Tensor  # () float32
     grad_scale: Tensor | None  # ()
@@ -60,10 +60,8 @@ def fused_step(
     scalars: UpdateScalars,
 ) -> None:
     """Restore and update of the parameters in ``lists``, in the base's own state, so that its checkpoints stay its own."""
-    if isinstance(base, torch.optim.SGD):
-        _sgd_step(base, group, lists, grads, old_params, scalars)
-    else:
-        _adam_step(base, group, lists, grads, old_params, scalars)
+    step = _sgd_step if isinstance(base, torch.optim.SGD) else _adam_step
+    step(base, group, lists, grads, old_params, scalars)
 
 
 def _sgd_step(
@@ -90,10 +88,7 @@ def _sgd_step(
         weight_decay=group["weight_decay"],
         nesterov=group["nesterov"],
         maximize=group["maximize"],
-        grad_scale=scalars.grad_scale,
-        found_inf=scalars.found_inf,
-        norm=scalars.norm,
-        max_norm=scalars.max_norm,
+        **scalars,
     )
     if is_first:
         for owner, state, buffer in zip(lists.owners, states, buffers, strict=True):
@@ -123,14 +118,11 @@ def _adam_step(
         weight_decay=group["weight_decay"],
         decoupled=isinstance(base, torch.optim.AdamW) or group.get("decoupled_weight_decay", False),
         maximize=group["maximize"],
-        grad_scale=scalars.grad_scale,
-        found_inf=scalars.found_inf,
-        norm=scalars.norm,
-        max_norm=scalars.max_norm,
+        **scalars,
     )
 
 
-def _make_adam_states(group: ParamGroup, lists: GroupLists, states: list[dict[str, Any]]) -> None:
+def _make_adam_states(group: ParamGroup, lists: GroupLists, states: list[ParamState]) -> None:
     """As torch does: of a parameter that has no state at all."""
     for owner, param, state in zip(lists.owners, lists.params, states, strict=True):
         if len(state) == 0:
@@ -140,7 +132,7 @@ def _make_adam_states(group: ParamGroup, lists: GroupLists, states: list[dict[st
                 state[average] = as_owner(owner, torch.zeros_like(param, memory_format=torch.preserve_format))
 
 
-def _steps_on_device(params: list[Tensor], states: list[dict[str, Any]]) -> list[Tensor]:
+def _steps_on_device(params: list[Tensor], states: list[ParamState]) -> list[Tensor]:
     """The counters, those of a checkpoint of torch's own loop moved from the CPU to their parameters' device."""
     for param, state in zip(params, states, strict=True):
         if not param.is_cpu and state["step"].is_cpu:
@@ -163,14 +155,15 @@ def _zero_step(group: ParamGroup, param: Tensor) -> Tensor:
 
 def plain_step(base: Optimizer, grads: list[Tensor], scalars: UpdateScalars) -> None:
     """``base.step()`` from restored parameters, gradients unscaled and clipped in place first. Waits for the device to know of a skip."""
-    if not is_fake(scalars.found_inf):  # of a tensor without values nothing can be read; shapes do not depend on it
-        if scalars.found_inf.item() != 0.0:
+    found_inf, grad_scale, norm = scalars["found_inf"], scalars["grad_scale"], scalars["norm"]
+    if not is_fake(found_inf):  # of a tensor without values nothing can be read; shapes do not depend on it
+        if found_inf.item() != 0.0:
             return
-        if scalars.grad_scale is not None and grads:
-            torch._foreach_div_(grads, scalars.grad_scale.item())
-        if scalars.norm is not None and scalars.max_norm is not None:
-            unscaled = scalars.norm if scalars.grad_scale is None else scalars.norm / scalars.grad_scale
-            torch._foreach_mul_(grads, min(1.0, scalars.max_norm / (unscaled.item() + 1e-6)))
+        if grad_scale is not None and grads:
+            torch._foreach_div_(grads, grad_scale.item())
+        if norm is not None and scalars["max_norm"] is not None:
+            unscaled = norm if grad_scale is None else norm / grad_scale
+            torch._foreach_mul_(grads, min(1.0, scalars["max_norm"] / (unscaled.item() + 1e-6)))
     with _global_hooks_once():
         base.step()
 
@@ -190,7 +183,7 @@ def _global_hooks_once() -> Iterator[None]:
 
 
 @contextmanager
-def with_options(groups: list[ParamGroup], options: Mapping[int, dict[str, Any]]) -> Iterator[None]:
+def with_options(groups: list[ParamGroup], options: Mapping[int, GroupOptions]) -> Iterator[None]:
     """Inside of it, groups (by index) have other options."""
     usual = {i: {key: groups[i][key] for key in changed} for i, changed in options.items()}
     for i, changed in options.items():

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sam_kernels._validate import check_flag
+from sam_kernels.optim._base.sharded import check_unsharded
 from sam_kernels.optim._batches.closures import Closure, TwoPasses
 from sam_kernels.optim._batches.micro_batches import GradientMean
 from sam_kernels.optim._engine.passes import Passes
+from sam_kernels.optim._part import FirstGradient
 from sam_kernels.optim._replicas.rank_mean import RankMean
 from sam_kernels.optim._types import ParamGroup
-from sam_kernels.schedules import Radius
-
-if TYPE_CHECKING:
-    from sam_kernels.optim.descents import Descent
-    from sam_kernels.optim.directions import Direction
+from sam_kernels.optim.descents import Descent
+from sam_kernels.optim.directions import Direction
 
 __all__ = ["Replicas", "check_weights_within_the_rank", "is_blank"]
 
@@ -76,7 +75,18 @@ class Replicas:
             return passes
         self._check_usable()
         descents = [self._local(descent) for _, descent in passes[:-1]] + [self._last(passes[-1][1], mean, groups)]
-        return [(self._checked(self._local(ascent)), descent) for (ascent, _), descent in zip(passes, descents, strict=True)]
+        return [(self.first_pass(ascent), descent) for (ascent, _), descent in zip(passes, descents, strict=True)]
+
+    def first_pass(self, closure: Closure) -> Closure:
+        """The closure of a first pass: with a local ascent without averaging, and checked."""
+
+        def called() -> Any:
+            with self.without_averaging():
+                loss = closure()
+            self.check_first_pass()
+            return loss
+
+        return called
 
     def index_of(self, micro_batch: int, count: int) -> int:
         """The place of this rank's micro-batch among those of all ranks, for what is drawn by it: rank by rank, ``count`` each."""
@@ -94,7 +104,7 @@ class Replicas:
     def check_first_pass(self) -> None:
         """After the first pass. Raises RuntimeError where its gradient is averaged and should not be, or the other way round, and that
         would make another step, or replicas that drift apart. ``DistributedDataParallel`` notes how its last forward pass ran."""
-        if not self._replicated or self._direction.needs_no_gradient:
+        if not self._replicated or self._direction.first_gradient is FirstGradient.NONE:
             return
         averaged = [module.require_forward_param_sync for module in self._replicated]
         if self._averaging and all(averaged):
@@ -102,9 +112,9 @@ class Replicas:
                 "SAM: local_ascent=True, but the first pass did not run under no_sync(); call the DistributedDataParallel module in the "
                 "closure, and in the two-step API put the first forward and backward into `with ddp.no_sync():`"
             )
-        uses_gradient = bool(self._direction.keeps) or not self._descent.is_plain  # beyond the perturbation, which is undone
+        uses_gradient = bool(self._direction.keeps) or self._descent.rewrites  # beyond the perturbation, which is undone
         if not self._averaging and uses_gradient and not all(averaged):
-            part = f"direction {self._direction.name!r}" if self._descent.is_plain else f"descent {self._descent.name!r}"
+            part = f"direction {self._direction.name!r}" if not self._descent.rewrites else f"descent {self._descent.name!r}"
             raise RuntimeError(
                 f"SAM: {part} needs the gradient of all ranks in the first pass, and the last forward pass of the "
                 "DistributedDataParallel module ran under no_sync() or torch.no_grad(); run it outside of both"
@@ -128,14 +138,6 @@ class Replicas:
 
         return called
 
-    def _checked(self, closure: Closure) -> Closure:
-        def called() -> Any:
-            loss = closure()
-            self.check_first_pass()
-            return loss
-
-        return called
-
     # --- what the ranks agree on ---
 
     def agree(self, found_inf: Tensor) -> None:  # ()
@@ -144,16 +146,9 @@ class Replicas:
             self._check_usable()
             distributed.all_reduce(found_inf, op=distributed.ReduceOp.MAX, group=self._replicated[0].process_group)
 
-    def loss_for_radii(self, loss: Any, radii: Sequence[Any], device: torch.device) -> Any:
-        """The loss that radii may follow: with averaged gradients the one of all ranks, or each would perturb by a radius of its own."""
-        return self._mean_loss(loss, device) if any(isinstance(rho, Radius) for rho in radii) else loss
-
-    def loss_for_descent(self, loss: Any, device: torch.device) -> Any:
-        """The loss that the update follows (the Polyak step size): the one of all ranks, or the replicas would drift apart."""
-        return self._mean_loss(loss, device) if self._descent.needs_loss else loss
-
-    def _mean_loss(self, loss: Any, device: torch.device) -> Any:
-        """() float64. With a local ascent, or where the loss is no number, it is returned as it is."""
+    def mean_loss(self, loss: Any, device: torch.device) -> Any:  # () float64
+        """The mean of the ranks' losses, for radii and step sizes that follow it: with averaged gradients each rank would have one of its
+        own. With a local ascent, or where the loss is no number, it is returned as it is."""
         is_number = isinstance(loss, int | float) and not isinstance(loss, bool)
         if not self._replicated or self._averaging or not (is_number or (isinstance(loss, Tensor) and loss.numel() == 1)):
             return loss
@@ -187,7 +182,7 @@ class Replicas:
     def _check_parts(self) -> None:
         """Refuses parts that would make an update, or a checkpoint, from numbers of one rank. SAM refuses the same parts for several
         micro-batches: with a local ascent, the ranks are micro-batches."""
-        if not self._descent.is_plain:
+        if self._descent.rewrites:
             raise ValueError(
                 f"SAM: a local ascent with descent {self._descent.name!r}: the update would depend on the rank's own first pass, and the "
                 "replicas would drift apart; use the plain descent, or SAM(..., model=ddp) without local_ascent"
@@ -197,7 +192,7 @@ class Replicas:
                 f"SAM: a local ascent with direction {self._direction.name!r}: every rank would keep an average of its own, of which a "
                 "checkpoint holds one; use a direction that keeps nothing, or SAM(..., model=ddp) without local_ascent"
             )
-        if self._direction.needs_no_gradient:
+        if self._direction.first_gradient is FirstGradient.NONE:
             raise ValueError(
                 f"SAM: a local ascent with direction {self._direction.name!r}: it takes no gradient before the ascent, so all ranks "
                 "perturb alike; leave local_ascent out"
@@ -227,7 +222,9 @@ def is_blank(groups: Sequence[ParamGroup]) -> bool:
 
 
 def check_weights_within_the_rank(model: nn.Module, local_ascent: bool | None) -> None:
-    """For RW-SAM. Raises ValueError for a ``local_ascent`` of False with a replicated model."""
+    """For RW-SAM. Raises ValueError for a ``local_ascent`` of False with a replicated model, TypeError for a model whose parameters are
+    DTensors."""
+    check_unsharded(model)
     if local_ascent is False and any(_found(model)):
         raise ValueError(
             "RWSAM: local_ascent=False: weights over the samples of all ranks are not supported; leave local_ascent out, and every rank "

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sam_kernels import functional
-from sam_kernels.optim._engine.lists import GroupLists
+from sam_kernels.optim._engine.lists import Copies, GroupLists, Key
 from sam_kernels.optim._engine.passes import Passes
 from sam_kernels.optim._engine.plan import StepPlan
 from sam_kernels.optim._engine.replay import BufferGuard, RandomState
@@ -41,13 +41,13 @@ class DirectionalNorms:
     def __init__(self, model: nn.Module, how: Reweighting) -> None:
         self._model, self._how = model, how
         self._guard = BufferGuard([model])
-        self._tangents: dict[int, list[Tensor]] = {}  # by group
+        self._tangents = Copies()
         self._is_tried = False
 
     def release(self) -> None:
         """Frees the memory of directions and of copies of buffers."""
         self._guard.release()
-        self._tangents = {}
+        self._tangents = Copies()
 
     def slopes(
         self,
@@ -85,7 +85,7 @@ class DirectionalNorms:
         of_groups = each.view(len(slopes), -1, self._how.micro_batch).mean(2)
         return of_groups.square().mean(0).sqrt().to(torch.promote_types(losses.dtype, torch.float32))
 
-    def _loss_beside(self, closure: Callable[[], Tensor], trainable: dict[int, GroupLists], passes: Passes, seeds: Sequence[int]) -> Tensor:
+    def _loss_beside(self, closure: Callable[[], Tensor], trainable: dict[Key, GroupLists], passes: Passes, seeds: Sequence[int]) -> Tensor:
         self._length = self._how.delta  # of the step, for each element of z
         if self._how.delta_scaling == "unit":
             d = sum(param.numel() for lists in trainable.values() for param in lists.params)
@@ -93,7 +93,7 @@ class DirectionalNorms:
         passes.perturb_randomly(trainable, seeds, scale=self._length, distribution=self._how.distribution)
         return closure()
 
-    def _slope(self, closure: Callable[[], Tensor], trainable: dict[int, GroupLists], passes: Passes, seeds: Sequence[int]) -> Tensor:
+    def _slope(self, closure: Callable[[], Tensor], trainable: dict[Key, GroupLists], passes: Passes, seeds: Sequence[int]) -> Tensor:
         unpack_dual: Any = forward_ad.unpack_dual  # untyped
         with _dual_parameters(self._model, self._directions(trainable, passes, seeds)):
             tangent: Tensor | None = unpack_dual(closure()).tangent
@@ -104,17 +104,14 @@ class DirectionalNorms:
             )
         return tangent
 
-    def _directions(self, trainable: dict[int, GroupLists], passes: Passes, seeds: Sequence[int]) -> dict[Tensor, Tensor]:
+    def _directions(self, trainable: dict[Key, GroupLists], passes: Passes, seeds: Sequence[int]) -> dict[Tensor, Tensor]:
         """z for each parameter: the numbers that a random perturbation of the same seed adds."""
         found: dict[Tensor, Tensor] = {}
-        for i, lists in trainable.items():
-            known = self._tangents.get(i, [])
-            if len(known) != len(lists.params) or not all(map(_is_alike, known, lists.params)):
-                known = self._tangents[i] = [torch.empty_like(param, requires_grad=False) for param in lists.params]
-            zeros = passes.scratch(i, lists)
+        for key, lists in trainable.items():
+            known = self._tangents.of(lists.params)
+            zeros = passes.scratch(key, lists)
             torch._foreach_zero_(list(zeros))
-            options: dict[str, Any] = {"seed": seeds[i[0]], "scale": 1.0, "distribution": self._how.distribution}
-            functional.random_perturb_(known, zeros, **options, from_old=True)
+            functional.random_perturb_(known, zeros, seed=seeds[key[0]], scale=1.0, distribution=self._how.distribution, from_old=True)
             found.update(zip(lists.params, known, strict=True))
         return found
 
@@ -122,14 +119,14 @@ class DirectionalNorms:
 @contextmanager
 def _dual_parameters(model: nn.Module, tangents: dict[Tensor, Tensor]) -> Iterator[None]:
     """Within, the model's parameters carry the tangents, and so does what is computed from them."""
-    swapped: list[tuple[dict[str, Any], str, Any]] = []
+    swapped: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]] = []
     # Of attention's implementations only the plain one has a forward derivative on every device.
     with forward_ad.dual_level(), sdpa_kernel([SDPBackend.MATH]):
         make_dual: Any = forward_ad.make_dual  # untyped
         duals = {param: make_dual(param.detach(), tangent) for param, tangent in tangents.items()}
         try:
             for module in model.modules():
-                parameters: dict[str, Any] = module._parameters
+                parameters = module._parameters
                 for name, param in parameters.items():
                     if param is not None and param in duals:
                         swapped.append((parameters, name, param))
@@ -138,10 +135,6 @@ def _dual_parameters(model: nn.Module, tangents: dict[Tensor, Tensor]) -> Iterat
         finally:
             for parameters, name, param in swapped:
                 parameters[name] = param
-
-
-def _is_alike(tangent: Tensor, param: Tensor) -> bool:
-    return (tangent.shape, tangent.stride(), tangent.dtype, tangent.device) == (param.shape, param.stride(), param.dtype, param.device)
 
 
 def _warn_of_16_bits(losses: Tensor) -> None:

@@ -61,8 +61,9 @@ def local_grad(param: Tensor, grad: Tensor) -> Tensor:
     given: Any = grad
     if given._spec is not owner._spec and (given.placements != owner.placements or given.device_mesh != owner.device_mesh):
         given = given.redistribute(owner.device_mesh, owner.placements)
-    local: Any = given._local_tensor
-    return local.wait() if hasattr(local, "wait") else local  # a collective that is still under way
+    part: Any = given._local_tensor
+    local: Tensor = part.wait() if hasattr(part, "wait") else part  # a collective that is still under way
+    return local
 
 
 def as_owner(owner: Tensor, local: Tensor) -> Tensor:

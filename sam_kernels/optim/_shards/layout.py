@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 
 from sam_kernels.optim._shards.dtensor import is_dtensor
 
-__all__ = ["WHOLE", "Layout", "Meshes", "layout_of"]
+__all__ = ["WHOLE", "Layout", "Meshes", "layout_of", "sharded_dims", "why_no_layout"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,28 @@ def layout_of(param: Tensor) -> Layout:
         else:
             part = part * mesh.size(dim) + place
     return Layout(mesh, copies, part)
+
+
+def sharded_dims(param: Tensor) -> set[int]:
+    """The dimensions along which a parameter is cut into parts."""
+    owner: Any = param
+    return {each.dim for each in owner.placements if not each.is_replicate()} if is_dtensor(param) else set()
+
+
+def why_no_layout(param: Tensor) -> str | None:
+    """Why a step cannot be made of a DTensor, and what to do; None for one of which it can. The end of a sentence about the parameter."""
+    if not is_dtensor(param):
+        return None
+    owner: Any = param
+    if any(each.is_partial() for each in owner.placements):
+        return (
+            f"is a DTensor with placements {owner.placements}: its values are sums that no rank has; redistribute it to Replicate or Shard"
+        )
+    if owner.device_mesh.get_coordinate() is None:
+        return (
+            f"is a DTensor on {owner.device_mesh}, which this rank is no part of; give this rank's optimizer the parameters of its own mesh"
+        )
+    return None
 
 
 class Meshes:
@@ -79,7 +101,8 @@ class Meshes:
     def mean(self, value: Tensor) -> Tensor:
         """The mean of what the ranks of the largest mesh have, float64."""
         mesh = max(self._meshes, key=lambda mesh: mesh.size())
-        return _all_reduce(value.to(torch.float64, copy=True), mesh, distributed.ReduceOp.SUM) / mesh.size()
+        ranks: int = mesh.size()
+        return _all_reduce(value.to(torch.float64, copy=True), mesh, distributed.ReduceOp.SUM) / ranks
 
     def agree(self, found_inf: Tensor) -> None:
         """Sets ``found_inf``, () float32, where it is set on any rank of any mesh. 4 bytes a mesh."""
@@ -95,4 +118,5 @@ def _all_reduce(tensor: Tensor, mesh: Any, operation: Any) -> Tensor:
     covers_all = mesh.size() == distributed.get_world_size()
     for group in [None] if covers_all else mesh.get_all_groups():
         distributed.all_reduce(moved, op=operation, group=group)
-    return moved.to(tensor.device)
+    reduced: Tensor = moved.to(tensor.device)
+    return reduced

@@ -48,7 +48,9 @@ class Shards:
         """The norm over all elements of all ranks, of the rank's own norms: float64 where one of them is, otherwise float32."""
         dtype = torch.float64 if any(norm.dtype is torch.float64 for _, norm in parts) else torch.float32
         if device.type == "cpu":  # Python's numbers: the same float64 arithmetic, and a tenth of the time
-            return torch.tensor(math.sqrt(self._meshes.sum_of_numbers([(layout, norm.item() * norm.item()) for layout, norm in parts])), dtype=dtype)
+            return torch.tensor(
+                math.sqrt(self._meshes.sum_of_numbers([(layout, norm.item() * norm.item()) for layout, norm in parts])), dtype=dtype
+            )
         squares = [(layout, norm.to(torch.float64).square()) for layout, norm in parts]
         return self.sum(squares, (), device).sqrt().to(dtype)
 

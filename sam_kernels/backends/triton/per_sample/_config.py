@@ -7,13 +7,14 @@ each, 3.35 TB/s, 990 TFLOP/s bfloat16, 495 tf32, 67 float32). ``python -m bench.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 import triton
 
-__all__ = ["DIRECT", "ENOUGH", "GRAM", "KINDS", "LEAST", "TILE_ELEMENTS", "Tile", "direct_tile", "gram_tile", "kind_of"]
+__all__ = ["ENOUGH", "KINDS", "LEAST", "TILES", "TILE_ELEMENTS", "Tile", "direct_tile", "gram_tile", "kind_of", "tuned"]
 
 LEAST = 16  # what tl.dot takes at least, of every size; what is smaller is padded with zeros
 ENOUGH = 264  # programs: two for each multiprocessor, so that one waits for memory while the other multiplies
@@ -46,8 +47,19 @@ _TENSOR_CORES = (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4))
 # float32 outside of the tensor cores: each thread holds its rows and columns of a step in registers, so that steps are short. Two sums of
 # 128 by 128 would spill.
 _REGISTERS = (Tile(128, 128, 16, 8, 3), Tile(64, 64, 16, 4, 3))
-DIRECT: dict[str, tuple[Tile, ...]] = {kind: _REGISTERS if kind == "ieee" else _TENSOR_CORES for kind in KINDS}
-GRAM: dict[str, tuple[Tile, ...]] = DIRECT | {"ieee": _REGISTERS[1:]}
+_DIRECT: dict[str, tuple[Tile, ...]] = {kind: _REGISTERS if kind == "ieee" else _TENSOR_CORES for kind in KINDS}
+TILES: dict[str, dict[str, tuple[Tile, ...]]] = {"direct": _DIRECT, "gram": _DIRECT | {"ieee": _REGISTERS[1:]}}
+
+
+@contextmanager
+def tuned(method: str, kind: str, *tiles: Tile) -> Iterator[None]:
+    """While open, these are the tiles of a form ("direct", "gram") for a kind of product."""
+    before = TILES[method][kind]
+    TILES[method][kind] = tiles
+    try:
+        yield
+    finally:
+        TILES[method][kind] = before
 
 
 def kind_of(precision: str, *dtypes: torch.dtype) -> str:
@@ -75,7 +87,7 @@ def gram_tile(kind: str, groups: int, tokens: int, features: int, itemsize: int)
         sides = -(-tokens // tile.rows)
         return groups * sides * (sides + 1) // 2
 
-    tile = _chosen(GRAM[kind], tokens, tokens, programs)
+    tile = _chosen(TILES["gram"][kind], tokens, tokens, programs)
     # A few positions: there is one program a group then, which is to have as many bytes under way as one of 64 has.
     return replace(tile, depth=_fit(features, min(tile.depth, _ROW_BYTES // itemsize) * max(1, 64 // tile.rows)))
 
@@ -86,5 +98,5 @@ def direct_tile(kind: str, groups: int, tokens: int, in_features: int, out_featu
     def programs(tile: Tile) -> int:
         return groups * -(-out_features // tile.rows) * -(-in_features // tile.columns)
 
-    tile = _chosen(DIRECT[kind], out_features, in_features, programs)
+    tile = _chosen(TILES["direct"][kind], out_features, in_features, programs)
     return replace(tile, depth=_fit(tokens, min(tile.depth, _ROW_BYTES // itemsize)))

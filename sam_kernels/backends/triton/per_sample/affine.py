@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import core
 
-from sam_kernels.backends.triton._blocks import convert
+from sam_kernels.backends.triton._blocks import load_where
 from sam_kernels.backends.triton.per_sample._config import ENOUGH, TILE_ELEMENTS
 from sam_kernels.backends.triton.per_sample._launch import launch
 
@@ -31,10 +31,16 @@ _BLOCK = 512  # sums that a program of the second kernel adds up
 
 @triton.jit
 def _add(weight_sums, bias_sums, normalized, grads, place, mask):
-    g = convert(tl.load(grads + place, mask=mask, other=0.0), tl.float32)
+    g = load_where(grads, place, mask)
     if normalized is not None:
-        weight_sums = tl.fma(convert(tl.load(normalized + place, mask=mask, other=0.0), tl.float32), g, weight_sums)
+        weight_sums = tl.fma(load_where(normalized, place, mask), g, weight_sums)
     return weight_sums, bias_sums + g
+
+
+@triton.jit
+def _store_sums(parts, sums, target, mask, AXIS: tl.constexpr):
+    if parts is not None:
+        tl.store(parts + target, tl.sum(sums, axis=AXIS), mask=mask)
 
 
 @triton.jit(do_not_specialize=["groups", "positions", "steps", "parts"])
@@ -67,10 +73,8 @@ def _columns_kernel(
         mask = (rows < positions)[:, None] & is_column[None, :]
         weight_sums, bias_sums = _add(weight_sums, bias_sums, normalized, grads, place, mask)
     target = (part.to(tl.int64) * groups + group) * channels + columns
-    if weight_parts is not None:
-        tl.store(weight_parts + target, tl.sum(weight_sums, axis=0), mask=is_column)
-    if bias_parts is not None:
-        tl.store(bias_parts + target, tl.sum(bias_sums, axis=0), mask=is_column)
+    _store_sums(weight_parts, weight_sums, target, is_column, 0)
+    _store_sums(bias_parts, bias_sums, target, is_column, 0)
 
 
 @triton.jit(do_not_specialize=["groups", "blocks", "steps", "parts"])
@@ -104,10 +108,8 @@ def _rows_kernel(
         mask = is_row[:, None] & (columns < length)[None, :]
         weight_sums, bias_sums = _add(weight_sums, bias_sums, normalized, grads, place, mask)
     target = (part.to(tl.int64) * groups + group) * channels + rows
-    if weight_parts is not None:
-        tl.store(weight_parts + target, tl.sum(weight_sums, axis=1), mask=is_row)
-    if bias_parts is not None:
-        tl.store(bias_parts + target, tl.sum(bias_sums, axis=1), mask=is_row)
+    _store_sums(weight_parts, weight_sums, target, is_row, 1)
+    _store_sums(bias_parts, bias_sums, target, is_row, 1)
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -154,16 +156,9 @@ def affine_grads_(
     found = wanted if parts == 1 else [tensor.new_empty((parts, m, channels)) for tensor in wanted]
     given = dict(zip([tensor is weight_grads for tensor in wanted], found, strict=True))
     operands = given.get(True), given.get(False), normalized, grad_outputs, m
-    if in_columns:
-        launch(
-            _columns_kernel, programs * parts, grad_outputs.device, *operands, positions, channels, steps, parts,
-            BLOCK_S=block_s, BLOCK_C=block_c,
-        )  # fmt: skip
-    else:
-        launch(
-            _rows_kernel, programs * parts, grad_outputs.device, *operands, channels, length, units, steps, parts,
-            BLOCK_C=block_c, BLOCK_L=block_l,
-        )  # fmt: skip
+    kernel, sizes = (_columns_kernel, [positions, channels]) if in_columns else (_rows_kernel, [channels, length, units])
+    blocks = {"BLOCK_S": block_s} if in_columns else {"BLOCK_L": block_l}
+    launch(kernel, programs * parts, grad_outputs.device, *operands, *sizes, steps, parts, BLOCK_C=block_c, **blocks)
     for total, partial in zip(wanted, found, strict=True) if parts > 1 else ():
         count = total.numel()
         launch(_parts_kernel, -(-count // _BLOCK), total.device, total, partial, parts, count, BLOCK_SIZE=_BLOCK)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sam_kernels.backends.triton._blocks import convert
+from sam_kernels.backends.triton._blocks import load_where
 from sam_kernels.backends.triton.per_sample._finish import finish
 from sam_kernels.backends.triton.per_sample._launch import launch
 
@@ -52,7 +52,7 @@ def _runs_kernel(
     if begins:
         is_column = columns < dim
         first = grads + (group * tokens + tl.load(order + group * tokens + start)) * dim
-        sums = convert(tl.load(first + columns, mask=is_column, other=0.0), tl.float32)
+        sums = load_where(first, columns, is_column)
         lanes = tl.arange(0, ROWS)
         position = start + 1
         more = tl.load(mine + position, mask=position < tokens, other=0) == index
@@ -61,8 +61,8 @@ def _runs_kernel(
             rows = position + lanes
             same = (rows < tokens) & (tl.load(mine + rows, mask=rows < tokens, other=0) == index)
             sources = group * tokens + tl.load(order + group * tokens + rows, mask=same, other=0)
-            values = tl.load(grads + sources[:, None] * dim + columns[None, :], mask=same[:, None] & is_column[None, :], other=0.0)
-            sums += tl.sum(convert(values, tl.float32), axis=0)
+            values = load_where(grads, sources[:, None] * dim + columns[None, :], same[:, None] & is_column[None, :])
+            sums += tl.sum(values, axis=0)
             position += ROWS
             more = tl.sum(same.to(tl.int32)) == ROWS
         total = tl.sum(sums * sums)

@@ -1,1 +1,0 @@
-"""Validation of the operations of gradient norms per sample."""

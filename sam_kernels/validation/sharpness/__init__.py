@@ -1,1 +1,0 @@
-"""Validation of the operations on one tensor of gradient norms: Gibbs weights, and draws by them."""
