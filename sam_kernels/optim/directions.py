@@ -188,8 +188,8 @@ class Centralized(Direction):
             for j, param in enumerate(group["params"]):
                 if param.dim() > 1 and (cut := sharded_dims(param) - {0}):
                     raise ValueError(
-                        f"GCSAM: parameter {param_name(group, i, j)} is sharded along dimension {min(cut)}, so that a slice whose mean is to "
-                        "be subtracted lies on several ranks; shard it along dimension 0, or use SAM"
+                        f"GCSAM: parameter {param_name(group, i, j)} is sharded along dimension {min(cut)}, so that a slice whose mean is "
+                        "to be subtracted lies on several ranks; shard it along dimension 0, or use SAM"
                     )
 
     def norm(self, step: AscentStep, group_grads: list[GroupGrads], grad_scale: Tensor | None) -> Tensor:

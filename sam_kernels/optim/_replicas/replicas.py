@@ -163,7 +163,8 @@ class Replicas:
     def _check_can_ascend_locally(self, model: Any) -> None:
         if not self._replicated:
             raise ValueError(
-                f"SAM: local_ascent=True needs a DistributedDataParallel module, got model={_type_names(model)}; write "
+                f"SAM: local_ascent=True needs a DistributedDataParallel module, got model={_type_names(model)} (with shards no rank has a "
+                "gradient of the whole model before it is averaged); write "
                 "SAM(ddp.parameters(), ..., model=ddp, local_ascent=True) with ddp = DistributedDataParallel(module)"
             )
         if not distributed.is_initialized():
