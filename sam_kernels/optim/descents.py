@@ -56,12 +56,19 @@ class DescentStep:
         return plan is not None and plan.groups[current.index].maximize
 
     def dots(self, others: Callable[[GroupGrads], list[Tensor]]) -> Tensor:  # (3,) float64
-        """Return (Σ g_p², Σ g_p o, Σ o²), with ``others`` returning o for a group. Sets ``found_inf`` where an element is not finite."""
+        """Return (Σ g_p², Σ g_p o, Σ o²), with ``others`` returning o for a group; of DTensors over all ranks. Sets ``found_inf`` where an
+        element is not finite."""
         found_inf = self.passes.found_inf
         return self.sum_of([functional.grad_dots(current.grads, others(current), found_inf=found_inf) for current in self.group_grads])
 
     def sum_of(self, parts: list[Tensor]) -> Tensor:  # (3,) float64
-        device = self.passes.found_inf.device
+        """Sums over all groups, of DTensors over all ranks. ``parts``: one for each of :attr:`group_grads`."""
+        device, shards = self.passes.found_inf.device, self.passes.lists.shards
+        if shards:
+            layouts = [current.lists.layout for current in self.group_grads]
+            total = shards.sum(list(zip(layouts, parts, strict=True)), (3,), device)
+            self.passes.found_inf.logical_or_(~total.isfinite().all())
+            return total
         return torch.stack([part.to(device) for part in parts]).sum(0) if len(parts) != 1 else parts[0]
 
     def or_zero(self, value: Tensor) -> Tensor:  # () float64
@@ -73,10 +80,9 @@ class DescentStep:
         norms = []
         for current in self.group_grads:
             grads, found_inf = current.grads, self.passes.found_inf
-            norms.append(
-                functional.combine_(grads, grads, others(current), left_weight=weight, right_weight=other_weight, found_inf=found_inf)
-            )
-        return functional.combine_norms(norms)
+            norm = functional.combine_(grads, grads, others(current), left_weight=weight, right_weight=other_weight, found_inf=found_inf)
+            norms.append((current.lists, norm))
+        return self.passes.combined(norms)
 
 
 @dataclass
@@ -186,8 +192,7 @@ class WeightedSharpness(Descent):
             functional.check_finite_(grads, step.passes.found_inf)
             if step.passes.origins(current) is None:  # a group that did not ascend was in no norm
                 functional.check_finite_(kept, step.passes.found_inf)
-            for param, grad in zip(current.lists.params, kept, strict=True):
-                param.grad = grad
+            current.lists.put_grads(kept)
 
         def finish(kept_is_unscaled: bool) -> None:
             found_inf = step.passes.found_inf.clone()  # the step is made: weights that overflow now do not make it a skipped one
@@ -198,8 +203,7 @@ class WeightedSharpness(Descent):
                 functional.combine_(
                     params, params, grads, kept, left_weight=1.0, right_weight=-scaled, origin_weight=weight, found_inf=found_inf
                 )
-                for param, grad in zip(params, grads, strict=True):
-                    param.grad = grad
+                current.lists.put_grads(grads)
 
         return Outcome(finish=finish)
 

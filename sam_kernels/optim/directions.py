@@ -6,6 +6,7 @@ normalisation, base optimizer and descent rule are independent of d. Directions 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -19,9 +20,11 @@ from sam_kernels._validate import check_number, check_seed
 from sam_kernels.optim._base.options import store_plain
 from sam_kernels.optim._engine.ascent import PerturbOptions
 from sam_kernels.optim._engine.ascent_step import AscentStep
-from sam_kernels.optim._engine.lists import GroupGrads
+from sam_kernels.optim._engine.lists import GroupGrads, param_name
 from sam_kernels.optim._part import FirstGradient, Part, Use
 from sam_kernels.optim._reweighted.seeds import derived_seed
+from sam_kernels.optim._shards.layout import sharded_dims
+from sam_kernels.optim._types import ParamGroup
 
 __all__ = [
     "Centralized",
@@ -60,6 +63,9 @@ class Direction(Part):
     def rewrites(self) -> bool:
         """Whether :meth:`descent_norm` is overridden: the gradients of the second pass are written."""
         return type(self).descent_norm is not Direction.descent_norm
+
+    def check_shards(self, groups: Sequence[ParamGroup]) -> None:
+        """Raises ValueError, by name, for a parameter that is cut into parts of which the direction cannot be made."""
 
     def begin(self, step: AscentStep) -> None:
         """Called before the first forward pass of a micro-batch."""
@@ -112,20 +118,19 @@ class _MovingAverage(Direction):
             averages = step.kept(self.keeps[0], lists)
             is_whole = isinstance(averages, TensorList)  # which none of them is missing from
             new = [] if is_whole else [param for param, average in zip(lists.params, averages, strict=True) if average is None]
-            norms.append(
-                functional.direction_norm_(
-                    grads,
-                    averages,
-                    lists.params,
-                    kind=self.kind,
-                    theta=self.theta,
-                    sigma=self.sigma,
-                    lmbda=self.lmbda,
-                    grad_scale=grad_scale,
-                    found_inf=step.found_inf,
-                    **scaling,
-                )
+            norm = functional.direction_norm_(
+                grads,
+                averages,
+                lists.params,
+                kind=self.kind,
+                theta=self.theta,
+                sigma=self.sigma,
+                lmbda=self.lmbda,
+                grad_scale=grad_scale,
+                found_inf=step.found_inf,
+                **scaling,
             )
+            norms.append((lists, norm))
             if new:
                 step.keep(self.keeps[0], lists, cast("list[Tensor]", averages))
         return step.combined(norms)
@@ -178,6 +183,15 @@ class Centralized(Direction):
 
     name = "centralized"
 
+    def check_shards(self, groups: Sequence[ParamGroup]) -> None:
+        for i, group in enumerate(groups):
+            for j, param in enumerate(group["params"]):
+                if param.dim() > 1 and (cut := sharded_dims(param) - {0}):
+                    raise ValueError(
+                        f"GCSAM: parameter {param_name(group, i, j)} is sharded along dimension {min(cut)}, so that a slice whose mean is "
+                        "to be subtracted lies on several ranks; shard it along dimension 0, or use SAM"
+                    )
+
     def norm(self, step: AscentStep, group_grads: list[GroupGrads], grad_scale: Tensor | None) -> Tensor:
         return self._centralize(step, group_grads, normalised=True)
 
@@ -187,7 +201,9 @@ class Centralized(Direction):
 
     def _centralize(self, step: AscentStep, group_grads: list[GroupGrads], *, normalised: bool) -> Tensor:  # ()
         parts = step.joined(group_grads, normalised=normalised)
-        norms = [functional.centralize_(grads, lists.params, found_inf=step.found_inf, **scaling) for lists, grads, scaling in parts]
+        norms = [
+            (lists, functional.centralize_(grads, lists.params, found_inf=step.found_inf, **scaling)) for lists, grads, scaling in parts
+        ]
         return step.combined(norms)
 
 
@@ -235,7 +251,7 @@ class Randomized(Direction):
             )
             if group.scaling["adaptive"]:
                 norm = functional.grad_norm(grads, origins, **group.scaling)
-            norms.append(norm)
+            norms.append((lists, norm))
         step.restore_others(group_grads)
         return step.combined(norms)
 
@@ -272,9 +288,8 @@ class Momentum(Direction):
         for i, group in enumerate(step.groups):
             state = step.base.state
             params = [param for param in group.group["params"] if param.requires_grad and state.get(param, {}).get(key) is not None]
-            if params:
-                lists = step.lists_of(i, params)
-                found.append(GroupGrads(i, group.group, lists, lists.state(key, [state[param][key] for param in params])))
+            for place, lists in step.lists_of(i, params) if params else ():
+                found.append(GroupGrads(place, group.group, lists, lists.state(key, [state[param][key] for param in lists.owners])))
         return found
 
     def perturb_options(self, step: AscentStep, current: GroupGrads) -> PerturbOptions:

@@ -83,7 +83,7 @@ class RWSAM(SAM):
             that take no gradient at w, and rules that keep it (which mean ∇f, not v), do not.
 
     Raises:
-        TypeError, ValueError: for arguments of the wrong type or out of range.
+        TypeError, ValueError: for arguments of the wrong type or out of range, and for parameters that are DTensors.
     """
 
     _group_keys = (*SAM._group_keys, "beta")
@@ -134,8 +134,8 @@ class RWSAM(SAM):
         check_weighted(sam_and_base_kwargs.get("direction"), sam_and_base_kwargs.get("descent"))
         self._more_defaults = {"beta": beta}
         check_weights_within_the_rank(model, local_ascent)
-        parameters = model.parameters() if params is None else params
-        super().__init__(parameters, base_optimizer, model=model, local_ascent=local_ascent, **sam_and_base_kwargs)
+        params = model.parameters() if params is None else params
+        super().__init__(params, base_optimizer, model=model, local_ascent=local_ascent, **sam_and_base_kwargs)
         known = set(map(id, model.parameters()))
         for i, group in enumerate(self.param_groups):
             for j, param in enumerate(group["params"]):

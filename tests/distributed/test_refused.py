@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import distributed, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sam_kernels import ASAM, GSAM, RSAM, RWSAM, SAM, SAMSPS, WSAM, FriendlySAM, LookSAM, MomentumSAM, VaSSO
@@ -202,3 +204,29 @@ def test_sam_inside_of_zero_is_refused(group: None) -> None:
         ZeroRedundancyOptimizer(params, partial(SAM, base_optimizer=torch.optim.SGD), lr=0.1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=words):
         ZeroRedundancyOptimizer(params, lambda shard, **options: SAM(shard, torch.optim.SGD, **options), lr=0.1)  # type: ignore[arg-type]
+
+
+# --- DTensors ---
+
+
+def test_sums_that_no_rank_has_are_refused_by_name(group: None) -> None:
+    mesh = init_device_mesh("cpu", (1,))
+    param = nn.Parameter(DTensor.from_local(torch.ones(4), mesh, [Partial()], run_check=False))
+    with pytest.raises(TypeError, match=r"parameter 'head\.weight' is a DTensor with placements .*redistribute it"):
+        SAM([("head.weight", param)], torch.optim.SGD, **SGD)
+
+
+def test_a_gradient_of_another_kind_is_refused_by_name(group: None) -> None:
+    sharded = distribute_tensor(torch.ones(4), init_device_mesh("cpu", (1,)), [Shard(0)])
+    param = nn.Parameter(sharded)
+    optimizer = SAM([("head.weight", param)], torch.optim.SGD, **SGD)
+    param.grad = torch.ones(4)
+    with pytest.raises(TypeError, match=r"gradient of parameter 'head\.weight' is an ordinary tensor and the parameter is a DTensor"):
+        optimizer.first_step()
+    assert torch.equal(sharded.to_local(), torch.ones(4))
+
+
+def test_reweighting_shards_is_refused_by_name(group: None) -> None:
+    model = fully_shard(make_model(), mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(TypeError, match=r"RWSAM: parameter '0\.weight' is a DTensor"):
+        RWSAM(model, torch.optim.SGD, beta=1.0, **SGD)

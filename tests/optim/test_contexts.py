@@ -311,16 +311,3 @@ def test_a_wrapper_is_refused_by_name() -> None:
 
     with pytest.raises(TypeError, match=r"'head\.weight' is a TwoTensor, which wraps other tensors"):
         named(nn.Parameter(TwoTensor(torch.ones(3), torch.ones(3))))
-
-
-def test_a_dtensor_is_refused_by_name(tmp_path: Any) -> None:
-    from torch import distributed
-    from torch.distributed.tensor import DeviceMesh, distribute_tensor
-
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        sharded = distribute_tensor(torch.ones(4), DeviceMesh("cpu", [0]))
-        with pytest.raises(TypeError, match=r"'head\.weight'.* DTensor"):
-            named(nn.Parameter(sharded))
-    finally:
-        distributed.destroy_process_group()

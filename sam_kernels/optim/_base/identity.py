@@ -11,6 +11,9 @@ from torch import Tensor
 from sam_kernels._memory_of import ORDINARY_TYPES, is_fake
 from sam_kernels.optim._base.sharded import check_no_sharding_optimizer
 from sam_kernels.optim._engine.lists import address_of, check_param, param_name
+from sam_kernels.optim._shards.dtensor import is_dtensor, local_of
+from sam_kernels.optim._shards.layout import layout_of
+from sam_kernels.optim._shards.shards import Shards
 from sam_kernels.optim._types import ParamGroup
 
 __all__ = ["IdentityCheck"]
@@ -21,6 +24,7 @@ class IdentityCheck:
 
     def __init__(self) -> None:
         self._seen: list[tuple[Any, ...]] = []
+        self.shards = Shards()
 
     def __call__(self, groups: Sequence[ParamGroup]) -> None:
         """Check every parameter that requires a gradient; others are never perturbed.
@@ -43,12 +47,15 @@ class IdentityCheck:
                     raise ValueError(f"SAM: parameter {name} is {first} as well; list it once")
                 places[id(param)] = i, j
         _check_memory(groups, list(places.values()))
+        self.shards = Shards([param for group in groups for param in group["params"]])
         self._seen = now
 
 
 def _signature(param: Tensor) -> tuple[Any, ...]:
     """What the check depends on. A number is no identity for good: a new tensor may get that of one that is gone."""
-    kind = id(param), param.requires_grad, type(param)
+    kind: tuple[Any, ...] = id(param), param.requires_grad, type(param)
+    if is_dtensor(param):
+        kind, param = (*kind, layout_of(param)), local_of(param)
     if not param.requires_grad or type(param) not in ORDINARY_TYPES or param.layout is not torch.strided or param.is_nested:
         return kind
     return *kind, param.dtype, param.device, param.shape, param.stride(), address_of(param)
@@ -58,7 +65,7 @@ def _check_memory(groups: Sequence[ParamGroup], places: Sequence[tuple[int, int]
     """Raises ValueError where elements of two parameters, or two elements of one, lie in the same place."""
     spans = []
     for i, j in places:
-        param = groups[i]["params"][j]
+        param = local_of(groups[i]["params"][j])
         if param.numel() == 0 or param.is_meta or is_fake(param):
             continue
         begin = param.data_ptr()
@@ -98,7 +105,7 @@ def _overlaps_itself(param: Tensor) -> bool:
 
 def _overlap(groups: Sequence[ParamGroup], *places: tuple[int, int]) -> bool:
     """Whether two parameters whose spans of memory meet have a byte in common."""
-    left, right = (groups[i]["params"][j] for i, j in places)
+    left, right = (local_of(groups[i]["params"][j]) for i, j in places)
     if left.is_contiguous() and right.is_contiguous():
         return True
     begin = min(left.data_ptr(), right.data_ptr())

@@ -150,6 +150,7 @@ class Wrapper(Optimizer):
                 if self.capturable:
                     capturable.to_tensors(group, self._keys)
             self._identity(groups)
+            self.direction.check_shards(groups)
             self._memory.adopt(self.state)
         self._groups = list(groups)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sam_kernels import functional
-from sam_kernels.optim._engine.lists import GroupGrads, GroupLists
+from sam_kernels.optim._engine.lists import GroupGrads, GroupLists, Key
 from sam_kernels.optim._engine.ownership import take_over
 from sam_kernels.optim._engine.passes import Passes
 from sam_kernels.optim._types import ParamGroup
@@ -41,21 +41,21 @@ class GradientMean:
     def __init__(self, count: int, passes: Passes) -> None:
         self._count = count
         self._passes = passes
-        self._parts: dict[int, list[_Part]] = {}
-        self._norms: list[Tensor] = []
+        self._parts: dict[Key, list[_Part]] = {}
+        self._norms: list[tuple[GroupLists, Tensor]] = []
 
     def add(self, groups: list[ParamGroup]) -> None:
         """Adds the gradients as they are. One that is taken over is no longer its parameter's ``grad``, where it could be zeroed."""
         self._passes.skips.forget_last_step()
         self._norms = []
         for current in self._passes.lists.group_grads(groups):
-            parts = self._parts.get(current.index, [])
+            parts = self._parts.get(current.key, [])
             if len(parts) == 1 and parts[0].lists is current.lists:
                 self._average(parts[0], current.grads)
             elif parts:
-                self._parts[current.index] = self._add_unevenly(parts, current)
+                self._parts[current.key] = self._add_unevenly(parts, current)
             else:
-                self._parts[current.index] = [self._first(current.lists, current.grads)]
+                self._parts[current.key] = [self._first(current.lists, current.grads)]
 
     def put(self, groups: list[ParamGroup]) -> Tensor | None:
         """Makes the mean the parameters' gradient. Returns its norm, () on the first part's device, where that is known."""
@@ -68,20 +68,21 @@ class GradientMean:
                 if part.count < self._count:
                     torch._foreach_mul_(list(part.means), part.count / self._count)
                     norm_is_known = False
-                for param, mean in zip(part.lists.params, part.means, strict=True):
-                    param.grad = mean if mean.dtype is param.dtype else mean.to(param.dtype)
+                params = part.lists.params
+                part.lists.put_grads(
+                    [mean if mean.dtype is param.dtype else mean.to(param.dtype) for param, mean in zip(params, part.means, strict=True)]
+                )
         known = norm_is_known and len(self._norms) == sum(map(len, self._parts.values())) > 0
-        return functional.combine_norms(self._norms) if known else None
+        return self._passes.combined(self._norms) if known else None
 
     def _first(self, lists: GroupLists, grads: list[Tensor]) -> _Part:
-        ours = take_over(lists.params, grads)
+        ours = take_over(lists.owners, grads)
         means, copied = [], []
         for i, (param, grad) in enumerate(zip(lists.params, grads, strict=True)):
             fits = grad.stride() == param.stride() and grad.dtype not in _HALVES and not grad.requires_grad
             if ours[i] and fits:
                 means.append(grad)
                 continue
-            param.grad = grad  # somebody's buffer: the next backward pass may count on finding it
             means.append(torch.empty_like(param, dtype=torch.float32 if grad.dtype in _HALVES else grad.dtype, requires_grad=False))
             copied.append(i)
         if len(copied) == len(means):
@@ -94,15 +95,16 @@ class GradientMean:
         part.count += 1
         means, found_inf = cast("list[Tensor | None]", part.means), self._passes.found_inf
         # m <- (1 - theta) m + theta g
-        self._norms.append(functional.direction_norm_(grads, means, kind="vasso", theta=1.0 / part.count, found_inf=found_inf))
+        norm = functional.direction_norm_(grads, means, kind="vasso", theta=1.0 / part.count, found_inf=found_inf)
+        self._norms.append((part.lists, norm))
 
     def _add_unevenly(self, parts: list[_Part], current: GroupGrads) -> list[_Part]:
         """Other parameters than last time have a gradient: parts by the number of gradients so far."""
-        known = {param: (mean, part.count) for part in parts for param, mean in zip(part.lists.params, part.means, strict=True)}
+        known = {param: (mean, part.count) for part in parts for param, mean in zip(part.lists.owners, part.means, strict=True)}
         rows: dict[
             tuple[int, bool], list[tuple[Tensor, Tensor | None, Tensor | None]]
         ] = {}  # count, has one now -> parameter, mean, gradient
-        for param, grad in zip(current.lists.params, current.grads, strict=True):
+        for param, grad in zip(current.lists.owners, current.grads, strict=True):
             mean, count = known.pop(param, (None, 0))
             rows.setdefault((count, True), []).append((param, mean, grad))
         for param, (mean, count) in known.items():

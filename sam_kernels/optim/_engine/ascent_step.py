@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sam_kernels import functional
 from sam_kernels._validate import describe
-from sam_kernels.optim._engine.lists import GroupGrads, GroupLists
+from sam_kernels.optim._engine.lists import GroupGrads, GroupLists, Key
 from sam_kernels.optim._engine.passes import Passes
 from sam_kernels.optim._engine.plan import GroupPlan, Scaling
 from sam_kernels.schedules._at_step import Step
@@ -73,13 +71,18 @@ class AscentStep:
         """(lists, gradients, scaling): one row for all groups where one call can take them. ``**scaling`` are keywords of operations."""
         return self._passes.joined(group_grads, normalised=normalised)
 
-    def combined(self, norms: list[Tensor]) -> Tensor:  # ()
-        """The norm of all out of norms of parts; 0 of none."""
-        return functional.combine_norms(norms) if norms else torch.zeros((), dtype=torch.float32, device=self._passes.found_inf.device)
+    def combined(self, norms: Sequence[Tensor | tuple[GroupLists, Tensor]]) -> Tensor:  # ()
+        """The norm over all elements out of norms of lists; 0 of none. Of DTensors it is over the elements of all ranks.
 
-    def lists_of(self, index: int, params: list[Tensor]) -> GroupLists:
-        """Lists of parameters of a group, whether they have a gradient or not."""
-        return self._passes.lists.lists_of(index, params)
+        ``norms``: (lists, norm) for each, or the norm alone. Raises TypeError for a norm alone where parameters lie on the ranks in several
+        ways, since the lists tell which elements count once.
+        """
+        return self._passes.combined(norms)
+
+    def lists_of(self, index: int, params: list[Tensor]) -> list[tuple[Key, GroupLists]]:
+        """Lists of parameters of a group, whether they have a gradient or not: one for each way in which they lie on the ranks."""
+        lists = self._passes.lists
+        return [(key, lists.lists_of(key, owners)) for key, owners in lists.by_layout(index, params)]
 
     # --- what is kept between steps ---
 
@@ -102,7 +105,7 @@ class AscentStep:
                     f"SAM: AscentStep.keep({name!r}): tensors[{i}] must have the shape {tuple(param.shape)} of its parameter, "
                     f"got {describe(tensor)}"
                 )
-        before = self._passes.memory.entries(name, lists.params)
+        before = self._passes.memory.entries(name, lists.owners)
         self._passes.begun.update(param for param, kept in zip(lists.params, before, strict=True) if kept is None)
         self._passes.memory.put(name, lists, tensors)
 
@@ -119,11 +122,11 @@ class AscentStep:
 
     # --- moves before the first gradient ---
 
-    def trainable(self) -> dict[int, GroupLists]:
-        """By the index of a group that participates, its parameters that require a gradient."""
+    def trainable(self) -> dict[Key, GroupLists]:
+        """By the index of a group and a layout that participates, its parameters that require a gradient."""
         return self._passes.trainable(self._passes.ascent_plan)
 
-    def perturb_randomly(self, trainable: dict[int, GroupLists], seeds: Sequence[int], *, scale: float, distribution: str) -> None:
+    def perturb_randomly(self, trainable: dict[Key, GroupLists], seeds: Sequence[int], *, scale: float, distribution: str) -> None:
         """Adds scale z to what :meth:`trainable` gave, z from a seed for each group: 3 N s bytes."""
         self._passes.perturb_randomly(trainable, seeds, scale=scale, distribution=distribution)
 

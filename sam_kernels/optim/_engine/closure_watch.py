@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sam_kernels._memory_of import is_fake
 from sam_kernels.optim._engine.warn import warn_user
+from sam_kernels.optim._shards.dtensor import is_dtensor, local_of
 from sam_kernels.optim._types import ParamGroup
 
 __all__ = ["ClosureWatch", "HalvesWatch"]
@@ -89,7 +90,10 @@ class HalvesWatch:
 
 class _OldGrad:
     """A gradient that was there before, watched until :meth:`end`. Meanwhile ``stand_in`` takes its place: if that is an alias, a closure
-    that assigns the old tensor again is seen too."""
+    that assigns the old tensor again is seen too.
+
+    FSDP2 accumulates by itself: it adds to the local part of a DTensor and then calls the hooks that follow an accumulation alone.
+    """
 
     def __init__(self, param: Tensor, grad: Tensor, stand_in: Tensor) -> None:
         self._param, self._grad, self._alias = param, grad, stand_in
@@ -98,21 +102,30 @@ class _OldGrad:
         self._was_reached = False  # by autograd
         param.grad = stand_in
         # Values show writes that no version counts. They are not needed where the gradient stands in for itself.
-        self._version, self._values = self._alias._version, None if self._alias is self._grad else _some_of(self._alias)
+        self._versions, self._values = self._read_versions(), None if self._alias is self._grad else _some_of(self._alias)
+        self._had_values = is_dtensor(self._alias) and bool(local_of(self._alias).any())
         before = self._param.register_hook(self._before)  # type: ignore[no-untyped-call]  # torch's
         after = self._param.register_post_accumulate_grad_hook(self._after)  # type: ignore[no-untyped-call]  # torch's
         self._hooks = [before, after]
 
     def _is_unwritten(self) -> bool:
-        return self._param.grad is self._alias and self._alias._version == self._version
+        return self._param.grad is self._alias and self._read_versions() == self._versions
+
+    def _read_versions(self) -> tuple[int, int]:
+        """Of the gradient and, of a DTensor, of its local part."""
+        return self._alias._version, local_of(self._alias)._version
 
     def _before(self, _: Tensor) -> None:
         """Autograd has the gradient. It may be going to be returned by ``torch.autograd.grad``."""
         self._was_reached = True
         # Zeroed through .data, no version counts.
-        self._is_about_to_be = self._is_unwritten() and not is_fake(self._alias) and bool(self._alias.any())
+        self._is_about_to_be = self._is_unwritten() and not is_fake(self._alias) and bool(local_of(self._alias).any())
 
     def _after(self, _: Tensor) -> None:
+        if is_dtensor(self._alias) and not self._was_reached:
+            (version, local_version), was_added = self._versions, self._param.grad is self._alias and self._had_values
+            self._was_reached = True
+            self._is_about_to_be = was_added and self._read_versions() == (version, local_version + 1)
         self.was_added_to = self.was_added_to or self._is_about_to_be
 
     def end(self) -> bool:
@@ -129,6 +142,7 @@ class _OldGrad:
 
 def _some_of(grad: Tensor) -> Tensor | None:
     """A copy of some elements; None where looking at them would wait, or cannot be done."""
+    grad = local_of(grad)
     if not grad.is_cpu or grad.layout is not torch.strided or is_fake(grad):
         return None
     return grad[tuple(slice(_LOOKED_AT if i == grad.dim() - 1 else 1) for i in range(grad.dim()))].clone()

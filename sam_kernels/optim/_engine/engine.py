@@ -30,6 +30,7 @@ from sam_kernels.optim._engine.warn import warn_user
 from sam_kernels.optim._part import FirstGradient
 from sam_kernels.optim._replicas.replicas import Replicas, is_blank
 from sam_kernels.optim.descents import UNCHANGED, DescentStep, Outcome
+from sam_kernels.schedules import Radius
 
 __all__ = ["Engine"]
 
@@ -180,8 +181,8 @@ class Engine(Wrapper):
         """Saves the weights and writes w + e. ``hand_over``: gradients may be taken from their parameters, to be kept without a copy."""
         if self.direction.first_gradient is not FirstGradient.NONE:  # otherwise the only forward pass is yet to come
             self._guard.save()
-        if loss is not None:
-            loss = self._replicas.loss_for_radii(loss, [each.rho for each in step.groups], self._passes.found_inf.device)
+        if loss is not None and any(isinstance(each.rho, Radius) for each in step.groups):
+            loss = self._loss_of_all_ranks(loss)
         group_grads = self.direction.group_grads(step)
         norm, moves = self._moves(step, group_grads, grad_scale)
         self._passes.ascend(moves, norm, eps=self.norm_eps, grad_scale=grad_scale, loss=loss)
@@ -241,7 +242,7 @@ class Engine(Wrapper):
             self._passes.restore()
             self._passes.skips.forget_last_step()
             found_inf = self._passes.found_inf
-            self._replicas.agree(found_inf)
+            self._agree(found_inf)
             outer.add()
             add_not_finite(self.param_groups, found_inf)
         except BaseException:
@@ -323,10 +324,19 @@ class Engine(Wrapper):
         if not self.descent.rewrites:
             return UNCHANGED, norm
         self._passes.skips.forget_last_step()  # where there was no ascent, nothing has yet
-        loss = self._replicas.loss_for_descent(self._loss, self._passes.found_inf.device)
+        loss = self._loss_of_all_ranks(self._loss) if self.descent.needs_loss else self._loss
         step = DescentStep(self._passes, self.param_groups, self._kept_grads, has_ascended, grad_scale, loss)
         outcome = self.descent.rewrite(step) if step.group_grads else UNCHANGED
         return outcome, norm if outcome.norm is None else outcome.norm
+
+    def _loss_of_all_ranks(self, loss: Any) -> Any:
+        device = self._passes.found_inf.device
+        return self._passes.lists.shards.mean_loss(self._replicas.mean_loss(loss, device), device)
+
+    def _agree(self, found_inf: Tensor) -> None:  # ()
+        """Replicas and shards skip a step together."""
+        self._replicas.agree(found_inf)
+        self._passes.lists.shards.agree(found_inf)
 
     def _descend(
         self,
@@ -355,7 +365,7 @@ class Engine(Wrapper):
             found_inf=found_inf,
             known_norm=known_norm if norm is None else norm,
             options=outcome.options,
-            agree=self._replicas.agree if plan is not None or not is_blank(self.param_groups) else None,
+            agree=self._agree if plan is not None or not is_blank(self.param_groups) else None,
             scaler_has_checked=outcome is UNCHANGED and not self.direction.rewrites and amp.has_just_checked(self),
             is_plain=outcome is UNCHANGED and not (is_ascents or self._replicas.ascends_locally),
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sam_kernels import functional
 from sam_kernels._tensor_list import TensorList
-from sam_kernels.optim._engine.lists import Copies, GroupGrads, GroupLists
+from sam_kernels.optim._engine.lists import Copies, GroupGrads, GroupLists, Key
 from sam_kernels.optim._engine.ownership import take_over
 
 __all__ = ["KeptGrads"]
@@ -19,22 +19,22 @@ class KeptGrads:
     """Until the descent: N s of memory, and no bytes moved where the gradients can be taken over (else a copy, 2 N s)."""
 
     def __init__(self) -> None:
-        self._kept: dict[int, tuple[GroupLists, list[Tensor]]] = {}
+        self._kept: dict[Key, tuple[GroupLists, list[Tensor]]] = {}
         self._are_scaled = False
         self._copies = Copies()
-        self._described: dict[int, tuple[GroupLists, TensorList]] = {}  # by group: copies of all its gradients
+        self._described: dict[Key, tuple[GroupLists, TensorList]] = {}  # by group: copies of all its gradients
 
     def keep(self, group_grads: Sequence[GroupGrads], *, hand_over: bool, are_scaled: bool = False) -> None:
         """Keeps the gradients as they are. ``hand_over``: one that nobody else has is no longer its parameter's ``grad``, where the second
         pass would write it. ``are_scaled``: they are multiplied by a known loss scale."""
         self._are_scaled = are_scaled
-        used = {current.index: current.lists for current in group_grads}  # other lists' parameters may be gone
+        used = {current.key: current.lists for current in group_grads}  # other lists' parameters may be gone
         self._described = {i: each for i, each in self._described.items() if used.get(i) is each[0]}
-        self._kept = {current.index: (current.lists, self._keep(current, hand_over)) for current in group_grads}
+        self._kept = {current.key: (current.lists, self._keep(current, hand_over)) for current in group_grads}
 
     def _keep(self, current: GroupGrads, hand_over: bool) -> list[Tensor]:
         params, grads = current.lists.params, current.grads
-        ours = take_over(params, grads) if hand_over else [False]
+        ours = take_over(current.lists.owners, grads) if hand_over else [False]
         if not any(ours):
             copies = self._copies_of(current)
             functional.restore_(copies, grads)
@@ -50,18 +50,18 @@ class KeptGrads:
     def _copies_of(self, current: GroupGrads) -> list[Tensor]:
         """Memory for a copy of every gradient, described once for as long as these lists describe the group."""
         lists, grads = current.lists, current.grads
-        described_for, known = self._described.get(current.index, (None, TensorList()))
+        described_for, known = self._described.get(current.key, (None, TensorList()))
         is_known = described_for is lists and isinstance(grads, TensorList)  # both lists in the parameters' memory order
         if is_known and [copy.dtype for copy in known] == [grad.dtype for grad in grads]:
             return known
         copies = lists.grads(self._copies.of(lists.params, grads))
         if isinstance(copies, TensorList):
-            self._described[current.index] = lists, copies
+            self._described[current.key] = lists, copies
         return copies
 
     def of(self, current: GroupGrads) -> list[Tensor]:
         """One for each parameter of ``current``: zeros for one that had no gradient in the first pass."""
-        known = self._kept.get(current.index)
+        known = self._kept.get(current.key)
         if known is not None and known[0] is current.lists:
             return known[1]
         kept = {} if known is None else dict(zip(known[0].params, known[1], strict=True))

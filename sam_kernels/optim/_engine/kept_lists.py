@@ -6,7 +6,10 @@ from torch import Tensor
 
 from sam_kernels._tensor_list import TensorList
 from sam_kernels.optim._base.identity import IdentityCheck
-from sam_kernels.optim._engine.lists import Copies, GroupGrads, GroupLists, check_grads, same_tensors, with_grads
+from sam_kernels.optim._engine.lists import Copies, GroupGrads, GroupLists, Key, check_grads, same_tensors, with_grads
+from sam_kernels.optim._shards.dtensor import local_grad
+from sam_kernels.optim._shards.layout import WHOLE, Layout, layout_of
+from sam_kernels.optim._shards.shards import Shards
 from sam_kernels.optim._types import ParamGroup
 
 __all__ = ["KeptLists"]
@@ -21,8 +24,9 @@ class KeptLists:
     def __init__(self, check: IdentityCheck) -> None:
         self.backups = Copies()
         self._check = check
-        self._lists: dict[int, GroupLists] = {}  # of the parameters that have a gradient
-        self._trainable: dict[int, GroupLists] = {}  # where not every trainable parameter has a gradient
+        self._lists: dict[Key, GroupLists] = {}  # of the parameters that have a gradient
+        self._trainable: dict[Key, GroupLists] = {}  # where not every trainable parameter has a gradient
+        self._by_layout: dict[int, tuple[list[Tensor], list[list[Tensor]]]] = {}  # by group: its parameters, and the same by layout
         self._joint: tuple[list[GroupLists], GroupLists] | None = None  # several groups' lists, and those of all their parameters
 
     def release(self) -> None:
@@ -32,41 +36,62 @@ class KeptLists:
         self._trainable = {}
         self._joint = None
 
+    @property
+    def shards(self) -> Shards:
+        """What all ranks do together."""
+        return self._check.shards
+
+    def by_layout(self, i: int, params: list[Tensor]) -> list[tuple[Key, list[Tensor]]]:
+        """The parameters of group i in lists of one layout each."""
+        if not self.shards:
+            return [((i, 0), params)]
+        known = self._by_layout.get(i)
+        if known is None or not same_tensors(known[0], params):
+            parts: dict[Layout, list[Tensor]] = {}
+            for param in params:
+                parts.setdefault(layout_of(param), []).append(param)
+            known = self._by_layout[i] = list(params), list(parts.values())
+        return [((i, part), params) for part, params in enumerate(known[1])]
+
     def group_grads(self, groups: list[ParamGroup]) -> list[GroupGrads]:
-        """The parameters that have a gradient, and their gradients, by group; groups without any are left out."""
+        """The parameters that have a gradient, and their gradients, by group and layout; groups without any are left out."""
         found = []
-        for i in [i for i in (*self._lists, *self._trainable) if i >= len(groups)]:
-            self._drop(i)
+        for key in [key for key in (*self._lists, *self._trainable) if key[0] >= len(groups)]:
+            self._drop(key)
         for i, group in enumerate(groups):
-            lists = self._lists.get(i)
-            trusted = None if lists is None else lists.current_grads(group["params"])
-            if lists is not None and trusted is not None:  # the usual case: nothing moved, every parameter has a gradient
-                found.append(GroupGrads(i, group, lists, trusted))
-                continue
-            params, grads = with_grads(group["params"])
-            if not params:
-                if (lists is not None or i in self._trainable) and not self._are_of(i, group["params"]):
-                    self._drop(i)
-                continue
-            if lists is None or not lists.is_current(params):
-                self._check(groups)
-                self._joint = None
-                self._trainable.pop(i, None)
-                lists = self._lists[i] = GroupLists(params, self.backups)
-            described = lists.grads(grads)
-            if described is grads:  # not trusted: perhaps one of them is no dense tensor
-                check_grads(group, i)
-            found.append(GroupGrads(i, group, lists, described))
+            for key, owners in self.by_layout(i, group["params"]):
+                lists = self._lists.get(key)
+                trusted = None if lists is None else lists.current_grads(owners)
+                if lists is not None and trusted is not None:  # the usual case: nothing moved, every parameter has a gradient
+                    found.append(GroupGrads(key, group, lists, trusted))
+                    continue
+                params, grads = with_grads(owners)
+                if not params:
+                    if (lists is not None or key in self._trainable) and not self._are_of(key, owners):
+                        self._drop(key)
+                    continue
+                if lists is None or not lists.is_current(params):
+                    self._check(groups)
+                    self._joint = None
+                    self._trainable.pop(key, None)
+                    lists = self._lists[key] = GroupLists(params, self.backups)
+                if lists.layout is not WHOLE:
+                    check_grads(group, i)
+                    grads = list(map(local_grad, params, grads))
+                described = lists.grads(grads)
+                if described is grads:  # not trusted: perhaps one of them is no dense tensor
+                    check_grads(group, i)
+                found.append(GroupGrads(key, group, lists, described))
         return found
 
-    def lists_of(self, i: int, params: list[Tensor]) -> GroupLists:
-        """Lists of parameters of group i, whether they have a gradient or not."""
+    def lists_of(self, key: Key, params: list[Tensor]) -> GroupLists:
+        """Lists of parameters of a group, all of one layout, whether they have a gradient or not."""
         # Those of the last ascent first: what is saved for them need not be saved again.
-        known = (self._lists.get(i), self._trainable.get(i))
+        known = (self._lists.get(key), self._trainable.get(key))
         lists = next((each for each in known if each is not None and each.is_current(params)), None)
         if lists is None:
-            lists = self._trainable[i] = GroupLists(params, self.backups)
-            self._lists.setdefault(i, lists)
+            lists = self._trainable[key] = GroupLists(params, self.backups)
+            self._lists.setdefault(key, lists)
         return lists
 
     def joined(self, group_grads: list[GroupGrads]) -> tuple[GroupLists, TensorList] | None:
@@ -74,19 +99,22 @@ class KeptLists:
         if len(group_grads) < 2:
             return None
         members = [each.lists for each in group_grads]
+        if any(lists.layout != members[0].layout for lists in members):
+            return None
         if self._joint is None or not same_tensors(self._joint[0], members):
-            self._joint = members, GroupLists([param for lists in members for param in lists.params], self.backups)
+            self._joint = members, GroupLists([owner for lists in members for owner in lists.owners], self.backups)
         joint = self._joint[1]
         grads = joint.grads([grad for each in group_grads for grad in each.grads])
         return (joint, grads) if isinstance(grads, TensorList) else None
 
-    def _are_of(self, i: int, params: list[Tensor]) -> bool:
-        """Whether what is known of group i is of parameters that are still in it."""
-        known = [lists.params for lists in (self._lists.get(i), self._trainable.get(i)) if lists is not None]
+    def _are_of(self, key: Key, params: list[Tensor]) -> bool:
+        """Whether what is known under ``key`` is of parameters that are still in the group."""
+        known = [lists.owners for lists in (self._lists.get(key), self._trainable.get(key)) if lists is not None]
         return bool(params) and set(params).issuperset(param for each in known for param in each)
 
-    def _drop(self, i: int) -> None:
-        """Forgets lists of group i, whose parameters would stay in memory."""
-        self._lists.pop(i, None)
-        self._trainable.pop(i, None)
+    def _drop(self, key: Key) -> None:
+        """Forgets lists of a group, whose parameters would stay in memory."""
+        self._lists.pop(key, None)
+        self._trainable.pop(key, None)
+        self._by_layout.pop(key[0], None)
         self._joint = None

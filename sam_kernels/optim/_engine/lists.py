@@ -17,12 +17,15 @@ from sam_kernels._memory_of import is_fake, why_no_memory
 from sam_kernels._tensor_list import TensorList
 from sam_kernels._validate import SUPPORTED_DTYPES
 from sam_kernels.optim._base.sharded import check_whole
+from sam_kernels.optim._shards.dtensor import as_owner, local_grad, local_grads_alike, local_of, locals_of
+from sam_kernels.optim._shards.layout import WHOLE, layout_of, why_no_layout
 from sam_kernels.optim._types import ParamGroup, ParamState
 
 __all__ = [
     "Copies",
     "GroupGrads",
     "GroupLists",
+    "Key",
     "address_of",
     "check_grads",
     "check_param",
@@ -33,13 +36,17 @@ __all__ = [
 ]
 
 
+Key = tuple[int, int]  # the number of a parameter group, and that of a layout within it
+
+
 def same_tensors(left: Sequence[Any] | None, right: Sequence[Any]) -> bool:
     """The same objects in the same order."""
     return left is not None and len(left) == len(right) and all(map(operator.is_, left, right))
 
 
 def address_of(param: Tensor) -> int:
-    """Where its memory begins; 0 for one that has none yet, or holds no values."""
+    """Where its memory begins, of a DTensor the rank's part; 0 for one that has none yet, or holds no values."""
+    param = local_of(param)
     if is_fake(param) or param.is_meta or param.layout is not torch.strided:
         return 0
     try:
@@ -61,10 +68,14 @@ def param_name(group: ParamGroup, group_index: int, index: int) -> str:
 
 
 def check_param(group: ParamGroup, group_index: int, index: int) -> None:
-    """A whole, ordinary, dense floating-point tensor, or TypeError by name. (Parameters that require no gradient may be anything.)"""
+    """Raises TypeError, by name, unless the parameter is a dense floating-point tensor or a DTensor of such. (One that requires no gradient
+    may be anything.)"""
     param = group["params"][index]
     name = param_name(group, group_index, index)
     check_whole(param, name)
+    if (why := why_no_layout(param)) is not None:
+        raise TypeError(f"SAM: parameter {name} {why}")
+    param = local_of(param)
     if param.layout is not torch.strided:
         raise TypeError(f"SAM: parameter {name} is a {param.layout} tensor; only dense (strided) parameters are supported")
     why = None if is_fake(param) or param.is_meta else why_no_memory(param)  # meta: may get memory before the first step
@@ -83,8 +94,12 @@ def check_grads(group: ParamGroup, group_index: int) -> None:
         name = param_name(group, group_index, i)
         if param.is_meta:
             raise TypeError(f"SAM: parameter {name} {why_no_memory(param)}")
-        if param.grad.layout is not torch.strided:
-            raise TypeError(f"SAM: the gradient of parameter {name} is a {param.grad.layout} tensor; only dense gradients are supported")
+        try:
+            grad = local_grad(param, param.grad)
+        except TypeError as error:
+            raise TypeError(f"SAM: the gradient of parameter {name} {error}") from None
+        if grad.layout is not torch.strided:
+            raise TypeError(f"SAM: the gradient of parameter {name} is a {grad.layout} tensor; only dense gradients are supported")
 
 
 class Copies:
@@ -113,14 +128,21 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
 
 
 class GroupLists:
-    """Lists over the parameters of one group that have a gradient now."""
+    """Lists over the parameters of one group that have a gradient now, all of one layout.
 
-    def __init__(self, params: list[Tensor], backups: Copies) -> None:
+    ``params``: what operations take. ``owners``: the parameters as the group has them; the same list unless they are DTensors, whose local
+    parts ``params`` then holds.
+    """
+
+    def __init__(self, owners: list[Tensor], backups: Copies) -> None:
+        self.layout = layout_of(owners[0])
+        params = locals_of(owners)
         self.backend = _dispatch.select(params[0].device.type)
         # FakeTensors (shapes without values, of memory estimators) stay a plain list: operations then run their fake implementations.
         is_usual = all(param.device == params[0].device for param in params) and not any(map(is_fake, params))
         trusted: TensorList | None = self.backend.trust(params) if is_usual else None
         self.params: list[Tensor] = list(params) if trusted is None else trusted
+        self.owners = self.params if self.layout is WHOLE else owners
         self._backups = backups
         self._old_params: list[Tensor] | None = None
         self._norm: Tensor | None = None
@@ -136,14 +158,19 @@ class GroupLists:
         """The gradients of ``params``, if these lists describe exactly them and every one has an ordinary gradient; else None."""
         if not isinstance(self.params, TensorList) or not self._has_backend(self.params[0].device.type):
             return None
-        grads: TensorList | None = self.backend.current_grads(self.params, params)
-        return grads
+        if self.layout is not WHOLE:
+            grads = local_grads_alike(params) if self._are_unmoved(params) else None
+            return None if grads is None else self.backend.trust(grads, self.params)
+        return self.backend.current_grads(self.params, params)
+
+    def _are_unmoved(self, owners: Sequence[Any]) -> bool:
+        return same_tensors(self.owners, owners) and self._describes(self.params, locals_of(owners))
 
     def is_current(self, params: list[Tensor]) -> bool:
         """Whether these lists still describe ``params``: the same tensors where they were, and the backend that would be chosen now."""
         if not self._has_backend(params[0].device.type):
             return False
-        return self._describes(self.params, params)
+        return self._describes(self.params, params) if self.layout is WHOLE else self._are_unmoved(params)
 
     def _describes(self, known: list[Tensor], tensors: list[Tensor]) -> bool:
         return self.backend.is_current(known, tensors) if isinstance(known, TensorList) else same_tensors(known, tensors)
@@ -171,14 +198,19 @@ class GroupLists:
         return self._norm
 
     def grads(self, grads: list[Tensor]) -> list[Tensor]:
-        """The gradients as operations take them; they move at every backward pass."""
+        """The gradients, of DTensors the rank's parts, as operations take them; they move at every backward pass."""
         return self._list(grads)
+
+    def put_grads(self, grads: Sequence[Tensor | None]) -> None:
+        """Makes tensors like ``params``, or None, the gradients of the parameters."""
+        for owner, grad in zip(self.owners, grads, strict=True):
+            owner.grad = None if grad is None else as_owner(owner, grad)
 
     def states(self, all_states: dict[Tensor, ParamState]) -> list[ParamState]:
         """The base optimizer's state of each parameter. Looked up anew only when ``base.state`` holds other dictionaries than last time:
         hashing a tensor is a call into Python."""
         if not same_tensors(self._all_states, list(all_states.values())):
-            self._states = [all_states[param] for param in self.params]
+            self._states = [all_states[param] for param in self.owners]
             self._all_states = list(all_states.values())
         return self._states
 
@@ -188,6 +220,8 @@ class GroupLists:
 
     def state(self, key: str, tensors: list[Tensor]) -> list[Tensor]:
         """State tensors under ``key`` as operations take them, described anew only when one was replaced or has moved."""
+        if self.layout is not WHOLE:
+            tensors = locals_of(tensors)
         known = self._state_tensors.get(key)
         if known is None or not self._describes(known, tensors):
             known = self._state_tensors[key] = self._list(tensors)
@@ -196,12 +230,17 @@ class GroupLists:
 
 @dataclass
 class GroupGrads:
-    """A group's parameters that have a gradient now, and those gradients."""
+    """A group's parameters of one layout that have a gradient now, and those gradients."""
 
-    index: int
+    key: Key
     group: ParamGroup
     lists: GroupLists
     grads: list[Tensor]
+
+    @property
+    def index(self) -> int:
+        """The number of the group."""
+        return self.key[0]
 
 
 def with_grads(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

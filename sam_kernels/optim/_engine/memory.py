@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sam_kernels.optim._engine.lists import GroupLists
+from sam_kernels.optim._shards.dtensor import as_owner, local_of
 from sam_kernels.optim._types import StateDict
 
 __all__ = ["ParamMemory"]
@@ -42,7 +43,7 @@ class ParamMemory:
         """What is kept for the parameters of ``lists``, None for one that has nothing; as operations take it where nothing is missing."""
         known = lists.memory.get(name)
         if known is None or known[0] is not self._version:
-            entries = self.entries(name, lists.params)
+            entries = self.entries(name, lists.owners)
             if any(entry is None for entry in entries):
                 return entries
             # Described once: nobody else has these tensors, so they lie where they lay.
@@ -68,8 +69,8 @@ class ParamMemory:
         return cast("list[Tensor]", entries)
 
     def put(self, name: str, lists: GroupLists, tensors: Iterable[Tensor]) -> None:
-        """Keeps ``tensors``, one for each parameter of ``lists``."""
-        self._tensors[name].update(zip(lists.params, tensors, strict=True))
+        """Keeps ``tensors``, one for each parameter of ``lists``; those of DTensors as DTensors, which checkpoints know how to shard."""
+        self._tensors[name].update((owner, as_owner(owner, local_of(tensor))) for owner, tensor in zip(lists.owners, tensors, strict=True))
         self._version = object()
 
     # --- checkpoints ---

@@ -9,6 +9,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from sam_kernels.optim._shards.dtensor import is_dtensor, local_grad
 from sam_kernels.optim._types import ParamGroup
 
 __all__ = ["OuterGrads", "add_not_finite", "still_not_finite"]
@@ -25,7 +26,8 @@ class OuterGrads:
     def __init__(self, groups: Sequence[ParamGroup]) -> None:
         self._params = [param for group in groups for param in group["params"]]  # a frozen one may still have a gradient
         self._outer = [param.grad for param in self._params]
-        self._is_shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+        has_processes = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self._is_shared = has_processes and not any(map(is_dtensor, self._params))  # FSDP2 reduces the new gradient alone
         self._copies = [grad if grad is None or not self._is_shared else grad.clone() for grad in self._outer]
         self._hook: Any = None
         self._was_zeroed = False
@@ -90,7 +92,7 @@ class OuterGrads:
             if outer is None:
                 continue
             if param.grad is not None:
-                both.append((outer, param.grad))
+                both.append((local_grad(param, outer), local_grad(param, param.grad)))
             param.grad = outer
         dense = [(outer, grad) for outer, grad in both if grad.dtype is outer.dtype and not grad.is_sparse]
         if dense:
@@ -111,8 +113,8 @@ def _marker(groups: Sequence[ParamGroup]) -> Tensor | None:  # (1,)
     """The first element of the gradients."""
     for group in groups:
         for param in group["params"]:
-            if param.grad is not None and param.grad.numel():
-                grad: Tensor = param.grad
+            grad = None if param.grad is None else local_grad(param, param.grad)
+            if grad is not None and grad.numel():
                 return grad.as_strided((1,), (1,), grad.storage_offset())
     return None
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sam_kernels.optim._shards.dtensor import is_dtensor
+
 __all__ = ["nobody_else_has", "take_over"]
 
 
@@ -42,7 +44,12 @@ def nobody_else_has(tensors: Sequence[Tensor]) -> list[bool]:
 
 
 def take_over(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[bool]:
-    """Which of the gradients nobody else has. Those are no longer their parameter's ``grad``, where the next pass would write them."""
+    """Which of the gradients nobody else has. Those are no longer their parameter's ``grad``, where the next pass would write them.
+
+    ``grads`` of DTensors are local parts. FSDP2 makes them in one buffer for many parameters, so all of them stay.
+    """
+    if is_dtensor(params[0]):
+        return [False] * len(grads)
     for param in params:
         param.grad = None
     ours = nobody_else_has(grads)

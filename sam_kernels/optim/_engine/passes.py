@@ -18,12 +18,14 @@ from sam_kernels.optim._engine.ascent import Move
 from sam_kernels.optim._engine.capturable import is_recording, not_recordable
 from sam_kernels.optim._engine.in_flight import InFlight
 from sam_kernels.optim._engine.kept_lists import KeptLists
-from sam_kernels.optim._engine.lists import GroupGrads, GroupLists, same_tensors
+from sam_kernels.optim._engine.lists import GroupGrads, GroupLists, Key, same_tensors
 from sam_kernels.optim._engine.memory import ParamMemory
 from sam_kernels.optim._engine.plan import UNSCALED, Scaling, StepPlan
 from sam_kernels.optim._engine.skipped import SkippedSteps
 from sam_kernels.optim._engine.update import UpdateScalars, can_fuse, fused_step, plain_step, with_options
 from sam_kernels.optim._engine.weight_watch import NOTHING_WATCHED, WeightWatch
+from sam_kernels.optim._reweighted.seeds import derived_seed
+from sam_kernels.optim._shards.dtensor import local_of, locals_of
 from sam_kernels.optim._types import GroupOptions, ParamGroup
 
 __all__ = ["Passes"]
@@ -46,8 +48,8 @@ class Passes:
         self.begun: set[Tensor] = set()
         self.is_perturbed = False
         self.has_ascended = False  # in the last ascent it was the turn of a group at least
-        self._perturbed: dict[int, GroupLists] = {}
-        self._saved: dict[int, GroupLists] = {}  # by group: what has been saved in this step
+        self._perturbed: dict[Key, GroupLists] = {}
+        self._saved: dict[Key, GroupLists] = {}  # what has been saved in this step
         self._in_flight: InFlight | None = None
         self._watch = NOTHING_WATCHED  # the two-step API's, between the passes
         self._told_norm: Tensor | None = None  # () the last norm that has told found_inf of itself
@@ -85,14 +87,15 @@ class Passes:
         plan = self.ascent_plan
         if norm is not self._told_norm:
             self.found_inf.logical_or_(~norm.isfinite().to(self.found_inf.device))
-        radii = []  # all of them before anything is written
+        radii: dict[int, float | Tensor] = {}  # by group, all of them before anything is written
         for current, along, _ in moves:
-            known_scale = grad_scale if along.is_scaled and along.ema is None else None
-            radii.append(plan.groups[current.index].radius(norm, known_scale, loss))
+            if current.index not in radii:
+                known_scale = grad_scale if along.is_scaled and along.ema is None else None
+                radii[current.index] = plan.groups[current.index].radius(norm, known_scale, loss)
         self.is_perturbed = True
         self.has_ascended = plan.ascends
-        for (current, along, is_downhill), rho in zip(moves, radii, strict=True):
-            group = plan.groups[current.index]
+        for current, along, is_downhill in moves:
+            group, rho = plan.groups[current.index], radii[current.index]
             perturb_: Callable[..., None] = partial(
                 functional.perturb_,
                 grads=current.grads,
@@ -108,42 +111,45 @@ class Passes:
                 lmbda=along.lmbda,
                 **group.scaling,
             )
-            self._perturb(current.index, current.lists, perturb_)
+            self._perturb(current.key, current.lists, perturb_)
         torch.clear_autocast_cache()  # where autocast is around the whole step: casts of what the weights were
 
-    def _perturb(self, i: int, lists: GroupLists, perturb_: Callable[..., None]) -> None:
-        """Perturbs group i and saves it where that has not been done in this step."""
+    def _perturb(self, key: Key, lists: GroupLists, perturb_: Callable[..., None]) -> None:
+        """Perturbs the parameters in ``lists`` and saves them where that has not been done in this step."""
         # Other lists than those saved: other parameters have a gradient now, or some have moved. Saving all of them is right as well.
-        is_saved = self._saved.get(i) is lists
-        self._perturbed[i] = lists
+        is_saved = self._saved.get(key) is lists
+        self._perturbed[key] = lists
         self._in_flight = None if is_saved else InFlight(lists, perturb_)
         perturb_(lists.params, old_params=lists.old_params, from_old=is_saved)
         self._in_flight = None
-        self._saved[i] = lists
+        self._saved[key] = lists
+        self.lists.shards.written(lists.layout, lists.owners)
 
-    def perturb_randomly(self, trainable: dict[int, GroupLists], seeds: Sequence[int], *, scale: float, distribution: str) -> None:
+    def perturb_randomly(self, trainable: dict[Key, GroupLists], seeds: Sequence[int], *, scale: float, distribution: str) -> None:
         """Adds scale z to what :meth:`trainable` gave, z from a seed for each group: 3 N s bytes.
 
         They start from where they were before this or any other perturbation of the step: a second one needs no restore between, and
         those that are saved already are not saved again (2 N s).
         """
         self.is_perturbed = True
-        for i, lists in trainable.items():
-            self._perturb(i, lists, partial(functional.random_perturb_, seed=seeds[i], scale=scale, distribution=distribution))
+        for key, lists in trainable.items():
+            seed = _seed_of(lists, seeds[key[0]])
+            self._perturb(key, lists, partial(functional.random_perturb_, seed=seed, scale=scale, distribution=distribution))
         torch.clear_autocast_cache()
 
-    def trainable(self, plan: StepPlan) -> dict[int, GroupLists]:
+    def trainable(self, plan: StepPlan) -> dict[Key, GroupLists]:
         """By the index of a group that participates, its parameters that require a gradient, whether they have one or not."""
         found = {}
         for i, group in enumerate(plan.groups):
-            params = [param for param in group.group["params"] if param.requires_grad]
-            if params and group.participates:
-                found[i] = self.lists.lists_of(i, params)
+            for key, params in self.lists.by_layout(i, group.group["params"]) if group.participates else ():
+                params = [param for param in params if param.requires_grad]
+                if params:
+                    found[key] = self.lists.lists_of(key, params)
         return found
 
     def origins(self, current: GroupGrads) -> list[Tensor] | None:
         """Where the parameters of ``current`` were before the ascent, one for each; None where none of them has moved."""
-        perturbed = self._perturbed.get(current.index)
+        perturbed = self._perturbed.get(current.key)
         if perturbed is None:
             return None
         if perturbed is current.lists:
@@ -154,12 +160,12 @@ class Passes:
 
     def restore_others(self, group_grads: list[GroupGrads]) -> None:
         """Before an ascent from perturbed weights: those that it does not save by itself are where they were."""
-        if [(current.index, current.lists) for current in group_grads] != list(self._perturbed.items()):
+        if [(current.key, current.lists) for current in group_grads] != list(self._perturbed.items()):
             self.restore()
 
-    def scratch(self, i: int, lists: GroupLists) -> list[Tensor]:
+    def scratch(self, key: Key, lists: GroupLists) -> list[Tensor]:
         """The memory of a group's backups, until a perturbation saves to it. (None may be under way.)"""
-        self._saved.pop(i, None)
+        self._saved.pop(key, None)
         return lists.old_params
 
     def descend(
@@ -200,11 +206,13 @@ class Passes:
         scalars: UpdateScalars = {"found_inf": self.found_inf, "grad_scale": grad_scale, "norm": norm, "max_norm": max_norm}
         fuses = (bool(self._perturbed) or not is_plain) and can_fuse(self.base, self.own_hooks)
         if fuses:
-            by_index = {current.index: current for current in group_grads}
-            for i, group in enumerate(groups):
-                group = {**group, **options[i]} if i in options else group
-                for lists, grads, old_params in self._parts(i, by_index.get(i)):
+            by_key = {current.key: current for current in group_grads}
+            for key in sorted({*by_key, *self._perturbed}):
+                group = groups[key[0]]
+                group = {**group, **options[key[0]]} if key[0] in options else group
+                for lists, grads, old_params in self._parts(key, by_key.get(key)):
                     fused_step(self.base, group, lists, grads, old_params, scalars)
+                    self.lists.shards.written(lists.layout, lists.owners)
             self._perturbed, self._watch = {}, NOTHING_WATCHED
             self.base._opt_called = True  # type: ignore[attr-defined]  # or a scheduler on the base would warn
         else:
@@ -227,11 +235,12 @@ class Passes:
             if self._in_flight is not None and lists is self._in_flight.lists:
                 rows = self._in_flight.saved_rows()
             if kept:
-                rows = [i for i in rows if lists.params[i] not in kept]
-            if len(rows) == len(lists.params) and lists.is_current(lists.params):
+                rows = [i for i in rows if lists.owners[i] not in kept]
+            if len(rows) == len(lists.params) and lists.is_current(lists.owners):
                 functional.restore_(lists.params, lists.old_params)
             else:  # plain lists: a parameter may lie elsewhere by now
-                functional.restore_([lists.params[i] for i in rows], [lists.old_params[i] for i in rows])
+                functional.restore_([local_of(lists.owners[i]) for i in rows], [lists.old_params[i] for i in rows])
+            self.lists.shards.written(lists.layout, lists.owners)
         self._perturbed, self._watch = {}, NOTHING_WATCHED
         self._in_flight = None
         self.is_perturbed = self.has_ascended = False
@@ -239,7 +248,7 @@ class Passes:
 
     def watch_weights(self) -> None:
         """Notes which weights the ascent has left, for :meth:`check_unwritten`."""
-        self._watch = WeightWatch([lists.params for lists in self._perturbed.values()])
+        self._watch = WeightWatch([(lists.params, lists.owners) for lists in self._perturbed.values()])
 
     def check_unwritten(self) -> None:
         """Raises RuntimeError where somebody else has written weights since the ascent."""
@@ -266,11 +275,26 @@ class Passes:
             skipped = self.skips.skipped if self.skips.is_of_last_step else None
             functional.grad_norm_(lists.norm, grads, lists.params, found_inf=self.found_inf, skipped=skipped, **scaling)
             self.skips.is_of_last_step = False
-            norms.append(lists.norm)
-        if not norms:
+            norms.append((lists, lists.norm))
+        norm = self.combined(norms)
+        if norms:
+            self._told_norm = norm
+        return norm
+
+    def combined(self, norms: Sequence[Tensor | tuple[GroupLists, Tensor]]) -> Tensor:  # ()
+        """The norm over all elements out of norms of lists; 0 of none. Of DTensors it is that of all ranks, and tells ``found_inf``."""
+        if self.lists.shards:
+            self.skips.forget_last_step()  # where no norm has seen to that
+            shards = self.lists.shards
+            parts = [(shards.only_layout, each) if isinstance(each, Tensor) else (each[0].layout, each[1]) for each in norms]
+            norm = self._told_norm = shards.norm(parts, self.found_inf.device)
+            if not norm.is_cpu or not math.isfinite(norm.item()):
+                self.found_inf.logical_or_(~norm.isfinite())
+            return norm
+        found = [each if isinstance(each, Tensor) else each[1] for each in norms]
+        if not found:
             return torch.zeros((), dtype=torch.float32, device=self.found_inf.device)
-        self._told_norm = norms[0] if len(norms) == 1 else functional.combine_norms(norms)
-        return self._told_norm
+        return found[0] if len(found) == 1 else functional.combine_norms(found)
 
     def joined(self, group_grads: list[GroupGrads], *, normalised: bool) -> list[tuple[GroupLists, list[Tensor], Scaling]]:
         """Lists, gradients and scaling of the norms to take: one norm of all groups where they agree and one call can take them."""
@@ -280,18 +304,20 @@ class Passes:
             return [(*together, scalings[0])]
         return [(each.lists, each.grads, scaling) for each, scaling in zip(group_grads, scalings, strict=True)]
 
-    def _parts(self, i: int, current: GroupGrads | None) -> list[tuple[GroupLists, list[Tensor], list[Tensor] | None]]:
-        """The parameters of group i by what their step starts from; those without a gradient now are restored here."""
-        perturbed = self._perturbed.get(i)
+    def _parts(self, key: Key, current: GroupGrads | None) -> list[tuple[GroupLists, list[Tensor], list[Tensor] | None]]:
+        """The parameters under a key by what their step starts from; those without a gradient now are restored here."""
+        perturbed = self._perturbed.get(key)
         if perturbed is None:
             return [] if current is None else [(current.lists, current.grads, None)]
         if current is not None and (current.lists is perturbed or same_tensors(current.lists.params, perturbed.params)):
             return [(current.lists, current.grads, current.lists.old_params)]  # not the others: parameters may have moved
-        params, grads = ([], []) if current is None else (current.lists.params, current.grads)
-        with_gradient, were_perturbed = set(params), set(perturbed.params)
-        gone = [param for param in perturbed.params if param not in with_gradient]
+        params, grads = ([], []) if current is None else (current.lists.owners, current.grads)
+        with_gradient, were_perturbed = set(params), set(perturbed.owners)
+        gone = [owner for owner in perturbed.owners if owner not in with_gradient]
         if gone:
-            functional.restore_(gone, self.lists.backups.of(gone))
+            lost = locals_of(gone)
+            functional.restore_(lost, self.lists.backups.of(lost))
+            self.lists.shards.written(perturbed.layout, gone)
         parts: list[tuple[GroupLists, list[Tensor], list[Tensor] | None]] = []
         for from_old in (True, False):
             pairs = [(param, grad) for param, grad in zip(params, grads, strict=True) if (param in were_perturbed) is from_old]
@@ -299,3 +325,8 @@ class Passes:
                 lists = GroupLists([param for param, _ in pairs], self.lists.backups)
                 parts.append((lists, lists.grads([grad for _, grad in pairs]), lists.old_params if from_old else None))
         return parts
+
+
+def _seed_of(lists: GroupLists, seed: int) -> int:
+    """Random numbers are a function of an element's place in its list, so that each part of a tensor needs a seed of its own."""
+    return seed if lists.layout.part == 0 else derived_seed(seed, lists.layout.part)

@@ -17,6 +17,7 @@ from sam_kernels import functional
 from sam_kernels._memory_of import is_fake
 from sam_kernels.optim._engine.capturable import is_recording, not_recordable
 from sam_kernels.optim._engine.lists import GroupLists
+from sam_kernels.optim._shards.dtensor import as_owner
 from sam_kernels.optim._types import GroupOptions, ParamGroup, ParamState
 
 __all__ = ["UpdateScalars", "can_fuse", "fused_step", "plain_step", "with_options"]
@@ -90,9 +91,9 @@ def _sgd_step(
         **scalars,
     )
     if is_first:
-        for state, buffer in zip(states, buffers, strict=True):
+        for owner, state, buffer in zip(lists.owners, states, buffers, strict=True):
             if buffer is not None:
-                state["momentum_buffer"] = buffer
+                state["momentum_buffer"] = as_owner(owner, buffer)
 
 
 def _adam_step(
@@ -100,7 +101,7 @@ def _adam_step(
 ) -> None:
     states = lists.states(base.state)
     if not all(states):
-        _make_adam_states(group, lists.params, states)
+        _make_adam_states(group, lists, states)
     steps = [state["step"] for state in states]
     if not lists.has_state("step", steps):
         steps = _steps_on_device(lists.params, states)
@@ -121,14 +122,14 @@ def _adam_step(
     )
 
 
-def _make_adam_states(group: ParamGroup, params: list[Tensor], states: list[ParamState]) -> None:
+def _make_adam_states(group: ParamGroup, lists: GroupLists, states: list[ParamState]) -> None:
     """As torch does: of a parameter that has no state at all."""
-    for param, state in zip(params, states, strict=True):
+    for owner, param, state in zip(lists.owners, lists.params, states, strict=True):
         if len(state) == 0:
             _require_state([param])
             state["step"] = _zero_step(group, param)
-            state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            for average in ("exp_avg", "exp_avg_sq"):
+                state[average] = as_owner(owner, torch.zeros_like(param, memory_format=torch.preserve_format))
 
 
 def _steps_on_device(params: list[Tensor], states: list[ParamState]) -> list[Tensor]:

@@ -19,13 +19,15 @@ _WATCHED = 16
 class WeightWatch:
     """Notes versions and addresses of perturbed parameters (of many a sample) as the two-step API's ascent left them."""
 
-    def __init__(self, lists: Sequence[list[Tensor]] = ()) -> None:
-        count = sum(map(len, lists))
+    def __init__(self, lists: Sequence[tuple[list[Tensor], list[Tensor]]] = ()) -> None:
+        """``lists``: what operations have written, and the parameters that it belongs to, which are the same but for DTensors."""
+        count = sum(len(owners) for _, owners in lists)
         stride = 1 if count <= _ALL_WATCHED else count // _WATCHED
         self._lists = lists
         self._watches_all = stride == 1
-        self._has_addresses = all(isinstance(params, TensorList) for params in lists)  # trusted: ordinary memory
-        self._watched = [param for params in lists for param in params[::stride]]
+        self._has_addresses = all(isinstance(params, TensorList) for params, _ in lists)  # trusted: ordinary memory
+        self._watched = [owner for _, owners in lists for owner in owners[::stride]]
+        self._memory = [param for params, _ in lists for param in params[::stride]]
         self._versions = self._read_versions()
         self._addresses = self._read_addresses()
 
@@ -49,13 +51,13 @@ class WeightWatch:
                 "SAM: after first_step some of the parameters were written by somebody else and some were not, and of so many it is not "
                 "known which, so all stay as they are now; load the weights to go on from, and call second_step before loading some"
             )
-        return {param for params in self._lists for param in params}
+        return {owner for _, owners in self._lists for owner in owners}
 
     def _read_versions(self) -> list[int]:
         return [param._version for param in self._watched]
 
     def _read_addresses(self) -> list[int]:
-        return list(map(Tensor.data_ptr if self._has_addresses else address_of, self._watched))
+        return list(map(Tensor.data_ptr if self._has_addresses else address_of, self._memory))
 
     def _written(self) -> set[Tensor]:
         versions = self._read_versions()

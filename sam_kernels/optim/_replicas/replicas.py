@@ -11,6 +11,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sam_kernels._validate import check_flag
+from sam_kernels.optim._base.sharded import check_unsharded
 from sam_kernels.optim._batches.closures import Closure, TwoPasses
 from sam_kernels.optim._batches.micro_batches import GradientMean
 from sam_kernels.optim._engine.passes import Passes
@@ -19,7 +20,6 @@ from sam_kernels.optim._replicas.rank_mean import RankMean
 from sam_kernels.optim._types import ParamGroup
 from sam_kernels.optim.descents import Descent
 from sam_kernels.optim.directions import Direction
-from sam_kernels.schedules import Radius
 
 __all__ = ["Replicas", "check_weights_within_the_rank", "is_blank"]
 
@@ -146,16 +146,9 @@ class Replicas:
             self._check_usable()
             distributed.all_reduce(found_inf, op=distributed.ReduceOp.MAX, group=self._replicated[0].process_group)
 
-    def loss_for_radii(self, loss: Any, radii: Sequence[Any], device: torch.device) -> Any:
-        """The loss that radii may follow: with averaged gradients the one of all ranks, or each would perturb by a radius of its own."""
-        return self._mean_loss(loss, device) if any(isinstance(rho, Radius) for rho in radii) else loss
-
-    def loss_for_descent(self, loss: Any, device: torch.device) -> Any:
-        """The loss that the update follows (the Polyak step size): the one of all ranks, or the replicas would drift apart."""
-        return self._mean_loss(loss, device) if self._descent.needs_loss else loss
-
-    def _mean_loss(self, loss: Any, device: torch.device) -> Any:
-        """() float64. With a local ascent, or where the loss is no number, it is returned as it is."""
+    def mean_loss(self, loss: Any, device: torch.device) -> Any:  # () float64
+        """The mean of the ranks' losses, for radii and step sizes that follow it: with averaged gradients each rank would have one of its
+        own. With a local ascent, or where the loss is no number, it is returned as it is."""
         is_number = isinstance(loss, int | float) and not isinstance(loss, bool)
         if not self._replicated or self._averaging or not (is_number or (isinstance(loss, Tensor) and loss.numel() == 1)):
             return loss
@@ -170,7 +163,8 @@ class Replicas:
     def _check_can_ascend_locally(self, model: Any) -> None:
         if not self._replicated:
             raise ValueError(
-                f"SAM: local_ascent=True needs a DistributedDataParallel module, got model={_type_names(model)}; write "
+                f"SAM: local_ascent=True needs a DistributedDataParallel module, got model={_type_names(model)} (with shards no rank has a "
+                "gradient of the whole model before it is averaged); write "
                 "SAM(ddp.parameters(), ..., model=ddp, local_ascent=True) with ddp = DistributedDataParallel(module)"
             )
         if not distributed.is_initialized():
@@ -229,7 +223,9 @@ def is_blank(groups: Sequence[ParamGroup]) -> bool:
 
 
 def check_weights_within_the_rank(model: nn.Module, local_ascent: bool | None) -> None:
-    """For RW-SAM. Raises ValueError for a ``local_ascent`` of False with a replicated model."""
+    """For RW-SAM. Raises ValueError for a ``local_ascent`` of False with a replicated model, TypeError for a model whose parameters are
+    DTensors."""
+    check_unsharded(model)
     if local_ascent is False and any(_found(model)):
         raise ValueError(
             "RWSAM: local_ascent=False: weights over the samples of all ranks are not supported; leave local_ascent out, and every rank "

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sam_kernels import functional
-from sam_kernels.optim._engine.lists import Copies, GroupLists
+from sam_kernels.optim._engine.lists import Copies, GroupLists, Key
 from sam_kernels.optim._engine.passes import Passes
 from sam_kernels.optim._engine.plan import StepPlan
 from sam_kernels.optim._engine.replay import BufferGuard, RandomState
@@ -85,7 +85,7 @@ class DirectionalNorms:
         of_groups = each.view(len(slopes), -1, self._how.micro_batch).mean(2)
         return of_groups.square().mean(0).sqrt().to(torch.promote_types(losses.dtype, torch.float32))
 
-    def _loss_beside(self, closure: Callable[[], Tensor], trainable: dict[int, GroupLists], passes: Passes, seeds: Sequence[int]) -> Tensor:
+    def _loss_beside(self, closure: Callable[[], Tensor], trainable: dict[Key, GroupLists], passes: Passes, seeds: Sequence[int]) -> Tensor:
         self._length = self._how.delta  # of the step, for each element of z
         if self._how.delta_scaling == "unit":
             d = sum(param.numel() for lists in trainable.values() for param in lists.params)
@@ -93,7 +93,7 @@ class DirectionalNorms:
         passes.perturb_randomly(trainable, seeds, scale=self._length, distribution=self._how.distribution)
         return closure()
 
-    def _slope(self, closure: Callable[[], Tensor], trainable: dict[int, GroupLists], passes: Passes, seeds: Sequence[int]) -> Tensor:
+    def _slope(self, closure: Callable[[], Tensor], trainable: dict[Key, GroupLists], passes: Passes, seeds: Sequence[int]) -> Tensor:
         unpack_dual: Any = forward_ad.unpack_dual  # untyped
         with _dual_parameters(self._model, self._directions(trainable, passes, seeds)):
             tangent: Tensor | None = unpack_dual(closure()).tangent
@@ -104,14 +104,14 @@ class DirectionalNorms:
             )
         return tangent
 
-    def _directions(self, trainable: dict[int, GroupLists], passes: Passes, seeds: Sequence[int]) -> dict[Tensor, Tensor]:
+    def _directions(self, trainable: dict[Key, GroupLists], passes: Passes, seeds: Sequence[int]) -> dict[Tensor, Tensor]:
         """z for each parameter: the numbers that a random perturbation of the same seed adds."""
         found: dict[Tensor, Tensor] = {}
-        for i, lists in trainable.items():
+        for key, lists in trainable.items():
             known = self._tangents.of(lists.params)
-            zeros = passes.scratch(i, lists)
+            zeros = passes.scratch(key, lists)
             torch._foreach_zero_(list(zeros))
-            functional.random_perturb_(known, zeros, seed=seeds[i], scale=1.0, distribution=self._how.distribution, from_old=True)
+            functional.random_perturb_(known, zeros, seed=seeds[key[0]], scale=1.0, distribution=self._how.distribution, from_old=True)
             found.update(zip(lists.params, known, strict=True))
         return found
 

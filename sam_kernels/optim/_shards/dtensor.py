@@ -1,0 +1,76 @@
+"""The rank's own part of a DTensor, which is what operations read and write. No operation of torch is dispatched on a DTensor in a step."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["as_owner", "is_dtensor", "local_grad", "local_grads_alike", "local_of", "locals_of"]
+
+
+_LOCAL = attrgetter("_local_tensor")
+_SPEC = attrgetter("_spec")
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a DTensor. Does not import ``torch.distributed.tensor``: without that module there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """The rank's part of a DTensor; any other tensor itself.
+
+    The same object at every call, until FSDP2 replaces it. ``to_local()`` returns a new view of a parameter at every call.
+    """
+    local: Tensor = tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]  # a DTensor's
+    return local
+
+
+def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The rank's parts. A list whose first tensor is no DTensor is returned as it is: lists are of one kind."""
+    if not tensors or not is_dtensor(tensors[0]):
+        return tensors if isinstance(tensors, list) else list(tensors)
+    return list(map(_LOCAL, tensors))
+
+
+def local_grads_alike(params: Sequence[Any]) -> list[Tensor] | None:
+    """The rank's parts of the gradients of DTensors; None where one has no gradient, or one that lies otherwise than its parameter."""
+    grads = [param.grad for param in params]
+    try:
+        return list(map(_LOCAL, grads)) if list(map(_SPEC, grads)) == list(map(_SPEC, params)) else None
+    except AttributeError:  # None, or an ordinary tensor
+        return None
+
+
+def local_grad(param: Tensor, grad: Tensor) -> Tensor:
+    """The rank's part of a gradient of ``param``, with the placements of ``param``: redistributed first where it has others.
+
+    Raises TypeError for a gradient that is a DTensor where ``param`` is none, or the other way round.
+    """
+    if is_dtensor(grad) is not is_dtensor(param):
+        kind, other = ("a DTensor", "none") if is_dtensor(grad) else ("an ordinary tensor", "a DTensor")
+        raise TypeError(f"is {kind} and the parameter is {other}")
+    if not is_dtensor(param):
+        return grad
+    owner: Any = param
+    given: Any = grad
+    if given._spec is not owner._spec and (given.placements != owner.placements or given.device_mesh != owner.device_mesh):
+        given = given.redistribute(owner.device_mesh, owner.placements)
+    part: Any = given._local_tensor
+    local: Tensor = part.wait() if hasattr(part, "wait") else part  # a collective that is still under way
+    return local
+
+
+def as_owner(owner: Tensor, local: Tensor) -> Tensor:
+    """``local``, laid out as ``owner`` is: a DTensor with its mesh and placements where ``owner`` is one, otherwise ``local`` itself."""
+    if not is_dtensor(owner):
+        return local
+    made: Any = sys.modules["torch.distributed.tensor"].DTensor
+    like: Any = owner
+    wrapped: Tensor = made.from_local(local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+    return wrapped

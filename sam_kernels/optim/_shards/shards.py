@@ -1,0 +1,72 @@
+"""What an optimizer over DTensors does on all ranks alike: norms, sums, the agreement on a skipped step, and what follows a write."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sam_kernels.optim._shards.dtensor import local_of
+from sam_kernels.optim._shards.layout import WHOLE, Layout, Meshes, layout_of
+from sam_kernels.optim._shards.modules import GatheredModules
+
+__all__ = ["Shards"]
+
+
+class Shards:
+    """Of all parameters of an optimizer. False where none of them is a DTensor: every method is then the single process's.
+
+    Args:
+        params: all parameters, group by group.
+    """
+
+    def __init__(self, params: Sequence[Tensor] = ()) -> None:
+        self._layouts = list(dict.fromkeys(map(layout_of, params)))
+        self._meshes = Meshes(self._layouts)
+        self._modules = GatheredModules(params if self._meshes else ())
+
+    def __bool__(self) -> bool:
+        return bool(self._meshes)
+
+    @property
+    def only_layout(self) -> Layout:
+        """Of all parameters. Raises TypeError where they have several."""
+        if len(self._layouts) > 1:
+            raise TypeError(
+                "SAM: AscentStep.combined was given a norm alone, and parameters lie on the ranks in several ways; give (lists, norm)"
+            )
+        return self._layouts[0]
+
+    def sum(self, parts: Sequence[tuple[Layout, Tensor]], shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """Sums over all elements of all ranks, float64, of the rank's own sums. One all-reduce a mesh."""
+        return self._meshes.sum(parts, torch.empty(shape, dtype=torch.float64, device=device))
+
+    def norm(self, parts: Sequence[tuple[Layout, Tensor]], device: torch.device) -> Tensor:  # ()
+        """The norm over all elements of all ranks, of the rank's own norms: float64 where one of them is, otherwise float32."""
+        dtype = torch.float64 if any(norm.dtype is torch.float64 for _, norm in parts) else torch.float32
+        if device.type == "cpu":  # Python's numbers: the same float64 arithmetic, and a tenth of the time
+            return torch.tensor(
+                math.sqrt(self._meshes.sum_of_numbers([(layout, norm.item() * norm.item()) for layout, norm in parts])), dtype=dtype
+            )
+        squares = [(layout, norm.to(torch.float64).square()) for layout, norm in parts]
+        return self.sum(squares, (), device).sqrt().to(dtype)
+
+    def mean_loss(self, loss: Any, device: torch.device) -> Any:  # () float64
+        """The mean of the ranks' losses; a loss that is no number is returned as it is."""
+        is_number = isinstance(loss, int | float) and not isinstance(loss, bool)
+        if not self or not (is_number or (isinstance(loss, Tensor) and loss.numel() == 1)):
+            return loss
+        return self._meshes.mean(torch.as_tensor(local_of(loss) if isinstance(loss, Tensor) else loss, device=device).detach().reshape(()))
+
+    def agree(self, found_inf: Tensor) -> None:  # ()
+        """Sets ``found_inf`` where it is set on any rank. 4 bytes a mesh."""
+        self._meshes.agree(found_inf)
+
+    def written(self, layout: Layout, owners: Sequence[Tensor]) -> None:
+        """After operations have written local parts of ``owners``: autograd learns of it, and what FSDP2 has gathered is freed."""
+        if layout is not WHOLE:
+            torch.autograd.graph.increment_version(owners)
+            self._modules.reshard()
