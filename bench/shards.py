@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.multiprocessing.spawn import start_processes
 
 import sam_kernels
+from bench import options
 from bench.command import begin, write
 from bench.environment import environment
 from bench.providers import BASES
@@ -122,11 +123,11 @@ def _on_rank(rank: int, ranks: int, folder: str, rounds: int, steps: int) -> Non
     distributed.destroy_process_group()
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@options.command
 @click.option("--repeats", type=click.IntRange(min=2), default=200, show_default=True, help="Rounds.")
 @click.option("--steps", type=click.IntRange(min=1), default=10_000, show_default=True, help="Steps over which objects are counted.")
-@click.option("--store", is_flag=True, help="Write bench/results/<device>/shards.json.")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the result there.")
+@options.store("shards")
+@options.JSON
 def main(repeats: int, steps: int, store: bool, json_path: Path | None) -> None:
     """Compare the host's work for a step of SAM over DTensors with that over ordinary tensors, and with torch's."""
     console = begin(1)

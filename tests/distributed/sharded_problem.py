@@ -136,7 +136,6 @@ def run(case: Case, model: nn.Module, parts: Sequence[tuple[int, int]], steps: S
             optimizer.second_step(zero_grad=True)
         elif case.how == "backward":
             optimizer.backward(lambda batch=batches[0]: closure(*batch))
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             optimizer.step()
             optimizer.zero_grad()
         else:
