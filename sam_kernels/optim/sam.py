@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import torch
 from torch import nn
@@ -25,9 +25,13 @@ from sam_kernels.optim._engine.plan import check_options
 from sam_kernels.optim._engine.replay import BufferGuard, RandomState
 from sam_kernels.optim._part import FirstGradient, Use
 from sam_kernels.optim._replicas.replicas import Replicas
+from sam_kernels.optim._shards.shards import check_process_group
 from sam_kernels.optim.descents import Descent, Plain
 from sam_kernels.optim.directions import Direction, Gradient
 from sam_kernels.schedules._at_step import RhoSchedule, Schedule
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["SAM"]
 
@@ -58,6 +62,8 @@ class SAM(Engine):
         model: module whose normalisation layers keep their running statistics in the second pass; or a list of modules, all of whose
             buffers are kept. Replicas of a ``DistributedDataParallel`` module agree on skipped steps.
         local_ascent: m-SAM over ranks (docs/distributed.md); ``model`` must be, or list, the ``DistributedDataParallel`` module.
+        process_group: ranks that hold the rest of the model, such as the other stages of a pipeline: norms are over the parameters of all,
+            and all skip a step together (docs/distributed.md). Not for replicas, nor for DTensors, whose meshes are known.
         preserve_rng_state: both passes see the same random numbers (dropout masks). With the two-step API call
             :meth:`record_rng_state` before the first forward pass.
         check_finite: the descent gradients are looked at before anything is updated: one more read of them, 1 of 11 N s. False is for those
@@ -103,6 +109,7 @@ class SAM(Engine):
         max_grad_norm: float | None = None,
         model: nn.Module | Iterable[nn.Module] | None = None,
         local_ascent: bool | None = False,
+        process_group: ProcessGroup | None = None,
         preserve_rng_state: bool = False,
         check_finite: bool = True,
         capturable: bool = False,
@@ -113,6 +120,7 @@ class SAM(Engine):
         self.preserve_rng_state = check_flag("SAM", "preserve_rng_state", preserve_rng_state)
         self.check_finite = check_flag("SAM", "check_finite", check_finite)
         self.capturable = check_flag("SAM", "capturable", capturable)
+        self.process_group = check_process_group(process_group)
         self.direction, self.descent = Gradient() if direction is None else direction, Plain() if descent is None else descent
         self._guard = BufferGuard(model)
         params = materialised(params)

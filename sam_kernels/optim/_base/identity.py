@@ -22,9 +22,10 @@ __all__ = ["IdentityCheck"]
 class IdentityCheck:
     """Remembers which parameters it has seen, so that a step costs a comparison of lists only where a list was made anew."""
 
-    def __init__(self) -> None:
+    def __init__(self, process_group: Any = None) -> None:
         self._seen: list[tuple[Any, ...]] = []
-        self.shards = Shards()
+        self._process_group = process_group
+        self.shards = Shards((), process_group)
 
     def __call__(self, groups: Sequence[ParamGroup]) -> None:
         """Check every parameter that requires a gradient; others are never perturbed.
@@ -47,7 +48,7 @@ class IdentityCheck:
                     raise ValueError(f"SAM: parameter {name} is {first} as well; list it once")
                 places[id(param)] = i, j
         _check_memory(groups, list(places.values()))
-        self.shards = Shards([param for group in groups for param in group["params"]])
+        self.shards = Shards([param for group in groups for param in group["params"]], self._process_group)
         self._seen = now
 
 

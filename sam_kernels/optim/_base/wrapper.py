@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from operator import is_
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from sam_kernels.optim._types import ParamGroup, StateDict
 from sam_kernels.optim.descents import Descent
 from sam_kernels.optim.directions import Direction
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 __all__ = ["Wrapper"]
 
 
@@ -43,6 +46,7 @@ class Wrapper(Optimizer):
         "direction",
         "descent",
         "capturable",
+        "process_group",
         "_memory",
         "_has_stepped",
         "_keys",
@@ -55,6 +59,7 @@ class Wrapper(Optimizer):
     direction: Direction
     descent: Descent
     capturable: bool
+    process_group: ProcessGroup | None
     _memory: ParamMemory
     _has_stepped: bool  # since it was made or copied
     _keys: dict[str, str]
@@ -236,7 +241,7 @@ class Wrapper(Optimizer):
         """Adopts the base's groups, and listens to its ``step`` so that it is never made from perturbed weights."""
         self._groups = []
         self._count = 0
-        self._identity = IdentityCheck()
+        self._identity = IdentityCheck(self.__dict__.get("process_group"))
         reference = weakref.ref(self)
 
         def weakly(method: Callable[..., None]) -> Callable[..., None]:

@@ -333,10 +333,11 @@ class Engine(Wrapper):
         device = self._passes.found_inf.device
         return self._passes.lists.shards.mean_loss(self._replicas.mean_loss(loss, device), device)
 
-    def _agree(self, found_inf: Tensor) -> None:  # ()
-        """Replicas and shards skip a step together."""
+    def _agree(self, found_inf: Tensor, *, was_looked_for: bool = True) -> None:  # ()
+        """Replicas and shards skip a step together. ``was_looked_for``: by this rank alone, beside the norms that all shards have."""
         self._replicas.agree(found_inf)
-        self._passes.lists.shards.agree(found_inf)
+        if was_looked_for:
+            self._passes.lists.shards.agree(found_inf)
 
     def _descend(
         self,
@@ -357,6 +358,7 @@ class Engine(Wrapper):
         is_ascents = is_rewritten and plan is not None and plan.ascends
         is_ascents = is_ascents or (has_ascended and self.direction.first_gradient is FirstGradient.NONE)
         self._is_counted = False
+        was_looked_for = self.check_finite or grad_scale is not None or found_inf is not None or outcome is not UNCHANGED
         is_unscaled = self._passes.descend(
             self.param_groups,
             max_norm=self.max_grad_norm,
@@ -365,7 +367,7 @@ class Engine(Wrapper):
             found_inf=found_inf,
             known_norm=known_norm if norm is None else norm,
             options=outcome.options,
-            agree=self._agree if plan is not None or not is_blank(self.param_groups) else None,
+            agree=partial(self._agree, was_looked_for=was_looked_for) if plan is not None or not is_blank(self.param_groups) else None,
             scaler_has_checked=outcome is UNCHANGED and not self.direction.rewrites and amp.has_just_checked(self),
             is_plain=outcome is UNCHANGED and not (is_ascents or self._replicas.ascends_locally),
         )
