@@ -22,7 +22,7 @@ from sam_kernels.optim._engine.ascent import PerturbOptions
 from sam_kernels.optim._engine.ascent_step import AscentStep
 from sam_kernels.optim._engine.lists import GroupGrads, param_name
 from sam_kernels.optim._part import FirstGradient, Part, Use
-from sam_kernels.optim._reweighted.seeds import derived_seed
+from sam_kernels.optim._seeds import derived_seed
 from sam_kernels.optim._shards.layout import sharded_dims
 from sam_kernels.optim._types import ParamGroup
 

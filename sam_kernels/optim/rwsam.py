@@ -23,7 +23,7 @@ from sam_kernels.optim._engine.replay import RandomState
 from sam_kernels.optim._replicas.replicas import check_weights_within_the_rank
 from sam_kernels.optim._reweighted.directional import DirectionalNorms
 from sam_kernels.optim._reweighted.reweighting import Reweighting, check_modules, chosen_modules
-from sam_kernels.optim._reweighted.seeds import derived_seed
+from sam_kernels.optim._seeds import derived_seed
 from sam_kernels.optim.sam import SAM
 from sam_kernels.per_sample import GradNorms
 from sam_kernels.schedules._at_step import Schedule

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from sam_kernels import SAM
@@ -101,9 +102,58 @@ def parameters_on_the_cpu_by_policy(rank: int, ranks: int) -> list[Tensor]:
     return weights(model)
 
 
-@pytest.mark.parametrize(
-    "name", [gathered_weights_stay_after_backward, gathered_weights_stay_after_a_forward_pass, parameters_on_the_cpu_by_policy]
-)
+@attempt
+def activation_checkpointing(rank: int, ranks: int) -> list[Tensor]:
+    model = make_model()
+    model[0] = checkpoint_wrapper(model[0])  # type: ignore[index,operator]
+    fully_sharded(model, init_device_mesh("cpu", (ranks,)))
+    run(CASES["SAM, SGD"], model, [(rank, ranks)], range(STEPS))
+    return weights(model)
+
+
+@attempt
+def compiled_model(rank: int, ranks: int) -> list[Tensor]:
+    model = sharded()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, **SGD)
+    closure = closure_of(optimizer, torch.compile(model, backend="aot_eager"))
+    for step in range(STEPS):
+        batch = batch_of(step, rank, ranks)
+        optimizer.step(lambda batch=batch: closure(*batch))
+    return weights(model)
+
+
+@attempt
+def ordinary_parameters_beside_shards(rank: int, ranks: int) -> list[Tensor]:
+    """One layer is sharded. The others are replicas whose gradients the closure averages."""
+    model = make_model()
+    fully_shard(model[0], mesh=init_device_mesh("cpu", (ranks,)))  # type: ignore[index]
+    optimizer = SAM(model.parameters(), torch.optim.SGD, **SGD)
+    closure = closure_of(optimizer, model)
+
+    def averaged(*batch: Tensor) -> Tensor:
+        loss = closure(*batch)
+        for param in list(model.parameters())[2:]:
+            distributed.all_reduce(param.grad)
+            param.grad /= ranks  # type: ignore[operator]
+        return loss
+
+    for step in range(STEPS):
+        batch = batch_of(step, rank, ranks)
+        optimizer.step(lambda batch=batch: averaged(*batch))
+    return weights(model)
+
+
+SAME = [
+    gathered_weights_stay_after_backward,
+    gathered_weights_stay_after_a_forward_pass,
+    parameters_on_the_cpu_by_policy,
+    activation_checkpointing,
+    compiled_model,
+    ordinary_parameters_beside_shards,
+]
+
+
+@pytest.mark.parametrize("name", SAME)
 def test_weights_are_those_of_one_process(name: Attempt, found: Any) -> None:
     for each in found[name.__name__]:
         assert not isinstance(each, str), each
@@ -214,6 +264,15 @@ def closure_that_does_not_zero(rank: int, ranks: int) -> None:
 
 
 @attempt
+def gradients_that_are_not_reduced(rank: int, ranks: int) -> None:
+    model: Any = sharded()
+    model.set_requires_gradient_sync(False)
+    optimizer = SAM(model.parameters(), torch.optim.SGD, **SGD)
+    closure, batch = closure_of(optimizer, model, zeroes=False), batch_of(0, rank, ranks)
+    optimizer.backward(lambda: closure(*batch))
+
+
+@attempt
 def closure_that_computes_nothing(rank: int, ranks: int) -> None:
     model = sharded()
     optimizer = SAM(model.parameters(), torch.optim.SGD, **SGD)
@@ -225,6 +284,7 @@ def closure_that_computes_nothing(rank: int, ranks: int) -> None:
     [
         (closure_that_does_not_zero, "RuntimeError: SAM.step: the closure added its gradient to one that was in .grad before"),
         (closure_that_computes_nothing, "RuntimeError: SAM.step: the closure left no gradient of its own"),
+        (gradients_that_are_not_reduced, "RuntimeError: SAM.backward: the closure left no gradient"),
     ],
 )
 def test_closures_that_do_not_do_their_part_are_errors(name: Attempt, words: str, found: Any) -> None:

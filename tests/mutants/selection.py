@@ -82,7 +82,7 @@ OPTIM_TESTS = {  # file of sam_kernels/optim -> its nearest tests in tests/optim
     "_replicas/rank_mean.py": ("test_rwsam_amp", DISTRIBUTED),
     "_replicas/replicas.py": (DISTRIBUTED, "test_rwsam_amp"),
     "_reweighted/reweighting.py": ("test_rwsam", "test_rwsam_bad_input"),
-    "_reweighted/seeds.py": ("test_family", "test_family_groups"),
+    "_seeds.py": ("test_family", "test_family_groups"),
     "_base/sharded.py": (DISTRIBUTED,),
     "_engine/skip*.py": ("test_non_finite", "test_amp", "test_family_failures"),
     "_batches/structures.py": ("test_cut_batches", "test_micro_batches"),

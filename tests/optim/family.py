@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import sam_kernels
 from sam_kernels import functional
-from sam_kernels.optim._reweighted.seeds import derived_seed
+from sam_kernels.optim._seeds import derived_seed
 from tests.optim.problem import loss_of
 from tests.optim.transcriptions import TRANSCRIPTIONS, Transcription
 

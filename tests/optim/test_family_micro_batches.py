@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sam_kernels import functional
-from sam_kernels.optim._reweighted.seeds import derived_seed
+from sam_kernels.optim._seeds import derived_seed
 from tests.optim.family import BASES, MEMBERS, SEED, SIGMA
 from tests.optim.family_runs import close, make, two_steps, using
 from tests.optim.problem import assert_same_bits, closure_of, every_backend, loss_of, make_batch, make_model, twin, weights

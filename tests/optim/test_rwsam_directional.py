@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sam_kernels import RWSAM, reference, use_backend
-from sam_kernels.optim._reweighted.seeds import derived_seed
+from sam_kernels.optim._seeds import derived_seed
 from tests.optim.problem import assert_same_bits, every_backend
 from tests.optim.rwsam_problem import (
     B,

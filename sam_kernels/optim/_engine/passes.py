@@ -24,7 +24,7 @@ from sam_kernels.optim._engine.plan import UNSCALED, Scaling, StepPlan
 from sam_kernels.optim._engine.skipped import SkippedSteps
 from sam_kernels.optim._engine.update import UpdateScalars, can_fuse, fused_step, plain_step, with_options
 from sam_kernels.optim._engine.weight_watch import NOTHING_WATCHED, WeightWatch
-from sam_kernels.optim._reweighted.seeds import derived_seed
+from sam_kernels.optim._seeds import derived_seed
 from sam_kernels.optim._shards.dtensor import local_of, locals_of
 from sam_kernels.optim._types import GroupOptions, ParamGroup
 

@@ -22,7 +22,7 @@ from sam_kernels.optim._engine.passes import Passes
 from sam_kernels.optim._engine.plan import StepPlan
 from sam_kernels.optim._engine.replay import BufferGuard, RandomState
 from sam_kernels.optim._reweighted.reweighting import Reweighting
-from sam_kernels.optim._reweighted.seeds import derived_seed
+from sam_kernels.optim._seeds import derived_seed
 
 __all__ = ["DirectionalNorms"]
 
