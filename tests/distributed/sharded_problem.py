@@ -19,7 +19,6 @@ from sam_kernels.schedules import AscentInfo, Radius
 
 __all__ = [
     "CASES",
-    "STEPS",
     "Case",
     "batch_of",
     "closure_of",
@@ -31,7 +30,7 @@ __all__ = [
     "whole",
 ]
 
-STEPS, ROWS = 20, 24
+ROWS = 24
 SGD: dict[str, Any] = {"base_optimizer": torch.optim.SGD, "lr": 0.1, "momentum": 0.9, "rho": 0.1}
 ADAMW: dict[str, Any] = {"base_optimizer": torch.optim.AdamW, "lr": 0.01, "rho": 0.1}
 
@@ -49,15 +48,16 @@ class Case:
     make: Callable[..., Any]
     options: dict[str, Any]
     micro_batches: int | None = None
+    steps: int = 5
     how: str = "step"  # or "halves", "backward"
     refused_with: dict[str, str] = field(default_factory=dict)  # by layout, words of the error
 
 
 CASES = {
-    "SAM, SGD": Case(SAM, SGD),
+    "SAM, SGD": Case(SAM, SGD, steps=20),
     "SAM, halves": Case(SAM, SGD, how="halves"),
     "SAM, backward": Case(SAM, SGD, how="backward"),
-    "ASAM, AdamW": Case(ASAM, {**ADAMW, "rho": 0.5}),
+    "ASAM, AdamW": Case(ASAM, {**ADAMW, "rho": 0.5}, steps=20),
     "mix, clipped, Adam": Case(SAM, {"base_optimizer": torch.optim.Adam, "lr": 0.01, "rho": 0.1, "lambd": 0.3, "max_grad_norm": 0.2}),
     "base's own step": Case(SAM, {"base_optimizer": torch.optim.RMSprop, "lr": 0.01, "rho": 0.1, "max_grad_norm": 0.3}),
     "radius by norm and loss": Case(SAM, {**SGD, "rho": ByNormAndLoss()}),
@@ -121,12 +121,12 @@ def closure_of(optimizer: Any, model: nn.Module, *, zeroes: bool = True) -> Call
     return closure
 
 
-def run(case: Case, model: nn.Module, parts: Sequence[tuple[int, int]], steps: Sequence[int] = range(STEPS), optimizer: Any = None) -> Any:
+def run(case: Case, model: nn.Module, parts: Sequence[tuple[int, int]], steps: int | None = None, optimizer: Any = None) -> Any:
     """Steps over the parts (i, of how many) of every batch, put together. Returns the optimizer."""
     optimizer = case.make(model.parameters(), **case.options) if optimizer is None else optimizer
     closure = closure_of(optimizer, model, zeroes=case.how == "step")
     k = case.micro_batches or 1
-    for step in steps:
+    for step in range(case.steps if steps is None else steps):
         pieces = [[tensor.chunk(k) for tensor in batch_of(step, part, count)] for part, count in parts]
         batches = [[torch.cat([piece[i][j] for piece in pieces]) for i in range(2)] for j in range(k)]
         if case.how == "halves":

@@ -62,7 +62,7 @@ def weights(model: nn.Module) -> list[Tensor]:
 @cache
 def in_one_process(steps: int = STEPS) -> list[Tensor]:
     model = make_model()
-    run(CASES["SAM, SGD"], model, [(0, 1)], range(steps))
+    run(CASES["SAM, SGD"], model, [(0, 1)], steps)
     return weights(model)
 
 
@@ -73,7 +73,7 @@ def in_one_process(steps: int = STEPS) -> list[Tensor]:
 def gathered_weights_stay_after_backward(rank: int, ranks: int) -> list[Tensor]:
     model = sharded()
     model.set_reshard_after_backward(False)
-    run(CASES["SAM, SGD"], model, [(rank, ranks)], range(STEPS))
+    run(CASES["SAM, SGD"], model, [(rank, ranks)], STEPS)
     return weights(model)
 
 
@@ -98,7 +98,7 @@ def gathered_weights_stay_after_a_forward_pass(rank: int, ranks: int) -> list[Te
 @attempt
 def parameters_on_the_cpu_by_policy(rank: int, ranks: int) -> list[Tensor]:
     model = sharded(offload_policy=CPUOffloadPolicy(pin_memory=False))
-    run(CASES["SAM, SGD"], model, [(rank, ranks)], range(STEPS))
+    run(CASES["SAM, SGD"], model, [(rank, ranks)], STEPS)
     return weights(model)
 
 
@@ -107,7 +107,7 @@ def activation_checkpointing(rank: int, ranks: int) -> list[Tensor]:
     model = make_model()
     model[0] = checkpoint_wrapper(model[0])  # type: ignore[index,operator]
     fully_sharded(model, init_device_mesh("cpu", (ranks,)))
-    run(CASES["SAM, SGD"], model, [(rank, ranks)], range(STEPS))
+    run(CASES["SAM, SGD"], model, [(rank, ranks)], STEPS)
     return weights(model)
 
 
@@ -242,7 +242,7 @@ def exception_in_the_second_pass(rank: int, ranks: int) -> tuple[bool, list[Tens
     with pytest.raises(MemoryError):
         optimizer.step(raising)
     restored = all(map(torch.equal, weights(model), before))
-    run(CASES["SAM, SGD"], model, [(rank, ranks)], range(STEPS), optimizer)
+    run(CASES["SAM, SGD"], model, [(rank, ranks)], STEPS, optimizer)
     return restored, weights(model)
 
 
