@@ -45,7 +45,7 @@ class ParamMemory:
         if known is None or known[0] is not self._version:
             entries = self.entries(name, lists.owners)
             if any(entry is None for entry in entries):
-                return entries
+                return [None if entry is None else local_of(entry) for entry in entries]
             # Described once: nobody else has these tensors, so they lie where they lay.
             known = lists.memory[name] = (self._version, lists.state(name, cast("list[Tensor]", entries)))
         return cast("list[Tensor | None]", known[1])
@@ -132,7 +132,9 @@ class ParamMemory:
 
 
 def _is_blank(kept: Tensor) -> bool:
-    return kept.numel() > 0 and bool(kept.isnan().all())
+    """Of a DTensor each rank answers for its own part; one without elements is none that is missing."""
+    local = local_of(kept)
+    return local.numel() > 0 and bool(local.isnan().all())
 
 
 def _copied(state: Mapping[Any, Any]) -> dict[Any, Any]:
