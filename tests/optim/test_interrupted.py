@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import sam_kernels
 from sam_kernels.operations import Operands, Perturb
@@ -48,3 +49,16 @@ def test_row_07_interrupt_around_a_perturbation(
             optimizer.second_step()
         optimizer.step(closure_of(optimizer, model, batch))
     assert not torch.equal(weights(model)[0], before[0])
+
+
+def test_a_group_that_is_removed_between_the_halves_has_its_weights_again() -> None:
+    left, right = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = sam_kernels.SAM([{"params": [left]}, {"params": [right]}], torch.optim.SGD, lr=0.1, rho=0.1)
+    for param in (left, right):
+        param.grad = torch.full_like(param, 2.0)
+    optimizer.first_step()
+    assert not torch.equal(right, torch.ones(3))
+    del optimizer.param_groups[1]
+    optimizer.second_step()
+    assert torch.equal(right, torch.ones(3))
+    assert torch.allclose(left, torch.full((3,), 0.8))

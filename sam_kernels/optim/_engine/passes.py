@@ -208,9 +208,9 @@ class Passes:
         if fuses:
             by_key = {current.key: current for current in group_grads}
             for key in sorted({*by_key, *self._perturbed}):
-                group = groups[key[0]]
-                group = {**group, **options[key[0]]} if key[0] in options else group
-                for lists, grads, old_params in self._parts(key, by_key.get(key)):
+                for lists, grads, old_params in self._parts(key, by_key.get(key)):  # none of a group that is gone
+                    group = groups[key[0]]
+                    group = {**group, **options[key[0]]} if key[0] in options else group
                     fused_step(self.base, group, lists, grads, old_params, scalars)
                     self.lists.shards.written(lists.layout, lists.owners)
             self._perturbed, self._watch = {}, NOTHING_WATCHED
