@@ -84,6 +84,7 @@ OPTIM_TESTS = {  # file of sam_kernels/optim -> its nearest tests in tests/optim
     "_reweighted/reweighting.py": ("test_rwsam", "test_rwsam_bad_input"),
     "_seeds.py": ("test_family", "test_family_groups"),
     "_base/sharded.py": (DISTRIBUTED,),
+    "_shards/*": (DISTRIBUTED,),
     "_engine/skip*.py": ("test_non_finite", "test_amp", "test_family_failures"),
     "_batches/structures.py": ("test_cut_batches", "test_micro_batches"),
     "*/w*.py": ("test_both_sides", "test_contract", "test_torch_hooks", "test_torch_scenarios"),
@@ -170,5 +171,6 @@ def runs_for(path: str) -> tuple[Run, ...]:
     """The runs that are to find a fault in a file, in their order."""
     if path.startswith(TRITON):
         words = next((words for pattern, words in TRITON_RUNS if fnmatch(path.removeprefix(TRITON), pattern)), f"{REFERENCE} -k sgd")
-        return Run(tuple(words.split()), INTERPRETED), LAUNCHES, Run(("tests/interpreted",), INTERPRETED), CODE
+        runs = Run(tuple(words.split()), INTERPRETED), LAUNCHES, Run(("tests/interpreted",), INTERPRETED), CODE
+        return (Run(("tests/triton/test_config.py",)), *runs) if path.endswith("_config.py") else runs
     return next((runs for pattern, runs in RUNS if fnmatch(path, pattern)), (*OPS, OPTIM))
