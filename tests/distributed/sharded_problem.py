@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,13 +50,14 @@ class Case:
     options: dict[str, Any]
     micro_batches: int | None = None
     steps: int = 5
-    how: str = "step"  # or "halves", "backward"
+    how: str = "step"  # or "halves", "backward", "ascent"
     refused_with: dict[str, str] = field(default_factory=dict)  # by layout, words of the error
 
 
 CASES = {
     "SAM, SGD": Case(SAM, SGD, steps=20),
     "SAM, halves": Case(SAM, SGD, how="halves"),
+    "n-SAM": Case(SAM, SGD, how="ascent"),
     "SAM, backward": Case(SAM, SGD, how="backward"),
     "ASAM, AdamW": Case(ASAM, {**ADAMW, "rho": 0.5}, steps=20),
     "mix, clipped, Adam": Case(SAM, {"base_optimizer": torch.optim.Adam, "lr": 0.01, "rho": 0.1, "lambd": 0.3, "max_grad_norm": 0.2}),
@@ -124,7 +126,7 @@ def closure_of(optimizer: Any, model: nn.Module, *, zeroes: bool = True) -> Call
 def run(case: Case, model: nn.Module, parts: Sequence[tuple[int, int]], steps: int | None = None, optimizer: Any = None) -> Any:
     """Steps over the parts (i, of how many) of every batch, put together. Returns the optimizer."""
     optimizer = case.make(model.parameters(), **case.options) if optimizer is None else optimizer
-    closure = closure_of(optimizer, model, zeroes=case.how == "step")
+    closure = closure_of(optimizer, model, zeroes=case.how in ("step", "ascent"))
     k = case.micro_batches or 1
     for step in range(case.steps if steps is None else steps):
         pieces = [[tensor.chunk(k) for tensor in batch_of(step, part, count)] for part, count in parts]
@@ -138,6 +140,9 @@ def run(case: Case, model: nn.Module, parts: Sequence[tuple[int, int]], steps: i
             optimizer.backward(lambda batch=batches[0]: closure(*batch))
             optimizer.step()
             optimizer.zero_grad()
+        elif case.how == "ascent":
+            other = [torch.cat([batch_of(step + 100, part, count)[i] for part, count in parts]) for i in range(2)]
+            optimizer.step(partial(closure, *batches[0]), ascent_closure=partial(closure, *other))
         else:
             optimizer.step([lambda batch=batch: closure(*batch) for batch in batches])
     return optimizer

@@ -230,3 +230,9 @@ def test_reweighting_shards_is_refused_by_name(group: None) -> None:
     model = fully_shard(make_model(), mesh=init_device_mesh("cpu", (1,)))
     with pytest.raises(TypeError, match=r"RWSAM: parameter '0\.weight' is a DTensor"):
         RWSAM(model, torch.optim.SGD, beta=1.0, **SGD)
+
+
+def test_graphs_over_shards_are_refused(group: None) -> None:
+    model = fully_shard(make_model(), mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(ValueError, match="capturable=True is not supported with DTensors"):
+        SAM(model.parameters(), torch.optim.SGD, capturable=True, **SGD)

@@ -155,6 +155,7 @@ class Wrapper(Optimizer):
                 if self.capturable:
                     capturable.to_tensors(group, self._keys)
             self._identity(groups)
+            self._identity.shards.check_capturable(self.capturable)
             self.direction.check_shards(groups)
             self._memory.adopt(self.state)
         self._groups = list(groups)

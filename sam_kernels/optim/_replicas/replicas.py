@@ -17,6 +17,7 @@ from sam_kernels.optim._batches.micro_batches import GradientMean
 from sam_kernels.optim._engine.passes import Passes
 from sam_kernels.optim._part import FirstGradient
 from sam_kernels.optim._replicas.rank_mean import RankMean
+from sam_kernels.optim._shards.shards import loss_value
 from sam_kernels.optim._types import ParamGroup
 from sam_kernels.optim.descents import Descent
 from sam_kernels.optim.directions import Direction
@@ -149,12 +150,11 @@ class Replicas:
     def mean_loss(self, loss: Any, device: torch.device) -> Any:  # () float64
         """The mean of the ranks' losses, for radii and step sizes that follow it: with averaged gradients each rank would have one of its
         own. With a local ascent, or where the loss is no number, it is returned as it is."""
-        is_number = isinstance(loss, int | float) and not isinstance(loss, bool)
-        if not self._replicated or self._averaging or not (is_number or (isinstance(loss, Tensor) and loss.numel() == 1)):
+        mean = loss_value(loss, device) if self._replicated and not self._averaging else None
+        if mean is None:
             return loss
         self._check_usable()
         group = self._replicated[0].process_group
-        mean = torch.as_tensor(loss, dtype=torch.float64, device=device).detach().reshape(()).clone()
         distributed.all_reduce(mean, group=group)
         return mean / distributed.get_world_size(group)
 

@@ -17,7 +17,7 @@ from sam_kernels.optim._shards.modules import GatheredModules
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Shards", "check_process_group"]
+__all__ = ["Shards", "check_process_group", "loss_value"]
 
 
 class Shards:
@@ -36,6 +36,11 @@ class Shards:
 
     def __bool__(self) -> bool:
         return bool(self._meshes) or self._process_group is not None
+
+    def check_capturable(self, capturable: bool) -> None:
+        """Raises ValueError where a graph would be replayed over shards: what FSDP2 has gathered would outlive the weights."""
+        if capturable and self._meshes:
+            raise ValueError("SAM: capturable=True is not supported with DTensors, whose gathered copies a replayed graph cannot free")
 
     @property
     def only_layout(self) -> Layout:
@@ -64,10 +69,8 @@ class Shards:
 
     def mean_loss(self, loss: Any, device: torch.device) -> Any:  # () float64
         """The mean of the losses of the ranks of a mesh; a loss that is no number is returned as it is."""
-        is_number = isinstance(loss, int | float) and not isinstance(loss, bool)
-        if not self._meshes or not (is_number or (isinstance(loss, Tensor) and loss.numel() == 1)):
-            return loss
-        return self._meshes.mean(torch.as_tensor(local_of(loss) if isinstance(loss, Tensor) else loss, device=device).detach().reshape(()))
+        value = loss_value(loss, device) if self._meshes else None
+        return loss if value is None else self._meshes.mean(value)
 
     def agree(self, found_inf: Tensor) -> None:  # ()
         """Sets ``found_inf`` where it is set on any rank. 4 bytes a mesh, and 4 of the process group."""
@@ -80,6 +83,15 @@ class Shards:
         if layout is not WHOLE:
             torch.autograd.graph.increment_version(owners)
             self._modules.reshard()
+
+
+def loss_value(loss: Any, device: torch.device) -> Tensor | None:  # () float64
+    """A loss as a tensor of its own; None for one that is no single number."""
+    is_number = isinstance(loss, int | float) and not isinstance(loss, bool)
+    if not is_number and not (isinstance(loss, Tensor) and loss.numel() == 1):
+        return None
+    value = local_of(loss) if isinstance(loss, Tensor) else loss
+    return torch.as_tensor(value, dtype=torch.float64, device=device).detach().reshape(()).clone()
 
 
 def check_process_group(process_group: Any) -> Any:
