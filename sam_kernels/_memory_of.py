@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # not in torch's stub
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["ORDINARY_TYPES", "active_fake_mode", "is_fake", "is_inside_transform", "why_no_memory", "without_memory"]
+__all__ = ["ORDINARY_TYPES", "active_fake_mode", "is_dtensor", "is_fake", "is_inside_transform", "why_no_memory", "without_memory"]
 
 # Types whose tensors are strided memory, up to what only the tensor itself shows (layout, device, freed storage).
 ORDINARY_TYPES = frozenset({Tensor, Parameter})
@@ -31,6 +31,12 @@ _FAKE = _TorchDispatchModeKey.FAKE
 def is_fake(tensor: object) -> bool:
     """Whether ``tensor`` is a FakeTensor: a shape, a dtype and a device, and no values (``torch._subclasses.FakeTensorMode``)."""
     return isinstance(tensor, FakeTensor)
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether ``tensor`` is a DTensor. Does not import ``torch.distributed.tensor``: without that module there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def active_fake_mode() -> FakeTensorMode | None:
@@ -81,8 +87,7 @@ def _why_wrapper(tensor: Tensor) -> str | None:
     if isinstance(tensor, UninitializedTensorMixin):
         return "is uninitialized and has no shape yet; run its lazy module once first"
     name = type(tensor).__name__
-    distributed = sys.modules.get("torch.distributed.tensor")
-    if distributed is not None and isinstance(tensor, distributed.DTensor):
+    if is_dtensor(tensor):
         return "is a DTensor, which has no memory of its own; pass its local part, tensor.to_local()"
     if tensor.layout is torch.jagged:
         return "is a nested tensor (torch.jagged); pass its values, tensor.values()"

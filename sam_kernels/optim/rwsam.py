@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from sam_kernels import functional
 from sam_kernels._validate import describe
 from sam_kernels.optim._batches.closures import Closure, TwoPasses, passes_of
 from sam_kernels.optim._compatibility import check_weighted
@@ -20,10 +19,12 @@ from sam_kernels.optim._engine import amp, capturable
 from sam_kernels.optim._engine.lists import param_name
 from sam_kernels.optim._engine.plan import StepPlan
 from sam_kernels.optim._engine.replay import RandomState
-from sam_kernels.optim._replicas.replicas import check_weights_within_the_rank
 from sam_kernels.optim._reweighted.directional import DirectionalNorms
 from sam_kernels.optim._reweighted.reweighting import Reweighting, check_modules, chosen_modules
+from sam_kernels.optim._reweighted.samples import ranks_of
+from sam_kernels.optim._reweighted.weighing import Weighing
 from sam_kernels.optim._seeds import derived_seed
+from sam_kernels.optim._shards.modules import reshard
 from sam_kernels.optim.sam import SAM
 from sam_kernels.per_sample import GradNorms
 from sam_kernels.schedules._at_step import Schedule
@@ -61,8 +62,9 @@ class RWSAM(SAM):
         model: what the closure calls. Running statistics of its normalisation layers are updated by one forward pass a step, that at w;
             neither those at w + δz nor the second pass change them. In training mode BatchNorm makes samples depend on each other: exact
             norms are then those of contributions (see :class:`~sam_kernels.per_sample.GradNorms`), which add up to the batch's gradient.
-            Wrapped in DistributedDataParallel, each rank weights its own samples and climbs along their gradient, which is not
-            averaged (as m-SAM); the descent is. (See ``local_ascent``.)
+            Over the shards of ``fully_shard`` samples of all ranks are weighted together, and the step is that of one process. Wrapped
+            in DistributedDataParallel, each rank weights its own and climbs along their gradient, which is not averaged (as m-SAM); the
+            descent is. (See ``local_ascent``, and docs/distributed.md.)
         base_optimizer: as for :class:`SAM`, made with ``base_kwargs``.
         beta: inverse temperature ≥ 0: a number, a 0-dim tensor or a callable t → β. Kept in ``param_groups``, alike in all.
         norms: see above.
@@ -77,13 +79,15 @@ class RWSAM(SAM):
         params: as for :class:`SAM`, of the model's parameters; None: all of them. Others of the model that are trainable have gradients
             added to their ``.grad``, as by any backward pass.
         local_ascent: True, which is what None means where the model has ``no_sync`` (DistributedDataParallel): weights within the rank,
-            as above, with the rules of :class:`SAM`. False with such a model is refused: there are no weights over all ranks' samples.
+            as above, with the rules of :class:`SAM`. False with such a model: samples of all ranks are weighted together, for one more
+            backward pass, through the module, and the ascent gradient is averaged.
         sam_and_base_kwargs: :class:`SAM`'s keywords but ``model``, and the base optimizer's. The ascent gradient that a ``direction`` or
             a ``descent`` works on is v: averages, extragradient, centralised gradients and the Polyak step size go with it. Directions
             that take no gradient at w, and rules that keep it (which mean ∇f, not v), do not.
 
     Raises:
-        TypeError, ValueError: for arguments of the wrong type or out of range, and for parameters that are DTensors.
+        TypeError, ValueError: for arguments of the wrong type or out of range, for tensor parallelism (a sample's gradient would lie on
+            several ranks), and with shards for ``norms="jvp"``.
     """
 
     _group_keys = (*SAM._group_keys, "beta")
@@ -133,7 +137,9 @@ class RWSAM(SAM):
             raise ValueError("RWSAM: capturable=True needs exact norms and sampling='weights': a graph would draw the same numbers again")
         check_weighted(sam_and_base_kwargs.get("direction"), sam_and_base_kwargs.get("descent"))
         self._more_defaults = {"beta": beta}
-        check_weights_within_the_rank(model, local_ascent)
+        if sam_and_base_kwargs.get("process_group") is not None:
+            raise ValueError("RWSAM: process_group is not supported: the gradient of a sample would lie on several ranks; use SAM")
+        reshard(model)
         params = model.parameters() if params is None else params
         super().__init__(params, base_optimizer, model=model, local_ascent=local_ascent, **sam_and_base_kwargs)
         known = set(map(id, model.parameters()))
@@ -150,8 +156,8 @@ class RWSAM(SAM):
             self._directional = DirectionalNorms(self.model, how)
         else:
             self._engine = GradNorms(self.model, micro_batch=how.micro_batch, reduction="mean", unsupported=how.unsupported)
-        self._norms: list[Tensor] = []  # (B / m,) for each closure of the last step
-        self._weights: list[Tensor] = []
+        self._ranks = ranks_of(self.model, how.norms, local_ascent=self._replicas.ascends_locally)
+        self._weighing = Weighing(how, self._ranks)
         self._recorded: StepPlan | None = None  # of the forward pass under recording()
 
     # --- the step ---
@@ -183,7 +189,7 @@ class RWSAM(SAM):
             pairs = passes_of(closure, batch, micro_batches, None)
             if pairs is None:
                 return self._finish(scaler)
-            self._norms, self._weights = [], []
+            self._weighing.begin()
             index_of = partial(self._replicas.index_of, count=len(pairs))
             return self._make_step([self._pair(each, index_of(i), scaler) for i, (each, _) in enumerate(pairs)], scaler)
         except BaseException:
@@ -201,7 +207,7 @@ class RWSAM(SAM):
             raise TypeError(f"RWSAM.backward: closure must be a callable, got {describe(closure)}")
         made = self._calls_made()
         if made == 0:
-            self._norms, self._weights = [], []
+            self._weighing.begin()
         index = self._replicas.index_of_call(made)
         loss: Tensor = self._add_gradient(*self._pair(closure, index, scaler, zeroes=False), scaler)
         return loss
@@ -239,7 +245,7 @@ class RWSAM(SAM):
         plan, self._recorded = self._recorded, None
         if plan is None:
             raise RuntimeError("RWSAM.weighted_backward: run the forward pass under recording() first, once for each call")
-        self._norms, self._weights = [], []
+        self._weighing.begin()
         self.zero_grad()
         with torch.enable_grad(), self._replicas.without_averaging():
             self._backward(self._differentiable(losses), plan, self._replicas.index_of(0, 1), amp.check_scaler(grad_scaler))
@@ -275,57 +281,44 @@ class RWSAM(SAM):
         m = self.reweighting.micro_batch
         if self._is_plain(plan):
             _scaled(losses.mean(), scaler).backward()  # type: ignore[no-untyped-call]  # as above
-            dtype = torch.promote_types(losses.dtype, torch.float32)
-            self._weights.append(losses.new_full((len(losses) // m,), m / len(losses), dtype=dtype))
+            self._weighing.alike(losses)
         elif norms is not None:
             each = (self._weigh(norms, plan, index) / m).repeat_interleave(m)
             torch.autograd.backward(_scaled(losses, scaler), each.to(losses.dtype))
         else:
             assert self._engine is not None
-            norms, scale = self._engine(_scaled(losses, scaler)), amp.scale_of(scaler)
-            self._engine.weighted_grads_(self._weigh(norms if scale is None else norms / scale, plan, index))
+            scaled, scale, over_ranks = _scaled(losses, scaler), amp.scale_of(scaler), self._ranks is not None
+            norms = self._engine(scaled, keep=not over_ranks, retain_graph=over_ranks)
+            weights = self._weigh(norms if scale is None else norms / scale, plan, index)
+            if over_ranks:  # by a backward pass that averages over ranks
+                self._engine.weighted_backward(scaled, weights)
+            else:
+                self._engine.weighted_grads_(weights)
 
     @torch.no_grad()
     def _weigh(self, norms: Tensor, plan: StepPlan, index: int) -> Tensor:  # (B / m,)
-        """The weight of each in v."""
-        beta = plan.beta
-        weights = functional.sharpness_weights(norms, beta=beta)
-        self._norms.append(norms)
-        self._weights.append(weights)
-        how = self.reweighting
-        if how.sampling == "weights":
-            return weights
-        seed = derived_seed(how.seed, int(plan.groups[0].t), index, 0)
-        drawn, _ = functional.sharpness_sample(norms, how.draws, beta=beta, replacement=how.replacement, seed=seed)
-        # A norm that is not finite makes weights NaN: then the step must be skipped, whatever was drawn.
-        counts = torch.zeros_like(norms).index_add_(0, drawn, torch.ones_like(norms[:1]).expand(how.draws))
-        return counts / how.draws + 0.0 * weights.sum()
+        return self._weighing.weigh(norms, plan.beta, derived_seed(self.reweighting.seed, int(plan.groups[0].t), index, 0))
 
     # --- what it was ---
 
     @property
     def last_norms(self) -> Tensor | None:
-        """(B / m,) gradient norms of the last step that had losses, of its closures one after another, on the device; None where none
-        were taken."""
-        return torch.cat(self._norms) if self._norms else None
+        """(B / m,) gradient norms of the rank's samples in the last step that had losses, of its closures one after another, on the
+        device; None where none were taken."""
+        return torch.cat(self._weighing.norms) if self._weighing.norms else None
 
     @property
     def last_weights(self) -> Tensor | None:
-        """(B / m,) weights p of the last step that had losses, of its closures one after another, each adding up to 1, on the device."""
-        return torch.cat(self._weights) if self._weights else None
+        """(B / m,) weights p of the rank's samples in the last step that had losses, of its closures one after another, on the device.
+        Those of one closure add up to 1; where samples of all ranks are weighted together, those of all ranks do."""
+        return torch.cat(self._weighing.weights) if self._weighing.weights else None
 
     def diagnostics(self) -> dict[str, Tensor]:
         """Of the last step, as 0-dim tensors on the device (reading them waits for it): ``effective_sample_size`` 1 / Σ p², between 1 and
         B / m, ``max_weight``, and where norms were taken ``mean_norm``, ``min_norm``, ``max_norm``. Of several closures: means of each.
+        Where samples of all ranks are weighted together, of all of them, without communication.
         """
-        found: dict[str, list[Tensor]] = {}
-        for weights in self._weights:
-            found.setdefault("effective_sample_size", []).append(weights.square().sum().reciprocal())
-            found.setdefault("max_weight", []).append(weights.max())
-        for norms in self._norms:
-            for name, value in (("mean_norm", norms.mean()), ("min_norm", norms.min()), ("max_norm", norms.max())):
-                found.setdefault(name, []).append(value)
-        return {name: torch.stack(values).mean() for name, values in found.items()}
+        return self._weighing.diagnostics()
 
     def release_buffers(self) -> None:
         """As :meth:`SAM.release_buffers`; the directions of ``"jvp"`` too."""

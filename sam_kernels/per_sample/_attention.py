@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -58,12 +58,12 @@ def attention_params(module: nn.MultiheadAttention) -> dict[str, nn.Parameter]:
     return {name: param for name, param in module.named_parameters() if param.requires_grad}
 
 
-def rows_of(tensor: Tensor | None, params: dict[str, nn.Parameter]) -> tuple[nn.Parameter, Place | None] | None:
-    """The parameter of ``params`` that the tensor is (with no place), or is consecutive rows of; None if it is neither."""
-    for param in params.values():
+def rows_of(tensor: Tensor | None, params: Mapping[str, nn.Parameter]) -> tuple[str, Place | None] | None:
+    """The name of the parameter that the tensor is (with no place), or is consecutive rows of; None if it is none of ``params``."""
+    for name, param in params.items():
         if tensor is param:
-            return param, None
+            return name, None
         if tensor is not None and tensor._base is param and tensor.stride() == param.stride():
             start = (tensor.storage_offset() - param.storage_offset()) // param.stride(0)
-            return param, None if len(tensor) == len(param) else (start, start + len(tensor))
+            return name, None if len(tensor) == len(param) else (start, start + len(tensor))
     return None

@@ -71,6 +71,7 @@ class Call:
         batch_dim: int = 0,
         merged: int | None = None,  # a batch of so many: dimension 0 is (positions, batch) flattened, or those two are dimensions 0 and 1
         reads_once: bool = False,  # a call reads each parameter once
+        anchor: Tensor,  # that wants a gradient
     ) -> None:
         self.name, self.module, self.rule, self.params = name, module, rule, params
         self.places = places or {}
@@ -88,7 +89,7 @@ class Call:
             self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             self._places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
             inputs = [leaves[i] for i in self._places]
-        self._saved = Saved(inputs, next(iter(params.values())))
+        self._saved = Saved(inputs, anchor)
         self._is_one = isinstance(output, Tensor)
         outputs = [output] if self._is_one else pytree.tree_leaves(output)
         tensors = [leaf for leaf in outputs if isinstance(leaf, Tensor) and leaf.is_floating_point()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,7 @@ from sam_kernels.per_sample._hidden import has_graph, refuse_inside_function
 from sam_kernels.per_sample._reads import now
 from sam_kernels.per_sample._registry import Rule, rule_for
 from sam_kernels.per_sample._rules import linear_terms
+from sam_kernels.per_sample._shards import WholeParams
 from sam_kernels.per_sample._vmap import by_vmap
 
 __all__ = ["Recorder", "refuse_compiled"]
@@ -62,6 +63,7 @@ class Recorder:
         self._extents: list[Extent] = []  # of the modules that are being called
         self._spans: list[int] = []  # the numbers of nodes at which they began
         self._listens = self._records = False
+        self.whole = WholeParams()
 
     @property
     def is_on(self) -> bool:
@@ -74,6 +76,7 @@ class Recorder:
 
     def start(self) -> None:
         """Raises NotImplementedError for a module that owns trainable parameters and has no rule, TypeError for a compiled one."""
+        self.whole = WholeParams(self.model)
         self._layers = list(self._watched())
         self.calls = []
         self._listens = self._records = True
@@ -140,11 +143,14 @@ class Recorder:
         batch_dim = watched.batch_dim if any(tensor.dim() > 2 for tensor in tensors) else 0
         rule = watched.rule
         if rule is None:
-            device_type = next(iter(watched.params.values())).device.type
+            device_type = _any(watched.params).device.type
             dtype, enabled = torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type)
             rule = partial(self._by_vmap, batch_dim, partial(torch.autocast, device_type, dtype, enabled))
         reads_once = watched.rule is not None and _is_built_in(watched.rule)
-        call = Call(watched.name, module, rule, watched.params, args, kwargs, output, batch_dim=batch_dim, reads_once=reads_once)
+        read = self.whole.read_by(watched.name, module, watched.params)
+        call = Call(
+            watched.name, module, rule, watched.params, args, kwargs, output, batch_dim=batch_dim, reads_once=reads_once, anchor=_any(read)
+        )
         if not reads_once and self._spans:
             call.span = (self._spans[-1], now())
         if watched.extent is not None and self._extents:
@@ -186,7 +192,8 @@ class Recorder:
             query = args[0] if args else kwargs["query"]
             batch = 1 if query.dim() < 3 else query.shape[0 if module.batch_first else 1]
             self._spans.append(now())
-            mode: Any = LinearCalls(partial(self._on_linear, watched, batch))
+            read = self.whole.read_by(watched.name, module, watched.params)
+            mode: Any = LinearCalls(partial(self._on_linear, watched, read, batch))
             self._modes.append(mode.__enter__())
 
     def _leave_attention(self, *_: Any) -> None:
@@ -195,8 +202,17 @@ class Recorder:
             mode.__exit__(None, None, None)
             self._leave_span()
 
-    def _on_linear(self, watched: _Watched, batch: int, x: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor) -> None:
-        found = {"weight": rows_of(weight, watched.params), "bias": rows_of(bias, watched.params)}
+    def _on_linear(
+        self,
+        watched: _Watched,
+        read: Mapping[str, nn.Parameter],
+        batch: int,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        output: Tensor,
+    ) -> None:
+        found = {"weight": rows_of(weight, read), "bias": rows_of(bias, read)}
         used = {name: each for name, each in found.items() if each is not None}
         if not used or not has_graph(watched.name, [output]):
             return
@@ -204,10 +220,11 @@ class Recorder:
             watched.name,
             watched.module,
             partial(_linear_rule, "weight" in used, "bias" in used),
-            {name: param for name, (param, _) in used.items()},
+            {name: watched.params[param] for name, (param, _) in used.items()},
             (x,),
             {},
             output,
+            anchor=_any(read),
             places={name: place for name, (_, place) in used.items()},
             merged=batch,  # attention works on (positions, batch, features), whatever it is given
         )
@@ -252,6 +269,7 @@ class Recorder:
                 return
             raise _no_rule(name, module, params)
         params = distinct(params)
+        self.whole.refuse(_described(name, module), params.values())
         yield _Watched(prefix, module, batch_dim, params, None, by_vmap=True, extent=extent_of(module, params))
 
     def _attention(self, name: str, module: Any) -> Iterator[_Watched]:
@@ -265,6 +283,10 @@ class Recorder:
         if self._unsupported != "vmap":
             raise _no_rule(name, module, added)
         raise NotImplementedError(f"GradNorms: {_described(name, module)}: add_bias_kv=True is not supported")
+
+
+def _any(params: Mapping[str, nn.Parameter]) -> nn.Parameter:
+    return next(iter(params.values()))
 
 
 def _linear_rule(weight: bool, bias: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grad_output: Tensor) -> Any:

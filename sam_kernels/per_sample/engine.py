@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sam_kernels._memory_of import is_fake
+from sam_kernels._memory_of import is_dtensor, is_fake
 from sam_kernels._validate import check_choice, check_count, check_flag, describe
 from sam_kernels.per_sample._aliases import settle
 from sam_kernels.per_sample._call import Call
@@ -146,6 +146,7 @@ class GradNorms:
                 if node is not None:
                     nodes.setdefault(node, []).append((call, position))
         graph = graph_of(losses.grad_fn, nodes)
+        self._recorder.whole.add_readers(graph.readers)
         recomputes = any(call.is_recomputed for call in calls)
         refuse_hidden(losses.grad_fn, [call for call in calls if not call.expect(graph.reached)])
         calls = [call for call in calls if call.is_awaited]  # by the others comes no gradient: they add nothing
@@ -242,15 +243,17 @@ class GradNorms:
         A micro-batch's gradient is that of the sum (``reduction="mean"``: the mean) of its losses. None is a weight of 1 for each: with
         ``reduction="sum"`` what ``losses.sum().backward()`` does, to rounding, and nothing is multiplied. Frees what the engine kept.
 
-        Raises RuntimeError where there is nothing kept, TypeError or ValueError for weights that are not a floating-point tensor (B / m,).
+        Raises RuntimeError where there is nothing kept, TypeError or ValueError for weights that are not a floating-point tensor (B / m,),
+        TypeError for parameters that are shards, whose gradients :meth:`weighted_backward` makes.
         """
         if self._gathered is None:
             raise RuntimeError("GradNorms.weighted_grads_: call the engine with losses first, with keep=True; what it keeps is used once")
+        for name, param in self._recorder.params:
+            if is_dtensor(param):
+                raise TypeError(f"GradNorms.weighted_grads_: parameter {name} is a DTensor; use weighted_backward(losses, weights)")
         m, device = self._gathered.m, self._gathered.device
-        if weights is not None and not (isinstance(weights, Tensor) and weights.is_floating_point()):
-            raise TypeError(f"GradNorms.weighted_grads_: weights must be a floating-point tensor, got {describe(weights)}")
-        if weights is not None and weights.shape != (m,):
-            raise ValueError(f"GradNorms.weighted_grads_: weights must have shape ({m},), got {tuple(weights.shape)}")
+        if weights is not None:
+            _check_weights("weighted_grads_", weights, m)
         if self.reduction == "mean" and self.micro_batch > 1:
             weights = (torch.ones(m, device=device) if weights is None else weights) / self.micro_batch
         can_be_read = weights is not None and weights.is_cpu and not is_fake(weights)  # those of a device: only by waiting for it
@@ -259,6 +262,27 @@ class GradNorms:
         gathered, self._gathered = self._gathered, None
         with torch.autocast(device.type, enabled=False):
             gathered.add_weighted_grads(weights)
+
+    def weighted_backward(
+        self,
+        losses: Tensor,  # (B,)
+        weights: Tensor,  # (B / m,)
+    ) -> None:
+        """As :meth:`weighted_grads_`, by an ordinary backward pass: hooks on parameters run, so that DistributedDataParallel averages
+        the gradient and ``fully_shard`` reduces it to the rank's parts. Costs that pass. Call the engine with ``keep=False,
+        retain_graph=True`` before.
+
+        Raises RuntimeError unless the engine was called last with these losses, and where their graph is gone; TypeError or ValueError for
+        weights that are not a floating-point tensor (B / m,).
+        """
+        if self._last is None or self._last[0]() is not losses:
+            raise RuntimeError("GradNorms.weighted_backward: call the engine with these losses first, with retain_graph=True")
+        _check_weights("weighted_backward", weights, len(losses) // self.micro_batch)
+        each = weights.detach().to(losses.device).repeat_interleave(self.micro_batch)
+        if self.reduction == "mean":
+            each = each / self.micro_batch
+        with self._recorder.replaying() if self._last[2] else nullcontext():  # checkpoints save what they saved under the engine
+            torch.autograd.backward(losses, each.to(losses.dtype))
 
     def _check(self, losses: object) -> None:
         if not isinstance(losses, Tensor) or not losses.is_floating_point():
@@ -286,6 +310,13 @@ def _require_owned(over: Iterable[object] | None, model: nn.Module) -> None:
             raise TypeError(f"GradNorms: over[{i}] must be a parameter of the model, got {describe(param)}")
         if id(param) not in known:
             raise ValueError(f"GradNorms: over[{i}], {describe(param)}, is no parameter of the model")
+
+
+def _check_weights(method: str, weights: object, m: int) -> None:
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        raise TypeError(f"GradNorms.{method}: weights must be a floating-point tensor, got {describe(weights)}")
+    if weights.shape != (m,):
+        raise ValueError(f"GradNorms.{method}: weights must have shape ({m},), got {tuple(weights.shape)}")
 
 
 def _mixing(calls: Sequence[Call]) -> str | None:

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from sam_kernels import ASAM, GCSAM, GSAM, RSAM, SAM, SAMSPS, WSAM, FriendlySAM, LookSAM, MomentumSAM, VaSSO
+from sam_kernels import ASAM, GCSAM, GSAM, RSAM, RWSAM, SAM, SAMSPS, WSAM, FriendlySAM, LookSAM, MomentumSAM, VaSSO
 from sam_kernels.optim.directions import Extragradient
 from sam_kernels.schedules import AscentInfo, Radius
 
@@ -50,10 +50,11 @@ class Case:
     options: dict[str, Any]
     micro_batches: int | None = None
     steps: int = 5
-    how: str = "step"  # or "halves", "backward", "ascent"
+    how: str = "step"  # or "halves", "backward", "ascent", "samples", "samples, halves"
     refused_with: dict[str, str] = field(default_factory=dict)  # by layout, words of the error
 
 
+WHOLE_SAMPLES = dict.fromkeys(("tensor parallel", "tensor parallel and FSDP2"), "gradient of a sample lies on several ranks")
 CASES = {
     "SAM, SGD": Case(SAM, SGD, steps=20),
     "SAM, halves": Case(SAM, SGD, how="halves"),
@@ -75,6 +76,18 @@ CASES = {
     "MomentumSAM, AdamW": Case(MomentumSAM, ADAMW),
     "RSAM without noise": Case(RSAM, {**SGD, "sigma": 0.0}),
     "GCSAM": Case(GCSAM, SGD, refused_with=dict.fromkeys(("tensor parallel", "tensor parallel and FSDP2"), "sharded along dimension 1")),
+    "RWSAM": Case(RWSAM, {**SGD, "beta": 2.0}, how="samples", refused_with=WHOLE_SAMPLES),
+    "RWSAM, of pairs, AdamW": Case(
+        RWSAM,
+        {**ADAMW, "beta": 2.0, "micro_batch": 2, "max_grad_norm": 0.2},
+        micro_batches=2,
+        how="samples",
+        refused_with=WHOLE_SAMPLES,
+    ),
+    "RWSAM, drawn": Case(
+        RWSAM, {**SGD, "beta": 2.0, "sampling": "draw", "draws": 5}, how="samples", refused_with=WHOLE_SAMPLES
+    ),
+    "RWSAM, halves": Case(RWSAM, {**SGD, "beta": 2.0}, how="samples, halves", refused_with=WHOLE_SAMPLES),
     "SAMSPS": Case(SAMSPS, {"base_optimizer": torch.optim.SGD, "gamma_b": 1.0, "momentum": 0.5, "rho": 0.1}),
 }  # fmt: skip
 
@@ -112,6 +125,11 @@ def batch_of(step: int, part: int, parts: int) -> tuple[Tensor, Tensor]:
     return inputs.chunk(parts)[part], targets.chunk(parts)[part]
 
 
+def losses_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:  # (B,)
+    losses: Tensor = (model(inputs) - targets).square().mean(1)
+    return losses
+
+
 def closure_of(optimizer: Any, model: nn.Module, *, zeroes: bool = True) -> Callable[[Tensor, Tensor], Tensor]:
     def closure(inputs: Tensor, targets: Tensor) -> Tensor:
         if zeroes:
@@ -125,8 +143,10 @@ def closure_of(optimizer: Any, model: nn.Module, *, zeroes: bool = True) -> Call
 
 def run(case: Case, model: nn.Module, parts: Sequence[tuple[int, int]], steps: int | None = None, optimizer: Any = None) -> Any:
     """Steps over the parts (i, of how many) of every batch, put together. Returns the optimizer."""
-    optimizer = case.make(model.parameters(), **case.options) if optimizer is None else optimizer
-    closure = closure_of(optimizer, model, zeroes=case.how in ("step", "ascent"))
+    weighs = case.how.startswith("samples")
+    if optimizer is None:
+        optimizer = case.make(model if weighs else model.parameters(), **case.options)
+    closure = partial(losses_of, model) if weighs else closure_of(optimizer, model, zeroes=case.how in ("step", "ascent"))
     k = case.micro_batches or 1
     for step in range(case.steps if steps is None else steps):
         pieces = [[tensor.chunk(k) for tensor in batch_of(step, part, count)] for part, count in parts]
@@ -135,6 +155,13 @@ def run(case: Case, model: nn.Module, parts: Sequence[tuple[int, int]], steps: i
             closure(*batches[0])
             optimizer.first_step(zero_grad=True)
             closure(*batches[0])
+            optimizer.second_step(zero_grad=True)
+        elif case.how == "samples, halves":
+            with optimizer.recording():
+                losses = closure(*batches[0])
+            optimizer.weighted_backward(losses)
+            optimizer.first_step(zero_grad=True)
+            closure(*batches[0]).mean().backward()
             optimizer.second_step(zero_grad=True)
         elif case.how == "backward":
             optimizer.backward(lambda batch=batches[0]: closure(*batch))

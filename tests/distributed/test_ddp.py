@@ -47,6 +47,7 @@ RUNS = {
     "rwsam": Run(make=RWSAM, more={**RHO, "beta": 2.0}, k=2),
     "rwsam-directions": Run(make=RWSAM, more={**RHO, "beta": 2.0, "norms": "finite_difference"}),
 }
+TOGETHER = {**RHO, "beta": 2.0, "local_ascent": False}  # the samples of all ranks
 AVERAGED = {
     "sam": Run(more=RHO, averaged=True),
     "gsam": Run(make=GSAM, more=RHO, averaged=True),
@@ -55,6 +56,10 @@ AVERAGED = {
     "momentum": Run(make=MomentumSAM, more=RHO, averaged=True),
     "polyak": Run(make=SAMSPS, options={}, more={"rho": 0.05, "gamma_b": 10.0}, averaged=True),
     "radius": Run(more={"rho": FollowsTheLoss()}, averaged=True),
+    "rwsam": Run(make=RWSAM, more=TOGETHER, averaged=True),
+    "rwsam-of-2": Run(make=RWSAM, more={**TOGETHER, "micro_batch": 2}, averaged=True, ddp={"find_unused_parameters": True}),
+    "rwsam-drawn": Run(make=RWSAM, more={**TOGETHER, "sampling": "draw", "draws": 3}, averaged=True),
+    "rwsam-directions": Run(make=RWSAM, more={**TOGETHER, "norms": "finite_difference"}, averaged=True),
 }
 
 
@@ -95,4 +100,5 @@ def test_a_step_with_a_local_ascent_reduces_gradients_once(found: list[dict[str,
         for name in RUNS:
             assert found[rank][name]["reduced"] == [1] * 4, (rank, name)  # the model is one bucket
         assert found[rank]["averaged-sam"]["reduced"] == [2] * 4
+        assert found[rank]["averaged-rwsam"]["reduced"] == [2] * 4
         assert found[rank]["averaged-looksam"]["reduced"] == [2, 1] * 2

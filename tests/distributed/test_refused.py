@@ -94,17 +94,14 @@ def test_so_is_the_polyak_step_size(group: None) -> None:
         RWSAM(ddp, torch.optim.SGD, beta=1.0, lr=0.1, direction=directions.VarianceSuppressed())
 
 
-def test_reweighting_over_all_ranks_is_refused(group: None) -> None:
-    with pytest.raises(ValueError, match="weights over the samples of all ranks are not supported"):
-        RWSAM(replicated(), torch.optim.SGD, beta=1.0, local_ascent=False, **SGD)
-
-
 def test_a_static_graph_is_refused(group: None) -> None:
     ddp = replicated(static_graph=True)
     with pytest.raises(ValueError, match=r"static_graph=True.*leave static_graph out"):
         SAM(ddp.parameters(), torch.optim.SGD, model=ddp, local_ascent=True, **SGD)
     with pytest.raises(ValueError, match=r"static_graph=True.*leave static_graph out"):
         RWSAM(ddp, torch.optim.SGD, beta=1.0, **SGD)
+    with pytest.raises(ValueError, match=r"local_ascent=False.*static_graph=True.*leave static_graph out"):
+        RWSAM(ddp, torch.optim.SGD, beta=1.0, local_ascent=False, **SGD)
     ddp = replicated()
     optimizer = SAM(ddp.parameters(), torch.optim.SGD, model=ddp, local_ascent=True, **SGD)
     ddp._set_static_graph()  # type: ignore[no-untyped-call]
@@ -226,10 +223,21 @@ def test_a_gradient_of_another_kind_is_refused_by_name(group: None) -> None:
     assert torch.equal(sharded.to_local(), torch.ones(4))
 
 
-def test_reweighting_shards_is_refused_by_name(group: None) -> None:
+def test_reweighting_over_parts_of_samples_gradients_is_refused(group: None) -> None:
     model = fully_shard(make_model(), mesh=init_device_mesh("cpu", (1,)))
-    with pytest.raises(TypeError, match=r"RWSAM: parameter '0\.weight' is a DTensor"):
-        RWSAM(model, torch.optim.SGD, beta=1.0, **SGD)
+    with pytest.raises(TypeError, match=r"norms='jvp': parameter '0\.weight' is a DTensor.*finite_difference"):
+        RWSAM(model, torch.optim.SGD, beta=1.0, norms="jvp", **SGD)
+    with pytest.raises(ValueError, match="RWSAM: process_group is not supported"):
+        RWSAM(make_model(), torch.optim.SGD, beta=1.0, process_group=distributed.group.WORLD, **SGD)
+
+
+def test_what_was_gathered_for_a_forward_pass_is_no_parameter(group: None) -> None:
+    model = fully_shard(make_model(), mesh=init_device_mesh("cpu", (1,)))
+    with torch.no_grad():
+        model(torch.ones(1, model[0].in_features, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"parameter '0\.weight' is what fully_shard has gathered.*reshard\(\)"):
+        SAM(list(model.parameters()), torch.optim.SGD, **SGD)
+    SAM(model.parameters(), torch.optim.SGD, **SGD)  # freed by the attempt
 
 
 def test_graphs_over_shards_are_refused(group: None) -> None:

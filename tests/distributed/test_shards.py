@@ -15,7 +15,7 @@ from tests.helpers.ranks import on_ranks, one_at_a_time
 pytestmark = one_at_a_time
 LAYOUTS = {2: ("FSDP2", "tensor parallel"), 4: ("HSDP", "tensor parallel and FSDP2")}  # by number of ranks
 # The other two add nothing to a member of the family but their sums over ranks, which these cases have in every form.
-FEW = ("SAM, SGD", "ASAM, AdamW", "mix, clipped, Adam", "base's own step", "m-SAM", "GSAM")
+FEW = ("SAM, SGD", "ASAM, AdamW", "mix, clipped, Adam", "base's own step", "m-SAM", "GSAM", "RWSAM")
 RUNS = [(layout, name) for layout in ("FSDP2", "tensor parallel and FSDP2") for name in CASES]
 RUNS += [(layout, name) for layout in ("HSDP", "tensor parallel") for name in FEW]
 PARTS = {"FSDP2": 2, "tensor parallel": 1, "HSDP": 4, "tensor parallel and FSDP2": 2}  # that batches are cut into

@@ -1,16 +1,15 @@
-"""Shards that a step cannot be made of: FSDP1's, those of an optimizer that shards its parameters, and DTensors for RW-SAM."""
+"""Shards that a step cannot be made of: FSDP1's, and those of an optimizer that shards its parameters."""
 
 from __future__ import annotations
 
 import sys
 from types import FrameType
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from sam_kernels.optim._shards.dtensor import is_dtensor
 from sam_kernels.optim._types import ParamGroup
 
-__all__ = ["check_no_sharding_optimizer", "check_unsharded", "check_whole"]
+__all__ = ["check_no_sharding_optimizer", "check_whole"]
 
 _INSTEAD = (
     "wrap the model in DistributedDataParallel and shard the optimizer's state alone: SAM(ddp.parameters(), ZeroRedundancyOptimizer, "
@@ -26,16 +25,6 @@ def check_whole(param: Tensor, name: str) -> None:
             f"SAM: parameter {name} is sharded by FullyShardedDataParallel (FSDP1); the norm of a shard is not the norm of the gradient, "
             f"so every rank would perturb differently; {_INSTEAD}"
         )
-
-
-def check_unsharded(model: nn.Module) -> None:
-    """Raises TypeError, by name, for a parameter that is a DTensor."""
-    for name, param in model.named_parameters():
-        if is_dtensor(param):
-            raise TypeError(
-                f"RWSAM: parameter {name!r} is a DTensor; weights of samples over shards are not supported: wrap the model in "
-                "DistributedDataParallel, or use SAM"
-            )
 
 
 def check_no_sharding_optimizer(group: ParamGroup) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sam_kernels._validate import check_flag
-from sam_kernels.optim._base.sharded import check_unsharded
 from sam_kernels.optim._batches.closures import Closure, TwoPasses
 from sam_kernels.optim._batches.micro_batches import GradientMean
 from sam_kernels.optim._engine.passes import Passes
@@ -22,7 +21,7 @@ from sam_kernels.optim._types import ParamGroup
 from sam_kernels.optim.descents import Descent
 from sam_kernels.optim.directions import Direction
 
-__all__ = ["Replicas", "check_weights_within_the_rank", "is_blank"]
+__all__ = ["Replicas", "is_blank", "replicated_modules"]
 
 
 class Replicas:
@@ -222,15 +221,9 @@ def is_blank(groups: Sequence[ParamGroup]) -> bool:
     return bool(rates) and all((not isinstance(rate, Tensor) or rate.is_cpu) and float(rate) == 0.0 for rate in rates)
 
 
-def check_weights_within_the_rank(model: nn.Module, local_ascent: bool | None) -> None:
-    """For RW-SAM. Raises ValueError for a ``local_ascent`` of False with a replicated model, TypeError for a model whose parameters are
-    DTensors."""
-    check_unsharded(model)
-    if local_ascent is False and any(_found(model)):
-        raise ValueError(
-            "RWSAM: local_ascent=False: weights over the samples of all ranks are not supported; leave local_ascent out, and every rank "
-            "weights its own samples and perturbs by their gradient"
-        )
+def replicated_modules(model: nn.Module | Sequence[nn.Module] | None) -> list[DistributedDataParallel]:
+    """The ``DistributedDataParallel`` modules, inside of wrappers such as torch.compile's too."""
+    return _found(model)[0]
 
 
 def _found(model: nn.Module | Sequence[nn.Module] | None) -> tuple[list[DistributedDataParallel], list[nn.Module]]:

@@ -88,7 +88,7 @@ class DirectionalNorms:
     def _loss_beside(self, closure: Callable[[], Tensor], trainable: dict[Key, GroupLists], passes: Passes, seeds: Sequence[int]) -> Tensor:
         self._length = self._how.delta  # of the step, for each element of z
         if self._how.delta_scaling == "unit":
-            d = sum(param.numel() for lists in trainable.values() for param in lists.params)
+            d = sum(param.numel() for lists in trainable.values() for param in lists.owners)
             self._length /= math.sqrt(max(d, 1))
         passes.perturb_randomly(trainable, seeds, scale=self._length, distribution=self._how.distribution)
         return closure()

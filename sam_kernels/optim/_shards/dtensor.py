@@ -9,17 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
+from sam_kernels._memory_of import is_dtensor
+
 __all__ = ["as_owner", "is_dtensor", "local_grad", "local_grads_alike", "local_of", "locals_of"]
 
 
 _LOCAL = attrgetter("_local_tensor")
 _SPEC = attrgetter("_spec")
-
-
-def is_dtensor(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a DTensor. Does not import ``torch.distributed.tensor``: without that module there is none."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local_of(tensor: Tensor) -> Tensor:

@@ -9,9 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sam_kernels.optim._shards.dtensor import is_dtensor
-
-__all__ = ["GatheredModules"]
+__all__ = ["GatheredModules", "reshard", "sharded_modules"]
 
 
 class GatheredModules:
@@ -22,11 +20,19 @@ class GatheredModules:
     """
 
     def __init__(self, params: Iterable[Tensor] = ()) -> None:
-        ours = {id(param) for param in params if is_dtensor(param)}
+        ours = {id(param) for param in params}
         self._modules: list[weakref.ref[nn.Module]] = []
-        for module in _all_sharded_modules() if ours else []:
+        for module in sharded_modules() if ours else []:
+            before = dict(module.named_parameters())
             module.reshard()  # its parameters are then the shards
-            if not ours.isdisjoint(map(id, module.parameters())):
+            shards = set(map(id, module.parameters()))
+            for name, param in before.items():
+                if id(param) in ours and id(param) not in shards:
+                    raise ValueError(
+                        f"SAM: parameter {name!r} is what fully_shard has gathered for a forward pass, not the rank's part; call "
+                        f"{type(module).__name__}.reshard() before you take the model's parameters()"
+                    )
+            if not ours.isdisjoint(shards):
                 self._modules.append(weakref.ref(module))
 
     def reshard(self) -> None:
@@ -37,7 +43,15 @@ class GatheredModules:
                 module.reshard()
 
 
-def _all_sharded_modules() -> list[Any]:
+def reshard(model: nn.Module) -> None:
+    """Frees what the modules of ``fully_shard`` in ``model`` have gathered: its parameters are then the shards."""
+    inside = set(map(id, model.modules()))
+    for module in sharded_modules():
+        if id(module) in inside:
+            module.reshard()
+
+
+def sharded_modules() -> list[Any]:
     """Every module of this process that ``fully_shard`` was called with. Raises RuntimeError where torch does not list them."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or not hasattr(fsdp, "FSDPModule"):

@@ -31,7 +31,7 @@ class Shards:
     def __init__(self, params: Sequence[Tensor] = (), process_group: ProcessGroup | None = None) -> None:
         self._layouts = list(dict.fromkeys(map(layout_of, params)))
         self._meshes = Meshes(self._layouts)
-        self._modules = GatheredModules(params if self._meshes else ())
+        self._modules = GatheredModules(params)
         self._process_group = process_group
 
     def __bool__(self) -> bool:
