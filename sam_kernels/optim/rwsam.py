@@ -64,7 +64,7 @@ class RWSAM(SAM):
             norms are then those of contributions (see :class:`~sam_kernels.per_sample.GradNorms`), which add up to the batch's gradient.
             Over the shards of ``fully_shard`` samples of all ranks are weighted together, and the step is that of one process. Wrapped
             in DistributedDataParallel, each rank weights its own and climbs along their gradient, which is not averaged (as m-SAM); the
-            descent is. (See ``local_ascent``, and docs/distributed.md.)
+            descent is. (See ``local_ascent``, and docs/guides/distributed.md.)
         base_optimizer: as for :class:`SAM`, made with ``base_kwargs``.
         beta: inverse temperature ≥ 0: a number, a 0-dim tensor or a callable t → β. Kept in ``param_groups``, alike in all.
         norms: see above.

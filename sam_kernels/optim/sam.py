@@ -61,9 +61,9 @@ class SAM(Engine):
         max_grad_norm: clips the descent gradient to this norm, as ``torch.nn.utils.clip_grad_norm_``, inside the fused step.
         model: module whose normalisation layers keep their running statistics in the second pass; or a list of modules, all of whose
             buffers are kept. Replicas of a ``DistributedDataParallel`` module agree on skipped steps.
-        local_ascent: m-SAM over ranks (docs/distributed.md); ``model`` must be, or list, the ``DistributedDataParallel`` module.
+        local_ascent: m-SAM over ranks (docs/guides/distributed.md); ``model`` must be, or list, the ``DistributedDataParallel`` module.
         process_group: ranks that hold the rest of the model, such as the other stages of a pipeline: norms are over the parameters of all,
-            and all skip a step together (docs/distributed.md). Not for replicas, nor for DTensors, whose meshes are known.
+            and all skip a step together (docs/guides/distributed.md). Not for replicas, nor for DTensors, whose meshes are known.
         preserve_rng_state: both passes see the same random numbers (dropout masks). With the two-step API call
             :meth:`record_rng_state` before the first forward pass.
         check_finite: the descent gradients are looked at before anything is updated: one more read of them, 1 of 11 N s. False is for those
