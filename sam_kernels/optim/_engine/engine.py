@@ -217,6 +217,11 @@ class Engine(Wrapper):
         device, plan = self._prepare(), self._plan_ahead()
         if not plan.ascends:
             loss = self._called(descent)
+            if self._replicas.ascends_locally:  # another rank may ascend, and agrees with this one
+                found_inf = torch.zeros((), device=device)
+                self._agree(found_inf)
+                add_not_finite(self.param_groups, found_inf)
+                self._not_finite = found_inf if known is None else known.logical_or_(found_inf)
             self._gradients_made = made + 1
             return loss
         outer = OuterGrads(self.param_groups)
