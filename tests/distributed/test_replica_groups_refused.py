@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -133,14 +134,23 @@ def test_a_second_pass_that_is_not_all_reduced_is_an_error() -> None:
     assert all(map(torch.equal, start, [whole(param) for param in model.parameters()]))
 
 
-def test_another_fsdp2_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("used", ["_USED", "_USED_OF_MESHES"])
+def test_another_fsdp2_is_refused(used: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = hybrid()
     optimizer = local(model.parameters(), model)
-    monkeypatch.setattr(replica_groups, "_USED", (*replica_groups._USED, "not_there"))
+    monkeypatch.setattr(replica_groups, used, ("mesh_info", "not_there") if used == "_USED" else ("mesh", "not_there"))
     words = r"needs FSDP2 as it is in torch 2\.13, and torch .*'not_there'"
     with pytest.raises(RuntimeError, match=words):
         local(model.parameters(), model)
     with pytest.raises(RuntimeError, match=words):
+        optimizer.step(partial(closure_of(optimizer, model), *batch_of(0, 0, 1)))
+
+
+def test_another_class_of_meshes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = hybrid()
+    optimizer = local(model.parameters(), model)
+    monkeypatch.delitem(sys.modules, "torch.distributed.fsdp._fully_shard._fsdp_common")
+    with pytest.raises(RuntimeError, match=r"needs FSDP2 as it is in torch 2\.13"):
         optimizer.step(partial(closure_of(optimizer, model), *batch_of(0, 0, 1)))
 
 

@@ -18,6 +18,7 @@ from torch import nn
 __all__ = ["ReplicaGroups", "sharded_modules"]
 
 _USED = ("fsdp_params", "mesh_info", "post_forward_mesh_info", "gradient_divide_factor", "_partial_reduce_output", "_is_hsdp")
+_USED_OF_MESHES = ("mesh", "shard_mesh_dim", "replicate_mesh_size", "reduce_scatter_process_group")
 
 
 def sharded_modules(model: nn.Module) -> list[nn.Module]:
@@ -93,8 +94,11 @@ def _reduced_over_shards(module: nn.Module, group: Any) -> Iterator[None]:
 
 def _mesh_of_shards(whole: Any) -> Any:
     """What FSDP2 would have of the mesh, if there were one copy."""
-    common = sys.modules["torch.distributed.fsdp._fully_shard._fsdp_common"]
-    part: Any = common.FSDPMeshInfo(mesh=whole.mesh, shard_mesh_dim=whole.shard_mesh_dim)
+    try:
+        common = sys.modules["torch.distributed.fsdp._fully_shard._fsdp_common"]
+        part: Any = common.FSDPMeshInfo(mesh=whole.mesh, shard_mesh_dim=whole.shard_mesh_dim)
+    except (KeyError, AttributeError, TypeError) as error:
+        raise _other_torch(repr(error)) from error
     part.reduce_scatter_process_group = whole.reduce_scatter_process_group
     return part
 
@@ -105,7 +109,7 @@ def _param_groups(module: Any) -> list[Any]:
         for group in groups:
             for name in _USED:
                 getattr(group, name)
-            for name in ("mesh", "reduce_scatter_process_group") if group._is_hsdp else ():
+            for name in _USED_OF_MESHES if group._is_hsdp else ():
                 getattr(group.mesh_info, name)
     except AttributeError as error:
         raise _other_torch(str(error)) from error
