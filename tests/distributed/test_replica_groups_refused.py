@@ -1,4 +1,4 @@
-"""A local ascent over replica groups is refused, by name and before a weight moves, where it cannot be one. One process shows it."""
+"""Where a local ascent over replica groups cannot be one, it is refused by name and before a weight moves. One process shows it."""
 
 from __future__ import annotations
 
@@ -177,3 +177,13 @@ def test_modules_that_were_sharded_together_are_reduced_once() -> None:
         expected.step(partial(closure_of(expected, single), *batch_of(step, 0, 1)))
     for left, right in zip(model.parameters(), single.parameters(), strict=True):
         torch.testing.assert_close(whole(left), right.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_first_pass_gathers_from_the_parts_of_any_other_pass() -> None:
+    """Where the mesh after a forward pass is the same, FSDP2 keeps no second set of parts."""
+    model: Any = fully_shard(make_model(), mesh=init_device_mesh("cpu", (1, 1), mesh_dim_names=NAMES), reshard_after_forward=True)
+    groups = replica_groups.ReplicaGroups([model])
+    group = model._get_fsdp_state()._fsdp_param_groups[0]
+    with groups.without_all_reduce():
+        assert (group._is_hsdp, group._reshard_after_forward, group._use_post_forward_mesh) == (False, True, False)
+    assert (group._is_hsdp, group._reshard_after_forward, group._use_post_forward_mesh) == (True, True, False)
