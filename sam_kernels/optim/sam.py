@@ -24,7 +24,7 @@ from sam_kernels.optim._engine.memory import ParamMemory
 from sam_kernels.optim._engine.plan import check_options
 from sam_kernels.optim._engine.replay import BufferGuard, RandomState
 from sam_kernels.optim._part import FirstGradient, Use
-from sam_kernels.optim._replicas.replicas import Replicas
+from sam_kernels.optim._replicas.hybrid import replicas_of
 from sam_kernels.optim._shards.shards import check_process_group
 from sam_kernels.optim.descents import Descent, Plain
 from sam_kernels.optim.directions import Direction, Gradient
@@ -61,7 +61,8 @@ class SAM(Engine):
         max_grad_norm: clips the descent gradient to this norm, as ``torch.nn.utils.clip_grad_norm_``, inside the fused step.
         model: module whose normalisation layers keep their running statistics in the second pass; or a list of modules, all of whose
             buffers are kept. Replicas of a ``DistributedDataParallel`` module agree on skipped steps.
-        local_ascent: m-SAM over ranks (docs/guides/distributed.md); ``model`` must be, or list, the ``DistributedDataParallel`` module.
+        local_ascent: m-SAM over ranks (docs/guides/distributed.md); ``model`` must be, or list, the ``DistributedDataParallel`` module;
+            or that of ``fully_shard`` on a mesh (replicate, shard), for m-SAM over its replica groups.
         process_group: ranks that hold the rest of the model, such as the other stages of a pipeline: norms are over the parameters of all,
             and all skip a step together (docs/guides/distributed.md). Not for replicas, nor for DTensors, whose meshes are known.
         preserve_rng_state: both passes see the same random numbers (dropout masks). With the two-step API call
@@ -128,7 +129,8 @@ class SAM(Engine):
         self.base_optimizer = make_base(params, base_optimizer, base_kwargs)
         check_keywords(type(self), base_optimizer, self._given, self._shared_keywords, self.base_optimizer)
         check_family(self.direction, self.descent, self.base_optimizer, clips=self.max_grad_norm is not None, capturable=self.capturable)
-        self._replicas = Replicas(self._guard.model, self.direction, self.descent, local_ascent=local_ascent)
+        parts = self.direction, self.descent
+        self._replicas = replicas_of(self._guard.model, *parts, self.process_group, local_ascent=local_ascent)
         self._memory = ParamMemory((*self.direction.keeps, *self.descent.keeps))
         self._has_stepped = False
         is_instance = self.base_optimizer is base_optimizer
@@ -233,7 +235,7 @@ class SAM(Engine):
             ascends = plan.ascends and self.descent.ascends(plan.groups[0].t)
             for i, (ascent, descent) in enumerate(passes):
                 if ascends:
-                    step = AscentStep(self._passes, self._replicas.index_of(i, count))
+                    step = AscentStep(self._passes, self._replicas.index_of(i, count), within_replica=self._replicas.has_groups)
                     losses.append(self._two_passes(step, ascent, descent, scaler, self._watched))
                 else:  # of one batch it is the base's own step
                     losses.append(self._called(descent) if mean is None else self._watched(descent))
@@ -294,6 +296,7 @@ class SAM(Engine):
         """
         if self.direction.first_gradient is not FirstGradient.ELSEWHERE:
             raise RuntimeError(f"SAM.random_step: direction {self.direction.name!r} begins at the weights; call first_step")
+        self._replicas.check_two_steps()
         is_same_step = self._awaits_ascent  # called again
         self._restore()
         if not is_same_step:
@@ -316,6 +319,7 @@ class SAM(Engine):
         scaler = amp.check_scaler(grad_scaler)
         if self.direction.refuses(Use.TWO_STEPS) or self.descent.refuses(Use.TWO_STEPS):
             raise RuntimeError(f"SAM.first_step: {type(self).__name__} needs step(closure): not every step has two passes")
+        self._replicas.check_two_steps()
         first_gradient = self.direction.first_gradient
         if first_gradient is FirstGradient.ELSEWHERE and not self._awaits_ascent:
             raise RuntimeError(f"SAM.first_step: {type(self).__name__} needs random_step() before the first forward pass, or step(closure)")
@@ -330,7 +334,7 @@ class SAM(Engine):
         self._awaits_ascent = False
         self._forget_first_pass()
         try:
-            self._replicas.check_first_pass()
+            self._replicas.check_first_pass(self.param_groups)
             scale = None if first_gradient is FirstGradient.NONE else amp.scale_of(scaler)
             self._ascend(AscentStep(self._passes), scale, hand_over=zero_grad)
             self._passes.watch_weights()

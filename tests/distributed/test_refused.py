@@ -54,7 +54,9 @@ def closure_of(optimizer: Any, model: nn.Module) -> Callable[..., torch.Tensor]:
 def test_a_local_ascent_needs_replicas(as_model: str | None) -> None:
     model = make_model()
     given = {None: None, "module": model, "list": [model, nn.Identity()]}[as_model]
-    with pytest.raises(ValueError, match=r"needs a DistributedDataParallel module, got model=.*model=ddp, local_ascent=True"):
+    with pytest.raises(
+        ValueError, match=r"needs a DistributedDataParallel module, or one of fully_shard .*, got model=.*model=ddp, local_ascent=True"
+    ):
         SAM(model.parameters(), torch.optim.SGD, model=given, local_ascent=True, **SGD)
     with pytest.raises(ValueError, match="needs a DistributedDataParallel module"):
         RWSAM(model, torch.optim.SGD, beta=1.0, local_ascent=True, **SGD)

@@ -79,6 +79,7 @@ OPTIM_TESTS = {  # file of sam_kernels/optim -> its nearest tests in tests/optim
     "_engine/ownership.py": ("test_contract", "test_identity"),
     "_engine/passes.py": ("test_contract", "test_formula", "test_non_finite", "test_family_failures"),
     "_engine/plan.py": ("test_formula", "test_family_schedules", "test_once_a_step"),
+    "_replicas/hybrid.py": (DISTRIBUTED,),
     "_replicas/rank_mean.py": ("test_rwsam_amp", DISTRIBUTED),
     "_replicas/replicas.py": (DISTRIBUTED, "test_rwsam_amp"),
     "_reweighted/reweighting.py": ("test_rwsam", "test_rwsam_bad_input"),

@@ -23,12 +23,14 @@ class AscentStep:
         groups: a :class:`GroupPlan` for each parameter group: radius, mix, ``scaling``, ``maximize``, ``participates``.
         micro_batch: which of the step's micro-batches, from 0.
         t: the step, 1, 2, …
+        within_replica: norms are over the ranks that together hold one copy of the parameters, not over all ranks (HSDP's local ascent).
     """
 
-    def __init__(self, passes: Passes, micro_batch: int = 0) -> None:
+    def __init__(self, passes: Passes, micro_batch: int = 0, *, within_replica: bool = False) -> None:
         self._passes = passes
         self.groups: Sequence[GroupPlan] = passes.ascent_plan.groups
         self.micro_batch = micro_batch
+        self.within_replica = within_replica
         self._norm: Tensor | None = None  # () the first that was taken
 
     @property
@@ -60,10 +62,10 @@ class AscentStep:
     def norm(self, group_grads: list[GroupGrads], *, normalised: bool = True) -> Tensor:  # ()
         """‖g‖ over these groups, or ‖T g‖ where a group is adaptive and ``normalised``; sets :attr:`found_inf`. Reads g: 1 N s."""
         if self._norm is None:
-            self._norm = self._passes.norm(group_grads, normalised=normalised)
+            self._norm = self._passes.norm(group_grads, normalised=normalised, within_replica=self.within_replica)
             return self._norm
         first = self._norm.clone()  # both may be made in the same memory
-        norm = self._passes.norm(group_grads, normalised=normalised).clone()
+        norm = self._passes.norm(group_grads, normalised=normalised, within_replica=self.within_replica).clone()
         self._norm.copy_(first)
         return norm
 
@@ -77,7 +79,7 @@ class AscentStep:
         ``norms``: (lists, norm) for each, or the norm alone. Raises TypeError for a norm alone where parameters lie on the ranks in several
         ways, since the lists tell which elements count once.
         """
-        return self._passes.combined(norms)
+        return self._passes.combined(norms, within_replica=self.within_replica)
 
     def lists_of(self, index: int, params: list[Tensor]) -> list[tuple[Key, GroupLists]]:
         """Lists of parameters of a group, whether they have a gradient or not: one for each way in which they lie on the ranks."""

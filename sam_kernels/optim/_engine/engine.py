@@ -182,7 +182,7 @@ class Engine(Wrapper):
         if self.direction.first_gradient is not FirstGradient.NONE:  # otherwise the only forward pass is yet to come
             self._guard.save()
         if loss is not None and any(isinstance(each.rho, Radius) for each in step.groups):
-            loss = self._loss_of_all_ranks(loss)
+            loss = self._loss_of_all_ranks(loss, within_replica=step.within_replica)
         group_grads = self.direction.group_grads(step)
         norm, moves = self._moves(step, group_grads, grad_scale)
         self._passes.ascend(moves, norm, eps=self.norm_eps, grad_scale=grad_scale, loss=loss)
@@ -217,6 +217,11 @@ class Engine(Wrapper):
         device, plan = self._prepare(), self._plan_ahead()
         if not plan.ascends:
             loss = self._called(descent)
+            if self._replicas.ascends_locally:  # another rank may ascend, and agrees with this one
+                found_inf = torch.zeros((), device=device)
+                self._agree(found_inf)
+                add_not_finite(self.param_groups, found_inf)
+                self._not_finite = found_inf if known is None else known.logical_or_(found_inf)
             self._gradients_made = made + 1
             return loss
         outer = OuterGrads(self.param_groups)
@@ -235,8 +240,8 @@ class Engine(Wrapper):
                     "accumulated before they are reduced; call backward once a step"
                 )
             self._enter(device, plan)
-            step = AscentStep(self._passes, self._replicas.index_of_call(made))
-            loss = self._two_passes(step, self._replicas.first_pass(ascent), second, scaler, call)
+            step = AscentStep(self._passes, self._replicas.index_of_call(made), within_replica=self._replicas.has_groups)
+            loss = self._two_passes(step, self._replicas.first_pass(ascent, self.param_groups), second, scaler, call)
             self._rewrite(amp.scale_of(scaler))
             self._guard.restore()
             self._passes.restore()
@@ -329,9 +334,9 @@ class Engine(Wrapper):
         outcome = self.descent.rewrite(step) if step.group_grads else UNCHANGED
         return outcome, norm if outcome.norm is None else outcome.norm
 
-    def _loss_of_all_ranks(self, loss: Any) -> Any:
+    def _loss_of_all_ranks(self, loss: Any, *, within_replica: bool = False) -> Any:
         device = self._passes.found_inf.device
-        return self._passes.lists.shards.mean_loss(self._replicas.mean_loss(loss, device), device)
+        return self._passes.lists.shards.mean_loss(self._replicas.mean_loss(loss, device), device, within_replica=within_replica)
 
     def _agree(self, found_inf: Tensor, *, was_looked_for: bool = True) -> None:  # ()
         """Replicas and shards skip a step together. ``was_looked_for``: by this rank alone, beside the norms that all shards have."""
@@ -359,6 +364,7 @@ class Engine(Wrapper):
         is_ascents = is_ascents or (has_ascended and self.direction.first_gradient is FirstGradient.NONE)
         self._is_counted = False
         was_looked_for = self.check_finite or grad_scale is not None or found_inf is not None or outcome is not UNCHANGED
+        was_looked_for = was_looked_for or self._replicas.has_groups  # norms of the ascents are those of one group
         is_unscaled = self._passes.descend(
             self.param_groups,
             max_norm=self.max_grad_norm,

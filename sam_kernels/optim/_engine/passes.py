@@ -268,7 +268,7 @@ class Passes:
         self.restore(written)
         return not written
 
-    def norm(self, group_grads: list[GroupGrads], *, normalised: bool) -> Tensor:
+    def norm(self, group_grads: list[GroupGrads], *, normalised: bool, within_replica: bool = False) -> Tensor:
         """Global norm over the groups, each with its own adaptive normalisation where ``normalised``; marks ``found_inf``."""
         norms = []
         for lists, grads, scaling in self.joined(group_grads, normalised=normalised):
@@ -276,18 +276,19 @@ class Passes:
             functional.grad_norm_(lists.norm, grads, lists.params, found_inf=self.found_inf, skipped=skipped, **scaling)
             self.skips.is_of_last_step = False
             norms.append((lists, lists.norm))
-        norm = self.combined(norms)
+        norm = self.combined(norms, within_replica=within_replica)
         if norms:
             self._told_norm = norm
         return norm
 
-    def combined(self, norms: Sequence[Tensor | tuple[GroupLists, Tensor]]) -> Tensor:  # ()
-        """The norm over all elements out of norms of lists; 0 of none. Of DTensors it is that of all ranks, and tells ``found_inf``."""
+    def combined(self, norms: Sequence[Tensor | tuple[GroupLists, Tensor]], *, within_replica: bool = False) -> Tensor:  # ()
+        """The norm over all elements out of norms of lists; 0 of none. Of DTensors it is that of all ranks, and tells ``found_inf``;
+        ``within_replica``: of the ranks that together hold one copy."""
         if self.lists.shards:
             self.skips.forget_last_step()  # where no norm has seen to that
             shards = self.lists.shards
             parts = [(shards.only_layout, each) if isinstance(each, Tensor) else (each[0].layout, each[1]) for each in norms]
-            norm = self._told_norm = shards.norm(parts, self.found_inf.device)
+            norm = self._told_norm = shards.norm(parts, self.found_inf.device, within_replica=within_replica)
             if not norm.is_cpu or not math.isfinite(norm.item()):
                 self.found_inf.logical_or_(~norm.isfinite())
             return norm

@@ -21,7 +21,7 @@ from sam_kernels.optim._types import ParamGroup
 from sam_kernels.optim.descents import Descent
 from sam_kernels.optim.directions import Direction
 
-__all__ = ["Replicas", "is_blank", "replicated_modules"]
+__all__ = ["Replicas", "is_blank", "modules_of", "replicated_modules"]
 
 
 class Replicas:
@@ -35,6 +35,8 @@ class Replicas:
     Every collective here is issued by all ranks or by none, whatever the numbers of one rank are: the decision depends on the arguments of
     the optimizer and on the method that was called. Tensors are reduced where they are, so the host does not wait for a device.
     """
+
+    has_groups = False  # of ranks that perturb one copy together: HSDP's, with a local ascent
 
     def __init__(
         self, model: nn.Module | Sequence[nn.Module] | None, direction: Direction, descent: Descent, *, local_ascent: bool | None
@@ -75,15 +77,15 @@ class Replicas:
             return passes
         self._check_usable()
         descents = [self._local(descent) for _, descent in passes[:-1]] + [self._last(passes[-1][1], mean, groups)]
-        return [(self.first_pass(ascent), descent) for (ascent, _), descent in zip(passes, descents, strict=True)]
+        return [(self.first_pass(ascent, groups), descent) for (ascent, _), descent in zip(passes, descents, strict=True)]
 
-    def first_pass(self, closure: Closure) -> Closure:
+    def first_pass(self, closure: Closure, groups: list[ParamGroup]) -> Closure:
         """The closure of a first pass: with a local ascent without averaging, and checked."""
 
         def called() -> Any:
             with self.without_averaging():
                 loss = closure()
-            self.check_first_pass()
+            self.check_first_pass(groups)
             return loss
 
         return called
@@ -101,7 +103,10 @@ class Replicas:
         group = self._replicated[0].process_group
         return made * distributed.get_world_size(group) + distributed.get_rank(group)
 
-    def check_first_pass(self) -> None:
+    def check_two_steps(self) -> None:
+        """Before a first pass that the caller makes. Raises RuntimeError where its gradient cannot be that of a local ascent."""
+
+    def check_first_pass(self, groups: list[ParamGroup]) -> None:
         """After the first pass. Raises RuntimeError where its gradient is averaged and should not be, or the other way round, and that
         would make another step, or replicas that drift apart. ``DistributedDataParallel`` notes how its last forward pass ran."""
         if not self._replicated or self._direction.first_gradient is FirstGradient.NONE:
@@ -162,9 +167,9 @@ class Replicas:
     def _check_can_ascend_locally(self, model: Any) -> None:
         if not self._replicated:
             raise ValueError(
-                f"SAM: local_ascent=True needs a DistributedDataParallel module, got model={_type_names(model)} (with shards no rank has a "
-                "gradient of the whole model before it is averaged); write "
-                "SAM(ddp.parameters(), ..., model=ddp, local_ascent=True) with ddp = DistributedDataParallel(module)"
+                f"SAM: local_ascent=True needs a DistributedDataParallel module, or one of fully_shard on a mesh (replicate, shard), got "
+                f"model={_type_names(model)}; write SAM(ddp.parameters(), ..., model=ddp, local_ascent=True) with "
+                "ddp = DistributedDataParallel(module)"
             )
         if not distributed.is_initialized():
             raise ValueError("SAM: local_ascent=True needs a process group; call torch.distributed.init_process_group first")
@@ -185,12 +190,12 @@ class Replicas:
         if self._descent.rewrites:
             raise ValueError(
                 f"SAM: a local ascent with descent {self._descent.name!r}: the update would depend on the rank's own first pass, and the "
-                "replicas would drift apart; use the plain descent, or SAM(..., model=ddp) without local_ascent"
+                "replicas would drift apart; use the plain descent, or leave local_ascent out"
             )
         if self._direction.keeps:
             raise ValueError(
                 f"SAM: a local ascent with direction {self._direction.name!r}: every rank would keep an average of its own, of which a "
-                "checkpoint holds one; use a direction that keeps nothing, or SAM(..., model=ddp) without local_ascent"
+                "checkpoint holds one; use a direction that keeps nothing, or leave local_ascent out"
             )
         if self._direction.first_gradient is FirstGradient.NONE:
             raise ValueError(
@@ -226,11 +231,17 @@ def replicated_modules(model: nn.Module | Sequence[nn.Module] | None) -> list[Di
     return _found(model)[0]
 
 
+def modules_of(model: nn.Module | Sequence[nn.Module] | None) -> list[nn.Module]:
+    """The modules of an optimizer's ``model`` argument."""
+    if model is None:
+        return []
+    return [model] if isinstance(model, nn.Module) else list(model)
+
+
 def _found(model: nn.Module | Sequence[nn.Module] | None) -> tuple[list[DistributedDataParallel], list[nn.Module]]:
     """The ``DistributedDataParallel`` modules, inside of wrappers such as torch.compile's too; and others that have ``no_sync``."""
-    modules = [] if model is None else [model] if isinstance(model, nn.Module) else list(model)
     replicated, others = [], []
-    for module in modules:
+    for module in modules_of(model):
         inner = [each for each in module.modules() if isinstance(each, DistributedDataParallel)]
         replicated += inner
         if not inner and callable(getattr(module, "no_sync", None)):

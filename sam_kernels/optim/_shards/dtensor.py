@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sam_kernels._memory_of import is_dtensor
+from sam_kernels._sharding import is_dtensor
 
 __all__ = ["as_owner", "is_dtensor", "local_grad", "local_grads_alike", "local_of", "locals_of"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 
 from sam_kernels.optim._shards.dtensor import is_dtensor
 
-__all__ = ["WHOLE", "Layout", "Meshes", "layout_of", "sharded_dims", "why_no_layout"]
+__all__ = ["WHOLE", "Layout", "Meshes", "layout_of", "sharded_dims", "why_no_layout", "within_replica_of"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,17 @@ def layout_of(param: Tensor) -> Layout:
         else:
             part = part * mesh.size(dim) + place
     return Layout(mesh, copies, part)
+
+
+def within_replica_of(layout: Layout) -> Layout:
+    """The layout on the ranks that together hold one copy: for a mesh (replicate, shard) its dimension of shards.
+
+    :data:`WHOLE` for any other layout: it is that of a frozen parameter, which has no part in an ascent.
+    """
+    mesh = layout.mesh
+    if mesh is None or mesh.ndim != 2 or layout.copies != mesh.size(0):
+        return WHOLE
+    return Layout(mesh[mesh.mesh_dim_names[1]], 1, layout.part)
 
 
 def sharded_dims(param: Tensor) -> set[int]:

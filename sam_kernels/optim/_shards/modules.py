@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["GatheredModules", "reshard", "sharded_modules"]
+__all__ = ["GatheredModules", "all_sharded_modules"]
 
 
 class GatheredModules:
@@ -22,7 +22,7 @@ class GatheredModules:
     def __init__(self, params: Iterable[Tensor] = ()) -> None:
         ours = {id(param) for param in params}
         self._modules: list[weakref.ref[nn.Module]] = []
-        for module in sharded_modules() if ours else []:
+        for module in all_sharded_modules() if ours else []:
             before = dict(module.named_parameters())
             module.reshard()  # its parameters are then the shards
             shards = set(map(id, module.parameters()))
@@ -43,15 +43,7 @@ class GatheredModules:
                 module.reshard()
 
 
-def reshard(model: nn.Module) -> None:
-    """Frees what the modules of ``fully_shard`` in ``model`` have gathered: its parameters are then the shards."""
-    inside = set(map(id, model.modules()))
-    for module in sharded_modules():
-        if id(module) in inside:
-            module.reshard()
-
-
-def sharded_modules() -> list[Any]:
+def all_sharded_modules() -> list[Any]:
     """Every module of this process that ``fully_shard`` was called with. Raises RuntimeError where torch does not list them."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or not hasattr(fsdp, "FSDPModule"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, distributed
 
 from sam_kernels._validate import describe
 from sam_kernels.optim._shards.dtensor import local_of
-from sam_kernels.optim._shards.layout import WHOLE, Layout, Meshes, layout_of
+from sam_kernels.optim._shards.layout import WHOLE, Layout, Meshes, layout_of, within_replica_of
 from sam_kernels.optim._shards.modules import GatheredModules
 
 if TYPE_CHECKING:
@@ -51,26 +52,43 @@ class Shards:
             )
         return self._layouts[0]
 
-    def sum(self, parts: Sequence[tuple[Layout, Tensor]], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    @cached_property
+    def _within_replica(self) -> tuple[dict[Layout, Layout], Meshes]:
+        """By layout, that within one replica of HSDP's parameters, and the meshes of those."""
+        layouts = {layout: within_replica_of(layout) for layout in self._layouts}
+        return layouts, Meshes(list(layouts.values()))
+
+    def sum(
+        self, parts: Sequence[tuple[Layout, Tensor]], shape: tuple[int, ...], device: torch.device, *, meshes: Meshes | None = None
+    ) -> Tensor:
         """Sums over all elements of all ranks, float64, of the rank's own sums. One all-reduce a mesh, and one of the process group."""
-        total = self._meshes.sum(parts, torch.empty(shape, dtype=torch.float64, device=device))
+        total = (self._meshes if meshes is None else meshes).sum(parts, torch.empty(shape, dtype=torch.float64, device=device))
         if self._process_group is not None:
             distributed.all_reduce(total, group=self._process_group)
         return total
 
-    def norm(self, parts: Sequence[tuple[Layout, Tensor]], device: torch.device) -> Tensor:  # ()
-        """The norm over all elements of all ranks, of the rank's own norms: float64 where one of them is, otherwise float32."""
+    def norm(self, parts: Sequence[tuple[Layout, Tensor]], device: torch.device, *, within_replica: bool = False) -> Tensor:  # ()
+        """The norm over all elements of all ranks, of the rank's own norms: float64 where one of them is, otherwise float32.
+
+        ``within_replica``: of the ranks that together hold one copy, which may have other elements than those of another copy.
+        """
+        meshes = self._meshes
+        if within_replica:
+            layouts, meshes = self._within_replica
+            parts = [(layouts[layout], norm) for layout, norm in parts]
         dtype = torch.float64 if any(norm.dtype is torch.float64 for _, norm in parts) else torch.float32
         if device.type == "cpu" and self._process_group is None:  # Python's numbers: the same arithmetic in a tenth of the time
-            square = self._meshes.sum_of_numbers([(layout, norm.item() * norm.item()) for layout, norm in parts])
+            square = meshes.sum_of_numbers([(layout, norm.item() * norm.item()) for layout, norm in parts])
             return torch.tensor(math.sqrt(square), dtype=dtype)
         squares = [(layout, norm.to(torch.float64).square()) for layout, norm in parts]
-        return self.sum(squares, (), device).sqrt().to(dtype)
+        return self.sum(squares, (), device, meshes=meshes).sqrt().to(dtype)
 
-    def mean_loss(self, loss: Any, device: torch.device) -> Any:  # () float64
-        """The mean of the losses of the ranks of a mesh; a loss that is no number is returned as it is."""
-        value = loss_value(loss, device) if self._meshes else None
-        return loss if value is None else self._meshes.mean(value)
+    def mean_loss(self, loss: Any, device: torch.device, *, within_replica: bool = False) -> Any:  # () float64
+        """The mean of the losses of the ranks of a mesh; a loss that is no number is returned as it is. ``within_replica``: of the ranks
+        that together hold one copy."""
+        meshes = self._within_replica[1] if within_replica else self._meshes
+        value = loss_value(loss, device) if meshes else None
+        return loss if value is None else meshes.mean(value)
 
     def agree(self, found_inf: Tensor) -> None:  # ()
         """Sets ``found_inf`` where it is set on any rank. 4 bytes a mesh, and 4 of the process group."""
