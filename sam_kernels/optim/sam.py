@@ -128,7 +128,9 @@ class SAM(Engine):
         self.base_optimizer = make_base(params, base_optimizer, base_kwargs)
         check_keywords(type(self), base_optimizer, self._given, self._shared_keywords, self.base_optimizer)
         check_family(self.direction, self.descent, self.base_optimizer, clips=self.max_grad_norm is not None, capturable=self.capturable)
-        self._replicas = Replicas(self._guard.model, self.direction, self.descent, local_ascent=local_ascent)
+        self._replicas = Replicas(
+            self._guard.model, self.direction, self.descent, local_ascent=local_ascent, process_group=self.process_group
+        )
         self._memory = ParamMemory((*self.direction.keeps, *self.descent.keeps))
         self._has_stepped = False
         is_instance = self.base_optimizer is base_optimizer
@@ -245,8 +247,8 @@ class SAM(Engine):
             if mean is not None:
                 norm = mean.put(self.param_groups)
             self._descend(amp.scale_of(scaler), None, scaler, norm)
-        except BaseException:
-            self._undo()
+        except BaseException as error:
+            self._undo(error)
             raise
         return losses[0] if mean is None else mean_loss(losses)
 
@@ -300,8 +302,8 @@ class SAM(Engine):
             self._begin()
         try:
             self.direction.begin(AscentStep(self._passes, self._replicas.index_of(0, 1)))
-        except BaseException:
-            self._undo()
+        except BaseException as error:
+            self._undo(error)
             raise
         self._awaits_ascent = True
 
@@ -334,8 +336,8 @@ class SAM(Engine):
             scale = None if first_gradient is FirstGradient.NONE else amp.scale_of(scaler)
             self._ascend(AscentStep(self._passes), scale, hand_over=zero_grad)
             self._passes.watch_weights()
-        except BaseException:
-            self._undo()
+        except BaseException as error:
+            self._undo(error)
             raise
         self._scale_is_known = scaler is not None
         if self._random_state is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,13 @@ from sam_kernels.optim._shards.modules import GatheredModules
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Shards", "check_process_group", "loss_value"]
+__all__ = ["GROUP_IS_GONE", "Shards", "check_apart", "check_process_group", "loss_value"]
+
+GROUP_IS_GONE = (
+    "SAM: the process group is gone (destroy_process_group was called), and the ranks make a step together; make steps before that, or "
+    "begin anew with init_process_group, the model and the optimizer"
+)
+_NOT_OURS = "SAM: process_group has other ranks than this one; give the group of the ranks that hold the rest of the model"
 
 
 class Shards:
@@ -30,9 +36,12 @@ class Shards:
 
     def __init__(self, params: Sequence[Tensor] = (), process_group: ProcessGroup | None = None) -> None:
         self._layouts = list(dict.fromkeys(map(layout_of, params)))
+        self._norm_dtype = torch.float64 if any(param.dtype is torch.float64 for param in params) else torch.float32
         self._meshes = Meshes(self._layouts)
         self._modules = GatheredModules(params if self._meshes else ())
         self._process_group = process_group
+        if process_group is not None and self._meshes:
+            check_apart(process_group, self._meshes.ranks, "parameters that are DTensors")
 
     def __bool__(self) -> bool:
         return bool(self._meshes) or self._process_group is not None
@@ -59,8 +68,8 @@ class Shards:
         return total
 
     def norm(self, parts: Sequence[tuple[Layout, Tensor]], device: torch.device) -> Tensor:  # ()
-        """The norm over all elements of all ranks, of the rank's own norms: float64 where one of them is, otherwise float32."""
-        dtype = torch.float64 if any(norm.dtype is torch.float64 for _, norm in parts) else torch.float32
+        """The norm over all elements of all ranks, of the rank's own norms: float64 where a parameter is, otherwise float32."""
+        dtype = self._norm_dtype  # not that of the parts, of which a rank may have none
         if device.type == "cpu" and self._process_group is None:  # Python's numbers: the same arithmetic in a tenth of the time
             square = self._meshes.sum_of_numbers([(layout, norm.item() * norm.item()) for layout, norm in parts])
             return torch.tensor(math.sqrt(square), dtype=dtype)
@@ -68,15 +77,42 @@ class Shards:
         return self.sum(squares, (), device).sqrt().to(dtype)
 
     def mean_loss(self, loss: Any, device: torch.device) -> Any:  # () float64
-        """The mean of the losses of the ranks of a mesh; a loss that is no number is returned as it is."""
-        value = loss_value(loss, device) if self._meshes else None
-        return loss if value is None else self._meshes.mean(value)
-
-    def agree(self, found_inf: Tensor) -> None:  # ()
-        """Sets ``found_inf`` where it is set on any rank. 4 bytes a mesh, and 4 of the process group."""
-        self._meshes.agree(found_inf)
+        """The mean of the losses of the ranks of a mesh, and of those ranks of the process group that have one. A loss that is no number is
+        returned as it is. Raises RuntimeError where some ranks of a mesh have a loss and others have none."""
+        value = loss_value(loss, device) if self else None
+        if self._meshes:
+            value = self._meshes.mean(value, device)
         if self._process_group is not None:
-            distributed.all_reduce(found_inf, op=distributed.ReduceOp.MAX, group=self._process_group)
+            sums = torch.zeros(2, dtype=torch.float64, device=device)
+            if value is not None:
+                sums = torch.stack([value, torch.ones_like(value)])
+            distributed.all_reduce(sums, group=self._process_group)
+            value = sums[0] / sums[1] if value is not None or sums[1].item() > 0 else None
+        return loss if value is None else value
+
+    def agree(self, found_inf: Tensor, *, has_gradient: bool = True) -> bool:  # ()
+        """Sets ``found_inf`` where it is set on any rank: 8 bytes a mesh, and 8 of the process group.
+
+        Returns whether a rank has a gradient; a rank that has one may get True without waiting for the answer.
+        """
+        if not self:
+            return has_gradient
+        flags = torch.stack([found_inf, torch.full_like(found_inf, has_gradient)])
+        self._meshes.agree(flags)
+        if self._process_group is not None:
+            distributed.all_reduce(flags, op=distributed.ReduceOp.MAX, group=self._process_group)
+        found_inf.copy_(flags[0])
+        return has_gradient or flags[1].item() != 0.0
+
+    def check_usable(self) -> None:
+        """Raises RuntimeError where the processes no longer form a group."""
+        if self and not distributed.is_initialized():
+            raise RuntimeError(GROUP_IS_GONE)
+
+    def abandon_pass(self) -> str:
+        """After an exception: FSDP2's modules begin their next pass anew. Returns words for one that cannot."""
+        self._modules.abandon_pass()
+        return "" if self._modules.can_abandon_pass else "; FSDP2 of this version of torch cannot go on after an exception in a pass"
 
     def written(self, layout: Layout, owners: Sequence[Tensor]) -> None:
         """After operations have written local parts of ``owners``: autograd learns of it, and what FSDP2 has gathered is freed."""
@@ -98,8 +134,21 @@ def check_process_group(process_group: Any) -> Any:
     """The process group, None for none. Raises TypeError for anything else, ValueError for one that this rank is no part of."""
     if process_group is None:
         return None
+    if distributed.is_available() and process_group is distributed.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(_NOT_OURS)
     if not distributed.is_available() or not isinstance(process_group, distributed.ProcessGroup):
-        raise TypeError(f"SAM: process_group must be a torch.distributed.ProcessGroup, got {describe(process_group)}")
+        instead = "; give one of its groups, mesh.get_group(dim)" if hasattr(process_group, "get_all_groups") else ""
+        raise TypeError(f"SAM: process_group must be a torch.distributed.ProcessGroup, got {describe(process_group)}{instead}")
     if distributed.get_rank(process_group) < 0:
-        raise ValueError("SAM: process_group has other ranks than this one; give the group of the ranks that hold the rest of the model")
+        raise ValueError(_NOT_OURS)
     return process_group
+
+
+def check_apart(process_group: ProcessGroup, others: Collection[int], what: str) -> None:
+    """Raises ValueError where a group of ranks that hold other parameters has ranks that hold the same ones: each would count."""
+    shared = sorted({*distributed.get_process_group_ranks(process_group)} & {*others} - {distributed.get_rank()})
+    if shared:
+        raise ValueError(
+            f"SAM: process_group has the ranks {shared}, over which {what} lie or are replicated already, so that those would count "
+            "several times in a norm; give the group of the ranks that hold other parameters of the model, one of each stage, or none"
+        )
