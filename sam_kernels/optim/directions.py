@@ -196,8 +196,7 @@ class Centralized(Direction):
         return self._centralize(step, group_grads, normalised=True)
 
     def descent_norm(self, step: AscentStep) -> Tensor | None:
-        group_grads = step.grads()
-        return self._centralize(step, group_grads, normalised=False) if group_grads else None
+        return self._centralize(step, step.grads(), normalised=False)
 
     def _centralize(self, step: AscentStep, group_grads: list[GroupGrads], *, normalised: bool) -> Tensor:  # ()
         parts = step.joined(group_grads, normalised=normalised)

@@ -247,8 +247,8 @@ class SAM(Engine):
             if mean is not None:
                 norm = mean.put(self.param_groups)
             self._descend(amp.scale_of(scaler), None, scaler, norm)
-        except BaseException:
-            self._undo()
+        except BaseException as error:
+            self._undo(error)
             raise
         return losses[0] if mean is None else mean_loss(losses)
 
@@ -303,8 +303,8 @@ class SAM(Engine):
             self._begin()
         try:
             self.direction.begin(AscentStep(self._passes, self._replicas.index_of(0, 1)))
-        except BaseException:
-            self._undo()
+        except BaseException as error:
+            self._undo(error)
             raise
         self._awaits_ascent = True
 
@@ -338,8 +338,8 @@ class SAM(Engine):
             scale = None if first_gradient is FirstGradient.NONE else amp.scale_of(scaler)
             self._ascend(AscentStep(self._passes), scale, hand_over=zero_grad)
             self._passes.watch_weights()
-        except BaseException:
-            self._undo()
+        except BaseException as error:
+            self._undo(error)
             raise
         self._scale_is_known = scaler is not None
         if self._random_state is not None:

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sam_kernels import ASAM, GSAM, RSAM, RWSAM, SAM, SAMSPS, WSAM, FriendlySAM, LookSAM, MomentumSAM, VaSSO
 from sam_kernels.optim import descents, directions
+from sam_kernels.optim._shards.dtensor import local_of
 from tests.distributed.problem import batch_of, losses_of, make_model, weights_of
 
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
@@ -246,3 +247,39 @@ def test_graphs_over_shards_are_refused(group: None) -> None:
     model = fully_shard(make_model(), mesh=init_device_mesh("cpu", (1,)))
     with pytest.raises(ValueError, match="capturable=True is not supported with DTensors"):
         SAM(model.parameters(), torch.optim.SGD, capturable=True, **SGD)
+
+
+def test_a_mesh_is_no_process_group(group: None) -> None:
+    with pytest.raises(TypeError, match=r"process_group must be a torch\.distributed\.ProcessGroup, got .*mesh\.get_group\(dim\)"):
+        SAM(make_model().parameters(), torch.optim.SGD, process_group=init_device_mesh("cpu", (1,)), **SGD)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["replicas", "shards", "stages"])
+def test_a_step_after_the_process_group_is_gone_is_an_error(group: None, kind: str) -> None:
+    model: nn.Module = make_model()
+    more: dict[str, Any] = {}
+    if kind == "replicas":
+        more["model"] = model = DistributedDataParallel(model)
+    elif kind == "shards":
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    else:
+        more["process_group"] = distributed.group.WORLD
+    optimizer = SAM(model.parameters(), torch.optim.SGD, **SGD, **more)
+    start = [param.detach().clone() for param in model.parameters()]
+    distributed.destroy_process_group()
+    with pytest.raises(RuntimeError, match=r"the process group is gone \(destroy_process_group was called\)"):
+        optimizer.step(closure_of(optimizer, model), batch=batch_of(0, 0, 1))
+    assert all(torch.equal(local_of(param), local_of(before)) for param, before in zip(model.parameters(), start, strict=True))
+
+
+def test_parameters_without_memory_beside_shards_are_refused_by_name(group: None) -> None:
+    param = nn.Parameter(distribute_tensor(torch.ones(4), init_device_mesh("cpu", (1,)), [Shard(0)]))
+    beside = nn.Parameter(torch.empty(3, device="meta"))
+    optimizer = SAM([("head.weight", param), ("head.bias", beside)], torch.optim.SGD, **SGD)
+
+    def closure() -> None:
+        param.grad, beside.grad = torch.ones_like(param), torch.ones_like(beside)
+
+    with pytest.raises(TypeError, match=r"parameter 'head\.bias' is on the meta device and has no memory"):
+        optimizer.step(closure)
+    assert torch.equal(local_of(param), torch.ones(4))

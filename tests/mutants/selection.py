@@ -67,6 +67,7 @@ OPTIM_TESTS = {  # file of sam_kernels/optim -> its nearest tests in tests/optim
     "_engine/update.py": ("test_family", "test_family_options"),
     "_reweighted/directional.py": ("test_rwsam_directional", "test_rwsam"),
     "_engine/engine.py": ("test_contract", "test_formula", "test_non_finite", "test_family_failures", "test_micro_batch_contract"),
+    "_engine/failed_rank.py": (DISTRIBUTED,),
     "_engine/*lists.py": ("test_formula", "test_family_groups", "test_family_schedules", "test_family_bad_input"),
     "_engine/replay.py": ("test_rwsam_contract", "test_contexts"),
     "_base/identity.py": ("test_identity",),

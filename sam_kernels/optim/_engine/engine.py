@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from sam_kernels._memory_of import why_no_memory
 from sam_kernels._validate import describe
 from sam_kernels.optim._base.wrapper import Wrapper
 from sam_kernels.optim._batches.closures import Closure
@@ -20,13 +19,13 @@ from sam_kernels.optim._engine import amp, capturable
 from sam_kernels.optim._engine.ascent import Move, PerturbOptions
 from sam_kernels.optim._engine.ascent_step import AscentStep
 from sam_kernels.optim._engine.closure_watch import ClosureWatch, HalvesWatch
+from sam_kernels.optim._engine.failed_rank import note_failure
 from sam_kernels.optim._engine.kept_grads import KeptGrads
-from sam_kernels.optim._engine.lists import GroupGrads, param_name
+from sam_kernels.optim._engine.lists import GroupGrads, device_of
 from sam_kernels.optim._engine.oracle import OuterGrads, add_not_finite, still_not_finite
 from sam_kernels.optim._engine.plan import StepPlan
 from sam_kernels.optim._engine.replay import BufferGuard, RandomState
-from sam_kernels.optim._engine.skip_warning import SkipWatch
-from sam_kernels.optim._engine.warn import warn_user
+from sam_kernels.optim._engine.skip_warning import SkipWatch, warn_of_plain_steps
 from sam_kernels.optim._part import FirstGradient
 from sam_kernels.optim._replicas.replicas import Replicas, is_blank
 from sam_kernels.optim.descents import UNCHANGED, DescentStep, Outcome
@@ -65,11 +64,13 @@ class Engine(Wrapper):
         self._plain_steps = 0  # in a row
         self._has_warned = False
         self._is_counted = False  # a step under way, which an exception would undo
+        self._lacks_gradient: str | None = None  # words of an error, where the last pass left this rank no gradient: others may have one
 
     # --- begin, and undo ---
 
     def _new_plan(self, *, ahead: bool) -> StepPlan:
-        return StepPlan(self.param_groups, self._keys, self.base_optimizer, ahead=ahead, last=self._passes.plan)
+        last, have_others = self._passes.plan, self.process_group is not None
+        return StepPlan(self.param_groups, self._keys, self.base_optimizer, ahead=ahead, last=last, have_others=have_others)
 
     def _plan_ahead(self) -> StepPlan:
         """Return the plan of the next step. Values needed before the step begins come from this plan, and the step then uses it."""
@@ -79,7 +80,8 @@ class Engine(Wrapper):
 
     def _prepare(self) -> torch.device:
         """The device of the step to come. Raises TypeError or RuntimeError where it cannot be made there."""
-        device = self._device()
+        self._passes.lists.shards.check_usable()
+        device = device_of(self.param_groups) or self._passes.found_inf.device
         if capturable.is_recording(device):
             if not self.capturable:
                 raise capturable.not_recordable("the optimizer was made without capturable=True: rho, lambd and t would be constants")
@@ -109,20 +111,23 @@ class Engine(Wrapper):
     def _enter(self, device: torch.device, plan: StepPlan | None) -> None:
         self._passes.begin(device, plan)
         self._guard.begin()
+        self._lacks_gradient = None
 
     def _advance(self, steps: int) -> None:
         t = self._keys["sam_step"]
         for group in self.base_optimizer.param_groups:
             group[t] += steps  # a tensor in place
 
-    def _undo(self) -> None:
+    def _undo(self, error: BaseException) -> None:
         """After an exception (out of memory, Ctrl-C: whatever it was): weights, buffers and t are those of before the step, and the next
-        step has this one's plan."""
+        step has this one's plan. Waits for no other rank."""
         if self._is_counted:
             self._advance(-1)
             self._next_plan, self._is_counted = self._passes.plan, False
         self._restore()
         self._forget_first_pass()
+        if (shards := self._passes.lists.shards) or self._replicas:
+            note_failure(error, shards.abandon_pass())
 
     def _restore(self) -> None:
         """Back to the weights and buffers of before the ascent, where there was one. A checkpoint that was loaded since stays."""
@@ -131,20 +136,11 @@ class Engine(Wrapper):
             self._halves.end()
             if self._passes.abandon():
                 self._guard.restore()
+            self._passes.lists.shards.abandon_pass()  # whose gathered weights are perturbed ones
 
     def _forget_first_pass(self) -> None:
         self._kept_grads.forget()
         self._loss = None
-
-    def _device(self) -> torch.device:
-        """That of the first trainable parameter. Raises TypeError for one that has no memory yet."""
-        for i, group in enumerate(self.param_groups):
-            for j, param in enumerate(group["params"]):
-                if param.requires_grad:
-                    if param.is_meta:
-                        raise TypeError(f"SAM: parameter {param_name(group, i, j)} {why_no_memory(param)}")
-                    return cast(torch.device, param.device)
-        return self._passes.found_inf.device
 
     # --- two passes ---
 
@@ -158,7 +154,9 @@ class Engine(Wrapper):
         random_state = RandomState(self._devices()) if self.preserve_rng_state else None
         self.direction.begin(step)
         loss = call(ascent)
-        self._ascend(step, amp.scale_of(scaler), loss, hand_over=True)
+        follows_loss = any(isinstance(each.rho, Radius) for each in step.groups)  # alike on all ranks, whatever the closures return
+        followed = self._loss_of_all_ranks(loss, within_replica=step.within_replica) if follows_loss else loss
+        self._ascend(step, amp.scale_of(scaler), followed, hand_over=True)
         with nullcontext() if random_state is None else random_state.replayed():
             call(descent)
         return loss
@@ -174,15 +172,15 @@ class Engine(Wrapper):
         """Call the closure. Raises RuntimeError for one that adds to older gradients, or computes none."""
         if capturable.is_recording(self._passes.found_inf.device):
             return self._called(closure)
-        with ClosureWatch(self.param_groups):
-            return self._called(closure)
+        with ClosureWatch(self.param_groups, may_lack_gradients=bool(self._passes.lists.shards)) as watch:
+            loss = self._called(closure)
+        self._lacks_gradient = watch.lacks_gradient
+        return loss
 
     def _ascend(self, step: AscentStep, grad_scale: Tensor | None, loss: Any = None, *, hand_over: bool = False) -> None:
         """Saves the weights and writes w + e. ``hand_over``: gradients may be taken from their parameters, to be kept without a copy."""
         if self.direction.first_gradient is not FirstGradient.NONE:  # otherwise the only forward pass is yet to come
             self._guard.save()
-        if loss is not None and any(isinstance(each.rho, Radius) for each in step.groups):
-            loss = self._loss_of_all_ranks(loss, within_replica=step.within_replica)
         group_grads = self.direction.group_grads(step)
         norm, moves = self._moves(step, group_grads, grad_scale)
         self._passes.ascend(moves, norm, eps=self.norm_eps, grad_scale=grad_scale, loss=loss)
@@ -218,20 +216,22 @@ class Engine(Wrapper):
         if not plan.ascends:
             loss = self._called(descent)
             if self._replicas.ascends_locally:  # another rank may ascend, and agrees with this one
-                found_inf = torch.zeros((), device=device)
+                found_inf, self._lacks_gradient = torch.zeros((), device=device), None
                 self._agree(found_inf)
                 add_not_finite(self.param_groups, found_inf)
                 self._not_finite = found_inf if known is None else known.logical_or_(found_inf)
             self._gradients_made = made + 1
             return loss
-        outer = OuterGrads(self.param_groups)
+        outer = OuterGrads(self.param_groups, may_lack_gradients=bool(self._passes.lists.shards))
 
         def second() -> Any:
             outer.before_second_pass()
             return descent()
 
         def call(closure: Closure) -> Any:
-            return outer.called(partial(self._called, closure))
+            result = outer.called(partial(self._called, closure))
+            self._lacks_gradient = outer.lacks_gradient
+            return result
 
         try:
             if outer.are_shared and self._rewriter is not None:
@@ -250,8 +250,8 @@ class Engine(Wrapper):
             self._agree(found_inf)
             outer.add()
             add_not_finite(self.param_groups, found_inf)
-        except BaseException:
-            self._undo()
+        except BaseException as error:
+            self._undo(error)
             outer.put_back()
             raise
         # It is the step that is skipped, and counted, once.
@@ -290,7 +290,7 @@ class Engine(Wrapper):
             self._halves.check()
             self._passes.check_unwritten()
             amp.check_order(self._scale_is_known, grad_scale, found_inf)
-            self._descend(grad_scale, found_inf, scaler)
+            self._descend_or_undo(grad_scale, found_inf, scaler)
         elif self._gradients_made > 0:
             self._begin()
             known = self._not_finite
@@ -298,7 +298,7 @@ class Engine(Wrapper):
                 known = still_not_finite(self.param_groups, known)
                 found_inf = known if found_inf is None else known.logical_or_(found_inf.to(known.device))
             self._forget_gradients()
-            self._descend(grad_scale, found_inf, scaler, is_rewritten=True)
+            self._descend_or_undo(grad_scale, found_inf, scaler, is_rewritten=True)
         else:
             if not is_blank(self.param_groups):
                 self._warn_of_plain_steps()
@@ -313,11 +313,7 @@ class Engine(Wrapper):
         if not self._plan_ahead().ascends:
             return
         self._has_warned = True
-        warn_user(
-            f"{type(self).__name__}: two steps without an ascent: step() alone is a step of {type(self.base_optimizer).__name__}. For "
-            "sharpness-aware steps call step(closure), or first_step and second_step, or optimizer.backward(closure) in the place of "
-            "loss.backward(); with rho=0 nothing is said"
-        )
+        warn_of_plain_steps(type(self).__name__, type(self.base_optimizer).__name__)
 
     def _rewrite(self, grad_scale: Tensor | None) -> tuple[Outcome, Tensor | None]:
         """Makes the gradients of the second pass what the base is to step along. Returns the rule's outcome, and their norm if known."""
@@ -331,7 +327,7 @@ class Engine(Wrapper):
         self._passes.skips.forget_last_step()  # where there was no ascent, nothing has yet
         loss = self._loss_of_all_ranks(self._loss) if self.descent.needs_loss else self._loss
         step = DescentStep(self._passes, self.param_groups, self._kept_grads, has_ascended, grad_scale, loss)
-        outcome = self.descent.rewrite(step) if step.group_grads else UNCHANGED
+        outcome = self.descent.rewrite(step) if step.group_grads or self._passes.lists.shards else UNCHANGED
         return outcome, norm if outcome.norm is None else outcome.norm
 
     def _loss_of_all_ranks(self, loss: Any, *, within_replica: bool = False) -> Any:
@@ -341,8 +337,20 @@ class Engine(Wrapper):
     def _agree(self, found_inf: Tensor, *, was_looked_for: bool = True) -> None:  # ()
         """Replicas and shards skip a step together. ``was_looked_for``: by this rank alone, beside the norms that all shards have."""
         self._replicas.agree(found_inf)
-        if was_looked_for:
-            self._passes.lists.shards.agree(found_inf)
+        lacks = self._lacks_gradient
+        if was_looked_for and not self._passes.lists.shards.agree(found_inf, has_gradient=lacks is None):
+            raise RuntimeError(lacks)
+        self._is_counted = False  # the update follows, which cannot be undone
+
+    def _descend_or_undo(self, *args: Any, **kwargs: Any) -> None:
+        """:meth:`_descend`, undone after an exception where there are other ranks, which may have failed. (In one process another try
+        may follow.)"""
+        try:
+            self._descend(*args, **kwargs)
+        except BaseException as error:
+            if self._passes.lists.shards or self._replicas:
+                self._undo(error)
+            raise
 
     def _descend(
         self,
@@ -362,7 +370,6 @@ class Engine(Wrapper):
         # the base's own step has other last bits.
         is_ascents = is_rewritten and plan is not None and plan.ascends
         is_ascents = is_ascents or (has_ascended and self.direction.first_gradient is FirstGradient.NONE)
-        self._is_counted = False
         was_looked_for = self.check_finite or grad_scale is not None or found_inf is not None or outcome is not UNCHANGED
         was_looked_for = was_looked_for or self._replicas.has_groups  # norms of the ascents are those of one group
         is_unscaled = self._passes.descend(

@@ -102,6 +102,18 @@ def check_grads(group: ParamGroup, group_index: int) -> None:
             raise TypeError(f"SAM: the gradient of parameter {name} is a {grad.layout} tensor; only dense gradients are supported")
 
 
+def device_of(groups: Sequence[ParamGroup]) -> torch.device | None:
+    """That of the first trainable parameter. Raises TypeError for one that has no memory yet."""
+    for i, group in enumerate(groups):
+        for j, param in enumerate(group["params"]):
+            if param.requires_grad:
+                if param.is_meta:
+                    raise TypeError(f"SAM: parameter {param_name(group, i, j)} {why_no_memory(param)}")
+                device: torch.device = param.device
+                return device
+    return None
+
+
 class Copies:
     """Memory for copies of parameters, or of their gradients: allocated once, outside ``optimizer.state`` so that no checkpoint carries it.
 

@@ -65,10 +65,17 @@ class StepPlan:
     """Step t of all groups. ``groups`` has a :class:`GroupPlan` for each; ``raw`` the options that it was made from."""
 
     def __init__(
-        self, groups: Sequence[ParamGroup], keys: Mapping[str, str], base: Optimizer, *, ahead: bool, last: StepPlan | None = None
+        self,
+        groups: Sequence[ParamGroup],
+        keys: Mapping[str, str],
+        base: Optimizer,
+        *,
+        ahead: bool,
+        last: StepPlan | None = None,
+        have_others: bool = False,
     ) -> None:
         """``ahead``: the plan of the step after the one that the groups count. ``last``: an earlier one; groups whose options are the same
-        numbers as there are not checked again.
+        numbers as there are not checked again. ``have_others``: other ranks may have parameters of a group that has none here.
 
         Raises: TypeError or ValueError for an option that is none.
         """
@@ -78,7 +85,7 @@ class StepPlan:
             t: Step = group[keys["sam_step"]]
             before = last.groups[i] if last is not None and i < len(last.groups) else None
             self.groups.append(_planned(group, keys, base, t + 1 if ahead else t, before))
-        self.ascends = any(each.participates for each in self.groups)
+        self.ascends = any(each.participates or (have_others and is_ascending(each.rho)) for each in self.groups)
         self._beta_key = keys.get("beta")
         self._beta: float | Tensor | None = None
 

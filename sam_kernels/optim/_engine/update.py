@@ -161,7 +161,7 @@ def plain_step(base: Optimizer, grads: list[Tensor], scalars: UpdateScalars) -> 
             return
         if grad_scale is not None and grads:
             torch._foreach_div_(grads, grad_scale.item())
-        if norm is not None and scalars["max_norm"] is not None:
+        if norm is not None and scalars["max_norm"] is not None and grads:
             unscaled = norm if grad_scale is None else norm / grad_scale
             torch._foreach_mul_(grads, min(1.0, scalars["max_norm"] / (unscaled.item() + 1e-6)))
     with _global_hooks_once():

@@ -79,7 +79,7 @@ def replicas_of(
     """The replicas among the optimizer's ``model``. Raises ValueError for a local ascent of what has none."""
     modules = [each for module in modules_of(model) for each in sharded_modules(module)] if local_ascent is True else []
     if not modules:
-        return Replicas(model, direction, descent, local_ascent=local_ascent)
+        return Replicas(model, direction, descent, local_ascent=local_ascent, process_group=process_group)
     if process_group is not None:
         raise ValueError(
             "SAM: local_ascent=True over HSDP and process_group: ranks of the group may belong to several replica groups; leave one out"

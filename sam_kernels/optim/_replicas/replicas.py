@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -16,10 +16,14 @@ from sam_kernels.optim._batches.micro_batches import GradientMean
 from sam_kernels.optim._engine.passes import Passes
 from sam_kernels.optim._part import FirstGradient
 from sam_kernels.optim._replicas.rank_mean import RankMean
-from sam_kernels.optim._shards.shards import loss_value
+from sam_kernels.optim._shards.layout import mean_of_ranks
+from sam_kernels.optim._shards.shards import GROUP_IS_GONE, check_apart, loss_value
 from sam_kernels.optim._types import ParamGroup
 from sam_kernels.optim.descents import Descent
 from sam_kernels.optim.directions import Direction
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["Replicas", "is_blank", "modules_of", "replicated_modules"]
 
@@ -31,6 +35,7 @@ class Replicas:
         model: a module or a list of modules, as the optimizer was given them.
         direction, descent: the parts of the optimizer.
         local_ascent: every rank perturbs by its own gradient. None: it does so wherever a module has ``no_sync``.
+        process_group: ranks that hold other parameters of the model, so that none of them may be a replica.
 
     Every collective here is issued by all ranks or by none, whatever the numbers of one rank are: the decision depends on the arguments of
     the optimizer and on the method that was called. Tensors are reduced where they are, so the host does not wait for a device.
@@ -39,7 +44,13 @@ class Replicas:
     has_groups = False  # of ranks that perturb one copy together: HSDP's, with a local ascent
 
     def __init__(
-        self, model: nn.Module | Sequence[nn.Module] | None, direction: Direction, descent: Descent, *, local_ascent: bool | None
+        self,
+        model: nn.Module | Sequence[nn.Module] | None,
+        direction: Direction,
+        descent: Descent,
+        *,
+        local_ascent: bool | None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         self._direction, self._descent = direction, descent
         self._replicated, others = _found(model)
@@ -51,9 +62,16 @@ class Replicas:
             self._check_can_ascend_locally(model)
         self._averaging: list[Any] = [*self._replicated, *others] if self.ascends_locally else []
         self._check_one_group()
+        if process_group is not None and self._replicated:
+            ranks = distributed.get_process_group_ranks(self._replicated[0].process_group)
+            check_apart(process_group, ranks, "the parameters of the DistributedDataParallel module")
         self._check_static_graph()
         if self.ascends_locally:
             self._check_parts()
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self._replicated)
 
     # --- the passes ---
 
@@ -154,13 +172,17 @@ class Replicas:
     def mean_loss(self, loss: Any, device: torch.device) -> Any:  # () float64
         """The mean of the ranks' losses, for radii and step sizes that follow it: with averaged gradients each rank would have one of its
         own. With a local ascent, or where the loss is no number, it is returned as it is."""
-        mean = loss_value(loss, device) if self._replicated and not self._averaging else None
-        if mean is None:
+        if not self._replicated or self._averaging:
             return loss
         self._check_usable()
         group = self._replicated[0].process_group
-        distributed.all_reduce(mean, group=group)
-        return mean / distributed.get_world_size(group)
+
+        def sum_over_ranks(sums: Tensor) -> Tensor:
+            distributed.all_reduce(sums, group=group)
+            return sums
+
+        mean = mean_of_ranks(loss_value(loss, device), device, distributed.get_world_size(group), sum_over_ranks)
+        return loss if mean is None else mean
 
     # --- what is refused ---
 
@@ -204,6 +226,8 @@ class Replicas:
             )
 
     def _check_usable(self) -> None:
+        if not distributed.is_initialized():
+            raise RuntimeError(GROUP_IS_GONE)
         if any(module._join_config.enable for module in self._replicated):
             raise RuntimeError(
                 "SAM: DistributedDataParallel.join() is not supported: a rank without inputs makes no step, and the others would wait for "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,13 @@ from torch import Tensor, distributed
 
 from sam_kernels.optim._shards.dtensor import is_dtensor
 
-__all__ = ["WHOLE", "Layout", "Meshes", "layout_of", "sharded_dims", "why_no_layout", "within_replica_of"]
+__all__ = ["WHOLE", "Layout", "Meshes", "layout_of", "mean_of_ranks", "sharded_dims", "why_no_layout", "within_replica_of"]
+
+
+# Relative deviation of squared norms that every rank should have alike. Gradients in bfloat16 that were rounded otherwise have squares that
+# differ by up to 2^-6, and sums that were made in another order some more. Where one of two ranks has no such gradient it is 1.
+_ALIKE = 2.0**-5
+_SUMS_READ = 2  # on a device
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,10 @@ def layout_of(param: Tensor) -> Layout:
         return WHOLE
     owner: Any = param
     mesh, copies, part = owner.device_mesh, 1, 0
-    for dim, (placement, place) in enumerate(zip(owner.placements, mesh.get_coordinate(), strict=True)):
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:  # of a mesh without this rank, which why_no_layout refuses
+        return Layout(mesh, 1, 0)
+    for dim, (placement, place) in enumerate(zip(owner.placements, coordinate, strict=True)):
         if placement.is_replicate():
             copies *= mesh.size(dim)
         else:
@@ -55,7 +65,7 @@ def within_replica_of(layout: Layout) -> Layout:
 def sharded_dims(param: Tensor) -> set[int]:
     """The dimensions along which a parameter is cut into parts."""
     owner: Any = param
-    return {each.dim for each in owner.placements if not each.is_replicate()} if is_dtensor(param) else set()
+    return {each.dim for each in owner.placements if not each.is_replicate() and not each.is_partial()} if is_dtensor(param) else set()
 
 
 def why_no_layout(param: Tensor) -> str | None:
@@ -75,50 +85,108 @@ def why_no_layout(param: Tensor) -> str | None:
 
 
 class Meshes:
-    """The meshes of an optimizer's parameters, in the order of the parameters, which is the same on all ranks.
+    """The meshes of an optimizer's parameters, the largest last. The order of the parameters is the same on all ranks, so this one is too.
 
     Every rank of a mesh calls :meth:`sum` and :meth:`agree` equally often, whatever gradients it has.
     """
 
     def __init__(self, layouts: Sequence[Layout] = ()) -> None:
-        self._meshes = list(dict.fromkeys(layout.mesh for layout in layouts if layout.mesh is not None))
+        meshes = dict.fromkeys(layout.mesh for layout in layouts if layout.mesh is not None and layout.mesh.get_coordinate() is not None)
+        self._meshes = sorted(meshes, key=lambda mesh: mesh.size())
+        self._compares = any(not _is_on(layout, self._meshes[-1]) for layout in layouts) if meshes else False
+        self._unread = _SUMS_READ
 
     def __bool__(self) -> bool:
         return bool(self._meshes)
+
+    @property
+    def ranks(self) -> set[int]:
+        """Of all meshes, as the default process group numbers them."""
+        return {rank for mesh in self._meshes for rank in mesh.mesh.flatten().tolist()}
 
     def sum(self, parts: Sequence[tuple[Layout, Tensor]], like: Tensor) -> Tensor:
         """Sum over all elements of all ranks of what the parts are the rank's own sums of: float64, of the shape of ``like``.
 
         ``parts``: by layout, float64 tensors of the shape of ``like``, an empty one. Elements that several ranks hold count once. One
-        all-reduce a mesh.
+        all-reduce a mesh, of 8 bytes for each sum.
+
+        What ordinary tensors and smaller meshes add must be the same on all ranks of the largest mesh: the mean is taken, and RuntimeError
+        raised on all of them where it is not (16 bytes more; on a device, where it waits, only in the first sums).
         """
         total = like.new_zeros(like.shape, dtype=torch.float64)
         for mesh in (None, *self._meshes):
-            own = [part.to(total.device) / layout.copies for layout, part in parts if layout.mesh is mesh or layout.mesh == mesh]
+            own = [part.to(total.device) / layout.copies for layout, part in parts if _is_on(layout, mesh)]
             share = torch.stack(own).sum(0) if own else total.new_zeros(total.shape)
-            total = total + (share if mesh is None else _all_reduce(share, mesh, distributed.ReduceOp.SUM))
+            if mesh is None or mesh.size() == 1:
+                total = total + share
+            elif mesh is not self._meshes[-1] or not self._compares:
+                total = total + _all_reduce(share, mesh, distributed.ReduceOp.SUM)
+            else:
+                shares = _all_reduce(torch.stack([share, total, total.square()]), mesh, distributed.ReduceOp.SUM)
+                total, square = shares[1] / mesh.size(), shares[2] / mesh.size()
+                if total.dim() == 0 and (total.is_cpu or self._unread > 0):
+                    self._unread -= 1
+                    _check_alike(total.item(), square.item(), mesh)
+                total = total + shares[0]
         return total
 
     def sum_of_numbers(self, parts: Sequence[tuple[Layout, float]]) -> float:
         """:meth:`sum` of numbers, for tensors on the CPU."""
         total = 0.0
         for mesh in (None, *self._meshes):
-            share = sum(part / layout.copies for layout, part in parts if layout.mesh is mesh or layout.mesh == mesh)
+            share: float = sum(part / layout.copies for layout, part in parts if _is_on(layout, mesh))
             if mesh is not None and mesh.size() > 1:
-                share = _all_reduce(torch.tensor(share, dtype=torch.float64), mesh, distributed.ReduceOp.SUM).item()
+                compares = self._compares and mesh is self._meshes[-1]
+                shares = torch.tensor([share, total, total * total] if compares else [share], dtype=torch.float64)
+                share, *others = _all_reduce(shares, mesh, distributed.ReduceOp.SUM).tolist()
+                if compares:
+                    total = others[0] / mesh.size()
+                    _check_alike(total, others[1] / mesh.size(), mesh)
             total += share
         return total
 
-    def mean(self, value: Tensor) -> Tensor:
-        """The mean of what the ranks of the largest mesh have, float64."""
+    def mean(self, value: Tensor | None, device: torch.device) -> Tensor | None:  # () float64
+        """:func:`mean_of_ranks` over the largest mesh."""
         mesh = max(self._meshes, key=lambda mesh: mesh.size())
-        ranks: int = mesh.size()
-        return _all_reduce(value.to(torch.float64, copy=True), mesh, distributed.ReduceOp.SUM) / ranks
+        return mean_of_ranks(value, device, mesh.size(), lambda sums: _all_reduce(sums, mesh, distributed.ReduceOp.SUM))
 
-    def agree(self, found_inf: Tensor) -> None:
-        """Sets ``found_inf``, () float32, where it is set on any rank of any mesh. 4 bytes a mesh."""
+    def agree(self, flag: Tensor) -> None:  # ()
+        """The largest ``flag`` of any rank of any mesh. 4 bytes a mesh."""
         for mesh in self._meshes:
-            found_inf.copy_(_all_reduce(found_inf.clone(), mesh, distributed.ReduceOp.MAX))
+            flag.copy_(_all_reduce(flag.clone(), mesh, distributed.ReduceOp.MAX))
+
+
+def mean_of_ranks(value: Tensor | None, device: torch.device, ranks: int, sum_over_ranks: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """The mean of the ranks' values, () float64; None where no rank has one. All ranks call it, whatever they have. 16 bytes.
+
+    Raises RuntimeError where some ranks have a value and others have none. (On a device those with a value get NaN: to know it would wait.)
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    if value is not None:
+        sums = torch.stack([value.to(torch.float64), torch.ones_like(sums[0])])
+    total, count = sum_over_ranks(sums)
+    if (value is None or count.is_cpu) and 0 < (found := int(count.item())) < ranks:
+        raise RuntimeError(
+            f"SAM: the closure returned a loss, a number or a tensor of one element, on {found} of {ranks} ranks; a radius or a rule that "
+            "follows the loss needs that of all ranks: return it from the closure on every rank"
+        )
+    return None if value is None else torch.where(count == ranks, total / ranks, torch.nan)
+
+
+def _is_on(layout: Layout, mesh: Any) -> bool:
+    return layout.mesh is mesh or bool(layout.mesh == mesh)
+
+
+def _check_alike(mean: float, mean_square: float, mesh: Any) -> None:
+    """Of what every rank of a mesh should have alike. Raises RuntimeError on all of them where the values differ."""
+    if mean_square - mean * mean > (_ALIKE * mean) ** 2:
+        raise RuntimeError(
+            "SAM: gradients of ordinary tensors (or of DTensors on smaller meshes) beside those sharded over the ranks "
+            f"{mesh.mesh.flatten().tolist()} are not the same on these ranks, so that a norm would not be: their squared norms have the "
+            f"mean {mean:.3g} and the standard deviation {math.sqrt(mean_square - mean * mean):.3g}; average them over the ranks before "
+            "the closure returns (a parameter that one rank does not use has the gradient zero there), or shard them too. Ranks that hold "
+            "other parameters of the model need process_group="
+        )
 
 
 def _all_reduce(tensor: Tensor, mesh: Any, operation: Any) -> Tensor:
@@ -126,8 +194,8 @@ def _all_reduce(tensor: Tensor, mesh: Any, operation: Any) -> Tensor:
     if mesh.size() == 1:
         return tensor
     moved = tensor if tensor.device.type == mesh.device_type else tensor.to(mesh.device_type)
-    covers_all = mesh.size() == distributed.get_world_size()
-    for group in [None] if covers_all else mesh.get_all_groups():
+    covers_all = mesh.ndim > 1 and mesh.size() == distributed.get_world_size()
+    for group in [None] if covers_all else mesh.get_all_groups():  # with one dimension the mesh's own, which may have another timeout
         distributed.all_reduce(moved, op=operation, group=group)
     reduced: Tensor = moved.to(tensor.device)
     return reduced

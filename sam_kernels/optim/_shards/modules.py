@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,6 +42,27 @@ class GatheredModules:
             module: Any = reference()
             if module is not None:
                 module.reshard()
+
+    def abandon_pass(self) -> None:
+        """After an exception, which may have come in the middle of a pass: gathered weights are freed, collectives that are under way and
+        gradients that are not reduced yet are dropped, so that the next pass begins anew. (:meth:`reshard` alone leaves them to the pass.)
+        """
+        states = [module()._get_fsdp_state() for module in self._modules if module() is not None]  # type: ignore[operator,union-attr]
+        for state in states:
+            # A root sees to those inside of it. One that is None has made no pass yet.
+            if state._is_root and hasattr(state, "_reset_iter_state"):
+                with suppress(RuntimeError):  # collectives of a process group that has failed, which the exception is about
+                    state._reset_iter_state()
+            for group in getattr(state, "_fsdp_param_groups", ()):
+                for param in group.fsdp_params:  # torch 2.13 leaves these, and the next pass would add to them
+                    param.unsharded_accumulated_grad = None
+                    if hasattr(param, "_unsharded_param"):
+                        param._unsharded_param.grad = None
+
+    @property
+    def can_abandon_pass(self) -> bool:
+        """Whether this version of torch can begin a pass anew after an exception in one."""
+        return all(hasattr(module(), "reset_iter_state") for module in self._modules if module() is not None)
 
 
 def all_sharded_modules() -> list[Any]:
