@@ -7,7 +7,7 @@ from types import FrameType
 
 from torch import Tensor, nn
 
-from sam_kernels.optim._shards.dtensor import is_dtensor
+from sam_kernels._local_parts import is_dtensor
 from sam_kernels.optim._types import ParamGroup
 
 __all__ = ["check_no_sharding_optimizer", "check_unsharded", "check_whole"]

@@ -9,7 +9,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from sam_kernels.optim._shards.dtensor import is_dtensor, local_grad
+from sam_kernels._local_parts import is_dtensor
+from sam_kernels.optim._shards.dtensor import local_grad
 from sam_kernels.optim._types import ParamGroup
 
 __all__ = ["OuterGrads", "add_not_finite", "still_not_finite"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sam_kernels.optim._shards.dtensor import is_dtensor
+from sam_kernels._local_parts import is_dtensor
 
 __all__ = ["GatheredModules"]
 
