@@ -71,6 +71,7 @@ class Meshes:
 
     def __init__(self, layouts: Sequence[Layout] = ()) -> None:
         self._meshes = list(dict.fromkeys(layout.mesh for layout in layouts if layout.mesh is not None))
+        self._has_others = {mesh: mesh.size() > 1 for mesh in self._meshes}  # asked once: a mesh takes a microsecond to answer
 
     def __bool__(self) -> bool:
         return bool(self._meshes)
@@ -85,16 +86,22 @@ class Meshes:
         for mesh in (None, *self._meshes):
             own = [part.to(total.device) / layout.copies for layout, part in parts if layout.mesh is mesh or layout.mesh == mesh]
             share = torch.stack(own).sum(0) if own else total.new_zeros(total.shape)
-            total = total + (share if mesh is None else _all_reduce(share, mesh, distributed.ReduceOp.SUM))
+            if mesh is not None:
+                self._all_reduce_(share, mesh, distributed.ReduceOp.SUM)
+            total = total + share
         return total
 
     def sum_of_numbers(self, parts: Sequence[tuple[Layout, float]]) -> float:
         """:meth:`sum` of numbers, for tensors on the CPU."""
+        shares: dict[Any, float] = dict.fromkeys((None, *self._meshes), 0.0)
+        for layout, part in parts:
+            shares[layout.mesh] += part / layout.copies
         total = 0.0
-        for mesh in (None, *self._meshes):
-            share = sum(part / layout.copies for layout, part in parts if layout.mesh is mesh or layout.mesh == mesh)
-            if mesh is not None and mesh.size() > 1:
-                share = _all_reduce(torch.tensor(share, dtype=torch.float64), mesh, distributed.ReduceOp.SUM).item()
+        for mesh, share in shares.items():
+            if mesh is not None and self._has_others[mesh]:
+                reduced = torch.scalar_tensor(share, dtype=torch.float64, device="cpu")
+                self._all_reduce_(reduced, mesh, distributed.ReduceOp.SUM)
+                share = reduced.item()
             total += share
         return total
 
@@ -102,21 +109,23 @@ class Meshes:
         """The mean of what the ranks of the largest mesh have, float64."""
         mesh = max(self._meshes, key=lambda mesh: mesh.size())
         ranks: int = mesh.size()
-        return _all_reduce(value.to(torch.float64, copy=True), mesh, distributed.ReduceOp.SUM) / ranks
+        total = value.to(torch.float64, copy=True)
+        self._all_reduce_(total, mesh, distributed.ReduceOp.SUM)
+        return total / ranks
 
     def agree(self, found_inf: Tensor) -> None:
         """Sets ``found_inf``, () float32, where it is set on any rank of any mesh. 4 bytes a mesh."""
         for mesh in self._meshes:
-            found_inf.copy_(_all_reduce(found_inf.clone(), mesh, distributed.ReduceOp.MAX))
+            self._all_reduce_(found_inf, mesh, distributed.ReduceOp.MAX)
 
-
-def _all_reduce(tensor: Tensor, mesh: Any, operation: Any) -> Tensor:
-    """Over all ranks of a mesh, on the mesh's type of device. One collective where the mesh has one dimension, or covers all ranks."""
-    if mesh.size() == 1:
-        return tensor
-    moved = tensor if tensor.device.type == mesh.device_type else tensor.to(mesh.device_type)
-    covers_all = mesh.size() == distributed.get_world_size()
-    for group in [None] if covers_all else mesh.get_all_groups():
-        distributed.all_reduce(moved, op=operation, group=group)
-    reduced: Tensor = moved.to(tensor.device)
-    return reduced
+    def _all_reduce_(self, tensor: Tensor, mesh: Any, operation: Any) -> None:
+        """Over all ranks of a mesh, on the mesh's type of device. One collective where the mesh has one dimension, or covers all ranks."""
+        if not self._has_others[mesh]:
+            return
+        is_elsewhere = tensor.device.type != mesh.device_type
+        moved = tensor.to(mesh.device_type) if is_elsewhere else tensor
+        covers_all = mesh.size() == distributed.get_world_size()
+        for group in [None] if covers_all else mesh.get_all_groups():
+            distributed.all_reduce(moved, op=operation, group=group)
+        if is_elsewhere:
+            tensor.copy_(moved)
