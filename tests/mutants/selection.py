@@ -142,6 +142,7 @@ RUNS: list[tuple[str, tuple[Run, ...]]] = [
     ("sam_kernels/backends/native/cuda*", ON_HOST),
     ("sam_kernels/backends/native/_cuda*", ON_HOST),
     ("sam_kernels/backends/native/*", of_backend("native")),
+    ("sam_kernels/_sharding.py", (of_optim(DISTRIBUTED),)),
     ("csrc/common/random.h", (Run(("tests/ops/test_random.py", "tests/ops/test_rounding.py")), *OPS[:2])),
     ("csrc/common/half.h", (Run(("tests/ops/test_half_conversion.py",)), *OPS[:2])),
     ("csrc/common/sampling.h", (Run(("tests/ops/test_sharpness.py",)),)),

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from sam_kernels._memory_of import is_fake
+from sam_kernels._sharding import is_dtensor
 from sam_kernels.optim._engine.warn import warn_user
-from sam_kernels.optim._shards.dtensor import is_dtensor, local_of
+from sam_kernels.optim._shards.dtensor import local_of
 from sam_kernels.optim._types import ParamGroup
 
 __all__ = ["ClosureWatch", "HalvesWatch"]

@@ -9,7 +9,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from sam_kernels.optim._shards.dtensor import is_dtensor, local_grad, local_of
+from sam_kernels._sharding import is_dtensor
+from sam_kernels.optim._shards.dtensor import local_grad, local_of
 from sam_kernels.optim._types import ParamGroup
 
 __all__ = ["OuterGrads", "add_not_finite", "still_not_finite"]

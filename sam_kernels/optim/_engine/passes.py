@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sam_kernels import functional
+from sam_kernels._sharding import locals_of
 from sam_kernels.optim._base.identity import IdentityCheck
 from sam_kernels.optim._engine.ascent import Move
 from sam_kernels.optim._engine.capturable import is_recording, not_recordable
@@ -25,7 +26,7 @@ from sam_kernels.optim._engine.skipped import SkippedSteps
 from sam_kernels.optim._engine.update import UpdateScalars, can_fuse, fused_step, plain_step, with_options
 from sam_kernels.optim._engine.weight_watch import NOTHING_WATCHED, WeightWatch
 from sam_kernels.optim._seeds import derived_seed
-from sam_kernels.optim._shards.dtensor import local_of, locals_of
+from sam_kernels.optim._shards.dtensor import local_of
 from sam_kernels.optim._types import GroupOptions, ParamGroup
 
 __all__ = ["Passes"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from sam_kernels.optim._shards.dtensor import is_dtensor
+from sam_kernels._sharding import is_dtensor
 
 __all__ = ["WHOLE", "Layout", "Meshes", "layout_of", "mean_of_ranks", "sharded_dims", "why_no_layout", "within_replica_of"]
 
@@ -95,6 +95,8 @@ class Meshes:
         self._meshes = sorted(meshes, key=lambda mesh: mesh.size())
         self._compares = any(not _is_on(layout, self._meshes[-1]) for layout in layouts) if meshes else False
         self._unread = _SUMS_READ
+        self._has_others = {mesh: mesh.size() > 1 for mesh in self._meshes}  # asked once: a mesh takes a microsecond to answer
+        self._groups = {mesh: _groups_of(mesh) for mesh in self._meshes}
 
     def __bool__(self) -> bool:
         return bool(self._meshes)
@@ -117,43 +119,63 @@ class Meshes:
         for mesh in (None, *self._meshes):
             own = [part.to(total.device) / layout.copies for layout, part in parts if _is_on(layout, mesh)]
             share = torch.stack(own).sum(0) if own else total.new_zeros(total.shape)
-            if mesh is None or mesh.size() == 1:
-                total = total + share
-            elif mesh is not self._meshes[-1] or not self._compares:
-                total = total + _all_reduce(share, mesh, distributed.ReduceOp.SUM)
-            else:
-                shares = _all_reduce(torch.stack([share, total, total.square()]), mesh, distributed.ReduceOp.SUM)
-                total, square = shares[1] / mesh.size(), shares[2] / mesh.size()
+            compares = mesh is not None and self._compares and mesh is self._meshes[-1] and self._has_others[mesh]
+            if compares:
+                share = torch.stack([share, total, total.square()])
+            if mesh is not None:
+                self._all_reduce_(share, mesh, distributed.ReduceOp.SUM)
+            if compares:
+                share, total, square = share[0], share[1] / mesh.size(), share[2] / mesh.size()
                 if total.dim() == 0 and (total.is_cpu or self._unread > 0):
                     self._unread -= 1
                     _check_alike(total.item(), square.item(), mesh)
-                total = total + shares[0]
+            total = total + share
         return total
 
     def sum_of_numbers(self, parts: Sequence[tuple[Layout, float]]) -> float:
         """:meth:`sum` of numbers, for tensors on the CPU."""
+        shares: dict[Any, float] = dict.fromkeys((None, *self._meshes), 0.0)
+        for layout, part in parts:
+            shares[layout.mesh] += part / layout.copies
         total = 0.0
-        for mesh in (None, *self._meshes):
-            share: float = sum(part / layout.copies for layout, part in parts if _is_on(layout, mesh))
-            if mesh is not None and mesh.size() > 1:
+        for mesh, share in shares.items():
+            if mesh is not None and self._has_others[mesh]:
                 compares = self._compares and mesh is self._meshes[-1]
-                shares = torch.tensor([share, total, total * total] if compares else [share], dtype=torch.float64)
-                share, *others = _all_reduce(shares, mesh, distributed.ReduceOp.SUM).tolist()
+                numbers = [share, total, total * total] if compares else [share]
+                reduced = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+                self._all_reduce_(reduced, mesh, distributed.ReduceOp.SUM)
+                share = reduced[0].item()
                 if compares:
-                    total = others[0] / mesh.size()
-                    _check_alike(total, others[1] / mesh.size(), mesh)
+                    total = reduced[1].item() / mesh.size()
+                    _check_alike(total, reduced[2].item() / mesh.size(), mesh)
             total += share
         return total
 
     def mean(self, value: Tensor | None, device: torch.device) -> Tensor | None:  # () float64
         """:func:`mean_of_ranks` over the largest mesh."""
-        mesh = max(self._meshes, key=lambda mesh: mesh.size())
-        return mean_of_ranks(value, device, mesh.size(), lambda sums: _all_reduce(sums, mesh, distributed.ReduceOp.SUM))
+        mesh = self._meshes[-1]
+
+        def sum_over_ranks(sums: Tensor) -> Tensor:
+            self._all_reduce_(sums, mesh, distributed.ReduceOp.SUM)
+            return sums
+
+        return mean_of_ranks(value, device, mesh.size(), sum_over_ranks)
 
     def agree(self, flag: Tensor) -> None:  # ()
         """The largest ``flag`` of any rank of any mesh. 4 bytes a mesh."""
         for mesh in self._meshes:
-            flag.copy_(_all_reduce(flag.clone(), mesh, distributed.ReduceOp.MAX))
+            self._all_reduce_(flag, mesh, distributed.ReduceOp.MAX)
+
+    def _all_reduce_(self, tensor: Tensor, mesh: Any, operation: Any) -> None:
+        """Over all ranks of a mesh, on the mesh's type of device."""
+        if not self._has_others[mesh]:
+            return
+        is_elsewhere = tensor.device.type != mesh.device_type
+        moved = tensor.to(mesh.device_type) if is_elsewhere else tensor
+        for group in self._groups[mesh]:
+            distributed.all_reduce(moved, op=operation, group=group)
+        if is_elsewhere:
+            tensor.copy_(moved)
 
 
 def mean_of_ranks(value: Tensor | None, device: torch.device, ranks: int, sum_over_ranks: Callable[[Tensor], Tensor]) -> Tensor | None:
@@ -173,6 +195,12 @@ def mean_of_ranks(value: Tensor | None, device: torch.device, ranks: int, sum_ov
     return None if value is None else torch.where(count == ranks, total / ranks, torch.nan)
 
 
+def _groups_of(mesh: Any) -> list[Any]:
+    """Process groups whose sums one after another are over all ranks of a mesh: one where it has one dimension, or covers all ranks."""
+    covers_all = mesh.ndim > 1 and mesh.size() == distributed.get_world_size()
+    return [None] if covers_all else list(mesh.get_all_groups())  # with one dimension the mesh's own, which may have another timeout
+
+
 def _is_on(layout: Layout, mesh: Any) -> bool:
     return layout.mesh is mesh or bool(layout.mesh == mesh)
 
@@ -187,15 +215,3 @@ def _check_alike(mean: float, mean_square: float, mesh: Any) -> None:
             "the closure returns (a parameter that one rank does not use has the gradient zero there), or shard them too. Ranks that hold "
             "other parameters of the model need process_group="
         )
-
-
-def _all_reduce(tensor: Tensor, mesh: Any, operation: Any) -> Tensor:
-    """Over all ranks of a mesh, on the mesh's type of device. One collective where the mesh has one dimension, or covers all ranks."""
-    if mesh.size() == 1:
-        return tensor
-    moved = tensor if tensor.device.type == mesh.device_type else tensor.to(mesh.device_type)
-    covers_all = mesh.ndim > 1 and mesh.size() == distributed.get_world_size()
-    for group in [None] if covers_all else mesh.get_all_groups():  # with one dimension the mesh's own, which may have another timeout
-        distributed.all_reduce(moved, op=operation, group=group)
-    reduced: Tensor = moved.to(tensor.device)
-    return reduced

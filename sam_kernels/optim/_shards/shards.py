@@ -87,7 +87,7 @@ class Shards:
             parts = [(layouts[layout], norm) for layout, norm in parts]
         if device.type == "cpu" and self._process_group is None:  # Python's numbers: the same arithmetic in a tenth of the time
             square = meshes.sum_of_numbers([(layout, norm.item() * norm.item()) for layout, norm in parts])
-            return torch.tensor(math.sqrt(square), dtype=dtype)
+            return torch.scalar_tensor(math.sqrt(square), dtype=dtype, device="cpu")
         squares = [(layout, norm.to(torch.float64).square()) for layout, norm in parts]
         return self.sum(squares, (), device, meshes=meshes).sqrt().to(dtype)
 
