@@ -13,7 +13,7 @@ from sam_kernels.optim._part import FirstGradient, Part, Use
 from sam_kernels.optim.descents import Descent
 from sam_kernels.optim.directions import Direction
 
-__all__ = ["check_family", "check_gradient", "check_passes", "check_weighted"]
+__all__ = ["check_family", "check_freezing", "check_gradient", "check_passes", "check_weighted"]
 
 
 # Class attributes of earlier versions, by what a direction or a rule has in their place.
@@ -59,6 +59,25 @@ def check_family(direction: Any, descent: Any, base: Optimizer, *, clips: bool, 
             raise ValueError(f"SAM: max_grad_norm is not defined for {part.role} {part.name!r}")
         if capturable and part.refuses(Use.CAPTURE):
             raise ValueError(f"SAM: capturable=True, but what {part.name!r} does at a step is decided, or drawn, by the host")
+
+
+def check_freezing(direction: Direction, descent: Descent, process_group: Any) -> None:
+    """Raises ValueError where the first pass must give all parameters a gradient, or gives none."""
+    if direction.first_gradient is FirstGradient.NONE:
+        raise ValueError(f"SAM: freeze_unperturbed=True: direction {direction.name!r} takes no gradient before the ascent; leave it out")
+    if descent.keeps_grads:
+        raise ValueError(
+            f"SAM: freeze_unperturbed=True: descent {descent.name!r} steps along the gradients of the first pass too, so it needs those of "
+            "all parameters; leave freeze_unperturbed out"
+        )
+    for part in (direction, descent):
+        if part.refuses(Use.FREEZING):
+            raise ValueError(f"SAM: freeze_unperturbed=True is not defined for {part.role} {part.name!r}")
+    if process_group is not None:
+        raise ValueError(
+            "SAM: freeze_unperturbed=True with process_group: a stage of a pipeline whose parameters are all frozen would have no graph; "
+            "leave freeze_unperturbed out"
+        )
 
 
 def check_weighted(direction: Any, descent: Any) -> None:

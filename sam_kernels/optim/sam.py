@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import torch
@@ -11,15 +11,16 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from sam_kernels._validate import check_flag, check_number, describe, plain_number
+from sam_kernels._validate import check_flag, check_number, describe
 from sam_kernels.optim._base.base import keys_given, make_base, materialised
-from sam_kernels.optim._base.options import check_earlier_values, check_group_names, check_keywords, group_keys
+from sam_kernels.optim._base.options import check_earlier_values, check_group_names, check_keywords, check_max_norm, group_keys
 from sam_kernels.optim._batches.closures import Closure, TwoPasses, passes_of
 from sam_kernels.optim._batches.micro_batches import mean_loss
-from sam_kernels.optim._compatibility import check_family, check_passes
+from sam_kernels.optim._compatibility import check_family, check_freezing, check_passes
 from sam_kernels.optim._engine import amp, capturable
 from sam_kernels.optim._engine.ascent_step import AscentStep
 from sam_kernels.optim._engine.engine import Engine
+from sam_kernels.optim._engine.first_pass import warn_of_nothing_to_freeze
 from sam_kernels.optim._engine.memory import ParamMemory
 from sam_kernels.optim._engine.plan import check_options
 from sam_kernels.optim._engine.replay import BufferGuard, RandomState
@@ -71,6 +72,8 @@ class SAM(Engine):
             who would rather have the time than the net: a gradient of the second pass that is not finite is then stepped along. (One of
             the first pass still skips the step; so does either where a ``GradScaler`` or ``max_grad_norm`` needs the look anyway.)
             ``scaler.step(optimizer)`` without ``unscale_`` has just looked at them itself, and they are not read again.
+        freeze_unperturbed: parameters of groups with ρ = 0 require no gradient in the first pass, which then costs less; weights and
+            state are the same. For groups see :func:`sam_kernels.norm_layers`; for the two-step API, :meth:`ascent`.
         capturable: steps can be recorded into a CUDA graph, and a graph that is replayed follows its schedules; see below.
         base_kwargs: passed to the base optimizer's class.
 
@@ -92,7 +95,7 @@ class SAM(Engine):
         TypeError, ValueError: for arguments of the wrong type or out of range, sparse or complex parameters, an empty parameter list.
     """
 
-    _kept = (*Engine._kept, "norm_eps", "max_grad_norm", "preserve_rng_state", "check_finite", "_guard", "_replicas")
+    _kept = (*Engine._kept, "norm_eps", "max_grad_norm", "preserve_rng_state", "check_finite", "freeze_unperturbed", "_guard", "_replicas")
     _step_supports_amp_scaling = True  # GradScaler.step then always calls step() and hands over grad_scale and found_inf
 
     def __init__(
@@ -113,13 +116,15 @@ class SAM(Engine):
         process_group: ProcessGroup | None = None,
         preserve_rng_state: bool = False,
         check_finite: bool = True,
+        freeze_unperturbed: bool = False,
         capturable: bool = False,
         **base_kwargs: Any,
     ) -> None:
         self.norm_eps = check_number("SAM", "norm_eps", norm_eps, low=0.0)
-        self.max_grad_norm = _checked_norm(max_grad_norm)
+        self.max_grad_norm = check_max_norm(max_grad_norm)
         self.preserve_rng_state = check_flag("SAM", "preserve_rng_state", preserve_rng_state)
         self.check_finite = check_flag("SAM", "check_finite", check_finite)
+        self.freeze_unperturbed = check_flag("SAM", "freeze_unperturbed", freeze_unperturbed)
         self.capturable = check_flag("SAM", "capturable", capturable)
         self.process_group = check_process_group(process_group)
         self.direction, self.descent = Gradient() if direction is None else direction, Plain() if descent is None else descent
@@ -129,8 +134,16 @@ class SAM(Engine):
         self.base_optimizer = make_base(params, base_optimizer, base_kwargs)
         check_keywords(type(self), base_optimizer, self._given, self._shared_keywords, self.base_optimizer)
         check_family(self.direction, self.descent, self.base_optimizer, clips=self.max_grad_norm is not None, capturable=self.capturable)
-        parts = self.direction, self.descent
-        self._replicas = replicas_of(self._guard.model, *parts, self.process_group, local_ascent=local_ascent)
+        if self.freeze_unperturbed:
+            check_freezing(self.direction, self.descent, self.process_group)
+        self._replicas = replicas_of(
+            self._guard.model,
+            self.direction,
+            self.descent,
+            self.process_group,
+            local_ascent=local_ascent,
+            freezes=self.freeze_unperturbed,
+        )
         self._memory = ParamMemory((*self.direction.keeps, *self.descent.keeps))
         self._has_stepped = False
         is_instance = self.base_optimizer is base_optimizer
@@ -146,6 +159,8 @@ class SAM(Engine):
             check_earlier_values(self.base_optimizer, defaults, self._keys)
         super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **defaults, self._keys["sam_step"]: 0})
         self._link()
+        if self.freeze_unperturbed:
+            warn_of_nothing_to_freeze(self.param_groups, self._keys["rho"])
 
     # --- the step ---
 
@@ -308,6 +323,15 @@ class SAM(Engine):
             raise
         self._awaits_ascent = True
 
+    @contextmanager
+    def ascent(self) -> Iterator[None]:
+        """Around the first forward and backward pass of the two-step API; :meth:`first_step` follows. ``freeze_unperturbed`` needs it, and
+        with ``local_ascent`` it stands for ``ddp.no_sync()``. Raises RuntimeError between the two steps."""
+        if not self._awaits_ascent:
+            self._require_unperturbed("ascent")
+        with self._replicas.without_averaging(), self._first_pass.of_halves(self._plan_of_first_pass()):
+            yield
+
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None) -> None:
         """The ascent, from the gradients as they are. Follow with forward, backward and :meth:`second_step`.
@@ -328,6 +352,8 @@ class SAM(Engine):
         amp.check_unscaled(scaler, self)
         if self._calls_made():
             raise RuntimeError("SAM.first_step: .grad holds what backward(closure) has added; call step(), or zero_grad() to drop it")
+        if self.freeze_unperturbed:
+            self._first_pass.check_halves(self._plan_of_first_pass())
         if first_gradient is not FirstGradient.ELSEWHERE:
             self._restore()
             self._begin()
@@ -376,14 +402,6 @@ class SAM(Engine):
         self._passes.release()
         self._kept_grads.release()
         self._guard.release()
-
-
-def _checked_norm(max_grad_norm: Any) -> float | None:
-    """Infinity is one, as for ``clip_grad_norm_``: it clips nothing."""
-    max_grad_norm = plain_number(max_grad_norm)
-    if max_grad_norm is None or (isinstance(max_grad_norm, int | float) and max_grad_norm == math.inf):
-        return None if max_grad_norm is None else math.inf
-    return check_number("SAM", "max_grad_norm", max_grad_norm, low=0.0)
 
 
 amp.hide_grad_scaler(SAM.step)

@@ -20,6 +20,7 @@ from sam_kernels.optim._engine.ascent import Move, PerturbOptions
 from sam_kernels.optim._engine.ascent_step import AscentStep
 from sam_kernels.optim._engine.closure_watch import ClosureWatch, HalvesWatch
 from sam_kernels.optim._engine.failed_rank import note_failure
+from sam_kernels.optim._engine.first_pass import FirstPass
 from sam_kernels.optim._engine.kept_grads import KeptGrads
 from sam_kernels.optim._engine.lists import GroupGrads, device_of
 from sam_kernels.optim._engine.oracle import OuterGrads, add_not_finite, still_not_finite
@@ -45,6 +46,7 @@ class Engine(Wrapper):
     max_grad_norm: float | None
     preserve_rng_state: bool
     check_finite: bool
+    freeze_unperturbed: bool = False  # copies of earlier versions have none
     _guard: BufferGuard
     _replicas: Replicas
 
@@ -55,6 +57,7 @@ class Engine(Wrapper):
         self._replayed_state: RandomState | None = None  # of the step under way
         self._scale_is_known = False  # first_step was given the scaler
         self._kept_grads = KeptGrads()
+        self._first_pass = FirstPass(self.freeze_unperturbed, self._replicas, self._identity)
         self._skips, self._halves = SkipWatch(), HalvesWatch()
         self._loss: Any = None  # of the last pass, for rules that need it
         self._step_sizes: dict[int, Tensor] = {}  # by group, of the last step, where a rule has chosen them
@@ -77,6 +80,9 @@ class Engine(Wrapper):
         if self._next_plan is None or not self._next_plan.is_of(self.param_groups, self._keys):
             self._next_plan = self._new_plan(ahead=True)
         return self._next_plan
+
+    def _plan_of_first_pass(self) -> StepPlan:
+        return self._passes.ascent_plan if self._awaits_ascent else self._plan_ahead()
 
     def _prepare(self) -> torch.device:
         """The device of the step to come. Raises TypeError or RuntimeError where it cannot be made there."""
@@ -140,6 +146,7 @@ class Engine(Wrapper):
 
     def _forget_first_pass(self) -> None:
         self._kept_grads.forget()
+        self._first_pass.forget()
         self._loss = None
 
     # --- two passes ---
@@ -153,7 +160,8 @@ class Engine(Wrapper):
             return call(descent)
         random_state = RandomState(self._devices()) if self.preserve_rng_state else None
         self.direction.begin(step)
-        loss = call(ascent)
+        with self._first_pass.around(self._passes.ascent_plan):
+            loss = call(ascent)
         follows_loss = any(isinstance(each.rho, Radius) for each in step.groups)  # alike on all ranks, whatever the closures return
         followed = self._loss_of_all_ranks(loss, within_replica=step.within_replica) if follows_loss else loss
         self._ascend(step, amp.scale_of(scaler), followed, hand_over=True)
@@ -319,6 +327,7 @@ class Engine(Wrapper):
         """Makes the gradients of the second pass what the base is to step along. Returns the rule's outcome, and their norm if known."""
         norm, has_ascended = None, self._passes.has_ascended
         if has_ascended:
+            self._first_pass.compare()
             self._kept_grads.check_scale(grad_scale is not None)
             if self.direction.rewrites:
                 norm = self.direction.descent_norm(AscentStep(self._passes))

@@ -74,14 +74,22 @@ class HybridReplicas(Replicas):
 
 
 def replicas_of(
-    model: nn.Module | Sequence[nn.Module] | None, direction: Direction, descent: Descent, process_group: Any, *, local_ascent: bool | None
+    model: nn.Module | Sequence[nn.Module] | None,
+    direction: Direction,
+    descent: Descent,
+    process_group: Any,
+    *,
+    local_ascent: bool | None,
+    freezes: bool,
 ) -> Replicas:
     """The replicas among the optimizer's ``model``. Raises ValueError for a local ascent of what has none."""
     modules = [each for module in modules_of(model) for each in sharded_modules(module)] if local_ascent is True else []
     if not modules:
-        return Replicas(model, direction, descent, local_ascent=local_ascent, process_group=process_group)
+        return Replicas(model, direction, descent, local_ascent=local_ascent, process_group=process_group, freezes=freezes)
     if process_group is not None:
         raise ValueError(
             "SAM: local_ascent=True over HSDP and process_group: ranks of the group may belong to several replica groups; leave one out"
         )
+    if freezes:
+        raise ValueError("SAM: local_ascent=True over HSDP and freeze_unperturbed=True are not supported together; leave one out")
     return HybridReplicas(modules, direction, descent)

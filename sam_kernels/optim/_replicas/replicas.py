@@ -15,6 +15,7 @@ from sam_kernels.optim._batches.closures import Closure, TwoPasses
 from sam_kernels.optim._batches.micro_batches import GradientMean
 from sam_kernels.optim._engine.passes import Passes
 from sam_kernels.optim._part import FirstGradient
+from sam_kernels.optim._replicas.grad_mean import average_grads_
 from sam_kernels.optim._replicas.rank_mean import RankMean
 from sam_kernels.optim._shards.layout import mean_of_ranks
 from sam_kernels.optim._shards.shards import GROUP_IS_GONE, check_apart, loss_value
@@ -36,12 +37,15 @@ class Replicas:
         direction, descent: the parts of the optimizer.
         local_ascent: every rank perturbs by its own gradient. None: it does so wherever a module has ``no_sync``.
         process_group: ranks that hold other parameters of the model, so that none of them may be a replica.
+        freezes: first passes leave parameters out (``freeze_unperturbed``).
 
     Every collective here is issued by all ranks or by none, whatever the numbers of one rank are: the decision depends on the arguments of
     the optimizer and on the method that was called. Tensors are reduced where they are, so the host does not wait for a device.
     """
 
     has_groups = False  # of ranks that perturb one copy together: HSDP's, with a local ascent
+    _freezes = False
+    _is_averaged_by_hand = False  # the gradient of the last first pass
 
     def __init__(
         self,
@@ -51,8 +55,9 @@ class Replicas:
         *,
         local_ascent: bool | None,
         process_group: ProcessGroup | None = None,
+        freezes: bool = False,
     ) -> None:
-        self._direction, self._descent = direction, descent
+        self._direction, self._descent, self._freezes = direction, descent, freezes
         self._replicated, others = _found(model)
         if local_ascent is None:
             self.ascends_locally = bool(self._replicated or others)
@@ -82,6 +87,30 @@ class Replicas:
             for module in self._averaging:
                 stack.enter_context(module.no_sync())
             yield
+
+    @contextmanager
+    def averaging_by_hand(self, params: Sequence[Tensor]) -> Iterator[None]:
+        """Around a first pass that gives only ``params`` gradients: with averaged gradients these become means here.
+
+        ``DistributedDataParallel`` waits for the gradients of all parameters that required one when it was made.
+        """
+        if not self._replicated or self._averaging:
+            yield
+            return
+        self._check_usable()
+        self._check_hooks()
+        self._is_averaged_by_hand = True
+        try:
+            with ExitStack() as stack:
+                for module in self._replicated:
+                    stack.enter_context(module.no_sync())
+                yield
+        except BaseException:
+            self._is_averaged_by_hand = False
+            raise
+        ours = {id(param) for module in self._replicated for param in module._module_parameters}  # that it reduces
+        may_differ = any(module.find_unused_parameters for module in self._replicated)
+        average_grads_([param for param in params if id(param) in ours], self._replicated[0].process_group, may_differ=may_differ)
 
     def mean(self, count: int, passes: Passes) -> GradientMean | None:
         """The mean of the descent gradients of ``count`` micro-batches; None for one, whose gradient is the mean."""
@@ -136,7 +165,8 @@ class Replicas:
                 "closure, and in the two-step API put the first forward and backward into `with ddp.no_sync():`"
             )
         uses_gradient = bool(self._direction.keeps) or self._descent.rewrites  # beyond the perturbation, which is undone
-        if not self._averaging and uses_gradient and not all(averaged):
+        by_hand, self._is_averaged_by_hand = self._is_averaged_by_hand, False
+        if not self._averaging and uses_gradient and not all(averaged) and not by_hand:
             part = f"direction {self._direction.name!r}" if not self._descent.rewrites else f"descent {self._descent.name!r}"
             raise RuntimeError(
                 f"SAM: {part} needs the gradient of all ranks in the first pass, and the last forward pass of the "
@@ -235,7 +265,19 @@ class Replicas:
             )
         self._check_static_graph()
 
+    def _check_hooks(self) -> None:
+        if any(module._comm_hooks for module in self._replicated):
+            raise ValueError(
+                "SAM: freeze_unperturbed=True with a communication hook of DistributedDataParallel: the gradient of the ascent is averaged "
+                "without it; use local_ascent=True, leave the hook out, or leave freeze_unperturbed out"
+            )
+
     def _check_static_graph(self) -> None:
+        if self._freezes and any(module.static_graph for module in self._replicated):
+            raise ValueError(
+                "SAM: freeze_unperturbed=True with DistributedDataParallel(static_graph=True): the two passes of a step have different "
+                "graphs; leave static_graph out"
+            )
         if self._averaging and any(module.static_graph for module in self._replicated):
             raise ValueError(
                 "SAM: a local ascent with DistributedDataParallel(static_graph=True): torch then averages wrongly, without an error, where "

@@ -157,7 +157,11 @@ class Shards:
         """After operations have written local parts of ``owners``: autograd learns of it, and what FSDP2 has gathered is freed."""
         if layout is not WHOLE:
             torch.autograd.graph.increment_version(owners)
-            self._modules.reshard()
+            self.reshard()
+
+    def reshard(self) -> None:
+        """Frees what FSDP2 has gathered, which has requires_grad of before."""
+        self._modules.reshard()
 
 
 def loss_value(loss: Any, device: torch.device) -> Tensor | None:  # () float64
