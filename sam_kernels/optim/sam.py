@@ -230,6 +230,7 @@ class SAM(Engine):
             mean = self._replicas.mean(count, self._passes)
             passes = self._replicas.arranged(passes, mean, self.param_groups)
             plan = self._begin()
+            self._hands_over = True
             ascends = plan.ascends and self.descent.ascends(plan.groups[0].t)
             for i, (ascent, descent) in enumerate(passes):
                 if ascends:
@@ -356,7 +357,7 @@ class SAM(Engine):
         if not self._passes.is_perturbed or self._awaits_ascent:
             raise RuntimeError("SAM.second_step: call first_step first")
         self.descent.check_loss(loss, self._passes.found_inf.device)
-        self._loss = loss
+        self._loss, self._hands_over = loss, zero_grad
         self.step(grad_scaler=grad_scaler)  # through step(), so that hooks and schedulers see one step
         if zero_grad:
             self.zero_grad()

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from sam_kernels import ASAM, GCSAM, GSAM, RSAM, RWSAM, SAM, SAMSPS, WSAM, FriendlySAM, LookSAM, MomentumSAM, VaSSO
+from sam_kernels import ASAM, GCSAM, GSAM, RSAM, RWSAM, S2SAM, SAM, SAMSPS, WSAM, FriendlySAM, LookSAM, MomentumSAM, VaSSO
 from sam_kernels.optim.directions import Extragradient
 from sam_kernels.schedules import AscentInfo, Radius
 
@@ -74,6 +74,8 @@ CASES = {
     "FriendlySAM": Case(FriendlySAM, ADAMW),
     "MomentumSAM": Case(MomentumSAM, SGD),
     "MomentumSAM, AdamW": Case(MomentumSAM, ADAMW),
+    "S2SAM": Case(S2SAM, SGD),
+    "S2SAM, clipped, AdamW": Case(S2SAM, {**ADAMW, "lambd": 0.5, "max_grad_norm": 0.2}),
     "RSAM without noise": Case(RSAM, {**SGD, "sigma": 0.0}),
     "GCSAM": Case(GCSAM, SGD, refused_with=dict.fromkeys(("tensor parallel", "tensor parallel and FSDP2"), "sharded along dimension 1")),
     "RWSAM": Case(RWSAM, {**SGD, "beta": 2.0}, how="samples", refused_with=WHOLE_SAMPLES),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sam_kernels import GCSAM, GSAM, RSAM, RWSAM, SAMSPS, LookSAM, MomentumSAM, VaSSO
+from sam_kernels import GCSAM, GSAM, RSAM, RWSAM, S2SAM, SAMSPS, LookSAM, MomentumSAM, VaSSO
 from sam_kernels.schedules import Radius
 from tests.distributed.problem import RANKS, Run, assert_alike, on_one_process, on_one_rank
 from tests.helpers.ranks import on_ranks, one_at_a_time
@@ -54,6 +54,7 @@ AVERAGED = {
     "vasso": Run(make=VaSSO, more=RHO, averaged=True),
     "looksam": Run(make=LookSAM, more={**RHO, "k": 2}, averaged=True),
     "momentum": Run(make=MomentumSAM, more=RHO, averaged=True),
+    "stale": Run(make=S2SAM, more=RHO, averaged=True),
     "polyak": Run(make=SAMSPS, options={}, more={"rho": 0.05, "gamma_b": 10.0}, averaged=True),
     "radius": Run(more={"rho": FollowsTheLoss()}, averaged=True),
     "rwsam": Run(make=RWSAM, more=TOGETHER, averaged=True),

@@ -18,7 +18,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from sam_kernels import ASAM, GSAM, RSAM, RWSAM, SAM, SAMSPS, WSAM, FriendlySAM, LookSAM, MomentumSAM, VaSSO
+from sam_kernels import ASAM, GSAM, RSAM, RWSAM, S2SAM, SAM, SAMSPS, WSAM, FriendlySAM, LookSAM, MomentumSAM, VaSSO
 from sam_kernels.optim import descents, directions
 from tests.distributed.problem import batch_of, losses_of, make_model, weights_of
 
@@ -75,7 +75,15 @@ def test_a_local_ascent_is_a_flag(group: None) -> None:
 
 @pytest.mark.parametrize(
     ("make", "name"),
-    [(GSAM, "gsam"), (WSAM, "wsam"), (LookSAM, "looksam"), (VaSSO, "vasso"), (FriendlySAM, "friendly"), (MomentumSAM, "momentum")],
+    [
+        (GSAM, "gsam"),
+        (WSAM, "wsam"),
+        (LookSAM, "looksam"),
+        (VaSSO, "vasso"),
+        (FriendlySAM, "friendly"),
+        (MomentumSAM, "momentum"),
+        (S2SAM, "stale"),
+    ],
 )
 def test_parts_that_use_numbers_of_one_rank_are_refused_by_name(group: None, make: Any, name: str) -> None:
     ddp = replicated()

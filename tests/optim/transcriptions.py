@@ -205,6 +205,16 @@ class MomentumSAM(Transcription):
             self.base_step(self.gradients_at(self.perturbed(start, [-each for each in v]), batch))
 
 
+class S2SAM(Transcription):
+    def step(self, batch: Any) -> None:
+        self.t += 1
+        start = weights(self.model)
+        point = self.perturbed(start, self.memory) if self.memory else start
+        g_p = self.gradients_at(point, batch)
+        self.memory = g_p
+        self.base_step(g_p)
+
+
 class SAMSPS(Transcription):
     def step(self, batch: Any) -> None:
         self.t += 1
@@ -232,5 +242,6 @@ TRANSCRIPTIONS: dict[str, type[Transcription]] = {
     "WSAM": WSAM,
     "LookSAM": LookSAM,
     "MomentumSAM": MomentumSAM,
+    "S2SAM": S2SAM,
     "SAMSPS": SAMSPS,
 }

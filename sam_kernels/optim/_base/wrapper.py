@@ -270,6 +270,11 @@ class Wrapper(Optimizer):
                 f"SAM: base_optimizer.step() after first_step would step along the gradients as they are, without the rule of "
                 f"{self._rewriter.name!r}; call second_step()"
             )
+        if self._passes.is_perturbed and self.direction.keeps_last_grads:
+            raise RuntimeError(
+                f"SAM: base_optimizer.step() after first_step would not keep the gradients, along which direction {self.direction.name!r} "
+                "ascends in the next step; call second_step()"
+            )
         self._restore()
 
     def _before_base_loads(self, state_dict: StateDict) -> None:

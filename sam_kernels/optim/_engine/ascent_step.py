@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -90,6 +91,29 @@ class AscentStep:
         """What the direction keeps under ``name`` for these parameters; None for one that has nothing yet."""
         self._check_kept(name)
         return self._passes.memory.of(name, lists)
+
+    def kept_as_grads(self, name: str) -> list[GroupGrads]:
+        """By group, the parameters that something is kept for under ``name``, with that in the place of their gradients."""
+        self._check_kept(name)
+        found, memory, known_lists = [], self._passes.memory, self._passes.lists
+        for i, group in enumerate(self.groups):
+            for key, params in known_lists.by_layout(i, group.group["params"]):
+                lists = known_lists.of_all(key, params) if params and all(param.requires_grad for param in params) else None
+                kept = None if lists is None else memory.known(name, lists)
+                if lists is None or kept is None:
+                    pairs = zip(params, memory.entries(name, params), strict=True)
+                    params = [param for param, each in pairs if each is not None and param.requires_grad]
+                    if not params:
+                        continue
+                    lists = known_lists.lists_of(key, params)
+                    kept = cast("list[Tensor]", memory.of(name, lists))
+                found.append(GroupGrads(key, group.group, lists, kept))
+        return found
+
+    @property
+    def spoiled(self) -> Tensor | None:  # () float32
+        """Set, on the device, where the gradients kept by ``keeps_last_grads`` are those of a skipped step; None where they are not."""
+        return self._passes.memory.spoiled
 
     def keep(self, name: str, lists: GroupLists, tensors: Sequence[Tensor]) -> None:
         """Keeps ``tensors``, one for each parameter; those of parameters that had none begin in this step (:attr:`begun`).

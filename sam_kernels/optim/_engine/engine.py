@@ -21,6 +21,7 @@ from sam_kernels.optim._engine.ascent import Move, PerturbOptions
 from sam_kernels.optim._engine.ascent_step import AscentStep
 from sam_kernels.optim._engine.closure_watch import ClosureWatch, HalvesWatch
 from sam_kernels.optim._engine.kept_grads import KeptGrads
+from sam_kernels.optim._engine.last_grads import LastGrads
 from sam_kernels.optim._engine.lists import GroupGrads, param_name
 from sam_kernels.optim._engine.oracle import OuterGrads, add_not_finite, still_not_finite
 from sam_kernels.optim._engine.plan import StepPlan
@@ -56,6 +57,10 @@ class Engine(Wrapper):
         self._replayed_state: RandomState | None = None  # of the step under way
         self._scale_is_known = False  # first_step was given the scaler
         self._kept_grads = KeptGrads()
+        self._last_grads: LastGrads | None = None
+        if self.direction.keeps_last_grads:
+            self._last_grads = LastGrads(self._memory, self.direction.keeps[0], is_fixed=self.capturable)
+        self._hands_over = False  # the caller does not need the gradients after the step
         self._skips, self._halves = SkipWatch(), HalvesWatch()
         self._loss: Any = None  # of the last pass, for rules that need it
         self._step_sizes: dict[int, Tensor] = {}  # by group, of the last step, where a rule has chosen them
@@ -109,6 +114,7 @@ class Engine(Wrapper):
     def _enter(self, device: torch.device, plan: StepPlan | None) -> None:
         self._passes.begin(device, plan)
         self._guard.begin()
+        self._hands_over = False
 
     def _advance(self, steps: int) -> None:
         t = self._keys["sam_step"]
@@ -350,6 +356,12 @@ class Engine(Wrapper):
     ) -> None:
         """Restores the weights and makes the base's step, fused where it can be. ``is_rewritten``: along the gradients as they are."""
         plan, has_ascended = self._passes.plan, self._passes.has_ascended
+        keep = None
+        if self._last_grads is not None and plan is not None:
+            keep = partial(self._last_grads.keep, plan, grad_scale, self._hands_over)
+            if self.descent.rewrites and not is_rewritten:
+                keep(self._passes.lists.group_grads(self.param_groups), False)
+                keep = None
         outcome, norm = (UNCHANGED, None) if is_rewritten else self._rewrite(grad_scale)
         if self._passes.is_perturbed:
             self._guard.restore()
@@ -367,6 +379,7 @@ class Engine(Wrapper):
             found_inf=found_inf,
             known_norm=known_norm if norm is None else norm,
             options=outcome.options,
+            keep=keep,
             agree=partial(self._agree, was_looked_for=was_looked_for) if plan is not None or not is_blank(self.param_groups) else None,
             scaler_has_checked=outcome is UNCHANGED and not self.direction.rewrites and amp.has_just_checked(self),
             is_plain=outcome is UNCHANGED and not (is_ascents or self._replicas.ascends_locally),
@@ -374,6 +387,8 @@ class Engine(Wrapper):
         if outcome.finish is not None:
             outcome.finish(is_unscaled)
         self._step_sizes = outcome.step_sizes
+        if self._last_grads is not None and plan is not None:
+            self._last_grads.note(self._passes.found_inf)
         self._forget_first_pass()
         self._has_stepped = True
         if self._replayed_state is not None:  # the two-step API's: its second forward pass is over

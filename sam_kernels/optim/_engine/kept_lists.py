@@ -84,6 +84,11 @@ class KeptLists:
                 found.append(GroupGrads(key, group, lists, described))
         return found
 
+    def of_all(self, key: Key, params: list[Tensor]) -> GroupLists | None:
+        """Lists of exactly these parameters, if they are known and have not moved."""
+        known = self._lists.get(key)
+        return known if known is not None and known.is_current(params) else None
+
     def lists_of(self, key: Key, params: list[Tensor]) -> GroupLists:
         """Lists of parameters of a group, all of one layout, whether they have a gradient or not."""
         # Those of the last ascent first: what is saved for them need not be saved again.

@@ -31,6 +31,7 @@ __all__ = [
     "check_param",
     "param_name",
     "same_bits",
+    "same_layout",
     "same_tensors",
     "with_grads",
 ]
@@ -117,10 +118,15 @@ class Copies:
         copies = []
         for param, original in zip(params, params if originals is None else originals, strict=True):
             copy = self._copies.get(param)
-            if copy is None or _layout(copy) != _layout(original):
+            if copy is None or not same_layout(copy, original):
                 copy = self._copies[param] = torch.empty_like(original, requires_grad=False)
             copies.append(copy)
         return copies
+
+
+def same_layout(left: Tensor, right: Tensor) -> bool:
+    """Of one shape, memory order, dtype and device."""
+    return _layout(left) == _layout(right)
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:

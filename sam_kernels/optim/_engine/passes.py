@@ -104,7 +104,7 @@ class Passes:
                 lambd=group.lambd,
                 eps=eps,
                 grad_scale=grad_scale if along.is_scaled else None,
-                found_inf=self.found_inf,
+                found_inf=self.found_inf if along.rests is None else torch.maximum(self.found_inf, along.rests),
                 ema=along.ema,
                 kind=along.kind,
                 sigma=along.sigma,
@@ -178,6 +178,7 @@ class Passes:
         found_inf: Tensor | None,
         known_norm: Tensor | None = None,
         agree: Callable[[Tensor], None] | None = None,
+        keep: Callable[[list[GroupGrads], bool], None] | None = None,
         options: Mapping[int, GroupOptions] = MappingProxyType({}),
         is_plain: bool = True,
         scaler_has_checked: bool = False,
@@ -186,7 +187,8 @@ class Passes:
         whether it has divided them by ``grad_scale``.
 
         ``known_norm``: () their norm, which has told ``found_inf`` already. ``options``: by group, options of the base for this step.
-        ``agree``: makes ``found_inf`` the same on all replicas. ``is_plain``: with nothing perturbed the step is the base's own, bit for
+        ``agree``: makes ``found_inf`` the same on all replicas. ``keep``: is given the gradients before the update, and whether the update
+        leaves them as they are. ``is_plain``: with nothing perturbed the step is the base's own, bit for
         bit. ``scaler_has_checked``: the argument ``found_inf`` says whether these gradients, as they are now, are finite.
         """
         group_grads = self.lists.group_grads(groups)
@@ -197,14 +199,15 @@ class Passes:
             norm = self.norm(group_grads, normalised=False) if known_norm is None else known_norm
         self.skips.forget_last_step()
         if max_norm is None and known_norm is None and check_finite and not scaler_has_checked:
-            for _, grads, *_ in self.joined(group_grads, normalised=False):
-                functional.check_finite_(grads, self.found_inf)
+            self._check_finite(group_grads)
         if found_inf is not None:
             self.found_inf.logical_or_(found_inf.to(self.found_inf.device))
         if agree is not None:  # the last moment before the update is decided
             agree(self.found_inf)
         scalars: UpdateScalars = {"found_inf": self.found_inf, "grad_scale": grad_scale, "norm": norm, "max_norm": max_norm}
         fuses = (bool(self._perturbed) or not is_plain) and can_fuse(self.base, self.own_hooks)
+        if keep is not None:
+            keep(group_grads, fuses)
         if fuses:
             by_key = {current.key: current for current in group_grads}
             for key in sorted({*by_key, *self._perturbed}):
@@ -280,6 +283,11 @@ class Passes:
         if norms:
             self._told_norm = norm
         return norm
+
+    def _check_finite(self, group_grads: list[GroupGrads]) -> None:
+        """Marks ``found_inf``. Lists of all groups' gradients together end here: they would count as somebody who has the gradients."""
+        for _, grads, *_ in self.joined(group_grads, normalised=False):
+            functional.check_finite_(grads, self.found_inf)
 
     def combined(self, norms: Sequence[Tensor | tuple[GroupLists, Tensor]]) -> Tensor:  # ()
         """The norm over all elements out of norms of lists; 0 of none. Of DTensors it is that of all ranks, and tells ``found_inf``."""

@@ -53,6 +53,12 @@ class GroupPlan:
     options: tuple[Any, ...]  # as the group holds them
     is_constant: bool  # all of them are numbers
 
+    @property
+    def never_ascends(self) -> bool:
+        """Whether the radius is the number 0, in this step and the next."""
+        rho = self.options[0]
+        return isinstance(rho, int | float) and rho == 0
+
     def radius(self, norm: Tensor, grad_scale: Tensor | None, loss: Any) -> float | Tensor:  # norm: ()
         """ρ_t. ``norm`` is that of the gradients as they are, multiplied by ``grad_scale`` where that is given."""
         if not isinstance(self.rho, Radius):
