@@ -47,14 +47,16 @@ class SAM(Engine):
         w = base_optimizer(w, ∇f(w + e))                              descent, from w restored bit for bit
 
     Args:
-        params: parameters or parameter groups, as for ``torch.optim``; groups may set ``rho``, ``lambd``, ``adaptive`` and ``eta`` of their
-            own. float32, float64, bfloat16 or float16; arithmetic is float32 or better. With a base instance: that instance's parameters.
+        params: parameters or parameter groups, as for ``torch.optim``; groups may set ``rho``, ``lambd``, ``adaptive``, ``eta`` and
+            ``scale`` of their own. float32, float64, bfloat16 or float16; arithmetic is float32 or better. With a base instance: that
+            instance's parameters.
         base_optimizer: an optimizer class, made with ``base_kwargs``, or an instance. Its ``param_groups`` and ``state`` are shared.
         rho: radius ≥ 0: a number, a 0-dim tensor, ``'C/k^p'``, a callable t → ρ or a :class:`sam_kernels.schedules.Radius`, which also
             sees the gradient's norm and the loss. A group with ρ = 0 takes no part in the ascent. With ρ = 0 everywhere the closure runs
             once and the step is the base optimizer's, bit for bit.
         lambd: mix of SAM (1) and USAM (0): a number in [0, 1], a 0-dim tensor, ``'1/t'``, ``'1-1/t'`` or a callable t → λ.
         adaptive, eta: ASAM's normalisation T = |w| + eta.
+        scale: s in [0, 1e9], of a group: T is multiplied by it, with ``adaptive`` s (|w| + eta), otherwise s. See docs/schedules.md.
         direction: what the ascent goes along, of :mod:`sam_kernels.optim.directions`; the gradient unless given.
         descent: what the base steps along, of :mod:`sam_kernels.optim.descents`; the gradient of the second pass unless given.
         norm_eps: added to the norm. (``eps`` is the base's, where it takes one.)
@@ -103,6 +105,7 @@ class SAM(Engine):
         lambd: Schedule = 1.0,
         adaptive: bool = False,
         eta: float = 0.0,
+        scale: float = 1.0,
         direction: Direction | None = None,
         descent: Descent | None = None,
         norm_eps: float = 1e-12,
@@ -137,7 +140,7 @@ class SAM(Engine):
         self._name_keys = group_keys(("direction", "descent"), self.base_optimizer, given)
         for i, (group, keys) in enumerate(zip(self.base_optimizer.param_groups, given, strict=False)):
             check_group_names(group, keys, i, self._keys, self.base_optimizer)
-        own = {"rho": rho, "lambd": lambd, "adaptive": adaptive, "eta": eta, **self._more_defaults}
+        own = {"rho": rho, "lambd": lambd, "adaptive": adaptive, "eta": eta, "scale": scale, **self._more_defaults}
         defaults = {self._keys[name]: value for name, value in own.items()}
         check_options(defaults, self._keys, capturable=self.capturable)
         if is_instance:

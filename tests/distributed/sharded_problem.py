@@ -64,6 +64,7 @@ CASES = {
     "mix, clipped, Adam": Case(SAM, {"base_optimizer": torch.optim.Adam, "lr": 0.01, "rho": 0.1, "lambd": 0.3, "max_grad_norm": 0.2}),
     "base's own step": Case(SAM, {"base_optimizer": torch.optim.RMSprop, "lr": 0.01, "rho": 0.1, "max_grad_norm": 0.3}),
     "radius by norm and loss": Case(SAM, {**SGD, "rho": ByNormAndLoss()}),
+    "scaled, adaptive": Case(SAM, {**SGD, "scale": 0.5, "adaptive": True, "eta": 0.1, "lambd": 0.5}),
     "extragradient": Case(SAM, {**SGD, "direction": Extragradient()}),
     "m-SAM": Case(SAM, SGD, micro_batches=3),
     "GSAM": Case(GSAM, SGD),

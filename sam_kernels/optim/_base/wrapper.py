@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from sam_kernels.optim._base import checkpoint
 from sam_kernels.optim._base.identity import IdentityCheck
-from sam_kernels.optim._base.options import check_group_names, check_keywords
+from sam_kernels.optim._base.options import check_group_names, check_keywords, group_keys
 from sam_kernels.optim._engine import capturable
 from sam_kernels.optim._engine.lists import same_tensors
 from sam_kernels.optim._engine.memory import ParamMemory
@@ -233,6 +233,9 @@ class Wrapper(Optimizer):
         if "base_optimizer" in state:  # unpickled or copied
             self.__dict__.setdefault("_keys", {name: name for name in (*self._group_keys, "sam_step")})
             self.__dict__.setdefault("_name_keys", {name: name for name in ("direction", "descent")})
+            if "scale" not in self._keys or self._keys["scale"] not in self.defaults:  # pickled by an earlier version
+                self._keys = {**self._keys, **group_keys(("scale",), self.base_optimizer, [])}
+                self.defaults[self._keys["scale"]] = 1.0
             self._link()
         else:
             for name, value in shared.items():

@@ -21,13 +21,14 @@ class AscentStep:
     """One ascent, as a :class:`~sam_kernels.optim.directions.Direction` may use it.
 
     Attributes:
-        groups: a :class:`GroupPlan` for each parameter group: radius, mix, ``scaling``, ``maximize``, ``participates``.
+        groups: a :class:`GroupPlan` for each parameter group: radius, mix, ``scaling``, ``scale``, ``maximize``, ``participates``.
         micro_batch: which of the step's micro-batches, from 0.
         t: the step, 1, 2, …
     """
 
-    def __init__(self, passes: Passes, micro_batch: int = 0) -> None:
+    def __init__(self, passes: Passes, micro_batch: int = 0, *, is_descent: bool = False) -> None:
         self._passes = passes
+        self._is_descent = is_descent
         self.groups: Sequence[GroupPlan] = passes.ascent_plan.groups
         self.micro_batch = micro_batch
         self._norm: Tensor | None = None  # () the first that was taken
@@ -72,13 +73,14 @@ class AscentStep:
         """(lists, gradients, scaling): one row for all groups where one call can take them. ``**scaling`` are keywords of operations."""
         return self._passes.joined(group_grads, normalised=normalised)
 
-    def combined(self, norms: Sequence[Tensor | tuple[GroupLists, Tensor]]) -> Tensor:  # ()
+    def combined(self, norms: Sequence[Tensor | tuple[GroupLists, Tensor]], *, normalised: bool = True) -> Tensor:  # ()
         """The norm over all elements out of norms of lists; 0 of none. Of DTensors it is over the elements of all ranks.
 
-        ``norms``: (lists, norm) for each, or the norm alone. Raises TypeError for a norm alone where parameters lie on the ranks in several
-        ways, since the lists tell which elements count once.
+        ``norms``: (lists, norm) for each, or the norm alone. In an ascent that of a group is multiplied by its ``scale`` where
+        ``normalised``. Raises TypeError for a norm alone where parameters lie on the ranks in several ways, since the lists tell which
+        elements count once, and where a group has a ``scale``.
         """
-        return self._passes.combined(norms)
+        return self._passes.combined(self._passes.scaled(norms) if normalised and not self._is_descent else norms)
 
     def lists_of(self, index: int, params: list[Tensor]) -> list[tuple[Key, GroupLists]]:
         """Lists of parameters of a group, whether they have a gradient or not: one for each way in which they lie on the ranks."""

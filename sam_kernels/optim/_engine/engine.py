@@ -326,7 +326,7 @@ class Engine(Wrapper):
         if has_ascended:
             self._kept_grads.check_scale(grad_scale is not None)
             if self.direction.rewrites:
-                norm = self.direction.descent_norm(AscentStep(self._passes))
+                norm = self.direction.descent_norm(AscentStep(self._passes, is_descent=True))
         if not self.descent.rewrites:
             return UNCHANGED, norm
         self._passes.skips.forget_last_step()  # where there was no ascent, nothing has yet

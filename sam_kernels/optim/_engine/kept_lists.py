@@ -99,6 +99,13 @@ class KeptLists:
             self._lists.setdefault(key, lists)
         return lists
 
+    def index_of(self, lists: GroupLists) -> int:
+        """The number of the group whose parameters these are; of lists of several groups, that of the first."""
+        if self._joint is not None and self._joint[1] is lists:
+            lists = self._joint[0][0]
+        known = (*self._lists.items(), *self._trainable.items())
+        return next(key[0] for key, each in known if each is lists)
+
     def joined(self, group_grads: list[GroupGrads]) -> tuple[GroupLists, TensorList] | None:
         """Lists and gradients of all groups together, where there are several and one call can take them; else None."""
         if len(group_grads) < 2:

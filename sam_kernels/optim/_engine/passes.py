@@ -30,6 +30,8 @@ from sam_kernels.optim._types import GroupOptions, ParamGroup
 
 __all__ = ["Passes"]
 
+Norm = Tensor | tuple[GroupLists, Tensor]  # () alone, or with the lists that it is of
+
 
 class Passes:
     """The two passes of the step under way.
@@ -95,7 +97,8 @@ class Passes:
         self.is_perturbed = True
         self.has_ascended = plan.ascends
         for current, along, is_downhill in moves:
-            group, rho = plan.groups[current.index], radii[current.index]
+            group = plan.groups[current.index]
+            rho = group.scaled(radii[current.index])
             perturb_: Callable[..., None] = partial(
                 functional.perturb_,
                 grads=current.grads,
@@ -279,17 +282,34 @@ class Passes:
             functional.grad_norm_(lists.norm, grads, lists.params, found_inf=self.found_inf, skipped=skipped, **scaling)
             self.skips.is_of_last_step = False
             norms.append((lists, lists.norm))
-        norm = self.combined(norms)
-        if norms:
+        norm = self.combined(self.scaled(norms) if normalised else norms)
+        if norms and not (normalised and self.ascent_plan.has_scales):  # a product may overflow where the norms have not
             self._told_norm = norm
         return norm
+
+    def scaled(self, norms: Sequence[Norm]) -> Sequence[Norm]:
+        """Norms ‖T d‖ of lists whose groups have a ``scale``, which no operation multiplies T by.
+
+        Raises TypeError for a norm without its lists where a group has a scale.
+        """
+        plan = self.ascent_plan
+        if not plan.has_scales:
+            return norms
+        found: list[Norm] = []
+        for each in norms:
+            if isinstance(each, Tensor):
+                raise TypeError("SAM: a group has a scale, and AscentStep.combined was given a norm alone; give (lists, norm)")
+            lists, norm = each
+            scale = plan.groups[self.lists.index_of(lists)].scale
+            found.append((lists, norm if scale == 1.0 else norm * scale))
+        return found
 
     def _check_finite(self, group_grads: list[GroupGrads]) -> None:
         """Marks ``found_inf``. Lists of all groups' gradients together end here: they would count as somebody who has the gradients."""
         for _, grads, *_ in self.joined(group_grads, normalised=False):
             functional.check_finite_(grads, self.found_inf)
 
-    def combined(self, norms: Sequence[Tensor | tuple[GroupLists, Tensor]]) -> Tensor:  # ()
+    def combined(self, norms: Sequence[Norm]) -> Tensor:  # ()
         """The norm over all elements out of norms of lists; 0 of none. Of DTensors it is that of all ranks, and tells ``found_inf``."""
         if self.lists.shards:
             self.skips.forget_last_step()  # where no norm has seen to that
@@ -306,8 +326,10 @@ class Passes:
 
     def joined(self, group_grads: list[GroupGrads], *, normalised: bool) -> list[tuple[GroupLists, list[Tensor], Scaling]]:
         """Lists, gradients and scaling of the norms to take: one norm of all groups where they agree and one call can take them."""
-        scalings = [self.ascent_plan.groups[each.index].scaling if normalised else UNSCALED for each in group_grads]
-        together = self.lists.joined(group_grads) if all(each == scalings[0] for each in scalings[1:]) else None
+        plans = [self.ascent_plan.groups[each.index] for each in group_grads] if normalised else []
+        scalings = [each.scaling for each in plans] if normalised else [UNSCALED for _ in group_grads]
+        are_alike = all(each.scaling == plans[0].scaling and each.scale == plans[0].scale for each in plans[1:])
+        together = self.lists.joined(group_grads) if are_alike else None
         if together is not None:
             return [(*together, scalings[0])]
         return [(each.lists, each.grads, scaling) for each, scaling in zip(group_grads, scalings, strict=True)]
