@@ -21,6 +21,7 @@ from sam_kernels.optim._engine import amp, capturable
 from sam_kernels.optim._engine.ascent_step import AscentStep
 from sam_kernels.optim._engine.engine import Engine
 from sam_kernels.optim._engine.memory import ParamMemory
+from sam_kernels.optim._engine.observing import check_observed
 from sam_kernels.optim._engine.plan import check_options
 from sam_kernels.optim._engine.replay import BufferGuard, RandomState
 from sam_kernels.optim._part import FirstGradient, Use
@@ -230,9 +231,11 @@ class SAM(Engine):
         self._random_state = self._replayed_state = None  # of a step that was given up
         try:
             count, losses, norm = len(passes), [], None
+            is_one_gradient = count == 1 and passes[0][0] is passes[0][1]
             mean = self._replicas.mean(count, self._passes)
             passes = self._replicas.arranged(passes, mean, self.param_groups)
             plan = self._begin()
+            check_observed(plan, is_one_gradient)
             self._hands_over = True
             ascends = plan.ascends and self.descent.ascends(plan.groups[0].t)
             for i, (ascent, descent) in enumerate(passes):

@@ -4,9 +4,11 @@ from sam_kernels.schedules._by_step import AlmostConstantRadius, DecreasingRadiu
 from sam_kernels.schedules._following import InverseNorm, LRProportional
 from sam_kernels.schedules._learning_rate import Constant, Diminish1, Diminish2, Diminish3, PLDecreasing
 from sam_kernels.schedules._phases import Interval, Tail
+from sam_kernels.schedules._policy import AdaptivePolicy
 from sam_kernels.schedules._radius import AscentInfo, Radius
 
 __all__ = [
+    "AdaptivePolicy",
     "AlmostConstantRadius",
     "AscentInfo",
     "Constant",

@@ -14,7 +14,16 @@ from sam_kernels._validate import plain_number
 from sam_kernels.optim._types import ParamGroup, StateDict
 from sam_kernels.schedules._radius import Radius
 
-__all__ = ["Names", "base_part", "keep_wide_state", "put_group_values", "with_base", "with_group_values", "with_plain_values"]
+__all__ = [
+    "Names",
+    "base_part",
+    "keep_wide_state",
+    "put_group_values",
+    "put_radii_back",
+    "with_base",
+    "with_group_values",
+    "with_plain_values",
+]
 
 _BASE = "sam_base_optimizer"
 _DEFAULTS = {"direction": "gradient", "descent": "plain"}
@@ -97,6 +106,12 @@ def with_group_values(state_dict: StateDict, groups: Sequence[ParamGroup], keys:
         kept = {key: group[key] for key in keys.values() if saved.get(key) is None}
         merged.append({**saved, **kept})
     return {**state_dict, "param_groups": merged}
+
+
+def put_radii_back(groups: Sequence[ParamGroup], before: Sequence[ParamGroup]) -> None:
+    """Torch has copied the radii that a checkpoint does not hold, with what they know of the run; the program's own are meant."""
+    for group, earlier in zip(groups, before, strict=False):
+        group.update({key: value for key, value in earlier.items() if isinstance(value, Radius) and isinstance(group.get(key), Radius)})
 
 
 def keep_wide_state(state: Any, groups: Sequence[ParamGroup], state_dict: StateDict) -> None:

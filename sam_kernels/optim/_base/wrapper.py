@@ -192,7 +192,9 @@ class Wrapper(Optimizer):
         base_dict, memory = checkpoint.base_part(state_dict, self._keys["sam_step"]), None
         if base_dict is not state_dict:
             state_dict, memory = self._checked_checkpoint(state_dict)
+        groups = self.param_groups
         self.base_optimizer.load_state_dict(self._names.added(state_dict) if base_dict is None else base_dict)
+        checkpoint.put_radii_back(self.base_optimizer.param_groups, groups)
         if base_dict is not None and memory is not None:
             checkpoint.put_group_values(state_dict, self.base_optimizer.param_groups, self._keys)
         self._adopt()

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from sam_kernels._memory_of import why_no_memory
 from sam_kernels._validate import describe
 from sam_kernels.optim._base.wrapper import Wrapper
 from sam_kernels.optim._batches.closures import Closure
@@ -22,7 +21,8 @@ from sam_kernels.optim._engine.ascent_step import AscentStep
 from sam_kernels.optim._engine.closure_watch import ClosureWatch, HalvesWatch
 from sam_kernels.optim._engine.kept_grads import KeptGrads
 from sam_kernels.optim._engine.last_grads import LastGrads
-from sam_kernels.optim._engine.lists import GroupGrads, param_name
+from sam_kernels.optim._engine.lists import GroupGrads, device_of
+from sam_kernels.optim._engine.observing import check_observed, check_observer, observe
 from sam_kernels.optim._engine.oracle import OuterGrads, add_not_finite, still_not_finite
 from sam_kernels.optim._engine.plan import StepPlan
 from sam_kernels.optim._engine.replay import BufferGuard, RandomState
@@ -74,7 +74,9 @@ class Engine(Wrapper):
     # --- begin, and undo ---
 
     def _new_plan(self, *, ahead: bool) -> StepPlan:
-        return StepPlan(self.param_groups, self._keys, self.base_optimizer, ahead=ahead, last=self._passes.plan)
+        plan = StepPlan(self.param_groups, self._keys, self.base_optimizer, ahead=ahead, last=self._passes.plan)
+        check_observer(plan, self.direction, ascends_locally=self._replicas.ascends_locally, is_weighted="beta" in self._keys)
+        return plan
 
     def _plan_ahead(self) -> StepPlan:
         """Return the plan of the next step. Values needed before the step begins come from this plan, and the step then uses it."""
@@ -84,7 +86,7 @@ class Engine(Wrapper):
 
     def _prepare(self) -> torch.device:
         """The device of the step to come. Raises TypeError or RuntimeError where it cannot be made there."""
-        device = self._device()
+        device = device_of(self.param_groups, self._passes.found_inf.device)
         if capturable.is_recording(device):
             if not self.capturable:
                 raise capturable.not_recordable("the optimizer was made without capturable=True: rho, lambd and t would be constants")
@@ -141,16 +143,6 @@ class Engine(Wrapper):
     def _forget_first_pass(self) -> None:
         self._kept_grads.forget()
         self._loss = None
-
-    def _device(self) -> torch.device:
-        """That of the first trainable parameter. Raises TypeError for one that has no memory yet."""
-        for i, group in enumerate(self.param_groups):
-            for j, param in enumerate(group["params"]):
-                if param.requires_grad:
-                    if param.is_meta:
-                        raise TypeError(f"SAM: parameter {param_name(group, i, j)} {why_no_memory(param)}")
-                    return cast(torch.device, param.device)
-        return self._passes.found_inf.device
 
     # --- two passes ---
 
@@ -221,6 +213,7 @@ class Engine(Wrapper):
         made, known = self._calls_made(), self._not_finite
         check_gradient(self.direction, self.descent, made)
         device, plan = self._prepare(), self._plan_ahead()
+        check_observed(plan, made == 0)
         if not plan.ascends:
             loss = self._called(descent)
             self._gradients_made = made + 1
@@ -356,6 +349,8 @@ class Engine(Wrapper):
     ) -> None:
         """Restores the weights and makes the base's step, fused where it can be. ``is_rewritten``: along the gradients as they are."""
         plan, has_ascended = self._passes.plan, self._passes.has_ascended
+        if plan is not None and plan.observer is not None and not has_ascended and not (is_rewritten and plan.ascends):
+            observe(self._passes, plan, grad_scale)
         keep = None
         if self._last_grads is not None and plan is not None:
             keep = partial(self._last_grads.keep, plan, grad_scale, self._hands_over)

@@ -6,7 +6,7 @@ import operator
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ __all__ = [
     "address_of",
     "check_grads",
     "check_param",
+    "device_of",
     "param_name",
     "same_bits",
     "same_layout",
@@ -85,6 +86,17 @@ def check_param(group: ParamGroup, group_index: int, index: int) -> None:
     if param.dtype not in SUPPORTED_DTYPES:
         supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED_DTYPES)
         raise TypeError(f"SAM: parameter {name} has dtype {param.dtype}; supported are {supported}")
+
+
+def device_of(groups: Sequence[ParamGroup], default: torch.device) -> torch.device:
+    """That of the first trainable parameter. Raises TypeError for one that has no memory yet."""
+    for i, group in enumerate(groups):
+        for j, param in enumerate(group["params"]):
+            if param.requires_grad:
+                if param.is_meta:
+                    raise TypeError(f"SAM: parameter {param_name(group, i, j)} {why_no_memory(param)}")
+                return cast(torch.device, param.device)
+    return default
 
 
 def check_grads(group: ParamGroup, group_index: int) -> None:

@@ -91,6 +91,7 @@ class StepPlan:
             before = last.groups[i] if last is not None and i < len(last.groups) else None
             self.groups.append(_planned(group, keys, base, t + 1 if ahead else t, before))
         self.ascends = any(each.participates for each in self.groups)
+        self.observer: Any = _observer(self.groups)
         self.has_scales = any(each.scale != 1.0 for each in self.groups)
         self._beta_key = keys.get("beta")
         self._beta: float | Tensor | None = None
@@ -136,6 +137,21 @@ def _raw(groups: Sequence[ParamGroup], keys: Mapping[str, str]) -> list[Any]:
 
 def _is_same(left: Any, right: Any) -> bool:
     return left is right or (isinstance(left, int | float) and type(left) is type(right) and left == right)
+
+
+def _observer(groups: Sequence[GroupPlan]) -> Any:
+    """The radius that decides by the norms of all steps, None without one. Raises ValueError where another group ascends by another."""
+    observers = [each.options[0].observer if isinstance(each.options[0], Radius) else None for each in groups]
+    found = next((each for each in observers if each is not None), None)
+    if found is None:
+        return None
+    for i, (group, observer) in enumerate(zip(groups, observers, strict=True)):
+        if observer is not found and not group.never_ascends:
+            raise ValueError(
+                f"SAM: param_groups[{i}] has another radius than the {type(found).__name__} of other groups, which decides for all that "
+                "ascend; give all of them the same object, or the number 0"
+            )
+    return found
 
 
 def _maximizes(group: ParamGroup, base: Optimizer) -> bool:
