@@ -27,8 +27,9 @@ class _Reading:
             return
         self._host = torch.empty((), dtype=number.dtype, device="cpu", pin_memory=True)
         self._host.copy_(number, non_blocking=True)
-        self._event = torch.get_device_module(number.device).Event()
-        self._event.record()
+        module = torch.get_device_module(number.device)
+        self._event = module.Event()
+        self._event.record(module.current_stream(number.device))  # another device may be the current one
 
     def value(self) -> float:
         """Waits for the work that was queued before the number was read, and for none after it."""

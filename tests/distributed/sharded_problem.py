@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from sam_kernels import ASAM, GCSAM, GSAM, RSAM, RWSAM, S2SAM, SAM, SAMSPS, WSAM, FriendlySAM, LookSAM, MomentumSAM, VaSSO
 from sam_kernels.optim.directions import Extragradient
-from sam_kernels.schedules import AscentInfo, Radius
+from sam_kernels.schedules import AdaptivePolicy, AscentInfo, Radius
 
 __all__ = [
     "CASES",
@@ -44,6 +44,11 @@ class ByNormAndLoss(Radius):
         return 0.1 * info.loss / (1.0 + info.norm)
 
 
+def chooses_steps(params: Any, **options: Any) -> Any:
+    """SAM with a policy of each run's own."""
+    return SAM(params, **{**options, "rho": AdaptivePolicy(0.1, decay=0.5)})
+
+
 @dataclass(frozen=True)
 class Case:
     make: Callable[..., Any]
@@ -65,6 +70,7 @@ CASES = {
     "base's own step": Case(SAM, {"base_optimizer": torch.optim.RMSprop, "lr": 0.01, "rho": 0.1, "max_grad_norm": 0.3}),
     "radius by norm and loss": Case(SAM, {**SGD, "rho": ByNormAndLoss()}),
     "scaled, adaptive": Case(SAM, {**SGD, "scale": 0.5, "adaptive": True, "eta": 0.1, "lambd": 0.5}),
+    "policy": Case(chooses_steps, SGD, steps=8),
     "extragradient": Case(SAM, {**SGD, "direction": Extragradient()}),
     "m-SAM": Case(SAM, SGD, micro_batches=3),
     "GSAM": Case(GSAM, SGD),

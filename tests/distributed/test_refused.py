@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sam_kernels import ASAM, GSAM, RSAM, RWSAM, S2SAM, SAM, SAMSPS, WSAM, FriendlySAM, LookSAM, MomentumSAM, VaSSO
 from sam_kernels.optim import descents, directions
+from sam_kernels.schedules import AdaptivePolicy
 from tests.distributed.problem import batch_of, losses_of, make_model, weights_of
 
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
@@ -90,6 +91,13 @@ def test_parts_that_use_numbers_of_one_rank_are_refused_by_name(group: None, mak
     with pytest.raises(ValueError, match=f"local ascent with (descent|direction) '{name}'"):
         make(ddp.parameters(), torch.optim.SGD, rho=0.1, model=ddp, local_ascent=True, **SGD)
     make(ddp.parameters(), torch.optim.SGD, rho=0.1, model=ddp, **SGD)
+
+
+def test_a_policy_that_every_rank_would_decide_for_itself_is_refused(group: None) -> None:
+    ddp = replicated()
+    optimizer = SAM(ddp.parameters(), torch.optim.SGD, rho=AdaptivePolicy(0.1), model=ddp, local_ascent=True, **SGD)
+    with pytest.raises(ValueError, match="AdaptivePolicy with a local ascent: each rank would decide by a norm of its own"):
+        optimizer.step(closure_of(optimizer, ddp), batch=batch_of(0, 0, 1), micro_batches=1)
 
 
 def test_so_is_the_polyak_step_size(group: None) -> None:

@@ -72,6 +72,8 @@ OPTIM_TESTS = {  # file of sam_kernels/optim -> its nearest tests in tests/optim
     "_base/identity.py": ("test_identity",),
     "_engine/in_flight.py": ("test_non_finite", "test_amp", "test_interrupted"),
     "_engine/kept_grads.py": ("test_kept_grads", "test_family_two_steps"),
+    "_engine/last_grads.py": ("test_last_grads", "test_family"),
+    "_engine/observing.py": ("../schedules/test_policy",),
     "_engine/memory.py": ("test_family_checkpoint", "test_family_failures"),
     "_batches/micro_batches.py": ("test_micro_batches", "test_micro_batch_contract"),
     "_base/options.py": ("test_bad_input", "test_family_bad_input", "test_option_names"),
