@@ -191,8 +191,8 @@ class Passes:
 
         ``known_norm``: () their norm, which has told ``found_inf`` already. ``options``: by group, options of the base for this step.
         ``agree``: makes ``found_inf`` the same on all replicas. ``keep``: is given the gradients before the update, and whether the update
-        leaves them as they are. ``is_plain``: with nothing perturbed the step is the base's own, bit for
-        bit. ``scaler_has_checked``: the argument ``found_inf`` says whether these gradients, as they are now, are finite.
+        leaves them as they are. ``is_plain``: with nothing perturbed the step is the base's own, bit for bit. ``scaler_has_checked``: the
+        argument ``found_inf`` says whether these gradients, as they are now, are finite.
         """
         group_grads = self.lists.group_grads(groups)
         norm = None
