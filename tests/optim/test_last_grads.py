@@ -68,9 +68,9 @@ def test_gradients_are_taken_over_without_a_copy(backend: str, base: str, groups
             seen: list[int] = []
             old = [weakref.ref(each) for each in kept(optimizer, model) if each is not None]
             optimizer.step(watched(optimizer, model, k, lambda grads, seen=seen: seen.extend(places(grads))))
+            assert all(each() is None for each in old)  # before they are looked up by parameter again
             assert places(kept(optimizer, model)) == seen
             assert all(param.grad is None for param in params)
-            assert all(each() is None for each in old)
 
 
 COPIED: dict[str, dict[str, Any]] = {

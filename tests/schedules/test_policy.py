@@ -233,18 +233,22 @@ def test_a_step_that_was_undone_is_decided_and_counted_once() -> None:
 
 
 def test_groups_share_it_and_others_rest() -> None:
-    """A group whose radius is the number 0 is in no norm, nor moved."""
+    """A group whose radius is the number 0 is in no norm, of plain steps neither, and is not moved."""
     policy, model = AdaptivePolicy(0.2, decay=0.7), make_model(DTYPE)
     other = twin(model)
     groups = [{"params": [model[0].weight]}, {"params": [model[0].bias]}, {"params": list(model[2].parameters()), "rho": 0.0}]
     both = [{"params": list(other[0].parameters())}, {"params": list(other[2].parameters()), "rho": 0.0}]
-    calls = [
-        train(sam_kernels.SAM(each, torch.optim.SGD, lr=0.05, rho=rho), net, range(8))
-        for each, net, rho in ((groups, model, policy), (both, other, AdaptivePolicy(0.2, decay=0.7)))
-    ]
-    assert calls[0] == calls[1]
-    for got, wanted in zip(weights(model), weights(other), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-13)
+    optimizer = sam_kernels.SAM(groups, torch.optim.SGD, lr=0.05, rho=policy)
+    expected = sam_kernels.SAM(both, torch.optim.SGD, lr=0.05, rho=AdaptivePolicy(0.2, decay=0.7))
+    calls: list[int] = []
+    for k in range(8):
+        wanted = torch.cat([grad.flatten() for grad in gradients(model, loud(k))[:2]]).norm().item()
+        calls += train(optimizer, model, range(k, k + 1))
+        assert calls[-1:] == train(expected, other, range(k, k + 1))
+        assert policy.state_dict()["pending"] == [(k + 1, pytest.approx(wanted, rel=1e-13))]
+        for got, right in zip(weights(model), weights(other), strict=True):
+            torch.testing.assert_close(got, right, rtol=1e-12, atol=1e-13)
+    assert set(calls) == {1, 2}
 
 
 @pytest.mark.parametrize("descent", [descents.SurrogateGap(), descents.Look(3), descents.Polyak()], ids=lambda part: part.name)
