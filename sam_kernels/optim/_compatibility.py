@@ -52,6 +52,8 @@ def check_family(direction: Any, descent: Any, base: Optimizer, *, clips: bool, 
     for part in (direction, descent):
         _check_attributes(part)
         part.check_base(base)
+    if direction.keeps_last_grads and not direction.keeps:
+        raise TypeError(f"SAM: {type(direction).__name__}.keeps_last_grads is set, but its keeps names nothing to keep them under")
     if descent.keeps_grads and direction.first_gradient is not FirstGradient.AT_WEIGHTS:
         raise ValueError(f"SAM: descent {descent.name!r} needs the gradient at the weights; direction {direction.name!r} takes none")
     for part in (direction, descent):
@@ -106,7 +108,8 @@ def check_gradient(direction: Direction, descent: Descent, made: int) -> None:
     for part in (direction, descent):
         if part.refuses(Use.BACKWARD):
             raise ValueError(f"SAM.backward: {part.role} {part.name!r} chooses more than a gradient; call step(closure)")
-    if made and direction.keeps:
+    averages = direction.keeps[1:] if direction.keeps_last_grads else direction.keeps  # the others are the optimizer's, at the step
+    if made and averages:
         raise ValueError(
             f"SAM.backward: direction {direction.name!r} keeps an average of one gradient a step; call backward once for each step"
         )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import torch
@@ -17,14 +16,14 @@ from sam_kernels.optim._base.options import check_earlier_values, check_group_na
 from sam_kernels.optim._batches.closures import Closure, TwoPasses, passes_of
 from sam_kernels.optim._batches.micro_batches import mean_loss
 from sam_kernels.optim._compatibility import check_family, check_freezing, check_passes
-from sam_kernels.optim._engine import amp, capturable
+from sam_kernels.optim._engine import amp
 from sam_kernels.optim._engine.ascent_step import AscentStep
-from sam_kernels.optim._engine.engine import Engine
 from sam_kernels.optim._engine.first_pass import warn_of_nothing_to_freeze
 from sam_kernels.optim._engine.memory import ParamMemory
+from sam_kernels.optim._engine.observing import check_observed
 from sam_kernels.optim._engine.plan import check_options
-from sam_kernels.optim._engine.replay import BufferGuard, RandomState
-from sam_kernels.optim._part import FirstGradient, Use
+from sam_kernels.optim._engine.replay import BufferGuard
+from sam_kernels.optim._engine.two_steps import TwoStepAPI
 from sam_kernels.optim._replicas.hybrid import replicas_of
 from sam_kernels.optim._shards.shards import check_process_group
 from sam_kernels.optim.descents import Descent, Plain
@@ -39,7 +38,7 @@ __all__ = ["SAM"]
 Loss = TypeVar("Loss")
 
 
-class SAM(Engine):
+class SAM(TwoStepAPI):
     r"""Sharpness-aware minimization (arXiv 2010.01412, also the source of ρ = 0.05) around any ``torch.optim`` optimizer.
 
     One step, with g = ∇f(w) over all parameters and t = 1, 2, … the step (Unified SAM, arXiv 2503.02225)::
@@ -48,14 +47,16 @@ class SAM(Engine):
         w = base_optimizer(w, ∇f(w + e))                              descent, from w restored bit for bit
 
     Args:
-        params: parameters or parameter groups, as for ``torch.optim``; groups may set ``rho``, ``lambd``, ``adaptive`` and ``eta`` of their
-            own. float32, float64, bfloat16 or float16; arithmetic is float32 or better. With a base instance: that instance's parameters.
+        params: parameters or parameter groups, as for ``torch.optim``; groups may set ``rho``, ``lambd``, ``adaptive``, ``eta`` and
+            ``scale`` of their own. float32, float64, bfloat16 or float16; arithmetic is float32 or better. With a base instance: that
+            instance's parameters.
         base_optimizer: an optimizer class, made with ``base_kwargs``, or an instance. Its ``param_groups`` and ``state`` are shared.
         rho: radius ≥ 0: a number, a 0-dim tensor, ``'C/k^p'``, a callable t → ρ or a :class:`sam_kernels.schedules.Radius`, which also
             sees the gradient's norm and the loss. A group with ρ = 0 takes no part in the ascent. With ρ = 0 everywhere the closure runs
             once and the step is the base optimizer's, bit for bit.
         lambd: mix of SAM (1) and USAM (0): a number in [0, 1], a 0-dim tensor, ``'1/t'``, ``'1-1/t'`` or a callable t → λ.
         adaptive, eta: ASAM's normalisation T = |w| + eta.
+        scale: s in [0, 1e9], of a group: T is multiplied by it, with ``adaptive`` s (|w| + eta), otherwise s. See docs/schedules.md.
         direction: what the ascent goes along, of :mod:`sam_kernels.optim.directions`; the gradient unless given.
         descent: what the base steps along, of :mod:`sam_kernels.optim.descents`; the gradient of the second pass unless given.
         norm_eps: added to the norm. (``eps`` is the base's, where it takes one.)
@@ -95,7 +96,16 @@ class SAM(Engine):
         TypeError, ValueError: for arguments of the wrong type or out of range, sparse or complex parameters, an empty parameter list.
     """
 
-    _kept = (*Engine._kept, "norm_eps", "max_grad_norm", "preserve_rng_state", "check_finite", "freeze_unperturbed", "_guard", "_replicas")
+    _kept = (
+        *TwoStepAPI._kept,
+        "norm_eps",
+        "max_grad_norm",
+        "preserve_rng_state",
+        "check_finite",
+        "freeze_unperturbed",
+        "_guard",
+        "_replicas",
+    )
     _step_supports_amp_scaling = True  # GradScaler.step then always calls step() and hands over grad_scale and found_inf
 
     def __init__(
@@ -107,6 +117,7 @@ class SAM(Engine):
         lambd: Schedule = 1.0,
         adaptive: bool = False,
         eta: float = 0.0,
+        scale: float = 1.0,
         direction: Direction | None = None,
         descent: Descent | None = None,
         norm_eps: float = 1e-12,
@@ -152,7 +163,7 @@ class SAM(Engine):
         self._name_keys = group_keys(("direction", "descent"), self.base_optimizer, given)
         for i, (group, keys) in enumerate(zip(self.base_optimizer.param_groups, given, strict=False)):
             check_group_names(group, keys, i, self._keys, self.base_optimizer)
-        own = {"rho": rho, "lambd": lambd, "adaptive": adaptive, "eta": eta, **self._more_defaults}
+        own = {"rho": rho, "lambd": lambd, "adaptive": adaptive, "eta": eta, "scale": scale, **self._more_defaults}
         defaults = {self._keys[name]: value for name, value in own.items()}
         check_options(defaults, self._keys, capturable=self.capturable)
         if is_instance:
@@ -244,9 +255,12 @@ class SAM(Engine):
         self._random_state = self._replayed_state = None  # of a step that was given up
         try:
             count, losses, norm = len(passes), [], None
+            is_one_gradient = count == 1 and passes[0][0] is passes[0][1]
             mean = self._replicas.mean(count, self._passes)
             passes = self._replicas.arranged(passes, mean, self.param_groups)
             plan = self._begin()
+            check_observed(plan, is_one_gradient)
+            self._hands_over = True
             ascends = plan.ascends and self.descent.ascends(plan.groups[0].t)
             for i, (ascent, descent) in enumerate(passes):
                 if ascends:
@@ -303,97 +317,6 @@ class SAM(Engine):
         if not callable(closure):
             raise TypeError(f"SAM.backward: closure must be a callable, got {describe(closure)}")
         return cast(Loss, self._add_gradient(closure, closure, scaler))
-
-    @torch.no_grad()
-    def random_step(self) -> None:
-        """For the two-step API of :class:`RSAM`, before the first forward pass: moves the weights to w + Δ, where :meth:`first_step` goes
-        on. Called again before that, it moves them from w by the same Δ. Raises RuntimeError where the direction begins at w.
-        """
-        if self.direction.first_gradient is not FirstGradient.ELSEWHERE:
-            raise RuntimeError(f"SAM.random_step: direction {self.direction.name!r} begins at the weights; call first_step")
-        self._replicas.check_two_steps()
-        is_same_step = self._awaits_ascent  # called again
-        self._restore()
-        if not is_same_step:
-            self._begin()
-        try:
-            self.direction.begin(AscentStep(self._passes, self._replicas.index_of(0, 1)))
-        except BaseException as error:
-            self._undo(error)
-            raise
-        self._awaits_ascent = True
-
-    @contextmanager
-    def ascent(self) -> Iterator[None]:
-        """Around the first forward and backward pass of the two-step API; :meth:`first_step` follows. ``freeze_unperturbed`` needs it, and
-        with ``local_ascent`` it stands for ``ddp.no_sync()``. Raises RuntimeError between the two steps."""
-        if not self._awaits_ascent:
-            self._require_unperturbed("ascent")
-        with self._replicas.without_averaging(), self._first_pass.of_halves(self._plan_of_first_pass()):
-            yield
-
-    @torch.no_grad()
-    def first_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None) -> None:
-        """The ascent, from the gradients as they are. Follow with forward, backward and :meth:`second_step`.
-
-        ``grad_scaler``: the gradients are still scaled by it. Needed for λ < 1, for radii that follow the norm, for every direction but
-        the gradient's own (VaSSO, F-SAM, RSAM) and for rules that keep the gradients (GSAM, WSAM); what SAM with λ = 1 ascends along does
-        not depend on the scale. :class:`MomentumSAM` takes this step before the only forward and backward pass.
-        """
-        scaler = amp.check_scaler(grad_scaler)
-        if self.direction.refuses(Use.TWO_STEPS) or self.descent.refuses(Use.TWO_STEPS):
-            raise RuntimeError(f"SAM.first_step: {type(self).__name__} needs step(closure): not every step has two passes")
-        self._replicas.check_two_steps()
-        first_gradient = self.direction.first_gradient
-        if first_gradient is FirstGradient.ELSEWHERE and not self._awaits_ascent:
-            raise RuntimeError(f"SAM.first_step: {type(self).__name__} needs random_step() before the first forward pass, or step(closure)")
-        if self.preserve_rng_state and self._random_state is None and first_gradient is not FirstGradient.NONE:
-            raise RuntimeError("SAM.first_step: preserve_rng_state=True needs record_rng_state() before the first forward pass")
-        amp.check_unscaled(scaler, self)
-        if self._calls_made():
-            raise RuntimeError("SAM.first_step: .grad holds what backward(closure) has added; call step(), or zero_grad() to drop it")
-        if self.freeze_unperturbed:
-            self._first_pass.check_halves(self._plan_of_first_pass())
-        if first_gradient is not FirstGradient.ELSEWHERE:
-            self._restore()
-            self._begin()
-        self._awaits_ascent = False
-        self._forget_first_pass()
-        try:
-            self._replicas.check_first_pass(self.param_groups)
-            scale = None if first_gradient is FirstGradient.NONE else amp.scale_of(scaler)
-            self._ascend(AscentStep(self._passes), scale, hand_over=zero_grad)
-            self._passes.watch_weights()
-        except BaseException as error:
-            self._undo(error)
-            raise
-        self._scale_is_known = scaler is not None
-        if self._random_state is not None:
-            self._random_state.replay()
-            self._replayed_state, self._random_state = self._random_state, None
-        if zero_grad:
-            self.zero_grad()
-        elif not (first_gradient is FirstGradient.NONE or capturable.is_recording(self._passes.found_inf.device)):
-            self._halves.begin(self.param_groups)
-
-    def second_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None, loss: Any = None) -> None:
-        """The descent: weights are restored and stepped along the gradients as they are. ``loss``: that at the perturbed weights, for rules
-        that need it (:class:`SAMSPS`).
-
-        Raises RuntimeError without a :meth:`first_step` before it; TypeError or RuntimeError for a loss that the rule cannot do with:
-        nothing has been touched then, and it can be called again with the loss.
-        """
-        if not self._passes.is_perturbed or self._awaits_ascent:
-            raise RuntimeError("SAM.second_step: call first_step first")
-        self.descent.check_loss(loss, self._passes.found_inf.device)
-        self._loss = loss
-        self.step(grad_scaler=grad_scaler)  # through step(), so that hooks and schedulers see one step
-        if zero_grad:
-            self.zero_grad()
-
-    def record_rng_state(self) -> None:
-        """With ``preserve_rng_state`` and the two-step API: call before the first forward pass."""
-        self._random_state = RandomState(self._devices())
 
     def release_buffers(self) -> None:
         """Frees the copies of parameters and, for rules that keep them, of gradients (N s where gradients are not the optimizer's to take

@@ -18,9 +18,10 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from sam_kernels import ASAM, GSAM, RSAM, RWSAM, SAM, SAMSPS, WSAM, FriendlySAM, LookSAM, MomentumSAM, VaSSO
+from sam_kernels import ASAM, GSAM, RSAM, RWSAM, S2SAM, SAM, SAMSPS, WSAM, FriendlySAM, LookSAM, MomentumSAM, VaSSO
 from sam_kernels.optim import descents, directions
 from sam_kernels.optim._shards.dtensor import local_of
+from sam_kernels.schedules import AdaptivePolicy
 from tests.distributed.problem import batch_of, losses_of, make_model, weights_of
 
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
@@ -78,13 +79,28 @@ def test_a_local_ascent_is_a_flag(group: None) -> None:
 
 @pytest.mark.parametrize(
     ("make", "name"),
-    [(GSAM, "gsam"), (WSAM, "wsam"), (LookSAM, "looksam"), (VaSSO, "vasso"), (FriendlySAM, "friendly"), (MomentumSAM, "momentum")],
+    [
+        (GSAM, "gsam"),
+        (WSAM, "wsam"),
+        (LookSAM, "looksam"),
+        (VaSSO, "vasso"),
+        (FriendlySAM, "friendly"),
+        (MomentumSAM, "momentum"),
+        (S2SAM, "stale"),
+    ],
 )
 def test_parts_that_use_numbers_of_one_rank_are_refused_by_name(group: None, make: Any, name: str) -> None:
     ddp = replicated()
     with pytest.raises(ValueError, match=f"local ascent with (descent|direction) '{name}'"):
         make(ddp.parameters(), torch.optim.SGD, rho=0.1, model=ddp, local_ascent=True, **SGD)
     make(ddp.parameters(), torch.optim.SGD, rho=0.1, model=ddp, **SGD)
+
+
+def test_a_policy_that_every_rank_would_decide_for_itself_is_refused(group: None) -> None:
+    ddp = replicated()
+    optimizer = SAM(ddp.parameters(), torch.optim.SGD, rho=AdaptivePolicy(0.1), model=ddp, local_ascent=True, **SGD)
+    with pytest.raises(ValueError, match="AdaptivePolicy with a local ascent: each rank would decide by a norm of its own"):
+        optimizer.step(closure_of(optimizer, ddp), batch=batch_of(0, 0, 1), micro_batches=1)
 
 
 def test_so_is_the_polyak_step_size(group: None) -> None:

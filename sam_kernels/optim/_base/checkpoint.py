@@ -24,6 +24,7 @@ __all__ = [
     "check_tensors",
     "keep_wide_state",
     "put_group_values",
+    "put_radii_back",
     "with_base",
     "with_group_values",
     "with_plain_values",
@@ -203,6 +204,12 @@ def _check_parts(key: str, value: Tensor, param: Tensor) -> None:
             f"SAM: {key} in the checkpoint is divided among the ranks otherwise than its parameter; save and load with "
             "torch.distributed.checkpoint, which divides it anew"
         )
+
+
+def put_radii_back(groups: Sequence[ParamGroup], before: Sequence[ParamGroup]) -> None:
+    """Torch has copied the radii that a checkpoint does not hold, with what they know of the run; the program's own are meant."""
+    for group, earlier in zip(groups, before, strict=False):
+        group.update({key: value for key, value in earlier.items() if isinstance(value, Radius) and isinstance(group.get(key), Radius)})
 
 
 def keep_wide_state(state: Any, groups: Sequence[ParamGroup], state_dict: StateDict) -> None:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from sam_kernels.optim._base import checkpoint
 from sam_kernels.optim._base.distributed_checkpoint import check_given, check_is_whole, completed, is_torch_loading
 from sam_kernels.optim._base.identity import IdentityCheck
-from sam_kernels.optim._base.options import check_group_names, check_keywords
+from sam_kernels.optim._base.options import check_group_names, check_keywords, group_keys
 from sam_kernels.optim._engine import capturable
 from sam_kernels.optim._engine.lists import same_tensors
 from sam_kernels.optim._engine.memory import ParamMemory
@@ -198,11 +198,13 @@ class Wrapper(Optimizer):
         base_dict, memory = checkpoint.base_part(state_dict, self._keys["sam_step"]), None
         if base_dict is not state_dict:
             state_dict, memory = self._checked_checkpoint(state_dict)
+        groups = self.param_groups
         self._is_loading = True
         try:
             self.base_optimizer.load_state_dict(self._names.added(state_dict) if base_dict is None else base_dict)
         finally:
             self._is_loading = False
+        checkpoint.put_radii_back(self.base_optimizer.param_groups, groups)
         if base_dict is not None and memory is not None:
             checkpoint.put_group_values(state_dict, self.base_optimizer.param_groups, self._keys)
         self._adopt()
@@ -250,6 +252,9 @@ class Wrapper(Optimizer):
         if "base_optimizer" in state:  # unpickled or copied
             self.__dict__.setdefault("_keys", {name: name for name in (*self._group_keys, "sam_step")})
             self.__dict__.setdefault("_name_keys", {name: name for name in ("direction", "descent")})
+            if "scale" not in self._keys or self._keys["scale"] not in self.defaults:  # pickled by an earlier version
+                self._keys = {**self._keys, **group_keys(("scale",), self.base_optimizer, [])}
+                self.defaults[self._keys["scale"]] = 1.0
             self._link()
         else:
             for name, value in shared.items():
@@ -285,6 +290,11 @@ class Wrapper(Optimizer):
             raise RuntimeError(
                 f"SAM: base_optimizer.step() after first_step would step along the gradients as they are, without the rule of "
                 f"{self._rewriter.name!r}; call second_step()"
+            )
+        if self._passes.is_perturbed and self.direction.keeps_last_grads:
+            raise RuntimeError(
+                f"SAM: base_optimizer.step() after first_step would not keep the gradients, along which direction {self.direction.name!r} "
+                "ascends in the next step; call second_step()"
             )
         self._restore()
 

@@ -14,7 +14,6 @@ from torch.amp.grad_scaler import GradScaler
 from sam_kernels._validate import describe
 from sam_kernels.optim._base.wrapper import Wrapper
 from sam_kernels.optim._batches.closures import Closure
-from sam_kernels.optim._compatibility import check_gradient
 from sam_kernels.optim._engine import amp, capturable
 from sam_kernels.optim._engine.ascent import Move, PerturbOptions
 from sam_kernels.optim._engine.ascent_step import AscentStep
@@ -22,11 +21,12 @@ from sam_kernels.optim._engine.closure_watch import ClosureWatch, HalvesWatch
 from sam_kernels.optim._engine.failed_rank import note_failure
 from sam_kernels.optim._engine.first_pass import FirstPass
 from sam_kernels.optim._engine.kept_grads import KeptGrads
+from sam_kernels.optim._engine.last_grads import LastGrads
 from sam_kernels.optim._engine.lists import GroupGrads, device_of
-from sam_kernels.optim._engine.oracle import OuterGrads, add_not_finite, still_not_finite
+from sam_kernels.optim._engine.observing import check_observer, observe
 from sam_kernels.optim._engine.plan import StepPlan
 from sam_kernels.optim._engine.replay import BufferGuard, RandomState
-from sam_kernels.optim._engine.skip_warning import SkipWatch, warn_of_plain_steps
+from sam_kernels.optim._engine.skip_warning import SkipWatch
 from sam_kernels.optim._part import FirstGradient
 from sam_kernels.optim._replicas.replicas import Replicas, is_blank
 from sam_kernels.optim.descents import UNCHANGED, DescentStep, Outcome
@@ -58,22 +58,25 @@ class Engine(Wrapper):
         self._scale_is_known = False  # first_step was given the scaler
         self._kept_grads = KeptGrads()
         self._first_pass = FirstPass(self.freeze_unperturbed, self._replicas, self._identity)
+        self._last_grads: LastGrads | None = None
+        if self.direction.keeps_last_grads:
+            self._last_grads = LastGrads(self._memory, self.direction.keeps[0], is_fixed=self.capturable)
+        self._hands_over = False  # the caller does not need the gradients after the step
         self._skips, self._halves = SkipWatch(), HalvesWatch()
         self._loss: Any = None  # of the last pass, for rules that need it
         self._step_sizes: dict[int, Tensor] = {}  # by group, of the last step, where a rule has chosen them
-        self._awaits_ascent = False  # moved to where the first gradient is taken, and not yet further
-        self._gradients_made = 0  # by backward(), since the last step
-        self._not_finite: Tensor | None = None  # () whether the ascent of one of those was not finite
         self._plain_steps = 0  # in a row
-        self._has_warned = False
+        self._awaits_ascent = False  # moved to where the first gradient is taken, and not yet further
         self._is_counted = False  # a step under way, which an exception would undo
         self._lacks_gradient: str | None = None  # words of an error, where the last pass left this rank no gradient: others may have one
 
     # --- begin, and undo ---
 
     def _new_plan(self, *, ahead: bool) -> StepPlan:
-        last, have_others = self._passes.plan, self.process_group is not None
-        return StepPlan(self.param_groups, self._keys, self.base_optimizer, ahead=ahead, last=last, have_others=have_others)
+        last, others = self._passes.plan, self.process_group is not None
+        plan = StepPlan(self.param_groups, self._keys, self.base_optimizer, ahead=ahead, last=last, have_others=others)
+        check_observer(plan, self.direction, ascends_locally=self._replicas.ascends_locally, is_weighted="beta" in self._keys)
+        return plan
 
     def _plan_ahead(self) -> StepPlan:
         """Return the plan of the next step. Values needed before the step begins come from this plan, and the step then uses it."""
@@ -87,7 +90,7 @@ class Engine(Wrapper):
     def _prepare(self) -> torch.device:
         """The device of the step to come. Raises TypeError or RuntimeError where it cannot be made there."""
         self._passes.lists.shards.check_usable()
-        device = device_of(self.param_groups) or self._passes.found_inf.device
+        device = device_of(self.param_groups, self._passes.found_inf.device)
         if capturable.is_recording(device):
             if not self.capturable:
                 raise capturable.not_recordable("the optimizer was made without capturable=True: rho, lambd and t would be constants")
@@ -117,7 +120,7 @@ class Engine(Wrapper):
     def _enter(self, device: torch.device, plan: StepPlan | None) -> None:
         self._passes.begin(device, plan)
         self._guard.begin()
-        self._lacks_gradient = None
+        self._lacks_gradient, self._hands_over = None, False
 
     def _advance(self, steps: int) -> None:
         t = self._keys["sam_step"]
@@ -213,115 +216,7 @@ class Engine(Wrapper):
             moves.append(Move(each, along, self.direction.is_downhill(step.options(each).maximize)))
         return norm, moves
 
-    # --- a gradient ---
-
-    def _add_gradient(self, ascent: Closure, descent: Closure, scaler: GradScaler | None) -> Any:
-        """Adds SAM's gradient to ``.grad``. Returns the loss of the first pass."""
-        self._require_unperturbed("backward")
-        made, known = self._calls_made(), self._not_finite
-        check_gradient(self.direction, self.descent, made)
-        device, plan = self._prepare(), self._plan_ahead()
-        if not plan.ascends:
-            loss = self._called(descent)
-            if self._replicas.ascends_locally:  # another rank may ascend, and agrees with this one
-                found_inf, self._lacks_gradient = torch.zeros((), device=device), None
-                self._agree(found_inf)
-                add_not_finite(self.param_groups, found_inf)
-                self._not_finite = found_inf if known is None else known.logical_or_(found_inf)
-            self._gradients_made = made + 1
-            return loss
-        outer = OuterGrads(self.param_groups, may_lack_gradients=bool(self._passes.lists.shards))
-
-        def second() -> Any:
-            outer.before_second_pass()
-            return descent()
-
-        def call(closure: Closure) -> Any:
-            result = outer.called(partial(self._called, closure))
-            self._lacks_gradient = outer.lacks_gradient
-            return result
-
-        try:
-            if outer.are_shared and self._rewriter is not None:
-                raise ValueError(
-                    f"SAM.backward: {self._rewriter.name!r} rewrites the gradient of one call, and with several processes gradients are "
-                    "accumulated before they are reduced; call backward once a step"
-                )
-            self._enter(device, plan)
-            step = AscentStep(self._passes, self._replicas.index_of_call(made), within_replica=self._replicas.has_groups)
-            loss = self._two_passes(step, self._replicas.first_pass(ascent, self.param_groups), second, scaler, call)
-            self._rewrite(amp.scale_of(scaler))
-            self._guard.restore()
-            self._passes.restore()
-            self._passes.skips.forget_last_step()
-            found_inf = self._passes.found_inf
-            self._agree(found_inf)
-            outer.add()
-            add_not_finite(self.param_groups, found_inf)
-        except BaseException as error:
-            self._undo(error)
-            outer.put_back()
-            raise
-        # It is the step that is skipped, and counted, once.
-        self._gradients_made, self._not_finite = made + 1, found_inf.clone() if known is None else known.logical_or_(found_inf)
-        found_inf.zero_()
-        self._forget_first_pass()
-        return loss
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """The base optimizer's. Gradients that :meth:`backward` has added no longer count as a step's."""
-        super().zero_grad(set_to_none=set_to_none)
-        self._forget_gradients()
-
-    def _calls_made(self) -> int:
-        """Of :meth:`backward`, since the last step or ``zero_grad()``."""
-        if self._gradients_made and not any(param.grad is not None for param in self._all_params()):
-            self._forget_gradients()
-        return self._gradients_made
-
-    def _forget_gradients(self) -> None:
-        self._gradients_made, self._not_finite = 0, None
-
     # --- the descent ---
-
-    def _finish(self, scaler: GradScaler | None) -> None:
-        """``step()`` without a closure: the descent after :meth:`first_step` or :meth:`backward`, otherwise a plain step of the base."""
-        if self._awaits_ascent:
-            raise RuntimeError("SAM.step: call first_step after random_step, or give a closure")
-        is_second_half = self._passes.is_perturbed
-        if self.descent.needs_loss and (is_second_half or not is_blank(self.param_groups)):
-            self.descent.check_loss(self._loss, self._passes.found_inf.device)
-        grad_scale = self.__dict__.get("grad_scale") if scaler is None else amp.scale_of(scaler)  # GradScaler.step sets them
-        found_inf = self.__dict__.get("found_inf")
-        found_inf = found_inf if isinstance(found_inf, Tensor) else None
-        if is_second_half:
-            self._halves.check()
-            self._passes.check_unwritten()
-            amp.check_order(self._scale_is_known, grad_scale, found_inf)
-            self._descend_or_undo(grad_scale, found_inf, scaler)
-        elif self._gradients_made > 0:
-            self._begin()
-            known = self._not_finite
-            if known is not None:
-                known = still_not_finite(self.param_groups, known)
-                found_inf = known if found_inf is None else known.logical_or_(found_inf.to(known.device))
-            self._forget_gradients()
-            self._descend_or_undo(grad_scale, found_inf, scaler, is_rewritten=True)
-        else:
-            if not is_blank(self.param_groups):
-                self._warn_of_plain_steps()
-            self._enter(self._prepare(), None)  # not counted; torch.distributed.checkpoint makes plain steps of its own
-            self._descend(grad_scale, found_inf, scaler, is_rewritten=True)
-
-    def _warn_of_plain_steps(self) -> None:
-        """Two steps in a row with nothing perturbed, where a radius is positive."""
-        self._plain_steps += 1
-        if self._has_warned or self._plain_steps < 2 or capturable.is_recording(self._passes.found_inf.device):
-            return
-        if not self._plan_ahead().ascends:
-            return
-        self._has_warned = True
-        warn_of_plain_steps(type(self).__name__, type(self.base_optimizer).__name__)
 
     def _rewrite(self, grad_scale: Tensor | None) -> tuple[Outcome, Tensor | None]:
         """Makes the gradients of the second pass what the base is to step along. Returns the rule's outcome, and their norm if known."""
@@ -330,7 +225,7 @@ class Engine(Wrapper):
             self._first_pass.compare()
             self._kept_grads.check_scale(grad_scale is not None)
             if self.direction.rewrites:
-                norm = self.direction.descent_norm(AscentStep(self._passes))
+                norm = self.direction.descent_norm(AscentStep(self._passes, is_descent=True))
         if not self.descent.rewrites:
             return UNCHANGED, norm
         self._passes.skips.forget_last_step()  # where there was no ascent, nothing has yet
@@ -372,6 +267,14 @@ class Engine(Wrapper):
     ) -> None:
         """Restores the weights and makes the base's step, fused where it can be. ``is_rewritten``: along the gradients as they are."""
         plan, has_ascended = self._passes.plan, self._passes.has_ascended
+        if plan is not None and plan.observer is not None and not has_ascended and not (is_rewritten and plan.ascends):
+            observe(self._passes, plan, grad_scale)
+        keep = None
+        if self._last_grads is not None and plan is not None:
+            keep = partial(self._last_grads.keep, plan, grad_scale, self._hands_over)
+            if self.descent.rewrites and not is_rewritten:
+                keep(self._passes.lists.group_grads(self.param_groups), False)
+                keep = None
         outcome, norm = (UNCHANGED, None) if is_rewritten else self._rewrite(grad_scale)
         if self._passes.is_perturbed:
             self._guard.restore()
@@ -389,6 +292,7 @@ class Engine(Wrapper):
             found_inf=found_inf,
             known_norm=known_norm if norm is None else norm,
             options=outcome.options,
+            keep=keep,
             agree=partial(self._agree, was_looked_for=was_looked_for) if plan is not None or not is_blank(self.param_groups) else None,
             scaler_has_checked=outcome is UNCHANGED and not self.direction.rewrites and amp.has_just_checked(self),
             is_plain=outcome is UNCHANGED and not (is_ascents or self._replicas.ascends_locally),
@@ -396,6 +300,8 @@ class Engine(Wrapper):
         if outcome.finish is not None:
             outcome.finish(is_unscaled)
         self._step_sizes = outcome.step_sizes
+        if self._last_grads is not None and plan is not None:
+            self._last_grads.note(self._passes.found_inf)
         self._forget_first_pass()
         self._has_stepped = True
         if self._replayed_state is not None:  # the two-step API's: its second forward pass is over

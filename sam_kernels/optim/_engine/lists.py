@@ -6,7 +6,7 @@ import operator
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,8 +30,10 @@ __all__ = [
     "address_of",
     "check_grads",
     "check_param",
+    "device_of",
     "param_name",
     "same_bits",
+    "same_layout",
     "same_tensors",
     "with_grads",
 ]
@@ -87,6 +89,17 @@ def check_param(group: ParamGroup, group_index: int, index: int) -> None:
         raise TypeError(f"SAM: parameter {name} has dtype {param.dtype}; supported are {supported}")
 
 
+def device_of(groups: Sequence[ParamGroup], default: torch.device) -> torch.device:
+    """That of the first trainable parameter. Raises TypeError for one that has no memory yet."""
+    for i, group in enumerate(groups):
+        for j, param in enumerate(group["params"]):
+            if param.requires_grad:
+                if param.is_meta:
+                    raise TypeError(f"SAM: parameter {param_name(group, i, j)} {why_no_memory(param)}")
+                return cast(torch.device, param.device)
+    return default
+
+
 def check_grads(group: ParamGroup, group_index: int) -> None:
     """TypeError by name for a gradient that is not dense, or of a parameter that has no memory."""
     for i, param in enumerate(group["params"]):
@@ -101,18 +114,6 @@ def check_grads(group: ParamGroup, group_index: int) -> None:
             raise TypeError(f"SAM: the gradient of parameter {name} {error}") from None
         if grad.layout is not torch.strided:
             raise TypeError(f"SAM: the gradient of parameter {name} is a {grad.layout} tensor; only dense gradients are supported")
-
-
-def device_of(groups: Sequence[ParamGroup]) -> torch.device | None:
-    """That of the first trainable parameter. Raises TypeError for one that has no memory yet."""
-    for i, group in enumerate(groups):
-        for j, param in enumerate(group["params"]):
-            if param.requires_grad:
-                if param.is_meta:
-                    raise TypeError(f"SAM: parameter {param_name(group, i, j)} {why_no_memory(param)}")
-                device: torch.device = param.device
-                return device
-    return None
 
 
 class Copies:
@@ -130,10 +131,15 @@ class Copies:
         copies = []
         for param, original in zip(params, params if originals is None else originals, strict=True):
             copy = self._copies.get(param)
-            if copy is None or _layout(copy) != _layout(original):
+            if copy is None or not same_layout(copy, original):
                 copy = self._copies[param] = torch.empty_like(original, requires_grad=False)
             copies.append(copy)
         return copies
+
+
+def same_layout(left: Tensor, right: Tensor) -> bool:
+    """Of one shape, memory order, dtype and device."""
+    return _layout(left) == _layout(right)
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:

@@ -244,15 +244,15 @@ class Replicas:
                 f"SAM: a local ascent with descent {self._descent.name!r}: the update would depend on the rank's own first pass, and the "
                 "replicas would drift apart; use the plain descent, or leave local_ascent out"
             )
-        if self._direction.keeps:
-            raise ValueError(
-                f"SAM: a local ascent with direction {self._direction.name!r}: every rank would keep an average of its own, of which a "
-                "checkpoint holds one; use a direction that keeps nothing, or leave local_ascent out"
-            )
         if self._direction.first_gradient is FirstGradient.NONE:
             raise ValueError(
                 f"SAM: a local ascent with direction {self._direction.name!r}: it takes no gradient before the ascent, so all ranks "
                 "perturb alike; leave local_ascent out"
+            )
+        if self._direction.keeps:
+            raise ValueError(
+                f"SAM: a local ascent with direction {self._direction.name!r}: every rank would keep an average of its own, of which a "
+                "checkpoint holds one; use a direction that keeps nothing, or leave local_ascent out"
             )
 
     def _check_usable(self) -> None:
