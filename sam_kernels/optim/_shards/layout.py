@@ -97,6 +97,7 @@ class Meshes:
         self._unread = _SUMS_READ
         self._has_others = {mesh: mesh.size() > 1 for mesh in self._meshes}  # asked once: a mesh takes a microsecond to answer
         self._groups = {mesh: _groups_of(mesh) for mesh in self._meshes}
+        self.have_others = any(self._has_others.values())
 
     def __bool__(self) -> bool:
         return bool(self._meshes)

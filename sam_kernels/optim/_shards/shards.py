@@ -114,13 +114,20 @@ class Shards:
 
         Returns whether a rank has a gradient; a rank that has one may get True without waiting for the answer.
         """
-        if not self:
+        if not self._meshes.have_others and self._process_group is None:
             return has_gradient
-        flag = torch.where(found_inf != 0.0, 2.0, 1.0 if has_gradient else 0.0)  # a step that is skipped needs no gradient
+        usual = 1.0 if has_gradient else 0.0  # 2: a step that is skipped needs no gradient
+        if found_inf.is_cpu:  # Python's numbers, as in norm
+            flag = torch.scalar_tensor(2.0 if found_inf.item() != 0.0 else usual, dtype=torch.float32, device="cpu")
+        else:
+            flag = torch.where(found_inf != 0.0, 2.0, usual)
         self._meshes.agree(flag)
         if self._process_group is not None:
             distributed.all_reduce(flag, op=distributed.ReduceOp.MAX, group=self._process_group)
-        found_inf.copy_(flag == 2.0)
+        if not found_inf.is_cpu:
+            found_inf.copy_(flag == 2.0)
+        elif flag.item() == 2.0:
+            found_inf.fill_(1.0)
         return has_gradient or flag.item() != 0.0
 
     def check_usable(self) -> None:
