@@ -41,7 +41,8 @@ class _Reading:
 class AdaptivePolicy(Radius):
     """``rho`` in steps that follow a long gradient, plain steps of the base otherwise: AE-SAM, decided ``delay`` steps late.
 
-    Source: Jiang et al., An Adaptive Policy to Employ Sharpness-Aware Minimization, ICLR 2023. With n_t = ‖∇f(w_t)‖² of every step::
+    Source: Jiang et al., An Adaptive Policy to Employ Sharpness-Aware Minimization (arXiv 2304.14647). With n_t = ‖∇f(w_t)‖² of every
+    step::
 
         m_t = decay m_{t-1} + (1 - decay) n_t,   v_t = decay v_{t-1} + (1 - decay) (n_t - m_t)²,   m_1 = n_1, v_1 = 0
         step t + delay is one of SAM where n_t ≥ m_t + c sqrt(v_t)
