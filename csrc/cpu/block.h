@@ -126,7 +126,14 @@ static inline void store(const Operand& operand, int64_t begin, int count, const
   narrow(operand.dtype, destination, count, values, streaming);
 }
 
-// Copies count elements bit for bit where the dtypes agree, through float64 (exact for all) where they do not.
+// Copies count elements by way of T, which is exact for both dtypes.
+template <class T>
+static inline void convert(const Operand& from, const Operand& to, int64_t begin, int count, bool streaming) {
+  Buffer<T> buffer;
+  store(to, begin, count, load(from, begin, count, buffer), streaming);
+}
+
+// Copies count elements bit for bit where the dtypes agree.
 static inline void copy(const Operand& from, const Operand& to, int64_t begin, int count, bool streaming) {
   if (from.dtype == to.dtype) {
     const char* source = address(from, begin);
@@ -135,8 +142,8 @@ static inline void copy(const Operand& from, const Operand& to, int64_t begin, i
     put_bytes(address(to, begin), source, bytes, streaming);
     return;
   }
-  Buffer<double> buffer;
-  store(to, begin, count, load(from, begin, count, buffer), streaming);
+  const bool is_double = from.dtype == DType::kFloat64 || to.dtype == DType::kFloat64;
+  is_double ? convert<double>(from, to, begin, count, streaming) : convert<float>(from, to, begin, count, streaming);
 }
 
 // Calls compute(values, result), which makes a block of the target from one of the source, another role's or its own. What was just read is

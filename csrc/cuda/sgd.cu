@@ -1,35 +1,38 @@
-// Restore and torch.optim.SGD in one pass. Reads old_p, g, m; writes p, m: 5 N s bytes. Without old_param the step is made in place. Where
-// it is skipped parameters are restored and nothing else happens.
+// Restore and torch.optim.SGD in one pass. Reads old_p, g, m; writes p, m: 5 N s bytes. Without old_param the step is made in place.
+// to_old: writes old_p too. Where it is skipped parameters are restored and nothing else happens.
 #include "cuda/launch.cuh"
 #include "cuda/operations.h"
+#include "cuda/update.cuh"
 
 namespace sam::cuda {
 namespace {
 
-template <class A>
+template <class A, bool kVariant>
 struct Sgd {
   using Access = A;
   using T = typename A::Arithmetic;
   using Options = SgdOptions<Scalar>;
   static constexpr int kRoles = kSgdRoles;
   // 1536 threads where two results of eight elements are float until they are paired, or the architecture needs more registers for the
-  // same: with fewer they would spill.
+  // same: with fewer they would spill. Variants: as perturb_variant.cu.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-  static constexpr int kBlocks = A::kBlocks == 4 ? 3 : A::kBlocks;
+  static constexpr int kBlocks = kVariant ? 1 : A::kBlocks == 4 ? 3 : A::kBlocks;
 #else
-  static constexpr int kBlocks = A::kWidth == 8 ? 3 : A::kBlocks;
+  static constexpr int kBlocks = kVariant ? 1 : A::kWidth == 8 ? 3 : A::kBlocks;
 #endif
   static constexpr bool kSums = false, kBackwards = true;
 
   bool skipped, nesterov, first_step, decays;
   SgdConstants<T> constants;
+  UpdateTarget<kVariant> target;
 
   SAM_INLINE explicit Sgd(const Options& o)
       : skipped(is_skipped(o.update.step)),
         nesterov(o.nesterov),
         first_step(o.first_step),
         decays(o.update.weight_decay != 0.0),
-        constants(sgd_constants<T>(o)) {}
+        constants(sgd_constants<T>(o)),
+        target(o.update) {}
 
   SAM_INLINE void apply(const Piece<kRoles>& piece, int thread) const {
     if (skipped) {
@@ -52,9 +55,8 @@ struct Sgd {
   template <Momentum kMomentum, bool kDecays>
   SAM_INLINE void update(const Piece<kRoles>& piece, int thread) const {
     constexpr bool kReads = kMomentum == Momentum::kPlain || kMomentum == Momentum::kNesterov;
-    const Operand param = piece.operands[kParam], grad = piece.operands[kGrad], buffer = piece.operands[kBuffer];
-    const Operand source = choose(piece.operands[kOldParam].data != nullptr, piece.operands[kOldParam], param);
-    for_each_pack<A>(piece, thread, [&](auto width, int i) {
+    const Operand grad = piece.operands[kGrad], buffer = piece.operands[kBuffer];
+    update_weights<A>(piece, thread, target, [&](auto width, const Operand& source, int i) {
       constexpr int kCount = decltype(width)::value;
       const auto g = load<A, kCount>(grad, i);
       auto p = load<A, kCount>(source, i);
@@ -63,13 +65,20 @@ struct Sgd {
       SAM_UNROLL
       for (int j = 0; j < kCount; ++j) p.data[j] = sgd_step<kMomentum, kDecays>(p.data[j], g.data[j], m.data[j], constants);
       if constexpr (kMomentum != Momentum::kNone) store<A, kCount>(buffer, i, m);
-      store<A, kCount>(param, i, p);
+      return p;
     });
   }
 };
 
+template <class A>
+using Ordinary = Sgd<A, false>;
+template <class A>
+using Variant = Sgd<A, A::kHasBFloat16>;
+
 }  // namespace
 
-void sgd(const RowLists<kSgdRoles>& lists, const SgdOptions<Scalar>& options, const Place& place) { run<Sgd>(lists, options, place); }
+void sgd(const RowLists<kSgdRoles>& lists, const SgdOptions<Scalar>& options, const Place& place) {
+  is_variant(options.update) ? run<Variant>(lists, options, place) : run<Ordinary>(lists, options, place);
+}
 
 }  // namespace sam::cuda
