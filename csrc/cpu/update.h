@@ -18,17 +18,20 @@ static inline void update_blocks(const Row& row, Span span, const UpdateOptions<
   const auto start = [&](int64_t begin, int lanes) {
     if (is_stochastic) fill(tile, begin, lanes, options.seed, kRoundingStream, index);
   };
-  for_each_tile(span, start, [&](int64_t begin, int count, int word) {
-    Buffer<T> param_buffer, result_buffer;
-    const T* param = load(row[from], begin, count, param_buffer);
-    T* result = from == to ? target(row[to], begin, result_buffer) : result_buffer.data;
-    step(begin, count, param, result);
-    if (to == kOldParam) store(row[kOldParam], begin, count, result);
-    if (is_stochastic) {
-      store_stochastic(row[kParam], begin, count, result, tile.word[word], streaming);
-    } else {
-      store(row[kParam], begin, count, result, streaming);
-    }
+  const int elements = step_of(row);
+  for_each_tile(span, start, [&](int64_t first, int size, int word) {
+    for_each_step({first, first + size}, elements, [&](int64_t begin, int count) {
+      Buffer<T> param_buffer, result_buffer;
+      const T* param = load(row[from], begin, count, param_buffer);
+      T* result = from == to ? target(row[to], begin, result_buffer) : result_buffer.data;
+      step(begin, count, param, result);
+      if (to == kOldParam) store(row[kOldParam], begin, count, result);
+      if (is_stochastic) {
+        store_stochastic(row[kParam], begin, count, result, tile.word[word] + (begin - first), streaming);
+      } else {
+        store(row[kParam], begin, count, result, streaming);
+      }
+    });
   });
   stream_fence();
 }

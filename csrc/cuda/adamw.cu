@@ -47,7 +47,7 @@ struct Adam {
   template <Decay kDecay>
   SAM_INLINE void update(const Piece<kRoles>& piece, int thread, const AdamConstants<T>& mine) const {
     const Operand grad = piece.operands[kGrad], exp_avg = piece.operands[kExpAvg], exp_avg_sq = piece.operands[kExpAvgSq];
-    update_weights<A>(piece, thread, target, [&](auto width, const Operand& source, int i) {
+    update_weights<A>(piece, thread, target, [&](auto width, const Operand& source, int i) SAM_INLINE_LAMBDA {
       constexpr int kCount = decltype(width)::value;
       const auto g = load<A, kCount>(grad, i);
       auto p = load<A, kCount>(source, i), m = load<A, kCount>(exp_avg, i), v = load<A, kCount>(exp_avg_sq, i);

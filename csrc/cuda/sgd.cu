@@ -56,7 +56,7 @@ struct Sgd {
   SAM_INLINE void update(const Piece<kRoles>& piece, int thread) const {
     constexpr bool kReads = kMomentum == Momentum::kPlain || kMomentum == Momentum::kNesterov;
     const Operand grad = piece.operands[kGrad], buffer = piece.operands[kBuffer];
-    update_weights<A>(piece, thread, target, [&](auto width, const Operand& source, int i) {
+    update_weights<A>(piece, thread, target, [&](auto width, const Operand& source, int i) SAM_INLINE_LAMBDA {
       constexpr int kCount = decltype(width)::value;
       const auto g = load<A, kCount>(grad, i);
       auto p = load<A, kCount>(source, i);

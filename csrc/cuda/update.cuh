@@ -8,6 +8,13 @@
 #include "cuda/scalars.cuh"
 #include "cuda/stochastic.cuh"
 
+// A lambda that nvcc inlines, however large: out of line its operands would lie on the stack.
+#if defined(__CUDACC__)
+#define SAM_INLINE_LAMBDA __attribute__((always_inline))
+#else
+#define SAM_INLINE_LAMBDA
+#endif
+
 namespace sam::cuda {
 
 template <bool kVariant>
