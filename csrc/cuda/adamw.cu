@@ -45,18 +45,26 @@ struct Adam {
 
  private:
   template <Decay kDecay>
-  SAM_INLINE void update(const Piece<kRoles>& piece, int thread, const AdamConstants<T>& mine) const {
-    const Operand grad = piece.operands[kGrad], exp_avg = piece.operands[kExpAvg], exp_avg_sq = piece.operands[kExpAvgSq];
-    update_weights<A>(piece, thread, target, [&](auto width, const Operand& source, int i) SAM_INLINE_LAMBDA {
-      constexpr int kCount = decltype(width)::value;
+  struct Step {
+    Operand grad, exp_avg, exp_avg_sq;
+    const AdamConstants<T>& constants;
+
+    template <int kCount>
+    SAM_INLINE typename A::template Values<kCount> make(const Operand& source, int i) const {
       const auto g = load<A, kCount>(grad, i);
       auto p = load<A, kCount>(source, i), m = load<A, kCount>(exp_avg, i), v = load<A, kCount>(exp_avg_sq, i);
       SAM_UNROLL
-      for (int j = 0; j < kCount; ++j) p.data[j] = adamw_step<kDecay>(p.data[j], g.data[j], m.data[j], v.data[j], mine);
+      for (int j = 0; j < kCount; ++j) p.data[j] = adamw_step<kDecay>(p.data[j], g.data[j], m.data[j], v.data[j], constants);
       store<A, kCount>(exp_avg, i, m);
       store<A, kCount>(exp_avg_sq, i, v);
       return p;
-    });
+    }
+  };
+
+  template <Decay kDecay>
+  SAM_INLINE void update(const Piece<kRoles>& piece, int thread, const AdamConstants<T>& mine) const {
+    const Step<kDecay> step{piece.operands[kGrad], piece.operands[kExpAvg], piece.operands[kExpAvgSq], mine};
+    update_weights<A>(piece, thread, target, step);
   }
 };
 

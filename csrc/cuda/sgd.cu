@@ -47,6 +47,24 @@ struct Sgd {
   }
 
  private:
+  template <Momentum kMomentum, bool kDecays>
+  struct Step {
+    Operand grad, buffer;
+    const SgdConstants<T>& constants;
+
+    template <int kCount>
+    SAM_INLINE typename A::template Values<kCount> make(const Operand& source, int i) const {
+      const auto g = load<A, kCount>(grad, i);
+      auto p = load<A, kCount>(source, i);
+      typename A::template Values<kCount> m{};
+      if constexpr (kMomentum == Momentum::kPlain || kMomentum == Momentum::kNesterov) m = load<A, kCount>(buffer, i);
+      SAM_UNROLL
+      for (int j = 0; j < kCount; ++j) p.data[j] = sgd_step<kMomentum, kDecays>(p.data[j], g.data[j], m.data[j], constants);
+      if constexpr (kMomentum != Momentum::kNone) store<A, kCount>(buffer, i, m);
+      return p;
+    }
+  };
+
   template <Momentum kMomentum>
   SAM_INLINE void choose_decay(const Piece<kRoles>& piece, int thread) const {
     decays ? update<kMomentum, true>(piece, thread) : update<kMomentum, false>(piece, thread);
@@ -54,19 +72,8 @@ struct Sgd {
 
   template <Momentum kMomentum, bool kDecays>
   SAM_INLINE void update(const Piece<kRoles>& piece, int thread) const {
-    constexpr bool kReads = kMomentum == Momentum::kPlain || kMomentum == Momentum::kNesterov;
-    const Operand grad = piece.operands[kGrad], buffer = piece.operands[kBuffer];
-    update_weights<A>(piece, thread, target, [&](auto width, const Operand& source, int i) SAM_INLINE_LAMBDA {
-      constexpr int kCount = decltype(width)::value;
-      const auto g = load<A, kCount>(grad, i);
-      auto p = load<A, kCount>(source, i);
-      typename A::template Values<kCount> m{};
-      if constexpr (kReads) m = load<A, kCount>(buffer, i);
-      SAM_UNROLL
-      for (int j = 0; j < kCount; ++j) p.data[j] = sgd_step<kMomentum, kDecays>(p.data[j], g.data[j], m.data[j], constants);
-      if constexpr (kMomentum != Momentum::kNone) store<A, kCount>(buffer, i, m);
-      return p;
-    });
+    const Step<kMomentum, kDecays> step{piece.operands[kGrad], piece.operands[kBuffer], constants};
+    update_weights<A>(piece, thread, target, step);
   }
 };
 

@@ -8,13 +8,6 @@
 #include "cuda/scalars.cuh"
 #include "cuda/stochastic.cuh"
 
-// A lambda that nvcc inlines, however large: out of line its operands would lie on the stack.
-#if defined(__CUDACC__)
-#define SAM_INLINE_LAMBDA __attribute__((always_inline))
-#else
-#define SAM_INLINE_LAMBDA
-#endif
-
 namespace sam::cuda {
 
 template <bool kVariant>
@@ -36,11 +29,13 @@ SAM_INLINE Operand source_of(const Piece<kRoles>& piece) {
   return choose(piece.operands[kOldParam].data != nullptr, piece.operands[kOldParam], piece.operands[kParam]);
 }
 
-// Calls make(Width<n>, source, i) for this thread's elements of the chunk, which returns their new weights, and stores these.
+// Calls make.make<n>(source, i) for this thread's elements of the chunk, which returns their new weights, and stores these.
 template <class A, int kRoles, class Make>
 SAM_INLINE void update_weights(const Piece<kRoles>& piece, int thread, const UpdateTarget<false>&, Make make) {
   const Operand source = source_of(piece), param = piece.operands[kParam];
-  for_each_pack<A>(piece, thread, [&](auto width, int i) { store<A, decltype(width)::value>(param, i, make(width, source, i)); });
+  for_each_pack<A>(piece, thread, [&](auto width, int i) {
+    store<A, decltype(width)::value>(param, i, make.template make<decltype(width)::value>(source, i));
+  });
 }
 
 template <class A, int kRoles, class Make>
@@ -48,7 +43,7 @@ SAM_INLINE void update_weights(const Piece<kRoles>& piece, int thread, const Upd
   const Operand source = source_of(piece), param = piece.operands[kParam], old_param = piece.operands[kOldParam];
   if (!target.is_stochastic || param.dtype != DType::kBFloat16) {
     for_each_pack<A>(piece, thread, [&](auto width, int i) {
-      const auto p = make(width, source, i);
+      const auto p = make.template make<decltype(width)::value>(source, i);
       if (A::kHasMasters && target.to_old) store<A, decltype(width)::value>(old_param, i, p);
       store<A, decltype(width)::value>(param, i, p);
     });
@@ -61,7 +56,7 @@ SAM_INLINE void update_weights(const Piece<kRoles>& piece, int thread, const Upd
     for (int word = 0; word < kWords; ++word) {
       const int i = begin + lane + word * kTileLanes;
       if (kCount == 1 && i >= count) break;
-      const auto p = make(width, source, i);
+      const auto p = make.template make<decltype(width)::value>(source, i);
       if (A::kHasMasters && target.to_old) store<A, kCount>(old_param, i, p);
       store_stochastic<kCount>(param, i, p.data, words.of[word]);
     }
