@@ -35,6 +35,7 @@ from bench.timing import interleave, quantiles
 
 TENSORS, ROWS, COLUMNS = 148, 4, 4  # rows: of one rank
 PLAIN, SHARDED, TORCH, LOOP = "SAM, ordinary tensors", "SAM, DTensors", "torch's fused AdamW, DTensors", "davda54 loop, DTensors"
+REDUCES = "its all-reduces alone"
 BARS = {PLAIN: 1.3, TORCH: 0.8}  # SAM over DTensors, of each
 
 
@@ -70,13 +71,13 @@ def _stepper(name: str, params: Sequence[nn.Parameter]) -> Callable[[], object]:
 
 
 @contextmanager
-def counted() -> Iterator[list[int]]:
-    """The bytes of every all-reduce that is called."""
-    found: list[int] = []
+def counted() -> Iterator[list[Tensor]]:
+    """A tensor of zeros like that of every all-reduce that is called."""
+    found: list[Tensor] = []
     usual = distributed.all_reduce
 
     def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        found.append(tensor.numel() * tensor.element_size())
+        found.append(torch.zeros_like(tensor))
         return usual(tensor, *args, **kwargs)
 
     distributed.all_reduce = all_reduce
@@ -95,10 +96,12 @@ def measure(rounds: int, steps: int) -> dict[str, Any]:
     for make in before.values():
         make()
     calls = {name: _stepper(name, params) for name, params in lists.items()}
-    samples = interleave(calls, rounds=rounds, warmup=3, before=before, clock=thread_time_ns)
-    found = {name: quantiles(each) for name, each in samples.items()}
     with counted() as collectives:
         calls[SHARDED]()
+    if collectives:
+        calls[REDUCES] = lambda: [distributed.all_reduce(each) for each in collectives]
+    samples = interleave(calls, rounds=rounds, warmup=3, before=before, clock=thread_time_ns)
+    found = {name: quantiles(each) for name, each in samples.items()}
     gc.collect()
     objects = len(gc.get_objects())
     for _ in range(steps):
@@ -108,8 +111,8 @@ def measure(rounds: int, steps: int) -> dict[str, Any]:
     return {
         "ranks": distributed.get_world_size(),
         "ms": {name: [each.ms_20, each.ms_50, each.ms_80] for name, each in found.items()},
-        "of": {name: round(found[SHARDED].ms_50 / found[name].ms_50, 3) for name in found},
-        "collectives": list(collectives),
+        "of": {name: round(found[SHARDED].ms_50 / found[name].ms_50, 3) for name in lists},
+        "collectives": [each.nbytes for each in collectives],
         "steps": steps,
         "objects_more": len(gc.get_objects()) - objects,
     }
@@ -131,20 +134,24 @@ def _on_rank(rank: int, ranks: int, folder: str, rounds: int, steps: int) -> Non
 def main(repeats: int, steps: int, store: bool, json_path: Path | None) -> None:
     """Compare the host's work for a step of SAM over DTensors with that over ordinary tensors, and with torch's."""
     console = begin(1)
-    table = Table("ranks", *(f"{name}, ms" for name in (PLAIN, SHARDED, TORCH, LOOP)), "all-reduces, bytes", f"objects after {steps} steps")
+    names = (PLAIN, SHARDED, REDUCES, TORCH, LOOP)
+    table = Table("ranks", *(f"{name}, ms" for name in names), "all-reduces, bytes", f"objects after {steps} steps")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for ranks in (1, 2):
             start_processes(_on_rank, (ranks, folder, repeats, steps), nprocs=ranks, start_method="spawn")
             row = torch.load(Path(folder) / f"{ranks}.pt", weights_only=False)
             rows.append(row)
-            medians = [f"{row['ms'][name][1]:.3f}" for name in (PLAIN, SHARDED, TORCH, LOOP)]
+            medians = [f"{row['ms'][name][1]:.3f}" if name in row["ms"] else "none" for name in names]
             table.add_row(str(ranks), *medians, ", ".join(map(str, row["collectives"])) or "none", f"{row['objects_more']:+d}")
     console.print(table)
     for row in rows:
         for name, most in BARS.items():
             verdict = "pass" if row["of"][name] <= most else "FAIL"
             console.print(f"{row['ranks']} ranks: at most {most} of {name}: {row['of'][name]:.2f}: {verdict}", highlight=False)
+        if REDUCES in row["ms"]:
+            rest = (row["ms"][SHARDED][1] - row["ms"][REDUCES][1]) / row["ms"][PLAIN][1]
+            console.print(f"{row['ranks']} ranks: without {REDUCES}: {rest:.2f} of {PLAIN}", highlight=False)
     command = " ".join(["python -m bench.shards", *sys.argv[1:]])
     write({**environment(), "gate": "skipped", "command": command, "rows": rows}, json_path, "shards" if store else None)
 

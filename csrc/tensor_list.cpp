@@ -1,6 +1,7 @@
 #include "tensor_list.h"
 
 #include <pybind11/stl.h>
+#include <structmember.h>
 
 #include <algorithm>
 #include <array>
@@ -21,7 +22,9 @@ struct Names {
   PyObject* get_device = PyUnicode_InternFromString("get_device");
   PyObject* grad = PyUnicode_InternFromString("grad");
   PyObject* is_contiguous = PyUnicode_InternFromString("is_contiguous");
+  PyObject* local_tensor = PyUnicode_InternFromString("_local_tensor");
   PyObject* numel = PyUnicode_InternFromString("numel");
+  PyObject* spec = PyUnicode_InternFromString("_spec");
 };
 
 // Never freed: they live as long as the interpreter.
@@ -129,6 +132,61 @@ View view_of(PyObject* object) {
   return registry().exchange != nullptr ? view_through_dlpack(object) : view_through_methods(object);
 }
 
+// An attribute that a class keeps in a slot, read without a look-up where the object is of the class that was asked last.
+class Slot {
+ public:
+  explicit Slot(PyObject* name) : name_(name) {}
+
+  py::object of(PyObject* object) {
+    if (Py_TYPE(object) != type_) find(Py_TYPE(object));
+    PyObject* value = offset_ > 0 ? *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset_) : nullptr;
+    return value != nullptr ? py::reinterpret_borrow<py::object>(value) : attribute(object, name_);
+  }
+
+ private:
+  void find(PyTypeObject* type) {
+    const py::object found = attribute(reinterpret_cast<PyObject*>(type), name_);
+    const bool is_slot = Py_IS_TYPE(found.ptr(), &PyMemberDescr_Type);
+    const PyMemberDef* member = is_slot ? reinterpret_cast<PyMemberDescrObject*>(found.ptr())->d_member : nullptr;
+    type_ = type;
+    offset_ = member != nullptr && member->type == T_OBJECT_EX ? member->offset : 0;
+  }
+
+  PyObject* name_;
+  PyTypeObject* type_ = nullptr;
+  Py_ssize_t offset_ = 0;
+};
+
+// Where a list's tensors and their gradients are read. An empty object: no gradient, or one that only the slow path can take.
+struct FromTensors {
+  static PyObject* tensor_of(PyObject* tensor) { return tensor; }
+
+  static py::object grad_of(PyObject* tensor) {
+    py::object grad = attribute(tensor, registry().names.grad);
+    return grad.is_none() ? py::object() : grad;
+  }
+};
+
+// DTensors, of which the list has the local parts. Throws AttributeError for any other tensor. Nothing is dispatched.
+class FromOwners {
+ public:
+  py::object tensor_of(PyObject* owner) { return local_.of(owner); }
+
+  py::object grad_of(PyObject* owner) {
+    const py::object grad = attribute(owner, registry().names.grad);
+    if (grad.is_none()) return {};
+    const py::object placed = spec_.of(grad.ptr()), expected = spec_.of(owner);
+    const int is_placed_alike = PyObject_RichCompareBool(placed.ptr(), expected.ptr(), Py_EQ);  // the same object, usually
+    if (is_placed_alike < 0) throw py::error_already_set();
+    if (is_placed_alike == 0) return {};
+    py::object local = local_.of(grad.ptr());
+    return Py_TYPE(local.ptr()) == Py_TYPE(local_.of(owner).ptr()) ? local : py::object();  // not a collective that is under way
+  }
+
+ private:
+  Slot local_{registry().names.local_tensor}, spec_{registry().names.spec};
+};
+
 const dlpack::Exchange* find_exchange(const py::type& tensor_type) {
   const py::object capsule = py::getattr(tensor_type, "__dlpack_c_exchange_api__", py::none());
   if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
@@ -154,6 +212,8 @@ py::class_<List> bind_list(py::module_& module, const char* name) {
       .def(py::init<const py::list&>(), arg("tensors"))
       .def("is_current", &List::is_current, arg("tensors"))
       .def("current_grads", &List::current_grads, arg("tensors"))
+      .def("are_locals_of", &List::are_locals_of, arg("owners"))
+      .def("current_local_grads", &List::current_local_grads, arg("owners"))
       .def_readonly("has_float64", &List::has_float64)
       .def_readonly("only_float32", &List::only_float32)
       .def_readonly("non_contiguous", &List::non_contiguous);
@@ -242,18 +302,29 @@ bool PyTensorList::is_current(const py::list& tensors) const {
   return true;
 }
 
-template <class List>
+bool PyTensorList::are_locals_of(const py::list& owners) const {
+  if (owners.size() != operands.size()) return false;
+  FromOwners source;
+  for (std::size_t i = 0; i < operands.size(); ++i) {
+    PyObject* owner = PyList_GET_ITEM(owners.ptr(), static_cast<Py_ssize_t>(i));
+    if (!is_unmoved(i, owner == objects[i] ? owner : source.tensor_of(owner).ptr())) return false;
+  }
+  return true;
+}
+
+template <class Source, class List>
 py::object PyTensorList::current_grads_as(const py::list& tensors) const {
   if (tensors.size() != operands.size()) return py::none();
   py::list grads(operands.size());
   auto made = std::make_unique<List>();
   PyTensorList* described = made.get();
   described->reserve(operands.size());
+  Source source;
   for (std::size_t i = 0; i < operands.size(); ++i) {
     PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i));
-    if (!is_unmoved(i, tensor)) return py::none();
-    py::object grad = attribute(tensor, registry().names.grad);
-    if (grad.is_none()) return py::none();
+    if (!is_unmoved(i, py::handle(source.tensor_of(tensor)).ptr())) return py::none();
+    py::object grad = source.grad_of(tensor);
+    if (!grad) return py::none();
     described->append(grad.ptr());
     PyList_SET_ITEM(grads.ptr(), static_cast<Py_ssize_t>(i), grad.release().ptr());
   }
@@ -261,8 +332,13 @@ py::object PyTensorList::current_grads_as(const py::list& tensors) const {
   return py::make_tuple(std::move(grads), std::move(made));
 }
 
-template py::object PyTensorList::current_grads_as<PyTensorList>(const py::list&) const;
-template py::object PyTensorList::current_grads_as<AnyTensorList>(const py::list&) const;
+py::object PyTensorList::current_grads(const py::list& tensors) const { return current_grads_as<FromTensors, PyTensorList>(tensors); }
+
+py::object PyTensorList::current_local_grads(const py::list& owners) const { return current_grads_as<FromOwners, PyTensorList>(owners); }
+
+py::object AnyTensorList::current_grads(const py::list& tensors) const { return current_grads_as<FromTensors, AnyTensorList>(tensors); }
+
+py::object AnyTensorList::current_local_grads(const py::list& owners) const { return current_grads_as<FromOwners, AnyTensorList>(owners); }
 
 bool AnyTensorList::has_kinds_of(const AnyTensorList& other) const {
   const auto same_dtype = [](const Operand& left, const Operand& right) { return left.dtype == right.dtype; };

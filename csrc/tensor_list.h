@@ -36,13 +36,18 @@ struct PyTensorList : TensorList {
 
   // The gradients of these tensors and their description, in one pass over the list: (list, TensorList). None when they are not the same
   // tensors where they lay, or when one has no gradient or one of another size.
-  pybind11::object current_grads(const pybind11::list& tensors) const { return current_grads_as<PyTensorList>(tensors); }
+  pybind11::object current_grads(const pybind11::list& tensors) const;
+
+  // The same two of DTensors whose local parts these tensors are, and of the local parts of their gradients. None as well when a gradient
+  // is not placed as its owner, or is the result of a collective that is under way. Both throw AttributeError for what is no DTensor.
+  bool are_locals_of(const pybind11::list& owners) const;  // an owner may be the tensor itself
+  pybind11::object current_local_grads(const pybind11::list& owners) const;
 
  protected:
   explicit PyTensorList(int32_t device_type) : device_type_(device_type) {}
 
   void read(const pybind11::list& tensors);
-  template <class List>
+  template <class Source, class List>
   pybind11::object current_grads_as(const pybind11::list& tensors) const;
 
  private:
@@ -58,7 +63,8 @@ struct AnyTensorList : PyTensorList {
   AnyTensorList() : PyTensorList(kAnyDevice) {}
   explicit AnyTensorList(const pybind11::list& tensors) : AnyTensorList() { read(tensors); }
 
-  pybind11::object current_grads(const pybind11::list& tensors) const { return current_grads_as<AnyTensorList>(tensors); }
+  pybind11::object current_grads(const pybind11::list& tensors) const;
+  pybind11::object current_local_grads(const pybind11::list& owners) const;
   bool has_kinds_of(const AnyTensorList& other) const;  // the same sizes and dtypes
   bool has_pointers_of(const AnyTensorList& other) const;
   void write_pointers(uintptr_t destination) const;  // (n,) int64, in memory of the host

@@ -70,11 +70,20 @@ def batch_at(data: Tensor, step: int, device: torch.device) -> tuple[Tensor, Ten
     return rows[:, :-1], rows[:, 1:]
 
 
+def last_complete(checkpoints: Path) -> Path | None:
+    """The newest folder whose save has ended: ``.metadata`` is written last. Rank 0 looks, so that all ranks load the same one."""
+    steps = {int(path.parent.name.removeprefix("step-")): path.parent for path in checkpoints.glob("step-*/.metadata")}
+    found = [steps[max(steps)] if steps else None]
+    distributed.broadcast_object_list(found, src=0)
+    return found[0]
+
+
 @click.command()
 @click.option("--steps", default=40, show_default=True, help="Step to train up to.")
 @click.option("--rho", default=0.05, show_default=True, help="Radius of the perturbation; 0 trains with AdamW alone.")
 @click.option("--checkpoints", type=click.Path(path_type=Path), help="Folder of checkpoints: the last complete one is resumed.")
-def main(steps: int, rho: float, checkpoints: Path | None) -> None:
+@click.option("--every", default=20, show_default=True, help="Steps between two checkpoints; the last step is saved too.")
+def main(steps: int, rho: float, checkpoints: Path | None, every: int) -> None:
     """Train a small GPT with SAM around AdamW."""
     on_gpu = torch.cuda.is_available()
     distributed.init_process_group("nccl" if on_gpu else "gloo")
@@ -91,9 +100,9 @@ def main(steps: int, rho: float, checkpoints: Path | None) -> None:
     optimizer = sam_kernels.SAM(model.parameters(), torch.optim.AdamW, rho=rho, lr=3e-3, weight_decay=0.1, max_grad_norm=1.0)
 
     state: dict[str, Any] = {"step": 0}
-    if checkpoints is not None and (complete := sorted(path.parent for path in checkpoints.glob("step-*/.metadata"))):
+    if checkpoints is not None and (complete := last_complete(checkpoints)):
         state["model"], state["optimizer"] = get_state_dict(model, optimizer)
-        dcp.load(state, checkpoint_id=complete[-1])
+        dcp.load(state, checkpoint_id=complete)
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     data, start = text(), state["step"]
     began = time.perf_counter()
@@ -109,10 +118,10 @@ def main(steps: int, rho: float, checkpoints: Path | None) -> None:
         loss = optimizer.step(closure)
         if distributed.get_rank() == 0 and (step % 10 == 0 or step == steps - 1):
             print(f"step {step}: loss {loss.item():.6f}", flush=True)
-    if checkpoints is not None and start < steps:
-        state["step"] = steps
-        state["model"], state["optimizer"] = get_state_dict(model, optimizer)
-        dcp.save(state, checkpoint_id=checkpoints / f"step-{steps:06}")  # .metadata is written last
+        if checkpoints is not None and ((step + 1) % every == 0 or step == steps - 1):
+            state["step"] = step + 1
+            state["model"], state["optimizer"] = get_state_dict(model, optimizer)
+            dcp.save(state, checkpoint_id=checkpoints / f"step-{step + 1:06}")
     if distributed.get_rank() == 0:
         seconds = time.perf_counter() - began
         ranks, skipped = distributed.get_world_size(), optimizer.skipped_steps

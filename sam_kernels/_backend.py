@@ -34,6 +34,9 @@ class Backend:
         current_grads: (known, params) -> the gradients of ``params``, trusted; None unless ``params`` are the tensors of ``known``,
             unmoved, each with an ordinary gradient.
         is_current: (known, tensors) -> whether ``tensors`` are those of ``known``, still where they lay when it was made.
+        current_local_grads: (known, owners) -> as ``current_grads``, of DTensors whose local parts are ``known``: the local parts of their
+            gradients; None as well where a gradient lies otherwise than its owner.
+        are_locals_of: (known, owners) -> as ``is_current``, of DTensors whose local parts are ``known``; or of the tensors of ``known``.
         describe: one line for ``python -m sam_kernels info``.
         device_types: of the tensors it takes; None: every device that torch knows.
         dtypes: those it has kernels for; None: all that operations take.
@@ -48,6 +51,8 @@ class Backend:
     trust: Callable[..., TensorList | None]
     current_grads: Callable[[TensorList, list[Tensor]], TensorList | None]
     is_current: Callable[[TensorList, list[Tensor]], bool]
+    current_local_grads: Callable[[TensorList, list[Tensor]], TensorList | None]
+    are_locals_of: Callable[[TensorList, list[Tensor]], bool]
     describe: Callable[[], str]
     device_types: frozenset[str] | None = None
     dtypes: frozenset[torch.dtype] | None = None

@@ -7,7 +7,6 @@ optimizers ask here before they take an address.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -20,7 +19,9 @@ from torch.nn import Parameter
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # not in torch's stub
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["ORDINARY_TYPES", "active_fake_mode", "is_dtensor", "is_fake", "is_inside_transform", "why_no_memory", "without_memory"]
+from sam_kernels._sharding import is_dtensor
+
+__all__ = ["ORDINARY_TYPES", "active_fake_mode", "is_fake", "is_inside_transform", "why_no_memory", "without_memory"]
 
 # Types whose tensors are strided memory, up to what only the tensor itself shows (layout, device, freed storage).
 ORDINARY_TYPES = frozenset({Tensor, Parameter})
@@ -31,12 +32,6 @@ _FAKE = _TorchDispatchModeKey.FAKE
 def is_fake(tensor: object) -> bool:
     """Whether ``tensor`` is a FakeTensor: a shape, a dtype and a device, and no values (``torch._subclasses.FakeTensorMode``)."""
     return isinstance(tensor, FakeTensor)
-
-
-def is_dtensor(tensor: object) -> bool:
-    """Whether ``tensor`` is a DTensor. Does not import ``torch.distributed.tensor``: without that module there is none."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def active_fake_mode() -> FakeTensorMode | None:

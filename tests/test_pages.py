@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
     "page",
     [
         "README.md",
-        "docs/distributed.md",
+        "docs/guides/distributed.md",
         "docs/family.md",
         "docs/migrating.md",
         "docs/per_sample.md",

@@ -13,7 +13,7 @@ from sam_kernels.optim._part import FirstGradient, Part, Use
 from sam_kernels.optim.descents import Descent
 from sam_kernels.optim.directions import Direction
 
-__all__ = ["check_family", "check_gradient", "check_passes", "check_weighted"]
+__all__ = ["check_family", "check_freezing", "check_gradient", "check_passes", "check_weighted"]
 
 
 # Class attributes of earlier versions, by what a direction or a rule has in their place.
@@ -52,6 +52,8 @@ def check_family(direction: Any, descent: Any, base: Optimizer, *, clips: bool, 
     for part in (direction, descent):
         _check_attributes(part)
         part.check_base(base)
+    if direction.keeps_last_grads and not direction.keeps:
+        raise TypeError(f"SAM: {type(direction).__name__}.keeps_last_grads is set, but its keeps names nothing to keep them under")
     if descent.keeps_grads and direction.first_gradient is not FirstGradient.AT_WEIGHTS:
         raise ValueError(f"SAM: descent {descent.name!r} needs the gradient at the weights; direction {direction.name!r} takes none")
     for part in (direction, descent):
@@ -59,6 +61,25 @@ def check_family(direction: Any, descent: Any, base: Optimizer, *, clips: bool, 
             raise ValueError(f"SAM: max_grad_norm is not defined for {part.role} {part.name!r}")
         if capturable and part.refuses(Use.CAPTURE):
             raise ValueError(f"SAM: capturable=True, but what {part.name!r} does at a step is decided, or drawn, by the host")
+
+
+def check_freezing(direction: Direction, descent: Descent, process_group: Any) -> None:
+    """Raises ValueError where the first pass must give all parameters a gradient, or gives none."""
+    if direction.first_gradient is FirstGradient.NONE:
+        raise ValueError(f"SAM: freeze_unperturbed=True: direction {direction.name!r} takes no gradient before the ascent; leave it out")
+    if descent.keeps_grads:
+        raise ValueError(
+            f"SAM: freeze_unperturbed=True: descent {descent.name!r} steps along the gradients of the first pass too, so it needs those of "
+            "all parameters; leave freeze_unperturbed out"
+        )
+    for part in (direction, descent):
+        if part.refuses(Use.FREEZING):
+            raise ValueError(f"SAM: freeze_unperturbed=True is not defined for {part.role} {part.name!r}")
+    if process_group is not None:
+        raise ValueError(
+            "SAM: freeze_unperturbed=True with process_group: a stage of a pipeline whose parameters are all frozen would have no graph; "
+            "leave freeze_unperturbed out"
+        )
 
 
 def check_weighted(direction: Any, descent: Any) -> None:
@@ -87,7 +108,8 @@ def check_gradient(direction: Direction, descent: Descent, made: int) -> None:
     for part in (direction, descent):
         if part.refuses(Use.BACKWARD):
             raise ValueError(f"SAM.backward: {part.role} {part.name!r} chooses more than a gradient; call step(closure)")
-    if made and direction.keeps:
+    averages = direction.keeps[1:] if direction.keeps_last_grads else direction.keeps  # the others are the optimizer's, at the step
+    if made and averages:
         raise ValueError(
             f"SAM.backward: direction {direction.name!r} keeps an average of one gradient a step; call backward once for each step"
         )

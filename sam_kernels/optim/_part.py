@@ -24,6 +24,7 @@ class Use(Enum):
     CAPTURE = "capturable=True"  # nothing may be decided, or drawn, by the host at a step
     CLIPPING = "max_grad_norm"
     BACKWARD = "backward(closure)"  # all that is done must be done to the gradients of one batch
+    FREEZING = "freeze_unperturbed=True"  # the first pass gives no gradients to groups with rho = 0
     TWO_STEPS = "first_step() and second_step()"  # every step must have two passes
 
 

@@ -125,7 +125,8 @@ class Descent(Part):
         return True
 
     def rewrite(self, step: DescentStep) -> Outcome:
-        """Rewrites the gradients of the second pass in place; the base steps along the result. Called where there are gradients."""
+        """Rewrites the gradients of the second pass in place; the base steps along the result. Called where there are gradients; with
+        shards on every rank, since others may have some: sums over ranks must not depend on it."""
         return UNCHANGED
 
 
@@ -239,7 +240,7 @@ class Look(Descent):
     def rewrite(self, step: DescentStep) -> Outcome:
         memory, name = step.passes.memory, self.keeps[0]
         if not step.has_ascended:
-            if not memory.has(name):
+            if not memory.has(name) and not step.passes.lists.shards:  # other ranks may keep some; then it is zero here
                 return UNCHANGED
             squares, _, kept_squares = step.dots(lambda current: memory.of_or_zeros(name, current.lists))
             ratio = step.or_zero(torch.where(kept_squares > 0, (squares / kept_squares.clamp_min(_TINY)).sqrt(), 0.0))

@@ -36,6 +36,7 @@ __all__ = [
     "Momentum",
     "PerturbOptions",
     "Randomized",
+    "Stale",
     "Use",
     "VarianceSuppressed",
 ]
@@ -54,6 +55,7 @@ class Direction(Part):
     role = "direction"
     name: ClassVar[str] = "gradient"
     first_gradient: ClassVar[FirstGradient] = FirstGradient.AT_WEIGHTS
+    keeps_last_grads: ClassVar[bool] = False  # of each step's last pass, by the optimizer, under the first name in ``keeps``
 
     def is_downhill(self, maximize: bool) -> bool:
         """Whether the ascent is w - ρ d. ``maximize``: that of the group, with which a step along the gradient goes to better points."""
@@ -196,8 +198,7 @@ class Centralized(Direction):
         return self._centralize(step, group_grads, normalised=True)
 
     def descent_norm(self, step: AscentStep) -> Tensor | None:
-        group_grads = step.grads()
-        return self._centralize(step, group_grads, normalised=False) if group_grads else None
+        return self._centralize(step, step.grads(), normalised=False)
 
     def _centralize(self, step: AscentStep, group_grads: list[GroupGrads], *, normalised: bool) -> Tensor:  # ()
         parts = step.joined(group_grads, normalised=normalised)
@@ -294,3 +295,34 @@ class Momentum(Direction):
 
     def perturb_options(self, step: AscentStep, current: GroupGrads) -> PerturbOptions:
         return _UNSCALED
+
+
+class Stale(Direction):
+    """d is the gradient that the last step was made along, g_p = ∇f(w + e) of that step. Memory: d, N s.
+
+    The perturbation needs no gradient of its own: one forward and one backward pass a step. On the first step there is no d and nothing is
+    perturbed; so it is on the step after a skipped one, whose gradient is not finite. d is g_p before clipping and without weight decay,
+    momentum or a loss scale; 0 for a parameter that had no gradient. Plain steps of a radius that rests keep theirs too, so that d is
+    always one step old; a group whose radius is the number 0 keeps nothing.
+
+    Bytes: none for keeping d where the gradients are the optimizer's to take over: in ``step(closure)`` and ``second_step(zero_grad=True)``
+    with a fused base. ``param.grad`` is then None after the step. Otherwise 2 N s for a copy, 3 N s with a loss scale.
+    """
+
+    name = "stale"
+    keeps = ("last_grad",)
+    keeps_last_grads = True
+    first_gradient = FirstGradient.NONE
+
+    def group_grads(self, step: AscentStep) -> list[GroupGrads]:
+        return step.kept_as_grads(self.keeps[0])
+
+    def norm(self, step: AscentStep, group_grads: list[GroupGrads], grad_scale: Tensor | None) -> Tensor:
+        norms, spoiled = [], step.spoiled
+        for lists, grads, scaling in step.joined(group_grads):
+            norm = functional.grad_norm(grads, lists.params, **scaling)
+            norms.append((lists, norm if spoiled is None else norm.masked_fill(spoiled.to(norm.device) != 0, 0.0)))
+        return step.combined(norms)
+
+    def perturb_options(self, step: AscentStep, current: GroupGrads) -> PerturbOptions:
+        return PerturbOptions(is_scaled=False, rests=step.spoiled)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from sam_kernels._sharding import sharded_modules
 from sam_kernels._validate import describe
 from sam_kernels.optim._batches.closures import Closure, TwoPasses, passes_of
 from sam_kernels.optim._compatibility import check_weighted
@@ -24,7 +25,6 @@ from sam_kernels.optim._reweighted.reweighting import Reweighting, check_modules
 from sam_kernels.optim._reweighted.samples import ranks_of
 from sam_kernels.optim._reweighted.weighing import Weighing
 from sam_kernels.optim._seeds import derived_seed
-from sam_kernels.optim._shards.modules import reshard
 from sam_kernels.optim.sam import SAM
 from sam_kernels.per_sample import GradNorms
 from sam_kernels.schedules._at_step import Schedule
@@ -64,7 +64,7 @@ class RWSAM(SAM):
             norms are then those of contributions (see :class:`~sam_kernels.per_sample.GradNorms`), which add up to the batch's gradient.
             Over the shards of ``fully_shard`` samples of all ranks are weighted together, and the step is that of one process. Wrapped
             in DistributedDataParallel, each rank weights its own and climbs along their gradient, which is not averaged (as m-SAM); the
-            descent is. (See ``local_ascent``, and docs/distributed.md.)
+            descent is. (See ``local_ascent``, and docs/guides/distributed.md.)
         base_optimizer: as for :class:`SAM`, made with ``base_kwargs``.
         beta: inverse temperature ≥ 0: a number, a 0-dim tensor or a callable t → β. Kept in ``param_groups``, alike in all.
         norms: see above.
@@ -139,7 +139,8 @@ class RWSAM(SAM):
         self._more_defaults = {"beta": beta}
         if sam_and_base_kwargs.get("process_group") is not None:
             raise ValueError("RWSAM: process_group is not supported: the gradient of a sample would lie on several ranks; use SAM")
-        reshard(model)
+        for module in sharded_modules(model):
+            module.reshard()  # its parameters are then the shards
         params = model.parameters() if params is None else params
         super().__init__(params, base_optimizer, model=model, local_ascent=local_ascent, **sam_and_base_kwargs)
         known = set(map(id, model.parameters()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
@@ -11,20 +10,21 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from sam_kernels._validate import check_flag, check_number, describe, plain_number
+from sam_kernels._validate import check_flag, check_number, describe
 from sam_kernels.optim._base.base import keys_given, make_base, materialised
-from sam_kernels.optim._base.options import check_earlier_values, check_group_names, check_keywords, group_keys
+from sam_kernels.optim._base.options import check_earlier_values, check_group_names, check_keywords, check_max_norm, group_keys
 from sam_kernels.optim._batches.closures import Closure, TwoPasses, passes_of
 from sam_kernels.optim._batches.micro_batches import mean_loss
-from sam_kernels.optim._compatibility import check_family, check_passes
-from sam_kernels.optim._engine import amp, capturable
+from sam_kernels.optim._compatibility import check_family, check_freezing, check_passes
+from sam_kernels.optim._engine import amp
 from sam_kernels.optim._engine.ascent_step import AscentStep
-from sam_kernels.optim._engine.engine import Engine
+from sam_kernels.optim._engine.first_pass import warn_of_nothing_to_freeze
 from sam_kernels.optim._engine.memory import ParamMemory
+from sam_kernels.optim._engine.observing import check_observed
 from sam_kernels.optim._engine.plan import check_options
-from sam_kernels.optim._engine.replay import BufferGuard, RandomState
-from sam_kernels.optim._part import FirstGradient, Use
-from sam_kernels.optim._replicas.replicas import Replicas
+from sam_kernels.optim._engine.replay import BufferGuard
+from sam_kernels.optim._engine.two_steps import TwoStepAPI
+from sam_kernels.optim._replicas.hybrid import replicas_of
 from sam_kernels.optim._shards.shards import check_process_group
 from sam_kernels.optim.descents import Descent, Plain
 from sam_kernels.optim.directions import Direction, Gradient
@@ -38,7 +38,7 @@ __all__ = ["SAM"]
 Loss = TypeVar("Loss")
 
 
-class SAM(Engine):
+class SAM(TwoStepAPI):
     r"""Sharpness-aware minimization (arXiv 2010.01412, also the source of ρ = 0.05) around any ``torch.optim`` optimizer.
 
     One step, with g = ∇f(w) over all parameters and t = 1, 2, … the step (Unified SAM, arXiv 2503.02225)::
@@ -47,29 +47,34 @@ class SAM(Engine):
         w = base_optimizer(w, ∇f(w + e))                              descent, from w restored bit for bit
 
     Args:
-        params: parameters or parameter groups, as for ``torch.optim``; groups may set ``rho``, ``lambd``, ``adaptive`` and ``eta`` of their
-            own. float32, float64, bfloat16 or float16; arithmetic is float32 or better. With a base instance: that instance's parameters.
+        params: parameters or parameter groups, as for ``torch.optim``; groups may set ``rho``, ``lambd``, ``adaptive``, ``eta`` and
+            ``scale`` of their own. float32, float64, bfloat16 or float16; arithmetic is float32 or better. With a base instance: that
+            instance's parameters.
         base_optimizer: an optimizer class, made with ``base_kwargs``, or an instance. Its ``param_groups`` and ``state`` are shared.
         rho: radius ≥ 0: a number, a 0-dim tensor, ``'C/k^p'``, a callable t → ρ or a :class:`sam_kernels.schedules.Radius`, which also
             sees the gradient's norm and the loss. A group with ρ = 0 takes no part in the ascent. With ρ = 0 everywhere the closure runs
             once and the step is the base optimizer's, bit for bit.
         lambd: mix of SAM (1) and USAM (0): a number in [0, 1], a 0-dim tensor, ``'1/t'``, ``'1-1/t'`` or a callable t → λ.
         adaptive, eta: ASAM's normalisation T = |w| + eta.
+        scale: s in [0, 1e9], of a group: T is multiplied by it, with ``adaptive`` s (|w| + eta), otherwise s. See docs/schedules.md.
         direction: what the ascent goes along, of :mod:`sam_kernels.optim.directions`; the gradient unless given.
         descent: what the base steps along, of :mod:`sam_kernels.optim.descents`; the gradient of the second pass unless given.
         norm_eps: added to the norm. (``eps`` is the base's, where it takes one.)
         max_grad_norm: clips the descent gradient to this norm, as ``torch.nn.utils.clip_grad_norm_``, inside the fused step.
         model: module whose normalisation layers keep their running statistics in the second pass; or a list of modules, all of whose
             buffers are kept. Replicas of a ``DistributedDataParallel`` module agree on skipped steps.
-        local_ascent: m-SAM over ranks (docs/distributed.md); ``model`` must be, or list, the ``DistributedDataParallel`` module.
+        local_ascent: m-SAM over ranks (docs/guides/distributed.md); ``model`` must be, or list, the ``DistributedDataParallel`` module;
+            or that of ``fully_shard`` on a mesh (replicate, shard), for m-SAM over its replica groups.
         process_group: ranks that hold the rest of the model, such as the other stages of a pipeline: norms are over the parameters of all,
-            and all skip a step together (docs/distributed.md). Not for replicas, nor for DTensors, whose meshes are known.
+            and all skip a step together (docs/guides/distributed.md). Not for replicas, nor for DTensors, whose meshes are known.
         preserve_rng_state: both passes see the same random numbers (dropout masks). With the two-step API call
             :meth:`record_rng_state` before the first forward pass.
         check_finite: the descent gradients are looked at before anything is updated: one more read of them, 1 of 11 N s. False is for those
             who would rather have the time than the net: a gradient of the second pass that is not finite is then stepped along. (One of
             the first pass still skips the step; so does either where a ``GradScaler`` or ``max_grad_norm`` needs the look anyway.)
             ``scaler.step(optimizer)`` without ``unscale_`` has just looked at them itself, and they are not read again.
+        freeze_unperturbed: parameters of groups with ρ = 0 require no gradient in the first pass, which then costs less; weights and
+            state are the same. For groups see :func:`sam_kernels.norm_layers`; for the two-step API, :meth:`ascent`.
         capturable: steps can be recorded into a CUDA graph, and a graph that is replayed follows its schedules; see below.
         base_kwargs: passed to the base optimizer's class.
 
@@ -91,7 +96,16 @@ class SAM(Engine):
         TypeError, ValueError: for arguments of the wrong type or out of range, sparse or complex parameters, an empty parameter list.
     """
 
-    _kept = (*Engine._kept, "norm_eps", "max_grad_norm", "preserve_rng_state", "check_finite", "_guard", "_replicas")
+    _kept = (
+        *TwoStepAPI._kept,
+        "norm_eps",
+        "max_grad_norm",
+        "preserve_rng_state",
+        "check_finite",
+        "freeze_unperturbed",
+        "_guard",
+        "_replicas",
+    )
     _step_supports_amp_scaling = True  # GradScaler.step then always calls step() and hands over grad_scale and found_inf
 
     def __init__(
@@ -103,6 +117,7 @@ class SAM(Engine):
         lambd: Schedule = 1.0,
         adaptive: bool = False,
         eta: float = 0.0,
+        scale: float = 1.0,
         direction: Direction | None = None,
         descent: Descent | None = None,
         norm_eps: float = 1e-12,
@@ -112,13 +127,15 @@ class SAM(Engine):
         process_group: ProcessGroup | None = None,
         preserve_rng_state: bool = False,
         check_finite: bool = True,
+        freeze_unperturbed: bool = False,
         capturable: bool = False,
         **base_kwargs: Any,
     ) -> None:
         self.norm_eps = check_number("SAM", "norm_eps", norm_eps, low=0.0)
-        self.max_grad_norm = _checked_norm(max_grad_norm)
+        self.max_grad_norm = check_max_norm(max_grad_norm)
         self.preserve_rng_state = check_flag("SAM", "preserve_rng_state", preserve_rng_state)
         self.check_finite = check_flag("SAM", "check_finite", check_finite)
+        self.freeze_unperturbed = check_flag("SAM", "freeze_unperturbed", freeze_unperturbed)
         self.capturable = check_flag("SAM", "capturable", capturable)
         self.process_group = check_process_group(process_group)
         self.direction, self.descent = Gradient() if direction is None else direction, Plain() if descent is None else descent
@@ -128,7 +145,16 @@ class SAM(Engine):
         self.base_optimizer = make_base(params, base_optimizer, base_kwargs)
         check_keywords(type(self), base_optimizer, self._given, self._shared_keywords, self.base_optimizer)
         check_family(self.direction, self.descent, self.base_optimizer, clips=self.max_grad_norm is not None, capturable=self.capturable)
-        self._replicas = Replicas(self._guard.model, self.direction, self.descent, local_ascent=local_ascent)
+        if self.freeze_unperturbed:
+            check_freezing(self.direction, self.descent, self.process_group)
+        self._replicas = replicas_of(
+            self._guard.model,
+            self.direction,
+            self.descent,
+            self.process_group,
+            local_ascent=local_ascent,
+            freezes=self.freeze_unperturbed,
+        )
         self._memory = ParamMemory((*self.direction.keeps, *self.descent.keeps))
         self._has_stepped = False
         is_instance = self.base_optimizer is base_optimizer
@@ -137,13 +163,15 @@ class SAM(Engine):
         self._name_keys = group_keys(("direction", "descent"), self.base_optimizer, given)
         for i, (group, keys) in enumerate(zip(self.base_optimizer.param_groups, given, strict=False)):
             check_group_names(group, keys, i, self._keys, self.base_optimizer)
-        own = {"rho": rho, "lambd": lambd, "adaptive": adaptive, "eta": eta, **self._more_defaults}
+        own = {"rho": rho, "lambd": lambd, "adaptive": adaptive, "eta": eta, "scale": scale, **self._more_defaults}
         defaults = {self._keys[name]: value for name, value in own.items()}
         check_options(defaults, self._keys, capturable=self.capturable)
         if is_instance:
             check_earlier_values(self.base_optimizer, defaults, self._keys)
         super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **defaults, self._keys["sam_step"]: 0})
         self._link()
+        if self.freeze_unperturbed:
+            warn_of_nothing_to_freeze(self.param_groups, self._keys["rho"])
 
     # --- the step ---
 
@@ -227,13 +255,16 @@ class SAM(Engine):
         self._random_state = self._replayed_state = None  # of a step that was given up
         try:
             count, losses, norm = len(passes), [], None
+            is_one_gradient = count == 1 and passes[0][0] is passes[0][1]
             mean = self._replicas.mean(count, self._passes)
             passes = self._replicas.arranged(passes, mean, self.param_groups)
             plan = self._begin()
+            check_observed(plan, is_one_gradient)
+            self._hands_over = True
             ascends = plan.ascends and self.descent.ascends(plan.groups[0].t)
             for i, (ascent, descent) in enumerate(passes):
                 if ascends:
-                    step = AscentStep(self._passes, self._replicas.index_of(i, count))
+                    step = AscentStep(self._passes, self._replicas.index_of(i, count), within_replica=self._replicas.has_groups)
                     losses.append(self._two_passes(step, ascent, descent, scaler, self._watched))
                 else:  # of one batch it is the base's own step
                     losses.append(self._called(descent) if mean is None else self._watched(descent))
@@ -245,8 +276,8 @@ class SAM(Engine):
             if mean is not None:
                 norm = mean.put(self.param_groups)
             self._descend(amp.scale_of(scaler), None, scaler, norm)
-        except BaseException:
-            self._undo()
+        except BaseException as error:
+            self._undo(error)
             raise
         return losses[0] if mean is None else mean_loss(losses)
 
@@ -287,84 +318,6 @@ class SAM(Engine):
             raise TypeError(f"SAM.backward: closure must be a callable, got {describe(closure)}")
         return cast(Loss, self._add_gradient(closure, closure, scaler))
 
-    @torch.no_grad()
-    def random_step(self) -> None:
-        """For the two-step API of :class:`RSAM`, before the first forward pass: moves the weights to w + Δ, where :meth:`first_step` goes
-        on. Called again before that, it moves them from w by the same Δ. Raises RuntimeError where the direction begins at w.
-        """
-        if self.direction.first_gradient is not FirstGradient.ELSEWHERE:
-            raise RuntimeError(f"SAM.random_step: direction {self.direction.name!r} begins at the weights; call first_step")
-        is_same_step = self._awaits_ascent  # called again
-        self._restore()
-        if not is_same_step:
-            self._begin()
-        try:
-            self.direction.begin(AscentStep(self._passes, self._replicas.index_of(0, 1)))
-        except BaseException:
-            self._undo()
-            raise
-        self._awaits_ascent = True
-
-    @torch.no_grad()
-    def first_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None) -> None:
-        """The ascent, from the gradients as they are. Follow with forward, backward and :meth:`second_step`.
-
-        ``grad_scaler``: the gradients are still scaled by it. Needed for λ < 1, for radii that follow the norm, for every direction but
-        the gradient's own (VaSSO, F-SAM, RSAM) and for rules that keep the gradients (GSAM, WSAM); what SAM with λ = 1 ascends along does
-        not depend on the scale. :class:`MomentumSAM` takes this step before the only forward and backward pass.
-        """
-        scaler = amp.check_scaler(grad_scaler)
-        if self.direction.refuses(Use.TWO_STEPS) or self.descent.refuses(Use.TWO_STEPS):
-            raise RuntimeError(f"SAM.first_step: {type(self).__name__} needs step(closure): not every step has two passes")
-        first_gradient = self.direction.first_gradient
-        if first_gradient is FirstGradient.ELSEWHERE and not self._awaits_ascent:
-            raise RuntimeError(f"SAM.first_step: {type(self).__name__} needs random_step() before the first forward pass, or step(closure)")
-        if self.preserve_rng_state and self._random_state is None and first_gradient is not FirstGradient.NONE:
-            raise RuntimeError("SAM.first_step: preserve_rng_state=True needs record_rng_state() before the first forward pass")
-        amp.check_unscaled(scaler, self)
-        if self._calls_made():
-            raise RuntimeError("SAM.first_step: .grad holds what backward(closure) has added; call step(), or zero_grad() to drop it")
-        if first_gradient is not FirstGradient.ELSEWHERE:
-            self._restore()
-            self._begin()
-        self._awaits_ascent = False
-        self._forget_first_pass()
-        try:
-            self._replicas.check_first_pass()
-            scale = None if first_gradient is FirstGradient.NONE else amp.scale_of(scaler)
-            self._ascend(AscentStep(self._passes), scale, hand_over=zero_grad)
-            self._passes.watch_weights()
-        except BaseException:
-            self._undo()
-            raise
-        self._scale_is_known = scaler is not None
-        if self._random_state is not None:
-            self._random_state.replay()
-            self._replayed_state, self._random_state = self._random_state, None
-        if zero_grad:
-            self.zero_grad()
-        elif not (first_gradient is FirstGradient.NONE or capturable.is_recording(self._passes.found_inf.device)):
-            self._halves.begin(self.param_groups)
-
-    def second_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None, loss: Any = None) -> None:
-        """The descent: weights are restored and stepped along the gradients as they are. ``loss``: that at the perturbed weights, for rules
-        that need it (:class:`SAMSPS`).
-
-        Raises RuntimeError without a :meth:`first_step` before it; TypeError or RuntimeError for a loss that the rule cannot do with:
-        nothing has been touched then, and it can be called again with the loss.
-        """
-        if not self._passes.is_perturbed or self._awaits_ascent:
-            raise RuntimeError("SAM.second_step: call first_step first")
-        self.descent.check_loss(loss, self._passes.found_inf.device)
-        self._loss = loss
-        self.step(grad_scaler=grad_scaler)  # through step(), so that hooks and schedulers see one step
-        if zero_grad:
-            self.zero_grad()
-
-    def record_rng_state(self) -> None:
-        """With ``preserve_rng_state`` and the two-step API: call before the first forward pass."""
-        self._random_state = RandomState(self._devices())
-
     def release_buffers(self) -> None:
         """Frees the copies of parameters and, for rules that keep them, of gradients (N s where gradients are not the optimizer's to take
         over: see docs/family.md); a later step allocates them again. Raises RuntimeError between the two passes."""
@@ -372,14 +325,6 @@ class SAM(Engine):
         self._passes.release()
         self._kept_grads.release()
         self._guard.release()
-
-
-def _checked_norm(max_grad_norm: Any) -> float | None:
-    """Infinity is one, as for ``clip_grad_norm_``: it clips nothing."""
-    max_grad_norm = plain_number(max_grad_norm)
-    if max_grad_norm is None or (isinstance(max_grad_norm, int | float) and max_grad_norm == math.inf):
-        return None if max_grad_norm is None else math.inf
-    return check_number("SAM", "max_grad_norm", max_grad_norm, low=0.0)
 
 
 amp.hide_grad_scaler(SAM.step)

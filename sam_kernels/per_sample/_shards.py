@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from sam_kernels._memory_of import is_dtensor
+from sam_kernels._sharding import is_dtensor, sharded_modules
 
 __all__ = ["WholeParams"]
 
@@ -20,10 +19,8 @@ class WholeParams:
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
-        fsdp = sys.modules.get("torch.distributed.fsdp")
-        for module in model.modules() if model is not None and hasattr(fsdp, "FSDPModule") else ():
-            if isinstance(module, fsdp.FSDPModule):  # type: ignore[union-attr]  # there is one
-                module.reshard()
+        for module in [] if model is None else sharded_modules(model):
+            module.reshard()
         self._of: dict[int, dict[int, Tensor]] = {}  # by the id of a part, the whole parameters that were read for it, by theirs
 
     def read_by(self, name: str, module: nn.Module, params: Mapping[str, nn.Parameter]) -> Mapping[str, nn.Parameter]:

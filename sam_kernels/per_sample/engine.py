@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sam_kernels._memory_of import is_dtensor, is_fake
+from sam_kernels._memory_of import is_fake
+from sam_kernels._sharding import is_dtensor
 from sam_kernels._validate import check_choice, check_count, check_flag, describe
 from sam_kernels.per_sample._aliases import settle
 from sam_kernels.per_sample._call import Call

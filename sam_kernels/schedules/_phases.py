@@ -25,6 +25,9 @@ class _Phases(Radius):
 
     def _check_rho(self) -> None:
         """As far as it can be known without calling what is given."""
+        if isinstance(self.rho, Radius) and self.rho.observer is not None:
+            inner, outer = type(self.rho).__name__, type(self).__name__
+            raise TypeError(f"{outer}: rho must not be {inner}, which looks at every step; write {inner}({outer}(...))")
         if isinstance(self.rho, str):
             rho_at(self.rho, 1)
         elif not (isinstance(self.rho, Radius) or callable(self.rho)):

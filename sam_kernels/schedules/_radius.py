@@ -53,6 +53,11 @@ class Radius(ABC):
         """
         return True
 
+    @property
+    def observer(self) -> Any:
+        """The radius that is to be shown the norm of every step, None for one that looks at those of its own ascents alone."""
+        return None
+
     def at_step(self, t: int) -> Any:
         """What is known of ρ_t before there is a gradient: 0.0 where the group rests in step t, a number, or the radius to ask later."""
         return self if self.takes_part(t) else 0.0

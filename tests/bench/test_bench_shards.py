@@ -22,6 +22,7 @@ def test_steps_collectives_and_objects_are_counted(tmp_path: Path) -> None:
     assert (one["ranks"], two["ranks"]) == (1, 2)
     assert one["collectives"] == []
     assert two["collectives"] == [8, 4]  # the norm; the agreement on a skipped step
+    assert [set(row["ms"]) - set(row["of"]) for row in (one, two)] == [set(), {"its all-reduces alone"}]
     for row in (one, two):
         assert all(0 < low <= middle <= high for low, middle, high in row["ms"].values())
         assert abs(row["objects_more"]) < 148  # not one more a parameter

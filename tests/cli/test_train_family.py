@@ -72,7 +72,7 @@ def test_where_a_member_is_sam(name: str, digits: Digits, of_sam: Run) -> None:
     assert (found.train_loss, found.test_accuracy) == (of_sam.train_loss, of_sam.test_accuracy)
 
 
-@pytest.mark.parametrize("name", ["vasso", "fsam", "gcsam", "gsam", "wsam", "looksam", "momentum-sam", "extragradient"])
+@pytest.mark.parametrize("name", ["vasso", "fsam", "gcsam", "gsam", "wsam", "looksam", "momentum-sam", "s2-sam", "extragradient"])
 def test_radius_zero_is_the_base_optimizer(name: str, digits: Digits) -> None:
     settings = Settings("sgd", 0.05, 5e-4, 0.0, 0.5)
     plain = run("sgd", 0, digits, settings, PLAN)

@@ -14,9 +14,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from sam_kernels import ASAM, GCSAM, GSAM, RSAM, RWSAM, SAM, SAMSPS, WSAM, FriendlySAM, LookSAM, MomentumSAM, VaSSO
+from sam_kernels import ASAM, GCSAM, GSAM, RSAM, RWSAM, S2SAM, SAM, SAMSPS, WSAM, FriendlySAM, LookSAM, MomentumSAM, VaSSO
 from sam_kernels.optim.directions import Extragradient
-from sam_kernels.schedules import AscentInfo, Radius
+from sam_kernels.schedules import AdaptivePolicy, AscentInfo, Radius
 
 __all__ = [
     "CASES",
@@ -44,6 +44,11 @@ class ByNormAndLoss(Radius):
         return 0.1 * info.loss / (1.0 + info.norm)
 
 
+def chooses_steps(params: Any, **options: Any) -> Any:
+    """SAM with a policy of each run's own, in which steps 4, 6 and 8 rest by far: no rounding of a norm decides."""
+    return SAM(params, **{**options, "rho": AdaptivePolicy(0.1, decay=0.5, c=lambda t: 100.0 if t % 2 else -100.0)})
+
+
 @dataclass(frozen=True)
 class Case:
     make: Callable[..., Any]
@@ -64,6 +69,8 @@ CASES = {
     "mix, clipped, Adam": Case(SAM, {"base_optimizer": torch.optim.Adam, "lr": 0.01, "rho": 0.1, "lambd": 0.3, "max_grad_norm": 0.2}),
     "base's own step": Case(SAM, {"base_optimizer": torch.optim.RMSprop, "lr": 0.01, "rho": 0.1, "max_grad_norm": 0.3}),
     "radius by norm and loss": Case(SAM, {**SGD, "rho": ByNormAndLoss()}),
+    "scaled, adaptive": Case(SAM, {**SGD, "scale": 0.5, "adaptive": True, "eta": 0.1, "lambd": 0.5}),
+    "policy": Case(chooses_steps, SGD, steps=8),
     "extragradient": Case(SAM, {**SGD, "direction": Extragradient()}),
     "m-SAM": Case(SAM, SGD, micro_batches=3),
     "GSAM": Case(GSAM, SGD),
@@ -74,6 +81,8 @@ CASES = {
     "FriendlySAM": Case(FriendlySAM, ADAMW),
     "MomentumSAM": Case(MomentumSAM, SGD),
     "MomentumSAM, AdamW": Case(MomentumSAM, ADAMW),
+    "S2SAM": Case(S2SAM, SGD),
+    "S2SAM, clipped, AdamW": Case(S2SAM, {**ADAMW, "lambd": 0.5, "max_grad_norm": 0.2}),
     "RSAM without noise": Case(RSAM, {**SGD, "sigma": 0.0}),
     "GCSAM": Case(GCSAM, SGD, refused_with=dict.fromkeys(("tensor parallel", "tensor parallel and FSDP2"), "sharded along dimension 1")),
     "RWSAM": Case(RWSAM, {**SGD, "beta": 2.0}, how="samples", refused_with=WHOLE_SAMPLES),

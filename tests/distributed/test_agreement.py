@@ -91,6 +91,17 @@ def _unscaled_by_hand(run: Stepping, k: int) -> None:
     scaler.update()
 
 
+def _backward(run: Stepping, k: int) -> None:
+    def closure() -> Tensor:
+        loss = run.losses(*batch_of(run.step, run.rank, k)).mean()
+        loss.backward()
+        return loss
+
+    run.optimizer.backward(closure)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+
+
 def _reweighted(run: Stepping, k: int) -> None:
     run.optimizer.step(run.losses, batch=batch_of(run.step, run.rank, k), micro_batches=k)
 
@@ -135,6 +146,9 @@ WAYS: dict[str, tuple[Callable[[Stepping, int], None], int, Any, dict[str, Any],
 }
 
 
+OWN_RADII = {"own-radii": _closure, "own-radii-backward": _backward}
+
+
 def _run(rank: int, name: str, bad_rank: int) -> dict[str, Any]:
     way, k, (base, options), more, bad_pass, scales = WAYS[name]
     model = make_model()
@@ -152,7 +166,7 @@ def _run(rank: int, name: str, bad_rank: int) -> dict[str, Any]:
     return {"weights": run.weights, "skipped": optimizer.skipped_steps, "scale": None if run.scaler is None else run.scaler.get_scale()}
 
 
-def _rates_of_its_own(rank: int) -> list[list[Tensor]]:
+def _rates_of_its_own(rank: int, way: Callable[[Stepping, int], None]) -> list[list[Tensor]]:
     """With a local ascent a rank may have a radius of its own, 0 too: every rank makes the same collectives all the same."""
     model, weights = make_model(), []
     ddp = DistributedDataParallel(model)
@@ -160,7 +174,7 @@ def _rates_of_its_own(rank: int) -> list[list[Tensor]]:
     optimizer = SAM(ddp.parameters(), torch.optim.SGD, lr=0.1, rho=lambda t: radii[t - 1][rank], model=ddp, local_ascent=True)
     run = Stepping(rank, -1, -1, ddp, optimizer)
     for run.step in range(len(radii)):
-        _closure(run, 2)
+        way(run, 2)
         weights.append(weights_of(model))
     return weights
 
@@ -178,7 +192,7 @@ def _plain_step_of_one_rank(rank: int) -> None:
 def _all(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {name: _run(rank, name, bad_rank=i % RANKS) for i, name in enumerate(WAYS)}
     _plain_step_of_one_rank(rank)
-    return {**found, "own-radii": {"weights": _rates_of_its_own(rank)}}
+    return {**found, **{name: {"weights": _rates_of_its_own(rank, way)} for name, way in OWN_RADII.items()}}
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +200,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return on_ranks(_all, tmp_path_factory.mktemp("agreement"), ranks=RANKS)
 
 
-@pytest.mark.parametrize("name", [*WAYS, "own-radii"])
+@pytest.mark.parametrize("name", [*WAYS, *OWN_RADII])
 def test_replicas_stay_equal_bit_for_bit(found: list[dict[str, Any]], name: str) -> None:
     for step, (left, right) in enumerate(zip(*(rank[name]["weights"] for rank in found), strict=True)):
         assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True)), f"step {step}"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sam_kernels import SAM, MomentumSAM, VaSSO
+from sam_kernels import S2SAM, SAM, MomentumSAM, VaSSO
 from tests.distributed.problem import RANKS, ROWS, assert_alike, batch_of, losses_of, make_model, weights_of
 from tests.helpers.ranks import on_ranks, one_at_a_time
 
@@ -41,6 +41,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "averaged-views-zeroed": {"make": SAM, "k": 1, "ddp": {"gradient_as_bucket_view": True}, "set_to_none": False},
     "averaged-all-reduced": {"make": SAM, "k": K, "no_sync": False},
     "momentum": {"make": MomentumSAM, "k": K},
+    "stale": {"make": S2SAM, "k": K},
 }
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from sam_kernels import GCSAM, GSAM, RSAM, RWSAM, SAMSPS, LookSAM, MomentumSAM, VaSSO
-from sam_kernels.schedules import Radius
+from sam_kernels import GCSAM, GSAM, RSAM, RWSAM, S2SAM, SAM, SAMSPS, LookSAM, MomentumSAM, VaSSO
+from sam_kernels.schedules import AdaptivePolicy, Radius
 from tests.distributed.problem import RANKS, Run, assert_alike, on_one_process, on_one_rank
 from tests.helpers.ranks import on_ranks, one_at_a_time
 
@@ -20,6 +20,11 @@ class FollowsTheLoss(Radius):
 
     def radius(self, info: Any) -> Any:
         return 0.1 * info.loss
+
+
+def chooses_steps(params: Any, base: Any, **options: Any) -> Any:
+    """Every run has a policy of its own. The fourth step rests, by far: no rounding of a norm decides."""
+    return SAM(params, base, rho=AdaptivePolicy(0.3, decay=0.5, c=lambda t: 100.0 if t % 2 else -100.0), **options)
 
 
 PLAIN_SGD: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1}
@@ -54,8 +59,10 @@ AVERAGED = {
     "vasso": Run(make=VaSSO, more=RHO, averaged=True),
     "looksam": Run(make=LookSAM, more={**RHO, "k": 2}, averaged=True),
     "momentum": Run(make=MomentumSAM, more=RHO, averaged=True),
+    "stale": Run(make=S2SAM, more=RHO, averaged=True),
     "polyak": Run(make=SAMSPS, options={}, more={"rho": 0.05, "gamma_b": 10.0}, averaged=True),
     "radius": Run(more={"rho": FollowsTheLoss()}, averaged=True),
+    "policy": Run(make=chooses_steps, more={}, averaged=True),
     "rwsam": Run(make=RWSAM, more=TOGETHER, averaged=True),
     "rwsam-of-2": Run(make=RWSAM, more={**TOGETHER, "micro_batch": 2}, averaged=True, ddp={"find_unused_parameters": True}),
     "rwsam-drawn": Run(make=RWSAM, more={**TOGETHER, "sampling": "draw", "draws": 3}, averaged=True),
@@ -102,3 +109,4 @@ def test_a_step_with_a_local_ascent_reduces_gradients_once(found: list[dict[str,
         assert found[rank]["averaged-sam"]["reduced"] == [2] * 4
         assert found[rank]["averaged-rwsam"]["reduced"] == [2] * 4
         assert found[rank]["averaged-looksam"]["reduced"] == [2, 1] * 2
+        assert found[rank]["averaged-policy"]["reduced"] == [2, 2, 2, 1]

@@ -18,8 +18,10 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from sam_kernels import ASAM, GSAM, RSAM, RWSAM, SAM, SAMSPS, WSAM, FriendlySAM, LookSAM, MomentumSAM, VaSSO
+from sam_kernels import ASAM, GSAM, RSAM, RWSAM, S2SAM, SAM, SAMSPS, WSAM, FriendlySAM, LookSAM, MomentumSAM, VaSSO
 from sam_kernels.optim import descents, directions
+from sam_kernels.optim._shards.dtensor import local_of
+from sam_kernels.schedules import AdaptivePolicy
 from tests.distributed.problem import batch_of, losses_of, make_model, weights_of
 
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
@@ -54,7 +56,9 @@ def closure_of(optimizer: Any, model: nn.Module) -> Callable[..., torch.Tensor]:
 def test_a_local_ascent_needs_replicas(as_model: str | None) -> None:
     model = make_model()
     given = {None: None, "module": model, "list": [model, nn.Identity()]}[as_model]
-    with pytest.raises(ValueError, match=r"needs a DistributedDataParallel module, got model=.*model=ddp, local_ascent=True"):
+    with pytest.raises(
+        ValueError, match=r"needs a DistributedDataParallel module, or one of fully_shard .*, got model=.*model=ddp, local_ascent=True"
+    ):
         SAM(model.parameters(), torch.optim.SGD, model=given, local_ascent=True, **SGD)
     with pytest.raises(ValueError, match="needs a DistributedDataParallel module"):
         RWSAM(model, torch.optim.SGD, beta=1.0, local_ascent=True, **SGD)
@@ -75,13 +79,28 @@ def test_a_local_ascent_is_a_flag(group: None) -> None:
 
 @pytest.mark.parametrize(
     ("make", "name"),
-    [(GSAM, "gsam"), (WSAM, "wsam"), (LookSAM, "looksam"), (VaSSO, "vasso"), (FriendlySAM, "friendly"), (MomentumSAM, "momentum")],
+    [
+        (GSAM, "gsam"),
+        (WSAM, "wsam"),
+        (LookSAM, "looksam"),
+        (VaSSO, "vasso"),
+        (FriendlySAM, "friendly"),
+        (MomentumSAM, "momentum"),
+        (S2SAM, "stale"),
+    ],
 )
 def test_parts_that_use_numbers_of_one_rank_are_refused_by_name(group: None, make: Any, name: str) -> None:
     ddp = replicated()
     with pytest.raises(ValueError, match=f"local ascent with (descent|direction) '{name}'"):
         make(ddp.parameters(), torch.optim.SGD, rho=0.1, model=ddp, local_ascent=True, **SGD)
     make(ddp.parameters(), torch.optim.SGD, rho=0.1, model=ddp, **SGD)
+
+
+def test_a_policy_that_every_rank_would_decide_for_itself_is_refused(group: None) -> None:
+    ddp = replicated()
+    optimizer = SAM(ddp.parameters(), torch.optim.SGD, rho=AdaptivePolicy(0.1), model=ddp, local_ascent=True, **SGD)
+    with pytest.raises(ValueError, match="AdaptivePolicy with a local ascent: each rank would decide by a norm of its own"):
+        optimizer.step(closure_of(optimizer, ddp), batch=batch_of(0, 0, 1), micro_batches=1)
 
 
 def test_so_is_the_polyak_step_size(group: None) -> None:
@@ -244,3 +263,39 @@ def test_graphs_over_shards_are_refused(group: None) -> None:
     model = fully_shard(make_model(), mesh=init_device_mesh("cpu", (1,)))
     with pytest.raises(ValueError, match="capturable=True is not supported with DTensors"):
         SAM(model.parameters(), torch.optim.SGD, capturable=True, **SGD)
+
+
+def test_a_mesh_is_no_process_group(group: None) -> None:
+    with pytest.raises(TypeError, match=r"process_group must be a torch\.distributed\.ProcessGroup, got .*mesh\.get_group\(dim\)"):
+        SAM(make_model().parameters(), torch.optim.SGD, process_group=init_device_mesh("cpu", (1,)), **SGD)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["replicas", "shards", "stages"])
+def test_a_step_after_the_process_group_is_gone_is_an_error(group: None, kind: str) -> None:
+    model: nn.Module = make_model()
+    more: dict[str, Any] = {}
+    if kind == "replicas":
+        more["model"] = model = DistributedDataParallel(model)
+    elif kind == "shards":
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    else:
+        more["process_group"] = distributed.group.WORLD
+    optimizer = SAM(model.parameters(), torch.optim.SGD, **SGD, **more)
+    start = [param.detach().clone() for param in model.parameters()]
+    distributed.destroy_process_group()
+    with pytest.raises(RuntimeError, match=r"the process group is gone \(destroy_process_group was called\)"):
+        optimizer.step(closure_of(optimizer, model), batch=batch_of(0, 0, 1))
+    assert all(torch.equal(local_of(param), local_of(before)) for param, before in zip(model.parameters(), start, strict=True))
+
+
+def test_parameters_without_memory_beside_shards_are_refused_by_name(group: None) -> None:
+    param = nn.Parameter(distribute_tensor(torch.ones(4), init_device_mesh("cpu", (1,)), [Shard(0)]))
+    beside = nn.Parameter(torch.empty(3, device="meta"))
+    optimizer = SAM([("head.weight", param), ("head.bias", beside)], torch.optim.SGD, **SGD)
+
+    def closure() -> None:
+        param.grad, beside.grad = torch.ones_like(param), torch.ones_like(beside)
+
+    with pytest.raises(TypeError, match=r"parameter 'head\.bias' is on the meta device and has no memory"):
+        optimizer.step(closure)
+    assert torch.equal(local_of(param), torch.ones(4))

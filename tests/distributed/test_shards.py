@@ -18,6 +18,7 @@ LAYOUTS = {2: ("FSDP2", "tensor parallel"), 4: ("HSDP", "tensor parallel and FSD
 FEW = ("SAM, SGD", "ASAM, AdamW", "mix, clipped, Adam", "base's own step", "m-SAM", "GSAM", "RWSAM")
 RUNS = [(layout, name) for layout in ("FSDP2", "tensor parallel and FSDP2") for name in CASES]
 RUNS += [(layout, name) for layout in ("HSDP", "tensor parallel") for name in FEW]
+AGAIN = "mix, clipped, Adam"  # the case that is run twice
 PARTS = {"FSDP2": 2, "tensor parallel": 1, "HSDP": 4, "tensor parallel and FSDP2": 2}  # that batches are cut into
 # Sums over ranks are taken in another order: some hundred roundings of 1.1e-16 a step, at weights and gradients of about 1.
 CLOSE = 1e-12
@@ -36,6 +37,10 @@ def _runs(rank: int, layouts: tuple[str, ...]) -> dict[tuple[str, str], Any]:
         else:
             found[layout, name] = [whole(param) for param in model.parameters()]
         distributed.barrier()
+    for layout in layouts:
+        model, part, parts = sharded_as(layout)
+        run(CASES[AGAIN], model, [(part, parts)])
+        found[layout, "again"] = [whole(param) for param in model.parameters()]
     return found
 
 
@@ -67,3 +72,9 @@ def test_a_sharded_run_is_that_of_one_process(layout: str, name: str, found: Any
         assert not isinstance(each, str), each
         assert largest_difference(each, expected(name, PARTS[layout])) <= CLOSE
         assert largest_difference(each, on_all[0]) == 0.0  # replicas do not drift apart
+
+
+@pytest.mark.parametrize("layout", PARTS)
+def test_a_run_that_is_repeated_has_the_same_bits(layout: str, found: Any) -> None:
+    for first, again in zip(found[layout, AGAIN], found[layout, "again"], strict=True):
+        assert all(map(torch.equal, first, again))

@@ -19,7 +19,7 @@ BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adamw": (torch.optim.AdamW, {"lr": 0.01, "fused": True}),
 }
 # Of the family, those whose steps a graph can hold.
-CAPTURABLE_MEMBERS = ("VaSSO", "GCSAM", "GSAM", "WSAM-coupled", "WSAM-decoupled", "MomentumSAM", "SAMSPS")
+CAPTURABLE_MEMBERS = ("VaSSO", "GCSAM", "GSAM", "WSAM-coupled", "WSAM-decoupled", "MomentumSAM", "S2SAM", "SAMSPS")
 SHAPES = ((1000,), (33, 17), (3,), (), (2, 3, 5, 7))
 
 

@@ -16,7 +16,7 @@ from sam_kernels.optim._seeds import derived_seed
 from tests.optim.problem import loss_of
 from tests.optim.transcriptions import TRANSCRIPTIONS, Transcription
 
-__all__ = ["ADAM", "BASES", "MEMBERS", "SGD", "Member"]
+__all__ = ["ADAM", "BASES", "MEMBERS", "ONE_PASS", "SGD", "Member"]
 
 SGD = "sgd-momentum", "sgd-nesterov", "sgd-maximize"
 ADAM = "adam", "adamw", "adamw-amsgrad"
@@ -77,5 +77,7 @@ MEMBERS = {
     "WSAM-decoupled": _member("WSAM", {"kappa": 0.7, "decoupled": True}),
     "LookSAM": _member("LookSAM", {"k": 3, "alpha": 0.4}),
     "MomentumSAM": _member("MomentumSAM", rho=0.1, bases=(*SGD, "adam", "adamw")),
+    "S2SAM": _member("S2SAM", rho=0.1),
     "SAMSPS": _member("SAMSPS", {"f_star": 0.1, "gamma_b": 0.85}, ours={"weight_decay": 0.1}, bases=("sps", "sps-momentum"), rho=0.1),
 }
+ONE_PASS = ("MomentumSAM", "S2SAM")  # a step: the ascent comes first

@@ -28,6 +28,7 @@ __all__ = [
     "state_of",
     "two_steps",
     "using",
+    "what_a_skipped_step_leaves",
 ]
 
 SPS = "SAMSPS"
@@ -76,7 +77,7 @@ def two_steps(optimizer: Any, model: nn.Module, batch: Any, *, zero_first: bool 
     optimizer.zero_grad()
     if optimizer.direction.first_gradient is FirstGradient.ELSEWHERE:
         optimizer.random_step()
-    if not isinstance(optimizer, sam_kernels.MomentumSAM):
+    if optimizer.direction.first_gradient is not FirstGradient.NONE:
         loss_of(model, batch).backward()
     optimizer.first_step(zero_grad=zero_first)
     if not zero_first:
@@ -102,6 +103,12 @@ def memory_of(optimizer: Any) -> list[Tensor]:
 def everything_of(optimizer: Any, model: nn.Module) -> list[Tensor]:
     params = [param.detach().clone() for param in model.parameters()]
     return [*params, *state_of(optimizer), *memory_of(optimizer)]
+
+
+def what_a_skipped_step_leaves(name: str, optimizer: Any, model: nn.Module) -> list[Tensor]:
+    """Everything, but for S2SAM the gradient of the step before: that of a skipped one is not kept."""
+    found = everything_of(optimizer, model)
+    return found[: len(found) - len(memory_of(optimizer))] if name == "S2SAM" else found
 
 
 def close(left: list[Tensor], right: list[Tensor], *, rtol: float = 1e-12, atol: float = 1e-13) -> None:

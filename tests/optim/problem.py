@@ -72,16 +72,24 @@ def gradients(model: nn.Module, batch: tuple[Tensor, Tensor]) -> list[Tensor]:
 
 
 def written_out_step(
-    model: nn.Module, base: Any, batch: tuple[Tensor, Tensor], *, rho: float, lambd: float = 1.0, adaptive: bool = False, eta: float = 0.0
+    model: nn.Module,
+    base: Any,
+    batch: tuple[Tensor, Tensor],
+    *,
+    rho: float,
+    lambd: float = 1.0,
+    adaptive: bool = False,
+    eta: float = 0.0,
+    scale: float = 1.0,
 ) -> None:
     """One step of Unified SAM as the formula says it, with ``base`` a torch optimizer on ``model``'s own parameters."""
     start = weights(model)
     sign = -1.0 if base.param_groups[0].get("maximize") else 1.0  # to maximise f is to minimise -f
     grads = [sign * grad for grad in gradients(model, batch)]
-    scaling = [param.abs() + eta if adaptive else torch.ones_like(param) for param in start]
+    scaling = [scale * (param.abs() + eta if adaptive else torch.ones_like(param)) for param in start]
     norm = torch.sqrt(sum(((t * g) ** 2).sum() for t, g in zip(scaling, grads, strict=True)))
-    scale = rho * (1 - lambd + lambd / (norm + 1e-12))
-    set_weights(model, [w + scale * t * t * g for w, t, g in zip(start, scaling, grads, strict=True)])
+    length = rho * (1 - lambd + lambd / (norm + 1e-12))
+    set_weights(model, [w + length * t * t * g for w, t, g in zip(start, scaling, grads, strict=True)])
     gradients(model, batch)
     set_weights(model, start)
     base.step()

@@ -11,7 +11,7 @@ from torch import nn
 
 import sam_kernels
 from sam_kernels.optim import descents, directions
-from tests.optim.family import MEMBERS
+from tests.optim.family import MEMBERS, ONE_PASS
 from tests.optim.family_runs import everything_of, make, run
 from tests.optim.problem import assert_same_bits, closure_of, loss_of, make_batch, make_model
 
@@ -19,7 +19,7 @@ NAN = float("nan")
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
 SCHEDULE = {"rho_max": 0.2, "rho_min": 0.1, "lr_max": 0.1, "lr_min": 0.0}
 
-BY_DIRECTION = ["VaSSO", "FriendlySAM", "Extragradient", "RSAM", "GCSAM", "MomentumSAM"]
+BY_DIRECTION = ["VaSSO", "FriendlySAM", "Extragradient", "RSAM", "GCSAM", "MomentumSAM", "S2SAM"]
 BY_DESCENT = ["GSAM", "WSAM", "LookSAM"]
 HYPERPARAMETERS = [
     ("VaSSO", {"theta": 0.0}, ValueError, r"VaSSO: theta must be a finite number in \(0\.0, 1\.0\], got 0\.0"),
@@ -113,7 +113,7 @@ def test_momentum_sam_needs_a_momentum_it_knows(base: Any, kwargs: dict[str, Any
 RULES = [descents.SurrogateGap(), descents.WeightedSharpness(decoupled=False), descents.WeightedSharpness(), descents.Look()]
 
 
-@pytest.mark.parametrize("direction", [directions.Randomized(), directions.Momentum()], ids=lambda part: part.name)
+@pytest.mark.parametrize("direction", [directions.Randomized(), directions.Momentum(), directions.Stale()], ids=lambda part: part.name)
 @pytest.mark.parametrize("descent", RULES, ids=repr)
 def test_rules_that_need_the_gradient_at_the_weights(direction: Any, descent: Any) -> None:
     """An instance of a base that is refused stays what it was."""
@@ -146,10 +146,11 @@ def test_micro_batches_where_they_have_no_meaning(name: str) -> None:
     optimizer.step([closure_of(optimizer, model, make_batch())])  # a list of one is a batch
 
 
-def test_a_closure_for_the_ascent_alone_has_no_use_for_momentum_sam() -> None:
+@pytest.mark.parametrize("name", ONE_PASS)
+def test_a_closure_for_the_ascent_alone_has_no_use_where_no_pass_comes_before_the_ascent(name: str) -> None:
     model = make_model()
-    optimizer = make("MomentumSAM", model.parameters())
-    with pytest.raises(ValueError, match=r"SAM\.step: direction 'momentum' takes no gradient before the ascent; ascent_closure"):
+    optimizer = make(name, model.parameters())
+    with pytest.raises(ValueError, match=r"SAM\.step: direction '(momentum|stale)' takes no gradient before the ascent; ascent_closure"):
         optimizer.step(lambda: 0.0, ascent_closure=lambda: 0.0)
     assert optimizer.param_groups[0]["sam_step"] == 0
 
@@ -159,7 +160,13 @@ def rwsam(model: nn.Module, **parts: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "part", [{"direction": directions.Randomized()}, {"direction": directions.Momentum()}, *({"descent": d} for d in RULES)]
+    "part",
+    [
+        {"direction": directions.Randomized()},
+        {"direction": directions.Momentum()},
+        {"direction": directions.Stale()},
+        *({"descent": d} for d in RULES),
+    ],
 )
 def test_rwsam_refuses_what_is_not_made_of_its_weighted_gradient(part: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"RWSAM: (direction '[\w-]+' does not ascend|descent '[\w-]+' needs the plain gradient)"):

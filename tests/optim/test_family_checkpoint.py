@@ -16,7 +16,7 @@ from tests.optim.family import BASES, MEMBERS
 from tests.optim.family_runs import CASES, ONE_CASE_EACH, everything_of, make, memory_of, run
 from tests.optim.problem import assert_same_bits, closure_of, loss_of, make_batch, make_model, through_a_file, twin, weights
 
-KEEPERS = ["VaSSO", "FriendlySAM", "LookSAM"]
+KEEPERS = ["VaSSO", "FriendlySAM", "LookSAM", "S2SAM"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -90,6 +90,7 @@ PAIRS = [
     ("VaSSO", "SAM", "direction"),
     ("VaSSO", "FriendlySAM", "direction"),
     ("RSAM", "MomentumSAM", "direction"),
+    ("S2SAM", "MomentumSAM", "direction"),
     ("GSAM", "WSAM-coupled", "descent"),
     ("WSAM-decoupled", "WSAM-coupled", "descent"),
     ("SAM", "LookSAM", "descent"),
@@ -124,7 +125,7 @@ def test_a_load_that_fails_leaves_the_optimizer_as_it_was(name: str, fault: str)
     run(optimizer, model, 1)
     before, saved = everything_of(optimizer, model), copy.deepcopy(source.state_dict())
     if fault == "shape":
-        key = next(key for key in saved["state"][3] if key in ("direction_average", "orthogonal_grad"))
+        key = next(key for key in saved["state"][3] if key in ("direction_average", "orthogonal_grad", "last_grad"))
         saved["state"][3][key] = torch.zeros(7)
     if fault == "fewer parameters":
         saved["param_groups"][0]["params"] = saved["param_groups"][0]["params"][:-1]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sam_kernels import functional
 from sam_kernels.optim._seeds import derived_seed
-from tests.optim.family import BASES, MEMBERS, SEED, SIGMA
+from tests.optim.family import BASES, MEMBERS, ONE_PASS, SEED, SIGMA
 from tests.optim.family_runs import CASES, ONE_CASE_EACH, base_of, close, everything_of, make, run, using
 from tests.optim.problem import assert_same_bits, closure_of, every_backend, loss_of, make_batch, make_model, twin, weights
 from tests.optim.transcriptions import Transcription
@@ -100,7 +100,7 @@ class Gaps:
         self.name, self.missing, self.calls = name, missing, 0
 
     def passes(self) -> list[int]:
-        if self.name == "MomentumSAM":
+        if self.name in ONE_PASS:
             return [2]
         if self.name == "LookSAM":
             return [1, 2, 2, 2]  # k = 3: two passes, then one, then one

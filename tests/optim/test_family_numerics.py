@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sam_kernels import schedules
-from tests.optim.family import BASES, MEMBERS
+from tests.optim.family import BASES, MEMBERS, ONE_PASS
 from tests.optim.family_runs import CASES, everything_of, make, using
 from tests.optim.problem import BACKENDS, assert_same_bits, every_backend
 from tests.optim.transcriptions import Transcription
@@ -137,7 +137,7 @@ def test_low_precision_follows_the_formula_in_float64(name: str, base: str, dtyp
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["VaSSO", "FriendlySAM", "Extragradient", "GCSAM", "RSAM", "MomentumSAM"])
+@pytest.mark.parametrize("name", ["VaSSO", "FriendlySAM", "Extragradient", "GCSAM", "RSAM", *ONE_PASS])
 def test_perturbed_points_in_low_precision_are_the_formulas(name: str, dtype: torch.dtype) -> None:
     """The point where the second gradient is taken, w + ρ d / ‖d‖ with ρ = 1 and small weights, so that it is the perturbation that shows.
 

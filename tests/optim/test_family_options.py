@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sam_kernels.optim import descents
-from tests.optim.family import BASES, MEMBERS
+from tests.optim.family import BASES, MEMBERS, ONE_PASS
 from tests.optim.family_runs import CASES, ONE_CASE_EACH, close, everything_of, make, run, two_steps, using
 from tests.optim.problem import assert_same_bits, closure_of, every_backend, loss_of, make_batch, make_model, twin, weights
 
@@ -129,7 +129,7 @@ def test_running_statistics_are_updated_once_a_step(name: str, base: str, api: s
 @pytest.mark.parametrize(("name", "base"), ONE_CASE_EACH)
 def test_both_passes_see_the_same_dropout_masks(name: str, base: str, api: str, preserve: bool) -> None:
     """RSAM's own random numbers are none of torch's generator."""
-    if name in ("MomentumSAM", "LookSAM") and api == "two-step":
+    if name in (*ONE_PASS, "LookSAM") and api == "two-step":
         pytest.skip("one pass, or no such API")
     model = normed()
     masks: list[torch.Tensor] = []
@@ -145,7 +145,7 @@ def test_both_passes_see_the_same_dropout_masks(name: str, base: str, api: str, 
         two_steps(optimizer, model, make_batch(seed=k))
         generators.append(torch.get_rng_state())
     assert not torch.equal(generators[0], generators[1])
-    if name == "MomentumSAM":
+    if name in ONE_PASS:
         assert len(masks) == 2
         return
     if api == "two-step":
@@ -160,7 +160,7 @@ def assert_masks(masks: list[torch.Tensor], *, same: bool) -> None:
 
 @pytest.mark.parametrize(("name", "base"), ONE_CASE_EACH)
 def test_two_steps_without_the_recorded_state_say_so(name: str, base: str) -> None:
-    if name in ("MomentumSAM", "LookSAM"):
+    if name in (*ONE_PASS, "LookSAM"):
         pytest.skip("no pass before the first step")
     model = make_model()
     optimizer = make(name, model.parameters(), base, preserve_rng_state=True)
@@ -184,10 +184,10 @@ def test_memory_is_what_the_docstring_says_and_is_freed(name: str, base: str) ->
     kept: Any = optimizer._kept_grads
     assert not kept._kept
     assert not kept._copies._copies
-    tensors = optimizer._memory._tensors
-    names = (*optimizer.direction.keeps, *optimizer.descent.keeps)
-    assert {key: sum(each.numel() for each in found.values()) for key, found in tensors.items()} == dict.fromkeys(names, numel)
-    two = name not in ("LookSAM", "RSAM", "MomentumSAM") and optimizer.descent.keeps_grads
+    names, params = (*optimizer.direction.keeps, *optimizer.descent.keeps), list(model.parameters())
+    assert optimizer._memory.names == names
+    assert [sum(each.numel() for each in optimizer._memory.entries(key, params)) for key in names] == [numel] * len(names)
+    two = name not in ("LookSAM", "RSAM", *ONE_PASS) and optimizer.descent.keeps_grads
     if two:
         loss_of(model, make_batch()).backward()
         optimizer.first_step()  # the caller's gradients stay the caller's

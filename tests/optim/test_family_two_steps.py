@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import sam_kernels
 from sam_kernels.optim import descents, directions
 from sam_kernels.schedules import Tail
-from tests.optim.family import MEMBERS
+from tests.optim.family import MEMBERS, ONE_PASS
 from tests.optim.family_runs import ONE_CASE_EACH, TWO_STEP_CASES, everything_of, make, run, two_steps, using
 from tests.optim.problem import assert_same_bits, closure_of, every_backend, loss_of, make_batch, make_model, twin, weights
 
@@ -177,9 +177,10 @@ def test_a_loss_of_a_step_that_failed_is_not_taken_for_this_ones() -> None:
         optimizer.step()
 
 
-def test_momentum_sam_needs_no_random_state_before_its_only_pass() -> None:
+@pytest.mark.parametrize("name", ONE_PASS)
+def test_no_random_state_is_needed_before_an_only_pass(name: str) -> None:
     model = make_model()
-    optimizer = make("MomentumSAM", model.parameters(), preserve_rng_state=True)
+    optimizer = make(name, model.parameters(), preserve_rng_state=True)
     for _ in range(2):
         two_steps(optimizer, model, make_batch())
     assert optimizer.param_groups[0]["sam_step"] == 2
@@ -248,7 +249,7 @@ def test_kept_gradients_survive_zeroing_by_hand_in_two_steps(name: str) -> None:
 @pytest.mark.parametrize(("name", "base"), ONE_CASE_EACH)
 def test_the_bases_own_step_is_no_way_around_the_rule(name: str, base: str) -> None:
     """``scaler.step(optimizer.base_optimizer)`` is SAM's second step; a rule that rewrites the gradients would be left out."""
-    if name in ("LookSAM", "RSAM", "MomentumSAM"):
+    if name in ("LookSAM", "RSAM", *ONE_PASS):
         pytest.skip("no such first_step, or another test's")
     model, batch = make_model(), make_batch()
     optimizer = make(name, model.parameters(), base)

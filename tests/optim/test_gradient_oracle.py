@@ -14,7 +14,7 @@ from tests.optim.family_runs import close, everything_of, make
 from tests.optim.problem import assert_same_bits, closure_of, loss_of, make_batch, make_model, twin, weights
 from tests.optim.scaler_flows import SCALE, InfOnPass
 
-MEMBERS = ["SAM", "VaSSO", "FriendlySAM", "GCSAM", "RSAM", "Extragradient", "MomentumSAM", "GSAM", "WSAM-coupled"]
+MEMBERS = ["SAM", "VaSSO", "FriendlySAM", "GCSAM", "RSAM", "Extragradient", "MomentumSAM", "S2SAM", "GSAM", "WSAM-coupled"]
 SUMS = ["SAM", "GCSAM", "RSAM", "Extragradient"]  # several gradients a step, of m-SAM too
 BASES = ["sgd-momentum", "adamw"]
 

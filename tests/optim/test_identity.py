@@ -241,7 +241,7 @@ def _leave(optimizer: Any, model: nn.Module, how: str) -> nn.Module:
 @pytest.mark.parametrize(
     "how", ["replaced", "replaced by frozen ones", "group emptied", "group removed", "all groups emptied", "all groups removed"]
 )
-@pytest.mark.parametrize("name", ["SAM", "VaSSO", "LookSAM", "GSAM", "RSAM", "MomentumSAM"])
+@pytest.mark.parametrize("name", ["SAM", "VaSSO", "LookSAM", "GSAM", "RSAM", "MomentumSAM", "S2SAM"])
 def test_nothing_of_a_parameter_that_left_stays(name: str, how: str) -> None:
     model = make_model()
     optimizer = make(name, [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters())}])

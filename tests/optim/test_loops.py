@@ -74,7 +74,9 @@ def test_a_closure_that_adds_to_older_gradients_is_refused(how: str) -> None:
     refused_calls(optimizer, model)[how](ADDS)
 
 
-@pytest.mark.parametrize(("name", "base"), [("MomentumSAM", "sgd-momentum"), ("RSAM", "adamw"), ("GSAM", "adam"), ("VaSSO", "rmsprop")])
+@pytest.mark.parametrize(
+    ("name", "base"), [("MomentumSAM", "sgd-momentum"), ("S2SAM", "rmsprop"), ("RSAM", "adamw"), ("GSAM", "adam"), ("VaSSO", "rmsprop")]
+)
 def test_members_refuse_it_too(name: str, base: str) -> None:
     model = make_model()
     optimizer = make(name, model.parameters(), base)

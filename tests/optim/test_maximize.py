@@ -26,6 +26,7 @@ MEMBERS = [
     "WSAM-decoupled",
     "LookSAM",
     "MomentumSAM",
+    "S2SAM",
 ]
 BASES = ["sgd-momentum", "adamw", "rmsprop"]
 CASES = [(name, BASES[(i + shift) % 3]) for i, name in enumerate(MEMBERS) for shift in (0, 1)]

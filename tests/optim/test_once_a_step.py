@@ -109,7 +109,9 @@ def test_what_stands_inside_of_an_interval_or_a_tail_is_asked_in_its_steps(how: 
     assert rho.steps == ([1, 3] if isinstance(make_phases(rho), Interval) else [3, 4])
 
 
-@pytest.mark.parametrize(("name", "options"), [("LookSAM", {"k": 2}), ("RSAM", {}), ("VaSSO", {}), ("MomentumSAM", {}), ("SAMSPS", {})])
+@pytest.mark.parametrize(
+    ("name", "options"), [("LookSAM", {"k": 2}), ("RSAM", {}), ("VaSSO", {}), ("MomentumSAM", {}), ("S2SAM", {}), ("SAMSPS", {})]
+)
 def test_members_ask_once_too(name: str, options: dict[str, Any]) -> None:
     model, rho, lambd = make_model(), Asked(), Asked(0.5)
     optimizer = make(name, model.parameters(), rho=rho, lambd=lambd, **options)

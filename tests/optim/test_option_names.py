@@ -24,6 +24,7 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "lambd": (0.6, 0.3, 1e-4),
     "eta": (0.01, 0.02, 7.0),
     "adaptive": (True, False, "yes"),
+    "scale": (0.5, 2.0, "large"),
 }
 
 

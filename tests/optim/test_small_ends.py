@@ -138,7 +138,7 @@ def test_what_is_no_number_stays_refused(value: Any) -> None:
 
 
 @pytest.mark.parametrize("how", ["clear", "new list", "del"])
-@pytest.mark.parametrize("name", ["SAM", "VaSSO", "RSAM", "GSAM", "GCSAM", "MomentumSAM", "LookSAM", "SAMSPS"])
+@pytest.mark.parametrize("name", ["SAM", "VaSSO", "RSAM", "GSAM", "GCSAM", "MomentumSAM", "S2SAM", "LookSAM", "SAMSPS"])
 def test_with_all_groups_emptied_a_step_is_the_closure(name: str, how: str) -> None:
     model = make_model()
     optimizer = make(name, model.parameters())

@@ -23,8 +23,8 @@ def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
 class Transcription:
     """SAM itself; every method that a member changes is one of its formula's lines.
 
-    ``rho`` and ``adaptive`` are one value, or one for each parameter. A parameter without a gradient has 0 in the formulas, and is not
-    stepped where it is the last pass that gave none.
+    ``rho``, ``adaptive`` and ``scale`` are one value, or one for each parameter. A parameter without a gradient has 0 in the formulas, and
+    is not stepped where it is the last pass that gave none.
     """
 
     def __init__(
@@ -37,11 +37,13 @@ class Transcription:
         lambd: float = 1.0,
         adaptive: bool | Sequence[bool] = False,
         eta: float = 0.0,
+        scale: float | Sequence[float] = 1.0,
         max_grad_norm: float | None = None,
         **options: Any,
     ) -> None:
         self.model, self.base, self.loss_of, self.options = model, base, loss_of, options
         self.rho, self.lambd, self.adaptive, self.eta = rho, lambd, adaptive, eta
+        self.scale = scale
         self.max_grad_norm = max_grad_norm
         self.t = 0
         self.memory: list[Tensor] = []
@@ -78,8 +80,8 @@ class Transcription:
         """x + ρ (1 - λ + λ / (‖T d‖ + ε)) T² d, over the parameters with ρ > 0"""
         rhos = self.each(self.rho)
         scaling = [
-            param.abs() + self.eta if adaptive else torch.ones_like(param)
-            for param, adaptive in zip(start, self.each(self.adaptive), strict=True)
+            scale * (param.abs() + self.eta if adaptive else torch.ones_like(param))
+            for param, adaptive, scale in zip(start, self.each(self.adaptive), self.each(self.scale), strict=True)
         ]
         scaling = [t if rho > 0 else torch.zeros_like(t) for t, rho in zip(scaling, rhos, strict=True)]
         norm = dot([t * each for t, each in zip(scaling, d, strict=True)], [t * each for t, each in zip(scaling, d, strict=True)]).sqrt()
@@ -205,6 +207,16 @@ class MomentumSAM(Transcription):
             self.base_step(self.gradients_at(self.perturbed(start, [-each for each in v]), batch))
 
 
+class S2SAM(Transcription):
+    def step(self, batch: Any) -> None:
+        self.t += 1
+        start = weights(self.model)
+        point = self.perturbed(start, self.memory) if self.memory else start
+        g_p = self.gradients_at(point, batch)
+        self.memory = g_p
+        self.base_step(g_p)
+
+
 class SAMSPS(Transcription):
     def step(self, batch: Any) -> None:
         self.t += 1
@@ -232,5 +244,6 @@ TRANSCRIPTIONS: dict[str, type[Transcription]] = {
     "WSAM": WSAM,
     "LookSAM": LookSAM,
     "MomentumSAM": MomentumSAM,
+    "S2SAM": S2SAM,
     "SAMSPS": SAMSPS,
 }

@@ -16,6 +16,7 @@ from sam_kernels.schedules import (
     AscentInfo,
     DecreasingRadius,
     Interval,
+    InverseNorm,
     LinearLambda,
     LinearRadius,
     LRProportional,
@@ -50,6 +51,7 @@ OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "tail": lambda: {"rho": Tail(0.1, 3)},
     "tail of an interval": lambda: {"rho": Tail(Interval(LRProportional(0.2, 0.05, 0.1, 0.0), 2), 2)},
     "proportional to lr": lambda: {"rho": LRProportional(0.2, 0.05, 0.1, 0.02)},
+    "inverse of the norm": lambda: {"rho": Tail(InverseNorm(0.05, 0.2), 1), "lambd": 0.7},
     "a user's own": lambda: {"rho": LossOverNorm(0.2), "lambd": 0.5},
 }
 # ρ_t, λ_t of steps 1, 2, … that need nothing but t.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import sam_kernels
-from sam_kernels.schedules import AscentInfo, Interval, LRProportional, Radius, Tail
+from sam_kernels.schedules import AscentInfo, Interval, InverseNorm, LRProportional, Radius, Tail
 from tests.optim.problem import (
     assert_same_bits,
     closure_of,
@@ -319,3 +319,49 @@ def test_it_can_be_put_into_a_group_at_any_time() -> None:
     for each, one, sched in ((model, optimizer, scheduler), (other, constant, other_scheduler)):
         train(each, one, sched, range(1, 3))
     assert_same_bits(weights(model), weights(other))
+
+
+@every_backend
+@pytest.mark.parametrize("limited", [False, True])
+@pytest.mark.parametrize("options", [{}, {"lambd": 0.3}, {"adaptive": True, "eta": 0.1}], ids=str)
+def test_the_inverse_of_the_norm_written_out(backend: str, options: dict[str, Any], limited: bool) -> None:
+    """sigma / ‖T g‖, with a maximum that is met in some of the steps."""
+    rho_max = (0.08 if "eta" in options else 0.025) if limited else None
+    model = make_model(torch.float64)
+    other, is_met = twin(model), []
+    with sam_kernels.use_backend(backend):
+        optimizer = sgd(model, InverseNorm(0.02, rho_max), **options)
+        base = torch.optim.SGD(other.parameters(), lr=0.1)
+        for k in range(6):
+            batch = make_batch(torch.float64, seed=k)
+            scaling = [param.abs() + options["eta"] if "eta" in options else torch.ones_like(param) for param in weights(other)]
+            rho = 0.02 / norm_of([s * g for s, g in zip(scaling, gradients(other, batch), strict=True)])
+            is_met.append(rho_max is not None and rho > rho_max)
+            optimizer.step(closure_of(optimizer, model, batch))
+            written_out_step(other, base, batch, rho=min(rho, rho_max or rho), **options)
+            for got, expected in zip(weights(model), weights(other), strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
+    assert rho_max is None or len(set(is_met)) == 2
+
+
+@every_backend
+def test_a_gradient_of_zero_has_no_inverse_and_moves_nothing(backend: str) -> None:
+    param, seen = nn.Parameter(torch.ones(1)), []
+
+    def closure() -> float:
+        seen.append(param.item())
+        param.grad = torch.zeros(1)
+        return 0.0
+
+    with sam_kernels.use_backend(backend):
+        optimizer = sam_kernels.SAM([param], torch.optim.SGD, lr=0.1, rho=InverseNorm(0.1))
+        optimizer.step(closure)
+    assert seen == [1.0, 1.0]
+    assert optimizer.skipped_steps == 0
+
+
+@pytest.mark.parametrize(("norm", "rho"), [(0.0, 0.0), (1e-42, 0.25), (1.0, 0.1), (3e38, 0.1 / 3e38)])
+def test_the_inverse_of_norms_at_the_ends_of_float32(norm: float, rho: float) -> None:
+    """One whose inverse is no float32 is held by rho_max."""
+    found = InverseNorm(0.1, 0.25).radius(AscentInfo(1, {}, torch.tensor(norm), None))
+    assert found.item() == pytest.approx(rho, rel=1e-6)

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 import sam_kernels
 from sam_kernels import schedules, theory
-from sam_kernels.schedules import AlmostConstantRadius, DecreasingRadius, Interval, LinearLambda, LinearRadius, LRProportional, Tail
+from sam_kernels.schedules import (
+    AlmostConstantRadius,
+    DecreasingRadius,
+    Interval,
+    InverseNorm,
+    LinearLambda,
+    LinearRadius,
+    LRProportional,
+    Tail,
+)
 from tests.optim.problem import assert_same_bits, make_batch, make_model, twin, weights, written_out_step
 from tests.schedules.rules import BY_HAND, OPTIONS, LossOverNorm, make, train
 
@@ -180,6 +189,9 @@ def test_phases_wrap_whatever_a_radius_may_be(rho: Callable[[], Any]) -> None:
         (lambda: Interval(0.1, 2, start=-1), ValueError, "Interval: start must be at least 0, got -1"),
         (lambda: Tail(True, 2), TypeError, "Tail: rho must be a number, got True"),
         (lambda: Tail(0.1, 2.5), TypeError, "Tail: start must be an integer"),
+        (lambda: InverseNorm(-0.1), ValueError, "InverseNorm: sigma must be"),
+        (lambda: InverseNorm("0.1"), TypeError, "InverseNorm: sigma must be a number, got '0.1'"),
+        (lambda: InverseNorm(0.1, float("inf")), ValueError, "InverseNorm: rho_max must be"),
         (lambda: LRProportional(-0.1, 0.0, 1.0, 0.0), ValueError, "LRProportional: rho_max must be"),
         (
             lambda: LRProportional(0.1, 0.2, 1.0, 0.0),

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from sam_kernels._memory_of import without_memory
+from sam_kernels._sharding import local_grads_alike, locals_of
 from sam_kernels._tensor_list import TensorList
 
-__all__ = ["current_grads", "describe", "is_current", "trust"]
+__all__ = ["are_locals_of", "current_grads", "current_local_grads", "describe", "is_current", "trust"]
 
 
 def describe() -> str:
@@ -37,3 +38,14 @@ def current_grads(known: TensorList, params: list[Tensor]) -> TensorList | None:
 def is_current(known: TensorList, tensors: list[Tensor]) -> bool:
     """Whether ``tensors`` are those of ``known``."""
     return len(known) == len(tensors) and all(map(operator.is_, known, tensors))
+
+
+def current_local_grads(known: TensorList, owners: list[Tensor]) -> TensorList | None:
+    """:func:`current_grads` of DTensors, whose local parts are ``known``."""
+    grads = local_grads_alike(owners) if are_locals_of(known, owners) else None
+    return None if grads is None else trust(grads)
+
+
+def are_locals_of(known: TensorList, owners: list[Tensor]) -> bool:
+    """Whether ``known`` are the local parts of ``owners``."""
+    return is_current(known, locals_of(owners))

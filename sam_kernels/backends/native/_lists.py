@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sam_kernels._memory_of import without_memory
+from sam_kernels._sharding import READS_PLAINLY
 from sam_kernels._tensor_list import TensorList, is_dense_row
 
 __all__ = ["Lists", "written"]
@@ -73,12 +74,26 @@ class Lists:
             found = self.describe(known).current_grads(params)
         except (RuntimeError, TypeError):
             return None
-        if found is None:
+        return None if found is None else self._trusted(found[0], found[1], known)
+
+    def current_local_grads(self, known: TensorList, owners: list[Tensor]) -> TensorList | None:
+        """:meth:`current_grads` of DTensors, whose local parts are ``known``, in one loop in C++ too."""
+        try:
+            with READS_PLAINLY():
+                found = self.describe(known).current_local_grads(owners)
+        except (AttributeError, RuntimeError, TypeError):  # no DTensor; as above
             return None
-        grads, described = found
-        return self._trusted(grads, described, known)
+        return None if found is None else self._trusted(found[0], found[1], known)
 
     def is_current(self, known: TensorList, tensors: list[Tensor]) -> bool:
         """Whether ``tensors`` are those of ``known``, still where they lay when it was made."""
         current: bool = self.describe(known).is_current(tensors)
+        return current
+
+    def are_locals_of(self, known: TensorList, owners: list[Tensor]) -> bool:
+        """Whether ``known`` are the local parts of ``owners``, still where they lay."""
+        try:
+            current: bool = self.describe(known).are_locals_of(owners)
+        except AttributeError:  # no DTensor
+            return False
         return current

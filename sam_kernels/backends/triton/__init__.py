@@ -9,7 +9,7 @@ import importlib
 import torch
 
 from sam_kernels._backend import Backend, implementations
-from sam_kernels.backends.triton._lists import current_grads, is_current, trust
+from sam_kernels.backends.triton._lists import are_locals_of, current_grads, current_local_grads, is_current, trust
 from sam_kernels.backends.triton._requirements import IS_INTERPRETED, REASON_MISSING, VERSION
 
 __all__ = ["BACKEND"]
@@ -25,6 +25,8 @@ BACKEND = Backend(
     trust=trust,
     current_grads=current_grads,
     is_current=is_current,
+    current_local_grads=current_local_grads,
+    are_locals_of=are_locals_of,
     describe=_describe,
     # AMD's devices are "cuda" to torch as well. The interpreter reads and writes the memory of CPU tensors.
     device_types=frozenset({"cpu" if IS_INTERPRETED else "cuda"}),

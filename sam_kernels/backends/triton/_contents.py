@@ -13,6 +13,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from sam_kernels._sharding import local_grads_alike, locals_of
+
 __all__ = ["Contents", "PythonContents", "contents_of"]
 
 
@@ -34,6 +36,13 @@ class Contents(Protocol):
     def current_grads(self, tensors: list[Tensor]) -> tuple[list[Tensor], Contents] | None:
         """The gradients of these tensors, and what they hold; None where a tensor is another one or has moved, or has no gradient of its
         own size."""
+
+    def are_locals_of(self, owners: list[Tensor]) -> bool:
+        """:meth:`is_current` of DTensors whose local parts these tensors are (or of these tensors). May raise AttributeError for others."""
+
+    def current_local_grads(self, owners: list[Tensor]) -> tuple[list[Tensor], Contents] | None:
+        """:meth:`current_grads` of such DTensors: the local parts of gradients; None as well where one lies otherwise than its owner. May
+        raise AttributeError where a gradient is no DTensor."""
 
     def has_kinds_of(self, other: Any) -> bool:
         """Whether sizes and dtypes are those of ``other``."""
@@ -70,8 +79,18 @@ class PythonContents:
         grads = [tensor.grad for tensor in tensors]
         if not self.is_current(tensors) or any(grad is None for grad in grads):
             return None
-        contents = PythonContents(cast("list[Tensor]", grads))
-        return (cast("list[Tensor]", grads), contents) if contents.numels == self.numels else None
+        return self._of_own_sizes(cast("list[Tensor]", grads))
+
+    def are_locals_of(self, owners: list[Tensor]) -> bool:
+        return self.is_current(locals_of(owners))
+
+    def current_local_grads(self, owners: list[Tensor]) -> tuple[list[Tensor], Contents] | None:
+        grads = local_grads_alike(owners) if self.are_locals_of(owners) else None
+        return None if grads is None else self._of_own_sizes(grads)
+
+    def _of_own_sizes(self, grads: list[Tensor]) -> tuple[list[Tensor], Contents] | None:
+        contents = PythonContents(grads)
+        return (grads, contents) if contents.numels == self.numels else None
 
     def has_kinds_of(self, other: PythonContents) -> bool:
         return self.numels == other.numels and self.dtypes == other.dtypes

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from sam_kernels._memory_of import without_memory
+from sam_kernels._sharding import READS_PLAINLY
 from sam_kernels._tensor_list import TensorList, is_dense_row
 from sam_kernels.backends.triton._contents import Contents, contents_of
 
-__all__ = ["Description", "current_grads", "describe_list", "is_current", "trust"]
+__all__ = ["Description", "are_locals_of", "current_grads", "current_local_grads", "describe_list", "is_current", "trust"]
 
 
 @dataclass(eq=False)
@@ -78,14 +79,27 @@ def _is_dense(tensors: TensorList, contents: Contents, like: TensorList | None) 
 
 def current_grads(known: TensorList, params: list[Tensor]) -> TensorList | None:
     """The gradients of ``params``, trusted; None unless they are the tensors of ``known``, unmoved, each with an ordinary gradient."""
-    owner = describe_list(known)
     try:
-        found = owner.contents.current_grads(params)
+        found = describe_list(known).contents.current_grads(params)
     except (RuntimeError, TypeError):
         return None
+    return _trusted_grads(known, found)
+
+
+def current_local_grads(known: TensorList, owners: list[Tensor]) -> TensorList | None:
+    """:func:`current_grads` of DTensors, whose local parts are ``known``."""
+    try:
+        with READS_PLAINLY():
+            found = describe_list(known).contents.current_local_grads(owners)
+    except (AttributeError, RuntimeError, TypeError):  # no DTensor; as above
+        return None
+    return _trusted_grads(known, found)
+
+
+def _trusted_grads(known: TensorList, found: tuple[list[Tensor], Contents] | None) -> TensorList | None:
     if found is None or without_memory(found[0]):
         return None
-    grads, contents = TensorList(found[0]), found[1]
+    owner, grads, contents = describe_list(known), TensorList(found[0]), found[1]
     if contents.has_float64 or not _is_dense(grads, contents, known):
         return None
     _described(grads, owner.device, contents, owner.owner or owner)
@@ -95,3 +109,11 @@ def current_grads(known: TensorList, params: list[Tensor]) -> TensorList | None:
 def is_current(known: TensorList, tensors: list[Tensor]) -> bool:
     """Whether ``tensors`` are those of ``known``, still where they lay when it was made."""
     return describe_list(known).contents.is_current(tensors)
+
+
+def are_locals_of(known: TensorList, owners: list[Tensor]) -> bool:
+    """Whether ``known`` are the local parts of ``owners``, still where they lay."""
+    try:
+        return describe_list(known).contents.are_locals_of(owners)
+    except AttributeError:  # no DTensor
+        return False

@@ -103,6 +103,7 @@ MEMBERS = {
     "wsam": Member(sam_kernels.WSAM, 0.3, "kappa", 0.9, click.FloatRange(0, 1, max_open=True)),
     "looksam": Member(sam_kernels.LookSAM, 0.3, "k", 5, click.IntRange(min=1)),
     "momentum-sam": Member(sam_kernels.MomentumSAM, 0.3),
+    "s2-sam": Member(sam_kernels.S2SAM, 0.3),
     "extragradient": Member(sam_kernels.Extragradient, 0.05),
     "sam-sps": Member(_polyak, 0.1, bases=("sgd",)),
 }

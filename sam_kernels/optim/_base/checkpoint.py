@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from sam_kernels._sharding import is_dtensor
 from sam_kernels._validate import plain_number
+from sam_kernels.optim._shards.dtensor import local_of
 from sam_kernels.optim._types import ParamGroup, StateDict
 from sam_kernels.schedules._radius import Radius
 
-__all__ = ["Names", "base_part", "keep_wide_state", "put_group_values", "with_base", "with_group_values", "with_plain_values"]
+__all__ = [
+    "Names",
+    "base_part",
+    "check_sizes",
+    "check_tensors",
+    "keep_wide_state",
+    "put_group_values",
+    "put_radii_back",
+    "with_base",
+    "with_group_values",
+    "with_plain_values",
+]
 
 _BASE = "sam_base_optimizer"
 _DEFAULTS = {"direction": "gradient", "descent": "plain"}
+_MARK = "sam_saved_by:"
+_OF_ADAM = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+_KEPT_BY = {torch.optim.SGD: ("momentum_buffer",), torch.optim.Adam: _OF_ADAM, torch.optim.AdamW: _OF_ADAM}  # of the parameter's shape
+_KEPT = ("momentum_buffer", *_OF_ADAM, "square_avg")  # by some optimizer of torch's
 
 
 def with_base(base_dict: StateDict, groups: Sequence[ParamGroup], keys: Mapping[str, str]) -> StateDict:
@@ -59,16 +77,40 @@ def with_plain_values(state_dict: StateDict) -> StateDict:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Whose state it is: what is kept for one direction means nothing to another. ``keys`` says where the names lie in a group."""
+    """Whose state it is: what is kept for one direction, or by one base optimizer, means nothing to another.
+
+    Every saved group has a mark: a key that is made of all names. ``torch.distributed.checkpoint.load`` writes into live tensors and looks
+    for keys alone; it refuses the checkpoint of another optimizer before it reads anything, since the mark is not in there.
+    ``keys`` says where the names of direction and descent rule lie in a group.
+    """
 
     direction: str
     descent: str
+    base: str
     keys: Mapping[str, str]
 
+    @property
+    def mark(self) -> str:
+        """The key by which a checkpoint of this optimizer is recognised."""
+        return f"{_MARK}{self.direction}/{self.descent}/{self.base}"
+
+    def is_own(self, key: str) -> bool:
+        """Whether ``key`` of a saved group is a name or a mark, of whatever optimizer."""
+        return key in self.keys.values() or key.startswith(_MARK)
+
+    def split(self, key: str) -> tuple[str, str]:
+        """``<parameter>.<key of a group>`` in two: names of parameters have dots, and those in a mark may."""
+        name, dot, mark = key.partition(f".{_MARK}")
+        if dot:
+            return name, _MARK + mark
+        name, _, key = key.rpartition(".")
+        return name, key
+
     def added(self, state_dict: StateDict) -> StateDict:
-        """``state_dict`` with the names in each group. The usual ones go unsaid."""
-        names = {self.keys[part]: name for part, name in self._both() if name != _DEFAULTS[part]}
-        return {**state_dict, "param_groups": [{**group, **names} for group in state_dict["param_groups"]]} if names else state_dict
+        """``state_dict`` with the names in each group. The usual direction and descent rule are named by the mark alone."""
+        names: dict[str, Any] = {self.keys[part]: name for part, name in self._both() if name != _DEFAULTS[part]}
+        names[self.mark] = True
+        return {**state_dict, "param_groups": [{**group, **names} for group in state_dict["param_groups"]]}
 
     def removed(self, state_dict: StateDict, step_key: str) -> StateDict:
         """The way back. Raises ValueError where they are others. The base optimizer's own checkpoint has none, and fits all."""
@@ -83,7 +125,14 @@ class Names:
             saved = group.get(self.keys[part], _DEFAULTS[part] if is_ours else name)
             if saved != name:
                 raise ValueError(f"SAM: the checkpoint is of {part} {saved!r}, this optimizer has {part} {name!r}")
-        for key in self.keys.values():
+        marks = [key for key in group if isinstance(key, str) and key.startswith(_MARK)]
+        for mark in marks:
+            if mark != self.mark:
+                raise ValueError(
+                    f"SAM: the checkpoint is of {mark.removeprefix(_MARK)} (direction/descent rule/base optimizer), this optimizer is "
+                    f"{self.mark.removeprefix(_MARK)}; to load the values that both have, take {mark!r} out of its param_groups"
+                )
+        for key in (*self.keys.values(), *marks):
             group.pop(key, None)
 
     def _both(self) -> tuple[tuple[str, str], tuple[str, str]]:
@@ -97,6 +146,70 @@ def with_group_values(state_dict: StateDict, groups: Sequence[ParamGroup], keys:
         kept = {key: group[key] for key in keys.values() if saved.get(key) is None}
         merged.append({**saved, **kept})
     return {**state_dict, "param_groups": merged}
+
+
+def check_sizes(state_dict: StateDict, groups: Sequence[ParamGroup]) -> None:
+    """Raises ValueError for another number of groups, or of parameters in one."""
+    saved, sizes = ([len(group["params"]) for group in each] for each in (state_dict["param_groups"], groups))
+    if len(saved) != len(sizes):
+        raise ValueError(f"SAM: the checkpoint has a different number of parameter groups: {len(saved)}, the optimizer {len(sizes)}")
+    if saved != sizes:
+        raise ValueError(f"SAM: the checkpoint has {saved} parameters in its groups, which doesn't match the optimizer's {sizes}")
+
+
+def check_tensors(state_dict: StateDict, base: Optimizer, kept: Collection[str], *, are_whole: bool = False) -> None:
+    """Raises ValueError for a tensor that has not the shape of its parameter, or is divided among the ranks in another way; for state of
+    another optimizer than ``base``, where that is torch's SGD, Adam or AdamW.
+
+    Of the state of any other base, tensors are compared where the live one has the parameter's shape. ``kept``: keys of the direction and
+    the descent rule. ``are_whole``: tensors are not divided, whatever their parameters are.
+    """
+    params = [param for group in base.param_groups for param in group["params"]]
+    ids = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
+    state, own = state_dict.get("state"), _KEPT_BY.get(type(base))
+    if len(ids) != len(params) or not isinstance(state, dict):  # torch says what is wrong
+        return
+    for saved_id, param in zip(ids, params, strict=True):
+        entry, live = state.get(saved_id), base.state.get(param)
+        if not isinstance(entry, dict):
+            continue
+        if own is not None and not any(key in entry for key in own) and (foreign := [key for key in _KEPT if key in entry]):
+            raise ValueError(
+                f"SAM: the checkpoint has {foreign[0]!r}, which {type(base).__name__} does not keep: it is of another base optimizer"
+            )
+        for key, value in entry.items():
+            alike = live.get(key) if isinstance(live, dict) else None
+            is_known = key in kept or key in (own or ())
+            is_known = is_known or (isinstance(alike, Tensor) and alike.dim() > 0 and alike.shape == param.shape)
+            if is_known and isinstance(value, Tensor):
+                _check_shape(key, value, param)
+                if not are_whole:
+                    _check_parts(key, value, param)
+
+
+def _check_shape(key: str, value: Tensor, param: Tensor) -> None:
+    if value.shape != param.shape:
+        raise ValueError(f"SAM: {key} in the checkpoint has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}")
+
+
+def _check_parts(key: str, value: Tensor, param: Tensor) -> None:
+    if is_dtensor(value) is not is_dtensor(param):
+        kinds = ("a DTensor", "an ordinary tensor") if is_dtensor(value) else ("an ordinary tensor", "a DTensor")
+        raise ValueError(
+            f"SAM: {key} in the checkpoint is {kinds[0]}, its parameter {kinds[1]}; load it with set_optimizer_state_dict(..., "
+            "options=StateDictOptions(full_state_dict=True)), which divides whole tensors among the ranks"
+        )
+    if local_of(value).shape != local_of(param).shape:
+        raise ValueError(
+            f"SAM: {key} in the checkpoint is divided among the ranks otherwise than its parameter; save and load with "
+            "torch.distributed.checkpoint, which divides it anew"
+        )
+
+
+def put_radii_back(groups: Sequence[ParamGroup], before: Sequence[ParamGroup]) -> None:
+    """Torch has copied the radii that a checkpoint does not hold, with what they know of the run; the program's own are meant."""
+    for group, earlier in zip(groups, before, strict=False):
+        group.update({key: value for key, value in earlier.items() if isinstance(value, Radius) and isinstance(group.get(key), Radius)})
 
 
 def keep_wide_state(state: Any, groups: Sequence[ParamGroup], state_dict: StateDict) -> None:

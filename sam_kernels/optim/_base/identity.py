@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from sam_kernels._memory_of import ORDINARY_TYPES, is_fake
+from sam_kernels._sharding import is_dtensor
 from sam_kernels.optim._base.sharded import check_no_sharding_optimizer
 from sam_kernels.optim._engine.lists import address_of, check_param, param_name
-from sam_kernels.optim._shards.dtensor import is_dtensor, local_of
+from sam_kernels.optim._shards.dtensor import local_of
 from sam_kernels.optim._shards.layout import layout_of
 from sam_kernels.optim._shards.shards import Shards
 from sam_kernels.optim._types import ParamGroup

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sam_kernels._validate import plain_number
+from sam_kernels._validate import check_number, plain_number
 from sam_kernels.optim._types import ParamGroup
 
-__all__ = ["check_earlier_values", "check_group_names", "check_keywords", "group_keys", "store_plain", "takes"]
+__all__ = ["check_earlier_values", "check_group_names", "check_keywords", "check_max_norm", "group_keys", "store_plain", "takes"]
 
 
 def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
@@ -102,6 +103,14 @@ def store_plain(options: Any) -> None:
     """NumPy's numbers among the fields of a frozen dataclass become Python's."""
     for field in dataclasses.fields(options):
         object.__setattr__(options, field.name, plain_number(getattr(options, field.name)))
+
+
+def check_max_norm(max_norm: Any) -> float | None:
+    """Infinity is one, as for ``clip_grad_norm_``: it clips nothing."""
+    max_norm = plain_number(max_norm)
+    if max_norm is None or (isinstance(max_norm, int | float) and max_norm == math.inf):
+        return None if max_norm is None else math.inf
+    return check_number("SAM", "max_grad_norm", max_norm, low=0.0)
 
 
 def check_group_names(group: ParamGroup, given: Collection[str], index: int, keys: Mapping[str, str], base: Optimizer) -> None:

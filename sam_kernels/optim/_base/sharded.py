@@ -19,11 +19,17 @@ _FRAMES_LOOKED_AT = 32
 
 
 def check_whole(param: Tensor, name: str) -> None:
-    """Raises TypeError for a parameter of FSDP1: a rank has a part of it, as an ordinary tensor."""
+    """Raises TypeError for a parameter of which a rank has a part, as an ordinary tensor: of FSDP1, or of DDP over tensor parallelism."""
     if getattr(param, "_fsdp_flattened", False) or getattr(param, "_is_flat_param", False):  # torch's own marks
         raise TypeError(
             f"SAM: parameter {name} is sharded by FullyShardedDataParallel (FSDP1); the norm of a shard is not the norm of the gradient, "
             f"so every rank would perturb differently; {_INSTEAD}"
+        )
+    if hasattr(param, "_st_info"):  # torch's own mark
+        raise TypeError(
+            f"SAM: parameter {name} is a part of a DTensor that DistributedDataParallel has made an ordinary tensor of (tensor parallelism "
+            "inside of it); the norm of a part is not the norm of the gradient: use fully_shard on the other dimension of the mesh in the "
+            "place of DistributedDataParallel"
         )
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sam_kernels.optim._base import checkpoint
+from sam_kernels.optim._base.distributed_checkpoint import check_given, check_is_whole, completed, is_torch_loading
 from sam_kernels.optim._base.identity import IdentityCheck
-from sam_kernels.optim._base.options import check_group_names, check_keywords
+from sam_kernels.optim._base.options import check_group_names, check_keywords, group_keys
 from sam_kernels.optim._engine import capturable
 from sam_kernels.optim._engine.lists import same_tensors
 from sam_kernels.optim._engine.memory import ParamMemory
@@ -54,6 +55,7 @@ class Wrapper(Optimizer):
     )  # in copies
 
     _given: frozenset[str] = frozenset()  # keywords of the constructor
+    _is_loading: bool = False  # a checkpoint that has been checked
 
     base_optimizer: Optimizer
     direction: Direction
@@ -170,6 +172,9 @@ class Wrapper(Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         groups = self.param_groups
+        if is_torch_loading():
+            with self._identity.shards.all_or_none(self._devices()):
+                check_given(self._names, self.base_optimizer, self._memory.names, self._keys["sam_step"])
         state_dict: StateDict = checkpoint.with_base(self.base_optimizer.state_dict(), groups, self._keys)
         state_dict = self._memory.saved(state_dict, self._all_params(), blanks=self._has_stepped)
         state_dict = self._names.added(checkpoint.with_plain_values(state_dict))
@@ -180,9 +185,10 @@ class Wrapper(Optimizer):
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Loads what :meth:`state_dict` gave, or the base optimizer's own checkpoint, by the base's own ``load_state_dict``. float32 state
-        of 16-bit parameters stays float32.
+        of 16-bit parameters stays float32. With DTensors or ``process_group=`` every rank calls it, and all of them load or none.
 
-        Raises ValueError for the checkpoint of another direction or descent rule.
+        Raises ValueError, before anything changes and on every rank, for the checkpoint of another direction, descent rule or base
+        optimizer, and for one whose tensors have other shapes than the parameters.
         """
         self._require_unperturbed("load_state_dict")
         state_dict = state_dict.copy()
@@ -192,7 +198,13 @@ class Wrapper(Optimizer):
         base_dict, memory = checkpoint.base_part(state_dict, self._keys["sam_step"]), None
         if base_dict is not state_dict:
             state_dict, memory = self._checked_checkpoint(state_dict)
-        self.base_optimizer.load_state_dict(self._names.added(state_dict) if base_dict is None else base_dict)
+        groups = self.param_groups
+        self._is_loading = True
+        try:
+            self.base_optimizer.load_state_dict(self._names.added(state_dict) if base_dict is None else base_dict)
+        finally:
+            self._is_loading = False
+        checkpoint.put_radii_back(self.base_optimizer.param_groups, groups)
         if base_dict is not None and memory is not None:
             checkpoint.put_group_values(state_dict, self.base_optimizer.param_groups, self._keys)
         self._adopt()
@@ -210,12 +222,19 @@ class Wrapper(Optimizer):
 
         Raises ValueError or TypeError for one that does not fit.
         """
-        state_dict = self._names.removed(state_dict, self._keys["sam_step"])
-        state_dict, memory = self._memory.taken_out(state_dict, self._all_params())
-        if len(state_dict["param_groups"]) == len(self.param_groups):  # otherwise torch says what is wrong
-            state_dict = checkpoint.with_group_values(state_dict, self.param_groups, self._keys)
-            for group in state_dict["param_groups"]:
-                check_options(group, self._keys, capturable=self.capturable)
+        check_is_whole(state_dict)
+        shards = self._identity.shards
+        with shards.all_or_none(self._devices()):
+            state_dict = completed(state_dict, self._names, self._memory.names)
+            state_dict = self._names.removed(state_dict, self._keys["sam_step"])
+            if shards:  # torch would say so on the rank that sees it
+                checkpoint.check_sizes(state_dict, self.param_groups)
+            checkpoint.check_tensors(state_dict, self.base_optimizer, self._memory.names)
+            state_dict, memory = self._memory.taken_out(state_dict, self._all_params())
+            if len(state_dict["param_groups"]) == len(self.param_groups):  # otherwise torch says what is wrong
+                state_dict = checkpoint.with_group_values(state_dict, self.param_groups, self._keys)
+                for group in state_dict["param_groups"]:
+                    check_options(group, self._keys, capturable=self.capturable)
         return state_dict, memory
 
     # --- copies ---
@@ -233,6 +252,9 @@ class Wrapper(Optimizer):
         if "base_optimizer" in state:  # unpickled or copied
             self.__dict__.setdefault("_keys", {name: name for name in (*self._group_keys, "sam_step")})
             self.__dict__.setdefault("_name_keys", {name: name for name in ("direction", "descent")})
+            if "scale" not in self._keys or self._keys["scale"] not in self.defaults:  # pickled by an earlier version
+                self._keys = {**self._keys, **group_keys(("scale",), self.base_optimizer, [])}
+                self.defaults[self._keys["scale"]] = 1.0
             self._link()
         else:
             for name, value in shared.items():
@@ -245,11 +267,10 @@ class Wrapper(Optimizer):
         self._identity = IdentityCheck(self.__dict__.get("process_group"))
         reference = weakref.ref(self)
 
-        def weakly(method: Callable[..., None]) -> Callable[..., None]:
-            def hook(_: Any, *args: Any) -> None:
+        def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+            def hook(_: Any, *args: Any) -> Any:
                 optimizer = reference()
-                if optimizer is not None:
-                    method(optimizer, *args)
+                return None if optimizer is None else method(optimizer, *args)
 
             return hook
 
@@ -270,11 +291,19 @@ class Wrapper(Optimizer):
                 f"SAM: base_optimizer.step() after first_step would step along the gradients as they are, without the rule of "
                 f"{self._rewriter.name!r}; call second_step()"
             )
+        if self._passes.is_perturbed and self.direction.keeps_last_grads:
+            raise RuntimeError(
+                f"SAM: base_optimizer.step() after first_step would not keep the gradients, along which direction {self.direction.name!r} "
+                "ascends in the next step; call second_step()"
+            )
         self._restore()
 
-    def _before_base_loads(self, state_dict: StateDict) -> None:
-        if "param_groups" in state_dict:
-            self._checked_checkpoint(state_dict)
+    def _before_base_loads(self, state_dict: StateDict) -> StateDict | None:
+        """What the base loads: with averages, which :meth:`_adopt` takes over."""
+        if self._is_loading or "param_groups" not in state_dict:
+            return None
+        self._checked_checkpoint(state_dict)
+        return completed(state_dict, self._names, self._memory.names)
 
     def _after_base_loaded(self) -> None:
         self._memory.replace(ParamMemory(self._memory.names))
@@ -291,7 +320,7 @@ class Wrapper(Optimizer):
 
     @property
     def _names(self) -> checkpoint.Names:
-        return checkpoint.Names(self.direction.name, self.descent.name, self._name_keys)
+        return checkpoint.Names(self.direction.name, self.descent.name, type(self.base_optimizer).__name__, self._name_keys)
 
     def _require_unperturbed(self, what: str) -> None:
         if self._passes.is_perturbed:

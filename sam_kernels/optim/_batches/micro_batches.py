@@ -73,6 +73,9 @@ class GradientMean:
                     [mean if mean.dtype is param.dtype else mean.to(param.dtype) for param, mean in zip(params, part.means, strict=True)]
                 )
         known = norm_is_known and len(self._norms) == sum(map(len, self._parts.values())) > 0
+        if self._passes.lists.shards and not known:  # other ranks may know theirs, and all put them together
+            parts, found_inf = [part for parts in self._parts.values() for part in parts], self._passes.found_inf
+            self._norms, known = [(part.lists, functional.grad_norm(part.means, found_inf=found_inf)) for part in parts], True
         return self._passes.combined(self._norms) if known else None
 
     def _first(self, lists: GroupLists, grads: list[Tensor]) -> _Part:

@@ -17,7 +17,8 @@ class PerturbOptions:
     """How :func:`sam_kernels.functional.perturb_` finds d of one group again: d = g unless a field says otherwise.
 
     ``is_scaled``: the group's ``grads`` and the norm are multiplied by the loss scale, as gradients are. With ``ema`` d is made from g and
-    that list by ``kind``, ``sigma`` and ``lmbda``; it is never multiplied by the loss scale, and neither is its norm.
+    that list by ``kind``, ``sigma`` and ``lmbda``; it is never multiplied by the loss scale, and neither is its norm. Where ``rests`` is
+    set, w + e is w.
     """
 
     is_scaled: bool = True
@@ -25,6 +26,7 @@ class PerturbOptions:
     kind: str | None = None
     sigma: float = 1.0
     lmbda: float = 0.6
+    rests: Tensor | None = None  # () float32 on the device
 
 
 class Move(NamedTuple):

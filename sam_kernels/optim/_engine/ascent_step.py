@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -20,15 +21,18 @@ class AscentStep:
     """One ascent, as a :class:`~sam_kernels.optim.directions.Direction` may use it.
 
     Attributes:
-        groups: a :class:`GroupPlan` for each parameter group: radius, mix, ``scaling``, ``maximize``, ``participates``.
+        groups: a :class:`GroupPlan` for each parameter group: radius, mix, ``scaling``, ``scale``, ``maximize``, ``participates``.
         micro_batch: which of the step's micro-batches, from 0.
         t: the step, 1, 2, …
+        within_replica: norms are over the ranks that together hold one copy of the parameters, not over all ranks (HSDP's local ascent).
     """
 
-    def __init__(self, passes: Passes, micro_batch: int = 0) -> None:
+    def __init__(self, passes: Passes, micro_batch: int = 0, *, within_replica: bool = False, is_descent: bool = False) -> None:
         self._passes = passes
+        self._is_descent = is_descent
         self.groups: Sequence[GroupPlan] = passes.ascent_plan.groups
         self.micro_batch = micro_batch
+        self.within_replica = within_replica
         self._norm: Tensor | None = None  # () the first that was taken
 
     @property
@@ -60,10 +64,10 @@ class AscentStep:
     def norm(self, group_grads: list[GroupGrads], *, normalised: bool = True) -> Tensor:  # ()
         """‖g‖ over these groups, or ‖T g‖ where a group is adaptive and ``normalised``; sets :attr:`found_inf`. Reads g: 1 N s."""
         if self._norm is None:
-            self._norm = self._passes.norm(group_grads, normalised=normalised)
+            self._norm = self._passes.norm(group_grads, normalised=normalised, within_replica=self.within_replica)
             return self._norm
         first = self._norm.clone()  # both may be made in the same memory
-        norm = self._passes.norm(group_grads, normalised=normalised).clone()
+        norm = self._passes.norm(group_grads, normalised=normalised, within_replica=self.within_replica).clone()
         self._norm.copy_(first)
         return norm
 
@@ -71,13 +75,15 @@ class AscentStep:
         """(lists, gradients, scaling): one row for all groups where one call can take them. ``**scaling`` are keywords of operations."""
         return self._passes.joined(group_grads, normalised=normalised)
 
-    def combined(self, norms: Sequence[Tensor | tuple[GroupLists, Tensor]]) -> Tensor:  # ()
+    def combined(self, norms: Sequence[Tensor | tuple[GroupLists, Tensor]], *, normalised: bool = True) -> Tensor:  # ()
         """The norm over all elements out of norms of lists; 0 of none. Of DTensors it is over the elements of all ranks.
 
-        ``norms``: (lists, norm) for each, or the norm alone. Raises TypeError for a norm alone where parameters lie on the ranks in several
-        ways, since the lists tell which elements count once.
+        ``norms``: (lists, norm) for each, or the norm alone. In an ascent that of a group is multiplied by its ``scale`` where
+        ``normalised``. Raises TypeError for a norm alone where parameters lie on the ranks in several ways, since the lists tell which
+        elements count once, and where a group has a ``scale``.
         """
-        return self._passes.combined(norms)
+        scaled = self._passes.scaled(norms) if normalised and not self._is_descent else norms
+        return self._passes.combined(scaled, within_replica=self.within_replica)
 
     def lists_of(self, index: int, params: list[Tensor]) -> list[tuple[Key, GroupLists]]:
         """Lists of parameters of a group, whether they have a gradient or not: one for each way in which they lie on the ranks."""
@@ -90,6 +96,29 @@ class AscentStep:
         """What the direction keeps under ``name`` for these parameters; None for one that has nothing yet."""
         self._check_kept(name)
         return self._passes.memory.of(name, lists)
+
+    def kept_as_grads(self, name: str) -> list[GroupGrads]:
+        """By group, the parameters that something is kept for under ``name``, with that in the place of their gradients."""
+        self._check_kept(name)
+        found, memory, known_lists = [], self._passes.memory, self._passes.lists
+        for i, group in enumerate(self.groups):
+            for key, params in known_lists.by_layout(i, group.group["params"]):
+                lists = known_lists.of_all(key, params) if params and all(param.requires_grad for param in params) else None
+                kept = None if lists is None else memory.known(name, lists)
+                if lists is None or kept is None:
+                    pairs = zip(params, memory.entries(name, params), strict=True)
+                    params = [param for param, each in pairs if each is not None and param.requires_grad]
+                    if not params:
+                        continue
+                    lists = known_lists.lists_of(key, params)
+                    kept = cast("list[Tensor]", memory.of(name, lists))
+                found.append(GroupGrads(key, group.group, lists, kept))
+        return found
+
+    @property
+    def spoiled(self) -> Tensor | None:  # () float32
+        """Set, on the device, where the gradients kept by ``keeps_last_grads`` are those of a skipped step; None where they are not."""
+        return self._passes.memory.spoiled
 
     def keep(self, name: str, lists: GroupLists, tensors: Sequence[Tensor]) -> None:
         """Keeps ``tensors``, one for each parameter; those of parameters that had none begin in this step (:attr:`begun`).

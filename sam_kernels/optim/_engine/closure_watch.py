@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from sam_kernels._memory_of import is_fake
+from sam_kernels._sharding import is_dtensor
 from sam_kernels.optim._engine.warn import warn_user
-from sam_kernels.optim._shards.dtensor import is_dtensor, local_of
+from sam_kernels.optim._shards.dtensor import local_of
 from sam_kernels.optim._types import ParamGroup
 
 __all__ = ["ClosureWatch", "HalvesWatch"]
@@ -39,8 +40,11 @@ class ClosureWatch:
     place, unwritten, and the next one hears that autograd has accumulated. One that was zeroed in place, or set by hand, is none.
     """
 
-    def __init__(self, groups: Sequence[ParamGroup]) -> None:
+    def __init__(self, groups: Sequence[ParamGroup], *, may_lack_gradients: bool = False) -> None:
+        """``may_lack_gradients``: no gradient at all is no error here, since other ranks may have some."""
         self._groups = groups
+        self._may_lack_gradients = may_lack_gradients
+        self.lacks_gradient: str | None = None  # words of the error, where no rank has a gradient
 
     def __enter__(self) -> ClosureWatch:
         self._grads = [_OldGrad(param, grad, grad.detach()) for param, grad in _first_and_last(self._groups)]
@@ -54,8 +58,10 @@ class ClosureWatch:
             return
         if adds:
             raise RuntimeError(_ADDS)
-        if (are_touched and not any(are_touched)) or not _has_grads(self._groups):
+        has_grads = _has_grads(self._groups)
+        if (are_touched and not any(are_touched)) or not (has_grads or self._may_lack_gradients):
             raise RuntimeError(_COMPUTES_NOTHING)
+        self.lacks_gradient = None if has_grads else _COMPUTES_NOTHING
 
 
 class HalvesWatch:

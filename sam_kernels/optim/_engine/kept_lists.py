@@ -84,6 +84,11 @@ class KeptLists:
                 found.append(GroupGrads(key, group, lists, described))
         return found
 
+    def of_all(self, key: Key, params: list[Tensor]) -> GroupLists | None:
+        """Lists of exactly these parameters, if they are known and have not moved."""
+        known = self._lists.get(key)
+        return known if known is not None and known.is_current(params) else None
+
     def lists_of(self, key: Key, params: list[Tensor]) -> GroupLists:
         """Lists of parameters of a group, all of one layout, whether they have a gradient or not."""
         # Those of the last ascent first: what is saved for them need not be saved again.
@@ -93,6 +98,13 @@ class KeptLists:
             lists = self._trainable[key] = GroupLists(params, self.backups)
             self._lists.setdefault(key, lists)
         return lists
+
+    def index_of(self, lists: GroupLists) -> int:
+        """The number of the group whose parameters these are; of lists of several groups, that of the first."""
+        if self._joint is not None and self._joint[1] is lists:
+            lists = self._joint[0][0]
+        known = (*self._lists.items(), *self._trainable.items())
+        return next(key[0] for key, each in known if each is lists)
 
     def joined(self, group_grads: list[GroupGrads]) -> tuple[GroupLists, TensorList] | None:
         """Lists and gradients of all groups together, where there are several and one call can take them; else None."""

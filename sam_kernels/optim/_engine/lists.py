@@ -6,7 +6,7 @@ import operator
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,10 +14,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from sam_kernels import _dispatch
 from sam_kernels._memory_of import is_fake, why_no_memory
+from sam_kernels._sharding import locals_of
 from sam_kernels._tensor_list import TensorList
 from sam_kernels._validate import SUPPORTED_DTYPES
 from sam_kernels.optim._base.sharded import check_whole
-from sam_kernels.optim._shards.dtensor import as_owner, local_grad, local_grads_alike, local_of, locals_of
+from sam_kernels.optim._shards.dtensor import as_owner, local_grad, local_of
 from sam_kernels.optim._shards.layout import WHOLE, layout_of, why_no_layout
 from sam_kernels.optim._types import ParamGroup, ParamState
 
@@ -29,8 +30,10 @@ __all__ = [
     "address_of",
     "check_grads",
     "check_param",
+    "device_of",
     "param_name",
     "same_bits",
+    "same_layout",
     "same_tensors",
     "with_grads",
 ]
@@ -86,6 +89,17 @@ def check_param(group: ParamGroup, group_index: int, index: int) -> None:
         raise TypeError(f"SAM: parameter {name} has dtype {param.dtype}; supported are {supported}")
 
 
+def device_of(groups: Sequence[ParamGroup], default: torch.device) -> torch.device:
+    """That of the first trainable parameter. Raises TypeError for one that has no memory yet."""
+    for i, group in enumerate(groups):
+        for j, param in enumerate(group["params"]):
+            if param.requires_grad:
+                if param.is_meta:
+                    raise TypeError(f"SAM: parameter {param_name(group, i, j)} {why_no_memory(param)}")
+                return cast(torch.device, param.device)
+    return default
+
+
 def check_grads(group: ParamGroup, group_index: int) -> None:
     """TypeError by name for a gradient that is not dense, or of a parameter that has no memory."""
     for i, param in enumerate(group["params"]):
@@ -117,10 +131,15 @@ class Copies:
         copies = []
         for param, original in zip(params, params if originals is None else originals, strict=True):
             copy = self._copies.get(param)
-            if copy is None or _layout(copy) != _layout(original):
+            if copy is None or not same_layout(copy, original):
                 copy = self._copies[param] = torch.empty_like(original, requires_grad=False)
             copies.append(copy)
         return copies
+
+
+def same_layout(left: Tensor, right: Tensor) -> bool:
+    """Of one shape, memory order, dtype and device."""
+    return _layout(left) == _layout(right)
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
@@ -158,22 +177,24 @@ class GroupLists:
         """The gradients of ``params``, if these lists describe exactly them and every one has an ordinary gradient; else None."""
         if not isinstance(self.params, TensorList) or not self._has_backend(self.params[0].device.type):
             return None
-        if self.layout is not WHOLE:
-            grads = local_grads_alike(params) if self._are_unmoved(params) else None
-            return None if grads is None else self.backend.trust(grads, self.params)
-        return self.backend.current_grads(self.params, params)
+        if self.layout is WHOLE:
+            return self.backend.current_grads(self.params, params)
+        return self.backend.current_local_grads(self.params, params) if self._are_owners(params) else None
 
-    def _are_unmoved(self, owners: Sequence[Any]) -> bool:
-        return same_tensors(self.owners, owners) and self._describes(self.params, locals_of(owners))
+    def _are_owners(self, params: list[Tensor]) -> bool:
+        return self.owners is params or same_tensors(self.owners, params)
 
     def is_current(self, params: list[Tensor]) -> bool:
         """Whether these lists still describe ``params``: the same tensors where they were, and the backend that would be chosen now."""
         if not self._has_backend(params[0].device.type):
             return False
-        return self._describes(self.params, params) if self.layout is WHOLE else self._are_unmoved(params)
+        return (self.layout is WHOLE or self._are_owners(params)) and self._describes(self.params, params)
 
     def _describes(self, known: list[Tensor], tensors: list[Tensor]) -> bool:
-        return self.backend.is_current(known, tensors) if isinstance(known, TensorList) else same_tensors(known, tensors)
+        if not isinstance(known, TensorList):
+            return same_tensors(known, tensors if self.layout is WHOLE else locals_of(tensors))
+        is_current = self.backend.is_current if self.layout is WHOLE else self.backend.are_locals_of
+        return is_current(known, tensors)
 
     def _list(self, tensors: list[Tensor]) -> list[Tensor]:
         """A list that operations need not check, where the parameters' list is one."""
@@ -220,11 +241,9 @@ class GroupLists:
 
     def state(self, key: str, tensors: list[Tensor]) -> list[Tensor]:
         """State tensors under ``key`` as operations take them, described anew only when one was replaced or has moved."""
-        if self.layout is not WHOLE:
-            tensors = locals_of(tensors)
         known = self._state_tensors.get(key)
         if known is None or not self._describes(known, tensors):
-            known = self._state_tensors[key] = self._list(tensors)
+            known = self._state_tensors[key] = self._list(tensors if self.layout is WHOLE else locals_of(tensors))
         return known
 
 

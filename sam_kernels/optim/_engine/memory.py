@@ -6,7 +6,7 @@ under the parameter's state.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import chain
 from typing import Any, cast
 
@@ -22,42 +22,64 @@ __all__ = ["ParamMemory"]
 
 
 class ParamMemory:
-    """By name, a tensor for each parameter that has one. ``names`` are those that the direction and the descent rule in use keep."""
+    """By name, a tensor for each parameter that has one. ``names`` are those that the direction and the descent rule in use keep.
+
+    ``spoiled``: () float32 on the device, set where the gradients that were kept last are those of a skipped step; None where they are not.
+    """
 
     def __init__(self, names: Sequence[str] = ()) -> None:
         self.names = tuple(names)
         # What is kept for a parameter goes with it.
         self._tensors: dict[str, MutableMapping[Tensor, Tensor]] = {name: WeakTensorKeyDictionary() for name in self.names}
+        # What put_all was given last, until somebody asks for it by parameter: hashing a tensor is a call into Python.
+        self._by_lists: dict[str, list[tuple[GroupLists, list[Tensor]]]] = {}
         self._version = object()  # another one whenever other tensors are kept; not a number, which a copy would share
+        self.spoiled: Tensor | None = None
 
     def __getstate__(self) -> StateDict:
-        return {"names": self.names, "tensors": {name: dict(kept.items()) for name, kept in self._tensors.items()}}
+        is_spoiled = self.is_spoiled
+        return {"names": self.names, "tensors": {name: {} if is_spoiled else dict(self._kept(name).items()) for name in self.names}}
 
     def __setstate__(self, state: StateDict) -> None:
-        self.names, self._version = state["names"], object()
+        self.names, self._version, self.spoiled, self._by_lists = state["names"], object(), None, {}
         self._tensors = {
             name: WeakTensorKeyDictionary(kept) for name, kept in (state["tensors"] if "tensors" in state else state["_tensors"]).items()
         }
 
+    def _kept(self, name: str) -> MutableMapping[Tensor, Tensor]:
+        """What is kept, by parameter."""
+        rows = self._by_lists.pop(name, None)
+        if rows is not None:
+            self._tensors[name] = WeakTensorKeyDictionary()
+            for lists, tensors in rows:
+                self._tensors[name].update(_owned(lists, tensors))
+        return self._tensors[name]
+
+    def known(self, name: str, lists: GroupLists) -> list[Tensor] | None:
+        """What is kept for these parameters, if that was described for them; nothing is looked up."""
+        known = lists.memory.get(name)
+        return known[1] if known is not None and known[0] is self._version else None
+
     def of(self, name: str, lists: GroupLists) -> list[Tensor | None]:
         """What is kept for the parameters of ``lists``, None for one that has nothing; as operations take it where nothing is missing."""
-        known = lists.memory.get(name)
-        if known is None or known[0] is not self._version:
+        known = self.known(name, lists)
+        if known is None:
             entries = self.entries(name, lists.owners)
             if any(entry is None for entry in entries):
                 return [None if entry is None else local_of(entry) for entry in entries]
             # Described once: nobody else has these tensors, so they lie where they lay.
-            known = lists.memory[name] = (self._version, lists.state(name, cast("list[Tensor]", entries)))
-        return cast("list[Tensor | None]", known[1])
+            known = lists.grads([local_of(entry) for entry in cast("list[Tensor]", entries)])
+            lists.memory[name] = (self._version, known)
+        return cast("list[Tensor | None]", known)
 
     def entries(self, name: str, params: Iterable[Tensor]) -> list[Tensor | None]:
         """What is kept for each parameter, looked up anew."""
-        kept = self._tensors[name]
+        kept = self._kept(name)
         return [kept.get(param) for param in params]
 
     def has(self, name: str) -> bool:
         """Whether anything is kept under this name."""
-        return len(self._tensors[name]) > 0
+        return len(self._kept(name)) > 0
 
     def of_or_zeros(self, name: str, lists: GroupLists) -> list[Tensor]:
         """As :meth:`of`, beginning with zeros."""
@@ -70,8 +92,20 @@ class ParamMemory:
 
     def put(self, name: str, lists: GroupLists, tensors: Iterable[Tensor]) -> None:
         """Keeps ``tensors``, one for each parameter of ``lists``; those of DTensors as DTensors, which checkpoints know how to shard."""
-        self._tensors[name].update((owner, as_owner(owner, local_of(tensor))) for owner, tensor in zip(lists.owners, tensors, strict=True))
+        self._kept(name).update(_owned(lists, tensors))
         self._version = object()
+
+    def put_all(self, name: str, kept: Sequence[tuple[GroupLists, list[Tensor]]]) -> None:
+        """Keeps these tensors, one for each parameter of each lists, and nothing for any other parameter."""
+        self._by_lists[name], self._tensors[name] = list(kept), {}
+        self._version = object()
+        for lists, tensors in kept:
+            lists.memory[name] = (self._version, tensors)
+
+    @property
+    def is_spoiled(self) -> bool:
+        """Whether what is kept counts as nothing. Waits for the device."""
+        return self.spoiled is not None and self.spoiled.item() != 0.0
 
     # --- checkpoints ---
 
@@ -86,9 +120,10 @@ class ParamMemory:
             return state_dict
         state = _copied(state_dict["state"])
         has_state = {param_id for param_id in _ids(state_dict) if param_id in state}
+        is_spoiled = self.is_spoiled
         for param_id, param in zip(_ids(state_dict), params, strict=True):
             for name in self.names:
-                kept = self._tensors[name].get(param)
+                kept = None if is_spoiled else self._kept(name).get(param)
                 if kept is None and blanks and (param_id in has_state or not has_state):
                     kept = torch.full_like(param, torch.nan, requires_grad=False)
                 if kept is not None:
@@ -127,8 +162,13 @@ class ParamMemory:
 
     def replace(self, other: ParamMemory) -> None:
         """What ``other`` keeps in the place of what is kept here."""
-        self._tensors = other._tensors
-        self._version = object()
+        self._tensors, self._by_lists = other._tensors, other._by_lists
+        self._version, self.spoiled = object(), None
+
+
+def _owned(lists: GroupLists, tensors: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each parameter with its tensor; that of a DTensor as a DTensor."""
+    return ((owner, as_owner(owner, local_of(tensor))) for owner, tensor in zip(lists.owners, tensors, strict=True))
 
 
 def _is_blank(kept: Tensor) -> bool:

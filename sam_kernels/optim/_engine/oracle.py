@@ -9,10 +9,14 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from sam_kernels.optim._shards.dtensor import is_dtensor, local_grad
+from sam_kernels._sharding import is_dtensor
+from sam_kernels.optim._shards.dtensor import local_grad, local_of
 from sam_kernels.optim._types import ParamGroup
 
 __all__ = ["OuterGrads", "add_not_finite", "still_not_finite"]
+
+
+_COMPUTES_NOTHING = "SAM.backward: the closure left no gradient; it must run the forward pass and call backward() on the loss"
 
 
 class OuterGrads:
@@ -23,7 +27,10 @@ class OuterGrads:
     the first pass writes.
     """
 
-    def __init__(self, groups: Sequence[ParamGroup]) -> None:
+    def __init__(self, groups: Sequence[ParamGroup], *, may_lack_gradients: bool = False) -> None:
+        """``may_lack_gradients``: no gradient at all is no error here, since other ranks may have some."""
+        self._may_lack_gradients = may_lack_gradients
+        self.lacks_gradient: str | None = None  # words of the error, where no rank has a gradient
         self._params = [param for group in groups for param in group["params"]]  # a frozen one may still have a gradient
         self._outer = [param.grad for param in self._params]
         has_processes = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -46,8 +53,10 @@ class OuterGrads:
     def called(self, closure: Callable[[], Any]) -> Any:
         """What the closure returns. Raises RuntimeError where it computes no gradient, or zeroes those it is to add to."""
         result = closure()
-        if self._params and all(param.grad is None for param in self._params):
-            raise RuntimeError("SAM.backward: the closure left no gradient; it must run the forward pass and call backward() on the loss")
+        is_lacking = self._params and all(param.grad is None for param in self._params)
+        self.lacks_gradient = _COMPUTES_NOTHING if is_lacking else None
+        if is_lacking and not self._may_lack_gradients:
+            raise RuntimeError(_COMPUTES_NOTHING)
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -113,7 +122,9 @@ def _marker(groups: Sequence[ParamGroup]) -> Tensor | None:  # (1,)
     """The first element of the gradients."""
     for group in groups:
         for param in group["params"]:
-            grad = None if param.grad is None else local_grad(param, param.grad)
+            grad = None if param.grad is None else local_of(param.grad)  # as it lies: to redistribute it, all ranks would have to
+            if grad is not None and hasattr(grad, "wait"):  # a collective that is still under way
+                grad = grad.wait()
             if grad is not None and grad.numel():
                 return grad.as_strided((1,), (1,), grad.storage_offset())
     return None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam_kernels.optim._shards.dtensor import is_dtensor
+from sam_kernels._sharding import is_dtensor
 
 __all__ = ["nobody_else_has", "take_over"]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sam_kernels import functional
+from sam_kernels._sharding import locals_of
 from sam_kernels.optim._base.identity import IdentityCheck
 from sam_kernels.optim._engine.ascent import Move
 from sam_kernels.optim._engine.capturable import is_recording, not_recordable
@@ -25,10 +26,12 @@ from sam_kernels.optim._engine.skipped import SkippedSteps
 from sam_kernels.optim._engine.update import UpdateScalars, can_fuse, fused_step, plain_step, with_options
 from sam_kernels.optim._engine.weight_watch import NOTHING_WATCHED, WeightWatch
 from sam_kernels.optim._seeds import derived_seed
-from sam_kernels.optim._shards.dtensor import local_of, locals_of
+from sam_kernels.optim._shards.dtensor import local_of
 from sam_kernels.optim._types import GroupOptions, ParamGroup
 
 __all__ = ["Passes"]
+
+Norm = Tensor | tuple[GroupLists, Tensor]  # () alone, or with the lists that it is of
 
 
 class Passes:
@@ -95,7 +98,8 @@ class Passes:
         self.is_perturbed = True
         self.has_ascended = plan.ascends
         for current, along, is_downhill in moves:
-            group, rho = plan.groups[current.index], radii[current.index]
+            group = plan.groups[current.index]
+            rho = group.scaled(radii[current.index])
             perturb_: Callable[..., None] = partial(
                 functional.perturb_,
                 grads=current.grads,
@@ -104,7 +108,7 @@ class Passes:
                 lambd=group.lambd,
                 eps=eps,
                 grad_scale=grad_scale if along.is_scaled else None,
-                found_inf=self.found_inf,
+                found_inf=self.found_inf if along.rests is None else torch.maximum(self.found_inf, along.rests),
                 ema=along.ema,
                 kind=along.kind,
                 sigma=along.sigma,
@@ -178,6 +182,7 @@ class Passes:
         found_inf: Tensor | None,
         known_norm: Tensor | None = None,
         agree: Callable[[Tensor], None] | None = None,
+        keep: Callable[[list[GroupGrads], bool], None] | None = None,
         options: Mapping[int, GroupOptions] = MappingProxyType({}),
         is_plain: bool = True,
         scaler_has_checked: bool = False,
@@ -186,8 +191,9 @@ class Passes:
         whether it has divided them by ``grad_scale``.
 
         ``known_norm``: () their norm, which has told ``found_inf`` already. ``options``: by group, options of the base for this step.
-        ``agree``: makes ``found_inf`` the same on all replicas. ``is_plain``: with nothing perturbed the step is the base's own, bit for
-        bit. ``scaler_has_checked``: the argument ``found_inf`` says whether these gradients, as they are now, are finite.
+        ``agree``: makes ``found_inf`` the same on all replicas. ``keep``: is given the gradients before the update, and whether the update
+        leaves them as they are. ``is_plain``: with nothing perturbed the step is the base's own, bit for bit. ``scaler_has_checked``: the
+        argument ``found_inf`` says whether these gradients, as they are now, are finite.
         """
         group_grads = self.lists.group_grads(groups)
         norm = None
@@ -197,14 +203,15 @@ class Passes:
             norm = self.norm(group_grads, normalised=False) if known_norm is None else known_norm
         self.skips.forget_last_step()
         if max_norm is None and known_norm is None and check_finite and not scaler_has_checked:
-            for _, grads, *_ in self.joined(group_grads, normalised=False):
-                functional.check_finite_(grads, self.found_inf)
+            self._check_finite(group_grads)
         if found_inf is not None:
             self.found_inf.logical_or_(found_inf.to(self.found_inf.device))
         if agree is not None:  # the last moment before the update is decided
             agree(self.found_inf)
         scalars: UpdateScalars = {"found_inf": self.found_inf, "grad_scale": grad_scale, "norm": norm, "max_norm": max_norm}
         fuses = (bool(self._perturbed) or not is_plain) and can_fuse(self.base, self.own_hooks)
+        if keep is not None:
+            keep(group_grads, fuses)
         if fuses:
             by_key = {current.key: current for current in group_grads}
             for key in sorted({*by_key, *self._perturbed}):
@@ -268,7 +275,7 @@ class Passes:
         self.restore(written)
         return not written
 
-    def norm(self, group_grads: list[GroupGrads], *, normalised: bool) -> Tensor:
+    def norm(self, group_grads: list[GroupGrads], *, normalised: bool, within_replica: bool = False) -> Tensor:
         """Global norm over the groups, each with its own adaptive normalisation where ``normalised``; marks ``found_inf``."""
         norms = []
         for lists, grads, scaling in self.joined(group_grads, normalised=normalised):
@@ -276,18 +283,41 @@ class Passes:
             functional.grad_norm_(lists.norm, grads, lists.params, found_inf=self.found_inf, skipped=skipped, **scaling)
             self.skips.is_of_last_step = False
             norms.append((lists, lists.norm))
-        norm = self.combined(norms)
-        if norms:
+        norm = self.combined(self.scaled(norms) if normalised else norms, within_replica=within_replica)
+        if norms and not (normalised and self.ascent_plan.has_scales):  # a product may overflow where the norms have not
             self._told_norm = norm
         return norm
 
-    def combined(self, norms: Sequence[Tensor | tuple[GroupLists, Tensor]]) -> Tensor:  # ()
-        """The norm over all elements out of norms of lists; 0 of none. Of DTensors it is that of all ranks, and tells ``found_inf``."""
+    def scaled(self, norms: Sequence[Norm]) -> Sequence[Norm]:
+        """Norms ‖T d‖ of lists whose groups have a ``scale``, which no operation multiplies T by.
+
+        Raises TypeError for a norm without its lists where a group has a scale.
+        """
+        plan = self.ascent_plan
+        if not plan.has_scales:
+            return norms
+        found: list[Norm] = []
+        for each in norms:
+            if isinstance(each, Tensor):
+                raise TypeError("SAM: a group has a scale, and AscentStep.combined was given a norm alone; give (lists, norm)")
+            lists, norm = each
+            scale = plan.groups[self.lists.index_of(lists)].scale
+            found.append((lists, norm if scale == 1.0 else norm * scale))
+        return found
+
+    def _check_finite(self, group_grads: list[GroupGrads]) -> None:
+        """Marks ``found_inf``. Lists of all groups' gradients together end here: they would count as somebody who has the gradients."""
+        for _, grads, *_ in self.joined(group_grads, normalised=False):
+            functional.check_finite_(grads, self.found_inf)
+
+    def combined(self, norms: Sequence[Norm], *, within_replica: bool = False) -> Tensor:  # ()
+        """The norm over all elements out of norms of lists; 0 of none. Of DTensors it is that of all ranks, and tells ``found_inf``;
+        ``within_replica``: of the ranks that together hold one copy."""
         if self.lists.shards:
             self.skips.forget_last_step()  # where no norm has seen to that
             shards = self.lists.shards
             parts = [(shards.only_layout, each) if isinstance(each, Tensor) else (each[0].layout, each[1]) for each in norms]
-            norm = self._told_norm = shards.norm(parts, self.found_inf.device)
+            norm = self._told_norm = shards.norm(parts, self.found_inf.device, within_replica=within_replica)
             if not norm.is_cpu or not math.isfinite(norm.item()):
                 self.found_inf.logical_or_(~norm.isfinite())
             return norm
@@ -298,8 +328,10 @@ class Passes:
 
     def joined(self, group_grads: list[GroupGrads], *, normalised: bool) -> list[tuple[GroupLists, list[Tensor], Scaling]]:
         """Lists, gradients and scaling of the norms to take: one norm of all groups where they agree and one call can take them."""
-        scalings = [self.ascent_plan.groups[each.index].scaling if normalised else UNSCALED for each in group_grads]
-        together = self.lists.joined(group_grads) if all(each == scalings[0] for each in scalings[1:]) else None
+        plans = [self.ascent_plan.groups[each.index] for each in group_grads] if normalised else []
+        scalings = [each.scaling for each in plans] if normalised else [UNSCALED for _ in group_grads]
+        are_alike = all(each.scaling == plans[0].scaling and each.scale == plans[0].scale for each in plans[1:])
+        together = self.lists.joined(group_grads) if are_alike else None
         if together is not None:
             return [(*together, scalings[0])]
         return [(each.lists, each.grads, scaling) for each, scaling in zip(group_grads, scalings, strict=True)]

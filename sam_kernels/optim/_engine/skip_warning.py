@@ -1,4 +1,4 @@
-"""A warning where one step after another is skipped: a run that no longer trains must say so."""
+"""Warnings where one step after another is skipped, or has no ascent: a run that no longer trains as it should must say so."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from sam_kernels.optim._engine.capturable import is_recording
 from sam_kernels.optim._engine.warn import warn_user
 
-__all__ = ["SkipWatch"]
+__all__ = ["SkipWatch", "warn_of_plain_steps"]
 
 _IN_A_ROW = 25
 
@@ -71,3 +71,11 @@ def _is_at_hand(flag: Tensor) -> bool:
 
 def _is_set(flag: Tensor) -> bool:
     return type(flag) is Tensor and flag.item() != 0.0  # not of a fake tensor
+
+
+def warn_of_plain_steps(kind: str, base: str) -> None:
+    """Two steps in a row had no ascent, where a radius is positive."""
+    warn_user(
+        f"{kind}: two steps without an ascent: step() alone is a step of {base}. For sharpness-aware steps call step(closure), or "
+        "first_step and second_step, or optimizer.backward(closure) in the place of loss.backward(); with rho=0 nothing is said"
+    )

@@ -17,7 +17,7 @@ from sam_kernels import functional
 from sam_kernels._memory_of import is_fake
 from sam_kernels.optim._engine.capturable import is_recording, not_recordable
 from sam_kernels.optim._engine.lists import GroupLists
-from sam_kernels.optim._shards.dtensor import as_owner
+from sam_kernels.optim._shards.dtensor import as_owner, local_of
 from sam_kernels.optim._types import GroupOptions, ParamGroup, ParamState
 
 __all__ = ["UpdateScalars", "can_fuse", "fused_step", "plain_step", "with_options"]
@@ -75,6 +75,7 @@ def _sgd_step(
         is_first = not all(map(operator.is_not, buffers, repeat(None)))
         if is_first:
             _require_state(lists.params)  # a graph would begin anew at every replay
+            buffers = [None if buffer is None else local_of(buffer) for buffer in buffers]
         else:
             buffers = lists.state("momentum_buffer", buffers)
     functional.sgd_step_(
@@ -92,7 +93,7 @@ def _sgd_step(
     )
     if is_first:
         for owner, state, buffer in zip(lists.owners, states, buffers, strict=True):
-            if buffer is not None:
+            if buffer is not None and state.get("momentum_buffer") is None:
                 state["momentum_buffer"] = as_owner(owner, buffer)
 
 
@@ -161,7 +162,7 @@ def plain_step(base: Optimizer, grads: list[Tensor], scalars: UpdateScalars) -> 
             return
         if grad_scale is not None and grads:
             torch._foreach_div_(grads, grad_scale.item())
-        if norm is not None and scalars["max_norm"] is not None:
+        if norm is not None and scalars["max_norm"] is not None and grads:
             unscaled = norm if grad_scale is None else norm / grad_scale
             torch._foreach_mul_(grads, min(1.0, scalars["max_norm"] / (unscaled.item() + 1e-6)))
     with _global_hooks_once():

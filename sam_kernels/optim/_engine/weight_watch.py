@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 
 from torch import Tensor
 
+from sam_kernels._sharding import READS_PLAINLY
 from sam_kernels._tensor_list import TensorList
 from sam_kernels.optim._engine.lists import address_of
 
@@ -54,7 +55,8 @@ class WeightWatch:
         return {owner for _, owners in self._lists for owner in owners}
 
     def _read_versions(self) -> list[int]:
-        return [param._version for param in self._watched]
+        with READS_PLAINLY():
+            return [param._version for param in self._watched]
 
     def _read_addresses(self) -> list[int]:
         return list(map(Tensor.data_ptr if self._has_addresses else address_of, self._memory))

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from sam_kernels._validate import check_choice, check_count, check_flag, check_number, check_seed, describe
 from sam_kernels.optim._base.options import store_plain
+from sam_kernels.optim.groups import is_norm_layer
 
 __all__ = ["NORMS", "Reweighting", "check_modules", "chosen_modules"]
 
 NORMS = ("exact", "finite_difference", "jvp", "last_layer", "norm_layers")
-_NORM_LAYERS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def chosen_modules(model: nn.Module, norms: str) -> list[nn.Module]:
     owners = [module for module in model.modules() if any(param.requires_grad for param in module.parameters(recurse=False))]
     found: list[nn.Module] = owners[-1:]
     if norms == "norm_layers":
-        found = [module for module in owners if isinstance(module, _NORM_LAYERS)]
+        found = [module for module in owners if is_norm_layer(module)]
     if norms in ("last_layer", "norm_layers") and not found:
         raise ValueError(f"RWSAM: norms={norms!r}, and the model has no such layer with trainable parameters")
     return found

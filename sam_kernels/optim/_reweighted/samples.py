@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sam_kernels._sharding import is_dtensor, sharded_modules
 from sam_kernels.optim._replicas.replicas import replicated_modules
-from sam_kernels.optim._shards.dtensor import is_dtensor
 from sam_kernels.optim._shards.layout import layout_of
-from sam_kernels.optim._shards.modules import sharded_modules
 
 __all__ = ["SampleRanks", "ranks_of"]
 
@@ -63,7 +62,8 @@ class SampleRanks:
 
 
 def ranks_of(model: nn.Module, norms: str, *, local_ascent: bool) -> SampleRanks | None:
-    """Of a model whose gradients are averaged over ranks; None where the rank's own samples are the batch.
+    """Of a model whose gradients are averaged over ranks; None where the rank's own samples are the batch. With a local ascent over HSDP
+    those of the replica group.
 
     Raises TypeError for a parameter of which layers read a part (tensor parallelism), and for one that is a DTensor with ``norms="jvp"``.
     """
@@ -71,7 +71,7 @@ def ranks_of(model: nn.Module, norms: str, *, local_ascent: bool) -> SampleRanks
     if replicated:
         return SampleRanks([replicated[0].process_group], replicated)
     meshes = []
-    whole = {id(param) for module in sharded_modules() for param in module.parameters()}
+    whole = {id(param) for module in sharded_modules(model) for param in module.parameters()}
     for name, param in model.named_parameters():
         if not is_dtensor(param):
             continue
@@ -92,4 +92,4 @@ def ranks_of(model: nn.Module, norms: str, *, local_ascent: bool) -> SampleRanks
     if not meshes:
         return None
     largest = max(meshes, key=lambda mesh: mesh.size())
-    return SampleRanks(largest.get_all_groups())
+    return SampleRanks(largest.get_all_groups()[1 if local_ascent else 0 :])

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
 
-from sam_kernels._memory_of import is_dtensor
+from sam_kernels._sharding import is_dtensor
 
-__all__ = ["as_owner", "is_dtensor", "local_grad", "local_grads_alike", "local_of", "locals_of"]
-
-
-_LOCAL = attrgetter("_local_tensor")
-_SPEC = attrgetter("_spec")
+__all__ = ["as_owner", "local_grad", "local_of"]
 
 
 def local_of(tensor: Tensor) -> Tensor:
@@ -25,22 +19,6 @@ def local_of(tensor: Tensor) -> Tensor:
     """
     local: Tensor = tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]  # a DTensor's
     return local
-
-
-def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The rank's parts. A list whose first tensor is no DTensor is returned as it is: lists are of one kind."""
-    if not tensors or not is_dtensor(tensors[0]):
-        return tensors if isinstance(tensors, list) else list(tensors)
-    return list(map(_LOCAL, tensors))
-
-
-def local_grads_alike(params: Sequence[Any]) -> list[Tensor] | None:
-    """The rank's parts of the gradients of DTensors; None where one has no gradient, or one that lies otherwise than its parameter."""
-    grads = [param.grad for param in params]
-    try:
-        return list(map(_LOCAL, grads)) if list(map(_SPEC, grads)) == list(map(_SPEC, params)) else None
-    except AttributeError:  # None, or an ordinary tensor
-        return None
 
 
 def local_grad(param: Tensor, grad: Tensor) -> Tensor:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["GatheredModules", "reshard", "sharded_modules"]
+__all__ = ["GatheredModules", "all_sharded_modules"]
 
 
 class GatheredModules:
@@ -22,7 +23,7 @@ class GatheredModules:
     def __init__(self, params: Iterable[Tensor] = ()) -> None:
         ours = {id(param) for param in params}
         self._modules: list[weakref.ref[nn.Module]] = []
-        for module in sharded_modules() if ours else []:
+        for module in all_sharded_modules() if ours else []:
             before = dict(module.named_parameters())
             module.reshard()  # its parameters are then the shards
             shards = set(map(id, module.parameters()))
@@ -42,16 +43,29 @@ class GatheredModules:
             if module is not None:
                 module.reshard()
 
+    def abandon_pass(self) -> None:
+        """After an exception, which may have come in the middle of a pass: gathered weights are freed, collectives that are under way and
+        gradients that are not reduced yet are dropped, so that the next pass begins anew. (:meth:`reshard` alone leaves them to the pass.)
+        """
+        states = [module()._get_fsdp_state() for module in self._modules if module() is not None]  # type: ignore[operator,union-attr]
+        for state in states:
+            # A root sees to those inside of it. One that is None has made no pass yet.
+            if state._is_root and hasattr(state, "_reset_iter_state"):
+                with suppress(RuntimeError):  # collectives of a process group that has failed, which the exception is about
+                    state._reset_iter_state()
+            for group in getattr(state, "_fsdp_param_groups", ()):
+                for param in group.fsdp_params:  # torch 2.13 leaves these, and the next pass would add to them
+                    param.unsharded_accumulated_grad = None
+                    if hasattr(param, "_unsharded_param"):
+                        param._unsharded_param.grad = None
 
-def reshard(model: nn.Module) -> None:
-    """Frees what the modules of ``fully_shard`` in ``model`` have gathered: its parameters are then the shards."""
-    inside = set(map(id, model.modules()))
-    for module in sharded_modules():
-        if id(module) in inside:
-            module.reshard()
+    @property
+    def can_abandon_pass(self) -> bool:
+        """Whether this version of torch can begin a pass anew after an exception in one."""
+        return all(hasattr(module(), "reset_iter_state") for module in self._modules if module() is not None)
 
 
-def sharded_modules() -> list[Any]:
+def all_sharded_modules() -> list[Any]:
     """Every module of this process that ``fully_shard`` was called with. Raises RuntimeError where torch does not list them."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or not hasattr(fsdp, "FSDPModule"):
