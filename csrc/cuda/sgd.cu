@@ -35,9 +35,14 @@ struct Sgd {
         target(o.update) {}
 
   SAM_INLINE void apply(const Piece<kRoles>& piece, int thread) const {
+    const bool has_buffer = piece.operands[kBuffer].data != nullptr;
     if (skipped) {
       if (piece.operands[kOldParam].data != nullptr) copy_chunk<A>(piece, piece.operands[kOldParam], piece.operands[kParam], thread);
-    } else if (piece.operands[kBuffer].data == nullptr) {
+    } else if constexpr (kVariant && A::kHasMasters) {
+      const Momentum momentum =
+          nesterov ? (first_step ? Momentum::kFirstNesterov : Momentum::kNesterov) : (first_step ? Momentum::kFirst : Momentum::kPlain);
+      update(piece, thread, Chosen{has_buffer ? momentum : Momentum::kNone, decays});
+    } else if (!has_buffer) {
       choose_decay<Momentum::kNone>(piece, thread);
     } else if (nesterov) {
       first_step ? choose_decay<Momentum::kFirstNesterov>(piece, thread) : choose_decay<Momentum::kNesterov>(piece, thread);
@@ -47,33 +52,44 @@ struct Sgd {
   }
 
  private:
+  // The form of the step: compiled in, or, where loops for each form would be more code than nvcc inlines, read at run time.
   template <Momentum kMomentum, bool kDecays>
+  struct Fixed {
+    static constexpr Momentum momentum = kMomentum;
+    static constexpr bool decays = kDecays;
+  };
+  struct Chosen {
+    Momentum momentum;
+    bool decays;
+  };
+
+  template <class Form>
   struct Step {
     Operand grad, buffer;
     const SgdConstants<T>& constants;
+    Form form;
 
     template <int kCount>
     SAM_INLINE typename A::template Values<kCount> make(const Operand& source, int i) const {
       const auto g = load<A, kCount>(grad, i);
       auto p = load<A, kCount>(source, i);
       typename A::template Values<kCount> m{};
-      if constexpr (kMomentum == Momentum::kPlain || kMomentum == Momentum::kNesterov) m = load<A, kCount>(buffer, i);
+      if (form.momentum == Momentum::kPlain || form.momentum == Momentum::kNesterov) m = load<A, kCount>(buffer, i);
       SAM_UNROLL
-      for (int j = 0; j < kCount; ++j) p.data[j] = sgd_step<kMomentum, kDecays>(p.data[j], g.data[j], m.data[j], constants);
-      if constexpr (kMomentum != Momentum::kNone) store<A, kCount>(buffer, i, m);
+      for (int j = 0; j < kCount; ++j) p.data[j] = sgd_step(form.momentum, form.decays, p.data[j], g.data[j], m.data[j], constants);
+      if (form.momentum != Momentum::kNone) store<A, kCount>(buffer, i, m);
       return p;
     }
   };
 
   template <Momentum kMomentum>
   SAM_INLINE void choose_decay(const Piece<kRoles>& piece, int thread) const {
-    decays ? update<kMomentum, true>(piece, thread) : update<kMomentum, false>(piece, thread);
+    decays ? update(piece, thread, Fixed<kMomentum, true>{}) : update(piece, thread, Fixed<kMomentum, false>{});
   }
 
-  template <Momentum kMomentum, bool kDecays>
-  SAM_INLINE void update(const Piece<kRoles>& piece, int thread) const {
-    const Step<kMomentum, kDecays> step{piece.operands[kGrad], piece.operands[kBuffer], constants};
-    update_weights<A>(piece, thread, target, step);
+  template <class Form>
+  SAM_INLINE void update(const Piece<kRoles>& piece, int thread, Form form) const {
+    update_weights<A>(piece, thread, target, Step<Form>{piece.operands[kGrad], piece.operands[kBuffer], constants, form});
   }
 };
 
