@@ -199,13 +199,14 @@ static inline void for_each_block(Span span, Body body) {
   if (begin < span.end) body(begin, static_cast<int>(span.end - begin));
 }
 
-// Elements that a row is best read and written in at a time, at most kBlock: 64 where one has to be converted from 16 bits (measured:
+// Elements that a row is best read and written in at a time, at most kBlock: 64 where there are 16-bit tensors beside wider ones (measured:
 // docs/internals/cpu.md).
 static inline int step_of(const Row& row) {
+  bool has_narrow = false, has_wide = false;
   for (const Operand& operand : row.operands) {
-    if (operand.data != nullptr && element_size(operand.dtype) == 2) return kBlock / 4;
+    if (operand.data != nullptr) (element_size(operand.dtype) == 2 ? has_narrow : has_wide) = true;
   }
-  return kBlock;
+  return has_narrow && has_wide ? kBlock / 4 : kBlock;
 }
 
 // Calls body(begin, count) for each step of the span.

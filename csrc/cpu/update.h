@@ -12,6 +12,13 @@ inline namespace SAM_ISA {
 template <class T, class Step>
 static inline void update_blocks(const Row& row, Span span, const UpdateOptions<double>& options, bool streams, uint32_t index, Step step) {
   const int from = row[kOldParam].data != nullptr ? kOldParam : kParam, to = options.to_old ? kOldParam : kParam;
+  if (!is_variant(options)) {
+    for_each_block(span, [&](int64_t begin, int count) {
+      rewrite<T>(row, kParam, from, begin, count, streams, [&](const T* param, T* result) { step(begin, count, param, result); });
+    });
+    stream_fence();
+    return;
+  }
   const bool is_stochastic = options.is_stochastic && row[kParam].dtype == DType::kBFloat16;
   const bool streaming = streams && from != kParam;
   Tile tile;
