@@ -96,8 +96,7 @@ static inline void put_bytes(char* destination, const void* source, int64_t byte
 }
 
 #if defined(__AVX512BW__)
-// Stores halves(i), the 16-bit elements [i, i + kHalves), as they are made, and returns how many: whole vectors. Measured: faster than
-// by way of a buffer.
+// Stores halves(i), the 16-bit elements [i, i + kHalves), as they are made, and returns how many: whole vectors.
 template <class Halves>
 static inline int put_halves(char* destination, int count, bool streaming, Halves halves) {
   int i = 0;
