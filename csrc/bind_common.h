@@ -121,7 +121,10 @@ UpdateOptions<Number> read_update(const PyOperation& op) {
           .lr = op.scalar<Number>("lr"),
           .max_norm = op.number_or("max_norm", -1.0),
           .weight_decay = op.number("weight_decay"),
-          .maximize = op.flag("maximize")};
+          .maximize = op.flag("maximize"),
+          .to_old = op.flag("to_old"),
+          .is_stochastic = !op.is_none("rounding_seed"),
+          .seed = op.seed("rounding_seed")};
 }
 
 template <class Number>

@@ -100,12 +100,18 @@ bool skip_update(const PyOperation& op, int threads) {
   return false;
 }
 
-bool sgd_rows(const PyOperation& op, int threads) {
+// The rows' numbers in the caller's list, where an update makes random numbers of them.
+std::vector<uint32_t> rows_of(const UpdateOptions<double>& options, const Lists& lists, const py::object& indices) {
+  return options.is_stochastic ? indices.cast<std::vector<uint32_t>>() : std::vector<uint32_t>(lists.numels().size());
+}
+
+bool sgd_rows(const PyOperation& op, const py::object& indices, int threads) {
   const Sgd options = read_sgd<double>(op);
   if (is_skipped(options.update.step)) return skip_update(op, threads);
   const Lists lists = op.lists(kSgdLists);
+  const std::vector<uint32_t> rows = rows_of(options.update, lists, indices);
   const py::gil_scoped_release release;
-  sgd(lists, options, threads);
+  sgd(lists, options, rows, threads);
   return true;
 }
 
@@ -123,14 +129,15 @@ std::vector<double> advance_steps(List steps) {
   return values;
 }
 
-bool adamw_rows(const PyOperation& op, int threads) {
+bool adamw_rows(const PyOperation& op, const py::object& indices, int threads) {
   const Adam options = read_adam<double>(op);
   if (is_skipped(options.update.step)) return skip_update(op, threads);
   const Lists lists = op.lists(kAdamLists);
+  const std::vector<uint32_t> rows = rows_of(options.update, lists, indices);
   check_sizes(lists.roles);
   const std::vector<double> steps = advance_steps(op.list("state_steps"));
   const py::gil_scoped_release release;
-  adamw(lists, options, steps, threads);
+  adamw(lists, options, steps, rows, threads);
   return true;
 }
 
@@ -270,8 +277,8 @@ PYBIND11_MODULE(_cpu, module) {
   def("combine", combine_rows);
   def_rows("perturb", "indices", perturb_rows);
   def_rows("random_perturb", "indices", random_perturb_rows);
-  def("sgd", sgd_rows);
-  def("adamw", adamw_rows);
+  def_rows("sgd", "indices", sgd_rows);
+  def_rows("adamw", "indices", adamw_rows);
   module.def(
       "copy", [](List destination, List source, int threads) { copy_rows(destination, source, threads); }, arg("destination"),
       arg("source"), arg("threads"));

@@ -175,10 +175,13 @@ PYBIND11_MODULE(SAM_CUDA_MODULE, module) {
   def("check_finite", check_finite_rows);
   def_rows("perturb", perturb_rows);
   def_rows("random_perturb", random_perturb_rows);
-  def("sgd", sgd_rows);
+  def_rows("sgd", sgd_rows);
   module.def(
-      "adamw", [](Op op, Given lists, uintptr_t corrections, uintptr_t stream) { adamw_rows({op, lists}, corrections, stream); }, arg("op"),
-      arg("lists"), arg("corrections"), arg("stream"));
+      "adamw",
+      [](Op op, Given lists, Op indices, uintptr_t corrections, uintptr_t stream) {
+        adamw_rows({op, lists}, indices, corrections, stream);
+      },
+      arg("op"), arg("lists"), arg("indices"), arg("corrections"), arg("stream"));
   module.def("copy", &copy_rows, arg("destination"), arg("source"), arg("stream"));
 
   module.def("sharpness_weights", &weights, py::kw_only(), arg("tensors"), arg("beta"), arg("stream"));

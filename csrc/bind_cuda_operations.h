@@ -181,23 +181,46 @@ void random_perturb_rows(const PyOperation& op, const py::object& indices, uintp
   random_perturb({lists, &rows}, options, launch.place);
 }
 
-void sgd_rows(const PyOperation& op, uintptr_t stream) {
-  const auto lists = op.lists(kSgdLists);
-  const auto options = read_sgd<Scalar>(op);
-  const Launch launch("sgd_step_", lists[0], stream);
-  sgd({lists}, options, launch.place);
+// Kernels write backups where they are float32 masters of 16-bit parameters.
+template <std::size_t kRoles>
+void expect_masters(const UpdateOptions<Scalar>& options, const std::array<const TensorList*, kRoles>& lists) {
+  if (!options.to_old) return;
+  expect(lists[kOldParam] != nullptr, "to_old needs old_params");
+  check_sizes(lists);
+  for (std::size_t i = 0; i < lists[kParam]->operands.size(); ++i) {
+    const bool is_master = lists[kOldParam]->operands[i].dtype == DType::kFloat32;
+    expect(is_master && element_size(lists[kParam]->operands[i].dtype) == 2, "to_old: float32 old_params of 16-bit params");
+  }
 }
 
-// corrections: the address of (n, 2) float64. state_steps: float32, advanced here.
-void adamw_rows(const PyOperation& op, uintptr_t corrections, uintptr_t stream) {
+// The rows' numbers in the caller's list, where an update makes random numbers of them; empty otherwise.
+std::vector<uint32_t> rows_of(const UpdateOptions<Scalar>& options, const py::object& indices) {
+  return options.is_stochastic ? indices.cast<std::vector<uint32_t>>() : std::vector<uint32_t>{};
+}
+
+void sgd_rows(const PyOperation& op, const py::object& indices, uintptr_t stream) {
+  const auto lists = op.lists(kSgdLists);
+  const auto options = read_sgd<Scalar>(op);
+  expect_masters(options.update, lists);
+  const auto rows = rows_of(options.update, indices);
+  const Launch launch("sgd_step_", lists[0], stream);
+  sgd({lists, options.update.is_stochastic ? &rows : nullptr}, options, launch.place);
+}
+
+// corrections: the address of (n, 2) float64, of as many rows as the caller's list has where parameters are rounded stochastically.
+// state_steps: float32, advanced here.
+void adamw_rows(const PyOperation& op, const py::object& indices, uintptr_t corrections, uintptr_t stream) {
   const List steps = op.list("state_steps");
-  const RowLists<kAdamRoles> lists{op.lists(kAdamLists)};
+  const AdamLaunch options{.options = read_adam<Scalar>(op), .corrections = pointer<double>(corrections)};
+  const auto rows = rows_of(options.options.update, indices);
+  const auto* tags = options.options.update.is_stochastic ? &rows : nullptr;
+  const RowLists<kAdamRoles> lists{op.lists(kAdamLists), tags};
   expect(steps->numels.size() == lists.numels().size(), "one step counter a tensor");
   if (!steps->only_float32) throw py::type_error("step counters must be float32");
-  const AdamLaunch options{.options = read_adam<Scalar>(op), .corrections = pointer<double>(corrections)};
+  expect_masters(options.options.update, lists.roles);
   const Launch launch("adamw_step_", lists.roles[0], stream);
   lists.check();
-  advance({{steps}}, options, launch.place);
+  advance({{steps}, tags}, options, launch.place);
   adamw(lists, options, launch.place);
 }
 

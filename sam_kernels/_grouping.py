@@ -35,7 +35,7 @@ class Part:
 
 def run(op: Operation, lists: Mapping[str, Sequence[Tensor] | None]) -> list[Any]:
     """What the backend of each part of the lists returns for ``op``. ``lists`` by role: checked, or trusted."""
-    return [part.run(op) for part in split(lists, written=op.written)]
+    return [part.run(op) for part in split(lists, written=op.writes)]
 
 
 def split(

@@ -45,7 +45,7 @@ class Kernel:
     """One kernel for one architecture."""
 
     source: str
-    op: str  # the source; "random_normal" beside "random_rademacher"; what a kernel is called where a source has several
+    op: str  # the source, with what tells apart those of one: "random_normal", "random_rademacher"; "sgd", "sgd_variant"
     storage: str  # fp32, bf16, fp16; mixed: several types, none of them fp64; fp64: alone or beside others; "": no list of operands
     table: int  # bytes of arguments its table was made for; 0 where it has none
     arch: str
@@ -159,6 +159,8 @@ def _op_of(source: str, name: str) -> str:
         return f"{source}_{sharpness[1].lower()}"
     if random := re.search(r"13RandomPerturb.*?ELb([01])E", name):
         return f"{source}_normal" if random[1] == "1" else f"{source}_rademacher"
+    if update := re.search(r"(?:3Sgd|4Adam)I.*?ELb([01])E", name):
+        return f"{source}_variant" if update[1] == "1" else source
     return source
 
 

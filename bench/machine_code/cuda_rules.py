@@ -26,7 +26,13 @@ _LOOPS = {
     "sgd": {_COPY, (2, 1), (2, 2), (3, 2)},  # without momentum: p, g; p. The first: p, g; p, m. Later: p, g, m; p, m
     "adamw": {_COPY, (4, 3)},  # p, g, m, v; p, m, v
 }
-_ROUNDED = {("perturb_variant", "bf16"): {(12, 8)}}  # beside these: stochastic rounding, four words of a counter
+_LOOPS |= {f"{update}_variant": _LOOPS[update] for update in ("sgd", "adamw")}  # of several types: and old_p
+# Beside these: stochastic rounding, four words of a counter.
+_ROUNDED = {
+    ("perturb_variant", "bf16"): {(12, 8)},
+    ("sgd_variant", "bf16"): {(8, 4), (8, 8), (12, 8)},
+    ("adamw_variant", "bf16"): {(16, 12)},
+}
 _FINISHED = ("centralize", "combine", "direction", "grad_dots", "norm")  # by their last block
 # Widths that the packs of a row of several types have: a pack has 16 bytes of the type of the arithmetic.
 _MIXED_WIDTHS = {"mixed": {128, 64}, "fp64": {128, 64, 32}}
@@ -42,6 +48,8 @@ def least_threads(kernel: Kernel) -> int:
         return 1536 if kernel.storage in UNIFORM else 1024  # two results of eight elements are float until they are paired
     if kernel.op == "adamw":
         return 512 if kernel.storage == "fp64" else 1024  # a root and a division for each element, in double
+    if kernel.op in ("sgd_variant", "adamw_variant"):
+        return 512  # as below
     if kernel.op == "perturb_variant":
         return 1024 if kernel.storage in ("fp32", "fp16") else 512  # the others may be rounded stochastically
     if kernel.op == "random_rademacher":

@@ -147,21 +147,26 @@ struct SgdConstants {
 };
 
 // Returns the new parameter; buffer is read (unless this is its first step) and written.
-template <Momentum kMomentum, bool kWeightDecay, class T>
-SAM_INLINE T sgd_step(T param, T grad, T& buffer, const SgdConstants<T>& c) {
+template <class T>
+SAM_INLINE T sgd_step(Momentum momentum, bool decays, T param, T grad, T& buffer, const SgdConstants<T>& c) {
   T update = grad * c.grad_multiplier;
-  if constexpr (kWeightDecay) update = update + c.weight_decay * param;
-  if constexpr (kMomentum == Momentum::kFirst || kMomentum == Momentum::kFirstNesterov) {
+  if (decays) update = update + c.weight_decay * param;
+  if (momentum == Momentum::kFirst || momentum == Momentum::kFirstNesterov) {
     buffer = update;  // no dampening on the first step, as torch
-  } else if constexpr (kMomentum != Momentum::kNone) {
+  } else if (momentum != Momentum::kNone) {
     buffer = buffer * c.momentum + update * c.one_minus_dampening;
   }
-  if constexpr (kMomentum == Momentum::kNesterov || kMomentum == Momentum::kFirstNesterov) {
+  if (momentum == Momentum::kNesterov || momentum == Momentum::kFirstNesterov) {
     update = update + c.momentum * buffer;
-  } else if constexpr (kMomentum != Momentum::kNone) {
+  } else if (momentum != Momentum::kNone) {
     update = buffer;
   }
   return param - c.lr * update;
+}
+
+template <Momentum kMomentum, bool kWeightDecay, class T>
+SAM_INLINE T sgd_step(T param, T grad, T& buffer, const SgdConstants<T>& c) {
+  return sgd_step(kMomentum, kWeightDecay, param, grad, buffer, c);
 }
 
 enum class Decay { kNone, kL2, kDecoupled };

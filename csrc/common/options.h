@@ -93,7 +93,16 @@ struct UpdateOptions {
   double max_norm;  // negative: no clipping
   double weight_decay;
   bool maximize;
+  bool to_old;         // the new weights are written to old_param, and to param in its type
+  bool is_stochastic;  // bfloat16 parameters are rounded stochastically
+  RandomSeed seed;
 };
+
+// Whether an update does more than the ordinary one.
+template <class Number>
+SAM_INLINE bool is_variant(const UpdateOptions<Number>& o) {
+  return o.to_old || o.is_stochastic;
+}
 
 template <class Number>
 SAM_INLINE double grad_multiplier(const UpdateOptions<Number>& o) {

@@ -95,6 +95,20 @@ static inline void put_bytes(char* destination, const void* source, int64_t byte
   }
 }
 
+#if defined(__AVX512BW__)
+// Stores halves(i), the 16-bit elements [i, i + kHalves), as they are made, and returns how many: whole vectors.
+template <class Halves>
+static inline int put_halves(char* destination, int count, bool streaming, Halves halves) {
+  int i = 0;
+  if (streaming && reinterpret_cast<uintptr_t>(destination) % sizeof(__m512i) == 0) {
+    for (; i + kHalves <= count; i += kHalves) _mm512_stream_si512(reinterpret_cast<__m512i*>(destination + 2 * i), halves(i));
+  } else {
+    for (; i + kHalves <= count; i += kHalves) _mm512_storeu_si512(destination + 2 * i, halves(i));
+  }
+  return i;
+}
+#endif
+
 // Writes count values of type T as another dtype. Out of line, as widen().
 template <class T>
 static __attribute__((noinline)) void narrow(DType dtype, char* destination, int count, const T* values, bool streaming) {
@@ -106,13 +120,20 @@ static __attribute__((noinline)) void narrow(DType dtype, char* destination, int
   } else {
     source = values;
   }
-  Buffer<uint16_t> half;
-  switch (dtype) {
-    case DType::kBFloat16: narrow_bfloat16(source, half.data, count); break;
-    case DType::kFloat16: narrow_float16(source, half.data, count); break;
-    default: put_bytes(destination, source, count * int64_t{sizeof(float)}, streaming); return;
+  if (dtype == DType::kFloat32) {
+    put_bytes(destination, source, count * int64_t{sizeof(float)}, streaming);
+    return;
   }
-  put_bytes(destination, half.data, count * int64_t{sizeof(uint16_t)}, streaming);
+  int done = 0;
+#if defined(__AVX512BW__)
+  done = dtype == DType::kBFloat16 ? put_halves(destination, count, streaming, [&](int i) { return narrow_vector_bfloat16(source + i); })
+                                   : put_halves(destination, count, streaming, [&](int i) { return narrow_vector_float16(source + i); });
+#endif
+  Buffer<uint16_t> half;
+  dtype == DType::kBFloat16 ? narrow_bfloat16(source + done, half.data, count - done)
+                            : narrow_float16(source + done, half.data, count - done);
+  const int64_t size = sizeof(uint16_t);
+  put_bytes(destination + done * size, half.data, (count - done) * size, streaming);
 }
 
 // Writes count values to the operand, rounding once. values may be the operand's own memory, which is then already written.
@@ -126,7 +147,14 @@ static inline void store(const Operand& operand, int64_t begin, int count, const
   narrow(operand.dtype, destination, count, values, streaming);
 }
 
-// Copies count elements bit for bit where the dtypes agree, through float64 (exact for all) where they do not.
+// Copies count elements by way of T, which is exact for both dtypes.
+template <class T>
+static inline void convert(const Operand& from, const Operand& to, int64_t begin, int count, bool streaming) {
+  Buffer<T> buffer;
+  store(to, begin, count, load(from, begin, count, buffer), streaming);
+}
+
+// Copies count elements bit for bit where the dtypes agree.
 static inline void copy(const Operand& from, const Operand& to, int64_t begin, int count, bool streaming) {
   if (from.dtype == to.dtype) {
     const char* source = address(from, begin);
@@ -135,8 +163,8 @@ static inline void copy(const Operand& from, const Operand& to, int64_t begin, i
     put_bytes(address(to, begin), source, bytes, streaming);
     return;
   }
-  Buffer<double> buffer;
-  store(to, begin, count, load(from, begin, count, buffer), streaming);
+  const bool is_double = from.dtype == DType::kFloat64 || to.dtype == DType::kFloat64;
+  is_double ? convert<double>(from, to, begin, count, streaming) : convert<float>(from, to, begin, count, streaming);
 }
 
 // Calls compute(values, result), which makes a block of the target from one of the source, another role's or its own. What was just read is
@@ -168,6 +196,24 @@ static inline void for_each_block(Span span, Body body) {
   int64_t begin = span.begin;
   for (; begin + kBlock <= span.end; begin += kBlock) body(begin, kBlock);
   if (begin < span.end) body(begin, static_cast<int>(span.end - begin));
+}
+
+// Elements that a row is best read and written in at a time, at most kBlock: 64 where there are 16-bit tensors beside wider ones (measured:
+// docs/internals/cpu.md).
+static inline int step_of(const Row& row) {
+  bool has_narrow = false, has_wide = false;
+  for (const Operand& operand : row.operands) {
+    if (operand.data != nullptr) (element_size(operand.dtype) == 2 ? has_narrow : has_wide) = true;
+  }
+  return has_narrow && has_wide ? kBlock / 4 : kBlock;
+}
+
+// Calls body(begin, count) for each step of the span.
+template <class Body>
+static inline void for_each_step(Span span, int step, Body body) {
+  for (int64_t begin = span.begin; begin < span.end; begin += step) {
+    body(begin, static_cast<int>(begin + step < span.end ? step : span.end - begin));
+  }
 }
 
 // The arithmetic type of a row: double as soon as one operand is float64.

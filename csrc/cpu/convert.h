@@ -8,7 +8,7 @@
 #include "common/half.h"
 #include "common/operand.h"
 
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX512BW__)
 #include <immintrin.h>
 #endif
 
@@ -54,6 +54,48 @@ static inline void narrow_float16(const float* source, uint16_t* target, int cou
 #endif
   for (int k = i; k < count; ++k) target[k] = float_to_float16(source[k]);
 }
+
+#if defined(__AVX512BW__)
+constexpr int kHalves = 32;  // 16-bit elements of a vector
+
+// Masks of all elements: of the intrinsics without one GCC 12 warns that a variable in its own header is not initialized.
+constexpr __mmask16 kAll16 = 0xFFFF;
+constexpr __mmask8 kAll8 = 0xFF;
+
+static inline __m512i shifted(__m512i words) { return _mm512_maskz_srli_epi32(kAll16, words, 16); }
+
+// Words whose upper halves are the bfloat16 of 16 floats.
+static inline __m512i bfloat16_words(__m512i bits) {
+  const __m512i last = _mm512_and_si512(shifted(bits), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), last);
+  const __mmask16 is_nan = _mm512_cmpgt_epu32_mask(_mm512_and_si512(bits, _mm512_set1_epi32(0x7FFFFFFF)), _mm512_set1_epi32(0x7F800000));
+  return _mm512_mask_blend_epi32(is_nan, rounded, _mm512_set1_epi32(0x7FC00000));
+}
+
+static inline __m512i upper_halves(__m512i low, __m512i high) {
+  const __m512i odd = _mm512_add_epi32(
+      _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(0x00040004)),
+      _mm512_set1_epi32(0x00030001));  // 1, 3, 5, ...
+  return _mm512_permutex2var_epi16(low, odd, high);
+}
+
+static inline __m512i narrow_vector_bfloat16(const float* source) {
+  return upper_halves(bfloat16_words(_mm512_loadu_si512(source)), bfloat16_words(_mm512_loadu_si512(source + 16)));
+}
+
+static inline __m256i narrow_vector_float16(__m512 value) {
+  const __m512i sign = _mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(static_cast<int>(0x80000000u)));
+  const __m512i nan = _mm512_or_si512(sign, _mm512_set1_epi32(0x7FC00000));  // as narrow_float16
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  const __m512i canonical = _mm512_mask_blend_epi32(is_nan, _mm512_castps_si512(value), nan);
+  return _mm512_maskz_cvtps_ph(kAll16, _mm512_castsi512_ps(canonical), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+static inline __m512i narrow_vector_float16(const float* source) {
+  const __m256i low = narrow_vector_float16(_mm512_loadu_ps(source)), high = narrow_vector_float16(_mm512_loadu_ps(source + 16));
+  return _mm512_maskz_inserti64x4(kAll8, _mm512_castsi256_si512(low), high, 1);
+}
+#endif
 
 template <class T>
 constexpr DType kArithmetic = std::is_same_v<T, double> ? DType::kFloat64 : DType::kFloat32;

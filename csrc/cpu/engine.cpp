@@ -131,10 +131,12 @@ void random_perturb(const Lists& lists, const RandomPerturb& options, const std:
 
 void copy(const Lists& lists, int threads) { apply(kernel_table().copy, lists, NoOptions{}, 2, threads); }
 
-void sgd(const Lists& lists, const Sgd& options, int threads) { apply(kernel_table().sgd, lists, options, 5, threads); }
+void sgd(const Lists& lists, const Sgd& options, const std::vector<uint32_t>& indices, int threads) {
+  apply(kernel_table().sgd, lists, options, 5, threads, indices);
+}
 
-void adamw(const Lists& lists, const Adam& options, const std::vector<double>& steps, int threads) {
-  apply(kernel_table().adamw, lists, options, 7, threads, steps);
+void adamw(const Lists& lists, const Adam& options, const std::vector<double>& steps, const std::vector<uint32_t>& indices, int threads) {
+  apply(kernel_table().adamw, lists, options, 7, threads, steps, indices);
 }
 
 }  // namespace sam::cpu

@@ -36,7 +36,8 @@ Dots grad_dots(const Lists& lists, int threads);
 double combine(const Lists& lists, const Combine& options, int threads);
 void random_perturb(const Lists& lists, const RandomPerturb& options, const std::vector<uint32_t>& indices, int threads);
 void copy(const Lists& lists, int threads);
-void sgd(const Lists& lists, const Sgd& options, int threads);
-void adamw(const Lists& lists, const Adam& options, const std::vector<double>& steps, int threads);  // steps: (n,), 1 on the first
+void sgd(const Lists& lists, const Sgd& options, const std::vector<uint32_t>& indices, int threads);
+// steps: (n,), 1 on the first.
+void adamw(const Lists& lists, const Adam& options, const std::vector<double>& steps, const std::vector<uint32_t>& indices, int threads);
 
 }  // namespace sam::cpu

@@ -39,8 +39,8 @@ struct KernelTable {
   double (*combine)(const Row&, Span, const Combine&, bool streams);
   void (*random_perturb)(const Row&, Span, const RandomPerturb&, bool streams, uint32_t index);
   void (*copy)(const Row&, Span, const NoOptions&, bool streams);
-  void (*sgd)(const Row&, Span, const Sgd&, bool streams);
-  void (*adamw)(const Row&, Span, const Adam&, bool streams, double step);  // step: 1 on the first
+  void (*sgd)(const Row&, Span, const Sgd&, bool streams, uint32_t index);
+  void (*adamw)(const Row&, Span, const Adam&, bool streams, double step, uint32_t index);  // step: 1 on the first
   // The squared norm of one group's G'A, or of one block of it. memory: a Workspace<double>, or <float>.
   double (*gram)(const Matrix& inputs, const Matrix& grads, Span rows, Span cols, bool with_bias, bool is_double, void* memory);
   double (*direct)(const Matrix& inputs, const Matrix& grads, const Product&, bool is_double, void* memory);

@@ -10,7 +10,7 @@ static void perturb_chunk(const Row& row, Span span, const Perturb& options, boo
   const T scale = T(perturb_scale(options, inverse_of(options.step.grad_scale)));
   const Scaling<T> scaling = options.scaling.as<T>();
   const bool from_old = options.from_old;
-  for_each_block(span, [&](int64_t begin, int count) {
+  for_each_step(span, step_of(row), [&](int64_t begin, int count) {
     Buffer<T> grad_buffer;
     const T* grad = load(row[kGrad], begin, count, grad_buffer);
     rewrite<T>(row, kParam, from_old ? kOldParam : kParam, begin, count, streams, [&](const T* param, T* result) {
@@ -26,7 +26,7 @@ void perturb(const Row& row, Span span, const Perturb& options, bool streams) {
 }
 
 void copy(const Row& row, Span span, const NoOptions&, bool streams) {
-  for_each_block(span, [&](int64_t begin, int count) { copy(row[kSource], row[kDestination], begin, count, streams); });
+  for_each_step(span, step_of(row), [&](int64_t begin, int count) { copy(row[kSource], row[kDestination], begin, count, streams); });
   stream_fence();
 }
 

@@ -38,7 +38,7 @@ struct Uniform {
   using Arithmetic = float;
   static constexpr int kWidth = 16 / sizeof(S);
   static constexpr int kBlocks = 4;  // resident on a processor, by registers: 2048 threads, all there can be
-  static constexpr bool kHasBFloat16 = std::is_same_v<S, BFloat16>;
+  static constexpr bool kHasBFloat16 = std::is_same_v<S, BFloat16>, kHasMasters = false;
 
   template <int kCount>
   using Raw = Pack<S, kCount>;
@@ -76,7 +76,7 @@ struct Mixed {
   using Arithmetic = T;
   static constexpr int kWidth = 16 / sizeof(T);
   static constexpr int kBlocks = 2;
-  static constexpr bool kHasBFloat16 = true;
+  static constexpr bool kHasBFloat16 = true, kHasMasters = true;  // float32 beside 16-bit parameters
 
   template <int kCount>
   using Raw = Pack<T, kCount>;  // what is stored differs from row to row

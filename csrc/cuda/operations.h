@@ -80,16 +80,16 @@ void random_perturb(const RowLists<kRandomRoles>& lists, const RandomOptions<Sca
 
 void copy(const RowLists<kCopyRoles>& lists, const NoOptions& options, const Place& place);
 
-// Reads old_p (else p), g, m; writes p, m.
+// Reads old_p (else p), g, m; writes p, m (to_old: and old_p). Tags: as of random_perturb where parameters are rounded stochastically.
 void sgd(const RowLists<kSgdRoles>& lists, const SgdOptions<Scalar>& options, const Place& place);
 
 struct AdamLaunch {
   AdamOptions<Scalar> options;
-  double* corrections;  // (R, 2) device: of the row tagged r: lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t)
+  double* corrections;  // (most tag + 1, 2) device: of the row tagged r: lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t)
 };
 // Adds one to every step counter and writes the corrections, unless skipped.
 void advance(const RowLists<1>& steps, const AdamLaunch& options, const Place& place);
-// Reads old_p (else p), g, m, v; writes p, m, v.
+// Reads old_p (else p), g, m, v; writes p, m, v (to_old: and old_p). Tags: as of sgd.
 void adamw(const RowLists<kAdamRoles>& lists, const AdamLaunch& options, const Place& place);
 
 }  // namespace sam::cuda

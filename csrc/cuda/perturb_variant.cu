@@ -2,18 +2,10 @@
 // writes old_p, p. Beside the ordinary pass, not in it, so that one keeps its registers.
 #include "cuda/launch.cuh"
 #include "cuda/operations.h"
-#include "cuda/tiles.cuh"
+#include "cuda/stochastic.cuh"
 
 namespace sam::cuda {
 namespace {
-
-// Adds random bits below the last one that is kept and truncates: the expectation of what is stored is the value. NaN and infinities have
-// none, and are rounded as usual.
-SAM_INLINE uint16_t stochastic_bfloat16(float value, uint32_t word) {
-  const uint32_t bits = float_bits(value);
-  const bool finite = (bits & 0x7FFFFFFFu) < 0x7F800000u;
-  return static_cast<uint16_t>(finite ? (bits + (word >> 16)) >> 16 : narrow_pair({value, 0.0f}, BFloat16{}));
-}
 
 template <class A>
 struct PerturbAlong {
@@ -84,23 +76,12 @@ struct PerturbAlong {
 
   template <int kCount>
   SAM_INLINE void move_tile(const Piece<kRoles>& piece, const Operand& source, int begin, int lane, int count) const {
-    const uint64_t counter = first_counter(piece.begin + begin) + static_cast<uint64_t>(lane);
-    uint32_t words[kWords][kCount];
-    SAM_UNROLL
-    for (int j = 0; j < kCount; ++j) {
-      const Words<uint64_t> found = random_words(counter + static_cast<uint64_t>(j), seed, kRoundingStream, piece.tag);
-      SAM_UNROLL
-      for (int word = 0; word < kWords; ++word) words[word][j] = static_cast<uint32_t>(found.word[word]);
-    }
+    const auto words = rounding_words<kCount>(first_counter(piece.begin + begin) + static_cast<uint64_t>(lane), seed, piece.tag);
     SAM_UNROLL
     for (int word = 0; word < kWords; ++word) {
       const int i = begin + lane + word * kTileLanes;
       if (kCount == 1 && i >= count) break;
-      const auto p = moved<kCount>(piece, source, i);
-      Pack<BFloat16, kCount> rounded;
-      SAM_UNROLL
-      for (int j = 0; j < kCount; ++j) rounded.data[j].bits = stochastic_bfloat16(static_cast<float>(p.data[j]), words[word][j]);
-      *at<Pack<BFloat16, kCount>, BFloat16>(piece.operands[kParam], i) = rounded;
+      store_stochastic<kCount>(piece.operands[kParam], i, moved<kCount>(piece, source, i).data, words.of[word]);
     }
   }
 };

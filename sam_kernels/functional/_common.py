@@ -57,13 +57,18 @@ def params_if(adaptive: bool, op: str, params: Tensors | None) -> Tensors | None
     return params if adaptive else None
 
 
-def check_lists(op: type[Operation], lists: Mapping[str, Tensors | None]) -> None:
-    """Check lists that are not trusted. Raises TypeError or ValueError if they do not fit each other."""
+def check_lists(op: type[Operation] | Operation, lists: Mapping[str, Tensors | None]) -> None:
+    """Check lists that are not trusted. Raises TypeError or ValueError if they do not fit each other, or if lists that are written share
+    memory: with the options of ``op``, or with some options of its class."""
     if not are_trusted(lists.values()):
-        _validate.check_lists(op.name, lists, written=op.written)
+        _validate.check_lists(op.name, lists, written=_written(op))
 
 
-def check_with_gaps(op: type[Operation], lists: dict[str, Tensors | None], name: str, entries: TensorsOrNone) -> None:
+def _written(op: type[Operation] | Operation) -> tuple[str, ...]:
+    return op.writes if isinstance(op, Operation) else op.written
+
+
+def check_with_gaps(op: type[Operation] | Operation, lists: dict[str, Tensors | None], name: str, entries: TensorsOrNone) -> None:
     """As :func:`check_lists`, with one more list called ``name`` whose entries may be None: None fits every row."""
     if not isinstance(entries, list):
         raise TypeError(f"{op.name}: {name} must be a list of tensors or None, got {_validate.describe(entries)}")
@@ -75,7 +80,7 @@ def check_with_gaps(op: type[Operation], lists: dict[str, Tensors | None], name:
         raise ValueError(f"{op.name}: {name} has {len(entries)} tensors, {first_name} has {len(first)}")
     _validate.check_lists(op.name, {first_name: first, name: filled(entries, first)})
     everything: dict[str, Sequence[Tensor | None] | None] = {**lists, name: entries}
-    _validate.check_distinct(op.name, {key: everything[key] or [] for key in op.written})
+    _validate.check_distinct(op.name, {key: everything[key] or [] for key in _written(op)})
 
 
 def filled(entries: Sequence[Tensor | None], stand_ins: Tensors) -> list[Tensor]:

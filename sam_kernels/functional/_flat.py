@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sam_kernels.functional._library import Arguments, Flat
 
-__all__ = ["EMA", "GROUPS", "MOMENTUM"]
+__all__ = ["BACKUPS", "EMA", "GROUPS", "MOMENTUM"]
 
 
 def _lower_groups(arguments: Arguments) -> bool:
@@ -31,12 +31,12 @@ def _run_groups(op: Callable[..., Tensor], arguments: Arguments) -> Tensor:
 GROUPS = Flat({"grad_groups": "Tensor[]", "group_sizes": "int[]"}, _lower_groups, _run_groups)
 
 
-def _with_gaps(name: str, like: str, is_used: Callable[[Arguments], bool]) -> Flat:
-    """A list whose entries may be None, which the operation fills. None becomes zeros, in the caller's list too: whether the step is
-    skipped is not known before the graph runs."""
+def _with_gaps(name: str, like: Callable[[Arguments], str], is_used: Callable[[Arguments], bool]) -> Flat:
+    """A list whose entries may be None, which the operation fills. None becomes zeros like the tensors of another list, in the caller's
+    list too: whether the step is skipped is not known before the graph runs."""
 
     def lower(arguments: Arguments) -> bool:
-        entries, tensors = arguments[name], arguments[like]
+        entries, tensors = arguments[name], arguments[like(arguments)]
         arguments["first_steps"] = []
         if not is_used(arguments):
             arguments[name] = []
@@ -63,5 +63,28 @@ def _with_gaps(name: str, like: str, is_used: Callable[[Arguments], bool]) -> Fl
     return Flat({name: "Tensor[]", "first_steps": "int[]"}, lower, run)
 
 
-MOMENTUM = _with_gaps("momentum_buffers", "params", lambda arguments: arguments["momentum"] != 0.0)
-EMA = _with_gaps("ema", "grads", lambda arguments: True)
+def _lower_backups(arguments: Arguments) -> bool:
+    if arguments["old_params"] is None:
+        arguments["old_params"] = []
+        return True
+    return len(arguments["old_params"]) > 0 or len(arguments["params"]) == 0
+
+
+def _run_with_backups(op: Callable[..., Any], arguments: Arguments) -> Any:
+    return op(**{**arguments, "old_params": arguments["old_params"] or None})
+
+
+BACKUPS = Flat({"old_params": "Tensor[]"}, _lower_backups, _run_with_backups)
+"""Backups of an update, which some options write: no schema has a list that is written and may be None. Without backups it is empty."""
+
+EMA = _with_gaps("ema", lambda arguments: "grads", lambda arguments: True)
+_BUFFERS = _with_gaps(
+    "momentum_buffers",
+    lambda arguments: "old_params" if arguments["to_old"] is True else "params",
+    lambda arguments: arguments["momentum"] != 0.0,
+)
+MOMENTUM = Flat(
+    {**BACKUPS.types, **_BUFFERS.types},
+    lambda arguments: _BUFFERS.lower(arguments) and BACKUPS.lower(arguments),
+    lambda op, arguments: _BUFFERS.run(lambda **lowered: BACKUPS.run(op, lowered), arguments),
+)

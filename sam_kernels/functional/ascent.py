@@ -12,6 +12,7 @@ from sam_kernels._grouping import run, split
 from sam_kernels._tensor_list import TensorList
 from sam_kernels.functional._common import Tensors, TensorsOrNone, by_first_step, check_lists, check_with_gaps, checked
 from sam_kernels.functional._library import operation
+from sam_kernels.functional._masters import check_backups, check_rounding
 from sam_kernels.functional.directions import DIRECTIONS
 from sam_kernels.operations import Number, Perturb, Restore
 
@@ -44,9 +45,10 @@ def perturb_(
     ``rho`` may be negative: the extragradient method (arXiv 2401.08060) and Momentum-SAM step against a direction, p - |rho| g.
     ``lambd`` = 1 is SAM, 0 is USAM. ``adaptive``: g is replaced by T_w^2 g, T_w = |p| + eta, and ``norm`` is that of T_w g (ASAM).
     A weight or gradient that is not finite, with a norm that is, reaches its own element alone.
-    ``from_old``: p <- old_p + ..., without saving again. ``grad_scale``: gradients and norm are those of a loss multiplied by it; the
-    perturbation is that of the loss itself. Where ``found_inf`` is set or the norm is not finite, parameters are only saved (``from_old``:
-    restored).
+    ``from_old``: p <- old_p + ..., without saving again: from the backup of an earlier call, or from the float32 master of a 16-bit p, by
+    whose value T_w is then too. The sum is rounded once. (Saving a 16-bit p in a wider old_p is refused.)
+    ``grad_scale``: gradients and norm are those of a loss multiplied by it; the perturbation is that of the loss itself. Where
+    ``found_inf`` is set or the norm is not finite, parameters are only saved (``from_old``: restored).
     ``ema``, ``kind``, ``sigma``, ``lmbda``: along the direction d whose norm :func:`direction_norm_` has just returned, from the moving
     average m that it has updated, instead of along g: d = m ("vasso"), or what d = g - sigma m_before is after the update,
     d = (1 + sigma (1 - lmbda) / lmbda) g - (sigma / lmbda) m ("friendly"). ``norm`` is then that of the unscaled direction. An entry of
@@ -55,7 +57,8 @@ def perturb_(
     float32 result x: the upper 16 bits of the element's random word (as in :func:`random_perturb_`, the counter's last word being 1) are
     added to the bits of x, whose lower 16 are then cut off. Infinities and NaN are stored as usual, and so is what is saved or restored.
     float32 and float64 parameters are not concerned, float16 ones are refused.
-    Reads p, g; writes old_p, p: 4 N s bytes (``from_old``: reads old_p, g; writes p: 3 N s; ``ema``: reads m too).
+    Reads p, g; writes old_p, p: 4 N s bytes (``from_old``: reads old_p, g; writes p: 3 N s, from masters with
+    16-bit g 8 N; ``ema``: reads m too).
     """
     grad_weight, ema_weight = _direction_weights(Perturb.name, ema, kind, sigma, lmbda)
     lists: dict[str, Tensors | None] = {"params": params, "grads": grads, "old_params": old_params}
@@ -64,7 +67,9 @@ def perturb_(
     else:
         check_with_gaps(Perturb, lists, "ema", ema)
     if rounding_seed is not None:
-        rounding_seed = _check_rounding(Perturb.name, rounding_seed, params)
+        rounding_seed = check_rounding(Perturb.name, rounding_seed, params)
+    if not from_old:
+        check_backups(Perturb.name, params, old_params)
     op = checked(
         Perturb(
             norm=norm,
@@ -104,19 +109,10 @@ def _direction_weights(op: str, ema: TensorsOrNone | None, kind: str | None, sig
     return (1.0 + sigma * (1.0 - lmbda) / lmbda, -sigma / lmbda) if kind == "friendly" else (0.0, 1.0)
 
 
-def _check_rounding(op: str, rounding_seed: int, params: Tensors) -> int:
-    rounding_seed = _validate.check_seed(op, "rounding_seed", rounding_seed)
-    for i, param in enumerate(params):
-        if param.dtype is torch.float16:
-            raise TypeError(
-                f"{op}: params[{i}] is float16; rounding_seed is for bfloat16 parameters, whose bits are a float32's upper ones"
-            )
-    return rounding_seed
-
-
 @operation(written=Restore.written)
 def restore_(params: Tensors, old_params: Tensors) -> None:
-    """p <- old_p, bit for bit where the dtypes agree. Reads old_p; writes p: 2 N s bytes."""
+    """p <- old_p, bit for bit where the dtypes agree, and rounded once where they do not: from float32 masters too. Reads old_p; writes p:
+    2 N s bytes, from masters to 16-bit p 6 N."""
     lists: dict[str, Tensors | None] = {"params": params, "old_params": old_params}
     check_lists(Restore, lists)
     run(Restore(), lists)

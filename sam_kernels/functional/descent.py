@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import cast
+from typing import TypeVar, cast
 
 from torch import Tensor
 
@@ -18,14 +18,17 @@ from sam_kernels.functional._common import (
     check_with_gaps,
     checked,
 )
-from sam_kernels.functional._flat import MOMENTUM
+from sam_kernels.functional._flat import BACKUPS, MOMENTUM
 from sam_kernels.functional._library import operation
+from sam_kernels.functional._masters import check_masters, check_rounding
 from sam_kernels.operations import AdamWStep, Number, SgdStep
 
 __all__ = ["adamw_step_", "sgd_step_"]
 
+_Step = TypeVar("_Step", SgdStep, AdamWStep)
 
-@operation(written=SgdStep.written, flat=MOMENTUM)
+
+@operation(written=SgdStep.written, scheduled=("rounding_seed",), flat=MOMENTUM)
 def sgd_step_(
     params: Tensors,  # n tensors
     grads: Tensors,  # n tensors
@@ -42,6 +45,8 @@ def sgd_step_(
     found_inf: Tensor | None = None,  # ()
     norm: Tensor | None = None,  # () norm of the gradients as given
     max_norm: float | None = None,
+    to_old: bool = False,
+    rounding_seed: int | None = None,
 ) -> None:
     """Restore and ``torch.optim.SGD`` in one pass: the step is made from ``old_params`` (where given) and written to ``params``.
 
@@ -50,7 +55,13 @@ def sgd_step_(
     and under ``torch.compile``).
     ``grad_scale`` divides the gradients; ``max_norm`` (needs ``norm``) multiplies them by
     min(1, max_norm / (norm / grad_scale + 1e-6)). Where ``found_inf`` is set or ``norm`` is not finite, parameters are restored and nothing
-    else happens. Reads old_p (else p), g, m; writes p, m: 5 N s bytes.
+    else happens.
+    ``to_old``: ``old_params`` are float32 masters of bfloat16 or float16 parameters, all of them: the step is written to them, and rounded
+    once to ``params``. A momentum buffer that is made is float32 then. A skipped step leaves masters and buffers, and rounds the masters to
+    ``params``. ``rounding_seed`` (in [0, 2^64)): bfloat16 parameters are rounded stochastically, with or without masters, by the random
+    words of :func:`perturb_`: of one seed both use the same words. What is restored is rounded as usual. float16 parameters are refused.
+    Reads old_p (else p), g, m; writes p, m: 5 N s bytes; ``to_old``: writes old_p too, with 16-bit g and float32 m 20 N.
+    Raises TypeError for a row of ``to_old`` with other dtypes, ValueError for ``to_old`` without ``old_params``.
     """
     op = checked(
         SgdStep(
@@ -64,6 +75,8 @@ def sgd_step_(
             found_inf=found_inf,
             norm=norm,
             max_norm=max_norm,
+            to_old=to_old,
+            rounding_seed=rounding_seed,
         )
     )
     if max_norm is not None and norm is None:
@@ -78,9 +91,10 @@ def sgd_step_(
     # Whole lists before they are cut into parts: messages carry the caller's indices.
     lists: dict[str, Tensors | None] = {"params": params, "grads": grads, "old_params": old_params}
     if buffers is not None:
-        check_with_gaps(SgdStep, lists, "momentum_buffers", buffers)
+        check_with_gaps(op, lists, "momentum_buffers", buffers)
     else:
-        check_lists(SgdStep, lists)
+        check_lists(op, lists)
+    op = _check_narrow(op, params, old_params)
     if buffers is None or isinstance(buffers, TensorList):
         run(op, {**lists, "momentum_buffers": buffers})
     else:
@@ -90,8 +104,8 @@ def sgd_step_(
 def _sgd_with_gaps(op: SgdStep, lists: dict[str, Tensors | None], buffers: list[Tensor | None]) -> None:
     """Rows whose buffer is None make their first step."""
     # Zeros, for a device on which a skipped first step is not known of without waiting: the buffer then stays, and must hold something.
-    groups = by_first_step(lists, "momentum_buffers", buffers, like="params")
-    prepared = [(rows, split(rows.lists, written=op.written)) for rows in groups]
+    groups = by_first_step(lists, "momentum_buffers", buffers, like="old_params" if op.to_old else "params")
+    prepared = [(rows, split(rows.lists, written=op.writes, indices=rows.indices)) for rows in groups]
     for rows, parts in prepared:  # after all lists are known to have a backend
         mine = dataclasses.replace(op, first_step=rows.is_first)
         stepped = True
@@ -101,11 +115,20 @@ def _sgd_with_gaps(op: SgdStep, lists: dict[str, Tensors | None], buffers: list[
             rows.put_back("momentum_buffers", buffers)
 
 
+def _check_narrow(op: _Step, params: Tensors, old_params: Tensors | None) -> _Step:
+    """``op`` with its seed as an int, after the checks of masters and of stochastic rounding."""
+    if op.to_old:
+        check_masters(op.name, params, old_params)
+    if op.rounding_seed is None:
+        return op
+    return dataclasses.replace(op, rounding_seed=check_rounding(op.name, op.rounding_seed, params))
+
+
 def _missing_norm(op: str) -> ValueError:
     return ValueError(f"{op}: max_norm needs norm, the norm of the gradients as given")
 
 
-@operation(written=(*AdamWStep.written, "state_steps"))
+@operation(written=(*AdamWStep.written, "state_steps"), scheduled=("rounding_seed",), flat=BACKUPS)
 def adamw_step_(
     params: Tensors,  # n tensors
     grads: Tensors,  # n tensors
@@ -124,11 +147,14 @@ def adamw_step_(
     found_inf: Tensor | None = None,  # ()
     norm: Tensor | None = None,  # () norm of the gradients as given
     max_norm: float | None = None,
+    to_old: bool = False,
+    rounding_seed: int | None = None,
 ) -> None:
     """Restore and ``torch.optim.AdamW`` (``decoupled``) or ``Adam`` in one pass, from ``old_params`` (where given) to ``params``.
 
-    Adds one to every ``state_steps``. ``grad_scale``, ``found_inf``, ``norm`` and ``max_norm`` as in :func:`sgd_step_`.
-    Reads old_p (else p), g, m, v; writes p, m, v: 7 N s bytes.
+    Adds one to every ``state_steps``. ``grad_scale``, ``found_inf``, ``norm``, ``max_norm``, ``to_old`` and ``rounding_seed`` as in
+    :func:`sgd_step_`.
+    Reads old_p (else p), g, m, v; writes p, m, v: 7 N s bytes; ``to_old``: writes old_p too, with 16-bit g and float32 m, v 28 N.
     """
     name = AdamWStep.name
     if not isinstance(betas, tuple | list) or len(betas) != 2:
@@ -147,14 +173,17 @@ def adamw_step_(
             found_inf=found_inf,
             norm=norm,
             max_norm=max_norm,
+            to_old=to_old,
+            rounding_seed=rounding_seed,
         )
     )
     if max_norm is not None and norm is None:
         raise _missing_norm(op.name)
     lists = {"params": params, "grads": grads, "old_params": old_params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    check_lists(AdamWStep, lists)
+    check_lists(op, lists)
+    op = _check_narrow(op, params, old_params)
     _check_steps(name, state_steps, len(params))
-    for part in split(lists, written=op.written):
+    for part in split(lists, written=op.writes):
         indices = part.lists.indices
         counters = state_steps if len(indices) == len(params) else [state_steps[i] for i in indices]
         part.lists["state_steps"] = cast("list[Tensor]", counters)

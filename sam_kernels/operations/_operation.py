@@ -77,6 +77,7 @@ class Operation:
 
     name: ClassVar[str]
     roles: ClassVar[Mapping[str, Access]] = {}  # of each list, with all options at their defaults
+    also_written: ClassVar[tuple[str, ...]] = ()  # roles of lists that are read by default and written with some options
     limits: ClassVar[Mapping[str, Limits]] = {}  # of the numbers that callers choose
     reports: ClassVar[tuple[str, ...]] = ()  # of the scalars, those that are written
 
@@ -88,7 +89,7 @@ class Operation:
     optional: ClassVar[tuple[str, ...]] = ()  # fields that may be None
 
     def __init_subclass__(cls) -> None:
-        cls.written = tuple(role for role, access in cls.roles.items() if access is not Access.READ)
+        cls.written = tuple(role for role, access in cls.roles.items() if access is not Access.READ or role in cls.also_written)
         types = {name: kind for base in reversed(cls.__mro__) for name, kind in inspect.get_annotations(base).items()}
         cls.numbers = tuple(name for name, kind in types.items() if kind == "Number")
         cls.scalars = tuple(name for name, kind in types.items() if kind in ("Tensor", "Tensor | None"))
@@ -104,6 +105,11 @@ class Operation:
     def sweeps(cls, given: Collection[str]) -> int:
         """Sweeps over memory when the lists in the ``given`` roles take part."""
         return sum(access.sweeps for access in cls.accesses(given).values())
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """Roles of the lists that must not share memory, because these options may write them."""
+        return self.written
 
     def on(self: _Op, device: torch.device) -> _Op:
         """This operation with its scalars on ``device``; the numbers as :func:`number_on` has them."""

@@ -15,10 +15,11 @@ __all__ = ["AdamWStep", "Descent", "SgdStep"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Descent(Operation):
-    """The base of updates from old_params (where given) to params. A backend returns whether the step was made; True where only the device
-    knows."""
+    """The base of updates from old_params (where given) to params; with ``to_old`` to both. A backend returns whether the step was made;
+    True where only the device knows. ``rounding_seed``: bfloat16 params are rounded stochastically."""
 
     roles: ClassVar = {"params": Access.WRITTEN, "grads": Access.READ, "old_params": Access.READ}
+    also_written: ClassVar = ("old_params",)
     limits: ClassVar = {"lr": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "max_norm": NOT_NEGATIVE}
 
     lr: Number
@@ -28,12 +29,21 @@ class Descent(Operation):
     found_inf: Tensor | None = None  # ()
     norm: Tensor | None = None  # ()
     max_norm: float | None = None
+    to_old: bool = False
+    rounding_seed: int | None = None
 
     @classmethod
-    def accesses(cls, given: Collection[str]) -> dict[str, Access]:
+    def accesses(cls, given: Collection[str], *, to_old: bool = False) -> dict[str, Access]:
         """Without backups the update starts from the parameters themselves."""
         accesses = super(Descent, cls).accesses(given)
-        return accesses if "old_params" in given else accesses | {"params": Access.UPDATED}
+        if "old_params" not in given:
+            return accesses | {"params": Access.UPDATED}
+        return accesses | {"old_params": Access.UPDATED} if to_old else accesses
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """Backups only with ``to_old``."""
+        return self.written if self.to_old else tuple(role for role in self.written if role not in self.also_written)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

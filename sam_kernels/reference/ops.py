@@ -170,23 +170,42 @@ def sgd_step_(
     found_inf: Tensor | None = None,  # ()
     norm: Tensor | None = None,  # () of the gradients as given
     max_norm: float | None = None,
+    to_old: bool = False,
+    rounding_seed: int | None = None,
 ) -> None:
-    """p <- old_p (where given), then p, m <- :func:`sgd_updated`, unless the step is skipped. A buffer that is None is a first step."""
+    """p <- old_p (where given), then p, m <- :func:`sgd_updated` of old_p (or p), unless the step is skipped. A buffer that is None is a
+    first step. ``to_old``: old_p <- the same, and a new buffer is of its dtype."""
     if old_params is not None:
         restore_(params, old_params)
     if is_skipped(norm, found_inf):
         return
     buffers: Sequence[Tensor | None] = [None] * len(params) if momentum == 0 else cast("list[Tensor | None]", momentum_buffers)
-    for i, (p, g, buffer) in enumerate(zip(params, grads, buffers, strict=True)):
-        g = descent_gradient(g, maximize=maximize, grad_scale=grad_scale, norm=norm, max_norm=max_norm)
+    sources = params if old_params is None else old_params
+    for i, (p, source, g, buffer) in enumerate(zip(params, sources, grads, buffers, strict=True)):
+        row = [tensor for tensor in (p, source, g, buffer) if tensor is not None]
+        x, update = (_computable(p, tensor, rounding_seed) for tensor in (source, g))
+        m = None if buffer is None else _computable(p, buffer, rounding_seed)
+        update = descent_gradient(update, maximize=maximize, grad_scale=grad_scale, norm=norm, max_norm=max_norm)
         new_p, new_buffer = sgd_updated(
-            p, g, buffer, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov
+            x, update, m, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov
         )
-        p.copy_(new_p)
+        _write_weights(p, source, new_p, row, i, to_old=to_old, rounding_seed=rounding_seed)
         if buffer is not None and new_buffer is not None:
             buffer.copy_(new_buffer)
         elif new_buffer is not None:
-            cast("list[Tensor | None]", momentum_buffers)[i] = new_buffer
+            cast("list[Tensor | None]", momentum_buffers)[i] = new_buffer.to(source.dtype if to_old else p.dtype)
+
+
+def _computable(p: Tensor, tensor: Tensor, rounding_seed: int | None) -> Tensor:
+    """An operand of a row; in float32 where its bfloat16 p is rounded stochastically."""
+    return tensor.to(torch.float32) if rounding_seed is not None and p.dtype is torch.bfloat16 else tensor
+
+
+def _write_weights(p: Tensor, old_p: Tensor, x: Tensor, row: Tensors, index: int, *, to_old: bool, rounding_seed: int | None) -> None:
+    if to_old:
+        old_p.copy_(x)
+    stochastic = rounding_seed is not None and p.dtype is torch.bfloat16
+    p.copy_(rounded_stochastically(x, rounding_words(row, index, cast(int, rounding_seed))) if stochastic else x)
 
 
 def adamw_step_(
@@ -207,18 +226,26 @@ def adamw_step_(
     found_inf: Tensor | None = None,  # ()
     norm: Tensor | None = None,  # () of the gradients as given
     max_norm: float | None = None,
+    to_old: bool = False,
+    rounding_seed: int | None = None,
 ) -> None:
-    """p <- old_p (where given), then t <- t + 1 and p, m, v <- :func:`adamw_updated`, unless the step is skipped."""
+    """p <- old_p (where given), then t <- t + 1 and p, m, v <- :func:`adamw_updated` of old_p (or p), unless the step is skipped.
+    ``to_old``: old_p <- the same."""
     if old_params is not None:
         restore_(params, old_params)
     if is_skipped(norm, found_inf):
         return
-    for p, g, m, v, t in zip(params, grads, exp_avgs, exp_avg_sqs, state_steps, strict=True):
+    sources = params if old_params is None else old_params
+    for i, (p, source, g, m, v, t) in enumerate(zip(params, sources, grads, exp_avgs, exp_avg_sqs, state_steps, strict=True)):
         t += 1
-        g = descent_gradient(g, maximize=maximize, grad_scale=grad_scale, norm=norm, max_norm=max_norm)
-        updated = adamw_updated(p, g, m, v, t.item(), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decoupled=decoupled)
-        for tensor, new in zip((p, m, v), updated, strict=True):
-            tensor.copy_(new)
+        x, update, first, second = (_computable(p, tensor, rounding_seed) for tensor in (source, g, m, v))
+        update = descent_gradient(update, maximize=maximize, grad_scale=grad_scale, norm=norm, max_norm=max_norm)
+        new_p, new_m, new_v = adamw_updated(
+            x, update, first, second, t.item(), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decoupled=decoupled
+        )
+        _write_weights(p, source, new_p, [p, source, g, m, v], i, to_old=to_old, rounding_seed=rounding_seed)
+        m.copy_(new_m)
+        v.copy_(new_v)
 
 
 def is_skipped(norm: Tensor | None, found_inf: Tensor | None) -> bool:

@@ -98,15 +98,18 @@ def _flat_bounds(problem: Problem, indices: list[int]) -> dict[str, Tensor]:
     if op == "perturb_":
         direction = evaluated(directions.direction_used, grad, operand("ema")) if "ema" in lists else grad
         moved = evaluated(ops.perturbed, param, direction)
-        return {"params": moved.error + (_rounding_step(problem, moved, indices, numels) if is_rounded_stochastically(keywords) else 0.0)}
+        return {"params": _stored_error(problem, moved, indices, numels)}
     grad = evaluated(ops.descent_gradient, grad)
     if op == "sgd_step_":
         updated = evaluated(ops.sgd_updated, param, grad, operand("momentum_buffers") if keywords.get("momentum", 0.0) else None)
     else:
         steps = torch.stack([t.to(torch.float64) for t in (lists["state_steps"][i] for i in indices) if t is not None])
         updated = evaluated(ops.adamw_updated, param, grad, operand("exp_avgs"), operand("exp_avg_sqs"), _spread(steps, numels) + 1)
-    names = ("params", "momentum_buffers") if op == "sgd_step_" else ("params", "exp_avgs", "exp_avg_sqs")
-    return {name: rounded.error for name, rounded in zip(names, updated, strict=True) if rounded is not None}
+    names = ("momentum_buffers",) if op == "sgd_step_" else ("exp_avgs", "exp_avg_sqs")
+    bounds = {name: rounded.error for name, rounded in zip(names, updated[1:], strict=True) if rounded is not None}
+    if keywords.get("to_old", False):
+        bounds["old_params"] = updated[0].error
+    return {"params": _stored_error(problem, updated[0], indices, numels), **bounds}
 
 
 def _centralized_bounds(problem: Problem, roundings: Sequence[int] | None) -> dict[str, list[Tensor]]:
@@ -126,11 +129,13 @@ def _centralized_bounds(problem: Problem, roundings: Sequence[int] | None) -> di
     return bounds
 
 
-def _rounding_step(problem: Problem, moved: Rounded, indices: list[int], numels: list[int]) -> Tensor:
-    """Stochastic rounding gives either neighbour: one ulp of bfloat16, for the rows it concerns."""
+def _stored_error(problem: Problem, moved: Rounded, indices: list[int], numels: list[int]) -> Tensor:
+    """The bound of new parameters. Stochastic rounding gives either neighbour: one ulp of bfloat16, for the rows it concerns."""
+    if not is_rounded_stochastically(problem.kwargs):
+        return moved.error
     chosen = torch.tensor([getattr(problem.lists["params"][i], "dtype", None) is torch.bfloat16 for i in indices])
     reach = moved.value.abs() + moved.error.nan_to_num(posinf=0.0)
-    return torch.where(_spread(chosen, numels), ulp(reach, torch.bfloat16), 0.0)
+    return moved.error + torch.where(_spread(chosen, numels), ulp(reach, torch.bfloat16), 0.0)
 
 
 def _random_numbers(problem: Problem, arithmetic: Arithmetic) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from sam_kernels._backend import Backend
 from sam_kernels._tensor_list import slice_sizes
 from sam_kernels.validation.backends import dtypes_of
 from sam_kernels.validation.bounds import accepted, bounds_of
-from sam_kernels.validation.cases import CASES, LAYOUT_CASES, MIXED_NARROW, Row, make_tensor, rows_of, seed_of
+from sam_kernels.validation.cases import CASES, DTYPES, LAYOUT_CASES, MIXED_NARROW, Row, make_tensor, rows_of, seed_of
 from sam_kernels.validation.compare import Worst, failure
 from sam_kernels.validation.family import Family
 from sam_kernels.validation.options import ABOUT_OTHERS, ABOUT_SLICES, FOR_LAYOUT_CASES, OPTIONS, SCHEDULED, concerns
@@ -49,7 +50,7 @@ class Lists(Family):
         spec = dict(OPTIONS[op][option])
         first = spec.pop("first", None)
         asked_norm = spec.pop("norm", "true" if op == "perturb_" else None)
-        lists = _lists(op, rows_of(case, dtype), spec, generator)
+        lists = _lists(op, _rows(op, case, dtype, spec), spec, generator)
         if first is not None:
             name = "momentum_buffers" if op == "sgd_step_" else "ema"
             lists[name] = [None if first == "all" or i % 2 else t for i, t in enumerate(lists[name])]
@@ -98,6 +99,32 @@ class Lists(Family):
         if bool(after.kwargs["found_inf"]) == expected:
             return None
         return failure("found_inf", f"is {after.kwargs['found_inf'].item()} for a result of {result.tolist()}")
+
+
+def _rows(op: str, case: str, dtype: str, spec: dict[str, Any]) -> list[Row]:
+    """Return the rows of a call, with dtypes of ``old_params`` that it takes. "masters" is taken out of ``spec``."""
+    rows = rows_of(case, dtype)
+    if spec.pop("masters", False):
+        is_uniform = DTYPES.get(dtype) is not None
+        return [_with_master(row, is_uniform) for row in rows]
+    if op in SAVES and not spec.get("from_old", False):  # which refuse to save 16-bit parameters in wider tensors
+        return [_with_dtypes(row, old_params=row.dtypes["params"]) if _overwrites_master(row) else row for row in rows]
+    return rows
+
+
+def _with_master(row: Row, is_uniform: bool) -> Row:
+    """The row with a float32 master and 16-bit parameters; its state is float32 where all was of one dtype."""
+    param = row.dtypes["params"]
+    narrow = {torch.float32: torch.bfloat16, torch.float64: torch.float16}.get(param, param)
+    return _with_dtypes(row, params=narrow, old_params=torch.float32, **({"state": torch.float32} if is_uniform else {}))
+
+
+def _overwrites_master(row: Row) -> bool:
+    return row.dtypes["params"].itemsize == 2 and row.dtypes["old_params"].itemsize > 2
+
+
+def _with_dtypes(row: Row, **dtypes: torch.dtype) -> Row:
+    return replace(row, dtypes={**row.dtypes, **dtypes})
 
 
 def _lists(op: str, rows: list[Row], spec: dict[str, Any], generator: Generator) -> TensorLists:

@@ -4,8 +4,8 @@ No keyword has its neutral value, under which a forgotten term does not show.
 
 Keys that are no keywords of the operation describe its inputs: ``old`` (an ``old_params`` list is given), ``first`` (which momentum or
 average entries are None: "all" or "mixed"), ``norm`` ("true", "nan", "inf"), ``tensors`` (the dtype of ``SCHEDULED`` numbers that are
-given as tensors), ``origins`` (such a list is given) and ``alias`` (which list's tensors are those of ``outs``). A ``kind`` of
-``perturb_`` comes with an ``ema`` list.
+given as tensors), ``origins`` (such a list is given), ``alias`` (which list's tensors are those of ``outs``) and ``masters`` (16-bit
+``params`` with float32 ``old_params``). A ``kind`` of ``perturb_`` comes with an ``ema`` list.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ _NESTEROV = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True}
 _ADAM = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1, "maximize": True}
 _AMP = {"grad_scale": 1024.0, "found_inf": 0.0}
 _CLIP = {"norm": "true", "max_norm": 0.01}
+_FROM_MASTERS = {"from_old": True, "masters": True}
+_TO_MASTERS = {"old": True, "to_old": True, "masters": True}
 
 OPTIONS: dict[str, Options] = {
     "grad_norm": {
@@ -95,6 +97,12 @@ OPTIONS: dict[str, Options] = {
         "friendly": {**_UNIFIED, **_FRIENDLY, "grad_scale": 1000.0, "found_inf": 0.0},
         "friendly_adaptive": {"rho": 0.5, "lambd": 0.3, **_FRIENDLY, "adaptive": True, "eta": 0.01, "first": "mixed"},
         "friendly_rounding": {**_UNIFIED, **_FRIENDLY, "rounding_seed": 5},
+        "masters": {**_UNIFIED, **_FROM_MASTERS},
+        "masters_adaptive": {"rho": 0.5, "lambd": 0.3, "adaptive": True, "eta": 0.01, "grad_scale": 1000.0, **_FROM_MASTERS},
+        "masters_friendly": {**_UNIFIED, **_FRIENDLY, "grad_scale": 1000.0, "found_inf": 0.0, **_FROM_MASTERS},
+        "masters_found_inf": {**_UNIFIED, "found_inf": 1.0, **_FROM_MASTERS},
+        "masters_rounding": {**_UNIFIED, "rounding_seed": 7, "adaptive": True, "eta": 0.01, **_FROM_MASTERS},
+        "masters_rounding_norm_inf": {**_UNIFIED, "rounding_seed": 7, "norm": "inf", **_FROM_MASTERS},
         "tensors": {"rho": 0.05, "lambd": 0.999, "grad_scale": 1024.0, "tensors": "float64"},
         "tensors_float32": {**_UNIFIED, "kind": "vasso", "from_old": True, "tensors": "float32"},
     },
@@ -103,10 +111,12 @@ OPTIONS: dict[str, Options] = {
         "normal": {"seed": 0x9E3779B97F4A7C15, "scale": -0.3, "distribution": "normal"},
         "rademacher_from_old": {"seed": 2**64 - 1, "scale": 0.05, "distribution": "rademacher", "from_old": True},
         "normal_from_old": {"seed": 2**32, "scale": 0.05, "distribution": "normal", "from_old": True},
+        "rademacher_masters": {"seed": 11, "scale": 0.05, "distribution": "rademacher", **_FROM_MASTERS},
+        "normal_masters": {"seed": 12, "scale": -0.3, "distribution": "normal", **_FROM_MASTERS},
         "tensors": {"seed": 7, "scale": 0.05, "distribution": "rademacher", "tensors": "float64"},
         "tensors_float32": {"seed": 8, "scale": -0.3, "distribution": "normal", "from_old": True, "tensors": "float32"},
     },
-    "restore_": {"restore": {}},
+    "restore_": {"restore": {}, "masters": {"masters": True}},
     "sgd_step_": {
         "plain": {"lr": 0.1, "weight_decay": 0.1, "maximize": True},
         "plain_old": {"lr": 0.1, "weight_decay": 0.1, "old": True},
@@ -128,6 +138,15 @@ OPTIONS: dict[str, Options] = {
         "found_inf_first": {**_SGD, "found_inf": 1.0, "first": "mixed", "old": True},
         "norm_nan": {**_SGD, "norm": "nan"},
         "norm_inf_old": {**_SGD, "norm": "inf", "max_norm": 0.01, "old": True},
+        "rounding": {**_SGD, "rounding_seed": 5, "old": True},
+        "rounding_in_place": {"lr": 0.1, "weight_decay": 0.1, "rounding_seed": 2**63 + 1},
+        "masters": {**_SGD, **_TO_MASTERS},
+        "masters_plain": {"lr": 0.1, "weight_decay": 0.1, "maximize": True, **_TO_MASTERS},
+        "masters_first": {**_SGD, "first": "mixed", **_TO_MASTERS},
+        "masters_clip": {**_NESTEROV, **_AMP, **_CLIP, **_TO_MASTERS},
+        "masters_found_inf": {**_SGD, "found_inf": 1.0, **_TO_MASTERS},
+        "masters_rounding": {**_NESTEROV, "rounding_seed": 7, "first": "mixed", **_TO_MASTERS},
+        "masters_rounding_norm_nan": {**_SGD, "rounding_seed": 7, "norm": "nan", **_TO_MASTERS},
         "tensors": {**_SGD, "old": True, "tensors": "float64"},
         "tensors_float32": {"lr": 0.1, "weight_decay": 0.1, "tensors": "float32"},
     },
@@ -145,6 +164,12 @@ OPTIONS: dict[str, Options] = {
         "found_inf_old": {**_ADAM, "found_inf": 1.0, "old": True},
         "norm_nan": {**_ADAM, "norm": "nan"},
         "norm_inf_old": {**_ADAM, "norm": "inf", "max_norm": 0.01, "old": True},
+        "rounding": {**_ADAM, "rounding_seed": 5},
+        "masters": {**_ADAM, **_TO_MASTERS},
+        "masters_adam_clip": {**_ADAM, "decoupled": False, **_AMP, **_CLIP, **_TO_MASTERS},
+        "masters_found_inf": {**_ADAM, "found_inf": 1.0, **_TO_MASTERS},
+        "masters_rounding": {**_ADAM, "rounding_seed": 7, "grad_scale": 1000.0, **_TO_MASTERS},
+        "masters_rounding_found_inf": {**_ADAM, "rounding_seed": 7, "found_inf": 1.0, **_TO_MASTERS},
         "tensors": {**_ADAM, "old": True, "tensors": "float64"},
         "tensors_float32": {**_ADAM, "decoupled": False, "tensors": "float32"},
     },
@@ -159,9 +184,9 @@ FOR_LAYOUT_CASES = {
     "combine_": ("origins", "into_rights"),
     "perturb_": ("unified", "from_old_adaptive", "friendly_rounding"),
     "random_perturb_": ("rademacher", "normal_from_old"),
-    "restore_": ("restore",),
-    "sgd_step_": ("momentum_old", "first_mixed"),
-    "adamw_step_": ("adamw_old", "adam"),
+    "restore_": ("restore", "masters"),
+    "sgd_step_": ("momentum_old", "first_mixed", "masters_first", "masters_rounding"),
+    "adamw_step_": ("adamw_old", "adam", "masters", "masters_rounding"),
 }
 ABOUT_OTHERS = {  # cases about gradients that an operation does not read
     "random_perturb_": ("zero_grads", "huge", "nan", "inf", "expanded_grads"),
@@ -172,8 +197,12 @@ ABOUT_SLICES = ("slices", "unaligned_slices", "long_slices")  # cases that add n
 
 
 def concerns(op: str, option: str, dtype: str) -> bool:
-    """Return whether a keyword set concerns a dtype: stochastic rounding is for bfloat16 parameters, and refuses float16 ones."""
-    return dtype == "bfloat16" or not is_rounded_stochastically(OPTIONS[op][option])
+    """Return whether a keyword set concerns a dtype: stochastic rounding is for bfloat16 parameters, and refuses float16 ones; masters are
+    those of 16-bit parameters."""
+    keywords = OPTIONS[op][option]
+    if dtype == "bfloat16" or not (is_rounded_stochastically(keywords) or "masters" in keywords):
+        return True
+    return dtype not in ("float32", "float64") and not is_rounded_stochastically(keywords)
 
 
 def is_rounded_stochastically(keywords: dict[str, Any]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ STORAGE = ("fp32", "bf16", "fp16", "mixed", "fp64")
 TABLES = (4096, 32764)
 OPS = ("adamw", "centralize", "check", "combine", "copy", "direction", "grad_dots", "norm", "perturb", "perturb_variant")
 OPS += ("random_normal", "random_rademacher", "sgd")
+VARIANTS = ("adamw_variant", "sgd_variant")  # of what may be bfloat16 or have float32 masters
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,8 @@ def test_every_kernel_is_there(kernels: list[Kernel], arch: str) -> None:
     found = sorted((kernel.op, kernel.storage, kernel.table) for kernel in of(kernels, arch))
     alone = ("finish", "finish_dots", "sharpness_draw", "sharpness_rank", "sharpness_weights")
     others = [("advance", "", 4096), *((op, "", 0) for op in alone)]
-    assert found == sorted([(op, storage, table) for op in OPS for storage in STORAGE for table in TABLES] + others)
+    made = [*product(OPS, STORAGE, TABLES), *product(VARIANTS, ("bf16", "mixed", "fp64"), TABLES)]
+    assert found == sorted(made + others)
 
 
 def test_every_source_is_compiled() -> None:

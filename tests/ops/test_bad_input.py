@@ -32,6 +32,14 @@ def drop_last(name: str) -> Change:
     return lambda arguments: arguments[name].pop()
 
 
+def narrow(name: str, index: int, dtype: torch.dtype = torch.bfloat16) -> Change:
+    return lambda arguments: arguments[name].__setitem__(index, arguments[name][index].to(dtype))
+
+
+def wide(name: str, index: int) -> Change:
+    return narrow(name, index, torch.float64)
+
+
 def both(*changes: Change) -> Change:
     def apply(arguments: Arguments) -> None:
         for change in changes:
@@ -40,6 +48,7 @@ def both(*changes: Change) -> Change:
     return apply
 
 
+MASTERS = both(keyword("to_old", True), narrow("params", 0), narrow("params", 1, torch.float16))
 SPARSE = torch.ones(5).to_sparse()
 EXPANDED = torch.ones(1).expand(5)
 # operation, what is wrong, exception, what the message names
@@ -220,6 +229,31 @@ TABLE: list[tuple[str, Change, type[Exception], str]] = [
         (op, keyword(name, bad), ValueError, rf"{op.split()[0]}: {name} must be a finite number in \(0.0, 1.0\], got {bad}")
         for op, name in [("direction_norm_", "theta"), ("direction_norm_", "lmbda"), ("perturb_ ema", "lmbda")]
         for bad in (0.0, -0.1, 1.5)
+    ],
+    *[
+        (op, change, error, rf"{op}: {words}")
+        for op in ("sgd_step_", "adamw_step_")
+        for change, error, words in [
+            (MASTERS, TypeError, r"params\[2\] is float32; to_old=True is for bfloat16 and float16"),
+            (both(MASTERS, narrow("params", 2, torch.float16), wide("old_params", 1)), TypeError,
+             r"old_params\[1\] is float64; with to_old=True it is a master and must be float32"),
+            (both(MASTERS, narrow("params", 2), narrow("old_params", 2)), TypeError, r"old_params\[2\] is bfloat16; with to_old=True"),
+            (keyword("to_old", 1), TypeError, r"to_old must be True or False, got 1"),
+            (both(keyword("to_old", True), keyword("old_params", None)), ValueError, r"to_old=True needs old_params"),
+            (both(keyword("to_old", True), same_memory(("params", 1), ("old_params", 1))), ValueError,
+             r"params\[1\] and old_params\[1\] are the same memory"),
+            (keyword("rounding_seed", 1.0), TypeError, r"rounding_seed must be an integer, got 1.0"),
+            (keyword("rounding_seed", -1), ValueError, r"rounding_seed must be an integer in \[0, 2\^64\)"),
+            (both(keyword("rounding_seed", 1), narrow("params", 1, torch.float16)), TypeError,
+             r"params\[1\] is float16; rounding_seed is for bfloat16"),
+        ]
+    ],
+    *[
+        (op, both(narrow("params", 1, dtype), change), TypeError,
+         rf"{op.split()[0]}: old_params\[1\] is \w+, params\[1\] is {str(dtype)[6:]}: saving would overwrite a master")
+        for op in ("perturb_", "perturb_ ema", "random_perturb_")
+        for dtype in (torch.bfloat16, torch.float16)
+        for change in (keyword("from_old", False), wide("old_params", 1))
     ],
     ("perturb_", keyword("rounding_seed", 1.0), TypeError, r"perturb_: rounding_seed must be an integer, got 1.0"),
     ("perturb_", keyword("rounding_seed", 2**64), ValueError, r"perturb_: rounding_seed must be an integer in \[0, 2\^64\)"),

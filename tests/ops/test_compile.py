@@ -40,12 +40,12 @@ SCHEMAS = {
     "random_perturb_": "Tensor(a!)[] params, Tensor(b!)[] old_params, SymInt[] seed, Tensor scale, str distribution, bool from_old, "
     "str? backend) -> ()",
     "restore_": "Tensor(a!)[] params, Tensor[] old_params, str? backend) -> ()",
-    "sgd_step_": "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor[]? old_params, Tensor lr, float momentum, "
+    "sgd_step_": "Tensor(a!)[] params, Tensor[] grads, Tensor(c!)[] momentum_buffers, Tensor(b!)[] old_params, Tensor lr, float momentum, "
     "float dampening, float weight_decay, bool nesterov, bool maximize, Tensor? grad_scale, Tensor? found_inf, Tensor? norm, "
-    "float? max_norm, int[] first_steps, str? backend) -> ()",
-    "adamw_step_": "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] state_steps, "
-    "Tensor[]? old_params, Tensor lr, float[] betas, float eps, float weight_decay, bool decoupled, bool maximize, Tensor? grad_scale, "
-    "Tensor? found_inf, Tensor? norm, float? max_norm, str? backend) -> ()",
+    "float? max_norm, bool to_old, SymInt[]? rounding_seed, int[] first_steps, str? backend) -> ()",
+    "adamw_step_": "Tensor(a!)[] params, Tensor[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] state_steps, "
+    "Tensor(b!)[] old_params, Tensor lr, float[] betas, float eps, float weight_decay, bool decoupled, bool maximize, Tensor? grad_scale, "
+    "Tensor? found_inf, Tensor? norm, float? max_norm, bool to_old, SymInt[]? rounding_seed, str? backend) -> ()",
 }
 # opcheck's arguments by schema type and by name
 NEUTRAL = {"bool": False, "float": 0.1, "Optional[float]": 0.5, "List[float]": [0.9, 0.99]}

@@ -148,8 +148,11 @@ SWEEPS: list[tuple[Callable[..., dict[str, Access]], str, int]] = [
     (SgdStep.accesses, "params grads momentum_buffers", 5),
     (SgdStep.accesses, "params grads old_params", 3),
     (SgdStep.accesses, "params grads", 3),
+    (partial(SgdStep.accesses, to_old=True), "params grads old_params momentum_buffers", 6),
+    (partial(SgdStep.accesses, to_old=True), "params grads old_params", 4),
     (AdamWStep.accesses, "params grads old_params exp_avgs exp_avg_sqs", 7),
     (AdamWStep.accesses, "params grads exp_avgs exp_avg_sqs", 7),
+    (partial(AdamWStep.accesses, to_old=True), "params grads old_params exp_avgs exp_avg_sqs", 8),
 ]
 
 
@@ -167,6 +170,15 @@ def test_a_perturbation_from_the_backups_reads_them_and_writes_parameters_alone(
     given = ("params", "grads", "old_params")
     assert Perturb.accesses(given) == {"params": Access.UPDATED, "grads": Access.READ, "old_params": Access.WRITTEN}
     assert Perturb.accesses(given, from_old=True) == {"params": Access.WRITTEN, "grads": Access.READ, "old_params": Access.READ}
+
+
+@pytest.mark.parametrize("kind", [SgdStep, AdamWStep])
+def test_an_update_writes_backups_where_they_are_masters(kind: type[SgdStep | AdamWStep]) -> None:
+    assert kind(lr=0.1, to_old=True).writes == kind.written
+    assert set(kind.written) - set(kind(lr=0.1).writes) == {"old_params"}
+    given = ("params", "grads", "old_params")
+    assert kind.accesses(given) == {"params": Access.WRITTEN, "grads": Access.READ, "old_params": Access.READ}
+    assert kind.accesses(given, to_old=True) == {"params": Access.WRITTEN, "grads": Access.READ, "old_params": Access.UPDATED}
 
 
 @every_operation

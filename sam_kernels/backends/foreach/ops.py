@@ -104,6 +104,15 @@ def _grad_updates(op: Descent, grads: Sequence[Tensor], dtypes: Sequence[torch.d
     return updates
 
 
+def _write_weights(op: Descent, lists: Operands, results: Sequence[Tensor], skip: Tensor | None) -> None:
+    """An update's results to the parameters, and to their masters where these are written too."""
+    if op.to_old:
+        write(lists["old_params"], results, skip)
+    if op.rounding_seed is not None:
+        results = rounded_stochastically(results, rows_of(op, lists), lists.indices, op.rounding_seed)
+    write(lists["params"], results, skip)
+
+
 def sgd_step_(op: SgdStep, lists: Operands) -> bool:
     """See :class:`sam_kernels.operations.SgdStep`."""
     params, old_params, momentum_buffers = lists["params"], lists.get("old_params"), lists.get("momentum_buffers")
@@ -128,7 +137,7 @@ def sgd_step_(op: SgdStep, lists: Operands) -> bool:
         write(momentum_buffers, buffers, skip)
     else:
         add_scaled_(results, updates, -lr)
-    write(params, results, skip)
+    _write_weights(op, lists, results, skip)
     return True
 
 
@@ -170,5 +179,5 @@ def adamw_step_(op: AdamWStep, lists: Operands) -> bool:
             result.sub_(step_size * (exp_avg / (denominator / correction + op.eps)))
     write(exp_avgs, new_exp_avgs, skip)
     write(exp_avg_sqs, new_exp_avg_sqs, skip)
-    write(params, results, skip)
+    _write_weights(op, lists, results, skip)
     return True

@@ -23,6 +23,7 @@ from sam_kernels.operations import (
     Centralize,
     CheckFinite,
     Combine,
+    Descent,
     DirectionNorm,
     GradDots,
     GradNorms,
@@ -121,19 +122,21 @@ def restore_(op: Restore, lists: Operands) -> None:
 
 
 def sgd_step_(op: SgdStep, lists: Operands) -> bool:  # whether the step was made
-    """Reads old_p (or p), g, m; writes p, m. ``first_step``: m is only written."""
-    return _written_by(_cpu.sgd(op, _lists.describe_all(lists), torch.get_num_threads()), lists)
+    """Reads old_p (or p), g, m; writes p, m; ``to_old``: and old_p. ``first_step``: m is only written."""
+    return _written_by(op, _cpu.sgd(op, _lists.describe_all(lists), lists.indices, torch.get_num_threads()), lists)
 
 
 def adamw_step_(op: AdamWStep, lists: Operands) -> bool:  # whether the step was made
-    """Reads old_p (or p), g, m, v; writes p, m, v. Adds one to every ``state_steps``, unless skipped."""
-    return _written_by(_cpu.adamw(op, _lists.describe_all(lists), torch.get_num_threads()), lists)
+    """Reads old_p (or p), g, m, v; writes p, m, v; ``to_old``: and old_p. Adds one to every ``state_steps``, unless skipped."""
+    return _written_by(op, _cpu.adamw(op, _lists.describe_all(lists), lists.indices, torch.get_num_threads()), lists)
 
 
-def _written_by(made: bool, lists: Operands) -> bool:
+def _written_by(op: Descent, made: bool, lists: Operands) -> bool:
     """``made``. A skipped step has written the parameters only where it restored them."""
     if made or "old_params" in lists:
         written(lists["params"])
+    if made and op.to_old:
+        written(lists["old_params"])
     return made
 
 

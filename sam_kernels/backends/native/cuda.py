@@ -24,6 +24,7 @@ from sam_kernels.operations import (
     Centralize,
     CheckFinite,
     Combine,
+    Descent,
     DirectionNorm,
     GradDots,
     GradNorms,
@@ -155,26 +156,34 @@ def restore_(op: Restore, lists: Operands) -> None:
 
 
 def sgd_step_(op: SgdStep, lists: Operands) -> bool:  # always True: whether the step was made only the device knows
-    """Reads old_p (or p), g, m; writes p, m. ``first_step``: m is only written."""
-    written(lists["params"])
+    """Reads old_p (or p), g, m; writes p, m; ``to_old``: and old_p. ``first_step``: m is only written."""
+    _written_by(op, lists)
     used = readable(op)
-    _cuda.sgd(used, _lists.describe_all(lists), _stream(lists.device))
+    _cuda.sgd(used, _lists.describe_all(lists), lists.indices, _stream(lists.device))
     return True
 
 
 def adamw_step_(op: AdamWStep, lists: Operands) -> bool:  # always True: whether the step was made only the device knows
-    """Reads old_p (or p), g, m, v; writes p, m, v. Adds one to every ``state_steps``, unless skipped. Counters that are not float32 on the
-    parameters' device make it wait."""
-    written(lists["params"])
+    """Reads old_p (or p), g, m, v; writes p, m, v; ``to_old``: and old_p. Adds one to every ``state_steps``, unless skipped. Counters that
+    are not float32 on the parameters' device make it wait."""
+    _written_by(op, lists)
     steps, used = lists["state_steps"], readable(op)
     advanced = steps if _are_float32_on(steps, lists.device) else [step.to(lists.device, torch.float32, copy=True) for step in steps]
     given = _lists.describe_all({**lists, "state_steps": advanced})
-    corrections = torch.empty(2 * len(steps), dtype=torch.float64, device=lists.device)
-    _cuda.adamw(used, given, corrections.data_ptr(), _stream(lists.device))
+    # The kernels know a row by one number: where it counts for random numbers, by that of the caller's list.
+    count = len(steps) if op.rounding_seed is None else max(lists.indices) + 1
+    corrections = torch.empty(2 * count, dtype=torch.float64, device=lists.device)
+    _cuda.adamw(used, given, lists.indices, corrections.data_ptr(), _stream(lists.device))
     if advanced is not steps:
         for step, made in zip(steps, advanced, strict=True):
             step.copy_(made)
     return True
+
+
+def _written_by(op: Descent, lists: Operands) -> None:
+    written(lists["params"])
+    if op.to_old:
+        written(lists["old_params"])
 
 
 def _are_float32_on(steps: list[Tensor], device: torch.device) -> bool:

@@ -1,8 +1,9 @@
-"""Restore and ``torch.optim.AdamW`` (or ``Adam``) in one pass, from old_p (where given) to p.
+"""Restore and ``torch.optim.AdamW`` (or ``Adam``) in one pass, from old_p (where given) to p, with to_old to both.
 
 Specification: ``sam_kernels.reference.adamw_step_``; twin: ``csrc/cpu/adamw.cpp``. float32, bfloat16 and float16 storage in any mix,
 float32 arithmetic in the order of ``csrc/common/formulas.h``, one rounding. The step counters lie on the device: a first, tiny launch
-advances them (unless the step is skipped) and computes both bias corrections of each row; the second makes the step.
+advances them (unless the step is skipped) and computes both bias corrections of each row; the second makes the step. Masters that are
+written and stochastic rounding of bfloat16 parameters are compiled only where a call has them.
 Reads old_p (else p), g, m, v; writes p, m, v: 7 N s bytes.
 """
 
@@ -29,6 +30,8 @@ from sam_kernels.backends.triton._blocks import (
 )
 from sam_kernels.backends.triton._launch import launch, single, written
 from sam_kernels.backends.triton._lists import describe_list
+from sam_kernels.backends.triton._random import ROUNDING_STREAM, seed_key, tile_offsets, tile_words
+from sam_kernels.backends.triton._rounding import block_of, store_weights
 from sam_kernels.backends.triton._table import table_of
 from sam_kernels.operations import AdamWStep, Operands
 
@@ -105,12 +108,11 @@ def _advance_kernel(
 
 
 @triton.jit
-def _adamw_block(
-    param, grad, source, exp_avg, exp_avg_sq, block, count,
+def _adamw_words(
+    param, grad, source, exp_avg, exp_avg_sq, offsets, count, word,
     step_size, inv_sqrt_correction, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay_factor, multiplier,
-    DECAY: tl.constexpr, BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr,
+    DECAY: tl.constexpr, TO_OLD: tl.constexpr, STOCHASTIC: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    offsets = block + tl.arange(0, BLOCK_SIZE)
     p = load_float(source, offsets, count, MASKED)
     g = load_float(grad, offsets, count, MASKED) * multiplier
     if DECAY == "l2":
@@ -123,10 +125,34 @@ def _adamw_block(
     v = load_float(exp_avg_sq, offsets, count, MASKED) * beta2 + one_minus_beta2 * g * g
     store(exp_avg_sq, offsets, count, v, MASKED)
     denominator = tl.sqrt_rn(v) * inv_sqrt_correction + eps
-    store(param, offsets, count, p - step_size * tl.div_rn(m, denominator), MASKED)
+    p = p - step_size * tl.div_rn(m, denominator)
+    store_weights(param, source, offsets, count, p, word, TO_OLD, STOCHASTIC, MASKED)
 
 
 @triton.jit
+def _adamw_block(
+    param, grad, source, exp_avg, exp_avg_sq, block, count, start, row, key_low, key_high,
+    step_size, inv_sqrt_correction, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay_factor, multiplier,
+    DECAY: tl.constexpr, TO_OLD: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    if STOCHASTIC:
+        LANES: tl.constexpr = BLOCK_SIZE // 4
+        words = tile_words(start + block, row, key_low, key_high, ROUNDING_STREAM, LANES)
+        for word in tl.static_range(4):
+            _adamw_words(
+                param, grad, source, exp_avg, exp_avg_sq, block + tile_offsets(word, LANES), count, words[word],
+                step_size, inv_sqrt_correction, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay_factor, multiplier,
+                DECAY, TO_OLD, True, MASKED,
+            )  # fmt: skip
+    else:
+        _adamw_words(
+            param, grad, source, exp_avg, exp_avg_sq, block + tl.arange(0, BLOCK_SIZE), count, None,
+            step_size, inv_sqrt_correction, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay_factor, multiplier,
+            DECAY, TO_OLD, False, MASKED,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["key_low", "key_high"])
 def _adamw_kernel(
     param_pointers,  # (R,) int64
     grad_pointers,  # (R,) int64
@@ -137,6 +163,7 @@ def _adamw_kernel(
     work_rows,  # (C,) int32
     work_chunks,  # (C,) int32
     chunk_size,  # elements
+    row_indices,  # (R,) int32: the caller's numbers of the rows, None where they are the same
     step_sizes,  # (R,) float32: lr / (1 - beta1^t)
     inv_sqrt_corrections,  # (R,) float32: 1 / sqrt(1 - beta2^t)
     norm,  # () float32 or None
@@ -150,12 +177,16 @@ def _adamw_kernel(
     weight_decay,
     decay_factor,  # number: 1 - lr weight_decay; None: lr is no number
     lr,  # () floating point, None: a number
+    key_low,
+    key_high,
     DTYPES: tl.constexpr,
     DECAY: tl.constexpr,
     MAXIMIZE: tl.constexpr,
+    TO_OLD: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    row, _, count, full, plain, aligned = take_chunk(
+    row, start, count, full, plain, aligned = take_chunk(
         (param_pointers, grad_pointers, old_param_pointers, exp_avg_pointers, exp_avg_sq_pointers),
         numels, work_rows, work_chunks, chunk_size, DTYPES, BLOCK_SIZE,
     )  # fmt: skip
@@ -169,9 +200,16 @@ def _adamw_kernel(
             factor = (1.0 - load_number(lr) * weight_decay).to(tl.float32)
         step_size = tl.load(step_sizes + row)
         inv_sqrt_correction = tl.load(inv_sqrt_corrections + row)
+        index = row
+        if row_indices is not None:
+            index = tl.load(row_indices + row)
         for_blocks(
             _adamw_block, plain, aligned, full, count,
-            (step_size, inv_sqrt_correction, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, factor, multiplier, DECAY),
+            (
+                start, index, key_low, key_high,
+                step_size, inv_sqrt_correction, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, factor, multiplier,
+                DECAY, TO_OLD, STOCHASTIC,
+            ),
             BLOCK_SIZE,
         )  # fmt: skip
 
@@ -181,14 +219,18 @@ def adamw_step_(op: AdamWStep, lists: Operands) -> bool:  # always True: whether
     state_steps = lists["state_steps"]
     usual = _are_float32_on(state_steps, lists.device)
     steps = state_steps if usual else [step.to(lists.device, torch.float32, copy=True) for step in state_steps]
-    table = table_of({role: tensors for role, tensors in lists.items() if role != "state_steps"}, "adamw")
+    is_rounded = op.rounding_seed is not None
+    operands = {role: tensors for role, tensors in lists.items() if role != "state_steps"}
+    table = table_of(operands, "random" if is_rounded else "adamw")
     corrections = _advance(op, steps)
     decay = "none" if op.weight_decay == 0.0 else "decoupled" if op.decoupled else "l2"
     for group in table.groups:
+        stochastic = is_rounded and group.dtypes["params"] == tl.bfloat16
         table.launch(
             _adamw_kernel,
             group,
             ("params", "grads", "old_params", "exp_avgs", "exp_avg_sqs"),
+            table.row_indices(lists.indices) if stochastic else None,
             *corrections,
             single(op.norm),
             single(op.grad_scale),
@@ -201,10 +243,16 @@ def adamw_step_(op: AdamWStep, lists: Operands) -> bool:  # always True: whether
             op.weight_decay,
             None if isinstance(op.lr, Tensor) else 1.0 - op.lr * op.weight_decay,
             op.lr if isinstance(op.lr, Tensor) else None,
+            *seed_key(op.rounding_seed or 0),
             DECAY=decay,
             MAXIMIZE=op.maximize,
+            TO_OLD=op.to_old,
+            STOCHASTIC=stochastic,
+            BLOCK_SIZE=block_of(group, "adamw", stochastic),
         )
     written(lists["params"])
+    if op.to_old:
+        written(lists["old_params"])
     if steps is not state_steps:
         for step, advanced in zip(state_steps, steps, strict=True):
             step.copy_(advanced)

@@ -19,7 +19,6 @@ from sam_kernels.backends.triton._blocks import (
     copy_block,
     for_blocks,
     inverse_of,
-    is_finite,
     is_skipped,
     load,
     load_float,
@@ -30,6 +29,7 @@ from sam_kernels.backends.triton._blocks import (
 from sam_kernels.backends.triton._config import CONFIGS
 from sam_kernels.backends.triton._launch import single, written
 from sam_kernels.backends.triton._random import ROUNDING_STREAM, seed_key, tile_offsets, tile_words
+from sam_kernels.backends.triton._rounding import stochastic_bfloat16
 from sam_kernels.backends.triton._table import table_of
 from sam_kernels.operations import Operands, Perturb, Restore
 
@@ -44,14 +44,6 @@ def _direction(grad, ema, offsets, count, grad_weight, ema_weight, USES_GRAD: tl
         return load_float(ema, offsets, count, MASKED) * ema_weight
     else:
         return load_float(grad, offsets, count, MASKED) * grad_weight + load_float(ema, offsets, count, MASKED) * ema_weight
-
-
-@triton.jit
-def _stochastic_bfloat16(value, word):
-    """Random bits below the last one that is kept, then truncated: the expectation of what is stored is the value."""
-    bits = (value.to(tl.uint32, bitcast=True) + (word >> 16)) >> 16
-    moved = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return tl.where(is_finite(value), moved, convert(value, tl.bfloat16))
 
 
 @triton.jit
@@ -70,7 +62,7 @@ def _perturb_words(
         d = weight * weight * d
     moved = p + d * scale
     if STOCHASTIC:
-        moved = _stochastic_bfloat16(moved, word)
+        moved = stochastic_bfloat16(moved, word)
     store(param, offsets, count, moved, MASKED)
 
 
