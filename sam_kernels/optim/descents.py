@@ -199,11 +199,12 @@ class WeightedSharpness(Descent):
             found_inf = step.passes.found_inf.clone()  # the step is made: weights that overflow now do not make it a skipped one
             for current, grads, kept in sharp:
                 rate = -current.group["lr"] * k if step.maximizes(current) else current.group["lr"] * k
-                params, scaled = current.lists.params, rate / step.scale
+                weights, scaled = current.lists.weights, rate / step.scale
                 weight = rate if kept_is_unscaled else scaled
                 functional.combine_(
-                    params, params, grads, kept, left_weight=1.0, right_weight=-scaled, origin_weight=weight, found_inf=found_inf
+                    weights, weights, grads, kept, left_weight=1.0, right_weight=-scaled, origin_weight=weight, found_inf=found_inf
                 )
+                step.passes.put_weights(current.lists)
                 current.lists.put_grads(grads)
 
         return Outcome(finish=finish)
@@ -310,7 +311,7 @@ class Polyak(Descent):
         steps = {current.index: (1.0 - current.group["momentum"]) * steps[current.index] for current in step.group_grads}
         for current in step.group_grads:
             each = steps[current.index]
-            start = passes.origins(current) or current.lists.params
+            start = passes.origins(current) or current.lists.weights
             weight, decay, found_inf = each / step.scale, each * current.group["weight_decay"], passes.found_inf
             functional.combine_(current.grads, current.grads, start, left_weight=weight, right_weight=decay, found_inf=found_inf)
         return Outcome(norm=squares.sqrt(), is_scaled=False, step_sizes=steps, options={i: {"lr": 1.0, "weight_decay": 0.0} for i in steps})

@@ -123,7 +123,7 @@ class _MovingAverage(Direction):
             norm = functional.direction_norm_(
                 grads,
                 averages,
-                lists.params,
+                lists.weights,
                 kind=self.kind,
                 theta=self.theta,
                 sigma=self.sigma,
@@ -203,7 +203,7 @@ class Centralized(Direction):
     def _centralize(self, step: AscentStep, group_grads: list[GroupGrads], *, normalised: bool) -> Tensor:  # ()
         parts = step.joined(group_grads, normalised=normalised)
         norms = [
-            (lists, functional.centralize_(grads, lists.params, found_inf=step.found_inf, **scaling)) for lists, grads, scaling in parts
+            (lists, functional.centralize_(grads, lists.weights, found_inf=step.found_inf, **scaling)) for lists, grads, scaling in parts
         ]
         return step.combined(norms)
 
@@ -245,7 +245,7 @@ class Randomized(Direction):
             lists, grads, group = current.lists, current.grads, step.options(current)
             c = -self.c if group.maximize else self.c  # of the function to be minimised
             weight = c if grad_scale is None else c / grad_scale.to(torch.float64)  # float32 would round c
-            origins = step.origins(current) or lists.params  # frozen ones that still have a gradient were not moved
+            origins = step.origins(current) or lists.weights  # frozen ones that still have a gradient were not moved
             lefts, rights, found_inf = grads, lists.params, step.found_inf  # c g + (p - origin)
             norm = functional.combine_(
                 grads, lefts, rights, origins, left_weight=weight, right_weight=1.0, origin_weight=-1.0, found_inf=found_inf
@@ -320,7 +320,7 @@ class Stale(Direction):
     def norm(self, step: AscentStep, group_grads: list[GroupGrads], grad_scale: Tensor | None) -> Tensor:
         norms, spoiled = [], step.spoiled
         for lists, grads, scaling in step.joined(group_grads):
-            norm = functional.grad_norm(grads, lists.params, **scaling)
+            norm = functional.grad_norm(grads, lists.weights, **scaling)
             norms.append((lists, norm if spoiled is None else norm.masked_fill(spoiled.to(norm.device) != 0, 0.0)))
         return step.combined(norms)
 

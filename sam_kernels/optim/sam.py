@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 
 import torch
 from torch import nn
@@ -19,10 +19,12 @@ from sam_kernels.optim._compatibility import check_family, check_freezing, check
 from sam_kernels.optim._engine import amp
 from sam_kernels.optim._engine.ascent_step import AscentStep
 from sam_kernels.optim._engine.first_pass import warn_of_nothing_to_freeze
+from sam_kernels.optim._engine.masters import check_masters, warn_of_no_masters
 from sam_kernels.optim._engine.memory import ParamMemory
 from sam_kernels.optim._engine.observing import check_observed
 from sam_kernels.optim._engine.plan import check_options
 from sam_kernels.optim._engine.replay import BufferGuard
+from sam_kernels.optim._engine.rounding import check_rounding
 from sam_kernels.optim._engine.two_steps import TwoStepAPI
 from sam_kernels.optim._replicas.hybrid import replicas_of
 from sam_kernels.optim._shards.shards import check_process_group
@@ -75,6 +77,13 @@ class SAM(TwoStepAPI):
             ``scaler.step(optimizer)`` without ``unscale_`` has just looked at them itself, and they are not read again.
         freeze_unperturbed: parameters of groups with ρ = 0 require no gradient in the first pass, which then costs less; weights and
             state are the same. For groups see :func:`sam_kernels.norm_layers`; for the two-step API, :meth:`ascent`.
+        master_weights: float32 masters of bfloat16 and float16 parameters. Steps start from the masters and go to them; a parameter is its
+            master, rounded once. The masters are the backup of the ascent: between and within steps there is no memory beyond that of
+            mixed-precision training. State that the base makes is float32, and checkpoints hold the masters. Every base can be used; one
+            that is not fused needs a float32 gradient, 4 bytes a parameter, during its step. See docs/master_weights.md.
+        stochastic_rounding: True rounds perturbed bfloat16 weights stochastically, so that small perturbations are not lost; ``"update"``
+            rounds the new weights so as well, for training in bfloat16 without masters (SGD, Adam, AdamW). The random numbers are functions
+            of the step, the micro-batch and the element.
         capturable: steps can be recorded into a CUDA graph, and a graph that is replayed follows its schedules; see below.
         base_kwargs: passed to the base optimizer's class.
 
@@ -89,8 +98,9 @@ class SAM(TwoStepAPI):
     norm and the closure runs twice. Before the capture make at least one eager step on a side stream, as torch asks for, and capture anew
     after ``load_state_dict``. The base must be one that is fused: ``SGD``, ``Adam`` or ``AdamW``.
 
-    Memory: one copy of the parameters, allocated at the first step, freed by :meth:`release_buffers`. Bytes moved for N parameters of
-    s bytes with SGD and momentum: norm 1, perturb 4, check 1, restore and update 5: 11 N s.
+    Memory: one copy of the parameters, allocated at the first step, freed by :meth:`release_buffers`; none with ``master_weights``. Bytes
+    moved for N parameters of s bytes with SGD and momentum: norm 1, perturb 4, check 1, restore and update 5: 11 N s. With masters of
+    16-bit parameters: norm 2, perturb 8, check 2, update 20: 32 N.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong type or out of range, sparse or complex parameters, an empty parameter list.
@@ -128,6 +138,8 @@ class SAM(TwoStepAPI):
         preserve_rng_state: bool = False,
         check_finite: bool = True,
         freeze_unperturbed: bool = False,
+        master_weights: bool = False,
+        stochastic_rounding: bool | Literal["update"] = False,
         capturable: bool = False,
         **base_kwargs: Any,
     ) -> None:
@@ -155,7 +167,9 @@ class SAM(TwoStepAPI):
             local_ascent=local_ascent,
             freezes=self.freeze_unperturbed,
         )
-        self._memory = ParamMemory((*self.direction.keeps, *self.descent.keeps))
+        has_masters = check_masters(master_weights, capturable=self.capturable)
+        self.rounding = check_rounding(stochastic_rounding, base=self.base_optimizer, has_masters=has_masters, capturable=self.capturable)
+        self._memory = ParamMemory((*self.direction.keeps, *self.descent.keeps), has_masters=has_masters)
         self._has_stepped = False
         is_instance = self.base_optimizer is base_optimizer
         given = [] if is_instance else given
@@ -172,6 +186,8 @@ class SAM(TwoStepAPI):
         self._link()
         if self.freeze_unperturbed:
             warn_of_nothing_to_freeze(self.param_groups, self._keys["rho"])
+        if has_masters:
+            warn_of_no_masters(self.param_groups)
 
     # --- the step ---
 
@@ -320,7 +336,7 @@ class SAM(TwoStepAPI):
 
     def release_buffers(self) -> None:
         """Frees the copies of parameters and, for rules that keep them, of gradients (N s where gradients are not the optimizer's to take
-        over: see docs/family.md); a later step allocates them again. Raises RuntimeError between the two passes."""
+        over: see docs/family.md); a later step allocates them again. Masters stay. Raises RuntimeError between the two passes."""
         self._require_unperturbed("release_buffers")
         self._passes.release()
         self._kept_grads.release()

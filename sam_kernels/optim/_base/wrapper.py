@@ -21,6 +21,7 @@ from sam_kernels.optim._engine.lists import same_tensors
 from sam_kernels.optim._engine.memory import ParamMemory
 from sam_kernels.optim._engine.passes import Passes
 from sam_kernels.optim._engine.plan import GROUP_OPTIONS, check_options
+from sam_kernels.optim._engine.rounding import NO_ROUNDING, Rounding
 from sam_kernels.optim._engine.update import can_fuse
 from sam_kernels.optim._part import Part
 from sam_kernels.optim._types import ParamGroup, StateDict
@@ -48,6 +49,7 @@ class Wrapper(Optimizer):
         "descent",
         "capturable",
         "process_group",
+        "rounding",
         "_memory",
         "_has_stepped",
         "_keys",
@@ -62,6 +64,7 @@ class Wrapper(Optimizer):
     descent: Descent
     capturable: bool
     process_group: ProcessGroup | None
+    rounding: Rounding = NO_ROUNDING  # copies of earlier versions have none
     _memory: ParamMemory
     _has_stepped: bool  # since it was made or copied
     _keys: dict[str, str]
@@ -174,7 +177,7 @@ class Wrapper(Optimizer):
         groups = self.param_groups
         if is_torch_loading():
             with self._identity.shards.all_or_none(self._devices()):
-                check_given(self._names, self.base_optimizer, self._memory.names, self._keys["sam_step"])
+                check_given(self._names, self.base_optimizer, self._memory.all_names, self._keys["sam_step"])
         state_dict: StateDict = checkpoint.with_base(self.base_optimizer.state_dict(), groups, self._keys)
         state_dict = self._memory.saved(state_dict, self._all_params(), blanks=self._has_stepped)
         state_dict = self._names.added(checkpoint.with_plain_values(state_dict))
@@ -208,7 +211,7 @@ class Wrapper(Optimizer):
         if base_dict is not None and memory is not None:
             checkpoint.put_group_values(state_dict, self.base_optimizer.param_groups, self._keys)
         self._adopt()
-        if base_dict is None and can_fuse(self.base_optimizer, self._passes.own_hooks):
+        if base_dict is None and (self._memory.has_masters or can_fuse(self.base_optimizer, self._passes.own_hooks)):
             checkpoint.keep_wide_state(self.state, self.param_groups, state_dict)
         if memory is not None:
             self._memory.replace(memory)
@@ -225,11 +228,12 @@ class Wrapper(Optimizer):
         check_is_whole(state_dict)
         shards = self._identity.shards
         with shards.all_or_none(self._devices()):
-            state_dict = completed(state_dict, self._names, self._memory.names)
+            state_dict = completed(state_dict, self._names, self._memory.all_names)
             state_dict = self._names.removed(state_dict, self._keys["sam_step"])
             if shards:  # torch would say so on the rank that sees it
                 checkpoint.check_sizes(state_dict, self.param_groups)
-            checkpoint.check_tensors(state_dict, self.base_optimizer, self._memory.names)
+            checkpoint.check_tensors(state_dict, self.base_optimizer, self._memory.all_names)
+            self._memory.warn_of_masters(state_dict, self._all_params())
             state_dict, memory = self._memory.taken_out(state_dict, self._all_params())
             if len(state_dict["param_groups"]) == len(self.param_groups):  # otherwise torch says what is wrong
                 state_dict = checkpoint.with_group_values(state_dict, self.param_groups, self._keys)
@@ -264,6 +268,7 @@ class Wrapper(Optimizer):
         """Adopts the base's groups, and listens to its ``step`` so that it is never made from perturbed weights."""
         self._groups = []
         self._count = 0
+        self._loads: tuple[StateDict, ParamMemory] | None = None  # a checkpoint that the base is loading
         self._identity = IdentityCheck(self.__dict__.get("process_group"))
         reference = weakref.ref(self)
 
@@ -282,7 +287,7 @@ class Wrapper(Optimizer):
             handles.append(base.register_load_state_dict_post_hook(weakly(kind._after_base_loaded)))
         for handle in handles:  # a base outlives its wrapper
             weakref.finalize(self, handle.remove).atexit = False
-        self._passes = Passes(base, own_hooks, self._memory, self._identity)
+        self._passes = Passes(base, own_hooks, self._memory, self._identity, self.rounding)
         self._adopt()
 
     def _before_base_step(self, *_: Any) -> None:
@@ -299,15 +304,19 @@ class Wrapper(Optimizer):
         self._restore()
 
     def _before_base_loads(self, state_dict: StateDict) -> StateDict | None:
-        """What the base loads: with averages, which :meth:`_adopt` takes over."""
+        """What the base loads: with what is kept here, which :meth:`_after_base_loaded` takes out."""
         if self._is_loading or "param_groups" not in state_dict:
             return None
-        self._checked_checkpoint(state_dict)
-        return completed(state_dict, self._names, self._memory.names)
+        self._loads = self._checked_checkpoint(state_dict)
+        return completed(state_dict, self._names, self._memory.all_names)
 
     def _after_base_loaded(self) -> None:
-        self._memory.replace(ParamMemory(self._memory.names))
+        loaded, self._loads = self._loads, None
+        self._memory.strip(self.state)
+        self._memory.replace(self._memory.emptied() if loaded is None else loaded[1])
         self._adopt()
+        if loaded is not None and self._memory.has_masters:
+            checkpoint.keep_wide_state(self.state, self.param_groups, loaded[0])
 
     def _restore(self) -> None:
         """Back to the weights of before the ascent, where there was one."""

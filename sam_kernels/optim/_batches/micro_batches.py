@@ -114,7 +114,7 @@ class GradientMean:
             rows.setdefault((count, False), []).append((param, mean, None))
         found = []
         for (count, has_gradient), members in rows.items():
-            lists = GroupLists([param for param, _, _ in members], self._passes.lists.backups)
+            lists = self._passes.lists.made([param for param, _, _ in members])
             grads = lists.grads([grad for _, _, grad in members if grad is not None])
             if count == 0:
                 found.append(self._first(lists, grads))

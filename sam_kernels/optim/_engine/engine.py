@@ -193,8 +193,11 @@ class Engine(Wrapper):
         if self.direction.first_gradient is not FirstGradient.NONE:  # otherwise the only forward pass is yet to come
             self._guard.save()
         group_grads = self.direction.group_grads(step)
+        if not self._passes.is_perturbed:
+            for current in group_grads:
+                self._passes.follow_weights(current.key, current.lists)
         norm, moves = self._moves(step, group_grads, grad_scale)
-        self._passes.ascend(moves, norm, eps=self.norm_eps, grad_scale=grad_scale, loss=loss)
+        self._passes.ascend(moves, norm, eps=self.norm_eps, grad_scale=grad_scale, loss=loss, micro_batch=step.micro_batch)
         self._skips.after_ascent(self._passes.found_inf)
         if self.descent.keeps_grads and self._passes.has_ascended:  # its direction is made from gradients
             self._kept_grads.keep(group_grads, hand_over=hand_over, are_scaled=grad_scale is not None)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, dtype
 
 from sam_kernels._tensor_list import TensorList
 from sam_kernels.optim._base.identity import IdentityCheck
 from sam_kernels.optim._engine.lists import Copies, GroupGrads, GroupLists, Key, check_grads, same_tensors, with_grads
+from sam_kernels.optim._engine.masters import Masters, is_narrow
 from sam_kernels.optim._shards.dtensor import local_grad
 from sam_kernels.optim._shards.layout import WHOLE, Layout, layout_of
 from sam_kernels.optim._shards.shards import Shards
@@ -18,15 +19,18 @@ __all__ = ["KeptLists"]
 class KeptLists:
     """By the index of a group, lists of its parameters. They are made anew only where a parameter was replaced or has moved.
 
-    ``check`` looks at all groups when lists are made anew: a parameter may have come that is another's memory.
+    ``check`` looks at all groups when lists are made anew: a parameter may have come that is another's memory. ``masters``: those of 16-bit
+    parameters, None where they have none.
     """
 
-    def __init__(self, check: IdentityCheck) -> None:
+    def __init__(self, check: IdentityCheck, masters: Masters | None) -> None:
         self.backups = Copies()
+        self.masters = masters
         self._check = check
         self._lists: dict[Key, GroupLists] = {}  # of the parameters that have a gradient
         self._trainable: dict[Key, GroupLists] = {}  # where not every trainable parameter has a gradient
-        self._by_layout: dict[int, tuple[list[Tensor], list[list[Tensor]]]] = {}  # by group: its parameters, and the same by layout
+        # By group: its parameters, with masters their dtypes, and the same parameters by layout.
+        self._by_layout: dict[int, tuple[list[Tensor], list[dtype], list[list[Tensor]]]] = {}
         self._joint: tuple[list[GroupLists], GroupLists] | None = None  # several groups' lists, and those of all their parameters
 
     def release(self) -> None:
@@ -42,16 +46,22 @@ class KeptLists:
         return self._check.shards
 
     def by_layout(self, i: int, params: list[Tensor]) -> list[tuple[Key, list[Tensor]]]:
-        """The parameters of group i in lists of one layout each."""
-        if not self.shards:
+        """The parameters of group i in lists of one layout each, those that have masters in lists of their own."""
+        has_masters = self.masters is not None
+        if not (self.shards or has_masters):
             return [((i, 0), params)]
+        dtypes = [param.dtype for param in params] if has_masters else []
         known = self._by_layout.get(i)
-        if known is None or not same_tensors(known[0], params):
-            parts: dict[Layout, list[Tensor]] = {}
+        if known is None or known[1] != dtypes or not same_tensors(known[0], params):
+            parts: dict[tuple[Layout, bool], list[Tensor]] = {}
             for param in params:
-                parts.setdefault(layout_of(param), []).append(param)
-            known = self._by_layout[i] = list(params), list(parts.values())
-        return [((i, part), params) for part, params in enumerate(known[1])]
+                parts.setdefault((layout_of(param), has_masters and is_narrow(param)), []).append(param)
+            known = self._by_layout[i] = list(params), dtypes, list(parts.values())
+        return [((i, part), params) for part, params in enumerate(known[2])]
+
+    def made(self, params: list[Tensor]) -> GroupLists:
+        """New lists of parameters of one layout, all with masters or all without."""
+        return GroupLists(params, self.backups, self.masters if self.masters is not None and is_narrow(params[0]) else None)
 
     def group_grads(self, groups: list[ParamGroup]) -> list[GroupGrads]:
         """The parameters that have a gradient, and their gradients, by group and layout; groups without any are left out."""
@@ -74,7 +84,7 @@ class KeptLists:
                     self._check(groups)
                     self._joint = None
                     self._trainable.pop(key, None)
-                    lists = self._lists[key] = GroupLists(params, self.backups)
+                    lists = self._lists[key] = self.made(params)
                 if lists.layout is not WHOLE:
                     check_grads(group, i)
                     grads = list(map(local_grad, params, grads))
@@ -95,7 +105,7 @@ class KeptLists:
         known = (self._lists.get(key), self._trainable.get(key))
         lists = next((each for each in known if each is not None and each.is_current(params)), None)
         if lists is None:
-            lists = self._trainable[key] = GroupLists(params, self.backups)
+            lists = self._trainable[key] = self.made(params)
             self._lists.setdefault(key, lists)
         return lists
 
@@ -111,10 +121,10 @@ class KeptLists:
         if len(group_grads) < 2:
             return None
         members = [each.lists for each in group_grads]
-        if any(lists.layout != members[0].layout for lists in members):
+        if any(lists.layout != members[0].layout or lists.masters is not members[0].masters for lists in members):
             return None
         if self._joint is None or not same_tensors(self._joint[0], members):
-            self._joint = members, GroupLists([owner for lists in members for owner in lists.owners], self.backups)
+            self._joint = members, self.made([owner for lists in members for owner in lists.owners])
         joint = self._joint[1]
         grads = joint.grads([grad for each in group_grads for grad in each.grads])
         return (joint, grads) if isinstance(grads, TensorList) else None

@@ -6,7 +6,7 @@ import operator
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ __all__ = [
     "GroupGrads",
     "GroupLists",
     "Key",
+    "MastersOf",
     "address_of",
     "check_grads",
     "check_param",
@@ -146,14 +147,22 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
+class MastersOf(Protocol):
+    """Gives the float32 masters of 16-bit parameters."""
+
+    def of(self, lists: GroupLists) -> list[Tensor]:
+        """One for each parameter, as operations take them."""
+
+
 class GroupLists:
-    """Lists over the parameters of one group that have a gradient now, all of one layout.
+    """Lists over the parameters of one group that have a gradient now, all of one layout, and all with masters or all without.
 
     ``params``: what operations take. ``owners``: the parameters as the group has them; the same list unless they are DTensors, whose local
-    parts ``params`` then holds.
+    parts ``params`` then holds. ``masters``: gives the parameters' masters, None where they have none. ``written``: of which masters,
+    and the owners' versions, as the optimizer has left them.
     """
 
-    def __init__(self, owners: list[Tensor], backups: Copies) -> None:
+    def __init__(self, owners: list[Tensor], backups: Copies, masters: MastersOf | None = None) -> None:
         self.layout = layout_of(owners[0])
         params = locals_of(owners)
         self.backend = _dispatch.select(params[0].device.type)
@@ -162,6 +171,8 @@ class GroupLists:
         trusted: TensorList | None = self.backend.trust(params) if is_usual else None
         self.params: list[Tensor] = list(params) if trusted is None else trusted
         self.owners = self.params if self.layout is WHOLE else owners
+        self.masters = masters
+        self.written: tuple[object, list[int]] | None = None
         self._backups = backups
         self._old_params: list[Tensor] | None = None
         self._norm: Tensor | None = None
@@ -204,8 +215,15 @@ class GroupLists:
         return tensors if trusted is None else trusted
 
     @property
+    def weights(self) -> list[Tensor]:
+        """What depends on the weights' values is computed from these: masters where there are any, otherwise the parameters."""
+        return self.params if self.masters is None else self.masters.of(self)
+
+    @property
     def old_params(self) -> list[Tensor]:
-        """Backups of the parameters."""
+        """Where the parameters are put back from: masters, or backups."""
+        if self.masters is not None:
+            return self.masters.of(self)
         if self._old_params is None:
             self._old_params = self._list(self._backups.of(self.params))
         return self._old_params

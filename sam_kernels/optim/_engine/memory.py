@@ -1,4 +1,4 @@
-"""Tensors that directions and descent rules keep for each parameter between steps: moving averages, the last orthogonal gradient.
+"""Tensors that are kept for each parameter between steps: moving averages of a direction, the last orthogonal gradient, float32 masters.
 
 They live outside ``optimizer.state``, where torch's Adam would take a parameter that has one for initialised, and travel in checkpoints
 under the parameter's state.
@@ -6,6 +6,7 @@ under the parameter's state.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import chain
 from typing import Any, cast
@@ -18,30 +19,46 @@ from sam_kernels.optim._engine.lists import GroupLists
 from sam_kernels.optim._shards.dtensor import as_owner, local_of
 from sam_kernels.optim._types import StateDict
 
-__all__ = ["ParamMemory"]
+__all__ = ["MASTER", "NARROW", "ParamMemory"]
+
+NARROW = (torch.bfloat16, torch.float16)  # dtypes of parameters that can have masters
+MASTER = "master_param"  # the name of float32 masters, in checkpoints too
 
 
 class ParamMemory:
-    """By name, a tensor for each parameter that has one. ``names`` are those that the direction and the descent rule in use keep.
+    """By name, a tensor for each parameter that has one. ``names`` are those that the direction and the descent rule in use keep; the
+    optimizer keeps its own under :data:`MASTER`, with ``has_masters``.
 
     ``spoiled``: () float32 on the device, set where the gradients that were kept last are those of a skipped step; None where they are not.
     """
 
-    def __init__(self, names: Sequence[str] = ()) -> None:
+    def __init__(self, names: Sequence[str] = (), *, has_masters: bool = False) -> None:
         self.names = tuple(names)
+        self.has_masters = has_masters
         # What is kept for a parameter goes with it.
-        self._tensors: dict[str, MutableMapping[Tensor, Tensor]] = {name: WeakTensorKeyDictionary() for name in self.names}
+        self._tensors: dict[str, MutableMapping[Tensor, Tensor]] = {name: WeakTensorKeyDictionary() for name in self.all_names}
         # What put_all was given last, until somebody asks for it by parameter: hashing a tensor is a call into Python.
         self._by_lists: dict[str, list[tuple[GroupLists, list[Tensor]]]] = {}
-        self._version = object()  # another one whenever other tensors are kept; not a number, which a copy would share
+        # By name: another one whenever other tensors are kept; not a number, which a copy would share.
+        self._versions: dict[str, object] = {}
         self.spoiled: Tensor | None = None
 
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """Those of a direction, of a descent rule and of the optimizer itself."""
+        return (*self.names, MASTER) if self.has_masters else self.names
+
+    def emptied(self) -> ParamMemory:
+        """A memory of the same names, which keeps nothing."""
+        return ParamMemory(self.names, has_masters=self.has_masters)
+
     def __getstate__(self) -> StateDict:
-        is_spoiled = self.is_spoiled
-        return {"names": self.names, "tensors": {name: {} if is_spoiled else dict(self._kept(name).items()) for name in self.names}}
+        tensors = {name: {} if self._is_spoiled(name) else dict(self._kept(name).items()) for name in self.all_names}
+        return {"names": self.names, "has_masters": self.has_masters, "tensors": tensors}
 
     def __setstate__(self, state: StateDict) -> None:
-        self.names, self._version, self.spoiled, self._by_lists = state["names"], object(), None, {}
+        self.names, self.has_masters = state["names"], state.get("has_masters", False)  # earlier versions have none
+        self._versions, self.spoiled, self._by_lists = {}, None, {}
         self._tensors = {
             name: WeakTensorKeyDictionary(kept) for name, kept in (state["tensors"] if "tensors" in state else state["_tensors"]).items()
         }
@@ -58,7 +75,7 @@ class ParamMemory:
     def known(self, name: str, lists: GroupLists) -> list[Tensor] | None:
         """What is kept for these parameters, if that was described for them; nothing is looked up."""
         known = lists.memory.get(name)
-        return known[1] if known is not None and known[0] is self._version else None
+        return known[1] if known is not None and known[0] is self.version(name) else None
 
     def of(self, name: str, lists: GroupLists) -> list[Tensor | None]:
         """What is kept for the parameters of ``lists``, None for one that has nothing; as operations take it where nothing is missing."""
@@ -69,7 +86,7 @@ class ParamMemory:
                 return [None if entry is None else local_of(entry) for entry in entries]
             # Described once: nobody else has these tensors, so they lie where they lay.
             known = lists.grads([local_of(entry) for entry in cast("list[Tensor]", entries)])
-            lists.memory[name] = (self._version, known)
+            lists.memory[name] = (self.version(name), known)
         return cast("list[Tensor | None]", known)
 
     def entries(self, name: str, params: Iterable[Tensor]) -> list[Tensor | None]:
@@ -93,19 +110,26 @@ class ParamMemory:
     def put(self, name: str, lists: GroupLists, tensors: Iterable[Tensor]) -> None:
         """Keeps ``tensors``, one for each parameter of ``lists``; those of DTensors as DTensors, which checkpoints know how to shard."""
         self._kept(name).update(_owned(lists, tensors))
-        self._version = object()
+        self._versions[name] = object()
 
     def put_all(self, name: str, kept: Sequence[tuple[GroupLists, list[Tensor]]]) -> None:
         """Keeps these tensors, one for each parameter of each lists, and nothing for any other parameter."""
         self._by_lists[name], self._tensors[name] = list(kept), {}
-        self._version = object()
+        self._versions[name] = object()
         for lists, tensors in kept:
-            lists.memory[name] = (self._version, tensors)
+            lists.memory[name] = (self.version(name), tensors)
+
+    def version(self, name: str) -> object:
+        """Another object whenever other tensors are kept under this name."""
+        return self._versions.setdefault(name, object())
 
     @property
     def is_spoiled(self) -> bool:
         """Whether what is kept counts as nothing. Waits for the device."""
         return self.spoiled is not None and self.spoiled.item() != 0.0
+
+    def _is_spoiled(self, name: str) -> bool:
+        return name != MASTER and self.is_spoiled
 
     # --- checkpoints ---
 
@@ -116,15 +140,15 @@ class ParamMemory:
         no step of its own all the keys that ``torch.distributed.checkpoint`` fills when it loads another's into it. A parameter without
         state of the base, where others have some, gets none: the base would take it for initialised.
         """
-        if not self.names:
+        if not self.all_names:
             return state_dict
         state = _copied(state_dict["state"])
         has_state = {param_id for param_id in _ids(state_dict) if param_id in state}
-        is_spoiled = self.is_spoiled
+        are_spoiled = {name: self._is_spoiled(name) for name in self.all_names}
         for param_id, param in zip(_ids(state_dict), params, strict=True):
-            for name in self.names:
-                kept = None if is_spoiled else self._kept(name).get(param)
-                if kept is None and blanks and (param_id in has_state or not has_state):
+            for name in self.all_names:
+                kept = None if are_spoiled[name] else self._kept(name).get(param)
+                if kept is None and blanks and name != MASTER and (param_id in has_state or not has_state):
                     kept = torch.full_like(param, torch.nan, requires_grad=False)
                 if kept is not None:
                     state.setdefault(param_id, {})[name] = kept
@@ -132,15 +156,15 @@ class ParamMemory:
 
     def taken_out(self, state_dict: StateDict, params: Sequence[Tensor]) -> tuple[StateDict, ParamMemory]:
         """The base optimizer's part of a checkpoint, and what was kept as a memory of its own: nothing here changes before
-        :meth:`replace`, since torch may still refuse the checkpoint."""
-        found = ParamMemory(self.names)
-        if not self.names or len(_ids(state_dict)) != len(params):  # torch says what is wrong
+        :meth:`replace`, since torch may still refuse the checkpoint. Masters are taken out by an optimizer that has none, too."""
+        found, names = self.emptied(), self.all_names
+        if len(_ids(state_dict)) != len(params):  # torch says what is wrong
             return state_dict, found
         state = _copied(state_dict["state"])
         for param_id, param in zip(_ids(state_dict), params, strict=True):
-            for name in self.names:
+            for name in dict.fromkeys((*names, MASTER)):
                 kept = state.get(param_id, {}).pop(name, None)
-                if kept is None or _is_blank(kept):
+                if kept is None or name not in names or _is_blank(kept):
                     continue
                 if kept.shape != param.shape:
                     raise ValueError(f"SAM: {name} in the checkpoint has shape {tuple(kept.shape)}, its parameter {tuple(param.shape)}")
@@ -148,22 +172,47 @@ class ParamMemory:
         emptied = [key for key, value in state.items() if isinstance(value, dict) and not value and state_dict["state"][key]]
         return {**state_dict, "state": {key: value for key, value in state.items() if key not in emptied}}, found
 
+    def warn_of_masters(self, state_dict: StateDict, params: Sequence[Tensor]) -> None:
+        """Warns where masters are made from 16-bit parameters, or dropped, because only one of checkpoint and optimizer has them."""
+        entries = [state_dict["state"].get(param_id) for param_id in _ids(state_dict)]
+        entries = [each for each, param in zip(entries, params, strict=False) if isinstance(each, dict) and each and param.dtype in NARROW]
+        count = sum(MASTER in entry for entry in entries)
+        if self.has_masters and count < len(entries):
+            message = (
+                f"SAM: the checkpoint has no float32 masters of {len(entries) - count} of {len(entries)} 16-bit parameters, so they are "
+                "made from the weights as they are at the next step"
+            )
+        elif not self.has_masters and count:
+            message = (
+                f"SAM: the checkpoint has float32 masters of {count} parameters, which an optimizer without master_weights=True drops: "
+                "training goes on from the 16-bit weights"
+            )
+        else:
+            return
+        warnings.warn(message, UserWarning, stacklevel=4)
+
     def adopt(self, state: Mapping[Any, Any]) -> None:
         """Takes over what the base has loaded among its own state, out of a checkpoint that carries what is kept here."""
-        found = ParamMemory(self.names)
+        found = self.emptied()
         for param, entry in state.items():
-            for name in self.names:
+            for name in self.all_names:
                 if isinstance(param, Tensor) and isinstance(entry, dict) and name in entry:
                     kept = entry.pop(name)
                     if not _is_blank(kept):
                         found._tensors[name][param] = kept
-        if any(map(found.has, self.names)):
+        if any(map(found.has, self.all_names)):
             self.replace(found)
+
+    def strip(self, state: Mapping[Any, Any]) -> None:
+        """Takes what is kept out of the state that the base has loaded."""
+        for entry in state.values():
+            for name in (*self.names, MASTER) if isinstance(entry, dict) else ():
+                entry.pop(name, None)
 
     def replace(self, other: ParamMemory) -> None:
         """What ``other`` keeps in the place of what is kept here."""
         self._tensors, self._by_lists = other._tensors, other._by_lists
-        self._version, self.spoiled = object(), None
+        self._versions, self.spoiled = {}, None
 
 
 def _owned(lists: GroupLists, tensors: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -13,78 +13,71 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sam_kernels import functional
-from sam_kernels._sharding import locals_of
 from sam_kernels.optim._base.identity import IdentityCheck
 from sam_kernels.optim._engine.ascent import Move
 from sam_kernels.optim._engine.capturable import is_recording, not_recordable
 from sam_kernels.optim._engine.in_flight import InFlight
 from sam_kernels.optim._engine.kept_lists import KeptLists
 from sam_kernels.optim._engine.lists import GroupGrads, GroupLists, Key, same_tensors
+from sam_kernels.optim._engine.masters import Masters
 from sam_kernels.optim._engine.memory import ParamMemory
-from sam_kernels.optim._engine.plan import UNSCALED, Scaling, StepPlan
-from sam_kernels.optim._engine.skipped import SkippedSteps
+from sam_kernels.optim._engine.norms import Norms
+from sam_kernels.optim._engine.plan import StepPlan
+from sam_kernels.optim._engine.rounding import Rounding, part_seed
+from sam_kernels.optim._engine.step_on_masters import step_on_masters
 from sam_kernels.optim._engine.update import UpdateScalars, can_fuse, fused_step, plain_step, with_options
 from sam_kernels.optim._engine.weight_watch import NOTHING_WATCHED, WeightWatch
-from sam_kernels.optim._seeds import derived_seed
 from sam_kernels.optim._shards.dtensor import local_of
 from sam_kernels.optim._types import GroupOptions, ParamGroup
 
 __all__ = ["Passes"]
 
-Norm = Tensor | tuple[GroupLists, Tensor]  # () alone, or with the lists that it is of
 
-
-class Passes:
+class Passes(Norms):
     """The two passes of the step under way.
 
     ``lists`` are kept between steps; ``memory`` is what the direction and the descent rule keep; ``begun`` are the parameters for which a
     moving average has begun in this step. ``plan`` is that of the step under way, None in a plain step of the base.
     """
 
-    def __init__(self, base: Optimizer, own_hooks: set[int], memory: ParamMemory, check: IdentityCheck) -> None:
+    def __init__(self, base: Optimizer, own_hooks: set[int], memory: ParamMemory, check: IdentityCheck, rounding: Rounding) -> None:
         self.base = base
         self.own_hooks = own_hooks  # of the base's step hooks, those that do not count as somebody listening
         self.memory = memory
-        self.lists = KeptLists(check)
-        self.skips = SkippedSteps()
-        self.plan: StepPlan | None = None
+        self.masters = Masters(memory, base) if memory.has_masters else None
+        super().__init__(KeptLists(check, self.masters))
+        self.rounding = rounding
         self.begun: set[Tensor] = set()
+        self._plain_steps = 0  # which no t counts
         self.is_perturbed = False
         self.has_ascended = False  # in the last ascent it was the turn of a group at least
         self._perturbed: dict[Key, GroupLists] = {}
         self._saved: dict[Key, GroupLists] = {}  # what has been saved in this step
         self._in_flight: InFlight | None = None
         self._watch = NOTHING_WATCHED  # the two-step API's, between the passes
-        self._told_norm: Tensor | None = None  # () the last norm that has told found_inf of itself
 
     def begin(self, device: torch.device, plan: StepPlan | None) -> None:
         """A new step: nothing is known to be wrong with it."""
         self.plan = plan
+        self._plain_steps += plan is None
         self.skips.begin(device)
         self._saved = {}
         self.begun = set()
-
-    @property
-    def ascent_plan(self) -> StepPlan:
-        """The plan of a step that is not the base's alone."""
-        assert self.plan is not None
-        return self.plan
-
-    @property
-    def found_inf(self) -> Tensor:  # () float32
-        """Set once a gradient of either pass was not finite. On the device."""
-        return self.skips.found_inf
+        if self.masters is not None:
+            self.masters.begin()
 
     def release(self) -> None:
         """Frees the backups."""
         self.lists.release()
         self._saved = {}
 
-    def ascend(self, moves: Sequence[Move], norm: Tensor, *, eps: float, grad_scale: Tensor | None, loss: Any = None) -> None:
+    def ascend(
+        self, moves: Sequence[Move], norm: Tensor, *, eps: float, grad_scale: Tensor | None, loss: Any = None, micro_batch: int = 0
+    ) -> None:
         """Saves and perturbs the parameters of the groups that participate, for SAM along their gradients as they are: 4 N s bytes.
 
-        ``loss``: what the closure returned, for radii that follow it. Later in a step (m-SAM's second micro-batch) they are the same
-        weights again, which are not saved a second time: 3 N s.
+        ``loss``: what the closure returned, for radii that follow it. ``micro_batch``: of the step, from 0. Later in a step (m-SAM's second
+        micro-batch) they are the same weights again, which are not saved a second time: 3 N s. Masters are never saved: they are there.
         """
         self.skips.forget_last_step()  # where no norm has seen to that
         plan = self.ascent_plan
@@ -113,6 +106,7 @@ class Passes:
                 kind=along.kind,
                 sigma=along.sigma,
                 lmbda=along.lmbda,
+                rounding_seed=self.rounding.ascent_seed(current.lists, current.key, group.t, micro_batch),
                 **group.scaling,
             )
             self._perturb(current.key, current.lists, perturb_)
@@ -120,6 +114,7 @@ class Passes:
 
     def _perturb(self, key: Key, lists: GroupLists, perturb_: Callable[..., None]) -> None:
         """Perturbs the parameters in ``lists`` and saves them where that has not been done in this step."""
+        self.follow_weights(key, lists)
         # Other lists than those saved: other parameters have a gradient now, or some have moved. Saving all of them is right as well.
         is_saved = self._saved.get(key) is lists
         self._perturbed[key] = lists
@@ -127,6 +122,24 @@ class Passes:
         perturb_(lists.params, old_params=lists.old_params, from_old=is_saved)
         self._in_flight = None
         self._saved[key] = lists
+        self.wrote(lists)
+
+    def follow_weights(self, key: Key, lists: GroupLists) -> None:
+        """Masters follow what somebody else has written to their parameters, once a step, before it depends on them."""
+        if self.masters is not None and lists.masters is not None and self._saved.get(key) is not lists:
+            self.masters.follow(lists)
+            self._saved[key] = lists
+
+    def put_weights(self, lists: GroupLists) -> None:
+        """``lists.weights`` have been written outside of a step's passes: parameters of masters are their rounding again."""
+        if lists.masters is not None:
+            functional.restore_(lists.params, lists.old_params)
+        self.wrote(lists)
+
+    def wrote(self, lists: GroupLists) -> None:
+        """The optimizer has written the parameters."""
+        if self.masters is not None:
+            self.masters.wrote(lists)
         self.lists.shards.written(lists.layout, lists.owners)
 
     def perturb_randomly(self, trainable: dict[Key, GroupLists], seeds: Sequence[int], *, scale: float, distribution: str) -> None:
@@ -137,7 +150,7 @@ class Passes:
         """
         self.is_perturbed = True
         for key, lists in trainable.items():
-            seed = _seed_of(lists, seeds[key[0]])
+            seed = part_seed(lists, seeds[key[0]])
             self._perturb(key, lists, partial(functional.random_perturb_, seed=seed, scale=scale, distribution=distribution))
         torch.clear_autocast_cache()
 
@@ -158,6 +171,8 @@ class Passes:
             return None
         if perturbed is current.lists:
             return perturbed.old_params
+        if current.lists.masters is not None:
+            return current.lists.old_params
         moved = set(perturbed.params)
         saved = self.lists.backups.of(current.lists.params)
         return [old if param in moved else param for param, old in zip(current.lists.params, saved, strict=True)]
@@ -168,7 +183,10 @@ class Passes:
             self.restore()
 
     def scratch(self, key: Key, lists: GroupLists) -> list[Tensor]:
-        """The memory of a group's backups, until a perturbation saves to it. (None may be under way.)"""
+        """Memory like that of a group's parameters: of its backups, until a perturbation saves to it. (None may be under way.) Masters are
+        none; it is allocated then."""
+        if lists.masters is not None:
+            return lists.grads([torch.empty_like(param, requires_grad=False) for param in lists.params])
         self._saved.pop(key, None)
         return lists.old_params
 
@@ -209,7 +227,7 @@ class Passes:
         if agree is not None:  # the last moment before the update is decided
             agree(self.found_inf)
         scalars: UpdateScalars = {"found_inf": self.found_inf, "grad_scale": grad_scale, "norm": norm, "max_norm": max_norm}
-        fuses = (bool(self._perturbed) or not is_plain) and can_fuse(self.base, self.own_hooks)
+        fuses = (bool(self._perturbed) or not is_plain or self._owns_updates) and can_fuse(self.base, self.own_hooks)
         if keep is not None:
             keep(group_grads, fuses)
         if fuses:
@@ -218,8 +236,8 @@ class Passes:
                 for lists, grads, old_params in self._parts(key, by_key.get(key)):  # none of a group that is gone
                     group = groups[key[0]]
                     group = {**group, **options[key[0]]} if key[0] in options else group
-                    fused_step(self.base, group, lists, grads, old_params, scalars)
-                    self.lists.shards.written(lists.layout, lists.owners)
+                    fused_step(self.base, group, lists, grads, old_params, scalars, self._update_seed(lists, key))
+                    self.wrote(lists)
             self._perturbed, self._watch = {}, NOTHING_WATCHED
             self.base._opt_called = True  # type: ignore[attr-defined]  # or a scheduler on the base would warn
         else:
@@ -229,11 +247,36 @@ class Passes:
                     "can be recorded is an ascent and a descent with SGD, Adam or AdamW, without step hooks, amsgrad or betas in tensors"
                 )
             self.restore()
+            if self.rounding.of_update:
+                raise RuntimeError(
+                    f"SAM: stochastic_rounding='update': the step of {type(self.base).__name__} has step hooks, amsgrad or betas in "
+                    "tensors and is made by its own step(), which rounds to nearest; take them out, or use stochastic_rounding=True"
+                )
             with with_options(groups, options):
-                plain_step(self.base, [grad for current in group_grads for grad in current.grads], scalars)
+                if self.masters is None:
+                    plain_step(self.base, [grad for current in group_grads for grad in current.grads], scalars)
+                else:
+                    self._step_on_masters(group_grads, scalars)
         self.is_perturbed = self.has_ascended = False
         torch.clear_autocast_cache()
         return not fuses and grad_scale is not None
+
+    @property
+    def _owns_updates(self) -> bool:
+        """Whether a plain step is another than the base's own."""
+        return self.masters is not None or self.rounding.of_update
+
+    def _update_seed(self, lists: GroupLists, key: Key) -> int | None:
+        if self.plan is None:
+            return self.rounding.update_seed(lists, key, 0, self._plain_steps)
+        return self.rounding.update_seed(lists, key, self.plan.groups[key[0]].t, 0)
+
+    def _step_on_masters(self, group_grads: list[GroupGrads], scalars: UpdateScalars) -> None:
+        for current in group_grads:
+            self.follow_weights(current.key, current.lists)
+        step_on_masters(self.base, group_grads, scalars)
+        for current in group_grads:
+            self.wrote(current.lists)
 
     def restore(self, kept: Collection[Tensor] = ()) -> None:
         """Back to the weights of before the ascent, bit for bit, but for those in ``kept``; nothing to do when there was none."""
@@ -247,7 +290,10 @@ class Passes:
                 functional.restore_(lists.params, lists.old_params)
             else:  # plain lists: a parameter may lie elsewhere by now
                 functional.restore_([local_of(lists.owners[i]) for i in rows], [lists.old_params[i] for i in rows])
-            self.lists.shards.written(lists.layout, lists.owners)
+            if len(rows) == len(lists.params):
+                self.wrote(lists)
+            else:
+                self.lists.shards.written(lists.layout, lists.owners)
         self._perturbed, self._watch = {}, NOTHING_WATCHED
         self._in_flight = None
         self.is_perturbed = self.has_ascended = False
@@ -275,90 +321,30 @@ class Passes:
         self.restore(written)
         return not written
 
-    def norm(self, group_grads: list[GroupGrads], *, normalised: bool, within_replica: bool = False) -> Tensor:
-        """Global norm over the groups, each with its own adaptive normalisation where ``normalised``; marks ``found_inf``."""
-        norms = []
-        for lists, grads, scaling in self.joined(group_grads, normalised=normalised):
-            skipped = self.skips.skipped if self.skips.is_of_last_step else None
-            functional.grad_norm_(lists.norm, grads, lists.params, found_inf=self.found_inf, skipped=skipped, **scaling)
-            self.skips.is_of_last_step = False
-            norms.append((lists, lists.norm))
-        norm = self.combined(self.scaled(norms) if normalised else norms, within_replica=within_replica)
-        if norms and not (normalised and self.ascent_plan.has_scales):  # a product may overflow where the norms have not
-            self._told_norm = norm
-        return norm
-
-    def scaled(self, norms: Sequence[Norm]) -> Sequence[Norm]:
-        """Norms ‖T d‖ of lists whose groups have a ``scale``, which no operation multiplies T by.
-
-        Raises TypeError for a norm without its lists where a group has a scale.
-        """
-        plan = self.ascent_plan
-        if not plan.has_scales:
-            return norms
-        found: list[Norm] = []
-        for each in norms:
-            if isinstance(each, Tensor):
-                raise TypeError("SAM: a group has a scale, and AscentStep.combined was given a norm alone; give (lists, norm)")
-            lists, norm = each
-            scale = plan.groups[self.lists.index_of(lists)].scale
-            found.append((lists, norm if scale == 1.0 else norm * scale))
-        return found
-
-    def _check_finite(self, group_grads: list[GroupGrads]) -> None:
-        """Marks ``found_inf``. Lists of all groups' gradients together end here: they would count as somebody who has the gradients."""
-        for _, grads, *_ in self.joined(group_grads, normalised=False):
-            functional.check_finite_(grads, self.found_inf)
-
-    def combined(self, norms: Sequence[Norm], *, within_replica: bool = False) -> Tensor:  # ()
-        """The norm over all elements out of norms of lists; 0 of none. Of DTensors it is that of all ranks, and tells ``found_inf``;
-        ``within_replica``: of the ranks that together hold one copy."""
-        if self.lists.shards:
-            self.skips.forget_last_step()  # where no norm has seen to that
-            shards = self.lists.shards
-            parts = [(shards.only_layout, each) if isinstance(each, Tensor) else (each[0].layout, each[1]) for each in norms]
-            norm = self._told_norm = shards.norm(parts, self.found_inf.device, within_replica=within_replica)
-            if not norm.is_cpu or not math.isfinite(norm.item()):
-                self.found_inf.logical_or_(~norm.isfinite())
-            return norm
-        found = [each if isinstance(each, Tensor) else each[1] for each in norms]
-        if not found:
-            return torch.zeros((), dtype=torch.float32, device=self.found_inf.device)
-        return found[0] if len(found) == 1 else functional.combine_norms(found)
-
-    def joined(self, group_grads: list[GroupGrads], *, normalised: bool) -> list[tuple[GroupLists, list[Tensor], Scaling]]:
-        """Lists, gradients and scaling of the norms to take: one norm of all groups where they agree and one call can take them."""
-        plans = [self.ascent_plan.groups[each.index] for each in group_grads] if normalised else []
-        scalings = [each.scaling for each in plans] if normalised else [UNSCALED for _ in group_grads]
-        are_alike = all(each.scaling == plans[0].scaling and each.scale == plans[0].scale for each in plans[1:])
-        together = self.lists.joined(group_grads) if are_alike else None
-        if together is not None:
-            return [(*together, scalings[0])]
-        return [(each.lists, each.grads, scaling) for each, scaling in zip(group_grads, scalings, strict=True)]
-
     def _parts(self, key: Key, current: GroupGrads | None) -> list[tuple[GroupLists, list[Tensor], list[Tensor] | None]]:
         """The parameters under a key by what their step starts from; those without a gradient now are restored here."""
         perturbed = self._perturbed.get(key)
         if perturbed is None:
-            return [] if current is None else [(current.lists, current.grads, None)]
+            if current is None:
+                return []
+            self.follow_weights(key, current.lists)
+            return [(current.lists, current.grads, current.lists.old_params if current.lists.masters is not None else None)]
         if current is not None and (current.lists is perturbed or same_tensors(current.lists.params, perturbed.params)):
             return [(current.lists, current.grads, current.lists.old_params)]  # not the others: parameters may have moved
         params, grads = ([], []) if current is None else (current.lists.owners, current.grads)
         with_gradient, were_perturbed = set(params), set(perturbed.owners)
         gone = [owner for owner in perturbed.owners if owner not in with_gradient]
         if gone:
-            lost = locals_of(gone)
-            functional.restore_(lost, self.lists.backups.of(lost))
-            self.lists.shards.written(perturbed.layout, gone)
+            lost = self.lists.made(gone)
+            functional.restore_(lost.params, lost.old_params)
+            self.wrote(lost)
         parts: list[tuple[GroupLists, list[Tensor], list[Tensor] | None]] = []
         for from_old in (True, False):
             pairs = [(param, grad) for param, grad in zip(params, grads, strict=True) if (param in were_perturbed) is from_old]
             if pairs:
-                lists = GroupLists([param for param, _ in pairs], self.lists.backups)
-                parts.append((lists, lists.grads([grad for _, grad in pairs]), lists.old_params if from_old else None))
+                lists = self.lists.made([param for param, _ in pairs])
+                if self.masters is not None and lists.masters is not None and not from_old:
+                    self.masters.follow(lists)
+                is_from_old = from_old or lists.masters is not None
+                parts.append((lists, lists.grads([grad for _, grad in pairs]), lists.old_params if is_from_old else None))
         return parts
-
-
-def _seed_of(lists: GroupLists, seed: int) -> int:
-    """Random numbers are a function of an element's place in its list, so that each part of a tensor needs a seed of its own."""
-    return seed if lists.layout.part == 0 else derived_seed(seed, lists.layout.part)

@@ -20,7 +20,7 @@ from sam_kernels.optim._engine.lists import GroupLists
 from sam_kernels.optim._shards.dtensor import as_owner, local_of
 from sam_kernels.optim._types import GroupOptions, ParamGroup, ParamState
 
-__all__ = ["UpdateScalars", "can_fuse", "fused_step", "plain_step", "with_options"]
+__all__ = ["UpdateScalars", "can_fuse", "fused_step", "is_fused_type", "plain_step", "with_options"]
 
 
 class UpdateScalars(TypedDict):
@@ -35,10 +35,15 @@ class UpdateScalars(TypedDict):
     max_norm: float | None
 
 
+def is_fused_type(base: Optimizer) -> bool:
+    """Whether the base is of a class of torch's own whose update the kernels make."""
+    return type(base) in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+
+
 def can_fuse(base: Optimizer, own_hook_ids: set[int]) -> bool:
     """Whether restore and update can be one pass: torch's own class, options the kernels know, nobody listening to ``base.step``. (Global
     hooks listen to SAM's own step.)"""
-    if type(base) not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+    if not is_fused_type(base):
         return False
     listeners = len(set(base._optimizer_step_pre_hooks) - own_hook_ids) + len(base._optimizer_step_post_hooks)  # not global ones
     patched = "step" in base.__dict__ and not hasattr(base.step, "_wrapped_by_lr_sched")
@@ -58,15 +63,24 @@ def fused_step(
     grads: list[Tensor],
     old_params: list[Tensor] | None,
     scalars: UpdateScalars,
+    rounding_seed: int | None,
 ) -> None:
-    """Restore and update of the parameters in ``lists``, in the base's own state, so that its checkpoints stay its own."""
+    """Restore and update of the parameters in ``lists``, in the base's own state, so that its checkpoints stay its own. State that is made
+    for a parameter with a master is float32."""
     step = _sgd_step if isinstance(base, torch.optim.SGD) else _adam_step
-    step(base, group, lists, grads, old_params, scalars)
+    to: _Destination = {"old_params": old_params, "to_old": lists.masters is not None, "rounding_seed": rounding_seed}
+    step(base, group, lists, grads, to, scalars)
 
 
-def _sgd_step(
-    base: Optimizer, group: ParamGroup, lists: GroupLists, grads: list[Tensor], old_params: list[Tensor] | None, scalars: UpdateScalars
-) -> None:
+class _Destination(TypedDict):
+    """Where an update starts and goes, as keywords of operations."""
+
+    old_params: list[Tensor] | None
+    to_old: bool
+    rounding_seed: int | None
+
+
+def _sgd_step(base: Optimizer, group: ParamGroup, lists: GroupLists, grads: list[Tensor], to: _Destination, scalars: UpdateScalars) -> None:
     buffers: Any = None
     is_first = False
     if group["momentum"] != 0:
@@ -82,13 +96,13 @@ def _sgd_step(
         lists.params,
         grads,
         buffers,
-        old_params=old_params,
         lr=group["lr"],
         momentum=group["momentum"],
         dampening=group["dampening"],
         weight_decay=group["weight_decay"],
         nesterov=group["nesterov"],
         maximize=group["maximize"],
+        **to,
         **scalars,
     )
     if is_first:
@@ -98,7 +112,7 @@ def _sgd_step(
 
 
 def _adam_step(
-    base: Optimizer, group: ParamGroup, lists: GroupLists, grads: list[Tensor], old_params: list[Tensor] | None, scalars: UpdateScalars
+    base: Optimizer, group: ParamGroup, lists: GroupLists, grads: list[Tensor], to: _Destination, scalars: UpdateScalars
 ) -> None:
     states = lists.states(base.state)
     if not all(states):
@@ -112,20 +126,20 @@ def _adam_step(
         lists.state("exp_avg", [state["exp_avg"] for state in states]),
         lists.state("exp_avg_sq", [state["exp_avg_sq"] for state in states]),
         lists.state("step", steps),
-        old_params=old_params,
         lr=group["lr"],
         betas=group["betas"],
         eps=group["eps"],
         weight_decay=group["weight_decay"],
         decoupled=isinstance(base, torch.optim.AdamW) or group.get("decoupled_weight_decay", False),
         maximize=group["maximize"],
+        **to,
         **scalars,
     )
 
 
 def _make_adam_states(group: ParamGroup, lists: GroupLists, states: list[ParamState]) -> None:
     """As torch does: of a parameter that has no state at all."""
-    for owner, param, state in zip(lists.owners, lists.params, states, strict=True):
+    for owner, param, state in zip(lists.owners, lists.weights, states, strict=True):
         if len(state) == 0:
             _require_state([param])
             state["step"] = _zero_step(group, param)
