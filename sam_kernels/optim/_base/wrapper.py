@@ -305,6 +305,7 @@ class Wrapper(Optimizer):
 
     def _before_base_loads(self, state_dict: StateDict) -> StateDict | None:
         """What the base loads: with what is kept here, which :meth:`_after_base_loaded` takes out."""
+        self._loads = None
         if self._is_loading or "param_groups" not in state_dict:
             return None
         self._loads = self._checked_checkpoint(state_dict)
