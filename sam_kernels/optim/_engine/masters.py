@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from sam_kernels.optim._types import ParamGroup, ParamState
 __all__ = ["Masters", "check_masters", "is_narrow", "warn_of_no_masters"]
 
 _LOOKS_EVERY = 256  # steps
+_PIECE = 1 << 20  # elements
 
 
 def is_narrow(param: Tensor) -> bool:
@@ -79,7 +80,7 @@ class Masters:
         is_due = self._steps & (self._steps - 1) == 0 or self._steps % _LOOKS_EVERY == 0
         if lists.written == now and not is_due:
             return
-        count = sum(_follow(param, master) for param, master in zip(lists.params, masters, strict=True))
+        count = _follow(lists.params, masters)
         is_unseen, lists.written = lists.written == now, now
         if count > 0 and not self._has_warned:
             self._has_warned = True
@@ -96,13 +97,31 @@ def _warn_of_writes(which: str, *, is_unseen: bool) -> None:
     warnings.warn(message, UserWarning, stacklevel=3)
 
 
-def _follow(param: Tensor, master: Tensor) -> bool:
-    """Makes one master follow its parameter. Returns whether anything was changed."""
-    is_other = torch.empty_like(param).copy_(master).view(torch.int16) != param.detach().view(torch.int16)
-    if not bool(is_other.any()):
-        return False
-    master.copy_(torch.where(is_other, param.detach().to(torch.float32), master))
-    return True
+def _follow(params: Sequence[Tensor], masters: Sequence[Tensor]) -> int:
+    """Makes masters follow their parameters. Returns how many had to. Waits for the device once where none has."""
+    pieces = [list(_pieces(param.detach(), master)) for param, master in zip(params, masters, strict=True)]
+    are_other = [torch.stack([_differ(*piece).any() for piece in each]).any() for each in pieces]
+    if not bool(torch.stack(are_other).any()):
+        return 0
+    count = 0
+    for each, is_other in zip(pieces, are_other, strict=True):
+        if bool(is_other):
+            count += 1
+            for param, master in each:
+                master.copy_(torch.where(_differ(param, master), param.to(torch.float32), master))
+    return count
+
+
+def _pieces(param: Tensor, master: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both in parts of so few elements that what is compared needs no memory to speak of."""
+    if not (param.is_contiguous() and master.is_contiguous()):
+        return iter([(param, master)])
+    return zip(torch.split(param.view(-1), _PIECE), torch.split(master.view(-1), _PIECE), strict=True)
+
+
+def _differ(param: Tensor, master: Tensor) -> Tensor:
+    """Where the parameter is not its master's rounding, bit for bit."""
+    return master.to(param.dtype).view(torch.int16) != param.view(torch.int16)
 
 
 def _widen(state: ParamState) -> None:
