@@ -212,7 +212,7 @@ class Wrapper(Optimizer):
             checkpoint.put_group_values(state_dict, self.base_optimizer.param_groups, self._keys)
         self._adopt()
         if base_dict is None and (self._memory.has_masters or can_fuse(self.base_optimizer, self._passes.own_hooks)):
-            checkpoint.keep_wide_state(self.state, self.param_groups, state_dict)
+            checkpoint.keep_wide_state(self.state, self.param_groups, state_dict, of_masters=self._memory.has_masters)
         if memory is not None:
             self._memory.replace(memory)
         for group in self.param_groups:
@@ -317,7 +317,7 @@ class Wrapper(Optimizer):
         self._memory.replace(self._memory.emptied() if loaded is None else loaded[1])
         self._adopt()
         if loaded is not None and self._memory.has_masters:
-            checkpoint.keep_wide_state(self.state, self.param_groups, loaded[0])
+            checkpoint.keep_wide_state(self.state, self.param_groups, loaded[0], of_masters=True)
 
     def _restore(self) -> None:
         """Back to the weights of before the ascent, where there was one."""
