@@ -67,6 +67,7 @@ OPTIM_TESTS = {  # file of sam_kernels/optim -> its nearest tests in tests/optim
     "_engine/update.py": ("test_family", "test_family_options"),
     "_reweighted/directional.py": ("test_rwsam_directional", "test_rwsam"),
     "_base/distributed_checkpoint.py": ("test_flat_checkpoint",),
+    "_base/names.py": ("test_rwsam_checkpoint", "test_family_checkpoint", "test_flat_checkpoint"),
     "_engine/added_gradients.py": ("test_gradient_oracle", "test_gradient_oracle_failures", "test_plain_steps", "test_contract"),
     "_engine/two_steps.py": ("test_contract", "test_family_two_steps", "test_non_finite", "test_loops"),
     "_engine/engine.py": ("test_contract", "test_formula", "test_non_finite", "test_family_failures", "test_micro_batch_contract"),
