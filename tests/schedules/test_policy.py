@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import sam_kernels
 from sam_kernels import schedules
+from sam_kernels._reading import Reading
 from sam_kernels.optim import descents, directions
 from sam_kernels.schedules import AdaptivePolicy, Interval, Tail
-from sam_kernels.schedules import _policy as policy_module
 from tests.optim.problem import (
     assert_same_bits,
     closure_of,
@@ -204,7 +204,7 @@ def test_no_norm_is_read_before_its_time(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_same_norm_may_be_written_over_by_the_next_step() -> None:
     norm = torch.tensor(3.0)
-    reading = policy_module._Reading(norm)
+    reading = Reading(norm)
     norm.fill_(7.0)
     assert reading.value() == 3.0
 
