@@ -20,6 +20,7 @@ from sam_kernels.optim._engine import last_grads
 from tests.optim.family import MEMBERS
 from tests.optim.family_runs import close, everything_of, make, memory_of, run, two_steps, using
 from tests.optim.problem import (
+    add_gradient,
     assert_same_bits,
     closure_of,
     every_backend,
@@ -95,7 +96,7 @@ def test_gradients_that_stay_somebodys_are_copied_once(backend: str, case: str) 
                 seen = [param.grad for param in model.parameters() if param.grad is not None]
             elif case == "backward":
                 optimizer.zero_grad()
-                optimizer.backward(partial(add_gradient, model, k))
+                optimizer.backward(partial(add_gradient, model, make_batch(seed=k)))
                 optimizer.step()
                 seen = [param.grad for param in model.parameters() if param.grad is not None]
             else:
@@ -110,12 +111,6 @@ def test_gradients_that_stay_somebodys_are_copied_once(backend: str, case: str) 
             before = [each.clone() for each in found if each is not None]
             optimizer.zero_grad(set_to_none=False)
             assert_same_bits(kept(optimizer, model), before)  # type: ignore[arg-type]
-
-
-def add_gradient(model: nn.Module, seed: int) -> Tensor:
-    loss = loss_of(model, make_batch(seed=seed))
-    loss.backward()
-    return loss
 
 
 @every_backend
@@ -182,17 +177,11 @@ def test_two_calls_of_backward_are_one_with_their_sum(backend: str) -> None:
         for k in range(3):
             batch = make_batch(torch.float64, seed=k)
             for half in zip(*(part.chunk(2) for part in batch), strict=True):
-                optimizer.backward(lambda half=half: backward_of_half(model, half))
+                optimizer.backward(partial(add_gradient, model, half, 0.5))
             optimizer.step()
             optimizer.zero_grad()
             expected.step(closure_of(expected, other, batch))
             close(everything_of(optimizer, model), everything_of(expected, other))
-
-
-def backward_of_half(model: nn.Module, half: Any) -> Tensor:
-    loss = loss_of(model, half) / 2
-    loss.backward()
-    return loss
 
 
 @every_backend

@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from sam_kernels._reading import Reading
 from sam_kernels.optim import descents, directions
 from sam_kernels.schedules import AdaptivePolicy, Interval, Tail
 from tests.optim.problem import (
+    add_gradient,
     assert_same_bits,
     closure_of,
     every_backend,
@@ -58,11 +60,7 @@ def train(optimizer: Any, model: nn.Module, steps: range, how: str = "closure") 
 
         def closure(batch: Any = batch, calls: list[int] = calls, zeroes: bool = how == "closure") -> Tensor:
             calls[0] += 1
-            if zeroes:
-                optimizer.zero_grad()
-            loss = loss_of(model, batch)
-            loss.backward()
-            return loss
+            return (closure_of(optimizer, model, batch) if zeroes else partial(add_gradient, model, batch))()
 
         if how == "closure":
             optimizer.step(closure)
@@ -317,7 +315,7 @@ def test_several_gradients_a_step_are_refused() -> None:
             call()
     assert optimizer.param_groups[0]["sam_step"] == 0
     optimizer.zero_grad()
-    backward = lambda: loss_of(model, make_batch()).backward()  # noqa: E731
+    backward = partial(add_gradient, model)
     optimizer.backward(backward)
     with pytest.raises(ValueError, match="call backward once a step"):
         optimizer.backward(backward)
