@@ -147,7 +147,8 @@ class Meshes:
             self._to_wait_for -= 1
             late = 0
         while len(self._readings) > late:
-            _check_alike(*self._readings.popleft().value(), mesh)
+            mean, square = self._readings.popleft().value()
+            _check_alike(mean, square, mesh)
 
     def sum_of_numbers(self, parts: Sequence[tuple[Layout, float]]) -> float:
         """:meth:`sum` of numbers, for tensors on the CPU."""
