@@ -157,7 +157,7 @@ def of_backend(name: str) -> tuple[Run, ...]:
 RUNS: list[tuple[str, tuple[Run, ...]]] = [
     *((f"sam_kernels/optim/{pattern}", (of_optim(*nearest), OPTIM)) for pattern, nearest in OPTIM_TESTS.items()),
     ("sam_kernels/schedules/*", (Run(("tests/schedules",)), of_optim("test_family_schedules", "test_once_a_step"), OPTIM)),
-    ("sam_kernels/functional/_masters.py", (Run(("tests/ops/test_masters.py",)), *OPS, OPTIM)),
+    ("sam_kernels/functional/_masters.py", (Run(("tests/ops/test_masters.py", "tests/ops/test_semantics.py")), *OPS, OPTIM)),
     ("sam_kernels/functional/per_sample/*", (Run(("tests/ops", "-k", "per_sample")), Run(("tests/per_sample",)))),
     ("sam_kernels/functional/sharpness*", (Run(("tests/ops/test_sharpness.py",)), *OPS)),
     ("sam_kernels/functional/_library*", (Run(("tests/ops/test_compile.py", "tests/ops/test_compile_refusals.py")), *OPS)),

@@ -163,6 +163,17 @@ def test_a_skipped_step_counts_for_nothing(bad_step: int) -> None:
         assert t == bad_step
 
 
+@pytest.mark.parametrize("norm", [0.0, math.inf, math.nan])
+@pytest.mark.parametrize("earlier", [[], [2.0]], ids=["first", "later"])
+def test_a_norm_that_is_none_counts_for_nothing(norm: float, earlier: list[float]) -> None:
+    policies = [AdaptivePolicy(0.2, decay=0.7) for _ in range(2)]
+    for policy, norms in zip(policies, (earlier, [*earlier, norm]), strict=True):
+        for t, each in enumerate(norms, 1):
+            policy.observe(t, torch.tensor(each))
+        policy.at_step(len(norms) + 1)
+    assert policies[0].state_dict() == policies[1].state_dict()
+
+
 @pytest.mark.parametrize("how", ["state_dict", "deepcopy", "pickle"])
 @pytest.mark.parametrize("delay", [1, 2])
 def test_a_run_that_is_continued_decides_alike(how: str, delay: int) -> None:
