@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from operator import is_
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -177,11 +177,12 @@ class Wrapper(Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         groups = self.param_groups
+        lacking: Collection[tuple[int, str]] = ()
         if is_torch_loading():
             with self._identity.shards.all_or_none(self._devices()):
-                check_given(self._names, self.base_optimizer, self._memory.all_names, self._keys["sam_step"])
+                lacking = check_given(self._names, self.base_optimizer, self._memory.all_names, self._keys["sam_step"])
         state_dict: StateDict = checkpoint.with_base(self.base_optimizer.state_dict(), groups, self._keys)
-        state_dict = self._memory.saved(state_dict, self._all_params(), blanks=self._has_stepped)
+        state_dict = self._memory.saved(state_dict, self._all_params(), blanks=self._has_stepped, without=lacking)
         state_dict = self._names.added(checkpoint.with_plain_values(state_dict))
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state_dict)
@@ -340,7 +341,7 @@ class Wrapper(Optimizer):
     def _names(self) -> Names:
         base = self.base_optimizer
         beta = self._keys["beta"] if self._weighted else beta_key(base, base.param_groups)
-        return Names(self.direction.name, self.descent.name, type(base).__name__, self._name_keys, self._weighted, beta)
+        return Names(self.direction.name, self.descent.name, type(base).__name__, self._name_keys, self._weighted, beta, self._memory.has_masters)
 
     def _require_unperturbed(self, what: str) -> None:
         if self._passes.is_perturbed:
