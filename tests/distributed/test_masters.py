@@ -5,201 +5,51 @@ Every sum over ranks is exact here, so that a run over ranks has the bits of the
 
 from __future__ import annotations
 
+import re
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, nn
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, distributed
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sam_kernels import SAM
 from sam_kernels.optim._engine import masters as masters_module
+from tests.distributed.masters_problem import (
+    CASES,
+    RANKS,
+    STEPS,
+    Layers,
+    Training,
+    in_one_process,
+    masters_of,
+    optimizer_of,
+    placed_as,
+    run,
+    take_steps,
+    tensors_of,
+)
 from tests.distributed.sharded_problem import whole
 from tests.helpers.compare import assert_same_bits
 from tests.helpers.ranks import on_ranks, one_at_a_time
 
 pytestmark = one_at_a_time
-RANKS, STEPS = 2, 6
-# Rows are divided among two ranks so that these have 16 and 9 elements, and one has none of the second layer: with gradients ±v the norms
-# of the parts, 4 v and 3 v, and that of all, 5 v, have no rounding.
-LAYERS = ((2, 3, True), (1, 1, True), (2, 7, False))  # inputs, outputs, bias
-# Ordinary tensors beside them, with gradients ±v and ±12 v: 5² + 12² + 84² = 85².
-BESIDE = (((12, 12), torch.bfloat16, 1.0), ((7, 7), torch.float32, 12.0))
-SAM_OPTIONS: dict[str, Any] = {"rho": 0.5, "lambd": 0.5, "master_weights": True}
-BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
-    "SGD": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}),
-    "AdamW": (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
-    "RMSprop": (torch.optim.RMSprop, {"lr": 0.01}),  # not fused
-    "Adagrad": (torch.optim.Adagrad, {"lr": 0.1}),  # makes its state when it is constructed
-}
-
-
-class Layers(nn.Module):
-    """Linear layers side by side."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.layers = nn.ModuleList(nn.Linear(*sizes) for sizes in LAYERS)
-        self.to(torch.bfloat16)
-
-    def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        return [layer(each) for layer, each in zip(self.layers, inputs, strict=True)]
-
-
-def signs(*shape: int, call: int, place: int) -> Tensor:
-    generator = torch.Generator().manual_seed(1000 * call + place)
-    return torch.randint(0, 2, shape, generator=generator) * 2.0 - 1.0
-
-
-def size_of(call: int) -> float:
-    """v, of the gradients of a call."""
-    return 2.0 ** (-1 - call % 3)
-
-
-@dataclass
-class Training:
-    """Gradients do not depend on the weights: call j has ±(1 + 2 p) v_j everywhere in part p of the batch. The mean of both is ±2 v_j."""
-
-    model: nn.Module
-    beside: list[nn.Parameter] = field(default_factory=list)
-    parts: tuple[int, ...] = (0, 1)
-    calls: dict[int | None, int] = field(default_factory=dict)
-    perturbed: dict[int | None, list[Tensor]] = field(default_factory=dict)  # at every second call, one parameter after another
-
-    @property
-    def params(self) -> list[nn.Parameter]:
-        return [*self.model.parameters(), *self.beside]
-
-    def _backward(self, call: int, scale: float) -> None:
-        inputs = [signs(1, sizes[0], call=call, place=i).bfloat16() for i, sizes in enumerate(LAYERS)]
-        weights = [signs(1, sizes[1], call=call, place=i + 10).bfloat16() for i, sizes in enumerate(LAYERS)]
-        losses = [(output * weight * scale).sum() for output, weight in zip(self.model(inputs), weights, strict=True)]
-        torch.stack(losses).sum().backward()
-
-    def closure(self, part: int | None = None) -> Callable[[], float]:
-        """Of one part, or of the mean of ``parts``."""
-
-        def closure() -> float:
-            call = self.calls.get(part, 0)
-            self.calls[part] = call + 1
-            if call % 2:
-                self.perturbed.setdefault(part, []).extend(whole(param).detach().clone() for param in self.params)
-            for param in self.params:
-                param.grad = None
-            for each in self.parts if part is None else (part,):
-                with torch.enable_grad():
-                    self._backward(call, (1 + 2 * each) * size_of(call) / (len(self.parts) if part is None else 1))
-            for i, (param, (shape, dtype, factor)) in enumerate(zip(self.beside, BESIDE, strict=False)):
-                param.grad = (signs(*shape, call=call, place=i + 20) * (2.0 * factor * size_of(call))).to(dtype)
-            return 0.0
-
-        return closure
-
-
-def masters_of(optimizer: SAM) -> list[Tensor]:
-    """Of every parameter that has one."""
-    entries = optimizer.state_dict()["state"]
-    return [entries[i]["master_param"] for i in sorted(entries) if "master_param" in entries[i]]
-
-
-def tensors_of(optimizer: SAM) -> dict[str, Tensor]:
-    """Weights, masters and state, as whole tensors."""
-    found = {f"weights {i}": whole(param) for i, param in enumerate(optimizer.param_groups[0]["params"])}
-    for i, entry in optimizer.state_dict()["state"].items():
-        found |= {f"{key} {i}": whole(value) for key, value in entry.items() if isinstance(value, Tensor)}
-    return found
-
-
-@dataclass(frozen=True)
-class Case:
-    layout: str
-    base: str
-    options: dict[str, Any] = field(default_factory=dict)
-    micro_batches: int = 1
-
-    @property
-    def is_local(self) -> bool:
-        return bool(self.options.get("local_ascent"))
-
-
-LOCAL = {"local_ascent": True}
-NO_MASTERS = {"master_weights": False}
-CASES = [
-    Case("FSDP2", "AdamW", {"max_grad_norm": 0.5}),
-    Case("FSDP2", "SGD", micro_batches=2),
-    Case("FSDP2", "RMSprop", {"max_grad_norm": 0.5}),
-    Case("offload", "SGD"),
-    Case("beside", "AdamW"),
-    Case("beside", "Adagrad", {"max_grad_norm": 0.5}),
-    Case("tensor parallel", "SGD", {"max_grad_norm": 0.5}),
-    Case("tensor parallel", "RMSprop"),
-    Case("HSDP", "AdamW", LOCAL),
-    Case("HSDP", "Adagrad", {**LOCAL, "stochastic_rounding": True}),
-    Case("DDP", "AdamW", {"stochastic_rounding": True}),
-    Case("DDP", "RMSprop", LOCAL),
-    Case("DDP", "AdamW", {**LOCAL, "stochastic_rounding": True}),
-    Case("DDP", "SGD", {**NO_MASTERS, "stochastic_rounding": "update"}),
-    Case("DDP", "AdamW", {**NO_MASTERS, **LOCAL, "stochastic_rounding": "update"}),
-]
-
-
-def placed_as(layout: str, rank: int) -> Training:
-    model, parts = Layers(), (rank,)
-    if layout == "DDP":
-        return Training(DistributedDataParallel(model), parts=parts)
-    if layout == "tensor parallel":
-        plan = {f"layers.{i}": ColwiseParallel(output_layouts=Replicate()) for i in range(len(LAYERS))}
-        return Training(parallelize_module(model, init_device_mesh("cpu", (RANKS,)), plan))
-    is_hsdp = layout == "HSDP"
-    mesh = init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("replicate", "shard")) if is_hsdp else init_device_mesh("cpu", (RANKS,))
-    policy: dict[str, Any] = {"offload_policy": CPUOffloadPolicy(pin_memory=False)} if layout == "offload" else {}
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh, **policy)
-    fully_shard(model, mesh=mesh, **policy)
-    return Training(model, beside() if layout == "beside" else [], parts)
-
-
-def beside() -> list[nn.Parameter]:
-    torch.manual_seed(4)
-    return [nn.Parameter(torch.randn(shape).to(dtype)) for shape, dtype, _ in BESIDE]
-
-
-def optimizer_of(training: Training, base: str, **options: Any) -> SAM:
-    kind, its_options = BASES[base]
-    return SAM(training.params, kind, **its_options, **{**SAM_OPTIONS, **options})
-
-
-def take_steps(training: Training, optimizer: SAM, steps: int, parts: Sequence[int | None] = (None,)) -> None:
-    for _ in range(steps):
-        optimizer.step([training.closure(part) for part in parts])
-
-
-def run(case: Case, training: Training, parts: Sequence[int | None]) -> tuple[dict[str, Tensor], Any, SAM]:
-    options = {**case.options, "model": training.model} if case.is_local else case.options
-    if case.layout == "DDP":
-        options = {**options, "model": training.model}
-    optimizer = optimizer_of(training, case.base, **options)
-    take_steps(training, optimizer, STEPS, parts)
-    return tensors_of(optimizer), training.perturbed, optimizer
-
-
-def in_one_process(case: Case) -> tuple[dict[str, Tensor], Any]:
-    training = Training(Layers(), beside() if case.layout == "beside" else [])
-    one = Case("", case.base, {key: value for key, value in case.options.items() if key != "local_ascent"})
-    parts = tuple(range(RANKS)) if case.is_local else (None,) * case.micro_batches
-    return run(one, training, parts)[:2]
-
 
 # --- on ranks ---
 
@@ -285,7 +135,7 @@ def looks(rank: int, folder: Path) -> list[list[int]]:
     for base in ("AdamW", "RMSprop"):
         training = placed_as("FSDP2", rank)
         optimizer, calls = optimizer_of(training, base), []
-        masters_module._follow = lambda *args, calls=calls: calls.append(None) or usual(*args)
+        masters_module._follow = lambda params, masters, calls=calls: calls.extend(params) or usual(params, masters)
         try:
             counts.append([len(calls) for _ in range(STEPS) if take_steps(training, optimizer, 1) is None])
         finally:
@@ -367,3 +217,157 @@ def zero(rank: int, folder: Path) -> None:
 
 def test_a_base_that_shards_the_parameters_by_itself_is_refused(found: Any) -> None:
     assert all("ValueError: SAM: master_weights=True with ZeroRedundancyOptimizer" in each for each in found["zero"]), found["zero"]
+
+
+# --- checkpoints ---
+
+FORMS = {
+    "nested": StateDictOptions(),
+    "flat": StateDictOptions(flatten_optimizer_state_dict=True),
+    "whole": StateDictOptions(full_state_dict=True, cpu_offload=True),
+}
+BACK = {**FORMS, "whole": StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)}
+BASES_SAVED = ("AdamW", "Adagrad")
+SAVED = 3  # steps
+
+
+def made(base: str, *, has_masters: bool = True, is_sharded: bool = True) -> tuple[Training, SAM]:
+    rank, ranks = distributed.get_rank(), distributed.get_world_size()
+    training = placed_as("FSDP2", rank) if is_sharded else Training(Layers())
+    training.parts = (rank,) if ranks == RANKS else tuple(range(RANKS))
+    training.calls = {None: 2 * SAVED}
+    return training, optimizer_of(training, base, master_weights=has_masters)
+
+
+def save(training: Training, optimizer: SAM, form: str, folder: Path) -> None:
+    weights, state = get_state_dict(training.model, optimizer, options=FORMS[form])
+    both = {"model": weights, "optimizer": state}
+    if form != "whole":
+        dcp.save(both, checkpoint_id=folder / form)
+    elif distributed.get_rank() == 0:
+        torch.save(both, folder / f"{form}.pt")
+
+
+def load(training: Training, optimizer: SAM, form: str, folder: Path) -> None:
+    if form == "whole":
+        both = torch.load(folder / f"{form}.pt", weights_only=True) if distributed.get_rank() == 0 else {"model": {}, "optimizer": {}}
+    else:
+        weights, state = get_state_dict(training.model, optimizer, options=FORMS[form])
+        both = {"model": weights, "optimizer": state}
+        dcp.load(both, checkpoint_id=folder / form)
+    set_model_state_dict(training.model, both["model"], options=BACK[form])
+    set_optimizer_state_dict(training.model, optimizer, both["optimizer"], options=BACK[form])
+
+
+def continued(folder: Path, **kwargs: Any) -> dict[tuple[str, str], dict[str, Tensor]]:
+    ends = {}
+    for base in BASES_SAVED:
+        for form in FORMS:
+            training, optimizer = made(base, **kwargs)
+            load(training, optimizer, form, folder / base)
+            take_steps(training, optimizer, STEPS - SAVED)
+            ends[base, form] = tensors_of(optimizer)
+    return ends
+
+
+@attempt
+def checkpoints(rank: int, folder: Path) -> Any:
+    right = {}
+    for base in BASES_SAVED:
+        training, optimizer = made(base)
+        training.calls = {}
+        take_steps(training, optimizer, SAVED)
+        for form in FORMS:
+            save(training, optimizer, form, folder / base)
+        take_steps(training, optimizer, STEPS - SAVED)
+        right[base] = tensors_of(optimizer)
+    return right, continued(folder)
+
+
+def assert_ends(ends: dict[tuple[str, str], dict[str, Tensor]], right: dict[str, dict[str, Tensor]]) -> None:
+    for (base, form), tensors in ends.items():
+        assert tensors.keys() == right[base].keys(), (base, form)
+        for key, value in right[base].items():
+            assert_same_bits(f"{base}, {form}, {key}", [tensors[key]], [value])
+
+
+def test_a_checkpoint_of_two_ranks_is_continued_on_two(found: Any) -> None:
+    for on_rank in found["checkpoints"]:
+        assert not isinstance(on_rank, str), on_rank
+        assert_ends(on_rank[1], found["checkpoints"][0][0])
+    assert found["warnings of checkpoints"] == [[], []]
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("is_sharded", [True, False])
+def test_a_checkpoint_of_two_ranks_is_continued_on_one(is_sharded: bool, found: Any, folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="SAM")
+        assert_ends(continued(folder, is_sharded=is_sharded), found["checkpoints"][0][0])
+
+
+HANDED_OVER = {**FORMS, "whole": StateDictOptions(full_state_dict=True)}  # on all ranks
+WAYS = (*FORMS, *(f"{form}, handed over" for form in FORMS), "state_dict")
+
+
+def hand_over(way: str, saved: tuple[Training, SAM], loading: tuple[Training, SAM], folder: Path) -> None:
+    (training, optimizer), (other, its_optimizer) = saved, loading
+    if way in FORMS:  # by a file
+        save(training, optimizer, way, folder)
+        distributed.barrier()
+        load(other, its_optimizer, way, folder)
+        return
+    other.model.load_state_dict(training.model.state_dict())
+    if way == "state_dict":
+        its_optimizer.load_state_dict(optimizer.state_dict())
+    else:
+        options = HANDED_OVER[way.removesuffix(", handed over")]
+        state = get_optimizer_state_dict(training.model, optimizer, options=options)
+        set_optimizer_state_dict(other.model, its_optimizer, state, options=options)
+
+
+@attempt
+def mismatches(rank: int, folder: Path) -> Any:
+    """By way, and whether the optimizer that loads has masters (the one that saved has none then): the error, or what it warns of."""
+    results: dict[tuple[str, bool], Any] = {}
+    for has_masters in (True, False):
+        saved = made("AdamW", has_masters=not has_masters)
+        take_steps(*saved, SAVED)
+        for way in WAYS:
+            other, optimizer = loading = made("AdamW", has_masters=has_masters)
+            take_steps(*loading, 1)  # it has masters of other weights
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                try:
+                    hand_over(way, saved, loading, folder / f"mismatches {has_masters}")
+                except (Exception, dcp.api.CheckpointException) as error:
+                    results[way, has_masters] = str(error)
+                    continue
+                masters = [whole(master) for master in masters_of(optimizer)]
+                assert_same_bits("masters", masters, [whole(param).float() for param in other.params if has_masters])
+                take_steps(*loading, 1)
+            results[way, has_masters] = [str(each.message) for each in caught if str(each.message).startswith("SAM")]
+    return results
+
+
+def test_masters_that_one_side_alone_has_are_an_error_or_a_warning(found: Any) -> None:
+    made_anew = "SAM: the checkpoint has no float32 masters of 5 of 5 16-bit parameters, so they are made from the weights"
+    dropped = "SAM: the checkpoint has float32 masters of 5 parameters, of which 5 are dropped"
+    for rank, results in enumerate(found["mismatches"]):
+        assert not isinstance(results, str), results
+        for way in WAYS:
+            with_masters, without = results[way, True], results[way, False]
+            if way in ("nested", "flat"):  # dcp.load looks at keys
+                assert re.search(r"Missing key in checkpoint state_dict: .*\.master_param\.\n", with_masters)
+                assert re.search(r"Missing key in checkpoint state_dict: .*sam_saved_by:gradient/plain/AdamW\.\n", without)
+                continue
+            assert [made_anew in each for each in with_masters] == [True], way
+            is_told = way != "whole" or rank == 0  # which reads the file
+            assert [dropped in each for each in without] == [True] * is_told, way

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.optim import Optimizer
@@ -59,6 +59,11 @@ class Names:
     @property
     def _mark_of_before(self) -> str:
         return f"{_MARK}{self.direction}/{self.descent}/{self.base}"
+
+    def marked_as(self, groups: Sequence[ParamGroup]) -> Names:
+        """These names, with masters where the marks in ``groups`` have them."""
+        marks = [key for group in groups for key in group if isinstance(key, str) and key.startswith(_MARK)]
+        return replace(self, has_masters=any(mark.endswith(_MASTERS) for mark in marks)) if marks else self
 
     def is_own(self, key: str) -> bool:
         """Whether ``key`` of a saved group is a name, a mark or a β, of whatever optimizer."""

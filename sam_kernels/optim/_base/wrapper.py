@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from operator import is_
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -165,6 +165,8 @@ class Wrapper(Optimizer):
             self._identity.shards.check_capturable(self.capturable)
             self.direction.check_shards(groups)
             self._memory.adopt(self.state)
+            if self._passes.masters is not None:
+                self._passes.masters.widen_state(param for group in groups for param in group["params"])
         self._groups = list(groups)
 
     # --- checkpoints ---
@@ -177,13 +179,14 @@ class Wrapper(Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         groups = self.param_groups
-        lacking: Collection[tuple[int, str]] = ()
+        lacking, names = frozenset[tuple[int, str]](), self._names
         if is_torch_loading():
             with self._identity.shards.all_or_none(self._devices()):
-                lacking = check_given(self._names, self.base_optimizer, self._memory.all_names, self._keys["sam_step"])
+                lacking, names = check_given(names, self.base_optimizer, self._memory.all_names, self._keys["sam_step"])
         state_dict: StateDict = checkpoint.with_base(self.base_optimizer.state_dict(), groups, self._keys)
-        state_dict = self._memory.saved(state_dict, self._all_params(), blanks=self._has_stepped, without=lacking)
-        state_dict = self._names.added(checkpoint.with_plain_values(state_dict))
+        blanks = self._has_stepped or len(self.state) > 0  # a base may make its state when it is constructed
+        state_dict = self._memory.saved(state_dict, self._all_params(), blanks=blanks, without=lacking)
+        state_dict = names.added(checkpoint.with_plain_values(state_dict))
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed

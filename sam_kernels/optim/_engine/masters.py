@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, cast
 
@@ -58,15 +58,20 @@ class Masters:
         return cast("list[Tensor]", masters)
 
     def _make(self, lists: GroupLists, known: Sequence[Tensor | None]) -> None:
-        """Makes those that are missing. State that the base has for their parameters in 16 bits becomes float32."""
+        """Makes those that are missing."""
         made = [
             torch.empty_like(param, dtype=torch.float32, requires_grad=False).copy_(param) if master is None else master
             for param, master in zip(lists.params, known, strict=True)
         ]
         self._memory.put(MASTER, lists, made)
-        for owner, master in zip(lists.owners, known, strict=True):
-            if master is None and owner in self._base.state:
-                _widen(self._base.state[owner])
+        self.widen_state([owner for owner, master in zip(lists.owners, known, strict=True) if master is None])
+
+    def widen_state(self, params: Iterable[Tensor]) -> None:
+        """State that the base has for 16-bit parameters, in 16 bits, becomes float32: ``torch.distributed.checkpoint`` casts what it
+        loads to the dtypes that it finds."""
+        for param in params:
+            if is_narrow(param) and param in self._base.state:
+                _widen(self._base.state[param])
 
     def wrote(self, lists: GroupLists) -> None:
         """Notes that the parameters are what the optimizer has just written, or made masters from."""
@@ -110,7 +115,8 @@ def _warn_of_writes(which: str, *, is_unseen: bool) -> None:
 def _follow(params: Sequence[Tensor], masters: Sequence[Tensor]) -> int:
     """Makes masters follow their parameters. Returns how many had to. Waits for the device once where none has."""
     pieces = [list(_pieces(param.detach(), master)) for param, master in zip(params, masters, strict=True)]
-    are_other = [torch.stack([_differ(*piece).any() for piece in each]).any() for each in pieces]
+    device = params[0].device  # a group may have parameters on several
+    are_other = [torch.stack([_differ(*piece).any() for piece in each]).any().to(device) for each in pieces]
     if not bool(torch.stack(are_other).any()):
         return 0
     count = 0

@@ -139,8 +139,9 @@ class ParamMemory:
         """``state_dict`` with what is kept, but for the names in ``without``, each with the number of the parameter.
 
         ``blanks``: a parameter that has nothing gets NaN, which nothing that is kept is. So has the checkpoint of an optimizer that made
-        no step of its own all the keys that ``torch.distributed.checkpoint`` fills when it loads another's into it. A parameter without
-        state of the base, where others have some, gets none: the base would take it for initialised.
+        no step of its own all the keys that ``torch.distributed.checkpoint`` fills when it loads another's into it. A master that is not
+        there yet is what it would be made. A parameter without state of the base, where others have some, gets none: the base would take
+        it for initialised.
         """
         if not self.all_names:
             return state_dict
@@ -150,8 +151,8 @@ class ParamMemory:
         for i, (param_id, param) in enumerate(zip(_ids(state_dict), params, strict=True)):
             for name in [name for name in self.all_names if (i, name) not in without]:
                 kept = None if are_spoiled[name] else self._kept(name).get(param)
-                if kept is None and blanks and name != MASTER and (param_id in has_state or not has_state):
-                    kept = torch.full_like(param, torch.nan, requires_grad=False)
+                if kept is None and (blanks or name == MASTER) and (param_id in has_state or not has_state):
+                    kept = _blank(name, param)
                 if kept is not None:
                     state.setdefault(param_id, {})[name] = kept
         return {**state_dict, "state": state}
@@ -233,6 +234,13 @@ def _is_blank(kept: Tensor) -> bool:
     """Of a DTensor each rank answers for its own part; one without elements is none that is missing."""
     local = local_of(kept)
     return local.numel() > 0 and bool(local.isnan().all())
+
+
+def _blank(name: str, param: Tensor) -> Tensor | None:
+    if name != MASTER:
+        return torch.full_like(param, torch.nan, requires_grad=False)
+    is_missing = param.requires_grad and param.dtype in NARROW
+    return as_owner(param, local_of(param).detach().to(torch.float32)) if is_missing else None
 
 
 def _copied(state: Mapping[Any, Any]) -> dict[Any, Any]:
