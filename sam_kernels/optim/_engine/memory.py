@@ -165,8 +165,11 @@ class ParamMemory:
             return state_dict, found
         state = _copied(state_dict["state"])
         for param_id, param in zip(_ids(state_dict), params, strict=True):
+            entry = state.get(param_id)
+            if not isinstance(entry, dict):  # ZeRO has None for what other ranks have
+                continue
             for name in dict.fromkeys((*names, MASTER)):
-                kept = state.get(param_id, {}).pop(name, None)
+                kept = entry.pop(name, None)
                 if kept is None or name not in names or (name == MASTER and param.dtype not in NARROW) or _is_blank(kept):
                     continue
                 if kept.shape != param.shape:
