@@ -344,7 +344,9 @@ class Wrapper(Optimizer):
     def _names(self) -> Names:
         base = self.base_optimizer
         beta = self._keys["beta"] if self._weighted else beta_key(base, base.param_groups)
-        return Names(self.direction.name, self.descent.name, type(base).__name__, self._name_keys, self._weighted, beta, self._memory.has_masters)
+        return Names(
+            self.direction.name, self.descent.name, type(base).__name__, self._name_keys, self._weighted, beta, self._memory.has_masters
+        )
 
     def _require_unperturbed(self, what: str) -> None:
         if self._passes.is_perturbed:
