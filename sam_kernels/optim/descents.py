@@ -94,7 +94,9 @@ class Outcome:
     is_scaled: bool = True  # the gradients are still multiplied by grad_scale
     options: dict[int, GroupOptions] = field(default_factory=dict)  # by group: options of the base for this step alone
     step_sizes: dict[int, Tensor] = field(default_factory=dict)  # () by group, where the rule has chosen them
-    finish: Callable[[bool], None] | None = None  # called after the base's step, with whether that has divided gradients by grad_scale
+    finish: Callable[[bool], None] | None = (
+        None  # called after the base's step, with whether that has divided gradients by grad_scale (not those of masters)
+    )
 
 
 UNCHANGED = Outcome(is_checked=False)  # the gradients are as they were
@@ -200,7 +202,7 @@ class WeightedSharpness(Descent):
             for current, grads, kept in sharp:
                 rate = -current.group["lr"] * k if step.maximizes(current) else current.group["lr"] * k
                 weights, scaled = current.lists.weights, rate / step.scale
-                weight = rate if kept_is_unscaled else scaled
+                weight = rate if kept_is_unscaled and current.lists.masters is None else scaled
                 functional.combine_(
                     weights, weights, grads, kept, left_weight=1.0, right_weight=-scaled, origin_weight=weight, found_inf=found_inf
                 )

@@ -172,13 +172,13 @@ def put_radii_back(groups: Sequence[ParamGroup], before: Sequence[ParamGroup]) -
 def keep_wide_state(state: Any, groups: Sequence[ParamGroup], state_dict: StateDict, *, of_masters: bool) -> None:
     """Torch casts loaded state to the parameter's dtype; state that was saved wider (float32 moments of bfloat16 parameters) stays wide.
 
-    ``of_masters``: all of it, factored moments too, since the base steps on float32 masters.
+    ``of_masters``: all of it, factored moments too, since the base steps on float32 masters. (Torch casts no ``step``.)
     """
     saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     params = chain.from_iterable(group["params"] for group in groups)
     for saved_id, param in zip(saved_ids, params, strict=True):
         for key, value in state_dict["state"].get(saved_id, {}).items():
-            if isinstance(value, Tensor) and _is_wider(value, param) and (of_masters or value.shape == param.shape):
+            if isinstance(value, Tensor) and _is_wider(value, param) and (value.shape == param.shape or (of_masters and key != "step")):
                 state[param][key] = value.detach().to(param.device, copy=True)
 
 

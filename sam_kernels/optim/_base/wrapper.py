@@ -239,7 +239,8 @@ class Wrapper(Optimizer):
             if shards:  # torch would say so on the rank that sees it
                 checkpoint.check_sizes(state_dict, self.param_groups)
             checkpoint.check_tensors(state_dict, self.base_optimizer, self._memory.all_names)
-            self._memory.warn_of_masters(state_dict, self._all_params())
+            has_stepped = any(group.get(self._keys["sam_step"], 0) > 0 for group in state_dict["param_groups"])
+            self._memory.warn_of_masters(state_dict, self._all_params(), has_stepped=has_stepped)
             state_dict, memory = self._memory.taken_out(state_dict, self._all_params())
             if len(state_dict["param_groups"]) == len(self.param_groups):  # otherwise torch says what is wrong
                 checkpoint.warn_of_functions(state_dict, self.param_groups, self._keys)
@@ -303,6 +304,8 @@ class Wrapper(Optimizer):
         self._adopt()
 
     def _before_base_step(self, *_: Any) -> None:
+        if self._passes.masters is not None:
+            self._passes.masters.check_base_step()
         if self._passes.is_perturbed and self._rewriter is not None:
             raise RuntimeError(
                 f"SAM: base_optimizer.step() after first_step would step along the gradients as they are, without the rule of "

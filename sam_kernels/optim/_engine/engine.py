@@ -299,6 +299,7 @@ class Engine(Wrapper):
             agree=partial(self._agree, was_looked_for=was_looked_for) if plan is not None or not is_blank(self.param_groups) else None,
             scaler_has_checked=outcome is UNCHANGED and not self.direction.rewrites and amp.has_just_checked(self),
             is_plain=outcome is UNCHANGED and not (is_ascents or self._replicas.ascends_locally),
+            leaves_grads=outcome.finish is not None,
         )
         if outcome.finish is not None:
             outcome.finish(is_unscaled)

@@ -56,6 +56,10 @@ class KeptLists:
             parts: dict[tuple[Layout, bool], list[Tensor]] = {}
             for param in params:
                 parts.setdefault((layout_of(param), has_masters and is_narrow(param)), []).append(param)
+            for key in [key for key in (*self._lists, *self._trainable) if key[0] == i and key[1] >= len(parts)]:
+                self._drop(key)
+            if self.masters is not None:
+                self.masters.forget([param for param in params if not is_narrow(param)])
             known = self._by_layout[i] = list(params), dtypes, list(parts.values())
         return [((i, part), params) for part, params in enumerate(known[2])]
 

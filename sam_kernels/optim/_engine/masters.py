@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from sam_kernels._memory_of import is_fake
 from sam_kernels._sharding import READS_PLAINLY, is_dtensor
 from sam_kernels._validate import check_flag
-from sam_kernels.optim._engine.lists import GroupLists
+from sam_kernels.optim._engine.lists import GroupLists, same_layout, same_tensors
 from sam_kernels.optim._engine.memory import MASTER, NARROW, ParamMemory
 from sam_kernels.optim._shards.dtensor import as_owner, local_of
 from sam_kernels.optim._types import ParamGroup, ParamState
@@ -42,7 +42,7 @@ class Masters:
     def __init__(self, memory: ParamMemory, base: Optimizer) -> None:
         self._memory = memory
         self._base = base
-        self._has_warned = False
+        self._has_warned = self._has_warned_of_dtypes = False
         self._steps = 0  # that began with a look at the versions
 
     def begin(self) -> None:
@@ -50,12 +50,28 @@ class Masters:
         self._steps += 1
 
     def of(self, lists: GroupLists) -> list[Tensor]:
-        """The masters of 16-bit parameters as operations take them; made from the parameters where there are none."""
+        """The masters of 16-bit parameters as operations take them; made from parameters that have none, or one of another shape."""
+        known = self._memory.known(MASTER, lists)
+        if known is not None:
+            return known
         masters = self._memory.of(MASTER, lists)
-        if any(master is None for master in masters):
-            self._make(lists, masters)
+        fitting = [None if master is None else _fitted(master, param) for master, param in zip(masters, lists.params, strict=True)]
+        if not same_tensors(masters, fitting) or any(each is None for each in fitting):
+            self._make(lists, fitting)
             masters = self._memory.of(MASTER, lists)
         return cast("list[Tensor]", masters)
+
+    def forget(self, params: Sequence[Tensor]) -> None:
+        """Drops the masters of parameters that are no longer of 16 bits. Warns, once."""
+        count = self._memory.drop(MASTER, params)
+        if count and not self._has_warned_of_dtypes:
+            self._has_warned_of_dtypes = True
+            warnings.warn(
+                f"SAM: master_weights=True: {count} parameters have become {params[0].dtype} and need no masters, which are dropped: "
+                "training goes on from the parameters as they are, which had been rounded to 16 bits",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def _make(self, lists: GroupLists, known: Sequence[Tensor | None]) -> None:
         """Makes those that are missing."""
@@ -72,6 +88,15 @@ class Masters:
         for param in params:
             if is_narrow(param) and param in self._base.state:
                 _widen(self._base.state[param])
+
+    def check_base_step(self) -> None:
+        """Raises RuntimeError where the base is about to step along 16-bit parameters, past their masters."""
+        params = chain.from_iterable(group["params"] for group in self._base.param_groups)
+        if any(is_narrow(param) and param.grad is not None for param in params):
+            raise RuntimeError(
+                f"SAM: master_weights=True: base_optimizer.step() would step from the 16-bit parameters, past their masters, and with "
+                f"float32 state; call SAM's step() or second_step(), which make {type(self._base).__name__}'s step on the masters"
+            )
 
     def wrote(self, lists: GroupLists) -> None:
         """Notes that the parameters are what the optimizer has just written, or made masters from."""
@@ -119,13 +144,18 @@ def _follow(params: Sequence[Tensor], masters: Sequence[Tensor]) -> int:
     are_other = [torch.stack([_differ(*piece).any() for piece in each]).any().to(device) for each in pieces]
     if not bool(torch.stack(are_other).any()):
         return 0
-    count = 0
-    for each, is_other in zip(pieces, are_other, strict=True):
-        if bool(is_other):
-            count += 1
-            for param, master in each:
-                master.copy_(torch.where(_differ(param, master), param.to(torch.float32), master))
-    return count
+    return sum(bool(is_other) and _follow_pieces(each) for each, is_other in zip(pieces, are_other, strict=True))
+
+
+def _follow_pieces(pieces: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Returns whether anything was changed: a NaN stays one, though rounding may change its bits."""
+    has_changed = False
+    for param, master in pieces:
+        is_other = _differ(param, master) & ~(param.isnan() & master.isnan())
+        if bool(is_other.any()):
+            has_changed = True
+            master.copy_(torch.where(is_other, param.to(torch.float32), master))
+    return has_changed
 
 
 def _pieces(param: Tensor, master: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -138,6 +168,16 @@ def _pieces(param: Tensor, master: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 def _differ(param: Tensor, master: Tensor) -> Tensor:
     """Where the parameter is not its master's rounding, bit for bit."""
     return master.to(param.dtype).view(torch.int16) != param.view(torch.int16)
+
+
+def _fitted(master: Tensor, param: Tensor) -> Tensor | None:
+    """The master as its parameter lies now: None for one of another shape, which has become another parameter."""
+    if master.shape != param.shape:
+        return None
+    if master.device == param.device and master.stride() == param.stride():
+        return master
+    fitting = torch.empty_like(param, dtype=torch.float32, requires_grad=False)
+    return master if same_layout(master, fitting) else fitting.copy_(master)
 
 
 def _widen(state: ParamState) -> None:
@@ -169,7 +209,8 @@ def check_masters(master_weights: Any, *, base: Optimizer, capturable: bool) -> 
 
 def warn_of_no_masters(groups: Sequence[ParamGroup]) -> None:
     """``master_weights=True`` where no trainable parameter can have one."""
-    params = [param for param in chain.from_iterable(group["params"] for group in groups) if param.requires_grad]
+    params = list(chain.from_iterable(group["params"] for group in groups))
+    params = [param for param in params if param.requires_grad] or params
     if not any(map(is_narrow, params)):
         dtypes = ", ".join(sorted({str(param.dtype).removeprefix("torch.") for param in params}))
         warnings.warn(

@@ -112,6 +112,16 @@ class ParamMemory:
         self._kept(name).update(_owned(lists, tensors))
         self._versions[name] = object()
 
+    def drop(self, name: str, params: Iterable[Tensor]) -> int:
+        """Keeps nothing for these parameters. Returns how many of them had something."""
+        kept = self._kept(name)
+        known = [param for param in params if param in kept]
+        for param in known:
+            del kept[param]
+        if known:
+            self._versions[name] = object()
+        return len(known)
+
     def put_all(self, name: str, kept: Sequence[tuple[GroupLists, list[Tensor]]]) -> None:
         """Keeps these tensors, one for each parameter of each lists, and nothing for any other parameter."""
         self._by_lists[name], self._tensors[name] = list(kept), {}
@@ -179,17 +189,22 @@ class ParamMemory:
         emptied = [key for key, value in state.items() if isinstance(value, dict) and not value and state_dict["state"][key]]
         return {**state_dict, "state": {key: value for key, value in state.items() if key not in emptied}}, found
 
-    def warn_of_masters(self, state_dict: StateDict, params: Sequence[Tensor]) -> None:
-        """Warns where masters are made from 16-bit parameters, or dropped, because only one of checkpoint and optimizer has them."""
+    def warn_of_masters(self, state_dict: StateDict, params: Sequence[Tensor], *, has_stepped: bool) -> None:
+        """Warns where masters are made from 16-bit parameters, or dropped, because only one of checkpoint and optimizer has them.
+
+        ``has_stepped``: the checkpoint counts steps. A base may have no state by which they could be known.
+        """
         entries = [state_dict["state"].get(param_id) for param_id in _ids(state_dict)]
         pairs = [(each, param) for each, param in zip(entries, params, strict=False) if isinstance(each, dict) and each]
         count = sum(MASTER in entry for entry, _ in pairs)
         dropped = sum(MASTER in entry and not (self.has_masters and param.dtype in NARROW) for entry, param in pairs)
-        missing = sum(MASTER not in entry and param.dtype in NARROW for entry, param in pairs) if self.has_masters else 0
+        narrow = [entry for entry, param in pairs if self.has_masters and param.dtype in NARROW]
+        missing, of = sum(MASTER not in entry for entry in narrow), len(narrow)
+        if self.has_masters and has_stepped and not pairs:
+            missing = of = sum(param.requires_grad and param.dtype in NARROW for param in params)
         if missing:
-            narrow = sum(param.dtype in NARROW for _, param in pairs)
             message = (
-                f"SAM: the checkpoint has no float32 masters of {missing} of {narrow} 16-bit parameters, so they are made from the weights "
+                f"SAM: the checkpoint has no float32 masters of {missing} of {of} 16-bit parameters, so they are made from the weights "
                 "as they are at the next step"
             )
         elif dropped:

@@ -27,6 +27,7 @@ from sam_kernels.optim._engine.rounding import Rounding, part_seed
 from sam_kernels.optim._engine.step_on_masters import step_on_masters
 from sam_kernels.optim._engine.update import UpdateScalars, can_fuse, fused_step, plain_step, with_options
 from sam_kernels.optim._engine.weight_watch import NOTHING_WATCHED, WeightWatch
+from sam_kernels.optim._seeds import derived_seed
 from sam_kernels.optim._shards.dtensor import local_of
 from sam_kernels.optim._types import GroupOptions, ParamGroup
 
@@ -150,9 +151,14 @@ class Passes(Norms):
         """
         self.is_perturbed = True
         for key, lists in trainable.items():
-            seed = part_seed(lists, seeds[key[0]])
+            seed = self.random_seed(lists, seeds[key[0]])
             self._perturb(key, lists, partial(functional.random_perturb_, seed=seed, scale=scale, distribution=distribution))
         torch.clear_autocast_cache()
+
+    def random_seed(self, lists: GroupLists, seed: int) -> int:
+        """That of the random numbers of these lists, from that of their group: where a group has 16-bit parameters with masters and others
+        beside them, those are two lists."""
+        return part_seed(lists, seed if self.masters is None or lists.masters is not None else derived_seed(seed, 0))
 
     def trainable(self, plan: StepPlan) -> dict[Key, GroupLists]:
         """By the index of a group that participates, its parameters that require a gradient, whether they have one or not."""
@@ -204,6 +210,7 @@ class Passes(Norms):
         options: Mapping[int, GroupOptions] = MappingProxyType({}),
         is_plain: bool = True,
         scaler_has_checked: bool = False,
+        leaves_grads: bool = False,
     ) -> bool:
         """Restores the parameters and makes the base's step along the gradients as they are, unless something was not finite. Returns
         whether it has divided them by ``grad_scale``.
@@ -211,9 +218,17 @@ class Passes(Norms):
         ``known_norm``: () their norm, which has told ``found_inf`` already. ``options``: by group, options of the base for this step.
         ``agree``: makes ``found_inf`` the same on all replicas. ``keep``: is given the gradients before the update, and whether the update
         leaves them as they are. ``is_plain``: with nothing perturbed the step is the base's own, bit for bit. ``scaler_has_checked``: the
-        argument ``found_inf`` says whether these gradients, as they are now, are finite.
+        argument ``found_inf`` says whether these gradients, as they are now, are finite. ``leaves_grads``: those of parameters with masters
+        are not divided.
         """
         group_grads = self.lists.group_grads(groups)
+        fuses = (bool(self._perturbed) or not is_plain or self._owns_updates) and can_fuse(self.base, self.own_hooks)
+        if self.rounding.of_update and not fuses:
+            raise RuntimeError(
+                f"SAM: stochastic_rounding='update': the step of {type(self.base).__name__} has step hooks, amsgrad or betas in tensors "
+                "and is made by its own step(), which rounds to nearest; take them out, or use stochastic_rounding=True"
+            )
+        self._check_places(groups, group_grads)
         norm = None
         if max_norm is not None and math.isinf(max_norm):  # asks for the check, and clips nothing
             max_norm, check_finite = None, True
@@ -227,7 +242,6 @@ class Passes(Norms):
         if agree is not None:  # the last moment before the update is decided
             agree(self.found_inf)
         scalars: UpdateScalars = {"found_inf": self.found_inf, "grad_scale": grad_scale, "norm": norm, "max_norm": max_norm}
-        fuses = (bool(self._perturbed) or not is_plain or self._owns_updates) and can_fuse(self.base, self.own_hooks)
         if keep is not None:
             keep(group_grads, fuses)
         if fuses:
@@ -247,19 +261,26 @@ class Passes(Norms):
                     "can be recorded is an ascent and a descent with SGD, Adam or AdamW, without step hooks, amsgrad or betas in tensors"
                 )
             self.restore()
-            if self.rounding.of_update:
-                raise RuntimeError(
-                    f"SAM: stochastic_rounding='update': the step of {type(self.base).__name__} has step hooks, amsgrad or betas in "
-                    "tensors and is made by its own step(), which rounds to nearest; take them out, or use stochastic_rounding=True"
-                )
             with with_options(groups, options):
                 if self.masters is None:
                     plain_step(self.base, [grad for current in group_grads for grad in current.grads], scalars)
                 else:
-                    self._step_on_masters(group_grads, scalars)
+                    self._step_on_masters(group_grads, scalars, leaves_grads=leaves_grads)
         self.is_perturbed = self.has_ascended = False
         torch.clear_autocast_cache()
         return not fuses and grad_scale is not None
+
+    def _check_places(self, groups: Sequence[ParamGroup], group_grads: Sequence[GroupGrads]) -> None:
+        """Raises RuntimeError where a perturbed parameter is in another group than at the ascent: a group before its own was removed."""
+        if not self._perturbed or self.plan is None or len(groups) == len(self.plan.groups):
+            return
+        places = {owner: key[0] for key, lists in self._perturbed.items() for owner in lists.owners}
+        for current in group_grads:
+            if any(places.get(owner, current.index) != current.index for owner in current.lists.owners):
+                raise RuntimeError(
+                    f"SAM: parameters of param_groups[{current.index}] were perturbed as those of another group, since param_groups were "
+                    "removed or added before it between the passes; call first_step anew, which restores the weights"
+                )
 
     @property
     def _owns_updates(self) -> bool:
@@ -271,10 +292,10 @@ class Passes(Norms):
             return self.rounding.update_seed(lists, key, 0, self._plain_steps)
         return self.rounding.update_seed(lists, key, self.plan.groups[key[0]].t, 0)
 
-    def _step_on_masters(self, group_grads: list[GroupGrads], scalars: UpdateScalars) -> None:
+    def _step_on_masters(self, group_grads: list[GroupGrads], scalars: UpdateScalars, *, leaves_grads: bool) -> None:
         for current in group_grads:
             self.follow_weights(current.key, current.lists)
-        step_on_masters(self.base, group_grads, scalars)
+        step_on_masters(self.base, group_grads, scalars, leaves_grads=leaves_grads)
         for current in group_grads:
             self.wrote(current.lists)
 

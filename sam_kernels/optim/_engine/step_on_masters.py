@@ -18,11 +18,12 @@ from sam_kernels.optim._shards.dtensor import as_owner
 __all__ = ["step_on_masters"]
 
 
-def step_on_masters(base: Optimizer, group_grads: Sequence[GroupGrads], scalars: UpdateScalars) -> None:
+def step_on_masters(base: Optimizer, group_grads: Sequence[GroupGrads], scalars: UpdateScalars, *, leaves_grads: bool) -> None:
     """``base.step()`` with masters in the place of the 16-bit parameters that have a gradient, which then become their rounding.
 
     ``param.grad`` is left unscaled and clipped, as by a plain step, rounded to its dtype. Memory: a float32 gradient of every such
-    parameter for as long as the step takes, 4 bytes a parameter, beside the base's state, which is float32.
+    parameter for as long as the step takes, 4 bytes a parameter, beside the base's state, which is float32. ``leaves_grads``: those of the
+    16-bit parameters are left as they are, since somebody still needs their digits.
 
     Raises RuntimeError where the base writes the parameters themselves: it has them from elsewhere than its ``param_groups``.
     """
@@ -38,16 +39,19 @@ def step_on_masters(base: Optimizer, group_grads: Sequence[GroupGrads], scalars:
             pairs[owner] = master
     owners = list(pairs)
     versions = _versions(owners)
-    with _in_the_place_of_params(base, pairs):
-        plain_step(base, [*grads, *(grad for each in wide for grad in each)], scalars)
-    if _versions(owners) != versions:
-        raise RuntimeError(
-            f"SAM: master_weights=True: {type(base).__name__}.step() has written the 16-bit parameters and not the masters that its "
-            "param_groups held, so it keeps parameters of its own; leave master_weights out"
-        )
-    for current, wide_grads in zip(narrow, wide, strict=True):
-        functional.restore_(current.lists.params, current.lists.old_params)
-        if scalars["grad_scale"] is not None or scalars["max_norm"] is not None:
+    try:
+        with _in_the_place_of_params(base, pairs):
+            plain_step(base, [*grads, *(grad for each in wide for grad in each)], scalars)
+        if _versions(owners) != versions:
+            raise RuntimeError(
+                f"SAM: master_weights=True: {type(base).__name__}.step() has written the 16-bit parameters and not the masters that its "
+                "param_groups held, so it keeps parameters of its own; leave master_weights out"
+            )
+    finally:  # of a step that has raised midway, too
+        for current in narrow:
+            functional.restore_(current.lists.params, current.lists.old_params)
+    if not leaves_grads and (scalars["grad_scale"] is not None or scalars["max_norm"] is not None):
+        for current, wide_grads in zip(narrow, wide, strict=True):
             torch._foreach_copy_(list(current.grads), wide_grads)
 
 
@@ -55,10 +59,10 @@ def step_on_masters(base: Optimizer, group_grads: Sequence[GroupGrads], scalars:
 def _in_the_place_of_params(base: Optimizer, pairs: dict[Tensor, Tensor]) -> Iterator[None]:
     """Within it the base's groups hold the values of ``pairs`` in the place of its keys, and its state is theirs."""
     before = [group["params"] for group in base.param_groups]
-    for group in base.param_groups:
-        group["params"] = [pairs.get(param, param) for param in group["params"]]
-    _rename(base, pairs)
     try:
+        for group in base.param_groups:
+            group["params"] = [pairs.get(param, param) for param in group["params"]]
+        _rename(base, pairs)
         yield
     finally:
         for group, params in zip(base.param_groups, before, strict=True):

@@ -111,7 +111,8 @@ class DirectionalNorms:
             known = self._tangents.of(lists.params)
             zeros = passes.scratch(key, lists)
             torch._foreach_zero_(list(zeros))
-            functional.random_perturb_(known, zeros, seed=seeds[key[0]], scale=1.0, distribution=self._how.distribution, from_old=True)
+            seed = passes.random_seed(lists, seeds[key[0]])
+            functional.random_perturb_(known, zeros, seed=seed, scale=1.0, distribution=self._how.distribution, from_old=True)
             found.update(zip(lists.params, known, strict=True))
         return found
 
