@@ -203,10 +203,10 @@ class WeightedSharpness(Descent):
                 rate = -current.group["lr"] * k if step.maximizes(current) else current.group["lr"] * k
                 weights, scaled = current.lists.weights, rate / step.scale
                 weight = rate if kept_is_unscaled and current.lists.masters is None else scaled
-                functional.combine_(
-                    weights, weights, grads, kept, left_weight=1.0, right_weight=-scaled, origin_weight=weight, found_inf=found_inf
-                )
-                step.passes.put_weights(current.lists)
+                with step.passes.weights_written([current.lists]):
+                    functional.combine_(
+                        weights, weights, grads, kept, left_weight=1.0, right_weight=-scaled, origin_weight=weight, found_inf=found_inf
+                    )
                 current.lists.put_grads(grads)
 
         return Outcome(finish=finish)

@@ -25,6 +25,7 @@ from sam_kernels.optim._engine.plan import GROUP_OPTIONS, check_options
 from sam_kernels.optim._engine.rounding import NO_ROUNDING, Rounding
 from sam_kernels.optim._engine.update import can_fuse
 from sam_kernels.optim._part import Part
+from sam_kernels.optim._replicas.replicas import is_blank
 from sam_kernels.optim._types import ParamGroup, StateDict
 from sam_kernels.optim.descents import Descent
 from sam_kernels.optim.directions import Direction
@@ -304,7 +305,7 @@ class Wrapper(Optimizer):
         self._adopt()
 
     def _before_base_step(self, *_: Any) -> None:
-        if self._passes.masters is not None:
+        if self._passes.masters is not None and not is_blank(self.param_groups):
             self._passes.masters.check_base_step()
         if self._passes.is_perturbed and self._rewriter is not None:
             raise RuntimeError(

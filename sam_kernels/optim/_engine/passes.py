@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -56,9 +57,11 @@ class Passes(Norms):
         self._saved: dict[Key, GroupLists] = {}  # what has been saved in this step
         self._in_flight: InFlight | None = None
         self._watch = NOTHING_WATCHED  # the two-step API's, between the passes
+        self._unrounded: list[GroupLists] = []  # whose masters were written, and perhaps not yet their parameters
 
     def begin(self, device: torch.device, plan: StepPlan | None) -> None:
         """A new step: nothing is known to be wrong with it."""
+        self._round_masters()
         self.plan = plan
         self._plain_steps += plan is None
         self.skips.begin(device)
@@ -131,11 +134,22 @@ class Passes(Norms):
             self.masters.follow(lists)
             self._saved[key] = lists
 
-    def put_weights(self, lists: GroupLists) -> None:
-        """``lists.weights`` have been written outside of a step's passes: parameters of masters are their rounding again."""
-        if lists.masters is not None:
-            functional.restore_(lists.params, lists.old_params)
-        self.wrote(lists)
+    @contextmanager
+    def weights_written(self, all_lists: Sequence[GroupLists]) -> Iterator[None]:
+        """Around what writes ``lists.weights`` outside of the two passes. Parameters of masters are their rounding again, after an
+        exception too; where another one (Ctrl-C) comes in between, at the next step."""
+        self._unrounded = list(all_lists)
+        try:
+            yield
+        finally:
+            self._round_masters()
+
+    def _round_masters(self) -> None:
+        for lists in self._unrounded:
+            if lists.masters is not None:
+                functional.restore_(lists.params, lists.old_params)
+            self.wrote(lists)
+        self._unrounded = []
 
     def wrote(self, lists: GroupLists) -> None:
         """The optimizer has written the parameters."""
@@ -295,9 +309,8 @@ class Passes(Norms):
     def _step_on_masters(self, group_grads: list[GroupGrads], scalars: UpdateScalars, *, leaves_grads: bool) -> None:
         for current in group_grads:
             self.follow_weights(current.key, current.lists)
-        step_on_masters(self.base, group_grads, scalars, leaves_grads=leaves_grads)
-        for current in group_grads:
-            self.wrote(current.lists)
+        with self.weights_written([current.lists for current in group_grads]):
+            step_on_masters(self.base, group_grads, scalars, leaves_grads=leaves_grads)
 
     def restore(self, kept: Collection[Tensor] = ()) -> None:
         """Back to the weights of before the ascent, bit for bit, but for those in ``kept``; nothing to do when there was none."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sam_kernels import functional
 from sam_kernels._sharding import READS_PLAINLY
 from sam_kernels.optim._engine.lists import GroupGrads
 from sam_kernels.optim._engine.update import UpdateScalars, plain_step
@@ -19,7 +18,7 @@ __all__ = ["step_on_masters"]
 
 
 def step_on_masters(base: Optimizer, group_grads: Sequence[GroupGrads], scalars: UpdateScalars, *, leaves_grads: bool) -> None:
-    """``base.step()`` with masters in the place of the 16-bit parameters that have a gradient, which then become their rounding.
+    """``base.step()`` with masters in the place of the 16-bit parameters that have a gradient. Those are to be rounded from them afterwards.
 
     ``param.grad`` is left unscaled and clipped, as by a plain step, rounded to its dtype. Memory: a float32 gradient of every such
     parameter for as long as the step takes, 4 bytes a parameter, beside the base's state, which is float32. ``leaves_grads``: those of the
@@ -39,17 +38,13 @@ def step_on_masters(base: Optimizer, group_grads: Sequence[GroupGrads], scalars:
             pairs[owner] = master
     owners = list(pairs)
     versions = _versions(owners)
-    try:
-        with _in_the_place_of_params(base, pairs):
-            plain_step(base, [*grads, *(grad for each in wide for grad in each)], scalars)
-        if _versions(owners) != versions:
-            raise RuntimeError(
-                f"SAM: master_weights=True: {type(base).__name__}.step() has written the 16-bit parameters and not the masters that its "
-                "param_groups held, so it keeps parameters of its own; leave master_weights out"
-            )
-    finally:  # of a step that has raised midway, too
-        for current in narrow:
-            functional.restore_(current.lists.params, current.lists.old_params)
+    with _in_the_place_of_params(base, pairs):
+        plain_step(base, [*grads, *(grad for each in wide for grad in each)], scalars)
+    if _versions(owners) != versions:
+        raise RuntimeError(
+            f"SAM: master_weights=True: {type(base).__name__}.step() has written the 16-bit parameters and not the masters that its "
+            "param_groups held, so it keeps parameters of its own; leave master_weights out"
+        )
     if not leaves_grads and (scalars["grad_scale"] is not None or scalars["max_norm"] is not None):
         for current, wide_grads in zip(narrow, wide, strict=True):
             torch._foreach_copy_(list(current.grads), wide_grads)
