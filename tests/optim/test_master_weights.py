@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sam_kernels import SAM
 from tests.helpers.compare import assert_same_bits
+from tests.optim.master_problem import assert_rounded, params_of, run, saved_masters_of
 
-SIZES = (5, 1030, 300)
-STEPS = 4
+pytestmark = pytest.mark.filterwarnings("error::UserWarning")
+
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 BASES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1),
@@ -27,51 +27,6 @@ BASES: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_warning() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        yield
-
-
-def params_of(dtype: torch.dtype) -> list[nn.Parameter]:
-    """Values that all dtypes have."""
-    torch.manual_seed(5)
-    values = [torch.randn(size).to(torch.float16).to(torch.bfloat16) for size in SIZES]
-    return [nn.Parameter(value.to(dtype)) for value in values]
-
-
-def grads_of(i: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(100 + i)
-    return [torch.randn(size, generator=generator).to(torch.float16).to(torch.bfloat16) for size in SIZES]
-
-
-def closure_of(params: list[nn.Parameter], first: int) -> Callable[[], float]:
-    """Gradients that do not depend on the weights: other ones at every call."""
-    count = iter(range(first, first + 100))
-
-    def closure() -> float:
-        for param, grad in zip(params, grads_of(next(count)), strict=True):
-            param.grad = grad.to(param.dtype)
-        return 0.0
-
-    return closure
-
-
-def masters_of(optimizer: SAM) -> list[Tensor]:
-    state = optimizer.state_dict()["state"]
-    return [state[i]["master_param"] for i in sorted(state)]
-
-
-def run(optimizer: SAM, params: list[nn.Parameter], steps: range = range(STEPS)) -> None:
-    for i in steps:
-        optimizer.step(closure_of(params, 10 * i))
-
-
-def assert_rounded(params: list[nn.Parameter], masters: list[Tensor]) -> None:
-    assert_same_bits("params", params, [master.to(param.dtype) for master, param in zip(masters, params, strict=True)])
-
-
 @DTYPES
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("options", [{}, {"adaptive": True, "eta": 0.01, "max_grad_norm": 1.0}], ids=["sam", "asam"])
@@ -81,8 +36,8 @@ def test_steps_are_those_of_float32_parameters(base: str, dtype: torch.dtype, op
     optimizer = SAM(params, BASES[base], rho=0.5, lambd=0.7, master_weights=True, **options)
     run(plain, expected)
     run(optimizer, params)
-    assert_same_bits("masters", masters_of(optimizer), expected)
-    assert_rounded(params, masters_of(optimizer))
+    assert_same_bits("masters", saved_masters_of(optimizer), expected)
+    assert_rounded(params, saved_masters_of(optimizer))
     for param, right in zip(params, expected, strict=True):
         for key, value in plain.state[right].items():
             assert_same_bits(key, [optimizer.state[param][key]], [value])

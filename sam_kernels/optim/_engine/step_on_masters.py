@@ -18,11 +18,11 @@ __all__ = ["step_on_masters"]
 
 
 def step_on_masters(base: Optimizer, group_grads: Sequence[GroupGrads], scalars: UpdateScalars, *, leaves_grads: bool) -> None:
-    """``base.step()`` with masters in the place of the 16-bit parameters that have a gradient. Those are to be rounded from them afterwards.
+    """``base.step()`` with masters in the place of the 16-bit parameters that have a gradient.
 
-    ``param.grad`` is left unscaled and clipped, as by a plain step, rounded to its dtype. Memory: a float32 gradient of every such
-    parameter for as long as the step takes, 4 bytes a parameter, beside the base's state, which is float32. ``leaves_grads``: those of the
-    16-bit parameters are left as they are, since somebody still needs their digits.
+    The caller rounds those from their masters afterwards. ``param.grad`` is left unscaled and clipped, as by a plain step, rounded to its
+    dtype; with ``leaves_grads`` as it is, for a caller who still needs its digits. Memory: a float32 gradient of every such parameter for
+    as long as the step takes, 4 bytes a parameter, beside the base's state, which is float32.
 
     Raises RuntimeError where the base writes the parameters themselves: it has them from elsewhere than its ``param_groups``.
     """
