@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -16,8 +17,10 @@ __all__ = [
     "WAYS",
     "assert_masters",
     "assert_rounded",
+    "assert_whole",
     "closure_of",
     "grads_of",
+    "look",
     "masters_of",
     "params_of",
     "run",
@@ -102,6 +105,17 @@ def run(optimizer: Any, params: Sequence[Tensor], steps: range = range(4)) -> No
         optimizer.step(closure_of(params, 10 * i))
 
 
+def look(optimizer: Any, params: Sequence[Tensor]) -> None:
+    """A step that is given up in its second pass, when the masters have followed the parameters."""
+
+    def fail(call: int) -> None:
+        if call == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        optimizer.step(closure_of(params, 50, spoil=fail))
+
+
 def masters_of(optimizer: Any) -> list[Tensor | None]:
     """Of each parameter, None where it has none; the tensors themselves."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
@@ -126,3 +140,11 @@ def assert_masters(optimizer: Any, params: Sequence[Tensor], expected: Sequence[
     assert_rounded(params, masters)
     found = [param if master is None else master for param, master in zip(params, masters, strict=True)]
     assert_same_bits("masters", found, expected)
+
+
+def assert_whole(optimizer: Any, params: list[nn.Parameter]) -> None:
+    """Parameters are their masters' rounding, and groups and state are the parameters'."""
+    assert_rounded(params, masters_of(optimizer))
+    held = [param for group in optimizer.param_groups for param in group["params"]]
+    assert all(left is right for left, right in zip(held, params, strict=True))
+    assert set(optimizer.state) <= set(params)
