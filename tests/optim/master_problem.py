@@ -119,7 +119,7 @@ def look(optimizer: Any, params: Sequence[Tensor]) -> None:
 def masters_of(optimizer: Any) -> list[Tensor | None]:
     """Of each parameter, None where it has none; the tensors themselves."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    return list(optimizer._memory.entries("master_param", params))
+    return list(optimizer._memory.entries("master_param", params)) if optimizer._memory.has_masters else [None] * len(params)
 
 
 def saved_masters_of(optimizer: Any) -> list[Tensor]:
