@@ -16,7 +16,7 @@ from tests.helpers.compare import assert_same_bits
 from tests.optim.family_runs import make
 from tests.optim.master_problem import assert_whole, closure_of, look, masters_of, params_of, run
 
-pytestmark = pytest.mark.filterwarnings("error::UserWarning")
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("error::UserWarning")]
 
 F32, F16, B16 = torch.float32, torch.float16, torch.bfloat16
 SGD, ADAMW, RMSPROP = "sgd-momentum", "adamw", "rmsprop"
