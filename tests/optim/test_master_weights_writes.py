@@ -68,6 +68,9 @@ def test_masters_follow_other_values_alone(base: str, write: Callable[..., None]
         else:
             run(optimizer, params, range(4, 7))
         assert_whole(optimizer, params)
+        for param, master in zip(params, masters_of(optimizer), strict=True):
+            assert master is not None
+            assert master.stride() == param.stride()
         found.append((start, params, [each for each in masters_of(optimizer) if each is not None]))
     (start, _, masters), (start_after, _, masters_after) = found
     if is_other:
