@@ -81,6 +81,28 @@ def test_masters_follow_other_values_alone(base: str, write: Callable[..., None]
         assert_same_bits("masters", masters_after, masters)
 
 
+@pytest.mark.parametrize("base", [SGD, ADAMW, RMSPROP])
+def test_the_master_of_a_parameter_without_a_first_gradient_follows_too(base: str) -> None:
+    params = params_of(B16)
+    optimizer = make("SAM", params, base, lr=0.0, master_weights=True)
+
+    def step(i: int) -> None:
+        def lack(call: int) -> None:
+            if call == 1:
+                params[0].grad = None
+
+        optimizer.step(closure_of(params, 10 * i, spoil=lack))
+
+    for i in range(3):
+        step(i)
+    with torch.no_grad():
+        params[0].fill_(3.0)
+    with pytest.warns(UserWarning, match=SEEN):
+        step(3)
+    assert_same_bits("the written parameter's master", masters_of(optimizer)[:1], [torch.full((5,), 3.0)])
+    assert_whole(optimizer, params)
+
+
 def test_clipped_weights_keep_the_masters_of_those_that_were_not() -> None:
     params = params_of(B16)
     optimizer = make("SAM", params, SGD, lr=0.05, master_weights=True)
