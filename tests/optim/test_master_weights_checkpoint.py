@@ -102,8 +102,8 @@ def test_distributed_checkpoints_of_one_process(options: StateDictOptions, base:
 
 
 NONE_SAVED = "the checkpoint has no float32 masters of 3 of 3 16-bit parameters, so they are made from the weights as they are"
-DROPPED = "the checkpoint has float32 masters of 3 parameters, which an optimizer without master_weights=True drops"
-NOT_NEEDED = "the checkpoint has float32 masters of 3 parameters, which parameters that are not of 16 bits do not need"
+DROPPED = "float32 masters of 3 parameters, of which 3 are dropped, since an optimizer without master_weights=True has none"
+NOT_NEEDED = "float32 masters of 3 parameters, of which 3 are dropped, since the parameters are no 16-bit parameters here"
 
 
 @pytest.mark.parametrize(
