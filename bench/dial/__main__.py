@@ -8,12 +8,15 @@ from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from bench import gate, options
 from bench.command import RESULTS, begin
 from bench.dial import accuracy, cost
+from bench.dial.chart import draw
 from bench.dial.methods import BASE, METHODS, SAM
+from bench.dial.report import section
 from bench.dial.stored import Stored
 from bench.dial.tasks import TASKS, Task
 from bench.environment import device_slug, environment
@@ -35,6 +38,7 @@ STAGES = ("cost", "accuracy")
 @options.gate("Run the tests of the optimizers first.")
 @click.option("--out", type=options.FILE(), default=Path("out/dial.json"), show_default=True, help="Result file; goes on from what it has.")
 @options.store("dial", " in the place of --out")
+@click.option("--image", type=options.FILE(), help="Where to draw the figure.")
 def main(
     stages: Sequence[str],
     tasks: Sequence[str],
@@ -46,6 +50,7 @@ def main(
     with_gate: bool,
     out: Path,
     store: bool,
+    image: Path | None,
 ) -> None:
     """Cost over the base and share of SAM's gain of what is cheaper than SAM, at equal epochs and at equal time."""
     if quick and store:
@@ -59,8 +64,13 @@ def main(
         _measure_costs(stored, chosen, names, where, rounds=1 if quick else rounds, block=10 if quick else cost.BLOCK, console=console)
     if "accuracy" in stages:
         _measure_accuracy(stored, chosen, names, where, seeds=2 if quick else seeds, tries=1 if quick else accuracy.TRIES, console=console)
-    for line in cost.bar(stored.result["cost"]):
-        console.print(line, highlight=False)
+    if "accuracy" not in stages:
+        for line in cost.bar(stored.result["cost"]):
+            console.print(line, highlight=False)
+        return
+    console.print(Markdown(section(stored.result)))
+    if image is not None:
+        draw(stored.result, image)
 
 
 def _tiny(task: Task) -> Task:

@@ -10,7 +10,7 @@ from sam_kernels.cli.train.report import Estimate
 
 __all__ = ["ERRORS", "TRIES", "best", "equal_time_epochs", "gains", "is_a_gain", "next_radius", "share"]
 
-ERRORS = 2.0  # standard errors that SAM's gain must be away from 0 for a share of it to mean something
+ERRORS = 2.0  # standard errors that SAM's gain must exceed for a share of it to mean something
 TRIES = 6  # radii at most, of which three are tried in any case
 
 
@@ -20,23 +20,23 @@ def gains(scores: Sequence[float], base: Sequence[float], sign: int) -> list[flo
 
 
 def is_a_gain(sam_gains: Sequence[float]) -> bool:
-    """Whether SAM's mean gain, or loss, is more than two standard errors away from 0. One seed says nothing: False."""
+    """Whether SAM's mean gain is more than two standard errors. One seed says nothing: False."""
     found = Estimate.of(sam_gains)
-    return found.standard_error is not None and abs(found.mean) > ERRORS * found.standard_error
+    return found.standard_error is not None and found.mean > ERRORS * found.standard_error
 
 
 def share(method_gains: Sequence[float], sam_gains: Sequence[float]) -> Estimate | None:
     """Return the share of SAM's gain that a method keeps, r = mean(method) / mean(SAM), and its standard error.
 
     The gains are pairs, one a seed. The error is the ratio estimator's, to first order: that of the mean of method - r SAM, over
-    \\|mean(SAM)\\|. None where :func:`is_a_gain` is False: the ratio would be one of two numbers that are not known.
+    mean(SAM). None where :func:`is_a_gain` is False: the ratio would be one of two numbers that are not known.
     """
     if not is_a_gain(sam_gains):
         return None
     whole = fmean(sam_gains)
     ratio = fmean(method_gains) / whole
     rests = [ours - ratio * sams for ours, sams in zip(method_gains, sam_gains, strict=True)]
-    return Estimate(ratio, stdev(rests) / math.sqrt(len(rests)) / abs(whole))
+    return Estimate(ratio, stdev(rests) / math.sqrt(len(rests)) / whole)
 
 
 def equal_time_epochs(epochs: int, cost: float, sam_cost: float) -> int:

@@ -28,11 +28,13 @@ def docstrings(source: str) -> str:
 def _part(name: str, size: int) -> bytes:
     """Every third module of ``Lib/*.py``, in the order of the hashes of their names: parts share no module."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"), key=lambda file: hashlib.sha256(file.name.encode()).digest())
-    texts = (docstrings(file.read_text(encoding="utf-8"))[:BYTES_OF_A_MODULE] for file in files[PARTS.index(name) :: len(PARTS)])
-    text = "\n\n".join(filter(None, texts)).encode()
-    if len(text) < size:
-        raise RuntimeError(f"text: the standard library has {len(text)} bytes of docstrings for {name!r}, fewer than {size}")
-    return text[:size]
+    parts: list[bytes] = []
+    for file in files[PARTS.index(name) :: len(PARTS)]:
+        if found := docstrings(file.read_text(encoding="utf-8"))[:BYTES_OF_A_MODULE]:
+            parts.append(found.encode())
+        if len(text := b"\n\n".join(parts)) >= size:
+            return text[:size]
+    raise RuntimeError(f"text: the standard library has {len(text)} bytes of docstrings for {name!r}, fewer than {size}")
 
 
 def digest(sizes: dict[str, int]) -> str:
