@@ -31,7 +31,7 @@ def section(result: dict[str, Any]) -> str:
         _shares(found),
         "![Gain over the base by cost](images/dial.png)",
         *(part for name in found.tasks for part in _task(found, name)),
-        "**Radii and epochs.** ρ, chosen on held-out data at equal epochs, and the epochs at equal time.",
+        "**Radii and epochs.** ρ, chosen on held-out data at equal epochs, and the epochs at equal time. †: the largest or smallest that was tried.",
         _radii(found),
         *(f"* {line}" for line in bar(result["cost"])),
         _where(result),
@@ -70,10 +70,17 @@ def _radii(found: Results) -> str:
         cells = [METHODS[method].title]
         for name in found.tasks:
             row = found.row(name, method)
-            radius = "" if row["rho"] is None else f"ρ = {row['rho']:g}, "
-            cells.append(f"{radius}{row['epochs']['equal_time']} epochs")
+            cells.append(f"{_radius(row)}{row['epochs']['equal_time']} epochs")
         rows.append(cells)
     return table(["", *(TASKS[name].title for name in found.tasks)], rows)
+
+
+def _radius(row: dict[str, Any]) -> str:
+    """Return the radius, marked where none was tried on one side of it."""
+    if row["rho"] is None:
+        return ""
+    tried = [rho for rho, _ in row["tried"]]
+    return f"ρ = {row['rho']:g}{'' if min(tried) < row['rho'] < max(tried) else ' †'}, "
 
 
 def _percent(share: Estimate | None) -> str:
