@@ -31,7 +31,8 @@ def section(result: dict[str, Any]) -> str:
         _shares(found),
         "![Gain over the base by cost](images/dial.png)",
         *(part for name in found.tasks for part in _task(found, name)),
-        "**Radii and epochs.** ρ, chosen on held-out data at equal epochs, and the epochs at equal time. †: the largest or smallest that was tried.",
+        "**Radii and epochs.** ρ, chosen on held-out data at equal epochs, and the epochs at equal time. "
+        "†: the largest or smallest that was tried.",
         _radii(found),
         *(f"* {line}" for line in bar(result["cost"])),
         _where(result),
