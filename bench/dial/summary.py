@@ -11,7 +11,7 @@ from sam_kernels.cli.train.report import Estimate
 __all__ = ["ERRORS", "TRIES", "best", "equal_time_epochs", "gains", "is_a_gain", "next_radius", "share"]
 
 ERRORS = 2.0  # standard errors that SAM's gain must exceed for a share of it to mean something
-TRIES = 6  # radii at most, of which three are tried in any case
+TRIES = 8  # radii at most, of which three are tried in any case
 
 
 def gains(scores: Sequence[float], base: Sequence[float], sign: int) -> list[float]:
@@ -52,7 +52,7 @@ def best(scores: Mapping[float, float], sign: int) -> float:
 def next_radius(scores: Mapping[float, float], sign: int, start: float) -> float | None:
     """Return the radius to try next: ``start``, half and twice as much, then on past the end of the grid that the best one lies at.
 
-    None where the best lies inside the grid, or six radii have been tried.
+    None where the best lies inside the grid, or eight radii have been tried.
     """
     for rho in (start, start / 2, 2 * start):
         if rho not in scores:
