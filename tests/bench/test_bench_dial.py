@@ -14,14 +14,14 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from bench.dial import accuracy, methods, text
+from bench.dial import accuracy, methods, report, text
 from bench.dial.__main__ import main
 from bench.dial.cost import BAR, bar
 from bench.dial.methods import BASE, METHODS, MICRO_BATCHES, SAM, late_start
 from bench.dial.results import Results
 from bench.dial.stored import Stored
 from bench.dial.summary import TRIES, best, equal_time_epochs, gains, next_radius, share
-from bench.dial.tasks import Problem, Task
+from bench.dial.tasks import TASKS, Problem, Task
 from bench.dial.training import Training
 
 ROOT = Path(__file__).parents[2]
@@ -233,3 +233,39 @@ def test_a_quick_run_is_not_stored() -> None:
     result = CliRunner().invoke(main, ["--quick", "--store"])
     assert result.exit_code == 2
     assert "--quick" in result.output
+
+
+# --- what is stored, and the page ---
+
+
+def test_the_page_shows_the_stored_result(tmp_path: Path) -> None:
+    (stored,) = (ROOT / "bench" / "results").glob("*/dial.json")
+    result = json.loads(stored.read_text())
+    assert not result["quick"]
+    assert result["stages"].keys() == {"cost", "accuracy"}
+    found = Results(result)
+    assert (found.tasks, found.methods) == (list(TASKS), list(METHODS))
+    for stage in result["stages"].values():
+        assert not stage["dirty"]
+    for name, task in TASKS.items():
+        assert result["tasks"][name] == task.settings() | {
+            key: result["tasks"][name][key] for key in result["tasks"][name] if key == "text"
+        }
+        for method in METHODS:
+            row = found.row(name, method)
+            runs = {
+                (run["epochs"], run["seed"]): run["score"]
+                for run in result["runs"]
+                if (run["task"], run["method"], run["rho"], run["held_out"]) == (name, method, row["rho"], False)
+            }
+            for protocol, epochs in row["epochs"].items():
+                assert row["scores"][protocol] == [runs[epochs, seed] for seed in range(5)]
+    page, copy = ROOT / "docs" / "dial.md", tmp_path / "dial.md"
+    assert CliRunner().invoke(report.main, [str(stored), "--check"]).exit_code == 0
+    assert (ROOT / "docs" / "images" / "dial.png").exists()
+    copy.write_text(page.read_text().replace("| 100 ± 0 |", "| 99 ± 0 |"))
+    assert CliRunner().invoke(report.main, [str(stored), "--docs", str(copy), "--check"]).exit_code == 1
+    image = tmp_path / "dial.png"
+    assert CliRunner().invoke(report.main, [str(stored), "--docs", str(copy), "--image", str(image)]).exit_code == 0
+    assert copy.read_text() == page.read_text()
+    assert image.read_bytes().startswith(b"\x89PNG")
