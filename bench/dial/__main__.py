@@ -19,7 +19,7 @@ from bench.dial.methods import BASE, METHODS, SAM
 from bench.dial.report import section
 from bench.dial.stored import Stored
 from bench.dial.tasks import TASKS, Task
-from bench.environment import device_slug, environment
+from bench.environment import environment
 
 __all__ = ["main"]
 
@@ -58,8 +58,8 @@ def main(
     console = begin(threads)
     chosen = {name: _tiny(TASKS[name]) if quick else TASKS[name] for name in tasks}
     names = [name for name in METHODS if name in (BASE, SAM, *methods)]
-    stored = Stored(RESULTS / device_slug() / "dial.json" if store else out, chosen, quick=quick)
     where = environment() | {"gate": gate.run(tests=TESTS) if with_gate else "skipped"}
+    stored = Stored(RESULTS / where["device"] / "dial.json" if store else out, where, chosen, quick=quick)
     if "cost" in stages:
         _measure_costs(stored, chosen, names, where, rounds=1 if quick else rounds, block=10 if quick else cost.BLOCK, console=console)
     if "accuracy" in stages:

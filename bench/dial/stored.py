@@ -18,12 +18,18 @@ Row = dict[str, Any]
 
 
 class Stored:
-    """Rows of both stages by task and method, and single runs. Refuses a file whose tasks had other settings."""
+    """Rows of both stages by task and method, and single runs. Refuses a file of another device, or whose tasks had other settings.
 
-    def __init__(self, path: Path, tasks: Mapping[str, Task], *, quick: bool) -> None:
+    ``where``: the environment and the gate's line; that of the last call stands at the top, that of each stage's last call in ``stages``.
+    """
+
+    def __init__(self, path: Path, where: Row, tasks: Mapping[str, Task], *, quick: bool) -> None:
         self._path = path
         empty: dict[str, Any] = {"quick": quick, "stages": {}, "tasks": {}, "cost": [], "accuracy": [], "runs": []}
-        self.result = json.loads(path.read_text()) if path.exists() else empty
+        before = json.loads(path.read_text()) if path.exists() else empty
+        if before.get("device", where["device"]) != where["device"]:
+            raise click.ClickException(f"{path}: was measured on {before['device']}, this is {where['device']}: give another --out")
+        self.result = where | {key: before[key] for key in empty}
         for name, task in tasks.items():
             settings, before = task.settings(), self.result["tasks"].get(name)
             if before not in (None, settings):

@@ -190,16 +190,21 @@ def test_runs_that_are_stored_are_not_made_again(monkeypatch: pytest.MonkeyPatch
     assert kept == runs
 
 
+HERE = {"device": "here"}
+
+
 def test_a_file_of_other_settings_is_refused(tmp_path: Path) -> None:
     path, task = tmp_path / "dial.json", small_task()
-    stored = Stored(path, {"small": task}, quick=False)
+    stored = Stored(path, HERE, {"small": task}, quick=False)
     stored.replace("cost", [{"task": "small", "method": name, "of_base": [1.0, 1.0, 1.0]} for name in (BASE, SAM)])
     stored.replace("cost", [{"task": "small", "method": SAM, "of_base": [1.9, 2.0, 2.1]}])
-    assert Stored(path, {"small": task}, quick=False).costs("small") == {BASE: 1.0, SAM: 2.0}
+    assert Stored(path, HERE, {"small": task}, quick=False).costs("small") == {BASE: 1.0, SAM: 2.0}
     with pytest.raises(click.ClickException, match="base 'sgd', now 'adamw'"):
-        Stored(path, {"small": small_task("adamw")}, quick=False)
+        Stored(path, HERE, {"small": small_task("adamw")}, quick=False)
+    with pytest.raises(click.ClickException, match="was measured on here, this is there"):
+        Stored(path, {"device": "there"}, {"small": task}, quick=False)
     with pytest.raises(click.ClickException, match="do not mix"):
-        Stored(path, {}, quick=True)
+        Stored(path, HERE, {}, quick=True)
 
 
 def test_a_quick_run_goes_on_where_it_ended(tmp_path: Path) -> None:
@@ -238,9 +243,39 @@ def test_a_quick_run_is_not_stored() -> None:
 # --- what is stored, and the page ---
 
 
+def stored_file() -> Path:
+    (path,) = (ROOT / "bench" / "results").glob("*/dial.json")
+    return path
+
+
+def test_the_stored_runs_show_what_the_page_says() -> None:
+    found = Results(json.loads(stored_file().read_text()))
+
+    def kept(method: str, protocol: str = "equal_epochs") -> list[float]:
+        shares = [found.share(name, method, protocol) for name in ("noisy-labels", "text")]
+        return [each.mean for each in shares if each is not None]
+
+    assert min(kept("every-2")) > 0.95
+    for method in ("looksam", "every-5"):
+        assert min(kept(method)) < 0.55
+        assert max(kept(method)) > 0.9
+    assert min(kept("s2-sam")) > 0.6
+    assert kept("momentum-sam")[0] > 0.6 > kept("momentum-sam")[1]
+    assert max(kept("late")) < 0.1
+    assert kept("m-sam")[1] > 1 > max(kept("m-sam", "equal_time"))
+    assert all(kept(method, "equal_time")[0] <= 1 for method in METHODS if method != BASE)
+    assert all(kept(method, "equal_time")[1] > 0.99 for method in ("looksam", "every-2", "every-5"))
+    assert [found.row("noisy-labels", method)["rho"] for method in ("looksam", "norm-layers", SAM)] == [0.1, 6.4, 0.4]
+    assert found.share("clean-labels", SAM, "equal_epochs") is None
+    loss = found.gain("clean-labels", SAM, "equal_time")
+    assert loss.standard_error is not None
+    assert loss.mean < -2 * loss.standard_error
+
+
 def test_the_page_shows_the_stored_result(tmp_path: Path) -> None:
-    (stored,) = (ROOT / "bench" / "results").glob("*/dial.json")
+    stored = stored_file()
     result = json.loads(stored.read_text())
+    assert result["stages"]["accuracy"]["gate"].startswith("passed")
     assert not result["quick"]
     assert result["stages"].keys() == {"cost", "accuracy"}
     found = Results(result)
