@@ -31,9 +31,9 @@ class Stored:
             raise click.ClickException(f"{path}: was measured on {before['device']}, this is {where['device']}: give another --out")
         self.result = where | {key: before[key] for key in empty}
         for name, task in tasks.items():
-            settings, before = task.settings(), self.result["tasks"].get(name)
-            if before not in (None, settings):
-                changed = [f"{key} {before.get(key)!r}, now {value!r}" for key, value in settings.items() if before.get(key) != value]
+            settings, then = task.settings(), self.result["tasks"].get(name)
+            if then not in (None, settings):
+                changed = [f"{key} {then.get(key)!r}, now {value!r}" for key, value in settings.items() if then.get(key) != value]
                 raise click.ClickException(f"{path}: {name} was run with {'; '.join(changed)}: give another --out, or remove the file")
             self.result["tasks"][name] = settings
         if self.result["quick"] != quick:
