@@ -39,8 +39,8 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     save(figure, path, dpi=130)
 
 
-def save(figure: Any, path: Path, *, dpi: int) -> None:
-    """Write a figure without the version of matplotlib, so that equal figures are equal files."""
-    figure.tight_layout()
+def save(figure: Any, path: Path, *, dpi: int, bottom: float = 0.0) -> None:
+    """Write a figure without the version of matplotlib, so that equal figures are equal files. ``bottom``: the share left to a legend."""
+    figure.tight_layout(rect=(0, bottom, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=dpi, metadata={"Software": None})

@@ -1,0 +1,1 @@
+"""The dial: what cheaper variants of SAM cost, and what share of its gain they keep, on tasks of seconds."""
