@@ -132,7 +132,7 @@ class Gathered:
     def _close(self, param: nn.Parameter) -> None:
         """Add the squared norms of a parameter whose calls have all been added."""
         by_place: dict[Place | None, list[Form | Shift]] = {}
-        for place, term in disjoint(self._terms.pop(id(param), []), len(param)):
+        for place, term in disjoint(self._terms.pop(id(param), []), len(param) if param.dim() else 1):
             by_place.setdefault(place, []).append(term)
         square_norms = self._square_norms_on(param.device)
         for place, terms in by_place.items():

@@ -268,7 +268,8 @@ def _worth_keeping(m: int, tokens: int, out_features: int, in_features: int, act
 
 
 def _weighted_sum(weights: Tensor | None, grads: Tensor) -> Tensor:  # (M,), (M, ...) -> (elements,)
-    return grads.flatten(1).sum(0) if weights is None else torch.mv(grads.flatten(1).mT, weights.to(grads.dtype))
+    rows = grads.reshape(len(grads), -1)
+    return rows.sum(0) if weights is None else torch.mv(rows.mT, weights.to(grads.dtype))
 
 
 def _relative(weights: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
