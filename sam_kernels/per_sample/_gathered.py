@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sam_kernels._validate import describe
 from sam_kernels.per_sample._call import Call
 from sam_kernels.per_sample._combine import combined, disjoint
+from sam_kernels.per_sample._dots import dots_of
 from sam_kernels.per_sample._terms import Convolution, Dense, Form, Outer, Place, Rows, Shift, Term, shape_of
 
 __all__ = ["Gathered"]
@@ -85,6 +86,18 @@ class Gathered:
         for device, square_norms in self._square_norms.items():
             if device != self.device:
                 total += square_norms.to(self.device)
+        return total
+
+    def dots(self, vectors: Mapping[int, Tensor]) -> Tensor:  # (M,) float64
+        """Return the inner products of the groups' gradients with ``vectors``, by the ids of the parameters. The terms stay."""
+        total = torch.zeros(self.m, dtype=torch.float64, device=self.device)
+        terms: list[tuple[nn.Parameter, Place | None, Term]] = list(self._kept)
+        for weight, bias, outer in self._pairs:
+            terms += [(weight, None, outer), (bias, None, Shift(outer.left))]
+        for param, place, term in terms:
+            vector = vectors.get(id(param))
+            if vector is not None:
+                total += dots_of(term, vector if place is None else vector[slice(*place)], self.m).to(self.device)
         return total
 
     def add_weighted_grads(self, weights: Tensor | None) -> None:  # (M,), None: 1 everywhere

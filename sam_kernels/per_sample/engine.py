@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from types import TracebackType
@@ -20,6 +20,7 @@ from sam_kernels._sharding import is_dtensor
 from sam_kernels._validate import check_choice, check_count, check_flag, describe
 from sam_kernels.per_sample._aliases import settle
 from sam_kernels.per_sample._call import Call
+from sam_kernels.per_sample._dots import vectors_of
 from sam_kernels.per_sample._gathered import Gathered
 from sam_kernels.per_sample._graph import Graph, graph_of
 from sam_kernels.per_sample._graph_reads import Read, raise_if_read, reads_in, without_batch
@@ -289,6 +290,29 @@ class GradNorms:
         gathered, self._gathered = self._gathered, None
         with torch.autocast(device.type, enabled=False):
             gathered.add_weighted_grads(weights)
+
+    @torch.no_grad()
+    def dots(self, vectors: Sequence[Tensor] | Mapping[str, Tensor]) -> Tensor:  # (B / m,)
+        """Return ⟨∇f_i, v⟩ for every sample (or micro-batch) i, from the tensors that the norms were made of.
+
+        What data selection asks for (In-Run Data Shapley, arXiv 2406.11011; GREATS, NeurIPS 2024): with v the gradient of validation data,
+        how much a step along a sample's gradient would lower their loss.
+
+        Args:
+            vectors: v, a tensor for each trainable parameter, of its shape: a list in the order of ``model.named_parameters()``, or a
+                dictionary by those names, in which parameters may be missing: they count as zero.
+
+        Call it after the engine, with ``keep=True``, and before :meth:`weighted_grads_`; as often as wanted. Costs about a forward pass,
+        and no backward pass. Returns float32, float64 for float64 losses.
+
+        Raises RuntimeError where nothing is kept; TypeError or ValueError for vectors that do not fit the parameters.
+        """
+        if self._gathered is None or self._last is None:
+            raise RuntimeError("GradNorms.dots: call the engine with losses first, with keep=True, and dots before weighted_grads_")
+        found = self._gathered.dots(vectors_of(vectors, self._recorder.model))
+        if self.reduction == "mean" and self.micro_batch > 1:
+            found /= self.micro_batch
+        return found.to(self._last[1].dtype)
 
     def weighted_backward(
         self,
