@@ -45,7 +45,8 @@ class GradNorms:
     formed once, by :meth:`weighted_grads_`, or never. Nothing of the model is changed and no hook stays on it. Modules may be shared,
     called several times and nested, parameters tied or frozen, blocks checkpointed (``use_reentrant=False``), the forward pass run under
     autocast. Layers: Linear, Conv and ConvTranspose 1d to 3d, Embedding, EmbeddingBag, LayerNorm, RMSNorm, GroupNorm, InstanceNorm,
-    BatchNorm, PReLU, MultiheadAttention and torch's transformers; others by :func:`register_rule`. Formulas: docs/per_sample.md.
+    BatchNorm, PReLU, MultiheadAttention and torch's transformers; parameters of others are found in autograd's graph, or by
+    :func:`register_rule`. Formulas: docs/per_sample.md.
 
     Where samples depend on each other (BatchNorm in training) the norm is that of the sample's *contribution*: its terms of the sum that is
     the batch's gradient. Contributions add up to that gradient; they are not the gradients of the sample's own loss.
@@ -55,9 +56,10 @@ class GradNorms:
             transformers, which say themselves where it is, and in the order of the losses: :meth:`verify` checks it for a sample.
         micro_batch: m, the number of consecutive samples whose gradients are added up before the norm is taken.
         reduction: of a micro-batch's gradients: ``"sum"`` or ``"mean"``. Also that of its loss in :meth:`weighted_grads_`.
-        unsupported: what happens with a module that owns trainable parameters and has no rule: ``"error"`` when the forward pass begins, or
-            ``"vmap"``: its part is computed by ``torch.func``, slowly, with every sample's gradient in memory. Every tensor it is called
-            with whose dimension 0 is B is then taken for a batch; that this gives the module's output again is checked.
+        unsupported: how the gradients of a module that owns trainable parameters and has no rule are found. ``"error"``: in autograd's
+            graph, which has an error for operations that no rule is known for; ``"vmap"``: its part is computed by ``torch.func``,
+            slowly, with every sample's gradient in memory. Every tensor it is called with whose dimension 0 is B is then taken for a
+            batch; that this gives the module's output again is checked.
         over: parameters that the norms are over; None: all trainable ones of the model. Weighted gradients are of all of them. An
             attribute too, which may be changed between forward passes.
         batch_first: False for a model whose batch is dimension 1, and dimension 0 of outputs of two dimensions (behind a mean over time).
