@@ -12,7 +12,7 @@ _DEEPEST = 8  # wrappers
 
 
 def find_sam(optimizer: Any) -> SAM | None:
-    """The optimizer itself, or the one inside of wrappers that hold it as ``optimizer`` (accelerate's, Lightning's); None where there is none."""
+    """The optimizer itself, or the one inside of wrappers that hold it as ``optimizer``, as accelerate's and Lightning's do; else None."""
     for _ in range(_DEEPEST):
         if isinstance(optimizer, SAM):
             return optimizer

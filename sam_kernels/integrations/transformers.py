@@ -12,6 +12,7 @@ from transformers import Trainer
 
 from sam_kernels._validate import describe
 from sam_kernels.integrations._found import find_sam
+from sam_kernels.integrations.accelerate import check_plugins
 from sam_kernels.optim.rwsam import RWSAM
 from sam_kernels.optim.sam import SAM
 
@@ -53,14 +54,7 @@ class SAMMixin:
 
     def _check_plugins(self) -> None:
         trainer: Any = self
-        if getattr(trainer, "is_deepspeed_enabled", False):
-            raise ValueError(
-                "SAMTrainer: DeepSpeed updates its own copies of the weights, so that SAM would perturb what nobody trains; use DDP "
-                "(torchrun), or FSDP version 2: fsdp_config={'fsdp_version': 2}"
-            )
-        plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-        if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
-            raise ValueError("SAMTrainer: FSDP version 1 flattens parameters, which SAM refuses; write fsdp_config={'fsdp_version': 2}")
+        check_plugins(trainer.accelerator, "SAMTrainer")
         if self._ascent == "batch" and trainer.args.world_size > 1:
             raise ValueError(
                 "SAMTrainer: ascent='batch' accumulates the first gradients of all micro-batches on one process; leave it out (m-SAM over "
@@ -96,7 +90,7 @@ class SAMMixin:
         sam, scaler = find_sam(this.optimizer), this.accelerator.scaler
         if sam is None:
             raise RuntimeError(
-                f"SAMTrainer: the optimizer is {describe(this.optimizer)}; give SAM's options, {type(self).__name__}(..., sam=dict(rho=0.05)), "
+                f"SAMTrainer: the optimizer is {describe(this.optimizer)}; give options, {type(self).__name__}(..., sam=dict(rho=0.05)), "
                 "or optimizers=(SAM(model.parameters(), torch.optim.AdamW, lr=...), None)"
             )
         if isinstance(sam, RWSAM):
@@ -139,14 +133,16 @@ class SAMMixin:
         labels = inputs["labels"]
         logits: Tensor = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
         if labels.dim() == 1 and logits.dim() == 2:
-            return F.cross_entropy(logits, labels, reduction="none")
+            losses: Tensor = F.cross_entropy(logits, labels, reduction="none")
+            return losses
         inner = getattr(model, "module", model)
         get_base: Any = getattr(inner, "get_base_model", None)  # peft's
         name = type(inner if get_base is None else get_base()).__name__
         if labels.dim() == 2 and logits.dim() == 3 and ("CausalLM" in name or "LMHead" in name):
             labels = labels[:, 1:]
             losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels, reduction="none", ignore_index=-100)
-            return losses.sum(1) / (labels != -100).sum(1).clamp(min=1)
+            means: Tensor = losses.sum(1) / (labels != -100).sum(1).clamp(min=1)
+            return means
         raise NotImplementedError(
             f"SAMTrainer: the samples' losses of {name} are not known here; override it:\n"
             "    def compute_sample_losses(self, model, inputs):\n"
