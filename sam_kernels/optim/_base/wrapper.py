@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from sam_kernels.optim._base import checkpoint
 from sam_kernels.optim._base.distributed_checkpoint import check_given, check_is_whole, completed, is_torch_loading
 from sam_kernels.optim._base.identity import IdentityCheck
+from sam_kernels.optim._base.names import Names, beta_key
 from sam_kernels.optim._base.options import check_group_names, check_keywords, group_keys
 from sam_kernels.optim._engine import capturable
 from sam_kernels.optim._engine.lists import same_tensors
@@ -56,6 +57,7 @@ class Wrapper(Optimizer):
         "_name_keys",
     )  # in copies
 
+    _weighted: str = ""  # name of the optimizer in checkpoints, where it weights samples
     _given: frozenset[str] = frozenset()  # keywords of the constructor
     _is_loading: bool = False  # a checkpoint that has been checked
 
@@ -228,7 +230,7 @@ class Wrapper(Optimizer):
         check_is_whole(state_dict)
         shards = self._identity.shards
         with shards.all_or_none(self._devices()):
-            state_dict = completed(state_dict, self._names, self._memory.all_names)
+            state_dict = completed(state_dict, self._names, self._memory.all_names, is_part=self._is_part)
             state_dict = self._names.removed(state_dict, self._keys["sam_step"])
             if shards:  # torch would say so on the rank that sees it
                 checkpoint.check_sizes(state_dict, self.param_groups)
@@ -236,10 +238,16 @@ class Wrapper(Optimizer):
             self._memory.warn_of_masters(state_dict, self._all_params())
             state_dict, memory = self._memory.taken_out(state_dict, self._all_params())
             if len(state_dict["param_groups"]) == len(self.param_groups):  # otherwise torch says what is wrong
+                checkpoint.warn_of_functions(state_dict, self.param_groups, self._keys)
                 state_dict = checkpoint.with_group_values(state_dict, self.param_groups, self._keys)
                 for group in state_dict["param_groups"]:
                     check_options(group, self._keys, capturable=self.capturable)
         return state_dict, memory
+
+    @property
+    def _is_part(self) -> bool:
+        """Whether ranks of ``process_group=`` have the rest of the model."""
+        return self.process_group is not None
 
     # --- copies ---
 
@@ -309,7 +317,7 @@ class Wrapper(Optimizer):
         if self._is_loading or "param_groups" not in state_dict:
             return None
         self._loads = self._checked_checkpoint(state_dict)
-        return completed(state_dict, self._names, self._memory.all_names)
+        return completed(state_dict, self._names, self._memory.all_names, is_part=self._is_part)
 
     def _after_base_loaded(self) -> None:
         loaded, self._loads = self._loads, None
@@ -329,8 +337,10 @@ class Wrapper(Optimizer):
         return self.direction if self.direction.rewrites else self.descent if self.descent.rewrites else None
 
     @property
-    def _names(self) -> checkpoint.Names:
-        return checkpoint.Names(self.direction.name, self.descent.name, type(self.base_optimizer).__name__, self._name_keys)
+    def _names(self) -> Names:
+        base = self.base_optimizer
+        beta = self._keys["beta"] if self._weighted else beta_key(base, base.param_groups)
+        return Names(self.direction.name, self.descent.name, type(base).__name__, self._name_keys, self._weighted, beta)
 
     def _require_unperturbed(self, what: str) -> None:
         if self._passes.is_perturbed:
