@@ -110,7 +110,7 @@ class SAMMixin:
         this: Any = self
         model.train()
         inputs = this._prepare_inputs(inputs)
-        steps = this.args.gradient_accumulation_steps
+        steps: int = this.args.gradient_accumulation_steps
 
         def closure() -> Tensor:
             with this.compute_loss_context_manager():
@@ -123,7 +123,8 @@ class SAMMixin:
             return losses / steps
 
         mean: Tensor = sam.backward(closure, grad_scaler=this.accelerator.scaler)
-        return mean.detach()
+        detached: Tensor = mean.detach()
+        return detached
 
     def compute_sample_losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:  # (B,)
         """The loss of every sample, for RW-SAM: cross-entropy of a classifier, or of a causal language model, averaged over its tokens.
