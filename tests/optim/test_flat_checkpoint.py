@@ -223,3 +223,16 @@ def test_a_checkpoint_without_marks_is_one_of_the_usual_names() -> None:
         for group in saved["param_groups"]:
             assert group.pop(next(key for key in group if key.startswith("sam_saved_by:"))) is True
         optimizer.load_state_dict(saved)
+
+
+@FORMS
+def test_a_base_that_has_state_from_the_start_is_asked_for_averages_too(options: StateDictOptions) -> None:
+    """Torch then makes no step in which the others' state is made."""
+    model = make_model()
+    optimizer = sam_kernels.VaSSO(model.parameters(), torch.optim.Adagrad, rho=0.1, lr=0.1)
+    before = get_optimizer_state_dict(model, optimizer, options=options)
+    run(optimizer, model, 1)
+    after = get_optimizer_state_dict(model, optimizer, options=options)
+    states = (before, after) if options.flatten_optimizer_state_dict else (before["state"]["0.weight"], after["state"]["0.weight"])
+    assert states[0].keys() == states[1].keys()
+    assert any("direction_average" in key for key in states[0])

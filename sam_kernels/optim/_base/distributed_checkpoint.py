@@ -45,15 +45,19 @@ def check_is_whole(state_dict: StateDict) -> None:
         )
 
 
-def check_given(names: Names, base: Optimizer, kept: Collection[str], step_key: str) -> None:
+def check_given(names: Names, base: Optimizer, kept: Collection[str], step_key: str) -> tuple[frozenset[tuple[int, str]], Names]:
     """Checks a checkpoint of whole tensors, before torch writes it into live state: with ``full_state_dict=True`` torch asks for the state
     first, and then copies what rank 0 sends into its tensors.
 
     With ``broadcast_from_rank0=True`` rank 0 checks, and all ranks raise what it raises. Raises: ValueError, as ``SAM.load_state_dict``.
+
+    Returns which of ``kept`` it has not, with the number of the parameter: torch would take the live tensor for what was loaded. And the
+    names with the mark that it has: without ``broadcast_from_rank0=True`` torch has a KeyError for one that the live groups have not.
     """
     arguments = _arguments_of_torch()
     info, given = arguments.get("info"), arguments.get("state_dict")
     error: ValueError | None = None
+    lacking: frozenset[tuple[int, str]] = frozenset()
     try:
         if isinstance(given, Mapping) and "state" in given:
             _check_no_more(_names_of_groups(given), arguments)
@@ -63,15 +67,20 @@ def check_given(names: Names, base: Optimizer, kept: Collection[str], step_key: 
                 if not set(own).isdisjoint(group.get("params", ())):
                     names.remove(group, is_ours=step_key in group)
             check_tensors({"state": given["state"], "param_groups": [{"params": own}]}, base, kept, are_whole=True)
+            names = names.marked_as(given["param_groups"])
+            entries = [given["state"].get(name, {}) for name in own]
+            lacking = frozenset((i, key) for i, entry in enumerate(entries) for key in kept if key not in entry)
     except ValueError as refused:
         error = refused
     if getattr(info, "broadcast_from_rank0", False):
-        words = [None if error is None else str(error)]
-        distributed.broadcast_object_list(words, src=0)
-        if words[0] is not None:
-            raise ValueError(words[0])
+        found: list[Any] = [None if error is None else str(error), lacking, names]
+        distributed.broadcast_object_list(found, src=0)
+        words, lacking, names = found
+        if words is not None:
+            raise ValueError(words)
     elif error is not None:
         raise error
+    return lacking, names
 
 
 def _name(param: Tensor, info: Any, given: Mapping[str, Any]) -> Any:

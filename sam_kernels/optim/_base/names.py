@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.optim import Optimizer
@@ -14,6 +14,7 @@ __all__ = ["Names", "beta_key"]
 
 _DEFAULTS = {"direction": "gradient", "descent": "plain"}
 _MARK = "sam_saved_by:"
+_MASTERS = "/master_weights"  # at the end of a mark
 
 
 def beta_key(base: Optimizer, groups: Sequence[ParamGroup]) -> str | None:
@@ -34,6 +35,8 @@ class Names:
         weighted: name of the optimizer, where that is one that weights samples ("RWSAM"); empty otherwise. Checkpoints of before have a
             mark without it, and are told apart by β.
         beta: where β lies in a group of such an optimizer; None where that cannot be told from an option of somebody else.
+        has_masters: the mark says so, since ``torch.distributed.checkpoint.load`` would leave masters out without a word; :meth:`remove`
+            takes either.
     """
 
     direction: str
@@ -42,15 +45,25 @@ class Names:
     keys: Mapping[str, str]
     weighted: str
     beta: str | None
+    has_masters: bool
 
     @property
     def mark(self) -> str:
         """The key by which a checkpoint of this optimizer is recognised."""
+        return f"{self._mark_without_masters}{_MASTERS if self.has_masters else ''}"
+
+    @property
+    def _mark_without_masters(self) -> str:
         return f"{self._mark_of_before}/{self.weighted}" if self.weighted else self._mark_of_before
 
     @property
     def _mark_of_before(self) -> str:
         return f"{_MARK}{self.direction}/{self.descent}/{self.base}"
+
+    def marked_as(self, groups: Sequence[ParamGroup]) -> Names:
+        """These names, with masters where the marks in ``groups`` have them."""
+        marks = [key for group in groups for key in group if isinstance(key, str) and key.startswith(_MARK)]
+        return replace(self, has_masters=any(mark.endswith(_MASTERS) for mark in marks)) if marks else self
 
     def is_own(self, key: str) -> bool:
         """Whether ``key`` of a saved group is a name, a mark or a β, of whatever optimizer."""
@@ -87,7 +100,7 @@ class Names:
         if is_ours or marks:
             self._check_beta(group)
         for mark in marks:
-            if mark not in (self.mark, self._mark_of_before):
+            if mark.removesuffix(_MASTERS) not in (self._mark_without_masters, self._mark_of_before):
                 raise ValueError(
                     f"SAM: the checkpoint is of {mark.removeprefix(_MARK)} (direction/descent rule/base optimizer), this optimizer is "
                     f"{self.mark.removeprefix(_MARK)}; to load the values that both have, take {mark!r} out of its param_groups"

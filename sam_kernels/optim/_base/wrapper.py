@@ -165,6 +165,8 @@ class Wrapper(Optimizer):
             self._identity.shards.check_capturable(self.capturable)
             self.direction.check_shards(groups)
             self._memory.adopt(self.state)
+            if self._passes.masters is not None:
+                self._passes.masters.widen_state(param for group in groups for param in group["params"])
         self._groups = list(groups)
 
     # --- checkpoints ---
@@ -177,12 +179,14 @@ class Wrapper(Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         groups = self.param_groups
+        lacking, names = frozenset[tuple[int, str]](), self._names
         if is_torch_loading():
             with self._identity.shards.all_or_none(self._devices()):
-                check_given(self._names, self.base_optimizer, self._memory.all_names, self._keys["sam_step"])
+                lacking, names = check_given(names, self.base_optimizer, self._memory.all_names, self._keys["sam_step"])
         state_dict: StateDict = checkpoint.with_base(self.base_optimizer.state_dict(), groups, self._keys)
-        state_dict = self._memory.saved(state_dict, self._all_params(), blanks=self._has_stepped)
-        state_dict = self._names.added(checkpoint.with_plain_values(state_dict))
+        blanks = self._has_stepped or len(self.state) > 0  # a base may make its state when it is constructed
+        state_dict = self._memory.saved(state_dict, self._all_params(), blanks=blanks, without=lacking)
+        state_dict = names.added(checkpoint.with_plain_values(state_dict))
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -340,7 +344,9 @@ class Wrapper(Optimizer):
     def _names(self) -> Names:
         base = self.base_optimizer
         beta = self._keys["beta"] if self._weighted else beta_key(base, base.param_groups)
-        return Names(self.direction.name, self.descent.name, type(base).__name__, self._name_keys, self._weighted, beta)
+        return Names(
+            self.direction.name, self.descent.name, type(base).__name__, self._name_keys, self._weighted, beta, self._memory.has_masters
+        )
 
     def _require_unperturbed(self, what: str) -> None:
         if self._passes.is_perturbed:
