@@ -26,7 +26,7 @@ RUN_SANITIZED = LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${C
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-full mutants oldest-triton interpreted on-host lint format sanitize bench gpu wheel clean distclean
+.PHONY: help install demo test test-full test-frameworks mutants oldest-triton interpreted on-host lint format sanitize bench gpu wheel clean distclean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -43,6 +43,9 @@ test: lint $(OLDEST)/.installed  ## lint, then every test, with every pair of pa
 
 test-full:  ## the same with the full products of parameters, and all specialisations of the Triton kernels
 	$(MAKE) test FULL=--full ARGS="--full $(ARGS)"
+
+test-frameworks: $(VENV)/.installed-frameworks  ## models and trainers of transformers, accelerate, timm and peft; installs these first
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/frameworks $(ARGS)
 
 mutants: install  ## plant faults in the package, one at a time, and report which test finds each; an hour or more
 	$(BIN)/python -m tests.mutants $(ARGS)
@@ -107,6 +110,10 @@ $(VENV)/.installed-demo: pyproject.toml constraints.txt $(BUILD) $(VENV)/.build-
 $(VENV)/.installed-test: pyproject.toml constraints.txt $(BUILD) $(VENV)/.build-tools
 	$(WITH_HOST_KERNELS) $(PIP) --no-build-isolation --editable '.[train,bench,test,lint]'
 	@touch $@ $(VENV)/.installed-demo
+
+$(VENV)/.installed-frameworks: $(VENV)/.installed-test $(VENV)/.native tests/frameworks/constraints.txt
+	$(PIP) --constraint tests/frameworks/constraints.txt 'transformers' 'accelerate' 'timm' 'peft'
+	@touch $@
 
 $(OLDEST)/.installed: | $(VENV)/.build-tools
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target $(OLDEST) \

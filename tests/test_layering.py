@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Layer -> what its modules may import from inside the package. "own" is the same layer; backends and their kind are told apart below.
-USERS = ("optim", "monitors", "per_sample", "sampling", "theory", "schedules", "integrations")
+USERS = ("optim", "monitors", "per_sample", "sampling", "theory", "schedules")
 BOTTOM = ("_backend", "_flags", "_memory_of", "_reading", "_sharding", "_tensor_list", "_unfold", "operations")
 COMPILED = ("_cpu", "_cuda", "_cuda_on_host")
 CORE = ("_dispatch", "_grouping", "_validate")
@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "functional": {"own", "core", "bottom"},
     "users": {"own", "functional", "core", "bottom"},
     "package": {"users", "functional", "core", "bottom"},
+    "integrations": {"own", "users", "core", "bottom"},  # imported on request alone
     "reference": {"own"},
     "validation": {"own", "functional", "reference", "core", "bottom", "backends"},
     "cli": {"own", "validation", "package", "core", "compiled"},
@@ -37,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
 # What may be imported from outside the standard library. cli prints and trains; everything else is a library over torch.
 THIRD_PARTY: dict[str, set[str]] = {layer: {"torch"} for layer in ALLOWED} | {
     "backends": {"torch", "triton"},
+    "integrations": {"torch", "transformers", "accelerate"},
     "cli": {"torch", "click", "rich", "numpy", "mlxtend", "sklearn", "matplotlib", "triton"},
     "main": set(),
 }
@@ -74,7 +76,7 @@ def layer_of(module: str) -> str:
         return fixed[head]
     if head in USERS:
         return "users"
-    if head in ("backends", "functional", "reference", "validation", "cli"):
+    if head in ("backends", "functional", "reference", "validation", "cli", "integrations"):
         return head
     return "core" if head.startswith("_") else f"unknown ({module}: give it a layer in tests/test_layering.py)"
 

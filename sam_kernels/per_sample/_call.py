@@ -106,10 +106,34 @@ class Call:
         """Whether the backward pass may call the module once more, to have its inputs."""
         return self._saved.is_recomputed
 
+    @property
+    def cannot_wait(self) -> bool:
+        """Whether the gradient must be used as soon as it is there: what it is multiplied by is gone later."""
+        return self.is_recomputed
+
+    def lacks_batch(self, batch: int, *, is_ambiguous: bool) -> bool:
+        """Whether the one output has no batch: positions of shape (1, T), a table of biases.
+
+        ``is_ambiguous``: there are as many positions as samples, so that rows of an embedding may be either.
+        """
+        if self.merged is not None or not self._is_one or self.batch_dim != 0 or not self.reads_once or not self._shapes:
+            return False
+        shape = self._shapes[0]
+        return len(shape) == 0 or shape[0] != batch or (is_ambiguous and len(shape) == 2 and isinstance(self.module, nn.Embedding))
+
+    def has_positions(self, count: int) -> bool:
+        """Whether an output has so many positions behind its first dimension."""
+        return any(count in shape[1:-1] for shape in self._shapes)
+
     def expect(self, reached: Collection[Any]) -> bool:
         """Return whether the losses depend on an output of the call. ``reached``: the nodes that the losses depend on."""
         self._awaited = sum(node in reached for node in self.nodes)
         return self._awaited > 0
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """The same for the call that another forward pass makes in the same place."""
+        return self.name, type(self.module), *self._shapes
 
     @property
     def was_training(self) -> bool:
@@ -173,11 +197,17 @@ class Call:
                 raise ValueError(f"GradNorms: {self.name} was called with a batch of {self.merged}, but there are {batch} losses")
             if tensor.dim() > self.batch_dim and tensor.shape[self.batch_dim] == batch:
                 continue
-            raise ValueError(
-                f"GradNorms: the output of {self.name} has shape {tuple(tensor.shape)}: dimension {self.batch_dim} is not the batch of "
-                f"{batch} losses. A layer whose output all samples share (positions, say) needs its input expanded to the batch; "
-                "GradNorms(batch_first=False) is for models whose batch is in dimension 1"
-            )
+            raise self._no_batch(tensor.shape, batch, "")
+
+    def no_batch(self, batch: int, why: str) -> ValueError:
+        """The error for a call whose one output has no batch. ``why`` the graph shows none either."""
+        return self._no_batch(self._shapes[0], batch, f" (looked for where it meets the batch: {why})")
+
+    def _no_batch(self, shape: torch.Size, batch: int, more: str) -> ValueError:
+        return ValueError(
+            f"GradNorms: the output of {self.name} has shape {tuple(shape)}: dimension {self.batch_dim} is not the batch of {batch} "
+            f"losses{more}. GradNorms(batch_first=False) is for models whose batch is in dimension 1"
+        )
 
     def _batch_first(self, tensor: Tensor, batch: int) -> Tensor:
         if self.merged is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sam_kernels._validate import describe
 from sam_kernels.per_sample._call import Call
 from sam_kernels.per_sample._combine import combined, disjoint
+from sam_kernels.per_sample._dots import dots_of
 from sam_kernels.per_sample._terms import Convolution, Dense, Form, Outer, Place, Rows, Shift, Term, shape_of
 
 __all__ = ["Gathered"]
@@ -87,6 +88,18 @@ class Gathered:
                 total += square_norms.to(self.device)
         return total
 
+    def dots(self, vectors: Mapping[int, Tensor]) -> Tensor:  # (M,) float64
+        """Return the inner products of the groups' gradients with ``vectors``, by the ids of the parameters. The terms stay."""
+        total = torch.zeros(self.m, dtype=torch.float64, device=self.device)
+        terms: list[tuple[nn.Parameter, Place | None, Term]] = list(self._kept)
+        for weight, bias, outer in self._pairs:
+            terms += [(weight, None, outer), (bias, None, Shift(outer.left))]
+        for param, place, term in terms:
+            vector = vectors.get(id(param))
+            if vector is not None:
+                total += dots_of(term, vector if place is None else vector[slice(*place)], self.m).to(self.device)
+        return total
+
     def add_weighted_grads(self, weights: Tensor | None) -> None:  # (M,), None: 1 everywhere
         """Add the weighted gradient of every parameter to its ``.grad``, and free the terms."""
         while self._pairs:
@@ -132,7 +145,7 @@ class Gathered:
     def _close(self, param: nn.Parameter) -> None:
         """Add the squared norms of a parameter whose calls have all been added."""
         by_place: dict[Place | None, list[Form | Shift]] = {}
-        for place, term in disjoint(self._terms.pop(id(param), []), len(param)):
+        for place, term in disjoint(self._terms.pop(id(param), []), len(param) if param.dim() else 1):
             by_place.setdefault(place, []).append(term)
         square_norms = self._square_norms_on(param.device)
         for place, terms in by_place.items():

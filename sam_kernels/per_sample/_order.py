@@ -15,6 +15,7 @@ from torch.autograd.graph import GradientEdge
 
 from sam_kernels.per_sample._call import Call
 from sam_kernels.per_sample._graph import REORDERING, Graph, edges_of, nodes_of
+from sam_kernels.per_sample._graph_reads import Read
 
 __all__ = ["check_order"]
 
@@ -64,6 +65,30 @@ def check_order(
             "so that it cannot be told whether they come back: put the model into evaluation mode, or leave the order as it is"
         )
     _probe(losses, calls, recorded, doubtful)
+
+
+def check_rows(
+    losses: Tensor,
+    calls: Sequence[Call],
+    *,
+    mixes: str | None,  # a layer that takes statistics from the batch
+) -> None:
+    """Raise ValueError unless row i of dimension 0 of what the calls make belongs to ``losses[i]``.
+
+    For calls of which shapes alone tell which dimension is the batch. Costs a backward pass, and one for every three bits of a sample's
+    number.
+    """
+    if losses.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    if mixes is None:
+        _probe(losses, calls, {node for call in calls for node in call.nodes if node is not None}, [])
+        return
+    for read in calls:
+        if isinstance(read, Read) and read.is_merged:
+            raise ValueError(
+                f"GradNorms: {read.name} meets the batch in one dimension with something else, and {mixes} takes its statistics "
+                "from the batch, so that it cannot be told whether rows belong to their samples: put the model into evaluation mode"
+            )
 
 
 def _tail(root: Any, recorded: Collection[Any]) -> tuple[list[tuple[Any, Any]], set[Any]]:
@@ -195,4 +220,6 @@ def _seeds(losses: Tensor) -> Iterator[Tensor]:  # (B,)
 
 
 def _named(nodes: Sequence[Any]) -> str:
+    if not nodes:
+        return "an operation (or a batch that is not dimension 0)"
     return " and ".join(sorted({type(node).__name__ for node in nodes}))

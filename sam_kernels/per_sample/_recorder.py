@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from sam_kernels.per_sample._aliases import distinct, is_alias_alone
 from sam_kernels.per_sample._attention import LinearCalls, attention_params, rows_of
 from sam_kernels.per_sample._call import Call
 from sam_kernels.per_sample._extents import Extent, extent_of
+from sam_kernels.per_sample._graph_reads import Loose
 from sam_kernels.per_sample._hidden import has_graph, refuse_inside_function
 from sam_kernels.per_sample._reads import now
 from sam_kernels.per_sample._registry import Rule, rule_for
@@ -54,6 +56,7 @@ class Recorder:
 
     def __init__(self, model: nn.Module, *, batch_first: bool, unsupported: str) -> None:
         self.calls: list[Call] = []
+        self.loose: list[Loose] = []  # modules without a rule
         self.model = model
         self._batch_dim = 0 if batch_first else 1
         self._unsupported = unsupported
@@ -72,11 +75,13 @@ class Recorder:
     @property
     def params(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The trainable parameters of the model that was started with, some more than once, with their names."""
-        return ((f"{each.path}{name}", param) for each in self._layers for name, param in each.params.items())
+        layers = ((f"{each.path}{name}", param) for each in self._layers for name, param in each.params.items())
+        return chain(layers, ((f"{each.name}.{name}", param) for each in self.loose for name, param in each.params.items()))
 
     def start(self) -> None:
         """Raises NotImplementedError for a module that owns trainable parameters and has no rule, TypeError for a compiled one."""
         self.whole = WholeParams(self.model)
+        self.loose = []
         self._layers = list(self._watched())
         self.calls = []
         self._listens = self._records = True
@@ -262,12 +267,12 @@ class Recorder:
                 params = {each: param for each, param in params.items() if each in _READ or id(param) not in own}
             yield _Watched(prefix, module, batch_dim, params, rule)
             return
-        if isinstance(module, ParametrizationList):
-            raise _no_rule(name, module, params)
-        if self._unsupported != "vmap":
-            if is_alias_alone(params, self.model, _counts_reads):
-                return
-            raise _no_rule(name, module, params)
+        if self._unsupported != "vmap" or isinstance(module, ParametrizationList):
+            is_alias = is_alias_alone(params, self.model, _counts_reads)
+            if not is_alias:
+                self.whole.refuse(_described(name, module), params.values())
+            self.loose.append(Loose(_described(name, module), module, params, partial(_no_rule, name, module, params), is_alias))
+            return
         params = distinct(params)
         self.whole.refuse(_described(name, module), params.values())
         yield _Watched(prefix, module, batch_dim, params, None, by_vmap=True, extent=extent_of(module, params))
@@ -281,7 +286,7 @@ class Recorder:
                 yield _Watched(f"{name}." if name else "", module, 0, params, None)
             return
         if self._unsupported != "vmap":
-            raise _no_rule(name, module, added)
+            raise _no_rule(name, module, added, "they are added to the keys and values of an attention")
         raise NotImplementedError(f"GradNorms: {_described(name, module)}: add_bias_kv=True is not supported")
 
 
@@ -336,17 +341,17 @@ def _described(name: str, module: nn.Module) -> str:
     return f"{name or 'the model'} ({type(module).__name__})"
 
 
-def _no_rule(name: str, module: nn.Module, params: dict[str, nn.Parameter]) -> NotImplementedError:
+def _no_rule(name: str, module: nn.Module, params: dict[str, nn.Parameter], why: str) -> NotImplementedError:
     kind = type(module).__name__
     if isinstance(module, ParametrizationList):
         return NotImplementedError(
-            f"GradNorms: {_described(name, module)}: parametrized weights (weight_norm, spectral_norm, orthogonal) are not supported; "
-            "freeze them, or make them plain ones with torch.nn.utils.parametrize.remove_parametrizations"
+            f"GradNorms: {_described(name, module)}: this parametrization is not supported ({why}); freeze the weight, or make it a plain "
+            "one with torch.nn.utils.parametrize.remove_parametrizations"
         )
     shapes = ", ".join(f'"{each}": (B, {", ".join(map(str, param.shape))})' for each, param in params.items())
     return NotImplementedError(
-        f"GradNorms: {_described(name, module)} owns trainable parameters and has no rule. Write one with "
-        f"@sam_kernels.per_sample.register_rule({kind}) that returns {{{shapes}}}, the gradients of every sample, from the module's inputs "
-        "and the gradient of its output (where that is not enough, move the parameters into a small module of their own); or freeze them; "
-        'or ask for unsupported="vmap", which runs the module once more for every sample'
+        f"GradNorms: {_described(name, module)} owns trainable parameters and has no rule, and the graph shows no gradients of samples "
+        f"({why}). Write a rule with @sam_kernels.per_sample.register_rule({kind}) that returns {{{shapes}}}, the gradients of every "
+        "sample, from the module's inputs and the gradient of its output (where that is not enough, move the parameters into a small "
+        'module of their own); or freeze them; or ask for unsupported="vmap", which runs the module once more for every sample'
     )

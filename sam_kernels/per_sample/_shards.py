@@ -48,8 +48,9 @@ class WholeParams:
             readers[part] = [*readers.get(part, ()), *(node for whole in wholes for node in readers.get(whole, ()))]
 
     def refuse(self, name: str, params: Iterable[nn.Parameter]) -> None:
-        """Raises NotImplementedError for a DTensor among the parameters of a module that would be run again after its call."""
+        """Raises NotImplementedError for a DTensor among the parameters of a module that has no rule."""
         if any(map(is_dtensor, params)):
             raise NotImplementedError(
-                f"GradNorms: {name} has no rule, and unsupported='vmap' cannot run it again over shards; give it a rule with register_rule"
+                f"GradNorms: {name} has no rule. Over shards its parameters are not looked for in the graph, and unsupported='vmap' cannot "
+                "run it again; give it a rule with register_rule"
             )

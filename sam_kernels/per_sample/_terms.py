@@ -72,7 +72,7 @@ class Outer:
 
     left: Tensor
     right: Tensor
-    _products: Tensor | None = field(default=None, init=False)  # (M, p, d), kept
+    products: Tensor | None = field(default=None, init=False)  # (M, p, d), kept
 
     def __post_init__(self) -> None:
         if self.left.dim() != 3 or self.right.dim() != 3 or self.left.shape[:2] != self.right.shape[:2]:
@@ -90,15 +90,15 @@ class Outer:
         tokens = self.left.shape[0] // m * self.left.shape[1]
         left, right = (each.reshape(m, tokens, each.shape[2]) for each in (self.left, self.right))
         if keep and _worth_keeping(m, left.shape[1], left.shape[2], right.shape[2]):
-            self._products = left.new_empty((m, left.shape[2], right.shape[2]), dtype=arithmetic_dtype((left, right)))
-        linear_square_norms_(square_norms, right, left, self._products, bias=with_shift)
-        if self._products is not None:
-            self.left = self.right = self._products.new_empty(0)  # no longer needed
+            self.products = left.new_empty((m, left.shape[2], right.shape[2]), dtype=arithmetic_dtype((left, right)))
+        linear_square_norms_(square_norms, right, left, self.products, bias=with_shift)
+        if self.products is not None:
+            self.left = self.right = self.products.new_empty(0)  # no longer needed
 
     @property
     def gives_shift(self) -> bool:
         """Whether :meth:`weighted_with_shift` saves a read of left: it is left that is scaled, in no less than 32 bits."""
-        return self._products is None and self.left.shape[2] <= self.right.shape[2] and self.left.element_size() > 2
+        return self.products is None and self.left.shape[2] <= self.right.shape[2] and self.left.element_size() > 2
 
     def weighted_with_shift(self, weights: Tensor | None, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """The weighted sum, and that of the sum over t of left_t, from left as it has just been scaled."""
@@ -107,8 +107,8 @@ class Outer:
         return scaled.weighted(None, shape), shift
 
     def weighted(self, weights: Tensor | None, shape: torch.Size) -> Tensor:
-        if self._products is not None:
-            return _weighted_sum(weights, self._products).view(shape)
+        if self.products is not None:
+            return _weighted_sum(weights, self.products).view(shape)
         left, right = self.left, self.right
         dtype = torch.promote_types(left.dtype, right.dtype)
         weights, top = _relative(weights, dtype)
@@ -169,7 +169,7 @@ class Convolution:
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int = 1
-    _products: Tensor | None = field(default=None, init=False)  # (M, *weight), kept
+    products: Tensor | None = field(default=None, init=False)  # (M, *weight), kept
 
     def sizes(self) -> tuple[int, ...]:
         return (len(self.inputs), self.grad_outputs.shape[1], self.inputs.shape[1] // self.groups, *self.kernel_size)
@@ -182,14 +182,14 @@ class Convolution:
         weight = (g.shape[1], x.shape[1] // self.groups, *self.kernel_size)
         tokens = len(x) // m * math.prod(g.shape[2:])
         if keep and _worth_keeping(m, tokens, weight[0], math.prod(weight[1:]), x.numel() + g.numel()):
-            self._products = g.new_empty((m, *weight), dtype=arithmetic_dtype((x, g)))
-        conv_square_norms_(square_norms, x, g, self._products, **self._options())
-        if self._products is not None:
-            self.inputs = self.grad_outputs = self._products.new_empty(0)  # no longer needed
+            self.products = g.new_empty((m, *weight), dtype=arithmetic_dtype((x, g)))
+        conv_square_norms_(square_norms, x, g, self.products, **self._options())
+        if self.products is not None:
+            self.inputs = self.grad_outputs = self.products.new_empty(0)  # no longer needed
 
     def weighted(self, weights: Tensor | None, shape: torch.Size) -> Tensor:
-        if self._products is not None:
-            return _weighted_sum(weights, self._products).view(shape)
+        if self.products is not None:
+            return _weighted_sum(weights, self.products).view(shape)
         weights, top = _relative(weights, self.grad_outputs.dtype)
         return _times(self._weight_grad(self.inputs, _scaled(self.grad_outputs, weights), shape), top)
 
@@ -268,7 +268,8 @@ def _worth_keeping(m: int, tokens: int, out_features: int, in_features: int, act
 
 
 def _weighted_sum(weights: Tensor | None, grads: Tensor) -> Tensor:  # (M,), (M, ...) -> (elements,)
-    return grads.flatten(1).sum(0) if weights is None else torch.mv(grads.flatten(1).mT, weights.to(grads.dtype))
+    rows = grads.reshape(len(grads), -1)
+    return rows.sum(0) if weights is None else torch.mv(rows.mT, weights.to(grads.dtype))
 
 
 def _relative(weights: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:

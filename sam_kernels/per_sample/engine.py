@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from types import TracebackType
@@ -13,16 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import CheckpointError
 
 from sam_kernels._memory_of import is_fake
 from sam_kernels._sharding import is_dtensor
 from sam_kernels._validate import check_choice, check_count, check_flag, describe
 from sam_kernels.per_sample._aliases import settle
 from sam_kernels.per_sample._call import Call
+from sam_kernels.per_sample._dots import vectors_of
 from sam_kernels.per_sample._gathered import Gathered
-from sam_kernels.per_sample._graph import graph_of
+from sam_kernels.per_sample._graph import Graph, graph_of
+from sam_kernels.per_sample._graph_reads import Read, raise_if_read, reads_in, without_batch
 from sam_kernels.per_sample._hidden import refuse_hidden
-from sam_kernels.per_sample._order import check_order
+from sam_kernels.per_sample._order import check_order, check_rows
 from sam_kernels.per_sample._reads import check_reads
 from sam_kernels.per_sample._recorder import Recorder, refuse_compiled
 
@@ -42,7 +45,8 @@ class GradNorms:
     formed once, by :meth:`weighted_grads_`, or never. Nothing of the model is changed and no hook stays on it. Modules may be shared,
     called several times and nested, parameters tied or frozen, blocks checkpointed (``use_reentrant=False``), the forward pass run under
     autocast. Layers: Linear, Conv and ConvTranspose 1d to 3d, Embedding, EmbeddingBag, LayerNorm, RMSNorm, GroupNorm, InstanceNorm,
-    BatchNorm, PReLU, MultiheadAttention and torch's transformers; others by :func:`register_rule`. Formulas: docs/per_sample.md.
+    BatchNorm, PReLU, MultiheadAttention and torch's transformers; parameters of others are found in autograd's graph, or by
+    :func:`register_rule`. Formulas: docs/per_sample.md.
 
     Where samples depend on each other (BatchNorm in training) the norm is that of the sample's *contribution*: its terms of the sum that is
     the batch's gradient. Contributions add up to that gradient; they are not the gradients of the sample's own loss.
@@ -52,9 +56,10 @@ class GradNorms:
             transformers, which say themselves where it is, and in the order of the losses: :meth:`verify` checks it for a sample.
         micro_batch: m, the number of consecutive samples whose gradients are added up before the norm is taken.
         reduction: of a micro-batch's gradients: ``"sum"`` or ``"mean"``. Also that of its loss in :meth:`weighted_grads_`.
-        unsupported: what happens with a module that owns trainable parameters and has no rule: ``"error"`` when the forward pass begins, or
-            ``"vmap"``: its part is computed by ``torch.func``, slowly, with every sample's gradient in memory. Every tensor it is called
-            with whose dimension 0 is B is then taken for a batch; that this gives the module's output again is checked.
+        unsupported: how the gradients of a module that owns trainable parameters and has no rule are found. ``"error"``: in autograd's
+            graph, which has an error for operations that no rule is known for; ``"vmap"``: its part is computed by ``torch.func``,
+            slowly, with every sample's gradient in memory. Every tensor it is called with whose dimension 0 is B is then taken for a
+            batch; that this gives the module's output again is checked.
         over: parameters that the norms are over; None: all trainable ones of the model. Weighted gradients are of all of them. An
             attribute too, which may be changed between forward passes.
         batch_first: False for a model whose batch is dimension 1, and dimension 0 of outputs of two dimensions (behind a mean over time).
@@ -89,6 +94,7 @@ class GradNorms:
         _require_owned(self.over, model)
         self._recorder = Recorder(model, batch_first=batch_first, unsupported=unsupported)
         self._gathered: Gathered | None = None
+        self._checked: set[Hashable] = set()  # signatures of calls whose rows are known to be the losses'
         self._last: tuple[weakref.ref[Tensor], Tensor, bool] | None = None  # losses, norms, whether checkpoints run again
 
     @property
@@ -141,25 +147,21 @@ class GradNorms:
             raise ValueError("GradNorms: over holds no trainable parameter of the model")
         calls, self._recorder.calls = self._recorder.calls, []
         self._recorder.stop()
-        nodes: dict[Any, list[tuple[Call, int]]] = {}
-        for call in calls:
-            for position, node in enumerate(call.nodes):
-                if node is not None:
-                    nodes.setdefault(node, []).append((call, position))
-        graph = graph_of(losses.grad_fn, nodes)
+        calls, in_graph, nodes, graph = self._with_reads(losses, calls)
         self._recorder.whole.add_readers(graph.readers)
         recomputes = any(call.is_recomputed for call in calls)
         refuse_hidden(losses.grad_fn, [call for call in calls if not call.expect(graph.reached)])
         calls = [call for call in calls if call.is_awaited]  # by the others comes no gradient: they add nothing
         calls = settle(calls, graph.readers)
-        check_reads(self._recorder.params, calls, graph.readers, losses.grad_fn)
+        params = ((name, param) for name, param in self._recorder.params if id(param) not in in_graph)
+        check_reads(params, calls, graph.readers, losses.grad_fn)
         gathered = Gathered(calls, losses.shape[0], losses.shape[0] // self.micro_batch, losses.device, keep=keep, over=self._over)
 
         def pass_by(node: Any, grads: Sequence[Tensor | None] | dict[int, Tensor | None]) -> None:
             for call, position in nodes[node]:
                 # What is kept anyway can wait until the backward pass is over, when nothing else wants the caches that Python runs in. What
                 # a checkpoint has computed again is there now.
-                if call.receive(position, grads[call.output_nrs[position]]) and (call.is_recomputed or not keep):
+                if call.receive(position, grads[call.output_nrs[position]]) and (call.cannot_wait or not keep):
                     gathered.add(call)
 
         ends = set() if backward else graph.ends  # an ordinary backward pass runs through all of them
@@ -170,6 +172,11 @@ class GradNorms:
             again = self._recorder.replaying() if recomputes else nullcontext()
             with again, torch.autocast(losses.device.type, enabled=False):
                 check_order(losses, calls, graph, mixes=_mixing(calls))
+                # Where shapes alone tell which dimension is the batch's.
+                doubtful = calls if any(call.has_positions(len(losses)) for call in calls) else [c for c in calls if isinstance(c, Read)]
+                if not self._checked.issuperset(call.signature for call in doubtful):
+                    check_rows(losses, doubtful, mixes=_mixing(calls))
+                    self._checked.update(call.signature for call in doubtful)
                 handles += [node.register_prehook(partial(pass_by, node)) for node in graph.reached - ends]
                 ones = torch.ones_like(losses)
                 found: tuple[Tensor, ...] = ()
@@ -184,6 +191,9 @@ class GradNorms:
                     for node, grads in grads_of.items():
                         pass_by(node, grads)
                     gathered.finish(calls)
+        except CheckpointError as error:
+            raise_if_read(error, [call for call in calls if isinstance(call, Read)])
+            raise
         finally:
             for handle in handles:
                 handle.remove()
@@ -194,6 +204,25 @@ class GradNorms:
         norms = norms.to(torch.float64 if losses.dtype is torch.float64 else torch.float32)
         self._last = weakref.ref(losses), norms, recomputes
         return norms
+
+    def _with_reads(self, losses: Tensor, calls: list[Call]) -> tuple[list[Call], set[int], dict[Any, list[tuple[Call, int]]], Graph]:
+        """The calls with what is read past them, the ids of the parameters that this was searched for, and the graph."""
+        batch, loose = len(losses), list(self._recorder.loose)
+        is_ambiguous = any(call.has_positions(batch) for call in calls)
+        unbatched = [call for call in calls if call.lacks_batch(batch, is_ambiguous=is_ambiguous)]
+        if unbatched:
+            calls = [call for call in calls if call not in unbatched]
+            loose += [without_batch(call, batch) for call in reversed(unbatched)]
+        nodes = _nodes_of(calls)
+        graph = graph_of(losses.grad_fn, nodes)
+        loose = [each for each in loose if each.is_read(calls, graph.readers)]
+        in_graph = {id(param) for each in loose for param in each.params.values()}
+        if loose:
+            calls = _without(calls, in_graph)
+            calls += reads_in(losses.grad_fn, loose, batch, graph.leads)
+            nodes = _nodes_of(calls)
+            graph = graph_of(losses.grad_fn, nodes)
+        return calls, in_graph, nodes, graph
 
     def verify(
         self,
@@ -264,6 +293,29 @@ class GradNorms:
         with torch.autocast(device.type, enabled=False):
             gathered.add_weighted_grads(weights)
 
+    @torch.no_grad()
+    def dots(self, vectors: Sequence[Tensor] | Mapping[str, Tensor]) -> Tensor:  # (B / m,)
+        """Return ⟨∇f_i, v⟩ for every sample (or micro-batch) i, from the tensors that the norms were made of.
+
+        What data selection asks for (In-Run Data Shapley, arXiv 2406.11011; GREATS, NeurIPS 2024): with v the gradient of validation data,
+        how much a step along a sample's gradient would lower their loss.
+
+        Args:
+            vectors: v, a tensor for each trainable parameter, of its shape: a list in the order of ``model.named_parameters()``, or a
+                dictionary by those names, in which parameters may be missing: they count as zero.
+
+        Call it after the engine, with ``keep=True``, and before :meth:`weighted_grads_`; as often as wanted. Costs about a forward pass,
+        and no backward pass. Returns float32, float64 for float64 losses.
+
+        Raises RuntimeError where nothing is kept; TypeError or ValueError for vectors that do not fit the parameters.
+        """
+        if self._gathered is None or self._last is None:
+            raise RuntimeError("GradNorms.dots: call the engine with losses first, with keep=True, and dots before weighted_grads_")
+        found = self._gathered.dots(vectors_of(vectors, self._recorder.model))
+        if self.reduction == "mean" and self.micro_batch > 1:
+            found /= self.micro_batch
+        return found.to(self._last[1].dtype)
+
     def weighted_backward(
         self,
         losses: Tensor,  # (B,)
@@ -297,7 +349,7 @@ class GradNorms:
             raise ValueError(f"GradNorms: {len(losses)} losses cannot be cut into micro-batches of {self.micro_batch}")
         if losses.grad_fn is None:
             raise RuntimeError("GradNorms: losses have no graph: they were detached, or computed under torch.no_grad")
-        if not self._recorder.calls:
+        if not self._recorder.calls and not self._recorder.loose:
             raise RuntimeError(
                 "GradNorms: no call of a layer with trainable parameters was seen: run the forward pass inside `with engine:`, "
                 "once for each call of the engine"
@@ -320,9 +372,29 @@ def _check_weights(method: str, weights: object, m: int) -> None:
         raise ValueError(f"GradNorms.{method}: weights must have shape ({m},), got {tuple(weights.shape)}")
 
 
+def _without(calls: Sequence[Call], in_graph: Collection[int]) -> list[Call]:
+    """The calls without parameters whose reads are all found in the graph: the tied weight of a module without a rule."""
+    for call in calls if in_graph else ():
+        if any(id(param) in in_graph for param in call.params.values()):
+            call.params = {name: param for name, param in call.params.items() if id(param) not in in_graph}
+    return [call for call in calls if call.params]
+
+
+def _nodes_of(calls: Sequence[Call]) -> dict[Any, list[tuple[Call, int]]]:
+    """By node, the calls whose outputs it makes, and which of them."""
+    nodes: dict[Any, list[tuple[Call, int]]] = {}
+    for call in calls:
+        for position, node in enumerate(call.nodes):
+            if node is not None:
+                nodes.setdefault(node, []).append((call, position))
+    return nodes
+
+
 def _mixing(calls: Sequence[Call]) -> str | None:
     """A layer that makes samples depend on each other."""
     for call in calls:
+        if isinstance(call, Read) and call.takes_statistics:
+            return call.name
         if isinstance(call.module, _BatchNorm) and (call.was_training or call.module.running_mean is None):
             return call.name
     return None

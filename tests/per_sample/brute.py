@@ -25,11 +25,16 @@ def _grads(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 def group_norms(model: nn.Module, losses: Tensor, micro_batch: int = 1, reduction: str = "sum") -> Tensor:
     """(B / m,) float64."""
-    norms = []
-    for group in losses.split(micro_batch):
-        grads = _grads(model, group.sum() if reduction == "sum" else group.mean())
-        norms.append(torch.stack([g.double().square().sum() for g in grads.values()]).sum().sqrt())
-    return torch.stack(norms)
+    return torch.stack([_dot(grads, grads).sqrt() for grads in _group_grads(model, losses, micro_batch, reduction)])
+
+
+def _group_grads(model: nn.Module, losses: Tensor, micro_batch: int, reduction: str) -> list[dict[str, Tensor]]:
+    groups = losses.split(micro_batch)
+    return [_grads(model, group.sum() if reduction == "sum" else group.mean()) for group in groups]
+
+
+def _dot(left: dict[str, Tensor], right: dict[str, Tensor]) -> Tensor:
+    return torch.stack([(left[name].double() * right[name].double()).sum() for name in left]).sum()
 
 
 def weighted(model: nn.Module, losses: Tensor, weights: Tensor, micro_batch: int = 1, reduction: str = "sum") -> dict[str, Tensor]:
@@ -55,7 +60,8 @@ def assert_close(actual: Tensor, expected: Tensor, relative: float, what: str = 
 
 
 def assert_right(model: nn.Module, forward: Callable[[], Tensor], *, relative: float = 1e-10, again: bool = False, **options: Any) -> None:
-    """Norms, then gradients for random weights and for ones, against autograd. A weight of zero is among them.
+    """Norms, inner products with a random vector, then gradients for random weights and for ones, against autograd. A weight of zero is
+    among them.
 
     ``again``: autograd has a pass of its own, with the same random numbers, as it must where the engine's was through checkpoints.
     """
@@ -66,7 +72,12 @@ def assert_right(model: nn.Module, forward: Callable[[], Tensor], *, relative: f
         if again:
             torch.set_rng_state(state)
             losses = forward()
-        assert_close(norms, group_norms(model, losses, m, reduction), relative)
+        grads = _group_grads(model, losses, m, reduction)
+        assert_close(norms, torch.stack([_dot(each, each).sqrt() for each in grads]), relative)
+        vectors = {name: torch.randn_like(param) for name, param in trainable(model).items()}
+        length = _dot(vectors, vectors).sqrt()
+        dots = engine.dots(vectors) if ones else engine.dots(list(vectors.values()))
+        assert_close(dots, torch.stack([_dot(each, vectors) for each in grads]), relative, "dots", norms.max() * length)
         weights = torch.ones_like(norms) if ones else torch.rand_like(norms)
         if not ones:
             weights[0] = 0.0
