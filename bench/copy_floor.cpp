@@ -193,8 +193,8 @@ extern "C" int mix_pass(float* const* lists, int reads, int updates, int writes,
   return 0;
 }
 
-// One pass over lists = {narrow reads..., wide reads..., wide updates..., a narrow write}: n floats in each narrow list, 2 n in each wide one,
-// 4 n (narrow + 2 wide + 4 updates + 1) bytes. Returns 0, or 1 for a mix that is not here.
+// One pass over lists = {narrow reads..., wide reads..., wide updates..., a narrow write}: n floats in each narrow list, 2 n in each wide
+// one, 4 n (narrow + 2 wide + 4 updates + 1) bytes. Returns 0, or 1 for a mix that is not here.
 extern "C" int widths_pass(float* const* lists, int narrow, int wide, int updates, int64_t n, int threads, int flags) {
   switch (100 * narrow + 10 * wide + updates) {
     case 10: widths<0, 1, 0>(lists, n, threads, flags); break;
