@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sam_kernels import SAM
+from sam_kernels.optim._engine import masters
 from tests.helpers.compare import assert_same_bits
 
 SIZES = (5, 1030, 300)
@@ -99,3 +100,26 @@ def test_a_step_without_an_ascent_goes_to_the_masters(base: type[torch.optim.Opt
             optimizer.step()
     assert params[0].max() < 1.0
     assert_same_bits("params", params, [param.to(torch.bfloat16) for param in expected])
+
+
+@pytest.mark.parametrize("at_once", [64, 2**20])
+def test_masters_follow_what_is_written_in_any_slice(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masters, "_AT_ONCE", at_once)
+    params = [nn.Parameter(torch.full(shape, 1.01, dtype=torch.bfloat16)) for shape in ((5, 100), (0, 3), ())]
+    optimizer = SAM(params, torch.optim.SGD, lr=1e-4, rho=0.0, master_weights=True)
+
+    def step() -> None:
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+
+    step()
+    before = [master.clone() for master in masters_of(optimizer)]
+    with torch.no_grad():
+        params[0][1, 2] = params[0][4, 99] = 2.0
+        params[2].fill_(3.0)
+    with pytest.warns(UserWarning, match="2 of 3 parameters of a group were written"):
+        step()
+    expected = before[0].clone()
+    expected[1, 2] = expected[4, 99] = 2.0
+    assert_same_bits("masters", masters_of(optimizer), [expected - 1e-4, before[1], torch.tensor(3.0) - 1e-4])

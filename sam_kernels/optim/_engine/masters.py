@@ -21,6 +21,7 @@ from sam_kernels.optim._types import ParamGroup, ParamState
 __all__ = ["Masters", "check_masters", "is_narrow", "warn_of_no_masters"]
 
 _LOOKS_EVERY = 256  # steps
+_AT_ONCE = 2**20  # elements that are compared at a time
 
 
 def is_narrow(param: Tensor) -> bool:
@@ -97,11 +98,20 @@ def _warn_of_writes(which: str, *, is_unseen: bool) -> None:
 
 
 def _follow(param: Tensor, master: Tensor) -> bool:
-    """Makes one master follow its parameter. Returns whether anything was changed."""
-    is_other = torch.empty_like(param).copy_(master).view(torch.int16) != param.detach().view(torch.int16)
+    """Makes one master follow its parameter. Returns whether anything was changed. A slice at a time: the comparison needs memory."""
+    param = param.detach()
+    if param.dim() == 0:
+        param, master = param.unsqueeze(0), master.unsqueeze(0)
+    rows = max(1, _AT_ONCE * len(param) // max(1, param.numel()))
+    # Not any(): every slice is looked at.
+    return sum(_follow_slice(*pair) for pair in zip(torch.split(param, rows), torch.split(master, rows), strict=True)) > 0
+
+
+def _follow_slice(param: Tensor, master: Tensor) -> bool:
+    is_other = torch.empty_like(param).copy_(master).view(torch.int16) != param.view(torch.int16)
     if not bool(is_other.any()):
         return False
-    master.copy_(torch.where(is_other, param.detach().to(torch.float32), master))
+    master.copy_(torch.where(is_other, param.to(torch.float32), master))
     return True
 
 
