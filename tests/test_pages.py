@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
         "README.md",
         "docs/guides/distributed.md",
         "docs/family.md",
+        "docs/master_weights.md",
         "docs/migrating.md",
         "docs/per_sample.md",
         "docs/rw_sam.md",
