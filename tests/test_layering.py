@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Layer -> what its modules may import from inside the package. "own" is the same layer; backends and their kind are told apart below.
 USERS = ("optim", "monitors", "per_sample", "sampling", "theory", "schedules", "integrations")
-BOTTOM = ("_backend", "_flags", "_memory_of", "_sharding", "_tensor_list", "_unfold", "operations")
+BOTTOM = ("_backend", "_flags", "_memory_of", "_reading", "_sharding", "_tensor_list", "_unfold", "operations")
 COMPILED = ("_cpu", "_cuda", "_cuda_on_host")
 CORE = ("_dispatch", "_grouping", "_validate")
 ALLOWED: dict[str, set[str]] = {

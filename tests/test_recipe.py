@@ -18,11 +18,11 @@ pytest.importorskip("sam_kernels._cpu", reason="the native core is not built")
 
 ROOT = Path(__file__).parents[1]
 COMPILE = "tests/ops/test_compile.py"
-TESTS = (
-    "tests/test_layering.py",
-    "tests/ops/test_operations.py",
+TESTS = (  # the slowest last: a step left out is noticed before it
     f"{COMPILE}::test_the_schema_says_what_is_written",
     f"{COMPILE}::test_every_operation_has_an_operator",
+    "tests/ops/test_operations.py",
+    "tests/test_layering.py",
 )
 
 CLASS = '''"""A shift of all elements."""

@@ -1,6 +1,4 @@
 // Whether all elements of one chunk are finite, by their bits: the exponent of infinities and NaN is the largest. Reads g: 1 N s bytes.
-#include <limits>
-
 #include "cpu/block.h"
 
 namespace sam::cpu {
@@ -9,7 +7,7 @@ inline namespace SAM_ISA {
 // Bits: signed, because the oldest vector instruction sets have no unsigned maximum. infinity: its bits.
 template <class Bits>
 static bool all_below(const Operand& grad, Span span, Bits infinity) {
-  constexpr Bits kMagnitude = std::numeric_limits<Bits>::max();
+  constexpr Bits kMagnitude = static_cast<Bits>((uint64_t{1} << (8 * sizeof(Bits) - 1)) - 1);
   Bits most = 0;
   for_each_block(span, [&](int64_t begin, int count) {
     const char* source = address(grad, begin);

@@ -93,6 +93,7 @@ class RWSAM(SAM):
     _group_keys = (*SAM._group_keys, "beta")
     _shared_keywords = (*SAM._shared_keywords, "beta", "params")
     _kept = (*SAM._kept, "model", "reweighting")
+    _weighted = "RWSAM"
 
     def __init__(
         self,

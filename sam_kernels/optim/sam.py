@@ -167,7 +167,7 @@ class SAM(TwoStepAPI):
             local_ascent=local_ascent,
             freezes=self.freeze_unperturbed,
         )
-        has_masters = check_masters(master_weights, capturable=self.capturable)
+        has_masters = check_masters(master_weights, base=self.base_optimizer, capturable=self.capturable)
         self.rounding = check_rounding(stochastic_rounding, base=self.base_optimizer, has_masters=has_masters, capturable=self.capturable)
         self._memory = ParamMemory((*self.direction.keeps, *self.descent.keeps), has_masters=has_masters)
         self._has_stepped = False

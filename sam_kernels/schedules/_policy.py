@@ -10,32 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sam_kernels._reading import Reading
 from sam_kernels._validate import check_count, check_number
 from sam_kernels.schedules._at_step import RhoSchedule, check_schedule, is_ascending, radius_at, resolved_at
 from sam_kernels.schedules._radius import AscentInfo, Radius
 
 __all__ = ["AdaptivePolicy"]
-
-
-class _Reading:
-    """A number that is on its way from the device; nothing waits before :meth:`value` is called."""
-
-    def __init__(self, number: Tensor) -> None:  # ()
-        self._event: Any = None
-        if number.is_cpu:
-            self._host: float | Tensor = number.item()
-            return
-        self._host = torch.empty((), dtype=number.dtype, device="cpu", pin_memory=True)
-        self._host.copy_(number, non_blocking=True)
-        module = torch.get_device_module(number.device)
-        self._event = module.Event()
-        self._event.record(module.current_stream(number.device))  # another device may be the current one
-
-    def value(self) -> float:
-        """Waits for the work that was queued before the number was read, and for none after it."""
-        if self._event is not None:
-            self._event.synchronize()
-        return float(self._host)
 
 
 class AdaptivePolicy(Radius):
@@ -77,7 +57,7 @@ class AdaptivePolicy(Radius):
         self.decay = check_number(op, "decay", decay, low=0.0, high=1.0, open_high=True)
         self.c = c if callable(c) else check_number(op, "c", c)
         self.delay = check_count(op, "delay", delay, low=1)
-        self._pending: deque[tuple[int, _Reading]] = deque()  # by step, those that have not decided anything yet
+        self._pending: deque[tuple[int, Reading]] = deque()  # by step, those that have not decided anything yet
         self._mean: float | None = None
         self._variance = 0.0
         self._ascends = True
@@ -95,7 +75,7 @@ class AdaptivePolicy(Radius):
         """Takes the norm of step t, without waiting for it. Another one of the same step takes the place of the first."""
         while self._pending and self._pending[-1][0] >= t:
             self._pending.pop()
-        self._pending.append((t, _Reading(norm)))
+        self._pending.append((t, Reading(norm)))
 
     def takes_part(self, t: int) -> bool:
         """Where the norms up to step t - delay have decided so, and ``rho`` takes part."""
@@ -116,7 +96,7 @@ class AdaptivePolicy(Radius):
         t, resolved = self._resolved
         return radius_at(resolved if t == info.t else self.rho, info)
 
-    def _learn(self, t: int, reading: _Reading) -> None:
+    def _learn(self, t: int, reading: Reading) -> None:
         square = reading.value() ** 2
         if not 0.0 < square < math.inf:
             return
@@ -138,7 +118,7 @@ class AdaptivePolicy(Radius):
         """Continues a run from what :meth:`state_dict` gave. Raises KeyError for another dictionary."""
         mean, variance, ascends, pending = (state_dict[key] for key in ("mean", "variance", "ascends", "pending"))
         self._mean, self._variance, self._ascends = mean, variance, ascends
-        self._pending = deque((t, _Reading(torch.tensor(norm, dtype=torch.float64, device="cpu"))) for t, norm in pending)
+        self._pending = deque((t, Reading(torch.tensor(norm, dtype=torch.float64, device="cpu"))) for t, norm in pending)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"options": (self.rho, self.decay, self.c, self.delay), "state": self.state_dict()}

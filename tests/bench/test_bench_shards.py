@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+from click.testing import CliRunner
+
+from bench.shards import main
 from tests.helpers.ranks import one_at_a_time
 
 pytestmark = one_at_a_time
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_steps_collectives_and_objects_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "shards.json"
     options = ["--repeats", "2", "--steps", "3", "--json", str(path)]
-    done = subprocess.run([sys.executable, "-m", "bench.shards", *options], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert path.exists(), done.stderr
+    done = CliRunner().invoke(main, options, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
     one, two = json.loads(path.read_text())["rows"]
     assert (one["ranks"], two["ranks"]) == (1, 2)
     assert one["collectives"] == []

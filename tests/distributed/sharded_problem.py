@@ -28,6 +28,7 @@ __all__ = [
     "make_model",
     "run",
     "sharded_as",
+    "thirty_steps_in_bfloat16",
     "whole",
 ]
 
@@ -148,6 +149,19 @@ def closure_of(optimizer: Any, model: nn.Module, *, zeroes: bool = True) -> Call
         return loss
 
     return closure
+
+
+def thirty_steps_in_bfloat16(model: nn.Module, optimizer: Any, inputs: Tensor, targets: Tensor) -> tuple[float, float]:
+    """The first and the last loss on one batch, of a float32 model whose outputs a policy makes bfloat16."""
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = (model(inputs).float() - targets).square().mean()
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(30)]
+    return losses[0], losses[-1]
 
 
 def run(case: Case, model: nn.Module, parts: Sequence[tuple[int, int]], steps: int | None = None, optimizer: Any = None) -> Any:

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.spawn import ProcessExitedException
 
 from tests.distributed.sharded_problem import CASES, batch_of, fully_sharded, make_model
-from tests.helpers.ranks import on_ranks, one_at_a_time
+from tests.helpers.ranks import RankFailed, on_ranks, one_at_a_time
 
 pytestmark = one_at_a_time
 CASE = CASES["FriendlySAM"]  # with AdamW: moments, their step, and an average
@@ -120,7 +119,7 @@ def test_runs_that_are_killed_end_as_one_that_is_not(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     kills = [("second pass", 3), ("between steps", 5), ("save", 7)]
     for i, killed in enumerate(kills):
-        with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        with pytest.raises(RankFailed, match="SIGKILL"):
             on_ranks(_train, tmp_path / f"killed {i}", folder, killed)
         assert _last_complete(folder) == folder / f"step-{(2, 4, 6)[i]}"
     half = folder / "step-8"

@@ -16,7 +16,16 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from sam_kernels import ASAM, GCSAM, RSAM, RWSAM, SAM
 from sam_kernels.optim._engine.ascent_step import AscentStep
 from sam_kernels.optim.directions import Gradient
-from tests.distributed.sharded_problem import ByNormAndLoss, batch_of, fully_sharded, largest_difference, losses_of, make_model, whole
+from tests.distributed.sharded_problem import (
+    ByNormAndLoss,
+    batch_of,
+    fully_sharded,
+    largest_difference,
+    losses_of,
+    make_model,
+    thirty_steps_in_bfloat16,
+    whole,
+)
 from tests.helpers.ranks import on_ranks, one_at_a_time
 
 pytestmark = one_at_a_time
@@ -222,15 +231,7 @@ def bfloat16_by_policy(rank: int) -> tuple[float, float, list[Tensor]]:
     model = hybrid(run)
     optimizer = optimizer_of(run, model)
     inputs, targets = pieces_of(run, 0, [rank])[0]
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss: Tensor = (model(inputs).float() - targets).square().mean()
-        loss.backward()
-        return loss
-
-    losses = [optimizer.step(closure).item() for _ in range(30)]
-    return losses[0], losses[-1], weights_of(model)
+    return *thirty_steps_in_bfloat16(model, optimizer, inputs, targets), weights_of(model)
 
 
 class Places(Gradient):

@@ -15,7 +15,17 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from sam_kernels import SAM
-from tests.distributed.sharded_problem import CASES, batch_of, closure_of, fully_sharded, largest_difference, make_model, run, whole
+from tests.distributed.sharded_problem import (
+    CASES,
+    batch_of,
+    closure_of,
+    fully_sharded,
+    largest_difference,
+    make_model,
+    run,
+    thirty_steps_in_bfloat16,
+    whole,
+)
 from tests.helpers.ranks import on_ranks, one_at_a_time
 
 pytestmark = one_at_a_time
@@ -167,15 +177,7 @@ def bfloat16_by_policy(rank: int, ranks: int) -> tuple[float, float, torch.dtype
     fully_sharded(model, init_device_mesh("cpu", (ranks,)), mp_policy=policy)
     optimizer = SAM(model.parameters(), torch.optim.SGD, **SGD)
     inputs, targets = (tensor.float() for tensor in batch_of(0, rank, ranks))
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss: Tensor = (model(inputs).float() - targets).square().mean()
-        loss.backward()
-        return loss
-
-    losses = [optimizer.step(closure).item() for _ in range(30)]
-    return losses[0], losses[-1], next(model.parameters()).dtype
+    return *thirty_steps_in_bfloat16(model, optimizer, inputs, targets), next(model.parameters()).dtype
 
 
 def test_a_policy_of_bfloat16_trains_float32_parameters(found: Any) -> None:

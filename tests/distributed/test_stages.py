@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from sam_kernels import ASAM, GSAM, SAM
 from tests.distributed.sharded_problem import batch_of, largest_difference
@@ -73,8 +75,26 @@ def _stage_run(rank: int) -> dict[str, Any]:
             next(stage.parameters()).grad.view(-1)[0] = torch.nan  # type: ignore[union-attr]
 
     optimizer.step(spoiled)
+    found["merged"] = _merged(rank, stage, optimizer)
     found["spoiled"] = all(map(torch.equal, stage.parameters(), before)), optimizer.skipped_steps
     return found
+
+
+def _merged(rank: int, stage: nn.Module, optimizer: Any) -> tuple[int, bool]:
+    """Each rank loads its part of one flat checkpoint of both stages: its parameters, and whether this part's state is as before."""
+    flat, files = StateDictOptions(flatten_optimizer_state_dict=True), [{}, {}]
+
+    def put(number: float) -> None:
+        for param in stage.parameters():
+            optimizer.state[param]["exp_avg"].fill_(number)
+
+    put(3.0 + rank)
+    distributed.all_gather_object(files, copy.deepcopy(get_optimizer_state_dict(stage, optimizer, options=flat)))
+    put(0.0)
+    both = {**files[0], **files[1]}
+    set_optimizer_state_dict(stage, optimizer, both, options=flat)
+    is_own = all(bool((optimizer.state[param]["exp_avg"] == 3.0 + rank).all()) for param in stage.parameters())
+    return sum(key.endswith(".lr") for key in both), is_own
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +123,10 @@ def test_stages_make_the_steps_of_the_whole_model(name: str, found: list[dict[st
 
 def test_stages_skip_a_step_together(found: list[dict[str, Any]]) -> None:
     assert [on_rank["spoiled"] for on_rank in found] == [(True, 1)] * 2
+
+
+def test_a_stage_takes_its_part_of_a_flat_checkpoint_of_all(found: list[dict[str, Any]]) -> None:
+    assert [on_rank["merged"] for on_rank in found] == [(4, True)] * 2
 
 
 def test_what_is_no_process_group_is_refused() -> None:

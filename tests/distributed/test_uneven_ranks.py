@@ -140,6 +140,10 @@ def _ordinary_beside_shards(rank: int, other: Any = None, **options: Any) -> tup
     return torch.equal(local_of(param), local_of(_param(rank, "DTensors"))), optimizer.skipped_steps
 
 
+def _hardly_unlike_beside_shards(rank: int) -> tuple[bool, int]:
+    return _ordinary_beside_shards(rank, torch.full((3,), 1.001, dtype=torch.float64))
+
+
 def _not_finite_beside_shards(rank: int) -> tuple[bool, int]:
     return _ordinary_beside_shards(rank, torch.full((3,), torch.nan, dtype=torch.float64), check_finite=False)
 
@@ -207,6 +211,7 @@ ERRORS: dict[str, tuple[Callable[[int], Any], str]] = {
     "no gradient anywhere": (_no_gradient_anywhere, "RuntimeError: SAM.step: the closure left no gradient of its own"),
     "no gradient, backward": (_no_gradient_anywhere_by_backward, "RuntimeError: SAM.backward: the closure left no gradient"),
     "ordinary beside shards": (_ordinary_beside_shards, "RuntimeError: SAM: gradients of ordinary tensors"),
+    "hardly unlike beside shards": (_hardly_unlike_beside_shards, "RuntimeError: SAM: gradients of ordinary tensors"),
     "smaller meshes": (_smaller_meshes, "RuntimeError: SAM: gradients of ordinary tensors (or of DTensors on smaller meshes)"),
     "group of shards": (_group_of_shards, "ValueError: SAM: process_group has the ranks ["),
     "group of replicas": (_group_of_replicas, "ValueError: SAM: process_group has the ranks ["),

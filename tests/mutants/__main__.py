@@ -32,16 +32,16 @@ NOTHING_RAN = 5  # pytest's exit status
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--seed", default=1, show_default=True, help="Seed that chooses the faults.")
-@click.option("--only", default="", help="Plant only the faults in files whose path contains this.")
+@click.option("--only", multiple=True, help="Plant only the faults in files whose path contains this, or another that is given.")
 @click.option("--again", is_flag=True, help="Plant the faults again that the results have already.")
 @click.option("--list", "listed", is_flag=True, help="Print the faults and plant none.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS, help="The file of results; rows are added to it.")
-def main(seed: int, only: str, again: bool, listed: bool, out: Path) -> None:
+def main(seed: int, only: tuple[str, ...], again: bool, listed: bool, out: Path) -> None:
     """Plant faults in a copy of this checkout and run the tests on each.
 
     Exit with 1 if the items of `make test` miss a fault that those of `make test-full` find.
     """
-    mutants = [mutant for mutant in chosen(ROOT, seed) if only in mutant.path]
+    mutants = [mutant for mutant in chosen(ROOT, seed) if not only or any(each in mutant.path for each in only)]
     rows = {_key(row): row for row in json.loads(out.read_text(encoding="utf-8"))} if out.exists() else {}
     if listed:
         for mutant in mutants:

@@ -17,17 +17,31 @@ PLACES = {  # where: how many faults
     "sam_kernels/operations/*.py": 4,
     "sam_kernels/backends/**/*.py": 18,
     "csrc/common/*.h": 8,
+    # Files that the draws above might never meet.
+    "sam_kernels/optim/groups.py": 3,
+    "sam_kernels/optim/_base/names.py": 3,
+    "sam_kernels/optim/_engine/first_pass.py": 3,
+    "sam_kernels/optim/_engine/last_grads.py": 3,
+    "sam_kernels/optim/_replicas/hybrid.py": 2,
+    "sam_kernels/optim/_replicas/grad_mean.py": 2,
+    "sam_kernels/optim/_shards/replica_groups.py": 2,
+    "sam_kernels/optim/_reweighted/samples.py": 2,
+    "sam_kernels/optim/_reweighted/weighing.py": 3,
+    "sam_kernels/functional/_masters.py": 3,
+    "sam_kernels/schedules/_policy.py": 4,
+    "sam_kernels/schedules/_following.py": 3,
 }
 
 
 def chosen(root: Path, seed: int, places: dict[str, int] = PLACES) -> list[Mutant]:
     """The faults that a seed chooses of each place: every kind of fault as often as any other, as long as there are some."""
     draw = random.Random(seed)
-    found = []
+    found: list[Mutant] = []
     for pattern, count in places.items():
         kinds: dict[str, list[Mutant]] = {}
         for path in sorted(root.glob(pattern)):
-            for mutant in mutants_of(str(path.relative_to(root)), path.read_bytes()):
+            left = [mutant for mutant in mutants_of(str(path.relative_to(root)), path.read_bytes()) if mutant not in found]
+            for mutant in left:
                 kinds.setdefault(mutant.kind, []).append(mutant)
         taken: list[Mutant] = []
         while len(taken) < count and any(kinds.values()):
@@ -67,6 +81,7 @@ OPTIM_TESTS = {  # file of sam_kernels/optim -> its nearest tests in tests/optim
     "_engine/update.py": ("test_family", "test_family_options"),
     "_reweighted/directional.py": ("test_rwsam_directional", "test_rwsam"),
     "_base/distributed_checkpoint.py": ("test_flat_checkpoint",),
+    "_base/names.py": ("test_rwsam_checkpoint", "test_family_checkpoint", "test_flat_checkpoint"),
     "_engine/added_gradients.py": ("test_gradient_oracle", "test_gradient_oracle_failures", "test_plain_steps", "test_contract"),
     "_engine/two_steps.py": ("test_contract", "test_family_two_steps", "test_non_finite", "test_loops"),
     "_engine/engine.py": ("test_contract", "test_formula", "test_non_finite", "test_family_failures", "test_micro_batch_contract"),
@@ -76,7 +91,7 @@ OPTIM_TESTS = {  # file of sam_kernels/optim -> its nearest tests in tests/optim
     "_base/identity.py": ("test_identity",),
     "_engine/first_pass.py": ("test_freezing", "test_freezing_failures", "test_freezing_models"),
     "groups.py": ("test_groups",),
-    "_replicas/grad_mean.py": (DISTRIBUTED,),
+    "_replicas/grad_mean.py": ("../distributed/test_freezing",),
     "_engine/in_flight.py": ("test_non_finite", "test_amp", "test_interrupted"),
     "_engine/kept_grads.py": ("test_kept_grads", "test_family_two_steps"),
     "_engine/last_grads.py": ("test_last_grads", "test_family"),
@@ -88,12 +103,15 @@ OPTIM_TESTS = {  # file of sam_kernels/optim -> its nearest tests in tests/optim
     "_engine/ownership.py": ("test_contract", "test_identity"),
     "_engine/passes.py": ("test_contract", "test_formula", "test_non_finite", "test_family_failures"),
     "_engine/plan.py": ("test_formula", "test_family_schedules", "test_once_a_step"),
-    "_replicas/hybrid.py": (DISTRIBUTED,),
+    "_replicas/hybrid.py": ("../distributed/test_replica_groups", "../distributed/test_replica_groups_refused"),
     "_replicas/rank_mean.py": ("test_rwsam_amp", DISTRIBUTED),
     "_replicas/replicas.py": (DISTRIBUTED, "test_rwsam_amp"),
+    "_reweighted/samples.py": ("test_rwsam", "../distributed/test_shards", "../distributed/test_per_sample_shards"),
+    "_reweighted/weighing.py": ("test_rwsam", "test_rwsam_contract", "test_rwsam_bad_input", "../distributed/test_shards"),
     "_reweighted/reweighting.py": ("test_rwsam", "test_rwsam_bad_input"),
     "_seeds.py": ("test_family", "test_family_groups"),
     "_base/sharded.py": (DISTRIBUTED,),
+    "_shards/replica_groups.py": ("../distributed/test_replica_groups", "../distributed/test_replica_groups_refused"),
     "_shards/*": (DISTRIBUTED,),
     "_engine/skip*.py": ("test_non_finite", "test_amp", "test_family_failures"),
     "_batches/structures.py": ("test_cut_batches", "test_micro_batches"),
@@ -138,6 +156,8 @@ def of_backend(name: str) -> tuple[Run, ...]:
 # nearest tests do not find.
 RUNS: list[tuple[str, tuple[Run, ...]]] = [
     *((f"sam_kernels/optim/{pattern}", (of_optim(*nearest), OPTIM)) for pattern, nearest in OPTIM_TESTS.items()),
+    ("sam_kernels/schedules/*", (Run(("tests/schedules",)), of_optim("test_family_schedules", "test_once_a_step"), OPTIM)),
+    ("sam_kernels/functional/_masters.py", (Run(("tests/ops/test_masters.py", "tests/ops/test_semantics.py")), *OPS, OPTIM)),
     ("sam_kernels/functional/per_sample/*", (Run(("tests/ops", "-k", "per_sample")), Run(("tests/per_sample",)))),
     ("sam_kernels/functional/sharpness*", (Run(("tests/ops/test_sharpness.py",)), *OPS)),
     ("sam_kernels/functional/_library*", (Run(("tests/ops/test_compile.py", "tests/ops/test_compile_refusals.py")), *OPS)),

@@ -43,14 +43,21 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return nn.functional.mse_loss(model(inputs), targets)
 
 
+def add_gradient(
+    model: nn.Module, batch: Any = None, share: float = 1.0, *, loss_of: Callable[[nn.Module, Any], Tensor] = loss_of
+) -> Tensor:
+    """The body of a closure that does not zero. Returns the loss, ``share`` times that of the batch (None: the usual one)."""
+    loss = share * loss_of(model, make_batch(next(model.parameters()).dtype) if batch is None else batch)
+    loss.backward()
+    return loss
+
+
 def closure_of(
     optimizer: Any, model: nn.Module, batch: tuple[Tensor, Tensor], loss_of: Callable[[nn.Module, Any], Tensor] = loss_of
 ) -> Callable[[], Tensor]:
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = loss_of(model, batch)
-        loss.backward()
-        return loss
+        return add_gradient(model, batch, loss_of=loss_of)
 
     return closure
 

@@ -87,6 +87,22 @@ def test_row_01_callables_stay_with_the_program() -> None:
     assert optimizer.param_groups[0]["rho"](2) == 0.05
 
 
+@pytest.mark.parametrize("scheduled", [lambda t: 0.1 / t, sam_kernels.schedules.Tail(0.1, start=3)], ids=["function", "radius"])
+def test_row_01_a_number_for_a_function_and_a_function_for_a_number_are_told(scheduled: Any) -> None:
+    model = make_model()
+    numbered, following = (sam_kernels.SAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=rho) for rho in (0.05, scheduled))
+    with pytest.warns(UserWarning, match=r"param_groups\[0\]\['rho'\] was a function when .* and is 0.05 here"):
+        numbered.load_state_dict(following.state_dict())
+    assert numbered.param_groups[0]["rho"] == 0.05
+    saved = numbered.state_dict()
+    saved["param_groups"][0]["rho"] = None
+    following.load_state_dict(saved)
+    assert following.param_groups[0]["rho"] is scheduled
+    with pytest.warns(UserWarning, match=r"\['rho'\] is 0.05 in the checkpoint, and takes the place of the function .* None in the"):
+        following.load_state_dict(numbered.state_dict())
+    assert following.param_groups[0]["rho"] == 0.05
+
+
 def test_row_01_float32_state_of_bfloat16_parameters_survives() -> None:
     model = make_model(torch.bfloat16)
     optimizer = sam_kernels.SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)

@@ -15,14 +15,7 @@ from sam_kernels import RWSAM, SAM
 from sam_kernels.optim._engine import skipped
 from tests.optim.family import MEMBERS
 from tests.optim.family_runs import base_of, make, run, two_steps
-from tests.optim.problem import assert_same_bits, closure_of, loss_of, make_batch, make_model, twin, weights
-
-
-def add_gradient(model: nn.Module, batch: Any = None) -> Tensor:
-    loss = loss_of(model, make_batch() if batch is None else batch)
-    loss.backward()
-    return loss
-
+from tests.optim.problem import add_gradient, assert_same_bits, closure_of, make_batch, make_model, twin, weights
 
 # --- weights that somebody else writes between the two steps ---
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -142,16 +143,25 @@ def test_another_shape_is_refused(key: str, name: str, options: StateDictOptions
     assert_refused(optimizer, model, saved, options, ValueError, rf"SAM: {key} in the checkpoint has shape \(\d+, \d+\), its parameter")
 
 
-def test_more_parameters_are_refused_in_the_nested_form_unless_strict_is_false() -> None:
+@FORMS
+@SIDES
+def test_more_parameters_are_refused_unless_strict_is_false(options: StateDictOptions, side: str) -> None:
     model = make_model()
     larger = nn.Sequential(*twin(model), nn.Linear(3, 3))
     source, optimizer = make("VaSSO", larger.parameters()), make("VaSSO", model.parameters())
     run(optimizer, model, 2)
-    options = StateDictOptions()
     saved = saved_by(source, larger, options)
     words = r"the checkpoint has 2 parameters that the optimizer has not, such as '\d\.weight'; .*strict=False"
-    assert_refused(optimizer, model, saved, options, ValueError, words)
-    set_optimizer_state_dict(model, optimizer, saved, options=StateDictOptions(strict=False))
+    assert_refused(optimizer, model, saved, options, ValueError, words, side)
+    set_optimizer_state_dict(model, on(optimizer, side), saved, options=dataclasses.replace(options, strict=False))
+
+
+def test_a_key_with_dots_in_a_group_is_no_parameter() -> None:
+    model = make_model()
+    optimizer = sam_kernels.SAM([{"params": list(model.parameters()), "my.own": 3}], torch.optim.SGD, rho=0.1, lr=0.1)
+    saved = saved_by(optimizer, model, FLAT)
+    set_optimizer_state_dict(model, optimizer, saved, options=FLAT)
+    assert optimizer.param_groups[0]["my.own"] == 3
 
 
 def test_two_optimizers_of_one_model_share_a_checkpoint() -> None:
@@ -213,3 +223,16 @@ def test_a_checkpoint_without_marks_is_one_of_the_usual_names() -> None:
         for group in saved["param_groups"]:
             assert group.pop(next(key for key in group if key.startswith("sam_saved_by:"))) is True
         optimizer.load_state_dict(saved)
+
+
+@FORMS
+def test_a_base_that_has_state_from_the_start_is_asked_for_averages_too(options: StateDictOptions) -> None:
+    """Torch then makes no step in which the others' state is made."""
+    model = make_model()
+    optimizer = sam_kernels.VaSSO(model.parameters(), torch.optim.Adagrad, rho=0.1, lr=0.1)
+    before = get_optimizer_state_dict(model, optimizer, options=options)
+    run(optimizer, model, 1)
+    after = get_optimizer_state_dict(model, optimizer, options=options)
+    states = (before, after) if options.flatten_optimizer_state_dict else (before["state"]["0.weight"], after["state"]["0.weight"])
+    assert states[0].keys() == states[1].keys()
+    assert any("direction_average" in key for key in states[0])

@@ -11,18 +11,12 @@ from torch import Tensor, nn
 
 from sam_kernels import RWSAM, SAM
 from tests.optim.family_runs import close, everything_of, make
-from tests.optim.problem import assert_same_bits, closure_of, loss_of, make_batch, make_model, twin, weights
+from tests.optim.problem import add_gradient, assert_same_bits, closure_of, loss_of, make_batch, make_model, twin, weights
 from tests.optim.scaler_flows import SCALE, InfOnPass
 
 MEMBERS = ["SAM", "VaSSO", "FriendlySAM", "GCSAM", "RSAM", "Extragradient", "MomentumSAM", "S2SAM", "GSAM", "WSAM-coupled"]
 SUMS = ["SAM", "GCSAM", "RSAM", "Extragradient"]  # several gradients a step, of m-SAM too
 BASES = ["sgd-momentum", "adamw"]
-
-
-def add_gradient(model: nn.Module, batch: Any = None, share: float = 1.0) -> Tensor:
-    loss = share * loss_of(model, make_batch(next(model.parameters()).dtype) if batch is None else batch)
-    loss.backward()
-    return loss
 
 
 def pairs(*others: str) -> list[Any]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from tests.optim.family import ONE_PASS
 from tests.optim.family_runs import close, make
-from tests.optim.problem import assert_same_bits, closure_of, loss_of, make_batch, make_model, twin, weights
-from tests.optim.test_gradient_oracle import add_gradient, grads_of, pairs
+from tests.optim.problem import add_gradient, assert_same_bits, closure_of, loss_of, make_batch, make_model, twin, weights
+from tests.optim.test_gradient_oracle import grads_of, pairs
 
 # --- not finite, exceptions ---
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sam_kernels import RWSAM, SAM
 from tests.optim.family_runs import close, make
-from tests.optim.problem import assert_same_bits, closure_of, loss_of, make_batch, make_model, twin, weights
+from tests.optim.problem import add_gradient, assert_same_bits, closure_of, loss_of, make_batch, make_model, twin, weights
 from tests.optim.rwsam_problem import losses_of
 
 ADDS = "the closure added its gradient to one that was in .grad before"
@@ -22,13 +22,6 @@ COMPUTES_NOTHING = "the closure left no gradient of its own"
 
 def sam(model: nn.Module, **options: Any) -> Any:
     return make("SAM", model.parameters(), **options)
-
-
-def add_gradient(model: nn.Module) -> Tensor:
-    """The body of a closure that does not zero."""
-    loss = loss_of(model, make_batch())
-    loss.backward()
-    return loss
 
 
 # --- gradients from before the closure ---

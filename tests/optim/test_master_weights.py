@@ -102,9 +102,9 @@ def test_a_step_without_an_ascent_goes_to_the_masters(base: type[torch.optim.Opt
     assert_same_bits("params", params, [param.to(torch.bfloat16) for param in expected])
 
 
-@pytest.mark.parametrize("at_once", [64, 2**20])
-def test_masters_follow_what_is_written_in_any_slice(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masters, "_AT_ONCE", at_once)
+@pytest.mark.parametrize("piece", [64, 2**20])
+def test_masters_follow_what_is_written_in_any_slice(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masters, "_PIECE", piece)
     params = [nn.Parameter(torch.full(shape, 1.01, dtype=torch.bfloat16)) for shape in ((5, 100), (0, 3), ())]
     optimizer = SAM(params, torch.optim.SGD, lr=1e-4, rho=0.0, master_weights=True)
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sam_kernels import RWSAM, SAM
 from sam_kernels.schedules import Interval, Radius, Tail
 from tests.optim.family_runs import everything_of, make, two_steps
-from tests.optim.problem import assert_same_bits, closure_of, loss_of, make_batch, make_model, weights
+from tests.optim.problem import add_gradient, assert_same_bits, closure_of, make_batch, make_model, weights
 from tests.optim.rwsam_problem import WAYS, losses_of
 from tests.optim.rwsam_problem import make_batch as make_sampled_batch
 from tests.optim.rwsam_problem import make_model as make_sampled_model
@@ -47,12 +47,6 @@ def groups_of(model: nn.Module, *groups: dict[str, Any]) -> list[dict[str, Any]]
     return [{"params": list(model[i].parameters()), **group} for i, group in zip((0, 2), groups, strict=True)]
 
 
-def add_gradient(model: nn.Module, share: float = 1.0) -> Tensor:
-    loss = share * loss_of(model, make_batch())
-    loss.backward()
-    return loss
-
-
 def one_step(how: str, optimizer: Any, model: nn.Module) -> None:
     closure = closure_of(optimizer, model, make_batch())
     if how == "closure":
@@ -65,7 +59,7 @@ def one_step(how: str, optimizer: Any, model: nn.Module) -> None:
         two_steps(optimizer, model, make_batch())
     else:
         for _ in range(2):
-            optimizer.backward(partial(add_gradient, model, 0.5))
+            optimizer.backward(partial(add_gradient, model, share=0.5))
         optimizer.step()
         optimizer.zero_grad()
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from sam_kernels import schedules
-from tests.optim.problem import assert_same_bits, closure_of, make_batch, make_model, weights
-from tests.optim.test_loops import add_gradient, sam
+from tests.optim.problem import add_gradient, assert_same_bits, closure_of, make_batch, make_model, weights
+from tests.optim.test_loops import sam
 
 
 def plain_loop(optimizer: Any, model: nn.Module, steps: int) -> list[warnings.WarningMessage]:

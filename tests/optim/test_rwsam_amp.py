@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sam_kernels import RWSAM
+from tests.helpers.ranks import on_ranks, one_at_a_time
 from tests.optim.problem import assert_same_bits, every_base, twin, weights
 from tests.optim.rwsam_problem import (
     CALLS,
@@ -98,9 +96,7 @@ def test_row_05_a_closure_through_the_scaler_is_refused() -> None:
         scaler.step(optimizer, lambda: losses_of(model, make_batch(torch.float32)))
 
 
-def _rank(rank: int, file: str, results: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+def _rank(rank: int) -> dict[str, Any]:
     model = make_model(torch.float32)
     ddp = DistributedDataParallel(model)
     optimizer = RWSAM(ddp, torch.optim.SGD, beta=2.0, rho=0.3, lr=0.1, momentum=0.9)
@@ -126,14 +122,12 @@ def _rank(rank: int, file: str, results: str) -> None:
             losses_of(wrapped, batch).mean().backward()
             optimizer.second_step()
         starts.append(weights(plain))
-    torch.save({"weights": weights(model), "seen": seen, "starts": starts}, f"{results}/{rank}.pt")
-    dist.destroy_process_group()
+    return {"weights": weights(model), "seen": seen, "starts": starts}
 
 
-def test_row_04_every_rank_climbs_by_itself_and_descends_with_the_others() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_rank, (os.path.join(folder, "store"), folder), nprocs=2)
-        found = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
+@one_at_a_time
+def test_row_04_every_rank_climbs_by_itself_and_descends_with_the_others(tmp_path: Path) -> None:
+    found = on_ranks(_rank, tmp_path)
     assert_same_bits(found[0]["weights"], found[1]["weights"])
     for rank in range(2):
         assert_close(found[rank]["starts"][1], found[rank]["starts"][0], 1e-6)

@@ -12,20 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import sam_kernels
 from sam_kernels import RWSAM, SAM
 from sam_kernels.schedules import Interval, LRProportional, Radius, Tail
 from tests.optim.family_runs import make, run, two_steps
 from tests.optim.problem import assert_same_bits, closure_of, loss_of, make_batch, make_model, twin, weights
-
-
-def add_gradient(model: nn.Module) -> Tensor:
-    loss = loss_of(model, make_batch())
-    loss.backward()
-    return loss
-
 
 # --- bases ---
 

@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.optim import SGD
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-import sam_kernels
 from tests.optim.family_runs import make, memory_of, run
 from tests.optim.problem import (
     assert_same_bits,
@@ -24,14 +22,7 @@ from tests.optim.problem import (
     twin,
     weights,
 )
-from tests.optim.ways import WAYS, by_closure
-
-KEEPERS = ["VaSSO", "FriendlySAM", "LookSAM"]
-
-
-def sam(model: nn.Module, base: Any = SGD, **options: Any) -> Any:
-    return sam_kernels.SAM(model.parameters(), base, **{"rho": 0.05, **options})
-
+from tests.optim.ways import KEEPERS, WAYS, by_closure, sam
 
 # --- step hooks ---
 

@@ -25,14 +25,7 @@ from tests.optim.problem import (
     weights,
     written_out_step,
 )
-from tests.optim.ways import by_closure, by_gradient, by_two_steps
-
-KEEPERS = ["VaSSO", "FriendlySAM", "LookSAM"]
-
-
-def sam(model: nn.Module, base: Any = SGD, **options: Any) -> Any:
-    return sam_kernels.SAM(model.parameters(), base, **{"rho": 0.05, **options})
-
+from tests.optim.ways import by_closure, by_gradient, by_two_steps, sam
 
 # --- the base's flags ---
 

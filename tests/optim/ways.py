@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
-from tests.optim.problem import closure_of, loss_of, make_batch
+import sam_kernels
+from tests.optim.problem import add_gradient, closure_of, loss_of, make_batch
 
-__all__ = ["WAYS", "by_closure", "by_first_step_and_step", "by_gradient", "by_micro_batches", "by_two_steps", "plainly"]
+__all__ = ["KEEPERS", "WAYS", "by_closure", "by_first_step_and_step", "by_gradient", "by_micro_batches", "by_two_steps", "plainly", "sam"]
+
+
+KEEPERS = ["VaSSO", "FriendlySAM", "LookSAM"]  # members that keep a tensor for each parameter
+
+
+def sam(model: nn.Module, base: Any = torch.optim.SGD, **options: Any) -> Any:
+    return sam_kernels.SAM(model.parameters(), base, **{"rho": 0.05, **options})
 
 
 def by_closure(optimizer: Any, model: nn.Module) -> None:
@@ -35,12 +45,7 @@ def by_first_step_and_step(optimizer: Any, model: nn.Module) -> None:
 
 
 def by_gradient(optimizer: Any, model: nn.Module) -> None:
-    def closure() -> Tensor:
-        loss = loss_of(model, make_batch())
-        loss.backward()
-        return loss
-
-    optimizer.backward(closure)
+    optimizer.backward(partial(add_gradient, model))
     optimizer.step()
     optimizer.zero_grad()
 

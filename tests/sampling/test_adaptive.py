@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 
 from sam_kernels.sampling import AdaptiveImportanceSampler
 from sam_kernels.sampling._tree import SumTree
+from tests.helpers.ranks import on_ranks, one_at_a_time
 from tests.sampling.helpers import pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -165,38 +164,26 @@ def test_updates_that_are_refused_change_nothing(indices: object, norms: object,
     assert sampler.estimates.isnan().all()
 
 
-PROCESS = """
-import sys, torch
-from torch import distributed
-from sam_kernels.sampling import AdaptiveImportanceSampler
-rank = int(sys.argv[1])
-distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
-sampler = AdaptiveImportanceSampler(20, 4, num_batches=6)
-assert (sampler.num_replicas, sampler.rank) == (2, rank)
-for batch in sampler:
-    assert len(batch) == 2
-    sampler.update(torch.tensor(batch), torch.tensor([float(i * i) for i in batch]))
-for indices, norms in ((torch.tensor([3]), torch.tensor([-1.0 if rank else 1.0])), ([3] if rank else torch.tensor([3]), torch.ones(1))):
-    try:
-        sampler.update(indices, norms)  # what one of them refuses
-    except (TypeError, ValueError) as error:
-        assert str(error).startswith("AdaptiveImportanceSampler.update of rank 1: "), error
-    else:
-        raise AssertionError(rank)
-print(sampler.estimates.tolist())
-distributed.destroy_process_group()
-"""
-
-
-def test_replicas_learn_from_each_other(tmp_path: Path) -> None:
-    processes = [
-        subprocess.Popen([sys.executable, "-c", PROCESS, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
+def _learnt(rank: int) -> torch.Tensor:
+    sampler = AdaptiveImportanceSampler(20, 4, num_batches=6)
+    assert (sampler.num_replicas, sampler.rank) == (2, rank)
+    for batch in sampler:
+        assert len(batch) == 2
+        sampler.update(torch.tensor(batch), torch.tensor([float(i * i) for i in batch]))
+    refused: list[tuple[Any, torch.Tensor]] = [
+        (torch.tensor([3]), torch.tensor([-1.0 if rank else 1.0])),
+        ([3] if rank else torch.tensor([3]), torch.ones(1)),
     ]
-    printed = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert printed[0] == printed[1]
+    for indices, norms in refused:  # by rank 1
+        with pytest.raises((TypeError, ValueError), match=r"^AdaptiveImportanceSampler\.update of rank 1: "):
+            sampler.update(indices, norms)
+    return sampler.estimates
+
+
+@one_at_a_time
+def test_replicas_learn_from_each_other(tmp_path: Path) -> None:
     alone = AdaptiveImportanceSampler(20, 4, num_batches=6)
     for batch in alone:
         alone.update(torch.tensor(batch), torch.tensor([float(i * i) for i in batch]))
-    assert printed[0] == f"{alone.estimates.tolist()}\n"
+    for found in on_ranks(_learnt, tmp_path):
+        torch.testing.assert_close(found, alone.estimates, rtol=0.0, atol=0.0, equal_nan=True)

@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 
 import sam_kernels
 from sam_kernels import schedules
+from sam_kernels._reading import Reading
 from sam_kernels.optim import descents, directions
 from sam_kernels.schedules import AdaptivePolicy, Interval, Tail
-from sam_kernels.schedules import _policy as policy_module
 from tests.optim.problem import (
+    add_gradient,
     assert_same_bits,
     closure_of,
     every_backend,
@@ -58,11 +60,7 @@ def train(optimizer: Any, model: nn.Module, steps: range, how: str = "closure") 
 
         def closure(batch: Any = batch, calls: list[int] = calls, zeroes: bool = how == "closure") -> Tensor:
             calls[0] += 1
-            if zeroes:
-                optimizer.zero_grad()
-            loss = loss_of(model, batch)
-            loss.backward()
-            return loss
+            return (closure_of(optimizer, model, batch) if zeroes else partial(add_gradient, model, batch))()
 
         if how == "closure":
             optimizer.step(closure)
@@ -165,6 +163,17 @@ def test_a_skipped_step_counts_for_nothing(bad_step: int) -> None:
         assert t == bad_step
 
 
+@pytest.mark.parametrize("norm", [0.0, math.inf, math.nan])
+@pytest.mark.parametrize("earlier", [[], [2.0]], ids=["first", "later"])
+def test_a_norm_that_is_none_counts_for_nothing(norm: float, earlier: list[float]) -> None:
+    policies = [AdaptivePolicy(0.2, decay=0.7) for _ in range(2)]
+    for policy, norms in zip(policies, (earlier, [*earlier, norm]), strict=True):
+        for t, each in enumerate(norms, 1):
+            policy.observe(t, torch.tensor(each))
+        policy.at_step(len(norms) + 1)
+    assert policies[0].state_dict() == policies[1].state_dict()
+
+
 @pytest.mark.parametrize("how", ["state_dict", "deepcopy", "pickle"])
 @pytest.mark.parametrize("delay", [1, 2])
 def test_a_run_that_is_continued_decides_alike(how: str, delay: int) -> None:
@@ -204,7 +213,7 @@ def test_no_norm_is_read_before_its_time(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_same_norm_may_be_written_over_by_the_next_step() -> None:
     norm = torch.tensor(3.0)
-    reading = policy_module._Reading(norm)
+    reading = Reading(norm)
     norm.fill_(7.0)
     assert reading.value() == 3.0
 
@@ -317,7 +326,7 @@ def test_several_gradients_a_step_are_refused() -> None:
             call()
     assert optimizer.param_groups[0]["sam_step"] == 0
     optimizer.zero_grad()
-    backward = lambda: loss_of(model, make_batch()).backward()  # noqa: E731
+    backward = partial(add_gradient, model)
     optimizer.backward(backward)
     with pytest.raises(ValueError, match="call backward once a step"):
         optimizer.backward(backward)

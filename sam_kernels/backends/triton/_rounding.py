@@ -7,9 +7,10 @@ import triton.language as tl
 
 from sam_kernels.backends.triton._blocks import convert, is_finite, store
 from sam_kernels.backends.triton._config import CONFIGS
+from sam_kernels.backends.triton._random import ROUNDING_STREAM, tile_offsets, tile_words
 from sam_kernels.backends.triton._table import LaunchGroup
 
-__all__ = ["block_of", "stochastic_bfloat16", "store_weights"]
+__all__ = ["block_of", "for_words", "stochastic_bfloat16", "store_weights"]
 
 
 @triton.jit
@@ -29,6 +30,22 @@ def store_weights(
     if STOCHASTIC:
         weights = stochastic_bfloat16(weights, word)
     store(param, offsets, count, weights, MASKED)
+
+
+@triton.jit
+def for_words(
+    BODY: tl.constexpr, tensors, block, count, start, row, key_low, key_high, options,
+    STOCHASTIC: tl.constexpr, BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Calls ``BODY(*tensors, offsets, count, word, *options, STOCHASTIC, MASKED)`` for a block: once without random words (``word`` is
+    None), or for the elements of each of the four words of their counters."""
+    if STOCHASTIC:
+        LANES: tl.constexpr = BLOCK_SIZE // 4
+        words = tile_words(start + block, row, key_low, key_high, ROUNDING_STREAM, LANES)
+        for word in tl.static_range(4):
+            BODY(*tensors, block + tile_offsets(word, LANES), count, words[word], *options, True, MASKED)
+    else:
+        BODY(*tensors, block + tl.arange(0, BLOCK_SIZE), count, None, *options, False, MASKED)
 
 
 def block_of(group: LaunchGroup, kernel: str, is_stochastic: bool) -> int:

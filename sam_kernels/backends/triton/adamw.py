@@ -30,8 +30,8 @@ from sam_kernels.backends.triton._blocks import (
 )
 from sam_kernels.backends.triton._launch import launch, single, written
 from sam_kernels.backends.triton._lists import describe_list
-from sam_kernels.backends.triton._random import ROUNDING_STREAM, seed_key, tile_offsets, tile_words
-from sam_kernels.backends.triton._rounding import block_of, store_weights
+from sam_kernels.backends.triton._random import seed_key
+from sam_kernels.backends.triton._rounding import block_of, for_words, store_weights
 from sam_kernels.backends.triton._table import table_of
 from sam_kernels.operations import AdamWStep, Operands
 
@@ -135,21 +135,14 @@ def _adamw_block(
     step_size, inv_sqrt_correction, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay_factor, multiplier,
     DECAY: tl.constexpr, TO_OLD: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    if STOCHASTIC:
-        LANES: tl.constexpr = BLOCK_SIZE // 4
-        words = tile_words(start + block, row, key_low, key_high, ROUNDING_STREAM, LANES)
-        for word in tl.static_range(4):
-            _adamw_words(
-                param, grad, source, exp_avg, exp_avg_sq, block + tile_offsets(word, LANES), count, words[word],
-                step_size, inv_sqrt_correction, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay_factor, multiplier,
-                DECAY, TO_OLD, True, MASKED,
-            )  # fmt: skip
-    else:
-        _adamw_words(
-            param, grad, source, exp_avg, exp_avg_sq, block + tl.arange(0, BLOCK_SIZE), count, None,
+    for_words(
+        _adamw_words, (param, grad, source, exp_avg, exp_avg_sq), block, count, start, row, key_low, key_high,
+        (
             step_size, inv_sqrt_correction, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay_factor, multiplier,
-            DECAY, TO_OLD, False, MASKED,
-        )  # fmt: skip
+            DECAY, TO_OLD,
+        ),
+        STOCHASTIC, BLOCK_SIZE, MASKED,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["key_low", "key_high"])

@@ -28,8 +28,8 @@ from sam_kernels.backends.triton._blocks import (
 )
 from sam_kernels.backends.triton._config import CONFIGS
 from sam_kernels.backends.triton._launch import single, written
-from sam_kernels.backends.triton._random import ROUNDING_STREAM, seed_key, tile_offsets, tile_words
-from sam_kernels.backends.triton._rounding import stochastic_bfloat16
+from sam_kernels.backends.triton._random import seed_key
+from sam_kernels.backends.triton._rounding import for_words, stochastic_bfloat16
 from sam_kernels.backends.triton._table import table_of
 from sam_kernels.operations import Operands, Perturb, Restore
 
@@ -48,9 +48,11 @@ def _direction(grad, ema, offsets, count, grad_weight, ema_weight, USES_GRAD: tl
 
 @triton.jit
 def _perturb_words(
-    param, old_param, d, offsets, count, scale, eta, word,
-    FROM_OLD: tl.constexpr, ADAPTIVE: tl.constexpr, STOCHASTIC: tl.constexpr, MASKED: tl.constexpr,
+    param, old_param, grad, ema, offsets, count, word, scale, eta, grad_weight, ema_weight,
+    USES_GRAD: tl.constexpr, USES_EMA: tl.constexpr, FROM_OLD: tl.constexpr, ADAPTIVE: tl.constexpr,
+    STOCHASTIC: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
+    d = _direction(grad, ema, offsets, count, grad_weight, ema_weight, USES_GRAD, USES_EMA, MASKED)
     if FROM_OLD:
         p = load_float(old_param, offsets, count, MASKED)
     else:
@@ -72,17 +74,11 @@ def _perturb_block(
     USES_GRAD: tl.constexpr, USES_EMA: tl.constexpr, FROM_OLD: tl.constexpr, ADAPTIVE: tl.constexpr, STOCHASTIC: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    if STOCHASTIC:
-        LANES: tl.constexpr = BLOCK_SIZE // 4
-        words = tile_words(start + block, row, key_low, key_high, ROUNDING_STREAM, LANES)
-        for word in tl.static_range(4):
-            offsets = block + tile_offsets(word, LANES)
-            d = _direction(grad, ema, offsets, count, grad_weight, ema_weight, USES_GRAD, USES_EMA, MASKED)
-            _perturb_words(param, old_param, d, offsets, count, scale, eta, words[word], FROM_OLD, ADAPTIVE, True, MASKED)
-    else:
-        offsets = block + tl.arange(0, BLOCK_SIZE)
-        d = _direction(grad, ema, offsets, count, grad_weight, ema_weight, USES_GRAD, USES_EMA, MASKED)
-        _perturb_words(param, old_param, d, offsets, count, scale, eta, None, FROM_OLD, ADAPTIVE, False, MASKED)
+    for_words(
+        _perturb_words, (param, old_param, grad, ema), block, count, start, row, key_low, key_high,
+        (scale, eta, grad_weight, ema_weight, USES_GRAD, USES_EMA, FROM_OLD, ADAPTIVE),
+        STOCHASTIC, BLOCK_SIZE, MASKED,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["key_low", "key_high"])

@@ -23,8 +23,8 @@ from sam_kernels.backends.triton._blocks import (
     take_chunk,
 )
 from sam_kernels.backends.triton._launch import single, written
-from sam_kernels.backends.triton._random import ROUNDING_STREAM, seed_key, tile_offsets, tile_words
-from sam_kernels.backends.triton._rounding import block_of, store_weights
+from sam_kernels.backends.triton._random import seed_key
+from sam_kernels.backends.triton._rounding import block_of, for_words, store_weights
 from sam_kernels.backends.triton._table import table_of
 from sam_kernels.operations import Operands, SgdStep
 
@@ -61,21 +61,11 @@ def _sgd_block(
     MOMENTUM: tl.constexpr, FIRST_STEP: tl.constexpr, NESTEROV: tl.constexpr, WEIGHT_DECAY: tl.constexpr,
     TO_OLD: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    if STOCHASTIC:
-        LANES: tl.constexpr = BLOCK_SIZE // 4
-        words = tile_words(start + block, row, key_low, key_high, ROUNDING_STREAM, LANES)
-        for word in tl.static_range(4):
-            _sgd_words(
-                param, grad, source, buffer, block + tile_offsets(word, LANES), count, words[word],
-                lr, momentum, one_minus_dampening, weight_decay, multiplier,
-                MOMENTUM, FIRST_STEP, NESTEROV, WEIGHT_DECAY, TO_OLD, True, MASKED,
-            )  # fmt: skip
-    else:
-        _sgd_words(
-            param, grad, source, buffer, block + tl.arange(0, BLOCK_SIZE), count, None,
-            lr, momentum, one_minus_dampening, weight_decay, multiplier,
-            MOMENTUM, FIRST_STEP, NESTEROV, WEIGHT_DECAY, TO_OLD, False, MASKED,
-        )  # fmt: skip
+    for_words(
+        _sgd_words, (param, grad, source, buffer), block, count, start, row, key_low, key_high,
+        (lr, momentum, one_minus_dampening, weight_decay, multiplier, MOMENTUM, FIRST_STEP, NESTEROV, WEIGHT_DECAY, TO_OLD),
+        STOCHASTIC, BLOCK_SIZE, MASKED,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["key_low", "key_high"])

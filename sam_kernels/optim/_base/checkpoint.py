@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain, count
 from typing import Any
 
@@ -13,26 +12,25 @@ from torch.optim import Optimizer
 
 from sam_kernels._sharding import is_dtensor
 from sam_kernels._validate import plain_number
+from sam_kernels.optim._engine.warn import warn_user
 from sam_kernels.optim._shards.dtensor import local_of
 from sam_kernels.optim._types import ParamGroup, StateDict
 from sam_kernels.schedules._radius import Radius
 
 __all__ = [
-    "Names",
     "base_part",
     "check_sizes",
     "check_tensors",
     "keep_wide_state",
     "put_group_values",
     "put_radii_back",
+    "warn_of_functions",
     "with_base",
     "with_group_values",
     "with_plain_values",
 ]
 
 _BASE = "sam_base_optimizer"
-_DEFAULTS = {"direction": "gradient", "descent": "plain"}
-_MARK = "sam_saved_by:"
 _OF_ADAM = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _KEPT_BY = {torch.optim.SGD: ("momentum_buffer",), torch.optim.Adam: _OF_ADAM, torch.optim.AdamW: _OF_ADAM}  # of the parameter's shape
 _KEPT = ("momentum_buffer", *_OF_ADAM, "square_avg")  # by some optimizer of torch's
@@ -69,74 +67,9 @@ def with_plain_values(state_dict: StateDict) -> StateDict:
     """Schedules given as functions, or as a ``Radius``, are left out (None): they belong to the program, not to the checkpoint. NumPy's
     numbers become Python's, so that ``torch.load`` takes the checkpoint."""
     groups = [
-        {key: None if callable(value) or isinstance(value, Radius) else plain_number(value) for key, value in group.items()}
-        for group in state_dict["param_groups"]
+        {key: None if _is_function(value) else plain_number(value) for key, value in group.items()} for group in state_dict["param_groups"]
     ]
     return {**state_dict, "param_groups": groups}
-
-
-@dataclass(frozen=True, slots=True)
-class Names:
-    """Whose state it is: what is kept for one direction, or by one base optimizer, means nothing to another.
-
-    Every saved group has a mark: a key that is made of all names. ``torch.distributed.checkpoint.load`` writes into live tensors and looks
-    for keys alone; it refuses the checkpoint of another optimizer before it reads anything, since the mark is not in there.
-    ``keys`` says where the names of direction and descent rule lie in a group.
-    """
-
-    direction: str
-    descent: str
-    base: str
-    keys: Mapping[str, str]
-
-    @property
-    def mark(self) -> str:
-        """The key by which a checkpoint of this optimizer is recognised."""
-        return f"{_MARK}{self.direction}/{self.descent}/{self.base}"
-
-    def is_own(self, key: str) -> bool:
-        """Whether ``key`` of a saved group is a name or a mark, of whatever optimizer."""
-        return key in self.keys.values() or key.startswith(_MARK)
-
-    def split(self, key: str) -> tuple[str, str]:
-        """``<parameter>.<key of a group>`` in two: names of parameters have dots, and those in a mark may."""
-        name, dot, mark = key.partition(f".{_MARK}")
-        if dot:
-            return name, _MARK + mark
-        name, _, key = key.rpartition(".")
-        return name, key
-
-    def added(self, state_dict: StateDict) -> StateDict:
-        """``state_dict`` with the names in each group. The usual direction and descent rule are named by the mark alone."""
-        names: dict[str, Any] = {self.keys[part]: name for part, name in self._both() if name != _DEFAULTS[part]}
-        names[self.mark] = True
-        return {**state_dict, "param_groups": [{**group, **names} for group in state_dict["param_groups"]]}
-
-    def removed(self, state_dict: StateDict, step_key: str) -> StateDict:
-        """The way back. Raises ValueError where they are others. The base optimizer's own checkpoint has none, and fits all."""
-        groups = [dict(group) for group in state_dict["param_groups"]]
-        for group in groups:
-            self.remove(group, is_ours=step_key in group)
-        return {**state_dict, "param_groups": groups}
-
-    def remove(self, group: ParamGroup, *, is_ours: bool) -> None:
-        """Takes the names out of a group. ``is_ours``: what goes unsaid is the usual name, otherwise any."""
-        for part, name in self._both():
-            saved = group.get(self.keys[part], _DEFAULTS[part] if is_ours else name)
-            if saved != name:
-                raise ValueError(f"SAM: the checkpoint is of {part} {saved!r}, this optimizer has {part} {name!r}")
-        marks = [key for key in group if isinstance(key, str) and key.startswith(_MARK)]
-        for mark in marks:
-            if mark != self.mark:
-                raise ValueError(
-                    f"SAM: the checkpoint is of {mark.removeprefix(_MARK)} (direction/descent rule/base optimizer), this optimizer is "
-                    f"{self.mark.removeprefix(_MARK)}; to load the values that both have, take {mark!r} out of its param_groups"
-                )
-        for key in (*self.keys.values(), *marks):
-            group.pop(key, None)
-
-    def _both(self) -> tuple[tuple[str, str], tuple[str, str]]:
-        return ("direction", self.direction), ("descent", self.descent)
 
 
 def with_group_values(state_dict: StateDict, groups: Sequence[ParamGroup], keys: Mapping[str, str]) -> StateDict:
@@ -146,6 +79,30 @@ def with_group_values(state_dict: StateDict, groups: Sequence[ParamGroup], keys:
         kept = {key: group[key] for key in keys.values() if saved.get(key) is None}
         merged.append({**saved, **kept})
     return {**state_dict, "param_groups": merged}
+
+
+def warn_of_functions(state_dict: StateDict, groups: Sequence[ParamGroup], keys: Mapping[str, str]) -> None:
+    """Warns where a number takes the place of the program's function (or ``Radius``), or a function's place is left to a number."""
+    for i, (saved, group) in enumerate(zip(state_dict["param_groups"], groups, strict=True)):
+        for key in keys.values():
+            if key not in saved or _is_function(group.get(key)) is (saved[key] is None):
+                continue
+            where = f"param_groups[{i}][{key!r}]"
+            if saved[key] is None:
+                warn_user(
+                    f"SAM: {where} was a function when the checkpoint was saved, which has none, and is {group[key]!r} here; make the "
+                    "optimizer with the same function, or put it into param_groups after loading"
+                )
+            else:
+                warn_user(
+                    f"SAM: {where} is {saved[key]!r} in the checkpoint, and takes the place of the function that the optimizer was made "
+                    f"with; to keep the function, set {key!r} to None in the checkpoint, or put it into param_groups after loading"
+                )
+            return
+
+
+def _is_function(value: Any) -> bool:
+    return callable(value) or isinstance(value, Radius)
 
 
 def check_sizes(state_dict: StateDict, groups: Sequence[ParamGroup]) -> None:
@@ -212,13 +169,16 @@ def put_radii_back(groups: Sequence[ParamGroup], before: Sequence[ParamGroup]) -
         group.update({key: value for key, value in earlier.items() if isinstance(value, Radius) and isinstance(group.get(key), Radius)})
 
 
-def keep_wide_state(state: Any, groups: Sequence[ParamGroup], state_dict: StateDict) -> None:
-    """Torch casts loaded state to the parameter's dtype; state that was saved wider (float32 moments of bfloat16 parameters) stays wide."""
+def keep_wide_state(state: Any, groups: Sequence[ParamGroup], state_dict: StateDict, *, of_masters: bool) -> None:
+    """Torch casts loaded state to the parameter's dtype; state that was saved wider (float32 moments of bfloat16 parameters) stays wide.
+
+    ``of_masters``: all of it, factored moments too, since the base steps on float32 masters.
+    """
     saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     params = chain.from_iterable(group["params"] for group in groups)
     for saved_id, param in zip(saved_ids, params, strict=True):
         for key, value in state_dict["state"].get(saved_id, {}).items():
-            if isinstance(value, Tensor) and _is_wider(value, param) and value.shape == param.shape:
+            if isinstance(value, Tensor) and _is_wider(value, param) and (of_masters or value.shape == param.shape):
                 state[param][key] = value.detach().to(param.device, copy=True)
 
 

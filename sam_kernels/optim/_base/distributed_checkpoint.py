@@ -17,11 +17,13 @@ from typing import Any
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
-from sam_kernels.optim._base.checkpoint import Names, check_tensors
+from sam_kernels.optim._base.checkpoint import check_tensors
+from sam_kernels.optim._base.names import Names
 from sam_kernels.optim._types import StateDict
 
 __all__ = ["check_given", "check_is_whole", "completed", "is_torch_loading"]
 
+_GROUPS = "param_groups."
 _FRAMES_LOOKED_AT = 8  # between torch's function and a hook of the base's load_state_dict
 _MODULE, _FUNCTION = "torch.distributed.checkpoint.state_dict", "_load_optim_state_dict"
 
@@ -43,33 +45,42 @@ def check_is_whole(state_dict: StateDict) -> None:
         )
 
 
-def check_given(names: Names, base: Optimizer, kept: Collection[str], step_key: str) -> None:
+def check_given(names: Names, base: Optimizer, kept: Collection[str], step_key: str) -> tuple[frozenset[tuple[int, str]], Names]:
     """Checks a checkpoint of whole tensors, before torch writes it into live state: with ``full_state_dict=True`` torch asks for the state
     first, and then copies what rank 0 sends into its tensors.
 
     With ``broadcast_from_rank0=True`` rank 0 checks, and all ranks raise what it raises. Raises: ValueError, as ``SAM.load_state_dict``.
+
+    Returns which of ``kept`` it has not, with the number of the parameter: torch would take the live tensor for what was loaded. And the
+    names with the mark that it has: without ``broadcast_from_rank0=True`` torch has a KeyError for one that the live groups have not.
     """
     arguments = _arguments_of_torch()
     info, given = arguments.get("info"), arguments.get("state_dict")
     error: ValueError | None = None
+    lacking: frozenset[tuple[int, str]] = frozenset()
     try:
         if isinstance(given, Mapping) and "state" in given:
-            _check_no_more(given, arguments)
+            _check_no_more(_names_of_groups(given), arguments)
             groups = [dict(group) for group in given["param_groups"]]
             own = [_name(param, info, given) for group in base.param_groups for param in group["params"]]
             for group in groups:
                 if not set(own).isdisjoint(group.get("params", ())):
                     names.remove(group, is_ours=step_key in group)
             check_tensors({"state": given["state"], "param_groups": [{"params": own}]}, base, kept, are_whole=True)
+            names = names.marked_as(given["param_groups"])
+            entries = [given["state"].get(name, {}) for name in own]
+            lacking = frozenset((i, key) for i, entry in enumerate(entries) for key in kept if key not in entry)
     except ValueError as refused:
         error = refused
     if getattr(info, "broadcast_from_rank0", False):
-        words = [None if error is None else str(error)]
-        distributed.broadcast_object_list(words, src=0)
-        if words[0] is not None:
-            raise ValueError(words[0])
+        found: list[Any] = [None if error is None else str(error), lacking, names]
+        distributed.broadcast_object_list(found, src=0)
+        words, lacking, names = found
+        if words is not None:
+            raise ValueError(words)
     elif error is not None:
         raise error
+    return lacking, names
 
 
 def _name(param: Tensor, info: Any, given: Mapping[str, Any]) -> Any:
@@ -78,24 +89,27 @@ def _name(param: Tensor, info: Any, given: Mapping[str, Any]) -> Any:
     return next((name for name in known if name in given["state"]), None)
 
 
-def completed(state_dict: StateDict, names: Names, kept: Collection[str]) -> StateDict:
+def completed(state_dict: StateDict, names: Names, kept: Collection[str], *, is_part: bool) -> StateDict:
     """``state_dict`` with what torch has left out of it; itself where it does not come from torch's function.
 
     Args:
         state_dict: what ``load_state_dict`` was called with.
         names: of the optimizer.
         kept: keys under which tensors of the direction and the descent rule lie in a parameter's state.
+        is_part: whether other ranks have other parameters of the model, which a flat checkpoint of the whole model then names as well.
 
-    Raises: ValueError where the flat form lacks an entry that the optimizer has for a parameter; where the nested form has parameters that
-        no optimizer given to torch has, unless ``StateDictOptions(strict=False)`` allows it.
+    Raises: ValueError where the flat form lacks an entry that the optimizer has for a parameter; where the checkpoint has parameters that
+        no optimizer given to torch has, unless ``StateDictOptions(strict=False)`` allows it (or the form is flat, and ``is_part``).
     """
     arguments = _arguments_of_torch()
     given = arguments.get("state_dict")
     if not isinstance(given, Mapping) or "param_groups" not in state_dict:
         return state_dict
     if "state" in given:
-        _check_no_more(given, arguments)
+        _check_no_more(_names_of_groups(given), arguments)
         return state_dict
+    if not is_part:
+        _check_no_more(_names_of_flat(given, state_dict, names), arguments)
     return _unflattened(state_dict, given, names, kept) if given else state_dict  # {}: rank 0 has sent its own
 
 
@@ -111,10 +125,21 @@ def _arguments_of_torch() -> Mapping[str, Any]:
     return {}
 
 
-def _check_no_more(given: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
-    """Raises ValueError where the nested form has parameters that the optimizers have not."""
+def _names_of_groups(given: Mapping[str, Any]) -> dict[Any, None]:
+    """The parameters of a nested checkpoint, in their order."""
+    return dict.fromkeys(chain.from_iterable(group.get("params", ()) for group in given.get("param_groups", ())))
+
+
+def _names_of_flat(flat: Mapping[str, Any], state_dict: StateDict, names: Names) -> dict[Any, None]:
+    """The parameters of a flat checkpoint, in their order: those that have an option which the optimizer's groups have too."""
+    options = set(chain.from_iterable(state_dict["param_groups"]))
+    pairs = (names.split(key.removeprefix(_GROUPS)) for key in flat if key.startswith(_GROUPS))
+    return dict.fromkeys(name for name, key in pairs if key in options or names.is_own(key))
+
+
+def _check_no_more(saved: Mapping[Any, None], arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError where a checkpoint has parameters that the optimizers have not."""
     info, optimizers = arguments.get("info"), arguments.get("optimizers", ())
-    saved = dict.fromkeys(chain.from_iterable(group.get("params", ()) for group in given.get("param_groups", ())))
     if not getattr(info, "strict", False) or not all(isinstance(name, str) for name in saved):
         return
     params = [param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]]

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from sam_kernels.optim._base import checkpoint
 from sam_kernels.optim._base.distributed_checkpoint import check_given, check_is_whole, completed, is_torch_loading
 from sam_kernels.optim._base.identity import IdentityCheck
+from sam_kernels.optim._base.names import Names, beta_key
 from sam_kernels.optim._base.options import check_group_names, check_keywords, group_keys
 from sam_kernels.optim._engine import capturable
 from sam_kernels.optim._engine.lists import same_tensors
@@ -56,6 +57,7 @@ class Wrapper(Optimizer):
         "_name_keys",
     )  # in copies
 
+    _weighted: str = ""  # name of the optimizer in checkpoints, where it weights samples
     _given: frozenset[str] = frozenset()  # keywords of the constructor
     _is_loading: bool = False  # a checkpoint that has been checked
 
@@ -163,6 +165,8 @@ class Wrapper(Optimizer):
             self._identity.shards.check_capturable(self.capturable)
             self.direction.check_shards(groups)
             self._memory.adopt(self.state)
+            if self._passes.masters is not None:
+                self._passes.masters.widen_state(param for group in groups for param in group["params"])
         self._groups = list(groups)
 
     # --- checkpoints ---
@@ -175,12 +179,14 @@ class Wrapper(Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         groups = self.param_groups
+        lacking, names = frozenset[tuple[int, str]](), self._names
         if is_torch_loading():
             with self._identity.shards.all_or_none(self._devices()):
-                check_given(self._names, self.base_optimizer, self._memory.all_names, self._keys["sam_step"])
+                lacking, names = check_given(names, self.base_optimizer, self._memory.all_names, self._keys["sam_step"])
         state_dict: StateDict = checkpoint.with_base(self.base_optimizer.state_dict(), groups, self._keys)
-        state_dict = self._memory.saved(state_dict, self._all_params(), blanks=self._has_stepped)
-        state_dict = self._names.added(checkpoint.with_plain_values(state_dict))
+        blanks = self._has_stepped or len(self.state) > 0  # a base may make its state when it is constructed
+        state_dict = self._memory.saved(state_dict, self._all_params(), blanks=blanks, without=lacking)
+        state_dict = names.added(checkpoint.with_plain_values(state_dict))
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -212,7 +218,7 @@ class Wrapper(Optimizer):
             checkpoint.put_group_values(state_dict, self.base_optimizer.param_groups, self._keys)
         self._adopt()
         if base_dict is None and (self._memory.has_masters or can_fuse(self.base_optimizer, self._passes.own_hooks)):
-            checkpoint.keep_wide_state(self.state, self.param_groups, state_dict)
+            checkpoint.keep_wide_state(self.state, self.param_groups, state_dict, of_masters=self._memory.has_masters)
         if memory is not None:
             self._memory.replace(memory)
         for group in self.param_groups:
@@ -228,7 +234,7 @@ class Wrapper(Optimizer):
         check_is_whole(state_dict)
         shards = self._identity.shards
         with shards.all_or_none(self._devices()):
-            state_dict = completed(state_dict, self._names, self._memory.all_names)
+            state_dict = completed(state_dict, self._names, self._memory.all_names, is_part=self._is_part)
             state_dict = self._names.removed(state_dict, self._keys["sam_step"])
             if shards:  # torch would say so on the rank that sees it
                 checkpoint.check_sizes(state_dict, self.param_groups)
@@ -236,10 +242,16 @@ class Wrapper(Optimizer):
             self._memory.warn_of_masters(state_dict, self._all_params())
             state_dict, memory = self._memory.taken_out(state_dict, self._all_params())
             if len(state_dict["param_groups"]) == len(self.param_groups):  # otherwise torch says what is wrong
+                checkpoint.warn_of_functions(state_dict, self.param_groups, self._keys)
                 state_dict = checkpoint.with_group_values(state_dict, self.param_groups, self._keys)
                 for group in state_dict["param_groups"]:
                     check_options(group, self._keys, capturable=self.capturable)
         return state_dict, memory
+
+    @property
+    def _is_part(self) -> bool:
+        """Whether ranks of ``process_group=`` have the rest of the model."""
+        return self.process_group is not None
 
     # --- copies ---
 
@@ -305,10 +317,11 @@ class Wrapper(Optimizer):
 
     def _before_base_loads(self, state_dict: StateDict) -> StateDict | None:
         """What the base loads: with what is kept here, which :meth:`_after_base_loaded` takes out."""
+        self._loads = None
         if self._is_loading or "param_groups" not in state_dict:
             return None
         self._loads = self._checked_checkpoint(state_dict)
-        return completed(state_dict, self._names, self._memory.all_names)
+        return completed(state_dict, self._names, self._memory.all_names, is_part=self._is_part)
 
     def _after_base_loaded(self) -> None:
         loaded, self._loads = self._loads, None
@@ -316,7 +329,7 @@ class Wrapper(Optimizer):
         self._memory.replace(self._memory.emptied() if loaded is None else loaded[1])
         self._adopt()
         if loaded is not None and self._memory.has_masters:
-            checkpoint.keep_wide_state(self.state, self.param_groups, loaded[0])
+            checkpoint.keep_wide_state(self.state, self.param_groups, loaded[0], of_masters=True)
 
     def _restore(self) -> None:
         """Back to the weights of before the ascent, where there was one."""
@@ -328,8 +341,12 @@ class Wrapper(Optimizer):
         return self.direction if self.direction.rewrites else self.descent if self.descent.rewrites else None
 
     @property
-    def _names(self) -> checkpoint.Names:
-        return checkpoint.Names(self.direction.name, self.descent.name, type(self.base_optimizer).__name__, self._name_keys)
+    def _names(self) -> Names:
+        base = self.base_optimizer
+        beta = self._keys["beta"] if self._weighted else beta_key(base, base.param_groups)
+        return Names(
+            self.direction.name, self.descent.name, type(base).__name__, self._name_keys, self._weighted, beta, self._memory.has_masters
+        )
 
     def _require_unperturbed(self, what: str) -> None:
         if self._passes.is_perturbed:

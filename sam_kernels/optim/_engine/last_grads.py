@@ -56,7 +56,7 @@ class LastGrads:
                     raise not_recordable(
                         "no gradient of an earlier step is kept in this place; make an eager step with all gradients first"
                     )
-                place = torch.empty_like(grad, requires_grad=False)
+                place = torch.empty_like(grad)
             kept[i] = place
         copies, originals = [kept[i] for i in others], [current.grads[i] for i in others]
         if grad_scale is None:

@@ -7,7 +7,7 @@ under the parameter's state.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import chain
 from typing import Any, cast
 
@@ -133,23 +133,26 @@ class ParamMemory:
 
     # --- checkpoints ---
 
-    def saved(self, state_dict: StateDict, params: Sequence[Tensor], *, blanks: bool) -> StateDict:
-        """``state_dict`` with what is kept.
+    def saved(
+        self, state_dict: StateDict, params: Sequence[Tensor], *, blanks: bool, without: Collection[tuple[int, str]] = ()
+    ) -> StateDict:
+        """``state_dict`` with what is kept, but for the names in ``without``, each with the number of the parameter.
 
         ``blanks``: a parameter that has nothing gets NaN, which nothing that is kept is. So has the checkpoint of an optimizer that made
-        no step of its own all the keys that ``torch.distributed.checkpoint`` fills when it loads another's into it. A parameter without
-        state of the base, where others have some, gets none: the base would take it for initialised.
+        no step of its own all the keys that ``torch.distributed.checkpoint`` fills when it loads another's into it. A master that is not
+        there yet is what it would be made. A parameter without state of the base, where others have some, gets none: the base would take
+        it for initialised.
         """
         if not self.all_names:
             return state_dict
         state = _copied(state_dict["state"])
         has_state = {param_id for param_id in _ids(state_dict) if param_id in state}
         are_spoiled = {name: self._is_spoiled(name) for name in self.all_names}
-        for param_id, param in zip(_ids(state_dict), params, strict=True):
-            for name in self.all_names:
+        for i, (param_id, param) in enumerate(zip(_ids(state_dict), params, strict=True)):
+            for name in [name for name in self.all_names if (i, name) not in without]:
                 kept = None if are_spoiled[name] else self._kept(name).get(param)
-                if kept is None and blanks and name != MASTER and (param_id in has_state or not has_state):
-                    kept = torch.full_like(param, torch.nan, requires_grad=False)
+                if kept is None and (blanks or name == MASTER) and (param_id in has_state or not has_state):
+                    kept = _blank(name, param)
                 if kept is not None:
                     state.setdefault(param_id, {})[name] = kept
         return {**state_dict, "state": state}
@@ -162,30 +165,40 @@ class ParamMemory:
             return state_dict, found
         state = _copied(state_dict["state"])
         for param_id, param in zip(_ids(state_dict), params, strict=True):
+            entry = state.get(param_id)
+            if not isinstance(entry, dict):  # ZeRO has None for what other ranks have
+                continue
             for name in dict.fromkeys((*names, MASTER)):
-                kept = state.get(param_id, {}).pop(name, None)
-                if kept is None or name not in names or _is_blank(kept):
+                kept = entry.pop(name, None)
+                if kept is None or name not in names or (name == MASTER and param.dtype not in NARROW) or _is_blank(kept):
                     continue
                 if kept.shape != param.shape:
                     raise ValueError(f"SAM: {name} in the checkpoint has shape {tuple(kept.shape)}, its parameter {tuple(param.shape)}")
-                found._tensors[name][param] = torch.empty_like(param, dtype=kept.dtype, requires_grad=False).copy_(kept)
+                dtype = torch.float32 if name == MASTER else kept.dtype
+                found._tensors[name][param] = torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(kept)
         emptied = [key for key, value in state.items() if isinstance(value, dict) and not value and state_dict["state"][key]]
         return {**state_dict, "state": {key: value for key, value in state.items() if key not in emptied}}, found
 
     def warn_of_masters(self, state_dict: StateDict, params: Sequence[Tensor]) -> None:
         """Warns where masters are made from 16-bit parameters, or dropped, because only one of checkpoint and optimizer has them."""
         entries = [state_dict["state"].get(param_id) for param_id in _ids(state_dict)]
-        entries = [each for each, param in zip(entries, params, strict=False) if isinstance(each, dict) and each and param.dtype in NARROW]
-        count = sum(MASTER in entry for entry in entries)
-        if self.has_masters and count < len(entries):
+        pairs = [(each, param) for each, param in zip(entries, params, strict=False) if isinstance(each, dict) and each]
+        count = sum(MASTER in entry for entry, _ in pairs)
+        dropped = sum(MASTER in entry and not (self.has_masters and param.dtype in NARROW) for entry, param in pairs)
+        missing = sum(MASTER not in entry and param.dtype in NARROW for entry, param in pairs) if self.has_masters else 0
+        if missing:
+            narrow = sum(param.dtype in NARROW for _, param in pairs)
             message = (
-                f"SAM: the checkpoint has no float32 masters of {len(entries) - count} of {len(entries)} 16-bit parameters, so they are "
-                "made from the weights as they are at the next step"
+                f"SAM: the checkpoint has no float32 masters of {missing} of {narrow} 16-bit parameters, so they are made from the weights "
+                "as they are at the next step"
             )
-        elif not self.has_masters and count:
+        elif dropped:
+            why = (
+                "the parameters are no 16-bit parameters here" if self.has_masters else "an optimizer without master_weights=True has none"
+            )
             message = (
-                f"SAM: the checkpoint has float32 masters of {count} parameters, which an optimizer without master_weights=True drops: "
-                "training goes on from the 16-bit weights"
+                f"SAM: the checkpoint has float32 masters of {count} parameters, of which {dropped} are dropped, since {why}: training "
+                "goes on from the weights"
             )
         else:
             return
@@ -224,6 +237,13 @@ def _is_blank(kept: Tensor) -> bool:
     """Of a DTensor each rank answers for its own part; one without elements is none that is missing."""
     local = local_of(kept)
     return local.numel() > 0 and bool(local.isnan().all())
+
+
+def _blank(name: str, param: Tensor) -> Tensor | None:
+    if name != MASTER:
+        return torch.full_like(param, torch.nan, requires_grad=False)
+    is_missing = param.requires_grad and param.dtype in NARROW
+    return as_owner(param, local_of(param).detach().to(torch.float32)) if is_missing else None
 
 
 def _copied(state: Mapping[Any, Any]) -> dict[Any, Any]:

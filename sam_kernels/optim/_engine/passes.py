@@ -138,9 +138,9 @@ class Passes(Norms):
 
     def wrote(self, lists: GroupLists) -> None:
         """The optimizer has written the parameters."""
-        if self.masters is not None:
-            self.masters.wrote(lists)
         self.lists.shards.written(lists.layout, lists.owners)
+        if self.masters is not None:  # after the versions have moved
+            self.masters.wrote(lists)
 
     def perturb_randomly(self, trainable: dict[Key, GroupLists], seeds: Sequence[int], *, scale: float, distribution: str) -> None:
         """Adds scale z to what :meth:`trainable` gave, z from a seed for each group: 3 N s bytes.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,15 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from sam_kernels._reading import Reading
 from sam_kernels._sharding import is_dtensor
 
 __all__ = ["WHOLE", "Layout", "Meshes", "layout_of", "mean_of_ranks", "sharded_dims", "why_no_layout", "within_replica_of"]
 
 
-# Relative deviation of squared norms that every rank should have alike. Gradients in bfloat16 that were rounded otherwise have squares that
-# differ by up to 2^-6, and sums that were made in another order some more. Where one of two ranks has no such gradient it is 1.
-_ALIKE = 2.0**-5
-_SUMS_READ = 2  # on a device
+# Relative deviation of the squared norms of equal gradients. A kernel's sums are cut by the kind of processor: ranks of one kind have the
+# same bits, those of several kinds two errors. With k float32 additions on the way of a term a norm errs by ((k + 5) / 2 + 1) 2^-24
+# (validation.tolerance.norm_bound), its square by twice that, and the deviation from the mean is no larger. (That of n equal squares, out
+# of float64 sums over n ranks, errs by 4 (n + 1) 2^-53 in its square, which is nothing beside it for n below a million.)
+ADDITIONS = 1024  # k, of any backend's norm of up to 2^32 elements
+_ALIKE = (ADDITIONS + 7) * 2.0**-24
+_SUMS_WAITED_FOR = 2  # of a run, on a device
+_SUMS_LATE = 2  # how many later sums are queued when one of a device is compared: most often it has long been there
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,8 @@ class Meshes:
         meshes = dict.fromkeys(layout.mesh for layout in layouts if layout.mesh is not None and layout.mesh.get_coordinate() is not None)
         self._meshes = sorted(meshes, key=lambda mesh: mesh.size())
         self._compares = any(not _is_on(layout, self._meshes[-1]) for layout in layouts) if meshes else False
-        self._unread = _SUMS_READ
+        self._to_wait_for = _SUMS_WAITED_FOR
+        self._readings: deque[Reading] = deque()
         self._has_others = {mesh: mesh.size() > 1 for mesh in self._meshes}  # asked once: a mesh takes a microsecond to answer
         self._groups = {mesh: _groups_of(mesh) for mesh in self._meshes}
         self.have_others = any(self._has_others.values())
@@ -114,7 +121,8 @@ class Meshes:
         all-reduce a mesh, of 8 bytes for each sum.
 
         What ordinary tensors and smaller meshes add must be the same on all ranks of the largest mesh: the mean is taken, and RuntimeError
-        raised on all of them where it is not (16 bytes more; on a device, where it waits, only in the first sums).
+        raised on all of them where it is not (16 bytes more). On a device the first sums wait for that, later ones are compared two sums
+        late.
         """
         total = like.new_zeros(like.shape, dtype=torch.float64)
         for mesh in (None, *self._meshes):
@@ -127,11 +135,20 @@ class Meshes:
                 self._all_reduce_(share, mesh, distributed.ReduceOp.SUM)
             if compares:
                 share, total, square = share[0], share[1] / mesh.size(), share[2] / mesh.size()
-                if total.dim() == 0 and (total.is_cpu or self._unread > 0):
-                    self._unread -= 1
-                    _check_alike(total.item(), square.item(), mesh)
+                if total.dim() == 0:
+                    self._compare(Reading(torch.stack([total, square])), mesh, late=0 if total.is_cpu else _SUMS_LATE)
             total = total + share
         return total
+
+    def _compare(self, mean_and_square: Reading, mesh: Any, *, late: int) -> None:
+        """Raises RuntimeError, on all ranks at the same sum, where the sum ``late`` sums ago had not the same parts on all of them."""
+        self._readings.append(mean_and_square)
+        if self._to_wait_for > 0:
+            self._to_wait_for -= 1
+            late = 0
+        while len(self._readings) > late:
+            mean, square = self._readings.popleft().value()
+            _check_alike(mean, square, mesh)
 
     def sum_of_numbers(self, parts: Sequence[tuple[Layout, float]]) -> float:
         """:meth:`sum` of numbers, for tensors on the CPU."""
