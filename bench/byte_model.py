@@ -24,7 +24,21 @@ from sam_kernels.operations import (
     SgdStep,
 )
 
-__all__ = ["FAMILY", "OPS", "STEP_OPS", "Traffic", "family_passes", "op_bytes", "step_bytes", "traffic_of"]
+__all__ = [
+    "FAMILY",
+    "MASTER_OPS",
+    "MASTER_STEP_OPS",
+    "NARROW_LISTS",
+    "OPS",
+    "STEP_OPS",
+    "Traffic",
+    "family_passes",
+    "master_bytes",
+    "master_step_bytes",
+    "op_bytes",
+    "step_bytes",
+    "traffic_of",
+]
 
 
 @dataclass(frozen=True)
@@ -85,6 +99,18 @@ PERTURB_AGAIN = traffic_of(partial(Perturb.accesses, from_old=True), "old_params
 COPY = Traffic(reads=("grads",), writes=("mean_grads",))
 ADD_TO_MEAN = Traffic(reads=("grads",), updates=("mean_grads",))
 
+# With float32 masters of 16-bit parameters: they are what old_params are, and the base's state is as wide.
+MASTER_OPS = {
+    "grad_norm": OPS["grad_norm"],
+    "perturb_": PERTURB_AGAIN,
+    "check_finite_": CHECK,
+    "restore_": OPS["restore_"],
+    "sgd_step_": traffic_of(partial(SgdStep.accesses, to_old=True), "grads", "old_params", "momentum_buffers", "params"),
+    "adamw_step_": traffic_of(partial(AdamWStep.accesses, to_old=True), "grads", "old_params", "exp_avgs", "exp_avg_sqs", "params"),
+}
+MASTER_STEP_OPS = {base: (*ops[:-1], "check_finite_", ops[-1]) for base, ops in STEP_OPS.items()}
+NARROW_LISTS = ("params", "grads")  # 2 bytes an element; the others have 4
+
 # The family, gradients given and kept by somebody: what a rule needs of the first pass is copied. (After a backward pass it is taken over.)
 ALONG_AVERAGE = traffic_of(Perturb.accesses, "ema", "params", "old_params")  # the gradient's weight is 0
 ALONG_BOTH = traffic_of(Perturb.accesses, "grads", "ema", "params", "old_params")
@@ -112,6 +138,16 @@ def family_passes(method: str, base: str, every: int = 1) -> int:
 
 def op_bytes(op: str, numel: int, itemsize: int) -> int:
     return OPS[op].passes * numel * itemsize
+
+
+def master_bytes(op: str, numel: int) -> int:
+    traffic = MASTER_OPS[op]
+    uses = {Access.READ: traffic.reads, Access.UPDATED: traffic.updates, Access.WRITTEN: traffic.writes}
+    return numel * sum(access.sweeps * (2 if name in NARROW_LISTS else 4) for access, lists in uses.items() for name in lists)
+
+
+def master_step_bytes(base: str, numel: int) -> int:
+    return sum(master_bytes(op, numel) for op in MASTER_STEP_OPS[base])
 
 
 def step_bytes(base: str, numel: int, itemsize: int, micro_batches: int = 1) -> int:

@@ -93,6 +93,57 @@ void mix(float* const* lists, int64_t n, int threads, int flags) {
   }
 }
 
+// As mix_chunk, for lists of 2-byte elements (i counts their floats) beside lists of 4-byte elements, which are twice as long.
+template <int kNarrow, int kWide, int kUpdates, bool kAhead, bool kStreamW, bool kStreamU>
+void widths_chunk(float* const* lists, int64_t begin, int64_t end) {
+  float* const* wide = lists + kNarrow;
+  float* const* updates = wide + kWide;
+  float* out = updates[kUpdates];
+#pragma GCC unroll 2
+  for (int64_t i = begin; i < end; i += kLanes) {
+    if constexpr (kAhead) {
+      for (int j = 0; j < kNarrow; ++j) __builtin_prefetch(lists[j] + i + kPrefetchFloats);
+      for (int j = 0; j < kWide + kUpdates; ++j) {
+        __builtin_prefetch(wide[j] + 2 * i + kPrefetchFloats);
+        __builtin_prefetch(wide[j] + 2 * i + kLanes + kPrefetchFloats);
+      }
+    }
+    Vec sum = Vec{} + 0.5f;
+    for (int j = 0; j < kNarrow; ++j) sum += *reinterpret_cast<const Vec*>(lists[j] + i);
+    Vec result = sum;
+    for (int half = 0; half < 2; ++half) {
+      const int64_t at = 2 * i + half * kLanes;
+      for (int j = 0; j < kWide; ++j) result += *reinterpret_cast<const Vec*>(wide[j] + at);
+      for (int j = 0; j < kUpdates; ++j) {
+        const Vec old = *reinterpret_cast<const Vec*>(updates[j] + at);
+        put(updates[j] + at, (old + sum) * 0.5f, kStreamU);
+        result += old;
+      }
+    }
+    put(out + i, result, kStreamW);
+  }
+  fence();
+}
+
+template <int kNarrow, int kWide, int kUpdates, bool kAhead, bool kStreamW>
+void widths_updates(float* const* lists, int64_t n, int threads, int flags) {
+  for_each_chunk(n, threads, flags, [&](int64_t begin, int64_t end) {
+    flags& kStreamUpdates ? widths_chunk<kNarrow, kWide, kUpdates, kAhead, kStreamW, true>(lists, begin, end)
+                          : widths_chunk<kNarrow, kWide, kUpdates, kAhead, kStreamW, false>(lists, begin, end);
+  });
+}
+
+template <int kNarrow, int kWide, int kUpdates>
+void widths(float* const* lists, int64_t n, int threads, int flags) {
+  if (flags & kPrefetch) {
+    flags& kStreamWrites ? widths_updates<kNarrow, kWide, kUpdates, true, true>(lists, n, threads, flags)
+                         : widths_updates<kNarrow, kWide, kUpdates, true, false>(lists, n, threads, flags);
+  } else {
+    flags& kStreamWrites ? widths_updates<kNarrow, kWide, kUpdates, false, true>(lists, n, threads, flags)
+                         : widths_updates<kNarrow, kWide, kUpdates, false, false>(lists, n, threads, flags);
+  }
+}
+
 template <bool kAhead>
 float sum_chunk(const float* in, int64_t begin, int64_t end) {
   Vec sums[8] = {};  // independent additions, to hide their latency
@@ -139,6 +190,19 @@ extern "C" int mix_pass(float* const* lists, int reads, int updates, int writes,
     case 201: mix<2, 0, 1>(lists, n, threads, flags); break;
     case 211: mix<2, 1, 1>(lists, n, threads, flags); break;
     case 221: mix<2, 2, 1>(lists, n, threads, flags); break;
+    default: return 1;
+  }
+  return 0;
+}
+
+// One pass over lists = {narrow reads..., wide reads..., wide updates..., a narrow write}: n floats in each narrow list, 2 n in each wide
+// one, 4 n (narrow + 2 wide + 4 updates + 1) bytes. Returns 0, or 1 for a mix that is not here.
+extern "C" int widths_pass(float* const* lists, int narrow, int wide, int updates, int64_t n, int threads, int flags) {
+  switch (100 * narrow + 10 * wide + updates) {
+    case 10: widths<0, 1, 0>(lists, n, threads, flags); break;
+    case 110: widths<1, 1, 0>(lists, n, threads, flags); break;
+    case 102: widths<1, 0, 2>(lists, n, threads, flags); break;
+    case 103: widths<1, 0, 3>(lists, n, threads, flags); break;
     default: return 1;
   }
   return 0;

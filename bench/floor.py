@@ -12,8 +12,9 @@ import itertools
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from time import perf_counter_ns
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 from bench.byte_model import Traffic
 from bench.timing import interleave
 
-__all__ = ["candidates", "compiler_version", "finalists", "flat_buffers", "library"]
+__all__ = ["buffers_of_widths", "candidates", "candidates_of_widths", "compiler_version", "finalists", "flat_buffers", "library"]
 
 Pass = Callable[[list[Tensor]], object]
 
@@ -53,15 +54,30 @@ def library() -> ctypes.CDLL | str:
         loaded = ctypes.CDLL(str(target))
     loaded.read_sum.restype = ctypes.c_float
     loaded.read_sum.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
-    loaded.mix_pass.restype = ctypes.c_int
-    loaded.mix_pass.argtypes = [ctypes.c_void_p, *[ctypes.c_int] * 3, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
+    for run in (loaded.mix_pass, loaded.widths_pass):
+        run.restype = ctypes.c_int
+        run.argtypes = [ctypes.c_void_p, *[ctypes.c_int] * 3, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
     return loaded
 
 
 def flat_buffers(traffic: Traffic, nbytes: int) -> list[Tensor]:
     """One contiguous buffer of ``nbytes``, rounded up to 64, for each list of the pass."""
-    floats = -(-nbytes // (4 * ALIGNMENT)) * ALIGNMENT
-    return [torch.full((floats,), 0.5) for _ in traffic.lists]
+    return [_flat_buffer(nbytes) for _ in traffic.lists]
+
+
+def buffers_of_widths(traffic: Traffic, numel: int, narrow: Collection[str]) -> list[Tensor]:
+    """As :func:`flat_buffers`, for :func:`candidates_of_widths`: ``numel`` elements of 2 bytes for a ``narrow`` list, of 4 for others."""
+    nbytes = _flat_buffer(2 * numel).nbytes
+    return [_flat_buffer(nbytes if name in narrow else 2 * nbytes) for name in _narrow_first(traffic, narrow)]
+
+
+def _flat_buffer(nbytes: int) -> Tensor:
+    return torch.full((-(-nbytes // (4 * ALIGNMENT)) * ALIGNMENT,), 0.5)
+
+
+def _narrow_first(traffic: Traffic, narrow: Collection[str]) -> tuple[str, ...]:
+    """The order in which ``widths_pass`` takes its lists."""
+    return (*sorted(traffic.reads, key=lambda name: name not in narrow), *traffic.updates, *traffic.writes)
 
 
 def candidates(traffic: Traffic) -> dict[str, Pass]:
@@ -120,28 +136,45 @@ def _compiled_mixes(traffic: Traffic) -> dict[str, Pass]:
     compiled = library()
     if isinstance(compiled, str):
         return {}
-    reads, updates, writes = len(traffic.reads), len(traffic.updates), len(traffic.writes)
+    counts = len(traffic.reads), len(traffic.updates), len(traffic.writes)
+    return _with_flags(compiled.mix_pass, counts, traffic)
+
+
+def candidates_of_widths(traffic: Traffic, narrow: Collection[str]) -> dict[str, Pass]:
+    """Plain passes over lists of 2 and of 4 bytes an element, each taking what :func:`buffers_of_widths` gives. The only list that is just
+    written is a narrow one. None without a compiler."""
+    compiled = library()
+    if isinstance(compiled, str):
+        return {}
+    narrow_reads = sum(name in narrow for name in traffic.reads)
+    counts = narrow_reads, len(traffic.reads) - narrow_reads, len(traffic.updates)
+    return _with_flags(compiled.widths_pass, counts, traffic)
+
+
+def _with_flags(mix: Callable[..., int], counts: tuple[int, int, int], traffic: Traffic) -> dict[str, Pass]:
+    """A compiled pass over so many lists of each kind, with all the flags that change it."""
 
     def mix_with(flags: int) -> Pass:
         def run(buffers: list[Tensor]) -> None:
             pointers = (ctypes.c_void_p * len(buffers))(*(buffer.data_ptr() for buffer in buffers))
-            if compiled.mix_pass(pointers, reads, updates, writes, buffers[0].numel(), torch.get_num_threads(), flags):
+            if mix(pointers, *counts, buffers[-1].numel(), torch.get_num_threads(), flags):
                 raise ValueError(f"copy_floor.cpp has no pass for {traffic}")
 
         return run
 
-    choices = [(0, PREFETCH), (0, DYNAMIC), (0, STREAM_WRITES) if writes else (0,), (0, STREAM_UPDATES) if updates else (0,)]
-    kind = "C++ copy" if updates == 0 else "C++ pass"
-    return {_label(kind, sum(choice)): mix_with(sum(choice)) for choice in itertools.product(*choices)}
+    writes, updates = (0, STREAM_WRITES) if traffic.writes else (0,), (0, STREAM_UPDATES) if traffic.updates else (0,)
+    kind = "C++ pass" if traffic.updates else "C++ copy"
+    return {_label(kind, sum(choice)): mix_with(sum(choice)) for choice in itertools.product((0, PREFETCH), (0, DYNAMIC), writes, updates)}
 
 
-def finalists(traffic: Traffic, sets: list[list[Tensor]], *, rounds: int = 4, count: int = 3) -> dict[str, Pass]:
+def finalists(
+    passes: Mapping[str, Pass], sets: list[list[Tensor]], *, rounds: int = 4, count: int = 3, clock: Callable[[], int] = perf_counter_ns
+) -> dict[str, Pass]:
     """The best of the candidates, each going through the sets of buffers in turn, ranked by their best sample.
 
     Several, because a short tournament on a busy machine does not always find the winner; the last word is with the measurement proper.
     """
-    passes = candidates(traffic)
     counter = itertools.count()
     calls = {name: functools.partial(lambda run: run(sets[next(counter) % len(sets)]), run) for name, run in passes.items()}
-    samples = interleave(calls, rounds=rounds, warmup=1)
+    samples = interleave(calls, rounds=rounds, warmup=1, clock=clock)
     return {name: passes[name] for name in sorted(samples, key=lambda name: min(samples[name]))[:count]}

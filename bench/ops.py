@@ -54,7 +54,7 @@ def _in_turn(run: Callable[[T], object], sets: Sequence[T]) -> Call:
 def _floor_calls(traffic: Traffic, list_bytes: int, sets: int, label: str) -> dict[str, Call]:
     """The finalists among the plain passes with this mix, their names prefixed by ``label``."""
     flat = [floor.flat_buffers(traffic, list_bytes) for _ in range(sets)]
-    return {f"{label}{name}": _in_turn(run, flat) for name, run in floor.finalists(traffic, flat).items()}
+    return {f"{label}{name}": _in_turn(run, flat) for name, run in floor.finalists(floor.candidates(traffic), flat).items()}
 
 
 def _best_gbps(samples: dict[str, Quantiles], label: str, nbytes: int) -> tuple[str | None, float | None]:

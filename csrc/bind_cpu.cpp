@@ -283,10 +283,10 @@ PYBIND11_MODULE(_cpu, module) {
       "copy", [](List destination, List source, int threads) { copy_rows(destination, source, threads); }, arg("destination"),
       arg("source"), arg("threads"));
   module.def(
-      "norm",
-      [](List grads, int threads) {  // of all tensors together
+      "all_finite",
+      [](List grads, int threads) {
         const py::gil_scoped_release release;
-        return grad_norms(std::array<const TensorList*, 1>{grads}, {static_cast<int64_t>(grads->numels.size())}, {}, threads).front();
+        return all_finite(std::array<const TensorList*, 1>{grads}, threads);
       },
       arg("grads"), arg("threads"));
 

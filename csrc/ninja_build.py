@@ -20,7 +20,19 @@ BINDING = {"_cpu": "bind_cpu", "_cuda": "bind_cuda", "_cuda_on_host": "bind_cuda
 SHARED = ["operation", "tensor_list"]  # in every module, compiled once
 ENGINE = ["cpu/engine", "cpu/per_sample", "cpu/sharpness", "cpu/dispatch"]  # compiled once, for the oldest processor
 # csrc/cpu/<op>.cpp, compiled once per instruction set; the slowest to compile first
-CHUNK_KERNELS = ["adamw", "sgd", "perturb_variant", "direction", "combine", "centralize", "grad_dots", "random", "perturb", "norm"]
+CHUNK_KERNELS = [
+    "adamw",
+    "sgd",
+    "perturb_variant",
+    "direction",
+    "combine",
+    "centralize",
+    "grad_dots",
+    "random",
+    "perturb",
+    "norm",
+    "finite",
+]
 # The same, with fused multiply-adds where the instruction set has them: their bits differ between instruction sets.
 MATRIX_KERNELS = ["direct", "gram", "dots", "affine", "rows"]
 # No fast-math: only what does not change a result (errno and traps are not results). No contraction: see csrc/common/formulas.h.

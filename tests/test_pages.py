@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
         "README.md",
         "docs/guides/distributed.md",
         "docs/family.md",
+        "docs/master_weights.md",
         "docs/migrating.md",
         "docs/per_sample.md",
         "docs/rw_sam.md",
@@ -52,3 +53,13 @@ def test_so_do_the_runs_that_beta_was_chosen_by(name: str) -> None:
     summary = json.loads((ROOT / "docs" / "runs" / f"{name}.json").read_text())["summary"]
     sam, *others = (f"{100 * each['test_accuracy']['mean']:.1f}" for each in summary)
     assert f"{sam} % for SAM and {others[0]}, {others[1]} and {others[2]} %" in page
+
+
+def test_the_page_of_master_weights_shows_what_rounding_leaves_of_a_perturbation() -> None:
+    page = (ROOT / "docs" / "master_weights.md").read_text()
+    stored = sorted((ROOT / "bench" / "results").glob("*/masters.json"))
+    assert stored
+    for path in stored:
+        for row in json.loads(path.read_text())["rounding"]["rows"]:
+            cells = f"{row['cosine']:.3f} | {row['projection']:.3f} | {100 * row['moved']:.0f} %"
+            assert f"| {row['rounding']} | {cells} |\n" in page, path

@@ -95,15 +95,15 @@ static inline void put_bytes(char* destination, const void* source, int64_t byte
   }
 }
 
-#if defined(__AVX512BW__)
+#if defined(SAM_HAS_HALVES)
 // Stores halves(i), the 16-bit elements [i, i + kHalves), as they are made, and returns how many: whole vectors.
-template <class Halves>
-static inline int put_halves(char* destination, int count, bool streaming, Halves halves) {
+template <class Make>
+static inline int put_halves(char* destination, int count, bool streaming, Make halves) {
   int i = 0;
-  if (streaming && reinterpret_cast<uintptr_t>(destination) % sizeof(__m512i) == 0) {
-    for (; i + kHalves <= count; i += kHalves) _mm512_stream_si512(reinterpret_cast<__m512i*>(destination + 2 * i), halves(i));
+  if (streaming && reinterpret_cast<uintptr_t>(destination) % sizeof(Halves) == 0) {
+    for (; i + kHalves <= count; i += kHalves) stream_halves(destination + 2 * i, halves(i));
   } else {
-    for (; i + kHalves <= count; i += kHalves) _mm512_storeu_si512(destination + 2 * i, halves(i));
+    for (; i + kHalves <= count; i += kHalves) store_halves(destination + 2 * i, halves(i));
   }
   return i;
 }
@@ -125,7 +125,7 @@ static __attribute__((noinline)) void narrow(DType dtype, char* destination, int
     return;
   }
   int done = 0;
-#if defined(__AVX512BW__)
+#if defined(SAM_HAS_HALVES)
   done = dtype == DType::kBFloat16 ? put_halves(destination, count, streaming, [&](int i) { return narrow_vector_bfloat16(source + i); })
                                    : put_halves(destination, count, streaming, [&](int i) { return narrow_vector_float16(source + i); });
 #endif
@@ -198,14 +198,21 @@ static inline void for_each_block(Span span, Body body) {
   if (begin < span.end) body(begin, static_cast<int>(span.end - begin));
 }
 
-// Elements that a row is best read and written in at a time, at most kBlock: 64 where there are 16-bit tensors beside wider ones (measured:
+// Elements that a row with 16-bit tensors beside wider ones is best read and written in at a time, at most kBlock (measured:
 // docs/internals/cpu.md).
+#if defined(SAM_HAS_HALVES)
+constexpr int kMixedStep = sizeof(Halves) == 64 ? 64 : 128;
+#else
+constexpr int kMixedStep = 64;
+#endif
+
+// Elements that a row is best read and written in at a time, at most kBlock.
 static inline int step_of(const Row& row) {
   bool has_narrow = false, has_wide = false;
   for (const Operand& operand : row.operands) {
     if (operand.data != nullptr) (element_size(operand.dtype) == 2 ? has_narrow : has_wide) = true;
   }
-  return has_narrow && has_wide ? kBlock / 4 : kBlock;
+  return has_narrow && has_wide ? kMixedStep : kBlock;
 }
 
 // Calls body(begin, count) for each step of the span.

@@ -56,7 +56,11 @@ static inline void narrow_float16(const float* source, uint16_t* target, int cou
 }
 
 #if defined(__AVX512BW__)
+#define SAM_HAS_HALVES
+typedef __m512i Halves;
 constexpr int kHalves = 32;  // 16-bit elements of a vector
+static inline void store_halves(char* to, Halves halves) { _mm512_storeu_si512(to, halves); }
+static inline void stream_halves(char* to, Halves halves) { _mm512_stream_si512(reinterpret_cast<__m512i*>(to), halves); }
 
 // Masks of all elements: of the intrinsics without one GCC 12 warns that a variable in its own header is not initialized.
 constexpr __mmask16 kAll16 = 0xFFFF;
@@ -94,6 +98,53 @@ static inline __m256i narrow_vector_float16(__m512 value) {
 static inline __m512i narrow_vector_float16(const float* source) {
   const __m256i low = narrow_vector_float16(_mm512_loadu_ps(source)), high = narrow_vector_float16(_mm512_loadu_ps(source + 16));
   return _mm512_maskz_inserti64x4(kAll8, _mm512_castsi256_si512(low), high, 1);
+}
+#elif defined(__AVX2__) && defined(__F16C__)
+#define SAM_HAS_HALVES
+typedef __m256i Halves;
+constexpr int kHalves = 16;
+static inline void store_halves(char* to, Halves halves) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves); }
+static inline void stream_halves(char* to, Halves halves) { _mm256_stream_si256(reinterpret_cast<__m256i*>(to), halves); }
+
+// Words whose upper halves are the bfloat16 of 8 floats.
+static inline __m256i bfloat16_words(__m256i bits) {
+  const __m256i last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), last);
+  const __m256i is_nan = _mm256_cmpgt_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x7FFFFFFF)), _mm256_set1_epi32(0x7F800000));
+  return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC00000), is_nan);
+}
+
+static inline __m256i upper_halves(__m256i low, __m256i high) {
+  const __m256i pairs = _mm256_packus_epi32(_mm256_srli_epi32(low, 16), _mm256_srli_epi32(high, 16));  // by 128-bit lanes
+  return _mm256_permute4x64_epi64(pairs, 0xD8);
+}
+
+static inline __m256i narrow_vector_bfloat16(__m256 low, __m256 high) {
+  return upper_halves(bfloat16_words(_mm256_castps_si256(low)), bfloat16_words(_mm256_castps_si256(high)));
+}
+
+static inline __m256i narrow_vector_bfloat16(const float* source) {
+  return narrow_vector_bfloat16(_mm256_loadu_ps(source), _mm256_loadu_ps(source + 8));
+}
+
+#define SAM_HAS_WIDENING
+typedef __m256 Floats;
+static inline Floats load_floats(const char* from) { return _mm256_loadu_ps(reinterpret_cast<const float*>(from)); }
+
+static inline __m256 widen_vector_bfloat16(const char* source) {
+  const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+}
+
+static inline __m128i narrow_vector_float16(__m256 value) {
+  // One NaN for all, as the scalar conversion has: the instruction would keep the payload.
+  const __m256 nan = _mm256_or_ps(_mm256_and_ps(value, _mm256_set1_ps(-0.0f)), _mm256_castsi256_ps(_mm256_set1_epi32(0x7FC00000)));
+  const __m256 canonical = _mm256_blendv_ps(value, nan, _mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+  return _mm256_cvtps_ph(canonical, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+static inline __m256i narrow_vector_float16(const float* source) {
+  return _mm256_set_m128i(narrow_vector_float16(_mm256_loadu_ps(source + 8)), narrow_vector_float16(_mm256_loadu_ps(source)));
 }
 #endif
 

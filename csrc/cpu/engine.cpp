@@ -1,5 +1,6 @@
 #include "cpu/engine.h"
 
+#include <atomic>
 #include <cmath>
 #include <stdexcept>
 
@@ -80,6 +81,17 @@ std::vector<double> norms(const Lists& lists, const std::vector<int64_t>& group_
 std::vector<double> grad_norms(const Lists& lists, const std::vector<int64_t>& group_sizes, const Scaling<double>& scaling, int threads) {
   const KernelTable& kernels = kernel_table();
   return norms(lists, group_sizes, threads, [&](const Row& row, Span span, int64_t) { return kernels.norm(row, span, scaling); });
+}
+
+bool all_finite(const Lists& lists, int threads) {
+  const KernelTable& kernels = kernel_table();
+  const std::vector<Chunk> chunks = make_chunks(lists.numels());
+  std::atomic<bool> is_finite = true;
+  for_each_chunk(chunks, threads, [&](int64_t i) {
+    const Chunk& chunk = chunks[static_cast<std::size_t>(i)];
+    if (!kernels.finite(row_of(lists, chunk.tensor), Span{chunk.begin, chunk.end})) is_finite.store(false, std::memory_order_relaxed);
+  });
+  return is_finite;
 }
 
 double direction_norm(const Lists& lists, const MovingDirection& options, int threads) {

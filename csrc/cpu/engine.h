@@ -26,6 +26,8 @@ struct Lists {
 
 // Norms of consecutive groups of rows, group_sizes (m,) rows each, in one pass.
 std::vector<double> grad_norms(const Lists& lists, const std::vector<int64_t>& group_sizes, const Scaling<double>& scaling, int threads);
+// Whether all elements of the gradients are finite.
+bool all_finite(const Lists& lists, int threads);
 void perturb(const Lists& lists, const Perturb& options, int threads);
 // indices: (n,), which rows of the caller's list these are.
 void perturb_variant(const Lists& lists, const PerturbVariant& options, const std::vector<uint32_t>& indices, int threads);

@@ -31,6 +31,7 @@ using Adam = AdamOptions<double>;
 struct KernelTable {
   const char* name;
   double (*norm)(const Row&, Span, const Scaling<double>&);
+  bool (*finite)(const Row&, Span);  // all elements of role kNormGrad
   void (*perturb)(const Row&, Span, const Perturb&, bool streams);
   void (*perturb_variant)(const Row&, Span, const PerturbVariant&, bool streams, uint32_t index);
   double (*direction_norm)(const Row&, Span, const MovingDirection&);
@@ -54,7 +55,7 @@ struct KernelTable {
 // Calls X(kernel) for each kernel of the table, in its order.
 // clang-format off
 #define SAM_FOR_EACH_KERNEL(X) \
-  X(norm) X(perturb) X(perturb_variant) X(direction_norm) X(centralize) X(grad_dots) X(combine) X(random_perturb) X(copy) X(sgd) \
+  X(norm) X(finite) X(perturb) X(perturb_variant) X(direction_norm) X(centralize) X(grad_dots) X(combine) X(random_perturb) X(copy) X(sgd) \
   X(adamw) X(gram) X(direct) X(dots) X(affine) X(row_squares)
 // clang-format on
 

@@ -22,16 +22,26 @@ static inline __m512i stochastic_words(const float* values, const uint32_t* word
   const __mmask16 is_finite = _mm512_cmplt_epu32_mask(magnitude, _mm512_set1_epi32(0x7F800000));
   return _mm512_mask_blend_epi32(is_finite, bfloat16_words(bits), _mm512_add_epi32(bits, random));
 }
+#elif defined(SAM_HAS_HALVES)
+// Words whose upper halves are the results of 8 floats.
+static inline __m256i stochastic_words(const float* values, const uint32_t* words) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+  const __m256i random = _mm256_srli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(words)), 16);
+  const __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(0x7FFFFFFF));
+  const __m256i is_finite = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x7F800000), magnitude);
+  return _mm256_blendv_epi8(bfloat16_words(bits), _mm256_add_epi32(bits, random), is_finite);
+}
 #endif
 
 template <class T>
 static void store_stochastic(const Operand& operand, int64_t begin, int count, const T* values, const uint32_t* words, bool streaming) {
   char* destination = address(operand, begin);
   int done = 0;
-#if defined(__AVX512BW__)
+#if defined(SAM_HAS_HALVES)
   if constexpr (std::is_same_v<T, float>) {
+    constexpr int kHalf = kHalves / 2;
     done = put_halves(destination, count, streaming, [&](int i) {
-      return upper_halves(stochastic_words(values + i, words + i), stochastic_words(values + i + 16, words + i + 16));
+      return upper_halves(stochastic_words(values + i, words + i), stochastic_words(values + i + kHalf, words + i + kHalf));
     });
   }
 #endif

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench import floor
-from bench.byte_model import OPS, Traffic
+from bench.byte_model import MASTER_OPS, NARROW_LISTS, OPS, Traffic, master_bytes
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on PATH")
 N = 65536 * 2 + 16 * 5  # two chunks and a short one
@@ -45,6 +45,31 @@ def test_every_pass_reads_and_writes_every_element(op: str) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("op", [op for op, traffic in MASTER_OPS.items() if traffic.writes])
+def test_passes_over_lists_of_two_widths_do_too(op: str) -> None:
+    traffic = MASTER_OPS[op]
+    passes = floor.candidates_of_widths(traffic, NARROW_LISTS)
+    assert len(passes) == 8 * (2 if traffic.updates else 1)
+    buffers = floor.buffers_of_widths(traffic, 2 * N, NARROW_LISTS)
+    assert sum(buffer.nbytes for buffer in buffers) + sum(buffer.nbytes for buffer in buffers[len(traffic.reads) : -1]) == master_bytes(
+        op, 2 * N
+    )
+    wide = [buffer.numel() == 2 * N for buffer in buffers]
+    updates = range(len(traffic.reads), len(buffers) - 1)
+    for name, run in passes.items():
+        filled = [torch.rand(2 * N if is_wide else N, generator=torch.Generator().manual_seed(i)) for i, is_wide in enumerate(wide)]
+        for buffer, values in zip(buffers, filled, strict=True):
+            buffer.copy_(values)
+        run(buffers)
+        halves = [each.view(-1, 2, 16) if is_wide else each.view(-1, 1, 16) for each, is_wide in zip(filled, wide, strict=True)]
+        total = sum((each for each, is_wide in zip(halves[:-1], wide, strict=False) if not is_wide), torch.tensor(0.5))
+        for i in updates:
+            torch.testing.assert_close(buffers[i], ((halves[i] + total) / 2).flatten(), msg=name)
+        expected = sum((each.sum(1, keepdim=True) for each, is_wide in zip(halves[:-1], wide, strict=False) if is_wide), total)
+        torch.testing.assert_close(buffers[-1], expected.flatten(), msg=name)
+
+
+@needs_compiler
 @pytest.mark.parametrize("op", ["grad_norm", "grad_dots"])
 def test_sums_are_sums(op: str) -> None:
     buffers = _random(len(OPS[op].lists))
@@ -73,9 +98,10 @@ def test_a_mix_that_is_not_there_is_an_error() -> None:
 
 
 def test_finalists_are_candidates() -> None:
-    found = floor.finalists(OPS["restore_"], [floor.flat_buffers(OPS["restore_"], 1 << 16)], rounds=1, count=2)
+    passes = floor.candidates(OPS["restore_"])
+    found = floor.finalists(passes, [floor.flat_buffers(OPS["restore_"], 1 << 16)], rounds=1, count=2)
     assert len(found) == 2
-    assert set(found) <= set(floor.candidates(OPS["restore_"]))
+    assert set(found) <= set(passes)
 
 
 def test_buffers_are_rounded_up_to_whole_lines() -> None:

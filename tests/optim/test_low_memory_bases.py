@@ -99,3 +99,24 @@ def test_steps_are_the_bases_own_and_a_checkpoint_continues_them_bit_for_bit(nam
     for each, its in ((model, optimizer), (other, continued)):
         _sam_steps(each, its, range(STEPS, 2 * STEPS))
     assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize("name", sorted(BASES))
+def test_with_masters_they_step_as_on_float32_parameters(name: str) -> None:
+    make, most = BASES[name][0](), BASES[name][1]
+    ends = []
+    for dtype, has_masters in ((torch.float32, False), (torch.bfloat16, True)):
+        generator = torch.Generator().manual_seed(0)
+        draw = partial(torch.randn, WIDTH, WIDTH, generator=generator, dtype=torch.float32)
+        param = nn.Parameter(draw().to(torch.bfloat16).to(dtype))
+        optimizer = SAM([param], make, rho=RHO, master_weights=has_masters)
+
+        def closure(param: nn.Parameter = param, draw: Callable[[], Tensor] = draw) -> float:
+            param.grad = draw().to(torch.bfloat16).to(param.dtype)
+            return 0.0
+
+        for _ in range(STEPS):
+            optimizer.step(closure)
+        ends.append(optimizer.state_dict()["state"][0]["master_param"] if has_masters else param.detach())
+        assert _bytes(dict(optimizer.base_optimizer.state)) <= most * param.numel()
+    assert torch.equal(*ends)

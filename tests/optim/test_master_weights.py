@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sam_kernels import SAM
+from sam_kernels.optim._engine import masters
 from tests.helpers.compare import assert_same_bits
 from tests.optim.master_problem import assert_rounded, params_of, run, saved_masters_of
 
@@ -54,3 +55,26 @@ def test_a_step_without_an_ascent_goes_to_the_masters(base: type[torch.optim.Opt
             optimizer.step()
     assert params[0].max() < 1.0
     assert_same_bits("params", params, [param.to(torch.bfloat16) for param in expected])
+
+
+@pytest.mark.parametrize("piece", [64, 2**20])
+def test_masters_follow_what_is_written_in_any_slice(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masters, "_PIECE", piece)
+    params = [nn.Parameter(torch.full(shape, 1.01, dtype=torch.bfloat16)) for shape in ((5, 100), (0, 3), ())]
+    optimizer = SAM(params, torch.optim.SGD, lr=1e-4, rho=0.0, master_weights=True)
+
+    def step() -> None:
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+
+    step()
+    before = [master.clone() for master in saved_masters_of(optimizer)]
+    with torch.no_grad():
+        params[0][1, 2] = params[0][4, 99] = 2.0
+        params[2].fill_(3.0)
+    with pytest.warns(UserWarning, match="2 of 3 parameters of a group were written"):
+        step()
+    expected = before[0].clone()
+    expected[1, 2] = expected[4, 99] = 2.0
+    assert_same_bits("masters", saved_masters_of(optimizer), [expected - 1e-4, before[1], torch.tensor(3.0) - 1e-4])

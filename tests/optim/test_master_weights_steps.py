@@ -290,3 +290,26 @@ def test_no_memory_beyond_mixed_precision_training(base: Any, state: int, option
     optimizer.release_buffers()
     assert all(left is right for left, right in zip(masters_of(optimizer), masters, strict=True))
     assert_rounded(params, masters)
+
+
+def ulp_of(exact: Tensor) -> Tensor:
+    """The distance of bfloat16 numbers, of 8 bits, around each value."""
+    return torch.exp2(torch.frexp(exact).exponent.float() - 8)
+
+
+def test_perturbed_weights_are_one_of_two_neighbours_and_masters_are_exact() -> None:
+    found = []
+    for dtypes in ((F32, F32, F32), (B16, F32, B16)):
+        params, seen = params_of(dtypes), list[list[Tensor]]()
+        options: dict[str, Any] = {"master_weights": True, "stochastic_rounding": True} if B16 in dtypes else {}
+        optimizer = SAM(params, torch.optim.AdamW, lr=0.01, rho=0.05, lambd=0.0, **options)
+        for i in range(3):
+            optimizer.step(closure_of(params, 10 * i, seen=seen))
+        found.append((optimizer, params, seen))
+    (_, expected, seen), (optimizer, params, seen_narrow) = found
+    assert_masters(optimizer, params, expected)
+    for got, right in zip(seen_narrow[1::2], seen[1::2], strict=True):  # of the second passes
+        assert_same_bits("without a master", [got[1]], [right[1]])
+        for i in (0, 2):
+            assert bool(((got[i].float() - right[i]).abs() < ulp_of(right[i])).all())
+        assert bool((got[2] != right[2].to(B16)).any())
