@@ -12,9 +12,13 @@ _DEEPEST = 8  # wrappers
 
 
 def find_sam(optimizer: Any) -> SAM | None:
-    """The optimizer itself, or the one inside of wrappers that hold it as ``optimizer``, as accelerate's and Lightning's do; else None."""
+    """The optimizer itself, or the one inside of wrappers that hold it, as accelerate's, Lightning's and Fabric's do; else None.
+
+    Fabric's wrapper is of SAM's class and has none of its state, so that wrappers are opened first.
+    """
     for _ in range(_DEEPEST):
-        if isinstance(optimizer, SAM):
-            return optimizer
-        optimizer = getattr(optimizer, "optimizer", None)
-    return None
+        inner = vars(optimizer).get("_optimizer", vars(optimizer).get("optimizer")) if hasattr(optimizer, "__dict__") else None
+        if inner is None:
+            break
+        optimizer = inner
+    return optimizer if isinstance(optimizer, SAM) else None
