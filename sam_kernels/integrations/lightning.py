@@ -35,7 +35,7 @@ class SAMCallback(Callback):  # type: ignore[misc]  # Any where lightning is not
     """Trains a module whose ``configure_optimizers`` returns SAM: ``Trainer(callbacks=[SAMCallback()], ...)``.
 
     Every ``training_step`` runs twice: at the weights, and at the perturbed point, whose gradient goes into ``.grad``
-    (:meth:`sam_kernels.SAM.backward`). All else is Lightning's. ``accumulate_grad_batches`` gives each micro-batch a perturbation of its own
+    (:meth:`sam_kernels.SAM.backward`). All else is Lightning's. ``accumulate_grad_batches`` gives each micro-batch its own perturbation
     (m-SAM); ``gradient_clip_val`` clips the second gradient alone; ``on_before_optimizer_step`` and ``on_after_backward`` are called once;
     precision plugins scale and skip. ``self.log`` does nothing in the second run, so that logged losses are those at the weights.
 
