@@ -190,7 +190,7 @@ def test_norms_and_weighted_gradients_are_those_of_one_process(found: Any, case:
     [
         ("weighted", "is a DTensor; use weighted_backward(losses, weights)"),
         ("penalty", "the losses read 0.weight 2 times, of which 1 are calls of its layer"),
-        ("vmap", "unsupported='vmap' cannot run it again over shards"),
+        ("vmap", "Over shards its parameters are not looked for in the graph, and unsupported='vmap' cannot run it again"),
         ("parallel", "parameter weight is a DTensor while the layer is called (tensor parallelism)"),
     ],
 )

@@ -299,7 +299,8 @@ def test_diagnostics() -> None:
         assert_close(found[name], value)
 
 
-def test_a_model_that_has_no_rule() -> None:
+@pytest.mark.parametrize("unsupported", ["error", "vmap"])
+def test_a_model_that_has_no_rule(unsupported: str) -> None:
     class Own(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -309,9 +310,23 @@ def test_a_model_that_has_no_rule() -> None:
             return x @ self.weight
 
     model, batch = nn.Sequential(Own()), make_batch()
-    with pytest.raises(NotImplementedError, match="register_rule"):
-        RWSAM(model, torch.optim.SGD, beta=2.0, lr=0.1).step(lambda: losses_of(model, batch))
     norms = norms_of(group_grads(model, batch))
-    optimizer = RWSAM(model, torch.optim.SGD, beta=2.0, unsupported="vmap", lr=0.1)
+    optimizer = RWSAM(model, torch.optim.SGD, beta=2.0, unsupported=unsupported, lr=0.1)
     optimizer.step(lambda: losses_of(model, batch))
     assert_close(optimizer.last_norms, norms)
+
+
+def test_an_operation_that_has_no_rule() -> None:
+    class Distances(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 5, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cdist(x, self.weight)
+
+    model, batch = nn.Sequential(Distances()), make_batch()
+    before = model[0].weight.detach().clone()
+    with pytest.raises(NotImplementedError, match=r"CdistBackward0.*register_rule"):
+        RWSAM(model, torch.optim.SGD, beta=2.0, lr=0.1).step(lambda: losses_of(model, batch))
+    assert torch.equal(model[0].weight, before)
