@@ -34,7 +34,7 @@ class SAMMixin:
             makes. With ``beta`` it is :class:`sam_kernels.RWSAM`, whose losses of samples come from :meth:`compute_sample_losses`.
             ``ascent``: what a perturbation is made from. ``"micro_batch"`` (the default): with accumulation each micro-batch has its own,
             which is m-SAM (arXiv 2509.18001). ``"batch"``: the whole accumulated batch has one, which is SAM on the large batch; on one
-            process. None: ``optimizers=(sam_optimizer, scheduler)`` are given, or ``create_optimizer`` makes one.
+            process. None: SAM's defaults, unless ``optimizers=(sam_optimizer, scheduler)`` or ``create_optimizer`` has an optimizer of SAM.
 
     Raises:
         TypeError, ValueError: for options that are none, for DeepSpeed and FSDP version 1 (which update their own copies of the weights).
@@ -46,6 +46,8 @@ class SAMMixin:
         self._ascent = options.pop("ascent", "micro_batch")
         if self._ascent not in _ASCENTS:
             raise ValueError(f"SAMTrainer: sam['ascent'] must be one of {', '.join(map(repr, _ASCENTS))}, got {self._ascent!r}")
+        if self._ascent == "batch" and "beta" in options:
+            raise ValueError("SAMTrainer: ascent='batch' is SAM's; RWSAM (beta) weights each micro-batch's samples: leave one of them out")
         self._sam_options = options
         self._micro_batches: Sequence[Any] = ()
         self._first_losses: list[Tensor] = []

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils.checkpoint import CheckpointError
 
+from sam_kernels._sharding import is_dtensor
 from sam_kernels.per_sample._call import Call
 from sam_kernels.per_sample._node_rules import BATCH_NORMS, ELEMENTWISE, NODE_RULES, is_entered, merged
 from sam_kernels.per_sample._terms import Outer
@@ -25,6 +26,7 @@ from sam_kernels.per_sample._terms import Outer
 __all__ = ["Loose", "Read", "reads_in"]
 
 Users = Mapping[Any, Sequence[tuple[Any, int, int]]]  # by node: each user, the number of its input, and that of the node's output
+_PythonNode: Any = torch.autograd.function.BackwardCFunction
 _Leaf: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]  # not declared
 
 
@@ -59,11 +61,16 @@ def reads_in(root: Any, loose: Sequence[Loose], batch: int, leads: Mapping[Any, 
     """
     users = _users_in(root)
     leaves = {id(node.variable): node for node in users if type(node) is _Leaf}
+    may_hide = any(isinstance(node, _PythonNode) for node in (root, *users))
     found: list[Read] = []
     seen: set[int] = set()
     for each in loose:
         for name, param in each.params.items():
+            if is_dtensor(param):
+                raise each.error(f"{name}: layers read what its shards are gathered into, which is not looked for")
             leaf = leaves.get(id(param))
+            if leaf is None and may_hide:
+                raise each.error(f"{name}: the losses do not show that they depend on it, and come through a function that may hide it")
             if leaf is None or id(param) in seen:  # the losses do not depend on it
                 continue
             seen.add(id(param))
@@ -224,7 +231,7 @@ def _reads_of(
             if used_nr != nr:
                 continue
             kind = type(user).__name__
-            if kind in NODE_RULES and is_entered(user, shape, batch) and not _is_broadcast(user, users):
+            if kind in NODE_RULES and is_entered(user, index, shape, batch) and not _is_broadcast(user, users):
                 yield Read(name, module, param, user, index, (node, nr, shape), batch)
             elif leads[user] or not hasattr(user, "_input_metadata"):
                 output = tuple(user._input_metadata[0].shape)

@@ -21,7 +21,7 @@ Found = Tensor | Outer | Convolution | Rows
 NodeRule = Callable[[Any, int, torch.Size, Tensor], Found]
 
 
-def is_entered(node: Any, shape: torch.Size, batch: int) -> bool:
+def is_entered(node: Any, index: int, shape: torch.Size, batch: int) -> bool:
     """Whether a value of ``shape`` without a batch meets the batch in ``node``: dimension 0 of its output is that of the batch, or of the
     batch and what was merged into it (positions, windows)."""
     output: torch.Size = node._input_metadata[0].shape
@@ -30,7 +30,7 @@ def is_entered(node: Any, shape: torch.Size, batch: int) -> bool:
         return False
     if name in ELEMENTWISE:  # broadcast over the batch
         return len(shape) < len(output) or (len(shape) == len(output) and shape[0] == 1)
-    return True
+    return index in _WEIGHTS.get(name, (1, 2))
 
 
 def merged(found: Found, batch: int) -> Found:
@@ -108,8 +108,6 @@ def _product(node: Any, index: int, shape: torch.Size, grad: Tensor) -> Found:
     is_addmm = type(node).__name__ == "AddmmBackward0"
     if is_addmm and index == 0:
         return _summed(grad if node._saved_beta == 1 else grad * node._saved_beta, shape)
-    if index != (2 if is_addmm else 1):
-        raise NotImplementedError("a parameter is the left factor of a product with the batch")
     x = node._saved_mat1 if is_addmm else node._saved_self
     if is_addmm and node._saved_alpha != 1:
         grad = grad * node._saved_alpha
@@ -119,8 +117,6 @@ def _product(node: Any, index: int, shape: torch.Size, grad: Tensor) -> Found:
 def _convolution(node: Any, index: int, shape: torch.Size, grad: Tensor) -> Found:
     if index == 2:
         return affine_grads(grad.reshape(len(grad), 1, grad.shape[1], -1))[1]
-    if index != 1:
-        raise NotImplementedError("a parameter is the input of a convolution")
     x, g = node._saved_input, grad
     if node._saved_transposed:
         if any(node._saved_output_padding):
@@ -182,6 +178,8 @@ def _batch_norm(node: Any, index: int, shape: torch.Size, grad: Tensor) -> Tenso
 
 ELEMENTWISE = frozenset(("AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0", "ExpandBackward0", "RepeatBackward0"))
 BATCH_NORMS = frozenset(("NativeBatchNormBackward0", "CudnnBatchNormBackward0"))
+# Inputs that are weights of an operation, 1 and 2 unless they stand here: a value in another place, normalised positions say, is no weight.
+_WEIGHTS = {"MmBackward0": (1,), "AddmmBackward0": (0, 2), "EmbeddingBackward0": (0,), "FusedRmsNormBackward0": (1,)}
 NODE_RULES: dict[str, NodeRule] = {
     "AddBackward0": _add,
     "SubBackward0": _sub,

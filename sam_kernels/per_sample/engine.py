@@ -148,7 +148,6 @@ class GradNorms:
         calls, self._recorder.calls = self._recorder.calls, []
         self._recorder.stop()
         calls, in_graph, nodes, graph = self._with_reads(losses, calls)
-        self._recorder.whole.add_readers(graph.readers)
         recomputes = any(call.is_recomputed for call in calls)
         refuse_hidden(losses.grad_fn, [call for call in calls if not call.expect(graph.reached)])
         calls = [call for call in calls if call.is_awaited]  # by the others comes no gradient: they add nothing
@@ -215,13 +214,14 @@ class GradNorms:
             loose += [without_batch(call, batch) for call in reversed(unbatched)]
         nodes = _nodes_of(calls)
         graph = graph_of(losses.grad_fn, nodes)
+        self._recorder.whole.add_readers(graph.readers)
         loose = [each for each in loose if each.is_read(calls, graph.readers)]
         in_graph = {id(param) for each in loose for param in each.params.values()}
         if loose:
             calls = _without(calls, in_graph)
             calls += reads_in(losses.grad_fn, loose, batch, graph.leads)
-            nodes = _nodes_of(calls)
-            graph = graph_of(losses.grad_fn, nodes)
+            graph = graph_of(losses.grad_fn, nodes := _nodes_of(calls))
+            self._recorder.whole.add_readers(graph.readers)
         return calls, in_graph, nodes, graph
 
     def verify(

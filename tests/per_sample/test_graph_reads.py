@@ -75,6 +75,7 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "low rank": lambda: Own(lambda m, x: x + (x @ m.a) @ (m.b * m.s), a=(D, 2), b=(2, D), s=()),
     "magnitude": lambda: Own(lambda m, x: (m.s / m.w.norm(dim=1).detach()).view(1, -1) * F.linear(x, m.w), w=(3, D), s=(3,)),
     "windows": lambda: Own(windows, table=(3,)),
+    "normalised positions": lambda: Own(lambda m, x: x + F.layer_norm(m.w, (D,), m.s), w=(1, T, D), s=(D,)),
     "used twice": lambda: Own(lambda m, x: (x * m.w).tanh() * m.w + m.w, w=(D,)),
     "in no loss": lambda: Own(lambda m, x: x * m.w + (m.unused * x).detach(), w=(D,), unused=(D,)),
 }
@@ -212,3 +213,21 @@ def test_a_checkpoint_gives_its_tensors_once() -> None:
     model, x = model_of("one plus"), torch.randn(B, T, D, dtype=f64)
     message = _error(model, lambda: checkpoint(losses_of, model, x, use_reentrant=False))
     assert "Own have no rule, and inside a checkpoint the graph's tensors cannot be read" in message
+
+
+class Hidden(torch.autograd.Function):
+    """Reads a parameter that it is not given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: Any) -> Tensor:
+        return x * module.w.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]  # torch's takes any
+        return grad, None
+
+
+def test_a_function_may_hide_a_parameter() -> None:
+    model = nn.ModuleList([nn.Linear(D, D), Own(lambda m, x: Hidden.apply(x, m), w=(D,)), nn.Linear(3, 3)]).double()
+    x = torch.randn(B, T, D, dtype=f64)
+    assert "a function that may hide it" in _error(model, lambda: losses_of(model, x))
