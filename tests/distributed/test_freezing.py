@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -20,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sam_kernels import GCSAM, RWSAM, SAM, SAMSPS, VaSSO, norm_layers
 from tests.distributed import sharded_problem
 from tests.distributed.problem import RANKS, batch_of, losses_of
-from tests.helpers.ranks import on_ranks, one_at_a_time
+from tests.helpers.ranks import on_one_rank, on_ranks, one_at_a_time
 
 pytestmark = one_at_a_time
 STEPS = 4
@@ -328,21 +329,24 @@ def test_shards_require_a_gradient_after_an_exception(found: list[dict[str, Any]
     assert [len(each["after an exception"]) for each in found] == [8, 8]
 
 
-def test_what_ranks_cannot_do_is_refused(tmp_path: Any) -> None:
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        with pytest.raises(ValueError, match="static_graph=True"):
-            Case().optimizer(DistributedDataParallel(Model().double(), static_graph=True), True)
-        with pytest.raises(ValueError, match="freeze_unperturbed=True with process_group"):
-            SAM(norm_layers(Model()), torch.optim.SGD, process_group=distributed.group.WORLD, freeze_unperturbed=True, **SGD)
-        ddp = DistributedDataParallel(Model().double())
-        ddp.register_comm_hook(None, allreduce_hook)
-        optimizer, before = Case().optimizer(ddp, True), [param.detach().clone() for param in ddp.parameters()]
-        with pytest.raises(ValueError, match="freeze_unperturbed=True with a communication hook"):
-            optimizer.step(lambda *batch: backward_of(optimizer, ddp, *batch), batch=batch_of(0, 0, 1))
-        assert all(torch.equal(a, b) for a, b in zip(before, ddp.parameters(), strict=True))
-        assert all(param.requires_grad for param in ddp.parameters())
-        local = Case(local=True).optimizer(ddp, True)
-        local.step(lambda *batch: backward_of(local, ddp, *batch), batch=batch_of(0, 0, 1))
-    finally:
-        distributed.destroy_process_group()
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    with on_one_rank(tmp_path):
+        yield
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_ranks_cannot_do_is_refused() -> None:
+    with pytest.raises(ValueError, match="static_graph=True"):
+        Case().optimizer(DistributedDataParallel(Model().double(), static_graph=True), True)
+    with pytest.raises(ValueError, match="freeze_unperturbed=True with process_group"):
+        SAM(norm_layers(Model()), torch.optim.SGD, process_group=distributed.group.WORLD, freeze_unperturbed=True, **SGD)
+    ddp = DistributedDataParallel(Model().double())
+    ddp.register_comm_hook(None, allreduce_hook)
+    optimizer, before = Case().optimizer(ddp, True), [param.detach().clone() for param in ddp.parameters()]
+    with pytest.raises(ValueError, match="freeze_unperturbed=True with a communication hook"):
+        optimizer.step(lambda *batch: backward_of(optimizer, ddp, *batch), batch=batch_of(0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(before, ddp.parameters(), strict=True))
+    assert all(param.requires_grad for param in ddp.parameters())
+    local = Case(local=True).optimizer(ddp, True)
+    local.step(lambda *batch: backward_of(local, ddp, *batch), batch=batch_of(0, 0, 1))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -19,6 +19,7 @@ from sam_kernels._tensor_list import TensorList
 from sam_kernels.backends import foreach
 from sam_kernels.backends.triton._contents import PythonContents
 from sam_kernels.optim._engine import kept_lists
+from tests.helpers.ranks import on_one_rank
 
 native = pytest.importorskip("sam_kernels.backends.native.cpu")
 _cpu = pytest.importorskip("sam_kernels._cpu", reason="the native core is not built")
@@ -29,10 +30,8 @@ SIZES = [(4, 3), (5,), (2, 2)]
 
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceMesh]:
-    store = tmp_path_factory.mktemp("group") / "store"
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    distributed.destroy_process_group()
+    with on_one_rank(tmp_path_factory.mktemp("group")):
+        yield init_device_mesh("cpu", (1,))
 
 
 def placed(local: Tensor, mesh: DeviceMesh, placement: Any) -> DTensor:

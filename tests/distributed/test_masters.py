@@ -47,7 +47,7 @@ from tests.distributed.masters_problem import (
 )
 from tests.distributed.sharded_problem import whole
 from tests.helpers.compare import assert_same_bits
-from tests.helpers.ranks import on_ranks, one_at_a_time
+from tests.helpers.ranks import on_one_rank, on_ranks, one_at_a_time
 
 pytestmark = one_at_a_time
 
@@ -300,9 +300,8 @@ def test_a_checkpoint_of_two_ranks_is_continued_on_two(found: Any) -> None:
 
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[None]:
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
+    with on_one_rank(tmp_path):
+        yield
 
 
 @pytest.mark.usefixtures("alone")

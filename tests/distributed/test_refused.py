@@ -23,16 +23,15 @@ from sam_kernels.optim import descents, directions
 from sam_kernels.optim._shards.dtensor import local_of
 from sam_kernels.schedules import AdaptivePolicy
 from tests.distributed.problem import batch_of, losses_of, make_model, weights_of
+from tests.helpers.ranks import on_one_rank
 
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
 
 
 @pytest.fixture
 def group(tmp_path: Path) -> Iterator[None]:
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+    with on_one_rank(tmp_path):
+        yield
 
 
 def replicated(**kwargs: Any) -> DistributedDataParallel:

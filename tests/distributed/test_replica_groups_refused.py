@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from sam_kernels import GSAM, RSAM, SAM, SAMSPS, WSAM, FriendlySAM, LookSAM, MomentumSAM, VaSSO
 from sam_kernels.optim._shards import replica_groups
 from tests.distributed.sharded_problem import batch_of, closure_of, make_model, whole
+from tests.helpers.ranks import on_one_rank
 
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "rho": 0.1}
 NAMES = ("replicate", "shard")
@@ -25,9 +26,8 @@ NAMES = ("replicate", "shard")
 
 @pytest.fixture(autouse=True)
 def group(tmp_path: Path) -> Iterator[None]:
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
+    with on_one_rank(tmp_path):
+        yield
 
 
 def hybrid() -> Any:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import pickle
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import import_module
 from multiprocessing import connection, get_context
@@ -26,7 +27,7 @@ import pytest
 import torch
 from torch import distributed
 
-__all__ = ["RankFailed", "on_ranks", "one_at_a_time"]
+__all__ = ["RankFailed", "on_one_rank", "on_ranks", "one_at_a_time"]
 
 one_at_a_time = pytest.mark.xdist_group("ranks")  # two processes each: they would share the cores with each other
 SERVERS = 2
@@ -37,6 +38,24 @@ KILL = b""
 
 class RankFailed(RuntimeError):
     """A rank raised, or was ended by a signal."""
+
+
+@contextlib.contextmanager
+def on_one_rank(folder: Path) -> Iterator[None]:
+    """This process as the only rank of a default process group. What was made with the group must be out of use at the end.
+
+    A model of DistributedDataParallel that outlives ``destroy_process_group`` ends the group when it is collected itself, with the
+    interpreter's lock held: it waits for gloo's threads, and one of them waits for the lock if it still holds the future of a hook
+    written in Python.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        gc.collect()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def on_ranks(function: Callable[..., Any], folder: Path, *args: Any, ranks: int = 2, timeout: float = 240.0) -> list[Any]:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -23,6 +21,7 @@ from sam_kernels.functional import per_sample as per_sample_operations
 from tests.helpers.calls import CALLS as OVER_LISTS
 from tests.helpers.calls import Arguments
 from tests.helpers.compare import assert_same_bits
+from tests.helpers.ranks import on_one_rank
 
 SCALARS = {"norm": torch.tensor(1.0), "grad_scale": torch.tensor(2.0), "found_inf": torch.tensor(0.0)}
 TAKEN = {  # the scalar tensors that an operation takes besides those of its call
@@ -202,10 +201,8 @@ def test_dtypes_without_kernels_are_refused_by_name(backend: str, kind: str) -> 
 
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceMesh]:
-    store: Path = tmp_path_factory.mktemp("gloo") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
+    with on_one_rank(tmp_path_factory.mktemp("gloo")):
+        yield init_device_mesh("cpu", (1,))
 
 
 def test_distributed_tensors_are_refused_by_name(backend: str, mesh: DeviceMesh) -> None:
