@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sam_kernels import RWSAM, SAM
-from tests.frameworks.test_trainers import RHO, assert_as, by_formula
+from tests.frameworks.conftest import Compared
+from tests.frameworks.test_trainers import RHO, SAM_OR_M, by_formula, error_of
 
 lightning: Any = pytest.importorskip("lightning")
 integration: Any = pytest.importorskip("sam_kernels.integrations.lightning")
@@ -76,11 +77,12 @@ def expected_of(accumulation: int, clip: float) -> nn.Module:
 
 
 @pytest.mark.parametrize(("accumulation", "clip"), [(1, 0.0), (1, 0.3), (3, 0.3)])
-def test_automatic_optimization(accumulation: int, clip: float) -> None:
+def test_automatic_optimization(accumulation: int, clip: float, compared: Compared) -> None:
     module = Module()
     trainer = trainer_of(accumulate_grad_batches=accumulation, gradient_clip_val=clip or None)
     trainer.fit(module, loader())
-    assert_as(module.net, expected_of(accumulation, clip), CLOSE)
+    error = error_of(module.net, expected_of(accumulation, clip))
+    compared("lightning", SAM_OR_M[accumulation], f"automatic: weights after {BATCHES // accumulation} steps, clip {clip}", error, CLOSE)
     assert module.hooks == BATCHES // accumulation
     assert "backward" not in vars(module)
     last = loss_of(net_before_last(accumulation, clip), batches()[-1]).item()
@@ -106,7 +108,7 @@ def test_a_run_is_resumed_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal(param, right)
 
 
-def test_manual_optimization() -> None:
+def test_manual_optimization(compared: Compared) -> None:
     class Manual(Module):
         def __init__(self) -> None:
             super().__init__()
@@ -127,10 +129,10 @@ def test_manual_optimization() -> None:
 
     module = Manual()
     trainer_of(callbacks=[]).fit(module, loader())
-    assert_as(module.net, expected_of(1, 0.0), CLOSE)
+    compared("lightning", "SAM", f"manual: weights after {BATCHES} steps", error_of(module.net, expected_of(1, 0.0)), CLOSE)
 
 
-def test_fabric() -> None:
+def test_fabric(compared: Compared) -> None:
     fabric = lightning.Fabric(accelerator="cpu", devices=1)
     model = net()
     optimizer: Any = SAM(model.parameters(), torch.optim.SGD, lr=LR, momentum=0.9, rho=RHO)
@@ -150,7 +152,7 @@ def test_fabric() -> None:
             sam.backward(closure)
             optimizer.step()
             optimizer.zero_grad()
-    assert_as(model.module, expected_of(1, 0.0), CLOSE)
+    compared("lightning", "SAM", f"Fabric: weights after {BATCHES} steps", error_of(model.module, expected_of(1, 0.0)), CLOSE)
 
 
 @pytest.mark.parametrize(

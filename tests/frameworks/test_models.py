@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from sam_kernels import RWSAM
 from sam_kernels.per_sample import GradNorms
+from tests.frameworks.conftest import Compared
 from tests.frameworks.models import BATCH, MODELS, token_losses
 from tests.per_sample.brute import assert_right, run_engine, trainable
 
@@ -16,18 +18,25 @@ LARGE = 5_000_000  # parameters, of which B gradients in float64 are made: weigh
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_gradients_of_samples(name: str) -> None:
+def test_the_gradients_of_samples(name: str, compared: Compared) -> None:
     torch.manual_seed(0)
     model, losses, x = MODELS[name]()
     model, x = model.double(), x.double() if x.is_floating_point() else x
     if sum(param.numel() for param in trainable(model).values()) < LARGE:
-        assert_right(model, lambda: losses(model, x), relative=FLOAT32_INSIDE)
+        error = assert_right(model, lambda: losses(model, x), relative=FLOAT32_INSIDE)
+        compared(package_of(model), "GradNorms", f"{name}: norms, inner products, weighted gradients", error, FLOAT32_INSIDE)
         return
     _, made, norms = run_engine(model, lambda: losses(model, x))
+    error = 0.0
     for i in range(BATCH):
         grads = torch.autograd.grad(made[i], list(trainable(model).values()), retain_graph=True, allow_unused=True)
         own = torch.stack([grad.square().sum() for grad in grads if grad is not None]).sum().sqrt()
-        torch.testing.assert_close(norms[i], own, rtol=FLOAT32_INSIDE, atol=0.0)
+        error = max(error, abs(norms[i].item() / own.item() - 1))
+    compared(package_of(model), "GradNorms", f"{name}: norms", error, FLOAT32_INSIDE)
+
+
+def package_of(model: nn.Module) -> str:
+    return type(model).__module__.partition(".")[0]
 
 
 def test_a_mixture_of_experts_is_refused_by_name() -> None:

@@ -50,21 +50,27 @@ def run_engine(model: nn.Module, forward: Callable[[], Tensor], **options: Any) 
     return engine, losses, engine(losses, retain_graph=True)
 
 
-def assert_close(actual: Tensor, expected: Tensor, relative: float, what: str = "norms", scale: Tensor | None = None) -> None:
-    """Relative to the norm of ``expected`` as a whole where it is a gradient, element by element where it is a list of norms."""
+def assert_close(actual: Tensor, expected: Tensor, relative: float, what: str = "norms", scale: Tensor | None = None) -> float:
+    """Relative to the norm of ``expected`` as a whole where it is a gradient, element by element where it is a list of norms.
+
+    Returns the largest error.
+    """
     actual, expected = actual.double(), expected.double()
     assert actual.shape == expected.shape, what
     size = expected.abs() if what == "norms" else (expected.norm() if scale is None else scale.double()).expand_as(expected)
     error = ((actual - expected).abs() / size.clamp(min=1e-30)).max().item() if actual.numel() else 0.0
     assert error <= relative, f"{what}: off by {error:.3g}, {relative:.3g} allowed"
+    return error
 
 
-def assert_right(model: nn.Module, forward: Callable[[], Tensor], *, relative: float = 1e-10, again: bool = False, **options: Any) -> None:
+def assert_right(model: nn.Module, forward: Callable[[], Tensor], *, relative: float = 1e-10, again: bool = False, **options: Any) -> float:
     """Norms, inner products with a random vector, then gradients for random weights and for ones, against autograd. A weight of zero is
     among them.
 
     ``again``: autograd has a pass of its own, with the same random numbers, as it must where the engine's was through checkpoints.
+    Returns the largest relative error.
     """
+    errors = []
     m, reduction = options.get("micro_batch", 1), options.get("reduction", "sum")
     for ones in (False, True):
         state = torch.get_rng_state()
@@ -73,11 +79,12 @@ def assert_right(model: nn.Module, forward: Callable[[], Tensor], *, relative: f
             torch.set_rng_state(state)
             losses = forward()
         grads = _group_grads(model, losses, m, reduction)
-        assert_close(norms, torch.stack([_dot(each, each).sqrt() for each in grads]), relative)
+        errors.append(assert_close(norms, torch.stack([_dot(each, each).sqrt() for each in grads]), relative))
         vectors = {name: torch.randn_like(param) for name, param in trainable(model).items()}
         length = _dot(vectors, vectors).sqrt()
         dots = engine.dots(vectors) if ones else engine.dots(list(vectors.values()))
-        assert_close(dots, torch.stack([_dot(each, vectors) for each in grads]), relative, "dots", norms.max() * length)
+        expected_dots = torch.stack([_dot(each, vectors) for each in grads])
+        errors.append(assert_close(dots, expected_dots, relative, "dots", norms.max() * length))
         weights = torch.ones_like(norms) if ones else torch.rand_like(norms)
         if not ones:
             weights[0] = 0.0
@@ -90,5 +97,6 @@ def assert_right(model: nn.Module, forward: Callable[[], Tensor], *, relative: f
             actual = torch.zeros_like(grad) if param.grad is None else param.grad
             assert actual.dtype is param.dtype
             # relative to this parameter's gradient, or, where that is rounding alone (a bias before a normalisation), to the largest one
-            assert_close(actual, grad, relative, name, torch.maximum(size, scale.max() * 1e-3))
+            errors.append(assert_close(actual, grad, relative, name, torch.maximum(size, scale.max() * 1e-3)))
         model.zero_grad(set_to_none=True)
+    return max(errors)
