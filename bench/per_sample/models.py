@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
+from sam_kernels.cli.train.model import small_cnn
+
 __all__ = ["MODELS", "Problem", "make_problem", "runs_of"]
 
 
@@ -102,6 +104,23 @@ MODELS = {
         lambda b: torch.randn(b, 3, 32, 32),
         lambda b: torch.randint(0, 10, (b,)),
         has_batch_norm=True,
+    ),
+    "train_mnist": Kind(
+        "CNN of `train`, BatchNorm, 28×28, B 128",
+        lambda: small_cnn(28),
+        128,
+        lambda b: torch.randn(b, 1, 28, 28),
+        lambda b: torch.randint(0, 10, (b,)),
+        turns=8,
+        has_batch_norm=True,
+    ),
+    "train_digits": Kind(
+        "CNN of `train`, GroupNorm, 8×8, B 256",
+        lambda: small_cnn(8, normalization="group"),
+        256,
+        lambda b: torch.randn(b, 1, 8, 8),
+        lambda b: torch.randint(0, 10, (b,)),
+        turns=8,
     ),
 }
 

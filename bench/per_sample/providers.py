@@ -102,6 +102,8 @@ def _no_batch_norm(problem: Problem) -> str | None:
 
 
 def _no_opacus(problem: Problem) -> str | None:
+    if any(getattr(module, "inplace", False) for module in problem.model.modules()):
+        return "its hooks refuse activations in place"
     return _no_batch_norm(problem) or (None if find_spec("opacus") else "opacus is not installed")
 
 

@@ -12,6 +12,7 @@ from sam_kernels._validate import describe
 from sam_kernels.per_sample._call import Call
 from sam_kernels.per_sample._combine import combined, disjoint
 from sam_kernels.per_sample._dots import dots_of
+from sam_kernels.per_sample._small import SmallTerms, gradients_of, is_small
 from sam_kernels.per_sample._terms import Convolution, Dense, Form, Outer, Place, Rows, Shift, Term, shape_of
 
 __all__ = ["Gathered"]
@@ -34,6 +35,7 @@ class Gathered:
         self._terms: dict[int, list[tuple[Place | None, Form | Shift]]] = {}  # by the id of a parameter: hashing a tensor is slow
         self._kept: list[tuple[nn.Parameter, Place | None, Term]] = []
         self._pairs: list[tuple[nn.Parameter, nn.Parameter, Outer]] = []  # kept too: a weight and its bias
+        self._small: dict[tuple[torch.device, torch.dtype], SmallTerms] = {}
         self._square_norms: dict[torch.device, Tensor] = {}  # (M,) each
 
     def add(self, call: Call) -> None:
@@ -82,6 +84,8 @@ class Gathered:
 
     def square_norms(self) -> Tensor:  # (M,) float64
         """Return the squared norms of the parameters of all devices, on the device of the losses. Call it once."""
+        for (device, _), small in self._small.items():
+            small.add_square_norms_(self._square_norms_on(device))
         total = self._square_norms_on(self.device)
         for device, square_norms in self._square_norms.items():
             if device != self.device:
@@ -94,6 +98,8 @@ class Gathered:
         terms: list[tuple[nn.Parameter, Place | None, Term]] = list(self._kept)
         for weight, bias, outer in self._pairs:
             terms += [(weight, None, outer), (bias, None, Shift(outer.left))]
+        for small in self._small.values():
+            terms += small.terms()
         for param, place, term in terms:
             vector = vectors.get(id(param))
             if vector is not None:
@@ -111,6 +117,10 @@ class Gathered:
         while self._kept:
             param, place, term = self._kept.pop()
             _add_grad(param, place, term.weighted(None if weights is None else weights.to(param.device), shape_of(param, place)))
+        while self._small:
+            (device, _), small = self._small.popitem()
+            for param, place, grad in small.weighted(None if weights is None else weights.to(device)):
+                _add_grad(param, place, grad)
 
     def _terms_of(self, call: Call) -> dict[str, Form | Shift]:
         arguments, keywords, grads = call.operands(self._batch)
@@ -150,7 +160,12 @@ class Gathered:
         square_norms = self._square_norms_on(param.device)
         for place, terms in by_place.items():
             joined = combined(terms, shape_of(param, place))
-            if self._is_counted(param):  # else its gradient may be wanted all the same
+            is_counted = self._is_counted(param)  # else its gradient may be wanted all the same
+            if is_counted and is_small(joined):
+                grads = gradients_of(joined, self.m)
+                self._small.setdefault((param.device, grads.dtype), SmallTerms()).add(param, place, grads)
+                continue
+            if is_counted:
                 joined.add_square_norms_(square_norms, keep=self._keep)
             if self._keep:
                 self._kept.append((param, place, joined))

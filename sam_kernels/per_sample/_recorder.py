@@ -24,7 +24,7 @@ from sam_kernels.per_sample._graph_reads import Loose
 from sam_kernels.per_sample._hidden import has_graph, refuse_inside_function
 from sam_kernels.per_sample._reads import now
 from sam_kernels.per_sample._registry import Rule, rule_for
-from sam_kernels.per_sample._rules import linear_terms
+from sam_kernels.per_sample._rules import linear_terms, with_statistics
 from sam_kernels.per_sample._shards import WholeParams
 from sam_kernels.per_sample._vmap import by_vmap
 
@@ -156,6 +156,8 @@ class Recorder:
         call = Call(
             watched.name, module, rule, watched.params, args, kwargs, output, batch_dim=batch_dim, reads_once=reads_once, anchor=_any(read)
         )
+        if isinstance(output, Tensor) and not call.is_recomputed:
+            call.rule = with_statistics(rule, output)
         if not reads_once and self._spans:
             call.span = (self._spans[-1], now())
         if watched.extent is not None and self._extents:

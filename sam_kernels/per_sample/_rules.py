@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sam_kernels._tensor_list import arithmetic_dtype
-from sam_kernels.per_sample._registry import register_rule
+from sam_kernels.per_sample._registry import Rule, register_rule
 from sam_kernels.per_sample._terms import Convolution, Dense, Outer, Rows, Shift, Term, affine_grads
 
-__all__ = ["is_trainable", "linear_terms"]
+__all__ = ["is_trainable", "linear_terms", "with_statistics"]
 
 Terms = dict[str, Tensor | Term]
 
@@ -193,12 +194,28 @@ def _instance_norm(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], g
 @register_rule(nn.BatchNorm1d)
 @register_rule(nn.BatchNorm2d)
 @register_rule(nn.BatchNorm3d)
-def _batch_norm(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], grad_output: Tensor) -> Terms:
-    """In training the statistics are the batch's: what is found is each sample's part of the sum that is the batch's gradient."""
+def _batch_norm(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], grad_output: Tensor, *, statistics: tuple[Tensor, Tensor] | None = None
+) -> Terms:
+    """In training the statistics are the batch's: what is found is each sample's part of the sum that is the batch's gradient.
+
+    ``statistics``: the batch's mean and 1 / √(variance + eps), (C,) each, which the forward pass has computed.
+    """
     x = _arithmetic(_input(args, kwargs))
-    own = module.training or module.running_mean is None
+    own, eps = module.training or module.running_mean is None, module.eps
     mean, var = (None, None) if own else (module.running_mean, module.running_var)
-    return _affine(module, _planes(grad_output), lambda: F.batch_norm(x, mean, var, training=own, momentum=0.0, eps=module.eps))
+    if own and statistics is not None:
+        own, eps, mean, var = False, 0.0, statistics[0], statistics[1].square().reciprocal()
+    return _affine(module, _planes(grad_output), lambda: F.batch_norm(x, mean, var, training=own, momentum=0.0, eps=eps))
+
+
+def with_statistics(rule: Rule, output: Tensor) -> Rule:
+    """The rule for one call of a layer: that of BatchNorm with what the node of the ``output`` has kept."""
+    node: Any = output.grad_fn
+    if rule is not _batch_norm or type(node).__name__ not in ("NativeBatchNormBackward0", "CudnnBatchNormBackward0"):
+        return rule
+    mean, rstd = node._saved_result1, node._saved_result2
+    return partial(rule, statistics=(mean, rstd)) if mean.numel() else rule
 
 
 @register_rule(nn.PReLU)

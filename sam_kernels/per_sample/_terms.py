@@ -45,19 +45,19 @@ class Dense:
         return tuple(self.grads.shape) == (batch, *shape)
 
     def add_square_norms_(self, square_norms: Tensor, *, keep: bool) -> None:
-        grads = self._of_groups(square_norms.shape[0])
+        grads = self.of_groups(square_norms.shape[0])
         one = grads.new_ones(1).expand(len(grads), 1, 1)
         linear_square_norms_(square_norms, one, grads.unsqueeze(1))  # one read, no temporary
 
     def weighted(self, weights: Tensor | None, shape: torch.Size) -> Tensor:
-        grads = self.grads if weights is None else self._of_groups(weights.shape[0])
+        grads = self.grads if weights is None else self.of_groups(weights.shape[0])
         return _weighted_sum(weights, grads.to(arithmetic_dtype((grads,)))).view(shape)
 
     def sample_grads(self, part: slice, shape: torch.Size) -> Tensor:  # -> (samples of part, *shape)
         """The gradients of some samples, multiplied out. All forms but :class:`Shift` have this method."""
         return self.grads[part].reshape(-1, *shape)
 
-    def _of_groups(self, m: int) -> Tensor:  # (M, numel) in the arithmetic type
+    def of_groups(self, m: int) -> Tensor:  # (M, numel) in the arithmetic type
         samples = self.grads.shape[0]
         grads = self.grads.reshape(samples, -1)
         return grads if samples == m else grads.view(m, samples // m, -1).sum(1, dtype=arithmetic_dtype((grads,)))
@@ -153,6 +153,9 @@ class Shift:
 def affine_grads(grad_output: Tensor, normalized: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(B, S, C, L) -> (B, C) gradients of the scale, where there are ``normalized`` values, and of the shift."""
     dtype = arithmetic_dtype((grad_output, normalized))
+    if grad_output.shape[1] == 1 == grad_output.shape[3] and grad_output.dtype is dtype:  # one position: nothing to add up
+        shift = grad_output[:, 0, :, 0]
+        return shift if normalized is None else shift * normalized[:, 0, :, 0], shift
     weight_grads, bias_grads = (grad_output.new_empty(grad_output.shape[0], grad_output.shape[2], dtype=dtype) for _ in range(2))
     affine_grads_(None if normalized is None else weight_grads, bias_grads, normalized, grad_output)
     return weight_grads, bias_grads
