@@ -29,11 +29,13 @@ def sharpness_weights(
     beta: Number,
 ) -> Tensor:  # (B,) of the same dtype
     """p = softmax(beta norms): the Gibbs weights of Reweighted SAM (arXiv 2509.18001), from gradient norms of samples or micro-batches.
+    A negative ``beta`` prefers short gradients.
 
     Arithmetic is float64, with the largest norm subtracted, and rounded once: backends agree within 2 B + 40 roundings of float64. With
     ``beta`` 0 each weight is exactly 1/B, correctly rounded (float32: up to 2^28 norms). A norm that is not finite makes every weight NaN,
-    with ``beta`` 0 too. ``beta`` is finite and not negative.
-    The kernels for devices read the norms three times and write the weights: 4 B s bytes.
+    with ``beta`` 0 too. ``beta`` is finite.
+    The kernels for devices read the norms three times and write the weights: 4 B s bytes. A ``beta`` that is negative, or a tensor, adds a
+    copy of the norms.
 
     Raises TypeError for norms that are no dense float32 or float64 tensor, ValueError for a wrong shape, no norms, or a wrong ``beta``.
     """
@@ -84,11 +86,14 @@ def sharpness_sample(
 
 
 def _checked(op: str, norms: object, beta: Number) -> tuple[Tensor, Number]:
-    """Contiguous norms, and beta as a number or a () tensor on their device."""
+    """Contiguous norms, and beta ≥ 0 as a number or a () tensor on their device: beta n = |beta| (sign(beta) n)."""
     tensor = _validate.check_tensor(op, "norms", norms)
     if tensor.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{op}: norms has dtype {tensor.dtype}; supported are float32, float64")
     if tensor.dim() != 1 or tensor.numel() == 0:
         raise ValueError(f"{op}: norms must have shape (B,) with B at least 1, got {tuple(tensor.shape)}")
-    beta = _validate.check_number_or_tensor(op, "beta", beta, low=0.0)
-    return tensor.resolve_neg().contiguous(), number_on(beta, tensor.device)
+    beta = number_on(_validate.check_number_or_tensor(op, "beta", beta), tensor.device)
+    tensor = tensor.resolve_neg().contiguous()
+    if isinstance(beta, Tensor):
+        return torch.where(beta < 0, -tensor, tensor), beta.abs()
+    return (-tensor, -beta) if beta < 0 else (tensor, beta)

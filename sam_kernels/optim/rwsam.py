@@ -43,9 +43,9 @@ class RWSAM(SAM):
         e   = rho_t (1 - lambd_t + lambd_t / (‖v‖ + eps)) v
         w   = base_optimizer(w, ∇ mean_i f_i (w + e))                    from w restored bit for bit
 
-    β = 0 is SAM, β → ∞ climbs along the sample of the longest gradient. β has the unit of 1 / n: norms change during training, and a
-    callable may follow them. With β = 0 (as a number, and ``sampling="weights"``) no norm is taken and the step is SAM's on the mean
-    loss, bit for bit.
+    β = 0 is SAM, β → ∞ climbs along the sample of the longest gradient; a negative β prefers short gradients. β has the unit of 1 / n:
+    norms change during training. A callable may follow them, or ``beta_scale="std"``. With β = 0 (as a number, and
+    ``sampling="weights"``) no norm is taken and the step is SAM's on the mean loss, bit for bit.
 
     ``norms`` says where n comes from:
 
@@ -66,7 +66,12 @@ class RWSAM(SAM):
             in DistributedDataParallel, each rank weights its own and climbs along their gradient, which is not averaged (as m-SAM); the
             descent is. (See ``local_ascent``, and docs/guides/distributed.md.)
         base_optimizer: as for :class:`SAM`, made with ``base_kwargs``.
-        beta: inverse temperature ≥ 0: a number, a 0-dim tensor or a callable t → β. Kept in ``param_groups``, alike in all.
+        beta: inverse temperature: a number, a 0-dim tensor or a callable t → β. Kept in ``param_groups``, alike in all.
+        beta_scale: ``"std"``: β over the standard deviation of the batch's norms, p = softmax(beta (n - mean n) / std n), which means the
+            same at the start and at the end of training, for every model and every batch. (A deviation below 10⁻⁵ of the mean counts as
+            that.)
+        norm_cap: norms above so many times their median count as that: no sample, such as a wrong label, decides alone. None: none do.
+            Over ranks this gathers the norms, and waits for the device.
         norms: see above.
         micro_batch: m: norms and weights of the mean gradients of m consecutive samples.
         sampling: ``"weights"``: v as above. ``"draw"``: v is the mean of the gradients of ``draws`` samples (micro-batches) drawn with
@@ -101,6 +106,8 @@ class RWSAM(SAM):
         base_optimizer: type[Optimizer] | Callable[..., Optimizer] | Optimizer,
         *,
         beta: Schedule,
+        beta_scale: str = "none",
+        norm_cap: float | None = None,
         norms: str | Iterable[nn.Module] = "exact",
         micro_batch: int = 1,
         sampling: str = "weights",
@@ -132,6 +139,8 @@ class RWSAM(SAM):
             num_directions=num_directions,
             seed=seed,
             unsupported=unsupported,
+            beta_scale=beta_scale,
+            norm_cap=norm_cap,
         )
         chosen_modules(model, self.reweighting.norms)
         if sam_and_base_kwargs.get("capturable") and (self.reweighting.is_directional or sampling == "draw"):

@@ -15,7 +15,10 @@ __all__ = ["gibbs_terms", "ordered_weights", "replacement_weights", "sharpness_s
 
 
 def exponents(norms: Tensor, beta: float) -> Tensor:  # (B,) -> (B,) float64
-    """beta (n - max n). A difference that leaves the range is the lowest number: it would be NaN times a beta of 0."""
+    """beta (n - max n), for a negative beta of the least n. A difference that leaves the range is the lowest number: it would be NaN times
+    a beta of 0."""
+    if beta < 0:
+        return exponents(-norms, -beta)
     wide = norms.to(torch.float64)
     largest = wide[~wide.isnan()].max() if not wide.isnan().all() else wide[0]
     return beta * (wide - largest).clamp(min=torch.finfo(torch.float64).min)

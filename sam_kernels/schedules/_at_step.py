@@ -77,10 +77,10 @@ def rho_at(value: Schedule, t: Step) -> float | Tensor:
 
 
 def beta_at(value: Schedule, t: Step) -> float | Tensor:
-    """β_t ≥ 0, RW-SAM's inverse temperature: a number or a callable t → β."""
+    """β_t, RW-SAM's inverse temperature: a number or a callable t → β."""
     if isinstance(value, str):
         raise TypeError(f"SAM: beta must be a number, a tensor or a callable t -> beta, got {value!r}")
-    return _evaluated("beta", value, t, low=0.0)
+    return _evaluated("beta", value, t)
 
 
 def resolved_at(rho: RhoSchedule, t: Step) -> float | Tensor | Radius:
@@ -132,7 +132,7 @@ def check_schedule(name: str, value: Any, t: Step) -> None:
     {"rho": rho_at, "lambd": lambd_at, "beta": beta_at}[name](cast(Schedule, value), t)
 
 
-def _evaluated(name: str, value: Any, t: Step, *, low: float, high: float | None = None) -> float | Tensor:
+def _evaluated(name: str, value: Any, t: Step, *, low: float | None = None, high: float | None = None) -> float | Tensor:
     if not callable(value):
         value = plain_number(value)
         check = check_number_or_tensor if isinstance(t, Tensor) else check_number

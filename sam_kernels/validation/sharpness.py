@@ -24,6 +24,8 @@ _BETAS: dict[str, dict[str, Any]] = {
     "plain": {"beta": 0.7},
     "steep": {"beta": 90.0},
     "tensor": {"beta": torch.tensor(1.3, dtype=torch.float64)},
+    "against": {"beta": -0.7},
+    "tensor_against": {"beta": torch.tensor(-1.3, dtype=torch.float64)},
 }
 _ALL = 0  # as many draws as there are norms
 SHARPNESS_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {

@@ -65,6 +65,7 @@ AVERAGED = {
     "policy": Run(make=chooses_steps, more={}, averaged=True),
     "rwsam": Run(make=RWSAM, more=TOGETHER, averaged=True),
     "rwsam-of-2": Run(make=RWSAM, more={**TOGETHER, "micro_batch": 2}, averaged=True, ddp={"find_unused_parameters": True}),
+    "rwsam-standardised": Run(make=RWSAM, more={**TOGETHER, "beta": -1.5, "beta_scale": "std", "norm_cap": 1.1}, averaged=True),
     "rwsam-drawn": Run(make=RWSAM, more={**TOGETHER, "sampling": "draw", "draws": 3}, averaged=True),
     "rwsam-directions": Run(make=RWSAM, more={**TOGETHER, "norms": "finite_difference"}, averaged=True),
 }

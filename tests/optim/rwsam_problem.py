@@ -78,13 +78,20 @@ def ascent_along(
 
 
 def written_out_step(
-    model: nn.Module, base: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], *, beta: float, m: int = 1, **ascent: Any
+    model: nn.Module,
+    base: torch.optim.Optimizer,
+    batch: tuple[Tensor, Tensor],
+    *,
+    beta: float,
+    m: int = 1,
+    counted: Callable[[Tensor], Tensor] = lambda norms: norms,
+    **ascent: Any,
 ) -> tuple[Tensor, Tensor]:
-    """One step of RW-SAM with ``base`` on the model's own parameters. The norms and weights."""
+    """One step of RW-SAM with ``base`` on the model's own parameters. The norms and weights. ``counted``: the norms as β takes them."""
     start = weights(model)
     grads = group_grads(model, batch, m)
     norms = norms_of(grads)
-    p = (beta * norms).softmax(0)
+    p = (beta * counted(norms)).softmax(0)
     e = ascent_along(combined(grads, p), list(model.parameters()), **ascent)
     set_weights(model, [w + each for w, each in zip(start, e, strict=True)])
     model.zero_grad()

@@ -18,12 +18,15 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"beta": -1.0}, ValueError, r"beta must be a finite number in \[0.0, inf\), got -1"),
+        ({"beta": float("-inf")}, ValueError, r"beta must be a finite number in \(-inf, inf\), got -inf"),
+        ({"beta_scale": "sd"}, ValueError, "beta_scale must be one of 'none', 'std', got 'sd'"),
+        ({"norm_cap": 0.0}, ValueError, "norm_cap must be a finite number"),
+        ({"norm_cap": "2"}, TypeError, "norm_cap must be a number"),
         ({"beta": NAN}, ValueError, "beta must be a finite number"),
         ({"beta": float("inf")}, ValueError, "beta must be a finite number"),
         ({"beta": True}, TypeError, "beta must be a number, a tensor"),
         ({"beta": "1/t"}, TypeError, r"beta must be a number, a tensor or a callable t -> beta, got '1/t'"),
-        ({"beta": lambda t: -t}, ValueError, r"beta\(1\) must be a finite number"),
+        ({"beta": lambda t: NAN * t}, ValueError, r"beta\(1\) must be a finite number"),
         ({"beta": torch.ones(2)}, TypeError, "beta must be a number"),
         ({"norms": "exakt"}, ValueError, "norms.*exact.*finite_difference.*jvp.*last_layer.*norm_layers.*exakt"),
         ({"norms": []}, ValueError, "norms is an empty list"),

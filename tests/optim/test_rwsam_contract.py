@@ -87,7 +87,7 @@ def test_row_02_add_param_group() -> None:
     optimizer.step(lambda: losses_of(model, batch))
     assert_close(optimizer.last_norms, norms_of(grads, {0, 1, 4, 5}.__contains__))
     with pytest.raises(ValueError, match="beta must be a finite number"):
-        optimizer.add_param_group({"params": model[1].parameters(), "beta": -1.0})
+        optimizer.add_param_group({"params": model[1].parameters(), "beta": float("nan")})
     optimizer.param_groups[1]["beta"] = 3.0
     with pytest.raises(ValueError, match="different values of beta"):
         optimizer.step(lambda: losses_of(model, batch))

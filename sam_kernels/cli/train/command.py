@@ -14,7 +14,7 @@ from sam_kernels.cli.train import options as check
 from sam_kernels.cli.train.comparison import Comparison
 from sam_kernels.cli.train.data import DATA_SETS, load
 from sam_kernels.cli.train.model import NORMALIZATIONS
-from sam_kernels.cli.train.optimizers import BASES, MEMBERS, NORMS, NUMBERED, Settings
+from sam_kernels.cli.train.optimizers import BASES, BETA_SCALES, MEMBERS, NORMS, NUMBERED, Settings
 from sam_kernels.cli.train.plot import save_curves
 from sam_kernels.cli.train.report import tables, to_json
 from sam_kernels.cli.train.run import Plan
@@ -53,7 +53,7 @@ __all__ = ["train"]
     "--rho", type=click.FloatRange(0), callback=check.finite, show_default="each optimizer's own", help="One radius for all of them."
 )
 @click.option("--lambd", default="0.5", callback=check.lambd, help="Mix of unified: 1 is SAM, 0 is USAM, 1/t and 1-1/t are schedules.")
-@click.option("--normalization", type=click.Choice(NORMALIZATIONS), default=Plan.normalization, help="BatchNorm, or GroupNorm.")
+@click.option("--normalization", type=click.Choice(NORMALIZATIONS), default=Plan.normalization, help="BatchNorm, GroupNorm, or neither.")
 @click.option(
     "--micro-batch-size",
     type=click.IntRange(min=1),
@@ -63,11 +63,17 @@ __all__ = ["train"]
 )
 @click.option(
     "--beta",
-    type=click.FloatRange(0),
+    type=click.FLOAT,
     default=Settings.beta,
     callback=check.finite,
     help="Sharpness of rwsam's weights: samples are weighted by softmax(beta * gradient norm). beta has the unit of 1 / norm: for losses "
-    "twice as large, half of it has the same effect. 0 is sam.",
+    "twice as large, half of it has the same effect. 0 is sam; below 0 short gradients weigh more.",
+)
+@click.option(
+    "--beta-scale",
+    type=click.Choice(BETA_SCALES),
+    default=Settings.beta_scale,
+    help="Unit of rwsam's beta: with std one over the standard deviation of the batch's norms.",
 )
 @click.option("--norms", type=click.Choice(NORMS), default=Settings.norms, help="Method by which rwsam computes the gradient norms.")
 @click.option("--micro-batch", type=click.IntRange(min=1), default=Settings.micro_batch, help="Samples that share one of rwsam's weights.")

@@ -32,7 +32,7 @@ class Comparison:
     @property
     def title(self) -> str:
         """Of the table and of the curves."""
-        network = ", GroupNorm" if self.plan.normalization == "group" else ""
+        network = {"batch": "", "group": ", GroupNorm", "none": ", no normalization"}[self.plan.normalization]
         noise = f", {self.plan.label_noise:.0%} of the training labels wrong" if self.plan.label_noise else ""
         scored = "accuracy on held-out training images" if self.held_out else "test accuracy"
         return f"{self.data}, {self.settings.base}, {self.plan.epochs} epochs{network}{noise}: {scored}"

@@ -12,7 +12,7 @@ from torch import nn
 
 import sam_kernels
 
-__all__ = ["BASES", "BY_DEFAULT", "MEMBERS", "NORMS", "NUMBERED", "Settings", "build", "kind_of", "options_of"]
+__all__ = ["BASES", "BETA_SCALES", "BY_DEFAULT", "MEMBERS", "NORMS", "NUMBERED", "Settings", "build", "kind_of", "options_of"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ BASES = {
 }
 
 BY_DEFAULT = ("sam", "usam", "unified")  # two passes over the whole batch each: what takes longer is asked for
+BETA_SCALES = ("none", "std")
 NORMS = ("exact", "finite_difference", "jvp", "last_layer", "norm_layers")
 
 
@@ -43,6 +44,7 @@ class Settings:
     # Of rwsam, as what follows. Of 0.03, 0.1 and 0.3 the best on held-out training images, with 40 % noisy and with clean labels (batches
     # of 128, 3 seeds). Norms are between 2 and 40 here: with a large beta the ascent follows a few samples, the wrong labels, alone.
     beta: float = 0.03
+    beta_scale: str = "none"
     norms: str = "exact"
     micro_batch: int = 1
     num_directions: int = 1
@@ -90,8 +92,8 @@ MEMBERS = {
         _reweighted,
         0.3,
         "beta",
-        number=click.FloatRange(0),
-        settings=("norms", "micro_batch", "num_directions"),
+        number=click.FLOAT,
+        settings=("beta_scale", "norms", "micro_batch", "num_directions"),
         takes_seed=True,
     ),
     "asam": Member(sam_kernels.ASAM, 0.5),
@@ -128,6 +130,8 @@ def options_of(name: str, settings: Settings) -> dict[str, Any]:
     options |= {key: getattr(settings, key) for key in member.settings}
     if options.get("norms", "jvp") not in ("finite_difference", "jvp"):
         del options["num_directions"]
+    if options.get("beta_scale") == "none":
+        del options["beta_scale"]
     return options
 
 

@@ -28,6 +28,7 @@ SHOWN = {
     "lambd": "lambda {}",
     "micro_batch_size": "m {}",
     "beta": "beta {:g}",
+    "beta_scale": "of {}",
     "norms": "{}",
     "micro_batch": "m {}",
     "num_directions": "K {}",

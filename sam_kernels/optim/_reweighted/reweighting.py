@@ -33,6 +33,8 @@ class Reweighting:
     num_directions: int
     seed: int
     unsupported: str
+    beta_scale: str
+    norm_cap: float | None
 
     def __post_init__(self) -> None:
         store_plain(self)
@@ -47,6 +49,9 @@ class Reweighting:
         check_choice("RWSAM", "distribution", self.distribution, ("rademacher", "normal"))
         object.__setattr__(self, "seed", check_seed("RWSAM", "seed", self.seed))
         check_choice("RWSAM", "unsupported", self.unsupported, ("error", "vmap"))
+        check_choice("RWSAM", "beta_scale", self.beta_scale, ("none", "std"))
+        if self.norm_cap is not None:
+            object.__setattr__(self, "norm_cap", check_number("RWSAM", "norm_cap", self.norm_cap, low=0.0, open_low=True))
 
     @property
     def is_directional(self) -> bool:

@@ -11,6 +11,8 @@ from sam_kernels.optim._reweighted.samples import SampleRanks
 
 __all__ = ["Weighing"]
 
+LEAST_SPREAD = 1e-5  # of norms that differ by their rounding alone, over their mean
+
 
 class Weighing:
     """``norms`` and ``weights``: (B / m,) of the rank's own samples, of each closure of the last step.
@@ -43,6 +45,11 @@ class Weighing:
         """What each gradient is multiplied by. ``seed``: of draws, the same on all ranks. Over ranks one all-gather of 56 bytes a rank; for
         draws two, of 8 bytes and of the norms."""
         self.norms.append(norms)
+        if self._how.norm_cap is not None:
+            every = norms if self._ranks is None else self._ranks.all_norms(norms)[0]
+            norms = torch.minimum(norms, self._how.norm_cap * every.median())  # what is not finite stays NaN, or is the median's NaN
+        if self._how.beta_scale == "std":
+            beta = self._standardised(norms, beta)
         if self._how.sampling == "draw":
             return self._drawn(norms, beta, seed)
         weights = functional.sharpness_weights(norms, beta=beta)
@@ -54,6 +61,18 @@ class Weighing:
         self._rows.append(rows)
         self.weights.append((weights * share).to(weights.dtype))
         return (weights * (share * self._count)).to(weights.dtype)
+
+    def _standardised(self, norms: Tensor, beta: float | Tensor) -> Tensor:  # () float64
+        """beta over the norms' standard deviation: softmax has the same values with norms less their mean. 0 where all norms are 0."""
+        mean, variance = norms.double().mean(), norms.double().var(correction=0)
+        if self._ranks is not None:
+            count = torch.full_like(mean, len(norms))
+            counts, means, variances = self._ranks.gathered(torch.stack([count, mean, variance])).unbind(1)
+            share = counts / counts.sum()
+            mean = (share * means).sum()
+            variance = (share * (variances + (means - mean).square())).sum()
+        std = torch.maximum(variance.sqrt(), LEAST_SPREAD * mean)
+        return torch.where(std > 0, beta / std, 0.0)
 
     def _drawn(self, norms: Tensor, beta: float | Tensor, seed: int) -> Tensor:  # (B / m,)
         how, own = self._how, slice(None)
@@ -96,6 +115,6 @@ def _summary(norms: Tensor, weights: Tensor, beta: float | Tensor) -> Tensor:  #
     """log Σ exp(beta n), Σ p², max p; Σ n, min n, max n; the number of norms."""
     n, p = norms.double(), weights.double()
     largest = n.max()
-    log_sum = beta * largest - p.max().log()
+    log_sum = (beta * n).max() - p.max().log()
     count = torch.full_like(largest, len(n))
     return torch.stack([log_sum, p.square().sum(), p.max(), n.sum(), n.min(), largest, count])
