@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.papers import drift, lambdas, log, schedules, stall, unified
+from bench.papers import drift, lambdas, log, msharpness, schedules, stall, unified
 from bench.papers.experiment import Experiment
 
 __all__ = ["EXPERIMENTS"]
@@ -14,4 +14,5 @@ EXPERIMENTS: dict[str, Experiment] = {
     "schedules": schedules.EXPERIMENT,
     "drift": drift.EXPERIMENT,
     "lambda": lambdas.EXPERIMENT,
+    "msharpness": msharpness.EXPERIMENT,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,11 @@ from bench.papers.experiment import TOLERANCE, compare, look
 from bench.papers.experiments import EXPERIMENTS
 from bench.papers.lambda_choice import MIXES, SGD, Chosen, choose, row_of
 from bench.papers.lambda_problems import CLASSES, Grid, batches, make, minima
+from bench.papers.msharpness import verdict
+from bench.papers.sharpness_runs import IN_TIME, METHODS, Budget, Job, Scene, covariance, jobs_of, runs_of_scene
 from sam_kernels import theory
 from sam_kernels.cli.train.data import Digits, load
+from sam_kernels.cli.train.model import small_cnn
 from sam_kernels.cli.train.optimizers import Settings
 from sam_kernels.cli.train.run import Plan, run
 
@@ -280,33 +284,84 @@ def test_what_is_chosen_is_reported_on_other_seeds() -> None:
     assert row_of(better, "difference")["alike"] == [0.0]
 
 
+# --- where reweighting wins ---
+
+
+def test_every_method_is_compared_with_sam(quick: tuple[Path, dict[str, Any]]) -> None:
+    rows = quick[1]["msharpness"]["rows"]
+    assert [row["method"] for row in rows] == [*(method.title for method in METHODS), IN_TIME]
+    for row in rows:
+        assert (row["verdict"] is None) == (row["method"] == "SAM")
+        assert row["variance"] > 0
+
+
+def test_a_verdict_needs_two_standard_errors() -> None:
+    spread = np.array([-1.0, 1.0, -1.0, 1.0])  # a standard error of 0.577
+    assert [verdict(mean + spread) for mean in (1.2, 1.1, 0.0, -1.1, -1.2)] == ["ahead", "level", "level", "level", "behind"]
+    assert verdict(np.zeros(4)) == "level"
+
+
+def test_what_is_chosen_on_held_out_images_is_scored_on_others() -> None:
+    scene, budget = Scene("group", 0.4), Budget(epochs=8, radii=(0.1, 0.2), tuning=1, evaluation=2)
+    made: list[Job] = []
+
+    def runner(jobs: Iterable[Job]) -> list[dict[str, float]]:
+        made.extend(given := list(jobs))
+        return [{"accuracy": 10 * job.rho + job.beta + job.seed, "variance": 1.0, "mean_square": 2.0} for job in given]
+
+    found = runs_of_scene(scene, budget, runner, {method.title: 2.0 for method in METHODS})
+    assert len(made) == jobs_of(scene, budget)
+    assert all(job.held_out == (job.seed == 0) for job in made)
+    assert (found["RW-SAM, β > 0"].rho, found["RW-SAM, β > 0"].beta) == (0.2, 1.5)
+    assert (found["RW-SAM, β < 0"].beta, found["SAM"].beta, found["SGD"].rho) == (-0.5, None, None)
+    assert found["SAM"].accuracy.tolist() == [3.0, 4.0]  # of seeds 1 and 2
+    assert (found[IN_TIME].method, found[IN_TIME].epochs, found["SAM"].epochs) == ("RW-SAM, β > 0", 4, 8)
+
+
+def test_the_covariance_is_that_of_single_gradients() -> None:
+    torch.manual_seed(0)
+    model, images, labels = small_cnn(8, normalization="none").double(), torch.randn(5, 1, 8, 8, dtype=torch.float64), torch.arange(5)
+    grads = []
+    for i in range(5):
+        loss = torch.nn.functional.cross_entropy(model(images[i : i + 1]), labels[i : i + 1])
+        grads.append(torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, list(model.parameters()))]))
+    each = torch.stack(grads)
+    found = covariance(model, images, labels)
+    assert found["variance"] == pytest.approx((each - each.mean(0)).square().sum(1).mean().item(), rel=1e-9)
+    assert found["mean_square"] == pytest.approx(each.mean(0).square().sum().item(), rel=1e-9)
+
+
 # --- what is stored, and the page ---
 
 
-def stored() -> Path:
-    (path,) = (ROOT / "bench" / "results").glob("*/papers.json")
-    return path
+def stored() -> dict[Path, dict[str, Any]]:
+    """The experiments of each device's file: every one is in one of them."""
+    return {path: json.loads(path.read_text())["experiments"] for path in (ROOT / "bench" / "results").glob("*/papers.json")}
 
 
 def entries() -> dict[str, Any]:
-    return dict(json.loads(stored().read_text())["experiments"])
+    found = [pair for experiments in stored().values() for pair in experiments.items()]
+    assert len(found) == len(dict(found))
+    return dict(found)
 
 
-def test_the_page_shows_the_stored_result(tmp_path: Path) -> None:
-    assert list(entries()) == list(EXPERIMENTS)
-    result = CliRunner().invoke(report.main, [str(stored()), "--check"])
-    assert result.exit_code == 0, result.output
+def test_the_page_shows_the_stored_results(tmp_path: Path) -> None:
+    assert set(entries()) == set(EXPERIMENTS)
     page = (ROOT / "docs/papers.md").read_text()
-    for name, entry in entries().items():
-        assert entry["gate"].startswith("passed")
-        assert not entry["quick"]
-        assert f"images/papers_{name}.png" in page
-        assert (ROOT / f"docs/images/papers_{name}.png").exists()
-        assert (stored().parent / f"papers_{name}.csv").exists()
+    for path, experiments in stored().items():
+        result = CliRunner().invoke(report.main, [str(path), "--check"])
+        assert result.exit_code == 0, result.output
+        for name, entry in experiments.items():
+            assert entry["gate"].startswith("passed")
+            assert not entry["quick"]
+            assert f"images/papers_{name}.png" in page
+            assert (ROOT / f"docs/images/papers_{name}.png").exists()
+            assert (path.parent / f"papers_{name}.csv").exists()
+    (path,) = (path for path, experiments in stored().items() if "stall" in experiments)
     copy = tmp_path / "papers.md"
     copy.write_text(page.replace("| 0.1286 |", "| 0.1287 |"))
-    assert CliRunner().invoke(report.main, [str(stored()), "--docs", str(copy), "--check"]).exit_code == 1
-    assert CliRunner().invoke(report.main, [str(stored()), "--docs", str(copy)]).exit_code == 0
+    assert CliRunner().invoke(report.main, [str(path), "--docs", str(copy), "--check"]).exit_code == 1
+    assert CliRunner().invoke(report.main, [str(path), "--docs", str(copy)]).exit_code == 0
     assert copy.read_text() == page
 
 

@@ -75,6 +75,13 @@ __all__ = ["train"]
     default=Settings.beta_scale,
     help="Unit of rwsam's beta: with std one over the standard deviation of the batch's norms.",
 )
+@click.option(
+    "--norm-cap",
+    type=click.FloatRange(0, min_open=True),
+    callback=check.finite,
+    show_default="none",
+    help="Cut rwsam's norms at so many times the batch's median: no wrong label decides alone.",
+)
 @click.option("--norms", type=click.Choice(NORMS), default=Settings.norms, help="Method by which rwsam computes the gradient norms.")
 @click.option("--micro-batch", type=click.IntRange(min=1), default=Settings.micro_batch, help="Samples that share one of rwsam's weights.")
 @click.option(

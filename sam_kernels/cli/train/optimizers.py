@@ -45,6 +45,7 @@ class Settings:
     # of 128, 3 seeds). Norms are between 2 and 40 here: with a large beta the ascent follows a few samples, the wrong labels, alone.
     beta: float = 0.03
     beta_scale: str = "none"
+    norm_cap: float | None = None
     norms: str = "exact"
     micro_batch: int = 1
     num_directions: int = 1
@@ -93,7 +94,7 @@ MEMBERS = {
         0.3,
         "beta",
         number=click.FLOAT,
-        settings=("beta_scale", "norms", "micro_batch", "num_directions"),
+        settings=("beta_scale", "norm_cap", "norms", "micro_batch", "num_directions"),
         takes_seed=True,
     ),
     "asam": Member(sam_kernels.ASAM, 0.5),
@@ -130,8 +131,9 @@ def options_of(name: str, settings: Settings) -> dict[str, Any]:
     options |= {key: getattr(settings, key) for key in member.settings}
     if options.get("norms", "jvp") not in ("finite_difference", "jvp"):
         del options["num_directions"]
-    if options.get("beta_scale") == "none":
-        del options["beta_scale"]
+    for key, default in (("beta_scale", "none"), ("norm_cap", None)):  # said only where it was asked for
+        if key in options and options[key] == default:
+            del options[key]
     return options
 
 

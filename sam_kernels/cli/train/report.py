@@ -29,6 +29,7 @@ SHOWN = {
     "micro_batch_size": "m {}",
     "beta": "beta {:g}",
     "beta_scale": "of {}",
+    "norm_cap": "norms cut at {:g} medians",
     "norms": "{}",
     "micro_batch": "m {}",
     "num_directions": "K {}",

@@ -51,8 +51,10 @@ def run(
     *,
     advance: Callable[[], None] = lambda: None,
     schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
+    finished: Callable[[nn.Module, Tensor], None] = lambda model, labels: None,
 ) -> Run:
-    """Initial weights, flipped labels and batches depend on ``seed`` alone. Calls ``advance`` after each epoch.
+    """Initial weights, flipped labels and batches depend on ``seed`` alone. Calls ``advance`` after each epoch, and ``finished`` at the end
+    with the model and the labels that it was trained on.
 
     ``schedule`` makes what the learning rate follows, a step an epoch; a cosine to 0, a step a step, where it is None.
     """
@@ -82,6 +84,7 @@ def run(
         result.train_loss.append(torch.stack(losses).mean().item())
         result.test_accuracy.append(_accuracy(model, data.test_images, data.test_labels))
         advance()
+    finished(model, labels)
     result.steps, result.seconds = len(clock.steps), sum(clock.steps)
     medians = map(statistics.median, (clock.steps, clock.forwards, clock.backwards, clock.rests()))
     result.seconds_per_step, result.forward_seconds, result.backward_seconds, result.rest_seconds = medians
