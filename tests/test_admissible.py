@@ -100,6 +100,7 @@ def test_relative_errors_and_nu_1() -> None:
     assert at.properties == NONE
     assert "x never moves" in (at.counterexample or "")
     assert usam((1, 0.5), (0.25, JUST_ABOVE), 4.0).holds
+    assert (usam((1, 0.5), 1, 2).holds, usam((1, 0.5), 1, 0.5).holds) == (False, True)
     convex = usam((1, 0.5), 0.25, 4.0, convex=True)
     assert (convex.holds, convex.properties, convex.derived) == (False, TO_FIVE, TO_FIVE)
 

@@ -66,9 +66,9 @@ def admissible(
     A property in neither list is *not known* to follow: this is no claim that it fails, unless ``Admissible.counterexample`` names a
     function. For sequences that are no power laws, momentum, mini-batches and other bases than SGD nothing is claimed.
 
-    VaSSO, F-SAM, RSAM, S²-SAM and Momentum-SAM have absolute errors too, but ``convex`` is for the gradient's own direction: leave it
-    False for them. Extragradient has a relative error; what is derived for convex f, and counterexamples, are for USAM alone.
-    docs/schedules.md has a table of the named schedules and of the methods.
+    VaSSO, F-SAM, RSAM, S²-SAM and others have absolute errors too, but ``convex`` is for the gradient's own direction: leave it False for
+    them. Extragradient has a relative error; what is derived for convex f, and the counterexamples, are for USAM alone.
+    docs/schedules.md has tables of the named schedules and of the methods.
 
     Args:
         steps: (c, p), c > 0, p ≥ 0; a number is (number, 0); ``'c/k^p'``. With a learning rate that changes once an epoch, p is the same.
