@@ -123,7 +123,13 @@ def test_a_radius_of_0_is_gradient_descent() -> None:
         result = admissible(1.9, 0, 1, normalised=normalised, kl_exponent=0.5)
         assert (result.holds, paper(result)) == (True, TO_FIVE)
         assert result.question.startswith("gradient descent, t_k = 1.9, ρ_k = 0, any f, KL with exponent 0.5, L = 1")
-        assert not admissible(2, 0, 1, normalised=normalised).properties
+        long = admissible(2, 0, 1, normalised=normalised)
+        assert (long.properties, long.violated) == (
+            NONE,
+            ("lim sup t_k < 2/L: t_k = 2 for every k, and 2/L = 2, choose less, or p > 0",),
+        )
+    words = "lim sup t_k < (2 - 2 ν)/(L (1 + ν)²): t_k = 1 for every k, and (2 - 2 ν)/(L (1 + ν)²) = 0.444444, choose less, or p > 0"
+    assert usam(1, 0.5, 1).violated == (words,)
 
 
 def test_an_almost_constant_radius() -> None:
@@ -328,6 +334,33 @@ def test_the_text_of_a_result() -> None:
     assert "convex f with one minimiser, L = 3: the conditions are violated" in failed
     assert "\n  fails:     (1)" in failed
     assert "\n  example:   f = a x²/2" in failed
+
+
+def test_a_text_has_a_line_for_each_property() -> None:
+    for result in (admissible((1, 1), (0.1, 1), 1), admissible(3, 0.1, 1), admissible((1, 0.5), (0.1, 0.1), 1)):
+        shown = re.findall(r"^  (\w+): +\((\d)\) .+$", str(result), re.MULTILINE)
+        follows = {number for status, number in shown if status in ("follows", "derived")}
+        assert [number for _, number in shown] == ["1", "2", "3", "4", "5"]
+        assert follows == {str(number) for number in result.properties}
+
+
+def test_what_is_assumed() -> None:
+    """(4) needs an accumulation point, (5) a minimiser or a KL inequality, unless the class of functions has them."""
+    accumulates, minimiser, kl = "(4): x_k has an accumulation point", "(5): f has a minimiser", "(5): f is KL at an accumulation point"
+    good, one = ((1, 1), (0.1, 1), 1), ((1, 0.5), (0.1, 0.1), 1)
+
+    def assumed(*laws: Any, **options: Any) -> list[str]:
+        first, *others = admissible(*laws, **options).assumes
+        assert first.startswith("f is bounded below, ∇f is L-Lipschitz")
+        return [each.partition(", as where")[0] for each in others]
+
+    assert assumed(*one) == []
+    assert assumed(*good) == [accumulates]
+    assert assumed(*good, kl_exponent=0.5) == [accumulates, kl]
+    assert assumed(*good, convex=True) == [accumulates, minimiser]
+    assert assumed(*good, convex=True, kl_exponent=0.5) == [accumulates, f"{minimiser} or f is KL at an accumulation point"]
+    for minimisers in ("bounded", "unique"):
+        assert assumed(*good, convex=True, minimisers=minimisers, kl_exponent=0.5) == []
 
 
 def numbers(properties: tuple[int, ...]) -> str:

@@ -216,7 +216,7 @@ def rounding_of(problem: Any, x: Tensor, after: Tensor) -> Tensor:
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
 def test_a_step_with_an_absolute_error(problem: str, share: float) -> None:
-    """f(x⁺) ≤ f - t (1 - L t/2) G² + t |1 - L t| G ε + (L t²/2) ε², ε = L ρ, along any direction."""
+    """f(x⁺) ≤ f - t (1 - L t/2) G² + t |1 - L t| G ε + (L t²/2) ε², ε = L ρ, along any direction; with t ≤ 1/L, f falls where G > ε."""
     made = PROBLEMS[problem]
     t = share * 2 / made.L
     for rho, scale in [(0.01, 1.0), (1.0, 1.0), (1.0, 0.01), (10.0, 5.0)]:
@@ -227,6 +227,7 @@ def test_a_step_with_an_absolute_error(problem: str, share: float) -> None:
             after = x - t * made.gradient(x + rho * d / d.norm())
             bound = made.f(x) - t * (1 - made.L * t / 2) * G**2 + t * abs(1 - made.L * t) * G * epsilon + made.L * t**2 / 2 * epsilon**2
             assert made.f(after) <= bound + rounding_of(made, x, after)
+            assert bound < made.f(x) or share > 0.5 or epsilon >= G
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
