@@ -30,6 +30,7 @@ __all__ = [
     "is_ascending",
     "lambd_at",
     "loss_for_radius",
+    "power_law",
     "radius_at",
     "resolved_at",
     "rho_at",
@@ -48,6 +49,15 @@ _ALMOST_CONSTANT = re.compile(rf"\s*(?P<c>{_NUMBER})\s*/\s*k\s*\^\s*(?P<p>{_NUMB
 def _number_in(value: Schedule) -> Schedule:
     """The number that a string holds, as the authors' package of Unified SAM takes it; anything else as it is."""
     return float(value) if isinstance(value, str) and re.fullmatch(rf"\s*[+-]?(?:{_NUMBER})\s*", value) else value
+
+
+def power_law(text: str) -> tuple[float, float] | None:
+    """(C, p) of ``'C/k^p'``, (C, 0) of a number; None for any other text."""
+    number = _number_in(text)
+    if isinstance(number, float):
+        return number, 0.0
+    match = _ALMOST_CONSTANT.fullmatch(text)
+    return None if match is None else (float(match["c"]), float(match["p"]))
 
 
 def almost_constant(C: float, p: float, t: Step) -> float | Tensor:
@@ -69,10 +79,10 @@ def rho_at(value: Schedule, t: Step) -> float | Tensor:
     """ρ_t ≥ 0: a number (``'0.05'`` is one), ``'C/k^p'`` such as ``'0.1/k^0.001'`` (k is the step) or a callable t → ρ."""
     value = _number_in(value)
     if isinstance(value, str):
-        match = _ALMOST_CONSTANT.fullmatch(value)
-        if match is None:
+        law = power_law(value)
+        if law is None:
             raise ValueError(f"SAM: rho must be a number, 'C/k^p' (such as '0.1/k^0.001') or a callable t -> rho, got {value!r}")
-        return almost_constant(float(match["c"]), float(match["p"]), t)
+        return almost_constant(*law, t)
     return _evaluated("rho", value, t, low=0.0)
 
 

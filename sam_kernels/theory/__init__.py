@@ -1,0 +1,34 @@
+"""What is proved about SAM: step sizes and bounds of Unified SAM, and which schedules converge. Plain functions of numbers."""
+
+from sam_kernels.theory._admissible import admissible
+from sam_kernels.theory._unified import (
+    descent_step,
+    expected_residual,
+    nonconvex_bound,
+    nonconvex_steps,
+    pl_bound,
+    pl_constant_steps,
+    pl_decreasing_steps,
+    pl_floor,
+    pl_largest_rho,
+    residual_constant,
+    sampled_smoothness,
+)
+from sam_kernels.theory._verdict import Admissible, Rates
+
+__all__ = [
+    "Admissible",
+    "Rates",
+    "admissible",
+    "descent_step",
+    "expected_residual",
+    "nonconvex_bound",
+    "nonconvex_steps",
+    "pl_bound",
+    "pl_constant_steps",
+    "pl_decreasing_steps",
+    "pl_floor",
+    "pl_largest_rho",
+    "residual_constant",
+    "sampled_smoothness",
+]
