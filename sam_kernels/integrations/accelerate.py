@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -78,7 +79,7 @@ class AcceleratedSAM(AcceleratedOptimizer):  # type: ignore[misc]  # Any where a
         Raises RuntimeError where the gradients of this step have been unscaled already (``clip_grad_norm_`` before the last micro-batch).
         """
         k = int(self._accelerator.gradient_accumulation_steps)
-        self.follow(self._accelerator._models)
+        self.follow(getattr(self._accelerator, "prepared_models", []))
         losses: list[Any] = []
 
         def divided() -> Any:
@@ -115,7 +116,7 @@ class AcceleratedSAM(AcceleratedOptimizer):  # type: ignore[misc]  # Any where a
         if closure is None:
             self._check_ascent()
         else:
-            self.follow(self._accelerator._models)
+            self.follow(getattr(self._accelerator, "prepared_models", []))
         if scaler is None:
             return sam.step(closure)
         loss = None
@@ -141,7 +142,7 @@ class AcceleratedSAM(AcceleratedOptimizer):  # type: ignore[misc]  # Any where a
                 "SAM.first_step: accelerator.clip_grad_norm_ or unscale_gradients has unscaled the gradients of the first pass; call them "
                 "once a step, after the second accelerator.backward(loss) and before optimizer.second_step()"
             )
-        self.follow(self._accelerator._models)
+        self.follow(getattr(self._accelerator, "prepared_models", []))
         self.optimizer.first_step(zero_grad, grad_scaler=self.scaler)
 
     def second_step(self, zero_grad: bool = False) -> None:
@@ -159,7 +160,7 @@ class AcceleratedSAM(AcceleratedOptimizer):  # type: ignore[misc]  # Any where a
     def follow(self, models: Sequence[nn.Module]) -> None:
         """Has the optimizer use the ``DistributedDataParallel`` modules among ``models``, unless it was made with some."""
         sam = self.optimizer
-        if (sam._replicas and not self._is_followed) or [*map(id, models)] == [*map(id, self._followed)]:
+        if not models or (sam._replicas and not self._is_followed) or [*map(id, models)] == [*map(id, self._followed)]:
             return
         self._followed = list(models)
         ours = {id(param) for group in sam.param_groups for param in group["params"]}
@@ -200,6 +201,18 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
         if any(find_sam(each) is not None for each in args if not isinstance(each, nn.Module)):
             check_plugins(self, "SAM")
         return super().prepare(*args, device_placement=device_placement)
+
+    def prepare_model(self, *args: Any, **kwargs: Any) -> Any:
+        """accelerate's. It keeps the model that was given; :attr:`prepared_models` are those that it returns."""
+        made = super().prepare_model(*args, **kwargs)
+        self.__dict__.setdefault("_prepared", []).append(weakref.ref(made))
+        return made
+
+    @property
+    def prepared_models(self) -> list[nn.Module]:
+        """What :meth:`prepare_model` has returned and is still in use: ``DistributedDataParallel`` modules, with several processes."""
+        found = [each() for each in self.__dict__.get("_prepared", [])]
+        return [each for each in found if each is not None]
 
     def prepare_optimizer(self, optimizer: Any, device_placement: bool | None = None) -> Any:
         """accelerate's. An optimizer without SAM is prepared as ever."""

@@ -25,11 +25,12 @@ def by_formula(
     clip: float,
     lambd: float = 1.0,
     scale: float = 1.0,
+    rho: Callable[[Tensor], Tensor] | None = None,
     after: Callable[[], Any] = lambda: None,
 ) -> None:
     """SAM written out. ``steps``: the micro-batches of each; ``whole``: one perturbation for all of a step. ``loss(model, batch, i)`` is a
     micro-batch's share of the loss of step i. ``lambd``: λ, with k times the share of one of k micro-batches. ``scale``: of losses, as by a
-    GradScaler. ``after``: called after each step."""
+    GradScaler. ``rho``: the radius, of a micro-batch's share of the loss. ``after``: called after each step."""
     params = list(model.parameters())
 
     def grads_of(batches: Sequence[Any], i: int) -> list[Tensor]:
@@ -43,9 +44,10 @@ def by_formula(
             grads = [len(groups) * grad for grad in grads_of(group, i)]
             norm = norm_of(grads)
             start = [param.detach().clone() for param in params]
+            radius = RHO if rho is None else rho(torch.stack([loss(model, each, i).detach() for each in group]).sum())
             with torch.no_grad():
                 for param, grad in zip(params, grads, strict=True):
-                    param.add_(RHO * (1 - lambd + lambd / (norm + 1e-12)) * grad)
+                    param.add_(radius * (1 - lambd + lambd / (norm + 1e-12)) * grad)
             sharp = grads_of(group, i)
             with torch.no_grad():
                 for param, old in zip(params, start, strict=True):

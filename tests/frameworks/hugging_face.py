@@ -15,21 +15,26 @@ from torch import Tensor, nn
 import tests.frameworks.conftest  # noqa: F401  # before transformers is imported, in processes of their own too
 
 __all__ = [
-    "LR", "STEPS", "VOCABULARY", "arguments", "batches", "forget_accelerate", "gpt2", "loss_of", "micro_batches_of", "net", "recording",
-    "texts", "token_loss",
+    "LR", "STEPS", "VOCABULARY", "arguments", "batches", "forget", "forget_accelerate", "gpt2", "loss_of", "micro_batches_of", "net",
+    "recording", "texts", "token_loss",
 ]  # fmt: skip
 
 LR, STEPS, VOCABULARY = 0.1, 5, 37
 Batch = tuple[Tensor, Tensor]
 
 
-def forget_accelerate() -> Iterator[None]:
-    """accelerate keeps mixed precision, processes and accumulation for the whole process: a fixture's body."""
-    yield
+def forget() -> None:
+    """accelerate keeps mixed precision, processes, accumulation and data loaders that have ended for the whole process."""
     state: Any = pytest.importorskip("accelerate.state")
     state.AcceleratorState._reset_state(reset_partial_state=True)
     state.GradientState._reset_state()
     gc.collect()
+
+
+def forget_accelerate() -> Iterator[None]:
+    """A fixture's body: :func:`forget` after the test."""
+    yield
+    forget()
 
 
 def net(dtype: torch.dtype = torch.float64) -> nn.Module:
