@@ -18,7 +18,7 @@ from sam_kernels.optim._replicas.replicas import is_blank, replicated_modules
 from sam_kernels.optim.rwsam import RWSAM
 from sam_kernels.optim.sam import SAM
 
-__all__ = ["AcceleratedSAM", "Accelerator", "check_plugins", "prepare_sam"]
+__all__ = ["AcceleratedSAM", "Accelerator", "check_fsdp", "check_plugins", "prepare_sam"]
 
 _LINES = """write
     with accelerator.accumulate(model):
@@ -250,5 +250,11 @@ def check_plugins(accelerator: Any, name: str) -> None:
             "trains; use DDP (torchrun, or accelerate launch --multi_gpu), or FSDP version 2: fsdp_version=2"
         )
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
-        raise ValueError(f"{name}: FSDP version 1 flattens parameters, which SAM refuses; set fsdp_version=2")
+    if plugin is not None:
+        check_fsdp(getattr(plugin, "fsdp_version", 1), name)
+
+
+def check_fsdp(version: int, name: str) -> None:
+    """Raises ValueError for FSDP version 1."""
+    if version != 2:
+        raise ValueError(f"{name}: FSDP version {version} flattens parameters, which SAM refuses; set fsdp_version=2")

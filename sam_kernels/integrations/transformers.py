@@ -14,7 +14,7 @@ from transformers import Trainer
 
 from sam_kernels._validate import check_flag, describe
 from sam_kernels.integrations._found import find_sam
-from sam_kernels.integrations.accelerate import AcceleratedSAM, check_plugins, prepare_sam
+from sam_kernels.integrations.accelerate import AcceleratedSAM, check_fsdp, check_plugins, prepare_sam
 from sam_kernels.optim.rwsam import RWSAM
 from sam_kernels.optim.sam import SAM
 
@@ -80,8 +80,10 @@ class SAMMixin:
     def create_accelerator_and_postprocess(self) -> None:
         """The trainer's; its ``accelerator`` then prepares an optimizer of SAM as :class:`~.accelerate.Accelerator` does."""
         trainer: Any = super()
+        this: Any = self
+        check_fsdp((getattr(this.args, "fsdp_plugin_args", None) or {}).get("fsdp_version", 2), "SAMTrainer")
         trainer.create_accelerator_and_postprocess()
-        accelerator: Any = self.__dict__["accelerator"]
+        accelerator = this.accelerator
         accelerator.prepare_optimizer = partial(prepare_sam, accelerator, accelerator.prepare_optimizer)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
