@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from sam_kernels._sharding import sharded_modules
-from sam_kernels._validate import describe
+from sam_kernels._validate import check_count, describe
 from sam_kernels.optim._batches.closures import Closure, TwoPasses, passes_of
 from sam_kernels.optim._compatibility import check_weighted
 from sam_kernels.optim._engine import amp, capturable
@@ -21,7 +22,7 @@ from sam_kernels.optim._engine.lists import param_name
 from sam_kernels.optim._engine.plan import StepPlan
 from sam_kernels.optim._engine.replay import RandomState
 from sam_kernels.optim._reweighted.directional import DirectionalNorms
-from sam_kernels.optim._reweighted.reweighting import Reweighting, check_modules, chosen_modules
+from sam_kernels.optim._reweighted.reweighting import Reweighting, check_modules, checked_losses, chosen_modules
 from sam_kernels.optim._reweighted.samples import ranks_of
 from sam_kernels.optim._reweighted.weighing import Weighing
 from sam_kernels.optim._seeds import derived_seed
@@ -161,6 +162,9 @@ class RWSAM(SAM):
 
     def _link(self) -> None:
         super()._link()
+        self._link_samples()
+
+    def _link_samples(self) -> None:
         how = self.reweighting
         self._engine = self._directional = None
         if how.is_directional:
@@ -170,6 +174,11 @@ class RWSAM(SAM):
         self._ranks = ranks_of(self.model, how.norms, local_ascent=self._replicas.ascends_locally)
         self._weighing = Weighing(how, self._ranks)
         self._recorded: StepPlan | None = None  # of the forward pass under recording()
+
+    def _use_replicas(self, modules: Sequence[DistributedDataParallel], *, local_ascent: bool) -> None:
+        super()._use_replicas(modules, local_ascent=local_ascent)
+        self.model = next(module for module in modules if self.model in module.modules())
+        self._link_samples()
 
     # --- the step ---
 
@@ -208,23 +217,28 @@ class RWSAM(SAM):
             raise
 
     @torch.no_grad()
-    def backward(self, closure: Callable[[], Tensor], *, grad_scaler: GradScaler | None = None) -> Tensor:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        self, closure: Callable[[], Tensor], *, grad_scaler: GradScaler | None = None, micro_batches: int = 1
+    ) -> Tensor:
         """As :meth:`SAM.backward`, with a closure as for :meth:`step`: it returns the samples' losses (B,) and calls no ``backward``.
 
         Adds ∇ mean_i f_i at the perturbed point to ``.grad``; the ascent is reweighted. Returns the mean of the losses of the first pass.
+        ``micro_batches``: k, by which the closure divides the losses. β multiplies the norms of the losses themselves.
         """
         scaler = amp.check_scaler(grad_scaler)
         if not callable(closure):
             raise TypeError(f"RWSAM.backward: closure must be a callable, got {describe(closure)}")
-        made = self._calls_made()
+        made, k = self._calls_made(), check_count("RWSAM.backward", "micro_batches", micro_batches, low=1)
         if made == 0:
             self._weighing.begin()
         index = self._replicas.index_of_call(made)
-        loss: Tensor = self._add_gradient(*self._pair(closure, index, scaler, zeroes=False), scaler)
+        loss: Tensor = self._add_gradient(*self._pair(closure, index, scaler, zeroes=False, share=1.0 / k), scaler, share=1.0 / k)
         return loss
 
-    def _pair(self, closure: Callable[[], Tensor], index: int, scaler: GradScaler | None, *, zeroes: bool = True) -> TwoPasses:
-        return partial(self._ascent, closure, index, scaler, zeroes), partial(self._descent, closure, scaler, zeroes)
+    def _pair(
+        self, closure: Callable[[], Tensor], index: int, scaler: GradScaler | None, *, zeroes: bool = True, share: float = 1.0
+    ) -> TwoPasses:
+        return partial(self._ascent, closure, index, scaler, zeroes, share), partial(self._descent, closure, scaler, zeroes)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -261,8 +275,8 @@ class RWSAM(SAM):
         with torch.enable_grad(), self._replicas.without_averaging():
             self._backward(self._differentiable(losses), plan, self._replicas.index_of(0, 1), amp.check_scaler(grad_scaler))
 
-    def _ascent(self, closure: Closure, index: int, scaler: GradScaler | None, zeroes: bool) -> Tensor:
-        """Leaves v (scaled) in ``.grad``. Returns the mean loss."""
+    def _ascent(self, closure: Closure, index: int, scaler: GradScaler | None, zeroes: bool, share: float) -> Tensor:
+        """Leaves v (scaled, times ``share``) in ``.grad``. Returns the mean loss (times ``share``)."""
         if zeroes:
             self.zero_grad()
         plan = self._passes.plan if self._passes.plan is not None else self._plan_ahead()
@@ -274,10 +288,10 @@ class RWSAM(SAM):
             self._guard.save()  # what an exception puts back
             seed = derived_seed(self.reweighting.seed, int(plan.groups[0].t), index, 1)
             state = RandomState(self._devices())
-            slopes = self._directional.slopes(lambda: self._checked(closure()), plan, self._passes, state, seed)
+            slopes = self._directional.slopes(lambda: checked_losses(closure(), self.reweighting), plan, self._passes, state, seed)
             losses = self._differentiable(closure())
-            norms = self._directional.norms(slopes, losses)
-        self._backward(losses, plan, index, scaler, norms)
+            norms = self._directional.norms(slopes, losses) / share
+        self._backward(losses, plan, index, scaler, norms, share)
         return losses.detach().mean()
 
     def _descent(self, closure: Closure, scaler: GradScaler | None, zeroes: bool) -> Tensor:
@@ -287,7 +301,9 @@ class RWSAM(SAM):
         _scaled(loss, scaler).backward()  # type: ignore[no-untyped-call]  # torch's own is untyped
         return loss.detach()
 
-    def _backward(self, losses: Tensor, plan: StepPlan, index: int, scaler: GradScaler | None, norms: Tensor | None = None) -> None:
+    def _backward(
+        self, losses: Tensor, plan: StepPlan, index: int, scaler: GradScaler | None, norms: Tensor | None = None, share: float = 1.0
+    ) -> None:
         """v (scaled) into ``.grad``. Norms (B / m,) that are not known are those of the engine that was around the forward pass."""
         m = self.reweighting.micro_batch
         if self._is_plain(plan):
@@ -298,7 +314,7 @@ class RWSAM(SAM):
             torch.autograd.backward(_scaled(losses, scaler), each.to(losses.dtype))
         else:
             assert self._engine is not None
-            scaled, scale, over_ranks = _scaled(losses, scaler), amp.scale_of(scaler), self._ranks is not None
+            scaled, scale, over_ranks = _scaled(losses, scaler), amp.scale_of(scaler, share, losses.device), self._ranks is not None
             norms = self._engine(scaled, keep=not over_ranks, retain_graph=over_ranks)
             weights = self._weigh(norms if scale is None else norms / scale, plan, index)
             if over_ranks:  # by a backward pass that averages over ranks
@@ -374,23 +390,8 @@ class RWSAM(SAM):
         self._engine.over = counted
         return self._engine
 
-    def _checked(self, losses: Any) -> Tensor:  # (B,)
-        if not isinstance(losses, Tensor) or not losses.is_floating_point():
-            raise TypeError(f"RWSAM: the closure must return the samples' losses, a floating-point tensor, got {describe(losses)}")
-        if losses.dim() != 1 or not len(losses):
-            raise ValueError(
-                f"RWSAM: the closure must return losses of shape (B,), one for each sample, got {tuple(losses.shape)}; use "
-                "reduction='none', average over everything but the batch, and leave backward() to the optimizer"
-            )
-        how = self.reweighting
-        if len(losses) % how.micro_batch:
-            raise ValueError(f"RWSAM: {len(losses)} losses cannot be cut into micro-batches of {how.micro_batch}")
-        if how.sampling == "draw" and not how.replacement and how.draws > len(losses) // how.micro_batch:
-            raise ValueError(f"RWSAM: draws={how.draws} without replacement, of {len(losses) // how.micro_batch}")
-        return losses
-
     def _differentiable(self, losses: Any) -> Tensor:  # (B,)
-        checked = self._checked(losses)
+        checked = checked_losses(losses, self.reweighting)
         if not checked.requires_grad:
             raise RuntimeError("RWSAM: the losses have no graph: they were detached, or computed under torch.no_grad")
         return checked

@@ -10,7 +10,7 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from sam_kernels._validate import check_flag, check_number, describe
+from sam_kernels._validate import check_count, check_flag, check_number, describe
 from sam_kernels.optim._base.base import keys_given, make_base, materialised
 from sam_kernels.optim._base.options import check_earlier_values, check_group_names, check_keywords, check_max_norm, group_keys
 from sam_kernels.optim._batches.closures import Closure, TwoPasses, passes_of
@@ -298,7 +298,7 @@ class SAM(TwoStepAPI):
         return losses[0] if mean is None else mean_loss(losses)
 
     @torch.no_grad()
-    def backward(self, closure: Callable[[], Loss], *, grad_scaler: GradScaler | None = None) -> Loss:
+    def backward(self, closure: Callable[[], Loss], *, grad_scaler: GradScaler | None = None, micro_batches: int = 1) -> Loss:
         """SAM's gradient, in the place of ``loss.backward()``, for loops and trainers that clip, unscale, accumulate and step themselves.
 
         Runs the closure at the weights, perturbs them, runs it at the perturbed point, restores the weights bit for bit and adds the
@@ -312,7 +312,8 @@ class SAM(TwoStepAPI):
                     optimizer.zero_grad()
 
         k calls are m-SAM with k micro-batches (arXiv 2509.18001), by ordinary accumulation: divide each loss by k. ρ, λ and t are those of
-        the step to come, which :meth:`step` counts, once for all calls. With ρ = 0 everywhere the closure runs once.
+        the step to come, which :meth:`step` counts, once for all calls. With ρ = 0 everywhere the closure runs once. With a
+        ``DistributedDataParallel`` module in ``model=`` and no local ascent, first passes are averaged under ``no_sync()`` too.
 
         Bytes: norm 1, perturb 4, restore 2, and 3 where ``.grad`` held gradients before: 10 N s (with several processes 2 more).
 
@@ -320,6 +321,8 @@ class SAM(TwoStepAPI):
             closure: runs forward and ``backward()`` and returns the loss; it does not zero the gradients. Called twice.
             grad_scaler: the scaler that the closure scales its loss with. Needed where :meth:`first_step` needs it; ``unscale_``, ``step``
                 and ``update`` follow as usual.
+            micro_batches: k, by which the closure divides its loss. The ascent is then that of the loss itself, where the length of the
+                gradient matters: λ < 1, radii that follow the norm or the loss, RW-SAM's weights.
 
         Returns the loss of the first pass. A gradient of the first pass that is not finite makes the gradient left not finite, so that
         whoever looks at it skips, and :meth:`step` does. After an exception ``.grad`` and weights are as before the call.
@@ -332,7 +335,8 @@ class SAM(TwoStepAPI):
         scaler = amp.check_scaler(grad_scaler)
         if not callable(closure):
             raise TypeError(f"SAM.backward: closure must be a callable, got {describe(closure)}")
-        return cast(Loss, self._add_gradient(closure, closure, scaler))
+        share = 1.0 / check_count("SAM.backward", "micro_batches", micro_batches, low=1)
+        return cast(Loss, self._add_gradient(closure, closure, scaler, share=share))
 
     def release_buffers(self) -> None:
         """Frees the copies of parameters and, for rules that keep them, of gradients (N s where gradients are not the optimizer's to take

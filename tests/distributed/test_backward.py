@@ -40,6 +40,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "averaged-vasso": {"make": VaSSO, "k": 1},
     "averaged-views-zeroed": {"make": SAM, "k": 1, "ddp": {"gradient_as_bucket_view": True}, "set_to_none": False},
     "averaged-all-reduced": {"make": SAM, "k": K, "no_sync": False},
+    "averaged-accumulated": {"make": SAM, "k": K},
+    "averaged-accumulated-views": {"make": SAM, "k": K, "ddp": {"gradient_as_bucket_view": True}},
+    "averaged-accumulated-unused": {"make": SAM, "k": K, "ddp": {"find_unused_parameters": True}},
     "momentum": {"make": MomentumSAM, "k": K},
     "stale": {"make": S2SAM, "k": K},
 }

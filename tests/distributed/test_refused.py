@@ -127,6 +127,19 @@ def test_a_static_graph_is_refused(group: None) -> None:
         optimizer.step(closure_of(optimizer, ddp), batch=batch_of(0, 0, 1))
 
 
+def test_a_static_graph_with_first_passes_that_are_averaged_inside_of_no_sync(group: None) -> None:
+    ddp = replicated(static_graph=True)
+    optimizer = SAM(ddp.parameters(), torch.optim.SGD, model=ddp, **SGD)
+    before = weights_of(ddp)
+    with (
+        ddp.no_sync(),
+        pytest.raises(ValueError, match=r"backward under no_sync\(\).*static_graph=True.*leave static_graph out, or no_sync"),
+    ):
+        optimizer.backward(lambda: losses_of(ddp, *batch_of(0, 0, 1)).mean().backward())
+    assert all(map(torch.equal, weights_of(ddp), before))
+    assert ddp.require_backward_grad_sync
+
+
 def test_uneven_inputs_are_refused(group: None) -> None:
     ddp = replicated()
     optimizer = SAM(ddp.parameters(), torch.optim.SGD, model=ddp, **SGD)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sam_kernels import RWSAM, SAM
 from tests.frameworks.conftest import Compared
-from tests.frameworks.test_trainers import RHO, SAM_OR_M, by_formula, error_of
+from tests.frameworks.formula import RHO, SAM_OR_M, by_formula, error_of
 
 lightning: Any = pytest.importorskip("lightning")
 integration: Any = pytest.importorskip("sam_kernels.integrations.lightning")

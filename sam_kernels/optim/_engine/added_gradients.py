@@ -62,17 +62,24 @@ class AddedGradients(Engine):
             self._descend(grad_scale, found_inf, scaler, is_rewritten=True)
 
     def _warn_of_plain_steps(self) -> None:
-        """Two steps in a row with nothing perturbed, where a radius is positive."""
+        """Two steps in a row with nothing perturbed, or a first step, where a radius is positive."""
         self._plain_steps += 1
-        if self._has_warned or self._plain_steps < 2 or capturable.is_recording(self._passes.found_inf.device):
+        if self._has_warned or capturable.is_recording(self._passes.found_inf.device):
             return
-        if not self._plan_ahead().ascends:
+        is_first = self._plain_steps == 1 and not self._has_perturbed
+        if not (is_first or self._plain_steps == 2) or not self._plan_ahead().ascends:
             return
         self._has_warned = True
-        warn_of_plain_steps(type(self).__name__, type(self.base_optimizer).__name__)
+        warn_of_plain_steps(type(self).__name__, type(self.base_optimizer).__name__, is_first=is_first)
 
-    def _add_gradient(self, ascent: Closure, descent: Closure, scaler: GradScaler | None) -> Any:
-        """Adds SAM's gradient to ``.grad``. Returns the loss of the first pass."""
+    @property
+    def _has_perturbed(self) -> bool:
+        """Whether a step of SAM has been made, before a checkpoint too. A count on a device is not waited for: it may have."""
+        counts = [group[self._keys["sam_step"]] for group in self.param_groups]
+        return any(count.device.type != "cpu" or count > 0 if isinstance(count, Tensor) else count > 0 for count in counts)
+
+    def _add_gradient(self, ascent: Closure, descent: Closure, scaler: GradScaler | None, *, share: float = 1.0) -> Any:
+        """Adds SAM's gradient to ``.grad``. Returns the loss of the first pass. ``share``: what the losses have been multiplied by."""
         self._require_unperturbed("backward")
         made, known = self._calls_made(), self._not_finite
         check_gradient(self.direction, self.descent, made)
@@ -106,8 +113,9 @@ class AddedGradients(Engine):
                 )
             self._enter(device, plan)
             step = AscentStep(self._passes, self._replicas.index_of_call(made), within_replica=self._replicas.has_groups)
-            loss = self._two_passes(step, self._replicas.first_pass(ascent, self.param_groups), second, scaler, call)
-            self._rewrite(amp.scale_of(scaler))
+            first = self._replicas.first_pass(ascent, self.param_groups, averages=True)
+            loss = self._two_passes(step, first, second, scaler, call, share=share)
+            self._rewrite(amp.scale_of(scaler, share, device))
             self._guard.restore()
             self._passes.restore()
             self._passes.skips.forget_last_step()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
@@ -31,14 +32,17 @@ def check_scaler(grad_scaler: Any) -> GradScaler | None:
     return grad_scaler if grad_scaler.is_enabled() else None
 
 
-def scale_of(grad_scaler: GradScaler | None) -> Tensor | None:
-    """() float32, on the device. Raises RuntimeError when the scaler has not scaled a loss yet."""
+def scale_of(grad_scaler: GradScaler | None, share: float = 1.0, device: torch.device | None = None) -> Tensor | None:
+    """() float32, on the device: what gradients are multiplied by. ``share``: what the caller has multiplied the loss by beside.
+
+    Raises RuntimeError when the scaler has not scaled a loss yet.
+    """
     if grad_scaler is None:
-        return None
+        return None if share == 1.0 else torch.full((), share, dtype=torch.float64, device=device)
     scale = grad_scaler._get_scale_async()
     if scale is None:
         raise RuntimeError("SAM: grad_scaler was given, but the closure has not called grad_scaler.scale(loss).backward()")
-    return scale
+    return scale if share == 1.0 else scale * share
 
 
 def check_unscaled(grad_scaler: GradScaler | None, optimizer: Optimizer) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
+from torch.nn.parallel import DistributedDataParallel
 
 from sam_kernels._validate import describe
 from sam_kernels.optim._base.wrapper import Wrapper
@@ -28,6 +29,7 @@ from sam_kernels.optim._engine.plan import StepPlan
 from sam_kernels.optim._engine.replay import BufferGuard, RandomState
 from sam_kernels.optim._engine.skip_warning import SkipWatch
 from sam_kernels.optim._part import FirstGradient
+from sam_kernels.optim._replicas.hybrid import replicas_of
 from sam_kernels.optim._replicas.replicas import Replicas, is_blank
 from sam_kernels.optim.descents import UNCHANGED, DescentStep, Outcome
 from sam_kernels.schedules import Radius
@@ -69,6 +71,15 @@ class Engine(Wrapper):
         self._awaits_ascent = False  # moved to where the first gradient is taken, and not yet further
         self._is_counted = False  # a step under way, which an exception would undo
         self._lacks_gradient: str | None = None  # words of an error, where the last pass left this rank no gradient: others may have one
+
+    def _use_replicas(self, modules: Sequence[DistributedDataParallel], *, local_ascent: bool) -> None:
+        """From the next step on as if ``modules``, which have been put around parameters of this optimizer since, were in ``model=``.
+        Raises ValueError for modules that the optimizer would refuse."""
+        self._require_unperturbed("another model")
+        self._replicas = replicas_of(
+            list(modules), self.direction, self.descent, self.process_group, local_ascent=local_ascent, freezes=self.freeze_unperturbed
+        )
+        self._first_pass = FirstPass(self.freeze_unperturbed, self._replicas, self._identity)
 
     # --- begin, and undo ---
 
@@ -155,9 +166,17 @@ class Engine(Wrapper):
     # --- two passes ---
 
     def _two_passes(
-        self, step: AscentStep, ascent: Closure, descent: Closure, scaler: GradScaler | None, call: Callable[[Closure], Any]
+        self,
+        step: AscentStep,
+        ascent: Closure,
+        descent: Closure,
+        scaler: GradScaler | None,
+        call: Callable[[Closure], Any],
+        *,
+        share: float = 1.0,
     ) -> Any:
-        """First pass, ascent, second pass. Returns the loss of the first. ``call`` calls a closure and checks what it has done."""
+        """First pass, ascent, second pass. Returns the loss of the first. ``call`` calls a closure and checks what it has done. ``share``:
+        what the losses have been multiplied by."""
         if self.direction.first_gradient is FirstGradient.NONE:
             self._ascend(step, None)
             return call(descent)
@@ -166,8 +185,11 @@ class Engine(Wrapper):
         with self._first_pass.around(self._passes.ascent_plan):
             loss = call(ascent)
         follows_loss = any(isinstance(each.rho, Radius) for each in step.groups)  # alike on all ranks, whatever the closures return
-        followed = self._loss_of_all_ranks(loss, within_replica=step.within_replica) if follows_loss else loss
-        self._ascend(step, amp.scale_of(scaler), followed, hand_over=True)
+        followed = loss
+        if follows_loss:
+            own = loss / share if share != 1.0 and isinstance(loss, Tensor | int | float) else loss
+            followed = self._loss_of_all_ranks(own, within_replica=step.within_replica)
+        self._ascend(step, amp.scale_of(scaler, share, self._passes.found_inf.device), followed, hand_over=True)
         with nullcontext() if random_state is None else random_state.replayed():
             call(descent)
         return loss

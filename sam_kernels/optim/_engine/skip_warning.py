@@ -73,9 +73,11 @@ def _is_set(flag: Tensor) -> bool:
     return type(flag) is Tensor and flag.item() != 0.0  # not of a fake tensor
 
 
-def warn_of_plain_steps(kind: str, base: str) -> None:
-    """Two steps in a row had no ascent, where a radius is positive."""
+def warn_of_plain_steps(kind: str, base: str, *, is_first: bool) -> None:
+    """A first step, or two steps in a row, had no ascent, where a radius is positive."""
+    steps = "a first step" if is_first else "two steps"
     warn_user(
-        f"{kind}: two steps without an ascent: step() alone is a step of {base}. For sharpness-aware steps call step(closure), or "
-        "first_step and second_step, or optimizer.backward(closure) in the place of loss.backward(); with rho=0 nothing is said"
+        f"{kind}: {steps} without an ascent: step() alone is a step of {base}. For sharpness-aware steps call step(closure), or first_step "
+        "and second_step, or optimizer.backward(closure) in the place of loss.backward(). In a trainer that calls step() itself use "
+        "sam_kernels.integrations (transformers.SAMTrainer, accelerate.Accelerator, lightning.SAMCallback). With rho=0 there is no warning"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,6 +89,25 @@ class Replicas:
             yield
 
     @contextmanager
+    def averaging(self) -> Iterator[None]:
+        """Within it, unless the ascent is local, backward averages over ranks inside of the caller's ``no_sync()`` too: the ranks would
+        perturb one micro-batch by gradients of their own, and the next one by the gradient of all."""
+        modules = [] if self._averaging or self._is_averaged_by_hand else self._replicated
+        deferring = [module for module in modules if not module.require_backward_grad_sync]
+        if any(module.static_graph for module in deferring):
+            raise ValueError(
+                "SAM.backward under no_sync() with DistributedDataParallel(static_graph=True): torch then averages wrongly, without an "
+                "error; leave static_graph out, or no_sync()"
+            )
+        try:
+            for module in deferring:
+                module.require_backward_grad_sync = True
+            yield
+        finally:
+            for module in deferring:
+                module.require_backward_grad_sync = False
+
+    @contextmanager
     def averaging_by_hand(self, params: Sequence[Tensor]) -> Iterator[None]:
         """Around a first pass that gives only ``params`` gradients: with averaged gradients these become means here.
 
@@ -126,11 +145,11 @@ class Replicas:
         descents = [self._local(descent) for _, descent in passes[:-1]] + [self._last(passes[-1][1], mean, groups)]
         return [(self.first_pass(ascent, groups), descent) for (ascent, _), descent in zip(passes, descents, strict=True)]
 
-    def first_pass(self, closure: Closure, groups: list[ParamGroup]) -> Closure:
-        """The closure of a first pass: with a local ascent without averaging, and checked."""
+    def first_pass(self, closure: Closure, groups: list[ParamGroup], *, averages: bool = False) -> Closure:
+        """The closure of a first pass: with a local ascent without averaging, and checked. ``averages``: see :meth:`averaging`."""
 
         def called() -> Any:
-            with self.without_averaging():
+            with self.without_averaging(), self.averaging() if averages else nullcontext():
                 loss = closure()
             self.check_first_pass(groups)
             return loss

@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sam_kernels._validate import check_choice, check_count, check_flag, check_number, check_seed, describe
 from sam_kernels.optim._base.options import store_plain
 from sam_kernels.optim.groups import is_norm_layer
 
-__all__ = ["NORMS", "Reweighting", "check_modules", "chosen_modules"]
+__all__ = ["NORMS", "Reweighting", "check_modules", "checked_losses", "chosen_modules"]
 
 NORMS = ("exact", "finite_difference", "jvp", "last_layer", "norm_layers")
 
@@ -81,3 +81,19 @@ def chosen_modules(model: nn.Module, norms: str) -> list[nn.Module]:
     if norms in ("last_layer", "norm_layers") and not found:
         raise ValueError(f"RWSAM: norms={norms!r}, and the model has no such layer with trainable parameters")
     return found
+
+
+def checked_losses(losses: Any, how: Reweighting) -> Tensor:  # (B,)
+    """What a closure has returned. Raises TypeError or ValueError where it is not the losses of the samples."""
+    if not isinstance(losses, Tensor) or not losses.is_floating_point():
+        raise TypeError(f"RWSAM: the closure must return the samples' losses, a floating-point tensor, got {describe(losses)}")
+    if losses.dim() != 1 or not len(losses):
+        raise ValueError(
+            f"RWSAM: the closure must return losses of shape (B,), one for each sample, got {tuple(losses.shape)}; use "
+            "reduction='none', average over everything but the batch, and leave backward() to the optimizer"
+        )
+    if len(losses) % how.micro_batch:
+        raise ValueError(f"RWSAM: {len(losses)} losses cannot be cut into micro-batches of {how.micro_batch}")
+    if how.sampling == "draw" and not how.replacement and how.draws > len(losses) // how.micro_batch:
+        raise ValueError(f"RWSAM: draws={how.draws} without replacement, of {len(losses) // how.micro_batch}")
+    return losses
