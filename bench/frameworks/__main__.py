@@ -29,7 +29,7 @@ __all__ = ["main"]
 @options.names("--frameworks", known=FRAMEWORKS, help="Packages whose integration is measured.")
 @click.option("--layers", type=click.IntRange(min=1), default=4, show_default=True, help="Blocks of the GPT-2.")
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences in a batch, of 64 tokens.")
-@click.option("--rounds", type=click.IntRange(min=1), default=60, show_default=True, help="Turns of each loop.")
+@click.option("--rounds", type=click.IntRange(min=1), default=50, show_default=True, help="Turns of each loop.")
 @click.option("--inner", type=click.IntRange(min=1), default=3, show_default=True, help="Steps of a turn that are timed.")
 @options.threads("Threads of torch. Default: torch's.")
 @click.option(
