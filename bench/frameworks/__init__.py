@@ -1,0 +1,1 @@
+"""What SAM costs inside of a framework: ``python -m bench.frameworks``."""
