@@ -170,7 +170,7 @@ class _Fit:
 
     def _closure(self, i: int, first: list[Tensor], backward: Callable[[Tensor], None]) -> Callable[[], Tensor]:
         """Both passes of micro-batch i. ``first``: the loss of the first pass, where that has been made."""
-        share = self._trainer.accumulate_grad_batches * len(self._calls)  # 1 / share of the loss is added up
+        share: int = self._trainer.accumulate_grad_batches * len(self._calls)  # 1 / share of the loss is added up
         # A perturbation of m-SAM is that of the micro-batch's own loss. Rules that step along both gradients need one scale for both.
         ascends_along_share = self._sam.descent.rewrites or not self._sam._plan_ahead().ascends
         passes = 0
@@ -182,7 +182,7 @@ class _Fit:
                 with self._second_pass():
                     loss = self._scaled(self._loss_at_perturbed_weights(i) / share)
                     backward(loss)
-                return loss
+                return self._unscaled(loss) * share
             loss = first.pop() if first else self._scaled(self._loss_at_weights(i) / share)
             self.losses.append(self._unscaled(loss))
             backward(loss if ascends_along_share or share == 1 else loss * share)

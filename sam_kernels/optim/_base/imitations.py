@@ -196,12 +196,11 @@ def _check_automatic(optimizer: Any, module: Any, scaler: Any) -> None:
     Raises RuntimeError where the step would then not be SAM's; warns once otherwise.
     """
     trainer, clips = module.trainer, type(module).configure_gradient_clipping
+    has_own_clipping = clips.__qualname__ != "LightningModule.configure_gradient_clipping"
     why = ""
     if trainer.accumulate_grad_batches > 1:
         why = "accumulates gradients of which only the last batch's would be at the perturbed weights"
-    elif (
-        trainer.gradient_clip_val or type(module).configure_gradient_clipping.__qualname__ != "LightningModule.configure_gradient_clipping"
-    ):
+    elif trainer.gradient_clip_val or has_own_clipping:
         why = "clips the gradient of the first pass too"
     elif scaler is not None:
         why = "calls step() alone with a GradScaler, which is no step of SAM"
