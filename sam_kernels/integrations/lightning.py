@@ -196,10 +196,10 @@ class _Fit:
             return self._loss_in(self._only_loss(self._calls[i]()))
 
     def _loss_at_perturbed_weights(self, i: int) -> Tensor:
-        """Lightning's no_sync() decides whether the last micro-batch's gradient is averaged; those before it are added to it."""
-        is_last = i == len(self._calls) - 1
+        """Lightning's no_sync() decides whether the last micro-batch's gradient is averaged, with those that it is added to."""
+        is_averaged = i == len(self._calls) - 1 and all(each.require_backward_grad_sync for each in self._replicas)
         state = self._random_state if i == 0 else None
-        with nullcontext() if is_last else self._averaged(False), nullcontext() if state is None else state.replayed():
+        with self._averaged(is_averaged), nullcontext() if state is None else state.replayed():
             return self._loss_in(self._calls[i]())
 
     @contextmanager

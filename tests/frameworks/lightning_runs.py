@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import lightning
@@ -89,13 +88,6 @@ def loader(data: Sequence[Any] | None = None) -> Any:
     return DataLoader(batches() if data is None else data, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
 
 
-@contextmanager
-def quietly() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 # --- SAM's steps, written out ---
 
 
@@ -109,23 +101,30 @@ def train_by_formula(
     *,
     base: Callable[[nn.Module], torch.optim.Optimizer] = lambda model: torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9),
     share: Callable[[int], float] | None = None,
+    share_of: Mapping[int, float] | None = None,
     lambd: float = 1.0,
     clip: float = 0.0,
     by_value: bool = False,
     context: Callable[[], Any] = nullcontext,
+    scale: float = 1.0,
     after: Callable[[int, torch.optim.Optimizer], None] = lambda i, optimizer: None,
 ) -> nn.Module:
     """SAM's steps. ``steps``: of each step the ascents, of each ascent the batches whose mean loss is its f. Returns the model.
 
-    An ascent: e = rho (1 - lambd + lambd / |g|) g with g = ∇f(w). The step is along the sum of share · ∇f(w + e) over its ascents, ``share``
-    being 1 / (number of ascents) unless ``share(number)`` says another; a step with a gradient that is not finite changes nothing.
+    An ascent: e = rho (1 - lambd + lambd / |g|) g with g = ∇f(w). The step is along the sum of share · ∇f(w + e) over its ascents. A share
+    is 1 / (number of ascents), unless ``share(number)`` says another, or ``share_of`` by the number of the ascent's batches. A step with a
+    gradient that is not finite changes nothing. ``scale``: of losses, so that gradients of float16 activations are not too small for it.
     """
     params, optimizer = list(model.parameters()), base(model)
 
-    def grads_of(group: Sequence[Batch]) -> tuple[Tensor, ...]:
-        with context():
-            loss = torch.stack([loss_of(model, batch) for batch in group]).mean()
-        return torch.autograd.grad(loss, params)
+    def grads_of(group: Sequence[Batch]) -> list[Tensor]:
+        total = [torch.zeros_like(param) for param in params]
+        for batch in group:  # one by one: autocast would add their gradients up in the lower precision
+            with context():
+                loss = loss_of(model, batch)
+            for sum_, grad in zip(total, torch.autograd.grad(loss * scale, params), strict=True):
+                sum_ += grad / (scale * len(group))
+        return total
 
     for i, ascents in enumerate(steps):
         total = [torch.zeros_like(param) for param in params]
@@ -141,7 +140,8 @@ def train_by_formula(
             with torch.no_grad():
                 for param, old in zip(params, start, strict=True):
                     param.copy_(old)
-            total = [before + weight * grad for before, grad in zip(total, sharp, strict=True)]
+            factor = weight if share_of is None else share_of[len(group)]
+            total = [before + factor * grad for before, grad in zip(total, sharp, strict=True)]
         if not all(bool(grad.isfinite().all()) for grad in total):
             after(i, optimizer)
             continue

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sam_kernels import SAM, SAMSPS, USAM, LookSAM, MomentumSAM, RWSAM, norm_layers
+from sam_kernels import RWSAM, SAM, SAMSPS, USAM, LookSAM, MomentumSAM, norm_layers
 from tests.frameworks.conftest import Compared
 from tests.frameworks.test_trainers import RHO, SAM_OR_M, by_formula, error_of
 
@@ -45,7 +45,9 @@ def test_automatic_optimization(accumulation: int, clip: float, compared: Compar
     shares = lambda model, batch, _: loss_of(model, batch) / accumulation  # noqa: E731
     by_formula(expected, base, steps_of(batches(), accumulation), shares, whole=False, clip=clip)
     steps = BATCHES // accumulation
-    compared("lightning", SAM_OR_M[accumulation], f"automatic: weights after {steps} steps, clip {clip}", error_of(module.net, expected), CLOSE)
+    compared(
+        "lightning", SAM_OR_M[accumulation], f"automatic: weights after {steps} steps, clip {clip}", error_of(module.net, expected), CLOSE
+    )
     assert trainer.global_step == steps
     for owner, names in ((module, ("backward", "optimizer_step", "clip_gradients", "log")), (trainer.strategy, ("training_step",))):
         assert not set(names) & vars(owner).keys()  # given back
@@ -242,12 +244,14 @@ def test_a_batch_without_a_loss_makes_no_step(compared: Compared) -> None:
     module = Skipping()
     trainer_of().fit(module, loader())
     expected = train_by_formula(net(), [[[batch]] for i, batch in enumerate(data) if i != skipped])
-    compared("lightning", "SAM", "automatic: weights after 5 steps, training_step returned None once", error_of(module.net, expected), CLOSE)
-    for skipped, rest in ((0, [data[1:2], *steps_of(data[2:], 2)]), (1, [data[:1], *steps_of(data[2:], 2)])):  # of two batches, one
-        module = Skipping()
+    compared(
+        "lightning", "SAM", "automatic: weights after 5 steps, training_step returned None once", error_of(module.net, expected), CLOSE
+    )
+    for index, first in ((0, data[1:2]), (1, data[:1])):  # of two batches, one
+        skipped, module = index, Skipping()
         trainer_of(accumulate_grad_batches=2).fit(module, loader())
-        expected = train_by_formula(net(), [[[each] for each in step] for step in rest], share=lambda count: 1 / 2)
-        assert error_of(module.net, expected) < CLOSE
+        steps = [[[each] for each in step] for step in (first, *steps_of(data[2:], 2))]
+        assert error_of(module.net, train_by_formula(net(), steps, share=lambda count: 1 / 2)) < CLOSE
 
 
 def test_a_loss_in_one_pass_alone_is_an_error() -> None:

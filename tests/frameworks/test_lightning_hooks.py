@@ -84,7 +84,14 @@ def test_the_order_of_hooks() -> None:
     passes = ["on_before_backward", "backward", "training_step, second pass", "backward", "on_after_backward"]
     assert module.calls == [
         *("training_step", "on_before_zero_grad", *passes),
-        *("optimizer_step", "training_step", *passes, "on_before_optimizer_step", "configure_gradient_clipping", "optimizer_step has ended"),
+        *(
+            "optimizer_step",
+            "training_step",
+            *passes,
+            "on_before_optimizer_step",
+            "configure_gradient_clipping",
+            "optimizer_step has ended",
+        ),
     ]
     assert vars(module).keys().isdisjoint({"backward", "optimizer_step", "clip_gradients", "log", "training_step"})
     assert not is_second_pass(module)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sam_kernels import RSAM, SAM, LookSAM, RWSAM
+from sam_kernels import RSAM, RWSAM, SAM, LookSAM
 from tests.frameworks.conftest import Compared
-from tests.frameworks.test_trainers import RHO, error_of
+from tests.frameworks.test_trainers import error_of
 
 lightning: Any = pytest.importorskip("lightning")
 from sam_kernels.integrations.lightning import sam_of  # noqa: E402
@@ -208,7 +207,13 @@ def test_members_that_choose_more_than_a_gradient(compared: Compared) -> None:
         for batch in batches():
             step(plain, optimizer, batch)
         pairs = zip(module.parameters(), plain.parameters(), strict=True)
-        compared("lightning", name, "manual, step(closure): a loop without Lightning", 0.0 if all(map(torch.equal, *zip(*pairs, strict=True))) else 1.0, 0.0)
+        compared(
+            "lightning",
+            name,
+            "manual, step(closure): a loop without Lightning",
+            0.0 if all(map(torch.equal, *zip(*pairs, strict=True))) else 1.0,
+            0.0,
+        )
 
 
 def losses_of_samples(module: Any, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -302,6 +307,5 @@ def test_without_the_callback_what_would_be_another_step_is_an_error() -> None:
         (Module(model=net(torch.float32)), {"plugins": [scaled]}, r"calls step\(\) alone with a GradScaler"),
     ):
         data = loader(batches(dtype=module.net[0].weight.dtype))  # type: ignore[index]
-        with warnings.catch_warnings(), pytest.raises(RuntimeError, match=words + r".*callbacks=\[.*SAMCallback\(\)\]"):
-            warnings.simplefilter("ignore")
+        with pytest.raises(RuntimeError, match=words + r".*callbacks=\[.*SAMCallback\(\)\]"):
             manual_trainer(**options).fit(module, data)

@@ -94,7 +94,7 @@ def test_float16_autocast_with_a_scaler(accumulation: int, clip: float, overflow
     )
     trainer.fit(module, loader(data(overflows=overflows)))
     steps = [[[each] for each in step] for step in steps_of(data(overflows=overflows), accumulation)]
-    expected = train_by_formula(net(torch.float32), steps, clip=clip, context=autocast_to(torch.float16))
+    expected = train_by_formula(net(torch.float32), steps, clip=clip, context=autocast_to(torch.float16), scale=SCALE)
     how = ", one skipped" if overflows else ""
     what = f"automatic, 16-mixed: weights after {len(steps)} steps{how}, clip {clip}"
     compared("lightning", SAM_OR_M[accumulation], what, error_of(module.net, expected), FLOAT32)
@@ -133,7 +133,7 @@ def test_an_own_clipping_hook_gets_the_unscaled_gradient(compared: Compared) -> 
     module = Clipping(model=net(torch.float32))
     trainer_of(plugins=[mixed("16-mixed", scaler())]).fit(module, loader(data(overflows=False)))
     steps = [[[each]] for each in data(overflows=False)]
-    expected = train_by_formula(net(torch.float32), steps, clip=0.1, context=autocast_to(torch.float16))
+    expected = train_by_formula(net(torch.float32), steps, clip=0.1, context=autocast_to(torch.float16), scale=SCALE)
     what = "automatic, 16-mixed: weights after 6 steps, configure_gradient_clipping"
     compared("lightning", "SAM", what, error_of(module.net, expected), FLOAT32)
 
@@ -216,7 +216,8 @@ def test_manual_optimization(name: str, precision: str, compared: Compared) -> N
     trainer.fit(module, loader(data(overflows=is_half)))
     steps = [ascents(name, each) for each in data(overflows=is_half)]
     context = autocast_to(torch.float16 if is_half else torch.bfloat16)
-    error = error_of(module.net, train_by_formula(net(torch.float32), steps, context=context))
+    expected = train_by_formula(net(torch.float32), steps, context=context, scale=SCALE if is_half else 1.0)
+    error = error_of(module.net, expected)
     what = f"manual, {precision}, {name}: weights after 6 steps{', one skipped' if is_half else ''}"
     compared("lightning", "m-SAM" if "micro" in name else "SAM", what, error, FLOAT32)
     assert trainer.global_step == 6
@@ -252,7 +253,7 @@ def test_fabric(name: str, precision: str, compared: Compared) -> None:
         scales.append(plugin.scaler.get_scale() if is_half else 1.0)
         weights.append([param.detach().clone() for param in plain.parameters()])
     expected = Casting(net(torch.float32), dtype)
-    train_by_formula(expected, [ascents(name, each) for each in data(overflows=is_half)])
+    train_by_formula(expected, [ascents(name, each) for each in data(overflows=is_half)], scale=SCALE if is_half else 1.0)
     what = f"Fabric, {precision}, {name}: weights after 6 steps{', one skipped' if is_half else ''}"
     compared("lightning", "m-SAM" if "micro" in name else "SAM", what, error_of(plain, expected.inner), FLOAT32)
     assert optimizer.skipped_steps == is_half
