@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sam_kernels import RWSAM, SAM, SAMSPS, USAM, LookSAM, MomentumSAM, norm_layers
+from sam_kernels import RSAM, RWSAM, S2SAM, SAM, SAMSPS, USAM, WSAM, LookSAM, MomentumSAM, norm_layers
 from tests.frameworks.conftest import Compared
 from tests.frameworks.test_trainers import RHO, SAM_OR_M, by_formula, error_of
 
@@ -289,11 +289,14 @@ MANUALLY = r"optimize manually: self.automatic_optimization = False, and self.op
         (lambda module: RWSAM(module.net, torch.optim.SGD, lr=LR, beta=1.0), "RWSAM needs losses of samples: " + MANUALLY),
         (lambda module: [sgd(module), sgd(module)], "multiple optimizers is only supported with manual optimization"),
         (lambda module: MomentumSAM(*params(module), lr=LR, momentum=0.9), "'momentum'.*moves the weights before the first.*" + MANUALLY),
+        (lambda module: S2SAM(*params(module), lr=LR), "moves the weights before the first.*" + MANUALLY),
+        (lambda module: RSAM(*params(module), lr=LR), "moves the weights before the first.*" + MANUALLY),
+        (lambda module: WSAM(*params(module), lr=LR, decoupled=True), "chooses more than a gradient; " + MANUALLY),
         (lambda module: LookSAM(*params(module), lr=LR), "'looksam' chooses more than a gradient; " + MANUALLY),
         (lambda module: SAMSPS(*params(module)), "chooses more than a gradient; " + MANUALLY),
         (lambda module: SAM(norm_layers(module), torch.optim.SGD, lr=LR, freeze_unperturbed=True), "freeze_unperturbed.*" + MANUALLY),
     ],
-    ids=["another", "rwsam", "two", "momentum", "look", "sps", "freezing"],
+    ids=["another", "rwsam", "two", "momentum", "s2sam", "rsam", "wsam", "look", "sps", "freezing"],
 )
 def test_other_optimizers_are_refused(make: Callable[[Any], Any], words: str) -> None:
     model = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 3)).double()

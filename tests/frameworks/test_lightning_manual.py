@@ -309,3 +309,15 @@ def test_without_the_callback_what_would_be_another_step_is_an_error() -> None:
         data = loader(batches(dtype=module.net[0].weight.dtype))  # type: ignore[index]
         with pytest.raises(RuntimeError, match=words + r".*callbacks=\[.*SAMCallback\(\)\]"):
             manual_trainer(**options).fit(module, data)
+
+
+@pytest.mark.parametrize("name", ["DeepSpeedStrategy", "FSDPStrategy"])
+def test_strategies_of_fabric_with_weights_of_their_own_are_refused(name: str) -> None:
+    strategy = type(name, (lightning.fabric.strategies.SingleDeviceStrategy,), {})("cpu")
+    fabric = lightning.Fabric(strategy=strategy)
+    model = net()
+    model, optimizer = fabric.setup(model, sgd(model))
+    loop = Loop(fabric, model)
+    for step in (by_backward, by_two_steps, by_closure):
+        with pytest.raises(RuntimeError, match=rf"{name} updates, or gathers, weights of its own"):
+            step(loop, optimizer, batches()[0])
