@@ -103,10 +103,6 @@ class SAMCallback(Callback):  # type: ignore[misc]  # Any where lightning is not
         """As :meth:`on_fit_end`."""
         self._end()
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """As :meth:`on_fit_end`."""
-        self._end()
-
     def _end(self) -> None:
         fit, self._fit, self.is_second_pass = self._fit, None, False
         if fit is not None:

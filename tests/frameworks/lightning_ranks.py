@@ -21,6 +21,7 @@ import lightning
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import fully_shard
 
 from sam_kernels.integrations.lightning import SAMCallback, sam_of
@@ -42,6 +43,22 @@ def averaging(module: Any, **options: Any) -> Any:
 
 def locally(module: Any) -> Any:
     return averaging(module, local_ascent=True)
+
+
+def all_reduces(make: Callable[[Any], Any] = sgd, **options: Any) -> Result:
+    """How many all-reduces of gradients a fit makes. The module's gradients are one bucket."""
+    counts: list[int] = []
+
+    def counted(module: Any) -> Any:
+        def hook(_, bucket):  # type: ignore[no-untyped-def]  # torch compares annotations with its own classes
+            counts.append(1)
+            return allreduce_hook(None, bucket)  # type: ignore[arg-type]  # of the default group
+
+        module.trainer.model.register_comm_hook(None, hook)
+        return make(module)
+
+    automatic(counted, **options)
+    return {"count": len(counts)}
 
 
 def result_of(model: nn.Module, **more: Any) -> Result:
@@ -208,6 +225,9 @@ SCENARIOS: dict[str, Callable[[], Result]] = {
     "static graph, accumulation": lambda: refused(strategy=DDPStrategy(static_graph=True), accumulate_grad_batches=3),
     "skipped, float64": partial(with_an_overflow, torch.float64, accumulate_grad_batches=2),
     "skipped, 16-mixed": lambda: with_an_overflow(torch.float32, plugins=[mixed("16-mixed", scaler())], gradient_clip_val=0.1),
+    "all-reduces": partial(all_reduces, accumulate_grad_batches=3),
+    "all-reduces, micro-batches": partial(all_reduces, accumulate_grad_batches=3, micro_batches=2),
+    "all-reduces, local": partial(all_reduces, locally, accumulate_grad_batches=3),
     "sharded": sharded,
     "manual, backward": partial(manual, by_backward),
     "manual, first_step, second_step": partial(manual, by_two_steps),

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sam_kernels.schedules import Radius
 from tests.frameworks.conftest import Compared
 from tests.frameworks.test_trainers import SAM_OR_M, error_of
 
 lightning: Any = pytest.importorskip("lightning")
-from sam_kernels.integrations.lightning import sam_of  # noqa: E402
+from sam_kernels.integrations.lightning import is_second_pass, sam_of  # noqa: E402
 from tests.frameworks.lightning_runs import (  # noqa: E402
     Manual,
     Module,
@@ -136,6 +137,42 @@ def test_an_own_clipping_hook_gets_the_unscaled_gradient(compared: Compared) -> 
     expected = train_by_formula(net(torch.float32), steps, clip=0.1, context=autocast_to(torch.float16), scale=SCALE)
     what = "automatic, 16-mixed: weights after 6 steps, configure_gradient_clipping"
     compared("lightning", "SAM", what, error_of(module.net, expected), FLOAT32)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_radius_sees_loss_and_norm_of_its_own_batch(micro_batches: int) -> None:
+    """Neither scaled, nor divided by the number of accumulated batches; and so are the losses in ``outputs``."""
+
+    class Seeing(Radius):
+        def radius(self, info: Any) -> float:
+            seen.append((float(info.loss), float(info.norm)))
+            return 0.05
+
+    class Losses(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = loss_of(self.net, batch)
+            if not is_second_pass(self):
+                grads = torch.autograd.grad(loss * SCALE, list(self.net.parameters()), retain_graph=True)
+                norm = torch.stack([(grad / SCALE).square().sum() for grad in grads]).sum().sqrt()
+                expected.append((loss.item(), norm.item()))
+            return loss
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            means.append(float(outputs["loss"]))
+
+    seen: list[tuple[float, float]] = []
+    expected: list[tuple[float, float]] = []
+    means: list[float] = []
+    module = Losses(lambda module: sgd(module, rho=Seeing()), net(torch.float32))
+    trainer = trainer_of(plugins=[mixed("16-mixed", scaler())], accumulate_grad_batches=2)
+    trainer.callbacks[0].micro_batches = micro_batches
+    trainer.fit(module, loader(data(overflows=False)))
+    assert len(seen) == 6 * micro_batches
+    for (loss, norm), (right_loss, right_norm) in zip(seen, expected, strict=True):
+        assert loss == pytest.approx(right_loss, rel=1e-6)
+        assert norm == pytest.approx(right_norm, rel=1e-3)  # of float16 gradients
+    losses = torch.tensor([loss for loss, _ in expected]).reshape(6, micro_batches).mean(1) / 2
+    assert means == pytest.approx(losses.tolist(), rel=1e-6)
 
 
 def test_double_precision(compared: Compared) -> None:

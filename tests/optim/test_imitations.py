@@ -48,6 +48,9 @@ class FrameworkOptimizer:
     def optimizer(self) -> Any:
         return self._optimizer
 
+    def state_dict(self) -> Any:
+        return "the framework's"
+
     def step(self, closure: Any = None, **kwargs: Any) -> Any:
         assert not kwargs
         self.calls.append("step")
@@ -127,8 +130,8 @@ def by_two_steps(problem: Problem, x: Tensor, y: Tensor) -> None:
     problem.update()
 
 
-def sgd(kind: type[SAM]) -> Callable[[nn.Module], SAM]:
-    return lambda model: kind(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.1)
+def sgd(kind: type[SAM], **options: Any) -> Callable[[nn.Module], SAM]:
+    return lambda model: kind(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.1, **options)
 
 
 WAYS = [by_closure, by_micro_batches, by_backward, by_two_steps]
@@ -137,7 +140,8 @@ WAYS = [by_closure, by_micro_batches, by_backward, by_two_steps]
 @pytest.mark.parametrize("is_scaled", [False, True])
 @pytest.mark.parametrize("way", WAYS)
 def test_steps_have_the_bits_of_the_optimizer_inside(way: Callable[..., None], is_scaled: bool) -> None:
-    wrapped, plain = (Problem(sgd(SAM), is_wrapped=each, is_scaled=is_scaled) for each in (True, False))
+    """With λ < 1 the ascent needs to know the scale."""
+    wrapped, plain = (Problem(sgd(SAM, lambd=0.5), is_wrapped=each, is_scaled=is_scaled) for each in (True, False))
     for problem in (wrapped, plain):
         for i, (x, y) in enumerate(problem.batches):
             way(problem, x * (float("inf") if i == 1 else 1.0), y)
@@ -201,6 +205,22 @@ def test_an_explicit_scaler_is_used_where_the_framework_has_none() -> None:
         assert torch.equal(param, right)
 
 
+def test_the_frameworks_own_scaler_may_be_given() -> None:
+    """Here after ``unscale_``, which GradScaler.step knows of."""
+    wrapped, plain = (Problem(sgd(SAM), is_wrapped=each, is_scaled=True) for each in (True, False))
+    for problem in (wrapped, plain):
+        for x, y in problem.batches:
+            problem.optimizer.zero_grad()
+            problem.optimizer.backward(lambda problem=problem, x=x, y=y: problem.backward(x, y), grad_scaler=problem.scaler)
+            problem.scaler.unscale_(problem.inner)  # type: ignore[union-attr]
+            if problem.is_wrapped:
+                problem.optimizer.step(grad_scaler=problem.scaler)
+            else:
+                problem.stepped()
+    for param, right in zip(wrapped.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(param, right)
+
+
 def test_an_error_leaves_the_optimizer_as_it_was() -> None:
     problem = Problem(sgd(SAM), is_wrapped=True, is_scaled=True)
     before = [param.detach().clone() for param in problem.model.parameters()]
@@ -233,10 +253,24 @@ def test_other_classes_are_no_imitations() -> None:
     class Derived(SAM):
         """Of a user's."""
 
-    for cls in (Mixed, Derived, SAM, RWSAM):
+    class Own(SAM):
+        """Of a user's, with names that wrappers have."""
+
+        @property
+        def optimizer(self) -> Any: ...
+
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            ...
+
+    class FromOwn(Own):
+        """The class before it is an optimizer."""
+
+    for cls in (Mixed, Derived, SAM, RWSAM, Own, FromOwn):
         assert not is_imitation(cls)
         assert "backward" not in vars(cls) or cls in (SAM, RWSAM)
-    assert is_imitation(type(Problem(sgd(SAM), is_wrapped=True).optimizer))
+    optimizer = Problem(sgd(SAM), is_wrapped=True).optimizer
+    assert is_imitation(type(optimizer))
+    assert optimizer.state_dict() == "the framework's"
 
 
 def test_a_led_step_calls_the_closure_once_and_skips_where_nothing_was_made() -> None:
