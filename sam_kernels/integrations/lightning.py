@@ -1,27 +1,36 @@
-"""PyTorch Lightning with SAM: a callback for automatic optimization, and SAM inside of Lightning's and Fabric's wrappers."""
+"""PyTorch Lightning with SAM: a callback for automatic optimization, and the SAM optimizer inside of Lightning's and Fabric's wrappers."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from sam_kernels._validate import check_count, describe
 from sam_kernels.integrations._found import find_sam
+from sam_kernels.optim._base.imitations import check_strategy, made_by_closure, replaced
+from sam_kernels.optim._batches.closures import split_batch
+from sam_kernels.optim._engine import amp
+from sam_kernels.optim._engine.replay import RandomState
+from sam_kernels.optim._part import FirstGradient, Use
+from sam_kernels.optim._replicas.replicas import replicated_modules
 from sam_kernels.optim.rwsam import RWSAM
 from sam_kernels.optim.sam import SAM
 
-__all__ = ["SAMCallback", "sam_of"]
+__all__ = ["SAMCallback", "is_second_pass", "sam_of"]
+
+_MANUALLY = "optimize manually: self.automatic_optimization = False, and self.optimizers().step(closure) in training_step"
 
 
 def sam_of(optimizer: Any) -> SAM:
-    """The SAM optimizer inside of Lightning's (``self.optimizers()``) or Fabric's (``fabric.setup``), for its own methods::
+    """The SAM optimizer inside of Lightning's (``self.optimizers()``) or Fabric's (``fabric.setup``) wrapper.
 
-        sam = sam_of(self.optimizers())            # in manual optimization
-        loss = sam.backward(closure)               # the closure calls self.manual_backward, or fabric.backward
+    The wrappers have SAM's methods themselves. Call ``step`` and ``second_step`` on the wrapper: Lightning counts them as ``global_step``.
 
     Raises TypeError where there is none.
     """
@@ -31,104 +40,257 @@ def sam_of(optimizer: Any) -> SAM:
     return found
 
 
+def is_second_pass(module: Any) -> bool:
+    """Whether ``training_step`` of the LightningModule is running at the perturbed weights, under :class:`SAMCallback`.
+
+    ``self.log`` and ``self.log_dict`` do nothing then. Ask before anything else that must happen once for a batch::
+
+        def training_step(self, batch, batch_idx):
+            logits = self.model(batch[0])
+            if not is_second_pass(self):
+                self.accuracy.update(logits, batch[1])     # a metric of torchmetrics
+    """
+    trainer = getattr(module, "_trainer", None)
+    callbacks = () if trainer is None else trainer.callbacks
+    return any(isinstance(each, SAMCallback) and each.is_second_pass for each in callbacks)
+
+
 class SAMCallback(Callback):  # type: ignore[misc]  # Any where lightning is not installed
     """Trains a module whose ``configure_optimizers`` returns SAM: ``Trainer(callbacks=[SAMCallback()], ...)``.
 
     Every ``training_step`` runs twice: at the weights, and at the perturbed point, whose gradient goes into ``.grad``
-    (:meth:`sam_kernels.SAM.backward`). All else is Lightning's. ``accumulate_grad_batches`` gives each micro-batch its own perturbation
-    (m-SAM); ``gradient_clip_val`` clips the second gradient alone; ``on_before_optimizer_step`` and ``on_after_backward`` are called once;
-    precision plugins scale and skip. ``self.log`` does nothing in the second run, so that logged losses are those at the weights.
+    (:meth:`sam_kernels.SAM.backward`). All else is Lightning's. With ``accumulate_grad_batches`` each batch has its own perturbation: m-SAM
+    (arXiv 2509.18001), whose first passes use the batch's whole loss, and whose second passes its share. ``gradient_clip_val`` clips the
+    second gradient alone. Hooks are called once, and ``self.log`` does nothing in the second pass (:func:`is_second_pass`). A step with
+    ``GradScaler`` whose gradients are not finite is skipped and counted by both.
 
-    Raises RuntimeError when training begins: with manual optimization (use :func:`sam_of`), with several optimizers, with an optimizer that
-    is not SAM's, with RWSAM (whose closure returns losses of samples: use manual optimization) and under DeepSpeed or FSDP.
+    With ``strategy="ddp"`` a perturbation is made from the gradient of all ranks, also while gradients are accumulated: the first pass of
+    each batch is averaged (k + 1 all-reduces for k batches), and the step is that of one process whose batches are those of all ranks.
+    With ``SAM(self.parameters(), ..., model=self.trainer.model, local_ascent=True)`` each rank perturbs by its own gradient (1 all-reduce).
+
+    Args:
+        micro_batches: m-SAM inside of a batch: ``training_step`` gets one of this many equal pieces of it at a time, and returns the mean
+            loss of the piece and nothing else. ``self.log`` is called for each piece. The loss in ``outputs`` is the mean of the pieces'.
+
+    Raises:
+        TypeError, ValueError: for ``micro_batches`` that is no positive integer; for a batch that cannot be cut.
+        RuntimeError: when training begins: with manual optimization, with several optimizers, with an optimizer that is not SAM's, for
+            RWSAM, LookSAM, SAMSPS, MomentumSAM, S2SAM, RSAM and ``freeze_unperturbed`` (optimize manually), under DeepSpeed or FSDP. In
+            training: for ``training_step(dataloader_iter)``, and for a DDP module with ``static_graph=True`` whose passes differ.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, micro_batches: int = 1) -> None:
         super().__init__()
-        self._batch: tuple[Any, int] | None = None
+        self.micro_batches = check_count("SAMCallback", "micro_batches", micro_batches, low=1)
+        self.is_second_pass = False
+        self._fit: _Fit | None = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Takes the place of the module's ``backward`` and ``optimizer_step`` for as long as the fit takes."""
-        sam = self._checked(trainer, pl_module)
-        usual_backward, usual_step = pl_module.backward, pl_module.optimizer_step
+        """Takes the place of functions of the module and the strategy for as long as the fit takes."""
+        self._end()
+        self._fit = _Fit(self, _checked(trainer, pl_module), trainer, pl_module)
 
-        def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-            losses = [loss]
-
-            def closure() -> Tensor:
-                now = losses.pop() if losses else self._second_loss(trainer, pl_module)
-                usual_backward(now, *args, **kwargs)
-                return now
-
-            sam.backward(closure, grad_scaler=getattr(trainer.precision_plugin, "scaler", None))
-
-        def optimizer_step(*args: Any, **kwargs: Any) -> None:
-            """The trainer gives SAM's step a closure, in which ``backward`` above has made SAM's gradient: it is called once."""
-            before = vars(sam).get("step")
-            step: Callable[..., Any] = sam.step
-
-            def once(closure: Callable[[], Any] | None = None) -> Any:
-                result = None
-                if closure is not None:
-                    with torch.enable_grad():
-                        result = closure()
-                step()
-                return result
-
-            sam.step = once  # type: ignore[method-assign, assignment]
-            try:
-                usual_step(*args, **kwargs)
-            finally:
-                del sam.step
-                if before is not None:
-                    sam.step = before  # type: ignore[method-assign]
-
-        pl_module.backward, pl_module.optimizer_step = backward, optimizer_step
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Makes the loss in ``outputs`` that of all micro-batches, for the callbacks that follow and for the module."""
+        if self._fit is not None and self.micro_batches > 1 and isinstance(outputs, dict) and "loss" in outputs:
+            outputs["loss"] = torch.stack(self._fit.losses).sum()
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Gives the module its methods back."""
-        for name in ("backward", "optimizer_step"):
-            vars(pl_module).pop(name, None)
+        """Gives module and strategy their functions back."""
+        self._end()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """As :meth:`on_fit_end`."""
-        self.on_fit_end(trainer, pl_module)
+        self._end()
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Remembers the batch."""
-        self._batch = batch, batch_idx
+    def _end(self) -> None:
+        fit, self._fit, self.is_second_pass = self._fit, None, False
+        if fit is not None:
+            fit.end()
 
-    def _second_loss(self, trainer: Any, pl_module: Any) -> Tensor:
-        assert self._batch is not None
-        takes_index = len(inspect.signature(pl_module.training_step).parameters) > 1
-        pl_module.log = lambda *args, **kwargs: None
-        try:
-            output = trainer.strategy.training_step(*(self._batch if takes_index else self._batch[:1]))
-        finally:
-            del pl_module.log
-        loss: Tensor = output["loss"] if isinstance(output, Mapping) else output
-        loss = loss / trainer.accumulate_grad_batches
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        return loss if scaler is None else scaler.scale(loss)
 
-    def _checked(self, trainer: Any, pl_module: Any) -> SAM:
-        if not pl_module.automatic_optimization:
+class _Fit:
+    """One fit: what is in the place of ``strategy.training_step`` and of the module's ``backward``, ``optimizer_step`` and
+    ``clip_gradients``, and the batch that is trained on."""
+
+    def __init__(self, callback: SAMCallback, sam: SAM, trainer: Any, module: Any) -> None:
+        self._callback, self._sam, self._trainer, self._module = callback, sam, trainer, module
+        self._replicas = replicated_modules(trainer.strategy.model)
+        self._calls: list[Callable[[], Any]] = []  # training_step, of each micro-batch of the batch
+        self._random_state: RandomState | None = None  # before the first of them
+        self.losses: list[Tensor] = []  # () each, the shares of the micro-batches in the batch's loss
+        self._usual_training_step = trainer.strategy.training_step
+        self._usual_backward, self._usual_optimizer_step = module.backward, module.optimizer_step
+        self._usual_clip_gradients = module.clip_gradients
+        self._stack = ExitStack()
+        self._stack.enter_context(replaced(trainer.strategy, "training_step", self._training_step))
+        self._stack.enter_context(replaced(module, "backward", self._backward))
+        self._stack.enter_context(replaced(module, "optimizer_step", self._optimizer_step))
+        self._stack.enter_context(replaced(module, "clip_gradients", self._clip_gradients))
+
+    def end(self) -> None:
+        self._stack.close()
+
+    @property
+    def _scaler(self) -> Any:
+        return getattr(self._trainer.precision_plugin, "scaler", None)
+
+    # --- the passes ---
+
+    def _training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """The first pass of the batch, or of its first micro-batch."""
+        if isinstance(batch, Iterator):
             raise RuntimeError(
-                "SAMCallback: the module optimizes manually; leave the callback out and write sam_of(self.optimizers()).backward"
+                "SAMCallback: training_step(dataloader_iter) would take another batch for the second pass; write "
+                "training_step(self, batch, batch_idx)"
             )
-        found = [find_sam(each) for each in trainer.optimizers]
-        sam = found[0] if len(found) == 1 else None
-        if sam is None or isinstance(sam, RWSAM):
-            names = ", ".join(type(each).__name__ for each in trainer.optimizers)
+        count = self._callback.micro_batches
+        pieces = [batch] if count == 1 else [piece for (piece,) in split_batch([batch], count)]
+        self._calls = [partial(self._usual_training_step, piece, *args, **kwargs) for piece in pieces]
+        self._random_state = RandomState(self._sam._devices()) if self._sam.preserve_rng_state else None
+        with self._averaged(not self._sam._replicas.ascends_locally):
+            return self._only_loss(self._calls[0]())
+
+    def _backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """In the place of the module's, once for each batch."""
+        self.losses = []
+        count = len(self._calls)
+
+        def backward(loss: Tensor) -> None:
+            self._usual_backward(loss, *args, **kwargs)
+
+        for i in range(count):
+            first = [] if i > 0 else [loss] if count == 1 else [loss / count]
+            self._sam.backward(self._closure(i, first, backward), grad_scaler=self._scaler)
+        self._calls = []
+
+    def _closure(self, i: int, first: list[Tensor], backward: Callable[[Tensor], None]) -> Callable[[], Tensor]:
+        """Both passes of micro-batch i. ``first``: the loss of the first pass, where that has been made."""
+        share: int = self._trainer.accumulate_grad_batches * len(self._calls)  # 1 / share of the loss is added up
+        # A perturbation of m-SAM is that of the micro-batch's own loss. Rules that step along both gradients need one scale for both.
+        ascends_along_share = self._sam.descent.rewrites or not self._sam._plan_ahead().ascends
+        passes = 0
+
+        def closure() -> Tensor:
+            nonlocal passes
+            passes += 1
+            if passes > 1:
+                with self._second_pass():
+                    loss = self._scaled(self._loss_at_perturbed_weights(i) / share)
+                    backward(loss)
+                return self._unscaled(loss) * share
+            loss = first.pop() if first else self._scaled(self._loss_at_weights(i) / share)
+            self.losses.append(self._unscaled(loss))
+            backward(loss if ascends_along_share or share == 1 else loss * share)
+            return self.losses[-1] * share
+
+        return closure
+
+    def _loss_at_weights(self, i: int) -> Tensor:
+        """Of a micro-batch that is not the first, whose first pass Lightning does not make."""
+        with replaced(self._module, "_current_fx_name", "training_step"), self._averaged(not self._sam._replicas.ascends_locally):
+            return self._loss_in(self._only_loss(self._calls[i]()))
+
+    def _loss_at_perturbed_weights(self, i: int) -> Tensor:
+        """Lightning's no_sync() decides whether the last micro-batch's gradient is averaged, with those that it is added to."""
+        is_averaged = i == len(self._calls) - 1 and all(each.require_backward_grad_sync for each in self._replicas)
+        state = self._random_state if i == 0 else None
+        with self._averaged(is_averaged), nullcontext() if state is None else state.replayed():
+            return self._loss_in(self._calls[i]())
+
+    @contextmanager
+    def _second_pass(self) -> Iterator[None]:
+        with replaced(self._callback, "is_second_pass", True), replaced(self._module, "log", lambda *args, **kwargs: None):
+            yield
+
+    @contextmanager
+    def _averaged(self, is_averaged: bool) -> Iterator[None]:
+        """Whether DistributedDataParallel averages the gradient of a forward pass within it."""
+        with ExitStack() as stack:
+            for each in self._replicas:
+                if each.static_graph and not is_averaged:
+                    raise RuntimeError(
+                        "SAMCallback: DDPStrategy(static_graph=True) with passes of which only some are averaged: torch then averages "
+                        "wrongly, without an error; leave static_graph out, or micro_batches, accumulate_grad_batches and local_ascent"
+                    )
+                stack.enter_context(replaced(each, "require_backward_grad_sync", is_averaged))
+            yield
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        scaled: Tensor = loss if self._scaler is None else self._scaler.scale(loss)
+        return scaled
+
+    def _unscaled(self, loss: Tensor) -> Tensor:
+        scale = amp.scale_of(amp.check_scaler(self._scaler))
+        return loss.detach() if scale is None else loss.detach() / scale
+
+    def _only_loss(self, output: Any) -> Any:
+        if self._callback.micro_batches > 1 and isinstance(output, Mapping) and len(output) > 1:
+            names = ", ".join(name for name in output if name != "loss")
             raise RuntimeError(
-                f"SAMCallback: configure_optimizers must return one optimizer of SAM, got {names}; write "
-                "return SAM(self.parameters(), torch.optim.AdamW, lr=..., rho=0.05). (RWSAM needs losses of samples: optimize manually, "
-                "with sam_of(self.optimizers()))"
+                f"SAMCallback: with micro_batches > 1 training_step must return the loss alone: what else it returns ({names}) would be "
+                "that of the first micro-batch; log it with self.log"
             )
-        strategy = type(trainer.strategy).__name__
-        if "DeepSpeed" in strategy or "FSDP" in strategy:
+        return output
+
+    def _loss_in(self, output: Any) -> Tensor:
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if not isinstance(loss, Tensor):
             raise RuntimeError(
-                f"SAMCallback: {strategy} updates, or gathers, weights of its own, which SAM would not perturb; use strategy='ddp', or "
-                "ModelParallelStrategy with fully_shard"
+                f"SAMCallback: training_step returned a loss in the first pass of the batch, and {describe(output)} in another one; return "
+                "a loss in all of them, or None in the first"
             )
-        return sam
+        return loss
+
+    # --- the step ---
+
+    def _optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None) -> Any:
+        """In the place of the module's. A batch for which training_step returned None makes no step, but for what was accumulated."""
+        closure = optimizer_closure
+
+        def unscaled() -> Any:
+            assert optimizer_closure is not None
+            result = optimizer_closure()
+            if result is not None:  # before on_before_optimizer_step and clipping
+                self._scaler.unscale_(self._sam)
+            return result
+
+        if closure is not None and self._scaler is not None:
+            closure = unscaled
+        with made_by_closure(self._sam, skips_blank=True):
+            return self._usual_optimizer_step(epoch, batch_idx, optimizer, closure)
+
+    def _clip_gradients(self, *args: Any, **kwargs: Any) -> Any:
+        """The gradient has been unscaled: Lightning need not refuse an optimizer that can unscale its own."""
+        with replaced(self._sam, "_step_supports_amp_scaling", False):
+            return self._usual_clip_gradients(*args, **kwargs)
+
+
+def _checked(trainer: Any, module: Any) -> SAM:
+    if not module.automatic_optimization:
+        raise RuntimeError(
+            "SAMCallback: the module optimizes manually; leave the callback out and write self.optimizers().step(closure), or "
+            "self.optimizers().backward(closure) in the place of self.manual_backward(loss)"
+        )
+    found = [find_sam(each) for each in trainer.optimizers]
+    sam = found[0] if len(found) == 1 else None
+    if sam is None or isinstance(sam, RWSAM):
+        names = ", ".join(type(each).__name__ for each in trainer.optimizers)
+        raise RuntimeError(
+            f"SAMCallback: configure_optimizers must return one optimizer of SAM, got {names}; write "
+            f"return SAM(self.parameters(), torch.optim.AdamW, lr=..., rho=0.05). (RWSAM needs losses of samples: {_MANUALLY})"
+        )
+    check_strategy(trainer.strategy)
+    name = f"{sam.direction.name!r} with {sam.descent.name!r}"
+    why = ""
+    if sam.direction.first_gradient is not FirstGradient.AT_WEIGHTS:
+        why = f"{name} moves the weights before the first forward pass, which Lightning makes"
+    elif sam.direction.refuses(Use.BACKWARD) or sam.descent.refuses(Use.BACKWARD):
+        why = f"{name} chooses more than a gradient"
+    elif sam.freeze_unperturbed:
+        why = "freeze_unperturbed=True changes the first forward pass, which Lightning makes"
+    elif sam._replicas.has_groups:
+        why = "local_ascent=True over HSDP changes the first forward pass, which Lightning makes"
+    if why:
+        raise RuntimeError(f"SAMCallback: {why}; {_MANUALLY}")
+    return sam

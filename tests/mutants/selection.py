@@ -98,6 +98,7 @@ OPTIM_TESTS = {  # file of sam_kernels/optim -> its nearest tests in tests/optim
     "_engine/observing.py": ("../schedules/test_policy",),
     "_engine/memory.py": ("test_family_checkpoint", "test_family_failures"),
     "_batches/micro_batches.py": ("test_micro_batches", "test_micro_batch_contract"),
+    "_base/imitations.py": ("test_imitations",),
     "_base/options.py": ("test_bad_input", "test_family_bad_input", "test_option_names"),
     "_engine/oracle.py": ("test_gradient_oracle", "test_gradient_oracle_failures"),
     "_engine/ownership.py": ("test_contract", "test_identity"),

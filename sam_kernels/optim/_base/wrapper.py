@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from sam_kernels.optim._base import checkpoint
 from sam_kernels.optim._base.distributed_checkpoint import check_given, check_is_whole, completed, is_torch_loading
 from sam_kernels.optim._base.identity import IdentityCheck
+from sam_kernels.optim._base.imitations import is_imitation, send_inside
 from sam_kernels.optim._base.names import Names, beta_key
 from sam_kernels.optim._base.options import check_group_names, check_keywords, group_keys
 from sam_kernels.optim._engine import capturable
@@ -76,6 +77,11 @@ class Wrapper(Optimizer):
     _count: int  # of steps, as the groups of before had it
     _identity: IdentityCheck
     _passes: Passes
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if is_imitation(cls):
+            send_inside(cls)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Wrapper:
         made = super().__new__(cls)
