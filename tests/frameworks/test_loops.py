@@ -283,7 +283,7 @@ def test_skorchs_accelerate_mixin_is_not_silent() -> None:
 # --- fastai ---
 
 
-def learner(loader: list[Batch], *, callbacks: tuple[Any, ...] = (), has_sam: bool = True) -> Any:
+def learner(loader: list[Batch], *, callbacks: tuple[Any, ...] = (), has_sam: bool = True, **names: Any) -> Any:
     """The page's, or fastai's own loop with SAM in it."""
     core = pytest.importorskip("fastai.data.core")
     pytest.importorskip("fastai.callback.progress")  # adds no_bar
@@ -297,7 +297,7 @@ def learner(loader: list[Batch], *, callbacks: tuple[Any, ...] = (), has_sam: bo
 
     pairs = [pair for batch in loader for pair in zip(*batch, strict=True)]
     loaders = [core.TfmdDL(pairs, bs=4, shuffle=False, num_workers=0) for _ in range(2)]
-    learn = run(blocks_under(PAGE, "fastai", "py")[0], dls=core.DataLoaders(*loaders), loss_func=F.cross_entropy)["learn"]
+    learn = run(blocks_under(PAGE, "fastai", "py")[0], dls=core.DataLoaders(*loaders), loss_func=F.cross_entropy, **names)["learn"]
     if not has_sam:
         learn.remove_cbs(learn.cbs.filter(lambda each: each.name == "sam"))
     return learn.add_cbs((Logged, *callbacks))
@@ -322,6 +322,18 @@ def test_fastai_accumulates_and_clips(compared: Compared) -> None:
     model = fit(learner(loader, callbacks=(training.GradientAccumulation(8), training.GradientClip(CLIP))))
     error = error_of(model, expected_of(in_pairs(loader), clip=CLIP))
     compared("fastai", "m-SAM by accumulation", f"SAMCallback, GradientAccumulation, GradientClip: weights after {STEPS} steps", error, BAR)
+
+
+def test_fastai_logs_losses_at_the_weights_and_updates_running_statistics_once_a_step() -> None:
+    (batch,) = loader = batches(1)
+    learn = learner(loader)
+    fit(learn)
+    assert learn.recorder.losses[0].item() == pytest.approx(loss_of(Net(), batch).item(), rel=1e-6)  # in float32
+    model = Normed()
+    learn = learner(batches(), model=model)
+    learn.opt_func.keywords["model"] = model
+    fit(learn)
+    assert int(model[1].num_batches_tracked) == STEPS
 
 
 def test_fastai_without_the_callback_is_not_silent() -> None:
