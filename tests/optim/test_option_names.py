@@ -239,41 +239,6 @@ def test_both_names_where_nothing_clashes_are_refused() -> None:
         sam_kernels.SAM([{"params": make_model().parameters(), "sam_rho": 0.2, "rho": 0.1}], torch.optim.SGD, lr=0.1)
 
 
-@pytest.mark.parametrize("api", ["step", "backward", "first_step"])
-@pytest.mark.parametrize("is_late", [False, True])
-@pytest.mark.parametrize(("name", "value"), [("max_grad_norm", 1.0), ("master_weights", True), ("check_finite", False)])
-def test_an_option_of_the_whole_optimizer_in_a_group_is_refused(name: str, value: Any, is_late: bool, api: str) -> None:
-    model = make_model()
-    group = {"params": list(model.parameters()), **({} if is_late else {name: value})}
-    optimizer = sam_kernels.SAM([group], torch.optim.SGD, lr=0.1)
-    closure = closure_of(optimizer, model, make_batch())
-    if is_late:
-        optimizer.step(closure)
-        optimizer.param_groups[0][name] = value
-    before = weights(model)
-    closure()
-    with pytest.raises(ValueError, match=rf"param_groups\[0\]\['{name}'\] .* whole optimizer.*SAM\(\.\.\., {name}={value}\)"):
-        getattr(optimizer, api)(*(() if api == "first_step" else (closure,)))
-    assert_same_bits(weights(model), before)
-    del optimizer.param_groups[0][name]
-    optimizer.step(closure)
-
-
-def test_such_an_option_of_the_bases_is_the_bases() -> None:
-    class Clipping(torch.optim.SGD):
-        def __init__(self, params: Any, lr: float, max_grad_norm: float) -> None:
-            super().__init__(params, lr)
-            self.defaults["max_grad_norm"] = max_grad_norm
-            for group in self.param_groups:
-                group["max_grad_norm"] = max_grad_norm
-
-    model = make_model()
-    base = Clipping(model.parameters(), 0.1, 1.0)
-    optimizer = sam_kernels.SAM(model.parameters(), base, max_grad_norm=2.0)
-    optimizer.step(closure_of(optimizer, model, make_batch()))
-    assert (optimizer.param_groups[0]["max_grad_norm"], optimizer.max_grad_norm) == (1.0, 2.0)
-
-
 def test_what_user_code_writes_to_a_group_goes_to_its_owner() -> None:
     model = make_model(torch.float64)
     other, batch = twin(model), make_batch(torch.float64)

@@ -160,7 +160,7 @@ def check_group_options(groups: Sequence[ParamGroup], base: Optimizer) -> None:
     An option of that name of the base (LAMB's ``max_grad_norm``) is the base's. Raises: ValueError.
     """
     for i, group in enumerate(groups):
-        if not _NOT_OF_GROUPS.isdisjoint(group):
+        if not group.keys().isdisjoint(_NOT_OF_GROUPS):
             for name in sorted(_NOT_OF_GROUPS.intersection(group) - set(base.defaults)):
                 raise ValueError(
                     f"SAM: param_groups[{i}][{name!r}] is an option of the whole optimizer and does nothing in a group; give it to the "
