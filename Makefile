@@ -44,7 +44,7 @@ test: lint $(OLDEST)/.installed  ## lint, then every test, with every pair of pa
 test-full:  ## the same with the full products of parameters, and all specialisations of the Triton kernels
 	$(MAKE) test FULL=--full ARGS="--full $(ARGS)"
 
-test-frameworks: $(VENV)/.installed-frameworks  ## models and trainers of transformers, accelerate, lightning, timm, peft; installs these first
+test-frameworks: $(VENV)/.installed-frameworks  ## models, trainers and loops of transformers, accelerate, lightning, timm, peft, ignite, skorch, fastai; installs these first
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/frameworks $(ARGS)
 
 mutants: install  ## plant faults in the package, one at a time, and report which test finds each; an hour or more
@@ -112,7 +112,7 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt $(BUILD) $(VENV)/.build-
 	@touch $@ $(VENV)/.installed-demo
 
 $(VENV)/.installed-frameworks: $(VENV)/.installed-test $(VENV)/.native tests/frameworks/constraints.txt
-	$(PIP) --constraint tests/frameworks/constraints.txt 'transformers' 'accelerate' 'lightning' 'timm' 'peft'
+	$(PIP) --constraint tests/frameworks/constraints.txt 'transformers' 'accelerate' 'lightning' 'timm' 'peft' 'pytorch-ignite' 'skorch' 'fastai'
 	@touch $@
 
 $(OLDEST)/.installed: | $(VENV)/.build-tools

@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
 # What may be imported from outside the standard library. cli prints and trains; everything else is a library over torch.
 THIRD_PARTY: dict[str, set[str]] = {layer: {"torch"} for layer in ALLOWED} | {
     "backends": {"torch", "triton"},
-    "integrations": {"torch", "transformers", "accelerate", "lightning"},
+    "integrations": {"torch", "transformers", "accelerate", "lightning", "timm"},
     "cli": {"torch", "click", "rich", "numpy", "mlxtend", "sklearn", "matplotlib", "triton"},
     "main": set(),
 }

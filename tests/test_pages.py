@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
     [
         "README.md",
         "docs/guides/distributed.md",
+        "docs/guides/loops.md",
         "docs/family.md",
         "docs/master_weights.md",
         "docs/migrating.md",

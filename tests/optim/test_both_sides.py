@@ -125,6 +125,7 @@ def test_a_base_without_modes_has_none_through_the_wrapper() -> None:
     optimizer = sam(make_model())
     assert not hasattr(optimizer, "train")
     assert not hasattr(optimizer, "eval")
+    assert not hasattr(optimizer, "sync_lookahead")
     assert not hasattr(optimizer, "calls")
 
 

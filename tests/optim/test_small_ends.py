@@ -46,6 +46,18 @@ def test_sam_around_sam_is_refused(how: str) -> None:
         SAM(params, given)
 
 
+class SecondOrder(torch.optim.SGD):
+    is_second_order = True  # as timm's Adahessian
+
+
+@pytest.mark.parametrize("how", ["class", "partial", "instance"])
+def test_a_base_of_second_order_is_refused(how: str) -> None:
+    params = list(make_model().parameters())
+    given = {"class": SecondOrder, "partial": partial(SecondOrder, lr=0.1), "instance": SecondOrder(params, lr=0.1)}[how]
+    with pytest.raises(TypeError, match=r"SAM: SecondOrder differentiates the gradient in \.grad.*use a base optimizer of first order"):
+        SAM(params, given, **({"lr": 0.1} if how == "class" else {}))
+
+
 # --- numbers of NumPy ---
 
 

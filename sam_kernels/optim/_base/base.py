@@ -36,8 +36,10 @@ def make_base(params: Any, base: Any, kwargs: Keywords) -> Optimizer:
         if not isinstance(made, Optimizer):
             raise TypeError(f"SAM: base_optimizer made a {type(made).__name__}, expected a torch.optim.Optimizer")
         _check_wrappable(type(made))
+        _check_first_order(made)
         return made
     _check_wrappable(type(base))
+    _check_first_order(base)
     if kwargs:
         raise TypeError(f"SAM: {sorted(kwargs)} given beside an instance of {type(base).__name__}; set them on the instance")
     given = params if isinstance(params, Iterable) and not isinstance(params, Tensor) else [params]
@@ -65,4 +67,12 @@ def _check_wrappable(base: type[Optimizer]) -> None:
         raise TypeError(
             f"SAM: {base.__name__}.step needs {', '.join(needed)}: it evaluates the loss by itself, and SAM calls step() with the gradient "
             "of the perturbed point in place; use a base optimizer that steps along .grad"
+        )
+
+
+def _check_first_order(base: Optimizer) -> None:
+    if getattr(base, "is_second_order", False):  # as timm's loop asks
+        raise TypeError(
+            f"SAM: {type(base).__name__} differentiates the gradient in .grad, and the graph of SAM's ends at weights that have been "
+            "restored since; use a base optimizer of first order"
         )

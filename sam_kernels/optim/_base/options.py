@@ -15,7 +15,30 @@ from torch.optim import Optimizer
 from sam_kernels._validate import check_number, plain_number
 from sam_kernels.optim._types import ParamGroup
 
-__all__ = ["check_earlier_values", "check_group_names", "check_keywords", "check_max_norm", "group_keys", "store_plain", "takes"]
+__all__ = [
+    "check_earlier_values",
+    "check_group_names",
+    "check_group_options",
+    "check_keywords",
+    "check_max_norm",
+    "group_keys",
+    "store_plain",
+    "takes",
+]
+
+# Of the whole optimizer, by names that nobody else has a use for in a group.
+_NOT_OF_GROUPS = frozenset(
+    {
+        "norm_eps",
+        "max_grad_norm",
+        "local_ascent",
+        "preserve_rng_state",
+        "check_finite",
+        "freeze_unperturbed",
+        "master_weights",
+        "stochastic_rounding",
+    }
+)
 
 
 def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
@@ -129,6 +152,20 @@ def check_group_names(group: ParamGroup, given: Collection[str], index: int, key
             if name in given:
                 raise ValueError(f"SAM: param_groups[{index}] has {name!r} and {f'sam_{name}'!r}; give one of them")
             group[name] = group.pop(f"sam_{name}")
+
+
+def check_group_options(groups: Sequence[ParamGroup], base: Optimizer) -> None:
+    """Refuse an option of the whole optimizer in a parameter group, where nobody reads it. skorch's ``set_params`` writes it there.
+
+    An option of that name of the base (LAMB's ``max_grad_norm``) is the base's. Raises: ValueError.
+    """
+    for i, group in enumerate(groups):
+        if not group.keys().isdisjoint(_NOT_OF_GROUPS):
+            for name in sorted(_NOT_OF_GROUPS.intersection(group) - set(base.defaults)):
+                raise ValueError(
+                    f"SAM: param_groups[{i}][{name!r}] is an option of the whole optimizer and does nothing in a group; give it to the "
+                    f"constructor, SAM(..., {name}={group[name]!r})"
+                )
 
 
 def check_earlier_values(base: Optimizer, values: Mapping[str, Any], keys: Mapping[str, str]) -> None:

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Wrapper"]
 
+# What trainers call where an optimizer has it: modes (ScheduleFree), the end of an epoch (timm's Lookahead).
+_OF_TRAINERS = ("train", "eval", "sync_lookahead")
+
 
 class Wrapper(Optimizer):
     """``param_groups`` and ``state`` are the base's own: what is read, written, loaded or added on either optimizer is so on the other.
@@ -117,9 +120,8 @@ class Wrapper(Optimizer):
             self.base_optimizer.state = state
 
     def __getattr__(self, name: str) -> Any:
-        # Bases that have two modes (ScheduleFree): trainers look for these names.
         base = self.__dict__.get("base_optimizer")
-        if name in ("train", "eval") and base is not None and hasattr(base, name):
+        if name in _OF_TRAINERS and base is not None and hasattr(base, name):
             return getattr(base, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 

@@ -13,6 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from sam_kernels._validate import describe
+from sam_kernels.optim._base.options import check_group_options
 from sam_kernels.optim._base.wrapper import Wrapper
 from sam_kernels.optim._batches.closures import Closure
 from sam_kernels.optim._engine import amp, capturable
@@ -84,6 +85,7 @@ class Engine(Wrapper):
     # --- begin, and undo ---
 
     def _new_plan(self, *, ahead: bool) -> StepPlan:
+        check_group_options(self.param_groups, self.base_optimizer)
         last, others = self._passes.plan, self.process_group is not None
         plan = StepPlan(self.param_groups, self._keys, self.base_optimizer, ahead=ahead, last=last, have_others=others)
         check_observer(plan, self.direction, ascends_locally=self._replicas.ascends_locally, is_weighted="beta" in self._keys)
