@@ -46,7 +46,7 @@ _ROWS: set[Row] = set()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if session.config.getoption("--write-table"):
+    if session.config.getoption("--write-table") and _ROWS:
         write(_ROWS)
 
 

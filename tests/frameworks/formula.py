@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RHO", "SAM_OR_M", "Losses", "by_formula", "error_of", "reweighted", "same_bits"]
+__all__ = ["LR", "RHO", "SAM_OR_M", "STEPS", "Losses", "by_formula", "error_of", "reweighted", "same_bits"]
 
-RHO = 0.05
+LR, RHO, STEPS = 0.1, 0.05, 5
 SAM_OR_M = {1: "SAM", 2: "m-SAM by accumulation", 3: "m-SAM by accumulation"}
 Losses = Callable[[nn.Module, Any, int], Tensor]
 

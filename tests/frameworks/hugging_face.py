@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tests.frameworks.conftest  # noqa: F401  # before transformers is imported, in processes of their own too
+from tests.frameworks.formula import LR, STEPS
 
 __all__ = [
-    "LR", "STEPS", "VOCABULARY", "arguments", "batches", "forget", "forget_accelerate", "gpt2", "loss_of", "micro_batches_of", "net",
+    "VOCABULARY", "arguments", "batches", "forget", "forget_accelerate", "gpt2", "loss_of", "micro_batches_of", "net",
     "recording", "texts", "token_loss",
 ]  # fmt: skip
 
-LR, STEPS, VOCABULARY = 0.1, 5, 37
+VOCABULARY = 37
 Batch = tuple[Tensor, Tensor]
 
 

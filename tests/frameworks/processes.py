@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from sam_kernels import RWSAM, SAM
 from sam_kernels.schedules import Radius
-from tests.frameworks.formula import RHO
-from tests.frameworks.hugging_face import LR, STEPS, arguments, batches, forget, gpt2, loss_of, net, recording, texts
+from tests.frameworks.formula import LR, RHO, STEPS
+from tests.frameworks.hugging_face import arguments, batches, forget, gpt2, loss_of, net, recording, texts
 
 __all__ = ["BETA", "LOOPS", "RANKS", "TRAINERS", "FollowsTheLoss", "in_trainers_and_loops", "losses_of"]
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from sam_kernels import RWSAM, SAM
 from tests.frameworks.conftest import Compared
-from tests.frameworks.formula import RHO, SAM_OR_M, by_formula, error_of, reweighted, same_bits
-from tests.frameworks.hugging_face import LR, STEPS, batches, forget_accelerate, loss_of, micro_batches_of, net
+from tests.frameworks.formula import LR, RHO, SAM_OR_M, STEPS, by_formula, error_of, reweighted, same_bits
+from tests.frameworks.hugging_face import batches, forget_accelerate, loss_of, micro_batches_of, net
 
 integration: Any = pytest.importorskip("sam_kernels.integrations.accelerate")
 fresh = pytest.fixture(autouse=True)(forget_accelerate)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.frameworks.conftest import Compared
-from tests.frameworks.formula import RHO, by_formula, error_of, reweighted
-from tests.frameworks.hugging_face import LR, STEPS, batches, gpt2, loss_of, micro_batches_of, net, token_loss
+from tests.frameworks.formula import LR, RHO, STEPS, by_formula, error_of, reweighted
+from tests.frameworks.hugging_face import batches, gpt2, loss_of, micro_batches_of, net, token_loss
 from tests.frameworks.processes import BETA, LOOPS, RANKS, TRAINERS, in_trainers_and_loops, losses_of
 from tests.helpers.ranks import on_ranks, one_at_a_time
 

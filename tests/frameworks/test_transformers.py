@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.frameworks.conftest import Compared
-from tests.frameworks.formula import RHO, SAM_OR_M, by_formula, error_of, reweighted, same_bits
-from tests.frameworks.hugging_face import LR, STEPS, VOCABULARY, arguments, forget_accelerate, gpt2, recording, texts, token_loss
+from tests.frameworks.formula import LR, RHO, SAM_OR_M, STEPS, by_formula, error_of, reweighted, same_bits
+from tests.frameworks.hugging_face import VOCABULARY, arguments, forget_accelerate, gpt2, recording, texts, token_loss
 
 integration: Any = pytest.importorskip("sam_kernels.integrations.transformers")
 fresh = pytest.fixture(autouse=True)(forget_accelerate)

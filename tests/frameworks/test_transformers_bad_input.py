@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sam_kernels import RWSAM, SAM
-from tests.frameworks.hugging_face import LR, arguments, forget_accelerate, gpt2, texts
+from tests.frameworks.formula import LR
+from tests.frameworks.hugging_face import arguments, forget_accelerate, gpt2, texts
 
 integration: Any = pytest.importorskip("sam_kernels.integrations.transformers")
 transformers: Any = pytest.importorskip("transformers")
