@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch.utils.checkpoint import CheckpointError
 from sam_kernels._sharding import is_dtensor
 from sam_kernels.per_sample._call import Call
 from sam_kernels.per_sample._node_rules import BATCH_NORMS, ELEMENTWISE, NODE_RULES, is_entered, merged
+from sam_kernels.per_sample._rereading import reading
 from sam_kernels.per_sample._terms import Outer
 
 __all__ = ["Loose", "Read", "reads_in"]
@@ -164,7 +164,7 @@ class Read(Call):
         return (), {}, None if grad is None else grad.flatten(0, 1)
 
     def as_it_was(self) -> Any:
-        return nullcontext()
+        return reading()
 
     def _rule(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grad: Tensor) -> dict[str, Any]:
         node, nr, shape = self._value

@@ -24,6 +24,7 @@ from sam_kernels.per_sample._graph_reads import Loose
 from sam_kernels.per_sample._hidden import has_graph, refuse_inside_function
 from sam_kernels.per_sample._reads import now
 from sam_kernels.per_sample._registry import Rule, rule_for
+from sam_kernels.per_sample._rereading import Rereadable
 from sam_kernels.per_sample._rules import linear_terms
 from sam_kernels.per_sample._shards import WholeParams
 from sam_kernels.per_sample._vmap import by_vmap
@@ -67,6 +68,7 @@ class Recorder:
         self._spans: list[int] = []  # the numbers of nodes at which they began
         self._listens = self._records = False
         self.whole = WholeParams()
+        self._rereadable = Rereadable()
 
     @property
     def is_on(self) -> bool:
@@ -93,6 +95,7 @@ class Recorder:
             handle.remove()
         self._handles = []
         self._extents, self._spans = [], []
+        self._rereadable.stop()
         while self._modes:  # an interrupt left an attention without its hook
             self._leave_attention()
 
@@ -123,6 +126,10 @@ class Recorder:
             raise
 
     def _put_hooks(self) -> None:
+        for module in self.model.modules() if self.loose else ():  # in which values of the loose parameters may meet the batch
+            if module._modules or any(param.requires_grad for param in module._parameters.values() if param is not None):
+                self._handles.append(module.register_forward_pre_hook(self._rereadable.enter))
+                self._handles.append(module.register_forward_hook(self._rereadable.leave, always_call=True))
         for each in self._layers:
             if each.extent is not None:
                 self._handles.append(each.module.register_forward_pre_hook(partial(self._enter_extent, each.extent)))

@@ -1,0 +1,112 @@
+"""Saved tensors that may be read before their node runs, inside checkpoints too.
+
+A checkpoint (``use_reentrant=False``) is a pair of hooks on saved tensors, which gives each tensor once in a backward pass: to the node that
+saved it. A rule of ``_node_rules.py`` reads the tensors just before the node does. Inside of a module that may be read so, a second pair of
+hooks lies over the checkpoint's: it stores what the checkpoint's hook makes of a tensor, and keeps a tensor that a rule has read for the node.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+__all__ = ["Rereadable", "reading", "top_hooks"]
+
+# The pair of hooks (checkpoint, save_on_cpu) that tensors are saved with now, or None. Not public; without it ``None`` is never the answer.
+top_hooks: Callable[[bool], Any] = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
+_graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: 0)  # -1 outside of a backward pass
+
+
+class _Thread(threading.local):
+    """A backward pass runs in a thread for each device."""
+
+    def __init__(self) -> None:
+        self.read: list[_Held] | None = None  # what a rule has read; None: no rule is running
+
+
+_thread = _Thread()
+
+
+class _Held:
+    """What the hook below has made of a tensor, and the tensor itself from its first reading to its node's."""
+
+    __slots__ = ("packed", "tensor")
+
+    def __init__(self, packed: Any) -> None:
+        self.packed = packed
+        self.tensor: Tensor | None = None
+
+
+class _Pack:
+    def __init__(self, below: Callable[[Tensor], Any]) -> None:
+        self._below = below
+
+    def __call__(self, tensor: Tensor) -> _Held:
+        return _Held(self._below(tensor))
+
+
+class _Unpack:
+    def __init__(self, below: Callable[[Any], Tensor]) -> None:
+        self._below = below
+
+    def __call__(self, held: _Held) -> Tensor:
+        tensor = self._below(held.packed) if held.tensor is None else held.tensor
+        if _thread.read is None:
+            held.tensor = None
+        elif held.tensor is None:
+            held.tensor = tensor
+            _thread.read.append(held)
+        return tensor
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """While a rule reads saved tensors whose node is still to run."""
+    before, _thread.read = _thread.read, []
+    try:
+        yield
+    finally:
+        if _graph_task() == -1:  # the backward pass ended at these nodes: they do not run
+            for held in _thread.read:
+                held.tensor = None
+        _thread.read = before
+
+
+class Rereadable:
+    """Hooks of modules in whose calls saved tensors may be read by rules. Without hooks on saved tensors it does nothing."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def enter(self, module: nn.Module, *_: Any) -> None:
+        """A pre-hook."""
+        hooks = top_hooks(False)
+        if not isinstance(hooks, tuple) or isinstance(hooks[0], _Pack):
+            return
+        over = saved_tensors_hooks(_Pack(hooks[0]), _Unpack(hooks[1]))
+        over.__enter__()
+        self._open().append((module, over))
+
+    def leave(self, module: nn.Module, *_: Any) -> None:
+        """A hook that is always called."""
+        opened = self._open()
+        if opened and opened[-1][0] is module:
+            opened.pop()[1].__exit__()
+
+    def stop(self) -> None:
+        """Takes off the hooks that an interrupt has left."""
+        opened = self._open()
+        while opened:
+            opened.pop()[1].__exit__()
+
+    def _open(self) -> list[tuple[nn.Module, saved_tensors_hooks]]:
+        opened: list[tuple[nn.Module, saved_tensors_hooks]] | None = getattr(self._local, "opened", None)
+        if opened is None:
+            opened = self._local.opened = []
+        return opened
