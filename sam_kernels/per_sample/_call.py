@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -131,6 +131,11 @@ class Call:
     def signature(self) -> tuple[Any, ...]:
         """The same for the call that another forward pass makes in the same place."""
         return self.name, type(self.module), *self._shapes
+
+    @property
+    def kind(self) -> Hashable:
+        """The same for a call in the same place whose shapes differ."""
+        return self.name, type(self.module), self.was_training, tuple(self.params), tuple(map(len, self._shapes))
 
     @property
     def was_training(self) -> bool:

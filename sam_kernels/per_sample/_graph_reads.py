@@ -8,7 +8,7 @@ the node's rule (``_node_rules.py``) makes every sample's gradient towards the v
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,10 +84,11 @@ def reads_in(root: Any, loose: Sequence[Loose], batch: int, leads: Mapping[Any, 
 def raise_if_read(error: CheckpointError, reads: Sequence[Read]) -> None:
     """Raise NotImplementedError where the tensors of a checkpoint, which it gives once, were those that a read needs too."""
     if reads and "unpacked once" in str(error):
-        names = sorted({type(read.module).__name__ for read in reads})
+        names = sorted({read.name for read in reads})
         raise NotImplementedError(
-            f"GradNorms: {', '.join(names)} have no rule, and inside a checkpoint the graph's tensors cannot be read; write rules for them "
-            "with @sam_kernels.per_sample.register_rule, run the forward pass without checkpoints, or freeze their parameters"
+            f"GradNorms: {', '.join(names)}: one of them has no rule and meets the batch inside a checkpoint, but outside the calls of modules "
+            "in it, where a checkpoint gives its tensors once. Put the checkpoint around a module, checkpoint(block, x) rather than around a "
+            "function; or the parameter into a small module of its own, whose forward uses it; or run the forward pass without checkpoints"
         ) from error
 
 
@@ -154,6 +155,10 @@ class Read(Call):
     @property
     def signature(self) -> tuple[Any, ...]:
         return self.name, type(self._node), *self._shapes
+
+    @property
+    def kind(self) -> Hashable:
+        return self.name, type(self._node), self._training[0][1], tuple(map(len, self._shapes))
 
     @property
     def cannot_wait(self) -> bool:
@@ -240,4 +245,4 @@ def _reads_of(
                 for i, metadata in enumerate(user._input_metadata):
                     if (user, i) not in seen:
                         seen.add((user, i))
-                        stack.append((user, i, metadata.shape))
+                        stack.append((user, i, torch.Size(metadata.shape)))

@@ -126,7 +126,9 @@ class Recorder:
             raise
 
     def _put_hooks(self) -> None:
-        for module in self.model.modules() if self.loose else ():  # in which values of the loose parameters may meet the batch
+        # In whose calls values of loose parameters, or rows of an embedding that all samples share, may meet the batch.
+        may_meet = bool(self.loose) or any(isinstance(each.module, nn.Embedding) for each in self._layers)
+        for module in self.model.modules() if may_meet else ():
             if module._modules or any(param.requires_grad for param in module._parameters.values() if param is not None):
                 self._handles.append(module.register_forward_pre_hook(self._rereadable.enter))
                 self._handles.append(module.register_forward_hook(self._rereadable.leave, always_call=True))
@@ -271,18 +273,25 @@ class Recorder:
         if rule is not None:
             if not params.keys() <= _READ and _is_built_in(rule):  # a second name of its weight, or of its bias
                 own = {id(param) for each, param in params.items() if each in _READ}
-                params = {each: param for each, param in params.items() if each in _READ or id(param) not in own}
-            yield _Watched(prefix, module, batch_dim, params, rule)
+                more = {each: param for each, param in params.items() if each not in _READ and id(param) not in own}
+                params = {each: param for each, param in params.items() if each in _READ}
+                if more:  # torch.nn.utils.weight_norm: the rule knows nothing of them
+                    self._look_for(name, module, more)
+            if params:
+                yield _Watched(prefix, module, batch_dim, params, rule)
             return
         if self._unsupported != "vmap" or isinstance(module, ParametrizationList):
-            is_alias = is_alias_alone(params, self.model, _counts_reads)
-            if not is_alias:
-                self.whole.refuse(_described(name, module), params.values())
-            self.loose.append(Loose(_described(name, module), module, params, partial(_no_rule, name, module, params), is_alias))
+            self._look_for(name, module, params)
             return
         params = distinct(params)
         self.whole.refuse(_described(name, module), params.values())
         yield _Watched(prefix, module, batch_dim, params, None, by_vmap=True, extent=extent_of(module, params))
+
+    def _look_for(self, name: str, module: nn.Module, params: dict[str, nn.Parameter]) -> None:
+        is_alias = is_alias_alone(params, self.model, _counts_reads)
+        if not is_alias:
+            self.whole.refuse(_described(name, module), params.values())
+        self.loose.append(Loose(_described(name, module), module, params, partial(_no_rule, name, module, params), is_alias))
 
     def _attention(self, name: str, module: Any) -> Iterator[_Watched]:
         params = attention_params(module)

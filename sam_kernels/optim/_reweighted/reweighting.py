@@ -46,7 +46,7 @@ class Reweighting:
         check_choice("RWSAM", "delta_scaling", self.delta_scaling, ("sqrt_d", "unit"))
         check_choice("RWSAM", "distribution", self.distribution, ("rademacher", "normal"))
         object.__setattr__(self, "seed", check_seed("RWSAM", "seed", self.seed))
-        check_choice("RWSAM", "unsupported", self.unsupported, ("error", "vmap"))
+        check_choice("RWSAM", "unsupported", self.unsupported, ("error", "verify", "vmap"))
 
     @property
     def is_directional(self) -> bool:
