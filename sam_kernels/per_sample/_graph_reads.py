@@ -21,6 +21,7 @@ from sam_kernels._sharding import is_dtensor
 from sam_kernels.per_sample._call import Call
 from sam_kernels.per_sample._node_rules import BATCH_NORMS, ELEMENTWISE, NODE_RULES, is_entered, merged
 from sam_kernels.per_sample._rereading import reading
+from sam_kernels.per_sample._shards import WholeParams
 from sam_kernels.per_sample._terms import Outer
 
 __all__ = ["Loose", "Read", "reads_in"]
@@ -54,7 +55,7 @@ def without_batch(call: Call, batch: int) -> Loose:
     return Loose(call.name, call.module, call.params, lambda why: call.no_batch(batch, why))
 
 
-def reads_in(root: Any, loose: Sequence[Loose], batch: int, leads: Mapping[Any, bool]) -> list[Read]:
+def reads_in(root: Any, loose: Sequence[Loose], batch: int, leads: Mapping[Any, bool], whole: WholeParams) -> list[Read]:
     """The reads of all parameters of these modules. ``leads``: whether a node leads to the output of a recorded call.
 
     Raises the module's error where a value goes into a node that has no rule.
@@ -66,16 +67,18 @@ def reads_in(root: Any, loose: Sequence[Loose], batch: int, leads: Mapping[Any, 
     seen: set[int] = set()
     for each in loose:
         for name, param in each.params.items():
-            if is_dtensor(param):
-                raise each.error(f"{name}: layers read what its shards are gathered into, which is not looked for")
-            leaf = leaves.get(id(param))
-            if leaf is None and may_hide:
+            wholes = whole.of(param)
+            read = [leaves[id(each)] for each in wholes if id(each) in leaves]
+            if not wholes and whole.may_be_among(leaves):
+                raise each.error(f"{name}: its module was not called, so that it is not known what its shards were gathered into")
+            if not read and may_hide:
                 raise each.error(f"{name}: the losses do not show that they depend on it, and come through a function that may hide it")
-            if leaf is None or id(param) in seen:  # the losses do not depend on it
+            if id(param) in seen:
                 continue
             seen.add(id(param))
             try:
-                found += _reads_of(f"{name} of {each.name}", each.module, param, leaf, users, batch, leads)
+                for leaf in read:  # none: the losses do not depend on it
+                    found += _reads_of(f"{name} of {each.name}", each.module, param, leaf, users, batch, leads)
             except _NoWay as error:
                 raise each.error(f"{name}: {error}") from None
     return found
@@ -120,6 +123,7 @@ class Read(Call):
         name: str,  # of the parameter, for messages
         module: nn.Module,
         param: nn.Parameter,
+        leaf: Any,  # of the parameter, or of what its shards were gathered into
         node: Any,
         index: int,
         value: tuple[Any, int, torch.Size],  # the node that makes the value, the number of its output, the value's shape
@@ -130,7 +134,7 @@ class Read(Call):
         self.places, self.span, self.extent, self.extents = {}, None, None, ()
         self.batch_dim, self.merged, self.reads_once = 0, None, False
         self.nodes, self.output_nrs = [node], [0]
-        self._node, self._index, self._value = node, index, value
+        self.leaf, self._node, self._index, self._value = leaf, node, index, value
         self._batch = batch
         shape = node._input_metadata[0].shape
         self._shapes = [torch.Size((batch, shape[0] // batch, *shape[1:]))]
@@ -141,6 +145,11 @@ class Read(Call):
     @property
     def is_recomputed(self) -> bool:
         return False
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether values are there during the backward pass alone: behind it, what shards were gathered into is freed."""
+        return is_dtensor(self.params["value"])
 
     @property
     def is_merged(self) -> bool:
@@ -182,7 +191,7 @@ class Read(Call):
         grads = found if isinstance(found, Tensor) else found.sample_grads(slice(None), shape)
         below = _embedding_below(node)
         if below is None:
-            return {"value": self._taken_back(grads, (node, nr), param)}
+            return {"value": self._taken_back(grads, (node, nr), self.leaf.variable)}
         if below is not node:
             grads = self._taken_back(grads, (node, nr), GradientEdge(below, 0))
         grads = grads.reshape(len(grads), *below._input_metadata[0].shape)
@@ -237,7 +246,7 @@ def _reads_of(
                 continue
             kind = type(user).__name__
             if kind in NODE_RULES and is_entered(user, index, shape, batch) and not _is_broadcast(user, users):
-                yield Read(name, module, param, user, index, (node, nr, shape), batch)
+                yield Read(name, module, param, leaf, user, index, (node, nr, shape), batch)
             elif leads[user] or not hasattr(user, "_input_metadata"):
                 output = tuple(user._input_metadata[0].shape)
                 raise _NoWay(f"a value of shape {tuple(shape)} goes into {kind}, whose output has shape {output}")

@@ -65,7 +65,10 @@ class Pass:
                     gathered.add(call)
 
         ends = set() if ordinary else graph.ends  # an ordinary backward pass runs through all of them
+        late = [call for call in calls if isinstance(call, Read) and call.is_sharded and not ends.isdisjoint(call.nodes)]
+        ends = ends.difference(*(call.nodes for call in late)) if late else ends
         edges = [GradientEdge(node, nr) for node in ends for nr in sorted({call.output_nrs[i] for call, i in nodes[node]})]
+        wanted = edges + [GradientEdge(leaf, 0) for leaf in {call.leaf for call in late}]  # the pass runs through their nodes
         handles: list[Any] = []
         try:
             # What rules multiply must not be rounded on the way; what checkpoints run again brings its own autocast along.
@@ -81,8 +84,8 @@ class Pass:
                 found: tuple[Tensor, ...] = ()
                 if ordinary:
                     torch.autograd.backward(losses, ones, retain_graph=retain_graph)
-                elif edges:
-                    found = torch.autograd.grad(losses, edges, ones, retain_graph=retain_graph, allow_unused=True)
+                elif wanted:
+                    found = torch.autograd.grad(losses, wanted, ones, retain_graph=retain_graph, allow_unused=True)[: len(edges)]
                 with torch.no_grad():
                     grads_of: dict[Any, dict[int, Tensor | None]] = {edge.node: {} for edge in edges}
                     for edge, grad in zip(edges, found, strict=True):
@@ -110,7 +113,7 @@ class Pass:
         in_graph = {id(param) for each in loose for param in each.params.values()}
         if loose:
             calls = _without(calls, in_graph)
-            calls += reads_in(root, loose, batch, self._graph.leads)
+            calls += reads_in(root, loose, batch, self._graph.leads, self._recorder.whole)
             self._find(calls)
         return calls, in_graph
 

@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from sam_kernels._sharding import is_dtensor
 from sam_kernels.per_sample import _rules
 from sam_kernels.per_sample._aliases import distinct, is_alias_alone
 from sam_kernels.per_sample._attention import LinearCalls, attention_params, rows_of
@@ -132,6 +133,9 @@ class Recorder:
             if module._modules or any(param.requires_grad for param in module._parameters.values() if param is not None):
                 self._handles.append(module.register_forward_pre_hook(self._rereadable.enter))
                 self._handles.append(module.register_forward_hook(self._rereadable.leave, always_call=True))
+        for loose in self.loose:
+            if any(map(is_dtensor, loose.params.values())):  # while it is called it has the whole ones
+                self._handles.append(loose.module.register_forward_pre_hook(partial(self._on_loose, loose)))
         for each in self._layers:
             if each.extent is not None:
                 self._handles.append(each.module.register_forward_pre_hook(partial(self._enter_extent, each.extent)))
@@ -178,6 +182,10 @@ class Recorder:
         if self._extents:
             call.extents = [extent for extent in self._extents if id(call.module) in extent.inside]
         self.calls.append(call)
+
+    def _on_loose(self, loose: Loose, module: nn.Module, args: Any) -> None:
+        if self._records:
+            self.whole.read_by(loose.name, module, loose.params)
 
     def _enter_span(self, *_: Any) -> None:
         if self._listens:
@@ -289,8 +297,6 @@ class Recorder:
 
     def _look_for(self, name: str, module: nn.Module, params: dict[str, nn.Parameter]) -> None:
         is_alias = is_alias_alone(params, self.model, _counts_reads)
-        if not is_alias:
-            self.whole.refuse(_described(name, module), params.values())
         self.loose.append(Loose(_described(name, module), module, params, partial(_no_rule, name, module, params), is_alias))
 
     def _attention(self, name: str, module: Any) -> Iterator[_Watched]:
