@@ -91,7 +91,8 @@ def raise_if_read(error: CheckpointError, reads: Sequence[Read]) -> None:
         raise NotImplementedError(
             f"GradNorms: {', '.join(names)}: one of them has no rule and meets the batch inside a checkpoint, but outside the calls of modules "
             "in it, where a checkpoint gives its tensors once. Put the checkpoint around a module, checkpoint(block, x) rather than around a "
-            "function; or the parameter into a small module of its own, whose forward uses it; or run the forward pass without checkpoints"
+            "function; or the parameter into a small module of its own, whose forward uses it; or run the forward pass without checkpoints. "
+            "(Where checkpoints were switched on after the first forward pass of the engine, a new engine may be enough.)"
         ) from error
 
 
@@ -182,6 +183,8 @@ class Read(Call):
 
     def _rule(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grad: Tensor) -> dict[str, Any]:
         node, nr, shape = self._value
+        if self.is_sharded and self.leaf.variable.untyped_storage().nbytes() == 0:
+            raise NotImplementedError("its value meets the batch while its shards are not gathered, outside of its fully_shard module")
         found = merged(NODE_RULES[type(self._node).__name__](self._node, self._index, shape, grad), self._batch)
         param = self.params["value"]
         if type(node) is _Leaf:

@@ -28,6 +28,7 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.read: list[_Held] | None = None  # what a rule has read; None: no rule is running
+        self.opened: list[tuple[object, nn.Module, saved_tensors_hooks]] = []  # by whom, and in the call of which module
 
 
 _thread = _Thread()
@@ -82,31 +83,26 @@ class Rereadable:
     """Hooks of modules in whose calls saved tensors may be read by rules. Without hooks on saved tensors it does nothing."""
 
     def __init__(self) -> None:
-        self._local = threading.local()
+        self.may_be_needed = True  # until a forward pass has shown that there are no hooks on saved tensors
+        self._is_needed: bool | None = None  # None: no module was called
 
     def enter(self, module: nn.Module, *_: Any) -> None:
         """A pre-hook."""
         hooks = top_hooks(False)
+        self._is_needed = bool(self._is_needed) or hooks is not None
         if not isinstance(hooks, tuple) or isinstance(hooks[0], _Pack):
             return
         over = saved_tensors_hooks(_Pack(hooks[0]), _Unpack(hooks[1]))
         over.__enter__()
-        self._open().append((module, over))
+        _thread.opened.append((self, module, over))
 
     def leave(self, module: nn.Module, *_: Any) -> None:
         """A hook that is always called."""
-        opened = self._open()
-        if opened and opened[-1][0] is module:
-            opened.pop()[1].__exit__()
+        if _thread.opened and _thread.opened[-1][0] is self and _thread.opened[-1][1] is module:
+            _thread.opened.pop()[2].__exit__()
 
     def stop(self) -> None:
-        """Takes off the hooks that an interrupt has left."""
-        opened = self._open()
-        while opened:
-            opened.pop()[1].__exit__()
-
-    def _open(self) -> list[tuple[nn.Module, saved_tensors_hooks]]:
-        opened: list[tuple[nn.Module, saved_tensors_hooks]] | None = getattr(self._local, "opened", None)
-        if opened is None:
-            opened = self._local.opened = []
-        return opened
+        """At the end of a pass: takes off the hooks that an interrupt has left."""
+        self.may_be_needed = self._is_needed is not False
+        while _thread.opened and _thread.opened[-1][0] is self:
+            _thread.opened.pop()[2].__exit__()
