@@ -57,7 +57,7 @@ class Gathered:
         if not (isinstance(outer, Outer) and isinstance(shift, Shift) and outer.left is shift.left and len(terms) == 2):
             return False
         params = list(call.params.values())
-        if not all(map(self._is_counted, params)):
+        if not all(map(self.counts, params)):
             return False
         if any(self._awaited[id(param)] > 1 or len(self._terms[id(param)]) > 1 for param in params):
             return False
@@ -150,12 +150,13 @@ class Gathered:
         square_norms = self._square_norms_on(param.device)
         for place, terms in by_place.items():
             joined = combined(terms, shape_of(param, place))
-            if self._is_counted(param):  # else its gradient may be wanted all the same
+            if self.counts(param):  # else its gradient may be wanted all the same
                 joined.add_square_norms_(square_norms, keep=self._keep)
             if self._keep:
                 self._kept.append((param, place, joined))
 
-    def _is_counted(self, param: nn.Parameter) -> bool:
+    def counts(self, param: nn.Parameter) -> bool:
+        """Whether the norms are over the parameter."""
         return self._over is None or id(param) in self._over
 
 

@@ -89,10 +89,10 @@ def raise_if_read(error: CheckpointError, reads: Sequence[Read]) -> None:
     if reads and "unpacked once" in str(error):
         names = sorted({read.name for read in reads})
         raise NotImplementedError(
-            f"GradNorms: {', '.join(names)}: one of them has no rule and meets the batch inside a checkpoint, but outside the calls of modules "
-            "in it, where a checkpoint gives its tensors once. Put the checkpoint around a module, checkpoint(block, x) rather than around a "
-            "function; or the parameter into a small module of its own, whose forward uses it; or run the forward pass without checkpoints. "
-            "(Where checkpoints were switched on after the first forward pass of the engine, a new engine may be enough.)"
+            f"GradNorms: {', '.join(names)}: one of them has no rule and meets the batch inside a checkpoint, but outside the calls of "
+            "modules in it, where a checkpoint gives its tensors once. Put the checkpoint around a module, checkpoint(block, x) rather "
+            "than around a function; or the parameter into a small module of its own, whose forward uses it; or run the forward pass "
+            "without checkpoints. (Where checkpoints were switched on after the engine's first forward pass, a new engine may be enough.)"
         ) from error
 
 

@@ -127,8 +127,8 @@ class Recorder:
             raise
 
     def _put_hooks(self) -> None:
-        # Modules in whose calls values of loose parameters may meet the batch, or outputs of layers that have none. Every model's, the first
-        # time, which shows whether there are checkpoints.
+        # Modules in whose calls values of loose parameters may meet the batch, or outputs of layers that have none. Every model's, the
+        # first time, which shows whether there are checkpoints.
         for module in self.model.modules() if self.loose or self._rereadable.may_be_needed else ():
             if module._modules or any(param.requires_grad for param in module._parameters.values() if param is not None):
                 self._handles.append(module.register_forward_pre_hook(self._rereadable.enter))

@@ -43,7 +43,8 @@ def register_rule(module_type: type[nn.Module], rule: Any = None) -> Any:
         def scale_rule(module, args, kwargs, grad_output):
             return {"scale": (args[0] * grad_output).sum(1)}
 
-    A rule holds for subclasses that override neither ``forward``, nor a method that it calls, nor, by a property, a parameter. A later rule for a type replaces an earlier one.
+    A rule holds for subclasses that override neither ``forward``, nor a method that it calls, nor, by a property, a parameter. A later
+    rule for a type replaces an earlier one.
 
     Raises TypeError where ``module_type`` is no class of modules or ``rule`` cannot be called.
     """
@@ -61,7 +62,7 @@ def rule_for(module: nn.Module) -> Rule | None:
     """The rule of the module's class, or of the class that it inherits everything from that ``forward`` uses."""
     if "forward" in vars(module):  # replaced on this very module
         return None
-    kind = type(module)
+    kind: Any = type(module)
     for base in kind.__mro__:
         rule = _RULES.get(base)
         if rule is not None:
@@ -71,7 +72,7 @@ def rule_for(module: nn.Module) -> Rule | None:
     return None
 
 
-def _differs(kind: type[nn.Module], base: type[nn.Module], module: nn.Module) -> bool:
+def _differs(kind: Any, base: Any, module: nn.Module) -> bool:
     """Whether a class changes what the ``forward`` that it inherits computes: by a method that this calls (``_conv_forward``), or by a
     property in the place of a parameter."""
     methods, properties = _overridden(kind, base)
@@ -79,8 +80,9 @@ def _differs(kind: type[nn.Module], base: type[nn.Module], module: nn.Module) ->
 
 
 @cache
-def _overridden(kind: type[nn.Module], base: type[nn.Module]) -> tuple[bool, frozenset[str]]:
-    """Whether ``kind`` has another method that the ``forward`` of ``base`` calls; names that it reads and that are descriptors in ``kind``."""
+def _overridden(kind: Any, base: Any) -> tuple[bool, frozenset[str]]:
+    """Whether ``kind`` has another method in the place of one that the ``forward`` of ``base`` calls; and the names that this reads which
+    are descriptors in ``kind``."""
     used, stack = {"__getattr__", "__getattribute__"}, ["forward"]
     while stack:
         code = getattr(inspect.getattr_static(base, stack.pop(), None), "__code__", None)

@@ -1,8 +1,9 @@
 """Saved tensors that may be read before their node runs, inside checkpoints too.
 
-A checkpoint (``use_reentrant=False``) is a pair of hooks on saved tensors, which gives each tensor once in a backward pass: to the node that
-saved it. A rule of ``_node_rules.py`` reads the tensors just before the node does. Inside of a module that may be read so, a second pair of
-hooks lies over the checkpoint's: it stores what the checkpoint's hook makes of a tensor, and keeps a tensor that a rule has read for the node.
+A checkpoint (``use_reentrant=False``) is a pair of hooks on saved tensors, which gives each tensor once in a backward pass: to the node
+that saved it. A rule of ``_node_rules.py`` reads the tensors just before the node does. In calls of modules with such nodes a second pair
+of hooks lies over the checkpoint's: it stores what the checkpoint's hook makes of a tensor, and keeps a tensor that a rule has read for
+the node.
 """
 
 from __future__ import annotations

@@ -61,6 +61,6 @@ class WholeParams:
         """Raises NotImplementedError for a DTensor among the parameters of a module that is to be run again by ``torch.func``."""
         if any(map(is_dtensor, params)):
             raise NotImplementedError(
-                f"GradNorms: {name} has no rule, and over shards unsupported='vmap' cannot run it again; leave it out, so that its parameters "
-                "are looked for in the graph, or give it a rule with register_rule"
+                f"GradNorms: {name} has no rule, and over shards unsupported='vmap' cannot run it again; leave the option out, so that its "
+                "parameters are looked for in the graph, or give it a rule with register_rule"
             )

@@ -22,8 +22,8 @@ from sam_kernels.per_sample._terms import shape_of
 __all__ = ["Ledger", "Verification"]
 
 _MIXED = (
-    "but the gradient of the whole batch is right: a loss depends on other samples than its own, or rows change places inside the model. Such "
-    'losses have no gradients of samples; with unsupported="error" the norms are those of contributions to the gradient of the batch'
+    "but the gradient of the whole batch is right: a loss depends on other samples than its own, or rows change places, in the model or by "
+    'a rule. Such losses have no gradients of samples; with unsupported="error" norms are of contributions to the gradient of the batch'
 )
 _TRIES = 3  # batches in which a call is compared whose gradient is zero, as that of a low-rank factor is at first
 
@@ -44,7 +44,7 @@ class Ledger(Gathered):
         own, self._square_norms = self._square_norms, total
         for device, square_norms in own.items():
             self._square_norms_on(device).add_(square_norms)
-            if self._is_counted(param):
+            if self.counts(param):
                 self.square_norms_of[id(param)] = square_norms
 
     def weighted_of(self, weights: Tensor) -> dict[int, Tensor]:  # (M,)
@@ -61,8 +61,8 @@ class Ledger(Gathered):
 
 @dataclass(frozen=True)
 class _Bar:
-    """What roundings may differ by: a part of the larger norm, and a part of the norm of the whole gradient, for gradients that are zero but
-    for rounding (the bias of keys in an attention)."""
+    """How far roundings go: a part of the larger norm, and a part of the norm of the whole gradient, for gradients that are zero but for
+    rounding (the bias of keys in an attention)."""
 
     relative: float
     floor: float
@@ -84,9 +84,9 @@ class Verification:
     def check(self, losses: Tensor, calls: Sequence[Call], params: Iterable[tuple[str, nn.Parameter]], ledger: Ledger) -> None:
         """Compare norms, parameter by parameter and sample by sample (or micro-batch), and one randomly weighted gradient.
 
-        A backward pass for each, through the graph of ``losses``, so that random numbers are the same; one sample's gradient is in memory at
-        a time. Where layers take statistics from the batch, a sample's contribution is no gradient of its loss: then the batch's gradient is
-        compared alone.
+        A backward pass for each, through the graph of ``losses``, so that random numbers are the same; one sample's gradient is in memory
+        at a time. Where layers take statistics from the batch, a sample's contribution is no gradient of its loss: then the batch's
+        gradient is compared alone.
 
         Raises RuntimeError where a parameter is off, and while a CUDA graph is captured; NotImplementedError over shards.
         """
@@ -95,11 +95,13 @@ class Verification:
             named.setdefault(id(param), (name, param))
         if any(is_dtensor(param) for _, param in named.values()):
             raise NotImplementedError(
-                'GradNorms: unsupported="verify" is not for shards, whose ranks may have batches of different sizes: verify the model in one '
-                'process, and pass unsupported="error" over shards'
+                'GradNorms: unsupported="verify" is not for shards, whose ranks may have batches of different sizes: verify the model in '
+                'one process, and pass unsupported="error" over shards'
             )
         if losses.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError('GradNorms: unsupported="verify" reads numbers, which a CUDA graph cannot: run such a step before the capture')
+            raise RuntimeError(
+                'GradNorms: unsupported="verify" reads numbers, which a CUDA graph cannot: run such a step before the capture'
+            )
         takes_statistics, bar = _look_at(losses)
         comparison = _Comparison(losses, list(named.values()), ledger, bar)
         off = comparison.of_the_batch() if takes_statistics else comparison.of_samples()
@@ -133,14 +135,17 @@ class _Comparison:
             own[i] = _norms(grads)
             for j, grad in enumerate(grads):
                 if grad is not None:
-                    dtype = arithmetic_dtype((grad,))
-                    sums[j] = grad.to(dtype) * weights[i].item() + (0.0 if sums[j] is None else sums[j])
+                    weighted, sum_so_far = grad.to(arithmetic_dtype((grad,))) * weights[i].item(), sums[j]
+                    sums[j] = weighted if sum_so_far is None else sum_so_far.add_(weighted)
         total = own.square().sum(1, keepdim=True).sqrt()
         self.is_finite = bool(total.isfinite().all())
         by_rules = own.new_zeros(own.shape)
         for j, param in enumerate(self._params):
             counted = self._ledger.square_norms_of.get(id(param))
-            by_rules[:, j] = own[:, j] if counted is None and not self._is_counted(param) else 0.0 if counted is None else counted.cpu().sqrt()
+            if counted is not None:
+                by_rules[:, j] = counted.cpu().sqrt()
+            elif not self._ledger.counts(param):  # its norm was not asked for
+                by_rules[:, j] = own[:, j]
         self.nonzero = {id(param) for j, param in enumerate(self._params) if bool((own[:, j] > 0).any())}
         excess = (by_rules - own).abs() - self._bar.relative * torch.maximum(by_rules, own) - self._bar.floor * total
         ratio = (by_rules - own).abs() / torch.maximum(by_rules, own)
@@ -187,9 +192,6 @@ class _Comparison:
     def _grads(self, seed: Tensor) -> Sequence[Tensor | None]:
         return torch.autograd.grad(self._losses, self._params, seed, retain_graph=True, allow_unused=True)
 
-    def _is_counted(self, param: nn.Parameter) -> bool:
-        return self._ledger._is_counted(param)
-
 
 def _norms(grads: Sequence[Tensor | None]) -> Tensor:  # (parameters,) float64, on the CPU
     """One transfer for each device."""
@@ -199,7 +201,7 @@ def _norms(grads: Sequence[Tensor | None]) -> Tensor:  # (parameters,) float64, 
         if grad is not None:
             places.setdefault(grad.device, []).append(j)
     for at in places.values():
-        norms[at] = torch.stack([torch.linalg.vector_norm(grads[j], dtype=torch.float64) for j in at]).cpu()  # type: ignore[arg-type]
+        norms[at] = torch.stack([torch.linalg.vector_norm(grads[j], dtype=torch.float64) for j in at]).cpu()
     return norms
 
 

@@ -184,7 +184,7 @@ def test_positions_in_a_checkpoint() -> None:
 
 
 class LowRank(nn.Module):
-    """All calls of its layers are without a batch: the engine has none of them in the end, but the checkpoint has saved tensors for them."""
+    """All calls of its layers are without a batch: the engine drops them, but the checkpoint has saved tensors for them."""
 
     def __init__(self) -> None:
         super().__init__()
