@@ -47,7 +47,8 @@ class GradNorms:
         micro_batch: m, the number of consecutive samples whose gradients are added up before the norm is taken.
         reduction: of a micro-batch's gradients: ``"sum"`` or ``"mean"``. Also that of its loss in :meth:`weighted_grads_`.
         unsupported: how the gradients of a module that owns trainable parameters and has no rule are found. ``"error"``: in autograd's
-            graph, which has an error for operations that no rule is known for; ``"vmap"``: its part is computed by ``torch.func``,
+            graph, which has an error for operations that no rule is known for; ``"verify"``: likewise, and the first batch of each kind
+            (docs/per_sample.md) is compared with a backward pass for each sample; ``"vmap"``: its part is computed by ``torch.func``,
             slowly, with every sample's gradient in memory. Every tensor it is called with whose dimension 0 is B is then taken for a
             batch; that this gives the module's output again is checked.
         over: parameters that the norms are over; None: all trainable ones of the model. Weighted gradients are of all of them. An
@@ -128,7 +129,8 @@ class GradNorms:
         Calls of layers whose outputs get no gradient (a detached branch, an unused head, ``torch.no_grad``) add nothing.
 
         Raises RuntimeError where there is no forward pass to differentiate, it has been used already, the losses read a parameter past its
-        layer (``F.linear(x, embedding.weight)``, a penalty on weights), or a custom function hides a layer's gradient; ValueError for
+        layer (``F.linear(x, embedding.weight)``, a penalty on weights), a custom function hides a layer's gradient, or with
+        ``unsupported="verify"`` a parameter's gradients are not those of backward passes; ValueError for
         losses that are not one-dimensional, whose number m does not divide, or that are not in the order of the batch, and where a layer's
         output has another batch; NotImplementedError where a rule does not cover a module.
         """
