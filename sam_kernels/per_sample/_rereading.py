@@ -9,6 +9,7 @@ the node.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,7 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.read: list[_Held] | None = None  # what a rule has read; None: no rule is running
+        self.kept: list[weakref.ref[_Held]] = []  # what rules have read in this pass: a node need not ask for all of it, nor run
         self.opened: list[tuple[object, nn.Module, saved_tensors_hooks]] = []  # by whom, and in the call of which module
 
 
@@ -38,7 +40,7 @@ _thread = _Thread()
 class _Held:
     """What the hook below has made of a tensor, and the tensor itself from its first reading to its node's."""
 
-    __slots__ = ("packed", "tensor")
+    __slots__ = ("__weakref__", "packed", "tensor")
 
     def __init__(self, packed: Any) -> None:
         self.packed = packed
@@ -69,15 +71,23 @@ class _Unpack:
 
 @contextmanager
 def reading() -> Iterator[None]:
-    """While a rule reads saved tensors whose node is still to run."""
+    """While a rule reads saved tensors."""
     before, _thread.read = _thread.read, []
     try:
         yield
     finally:
-        if _graph_task() == -1:  # the backward pass ended at these nodes: they do not run
-            for held in _thread.read:
-                held.tensor = None
+        _thread.kept += map(weakref.ref, _thread.read)
         _thread.read = before
+        if _graph_task() == -1:  # the backward pass is over
+            _forget()
+
+
+def _forget() -> None:
+    for ref in _thread.kept:
+        held = ref()
+        if held is not None:
+            held.tensor = None
+    _thread.kept.clear()
 
 
 class Rereadable:
@@ -105,5 +115,6 @@ class Rereadable:
     def stop(self) -> None:
         """At the end of a pass: takes off the hooks that an interrupt has left."""
         self.may_be_needed = self._is_needed is not False
+        _forget()
         while _thread.opened and _thread.opened[-1][0] is self:
             _thread.opened.pop()[2].__exit__()

@@ -119,6 +119,26 @@ def test_nothing_of_a_checkpoint_is_held_behind_its_backward_pass() -> None:
     del losses
 
 
+@pytest.mark.parametrize("case", ["scale", "one plus", "conv1d of gpt2", "gain", "embedding"])
+@pytest.mark.parametrize("is_end", [False, True])
+def test_no_hook_keeps_what_a_rule_has_read(case: str, is_end: bool) -> None:
+    """``is_end``: the backward pass ends at the node, which does not run, so that it takes nothing."""
+    model, x = Model(case), torch.randn(B, T, D, dtype=f64)
+    model.first.requires_grad_(not is_end)
+    engine = GradNorms(model)
+    with engine:
+        losses = model(x)
+    engine(losses, keep=False, retain_graph=True)
+    assert_nothing_held()
+    del losses
+
+
+def assert_nothing_held() -> None:
+    held = [each for each in gc.get_objects() if isinstance(each, _rereading._Held)]
+    assert held
+    assert not any(each.tensor is not None for each in held)
+
+
 @pytest.mark.parametrize("case", ["scale", "conv1d of gpt2"])
 def test_tensors_that_are_offloaded(case: str) -> None:
     model, x = Model(case, depth=0), torch.randn(B, T, D, dtype=f64)
@@ -181,6 +201,12 @@ class Positions(nn.Module):
 def test_positions_in_a_checkpoint() -> None:
     model, x = nn.Sequential(nn.Linear(D, D), Positions()).double(), torch.randn(B, T, D, dtype=f64)
     assert_right(model, lambda: checkpoint(model[1], model[0](x), use_reentrant=False).sin().sum((1, 2)), again=True)
+    engine = GradNorms(model)
+    with engine:
+        losses = checkpoint(model[1], model[0](x), use_reentrant=False).sin().sum((1, 2))
+    engine(losses, keep=False, retain_graph=True)
+    assert_nothing_held()
+    del losses
 
 
 class LowRank(nn.Module):

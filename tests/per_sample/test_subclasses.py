@@ -128,6 +128,8 @@ RIGHT = {
 def test_norms_and_gradients_are_right(case: str, unsupported: str) -> None:
     torch.manual_seed(1)
     model = RIGHT[case]().double()
+    for param in model.parameters():  # a class that hides its parameter does not set it itself
+        nn.init.uniform_(param, -1.0, 1.0)
     x = WORDS if isinstance(model[0], nn.Embedding) else torch.randn(B, T, D, dtype=f64)  # type: ignore[index]
     losses = [model(x).sin().flatten(1).sum(1) for _ in range(2)][1]
     expected = group_norms(model, losses)
@@ -162,6 +164,7 @@ def test_a_rule_of_ones_own_for_a_class_that_overrides(monkeypatch: pytest.Monke
     register_rule(OfATable, rule)
     torch.manual_seed(1)
     model, x = _rows(OfATable(D, 3)).double(), torch.randn(B, T, D, dtype=f64)
+    nn.init.uniform_(model[2]._parameters["weight"])  # type: ignore[index]
     _, losses, norms = run_engine(model, lambda: model(x).sin().flatten(1).sum(1), unsupported="verify")
     torch.testing.assert_close(norms, group_norms(model, losses))
 
