@@ -18,11 +18,10 @@ from sam_kernels._validate import check_count, describe
 from sam_kernels.optim._batches.closures import Closure, TwoPasses, passes_of
 from sam_kernels.optim._compatibility import check_weighted
 from sam_kernels.optim._engine import amp, capturable
-from sam_kernels.optim._engine.lists import param_name
 from sam_kernels.optim._engine.plan import StepPlan
 from sam_kernels.optim._engine.replay import RandomState
 from sam_kernels.optim._reweighted.directional import DirectionalNorms
-from sam_kernels.optim._reweighted.reweighting import Reweighting, check_modules, checked_losses, chosen_modules
+from sam_kernels.optim._reweighted.reweighting import Reweighting, check_modules, check_owned, checked_losses, chosen_modules
 from sam_kernels.optim._reweighted.samples import ranks_of
 from sam_kernels.optim._reweighted.weighing import Weighing
 from sam_kernels.optim._seeds import derived_seed
@@ -154,11 +153,7 @@ class RWSAM(SAM):
             module.reshard()  # its parameters are then the shards
         params = model.parameters() if params is None else params
         super().__init__(params, base_optimizer, model=model, local_ascent=local_ascent, **sam_and_base_kwargs)
-        known = set(map(id, model.parameters()))
-        for i, group in enumerate(self.param_groups):
-            for j, param in enumerate(group["params"]):
-                if id(param) not in known:
-                    raise ValueError(f"RWSAM: parameter {param_name(group, i, j)} is no parameter of the model")
+        check_owned(model, self.param_groups)
 
     def _link(self) -> None:
         super()._link()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from sam_kernels.per_sample._extents import Extent
 from sam_kernels.per_sample._registry import Rule
+from sam_kernels.per_sample._rereading import top_hooks
 from sam_kernels.per_sample._terms import Place
 
 __all__ = ["Call", "Saved"]
@@ -30,15 +31,11 @@ class _Keep(torch.autograd.Function):
         raise AssertionError("nothing depends on this")
 
 
-# Whether somebody (checkpoint, save_on_cpu) wants to be asked before a tensor is kept. Not public; without it, always by way of autograd.
-_saved_tensors_hooks: Callable[[bool], Any] = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
-
-
 class Saved:
     """Tensors kept for the backward pass. ``anchor`` is any tensor that wants a gradient."""
 
     def __init__(self, tensors: Sequence[Tensor], anchor: Tensor) -> None:
-        hooks = _saved_tensors_hooks(False)
+        hooks = top_hooks(False)
         keep: Any = _Keep.apply
         self.is_recomputed = hooks is not None
         self._node = None if hooks is None else keep(anchor, *tensors).grad_fn
@@ -134,6 +131,11 @@ class Call:
     def signature(self) -> tuple[Any, ...]:
         """The same for the call that another forward pass makes in the same place."""
         return self.name, type(self.module), *self._shapes
+
+    @property
+    def kind(self) -> Hashable:
+        """The same for a call in the same place whose shapes differ."""
+        return self.name, type(self.module), self.was_training, tuple(self.params), tuple(map(len, self._shapes))
 
     @property
     def was_training(self) -> bool:

@@ -25,6 +25,8 @@ class Gathered:
     gradients. ``over``: the ids of the parameters that the norms are over; None: all.
     """
 
+    _gathers_small = True  # gradients of small parameters wait for each other
+
     def __init__(
         self, calls: Sequence[Call], batch: int, m: int, device: torch.device, *, keep: bool, over: Collection[int] | None = None
     ) -> None:
@@ -59,7 +61,7 @@ class Gathered:
         if not (isinstance(outer, Outer) and isinstance(shift, Shift) and outer.left is shift.left and len(terms) == 2):
             return False
         params = list(call.params.values())
-        if not all(map(self._is_counted, params)):
+        if not all(map(self.counts, params)):
             return False
         if any(self._awaited[id(param)] > 1 or len(self._terms[id(param)]) > 1 for param in params):
             return False
@@ -160,8 +162,8 @@ class Gathered:
         square_norms = self._square_norms_on(param.device)
         for place, terms in by_place.items():
             joined = combined(terms, shape_of(param, place))
-            is_counted = self._is_counted(param)  # else its gradient may be wanted all the same
-            if is_counted and is_small(joined):
+            is_counted = self.counts(param)  # else its gradient may be wanted all the same
+            if is_counted and self._gathers_small and is_small(joined):
                 grads = gradients_of(joined, self.m)
                 self._small.setdefault((param.device, grads.dtype), SmallTerms()).add(param, place, grads)
                 continue
@@ -170,7 +172,8 @@ class Gathered:
             if self._keep:
                 self._kept.append((param, place, joined))
 
-    def _is_counted(self, param: nn.Parameter) -> bool:
+    def counts(self, param: nn.Parameter) -> bool:
+        """Whether the norms are over the parameter."""
         return self._over is None or id(param) in self._over
 
 

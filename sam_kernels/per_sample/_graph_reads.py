@@ -8,8 +8,7 @@ the node's rule (``_node_rules.py``) makes every sample's gradient towards the v
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,8 @@ from torch.utils.checkpoint import CheckpointError
 from sam_kernels._sharding import is_dtensor
 from sam_kernels.per_sample._call import Call
 from sam_kernels.per_sample._node_rules import BATCH_NORMS, ELEMENTWISE, NODE_RULES, is_entered, merged
+from sam_kernels.per_sample._rereading import reading
+from sam_kernels.per_sample._shards import WholeParams
 from sam_kernels.per_sample._terms import Outer
 
 __all__ = ["Loose", "Read", "reads_in"]
@@ -54,7 +55,7 @@ def without_batch(call: Call, batch: int) -> Loose:
     return Loose(call.name, call.module, call.params, lambda why: call.no_batch(batch, why))
 
 
-def reads_in(root: Any, loose: Sequence[Loose], batch: int, leads: Mapping[Any, bool]) -> list[Read]:
+def reads_in(root: Any, loose: Sequence[Loose], batch: int, leads: Mapping[Any, bool], whole: WholeParams) -> list[Read]:
     """The reads of all parameters of these modules. ``leads``: whether a node leads to the output of a recorded call.
 
     Raises the module's error where a value goes into a node that has no rule.
@@ -66,16 +67,18 @@ def reads_in(root: Any, loose: Sequence[Loose], batch: int, leads: Mapping[Any, 
     seen: set[int] = set()
     for each in loose:
         for name, param in each.params.items():
-            if is_dtensor(param):
-                raise each.error(f"{name}: layers read what its shards are gathered into, which is not looked for")
-            leaf = leaves.get(id(param))
-            if leaf is None and may_hide:
+            wholes = whole.of(param)
+            read = [leaves[id(each)] for each in wholes if id(each) in leaves]
+            if not wholes and whole.may_be_among(leaves):
+                raise each.error(f"{name}: its module was not called, so that it is not known what its shards were gathered into")
+            if not read and may_hide:
                 raise each.error(f"{name}: the losses do not show that they depend on it, and come through a function that may hide it")
-            if leaf is None or id(param) in seen:  # the losses do not depend on it
+            if id(param) in seen:
                 continue
             seen.add(id(param))
             try:
-                found += _reads_of(f"{name} of {each.name}", each.module, param, leaf, users, batch, leads)
+                for leaf in read:  # none: the losses do not depend on it
+                    found += _reads_of(f"{name} of {each.name}", each.module, param, leaf, users, batch, leads)
             except _NoWay as error:
                 raise each.error(f"{name}: {error}") from None
     return found
@@ -84,10 +87,12 @@ def reads_in(root: Any, loose: Sequence[Loose], batch: int, leads: Mapping[Any, 
 def raise_if_read(error: CheckpointError, reads: Sequence[Read]) -> None:
     """Raise NotImplementedError where the tensors of a checkpoint, which it gives once, were those that a read needs too."""
     if reads and "unpacked once" in str(error):
-        names = sorted({type(read.module).__name__ for read in reads})
+        names = sorted({read.name for read in reads})
         raise NotImplementedError(
-            f"GradNorms: {', '.join(names)} have no rule, and inside a checkpoint the graph's tensors cannot be read; write rules for them "
-            "with @sam_kernels.per_sample.register_rule, run the forward pass without checkpoints, or freeze their parameters"
+            f"GradNorms: {', '.join(names)}: one of them has no rule and meets the batch inside a checkpoint, but outside the calls of "
+            "modules in it, where a checkpoint gives its tensors once. Put the checkpoint around a module, checkpoint(block, x) rather "
+            "than around a function; or the parameter into a small module of its own, whose forward uses it; or run the forward pass "
+            "without checkpoints. (Where checkpoints were switched on after the engine's first forward pass, a new engine may be enough.)"
         ) from error
 
 
@@ -119,6 +124,7 @@ class Read(Call):
         name: str,  # of the parameter, for messages
         module: nn.Module,
         param: nn.Parameter,
+        leaf: Any,  # of the parameter, or of what its shards were gathered into
         node: Any,
         index: int,
         value: tuple[Any, int, torch.Size],  # the node that makes the value, the number of its output, the value's shape
@@ -129,7 +135,7 @@ class Read(Call):
         self.places, self.span, self.extent, self.extents = {}, None, None, ()
         self.batch_dim, self.merged, self.reads_once = 0, None, False
         self.nodes, self.output_nrs = [node], [0]
-        self._node, self._index, self._value = node, index, value
+        self.leaf, self._node, self._index, self._value = leaf, node, index, value
         self._batch = batch
         shape = node._input_metadata[0].shape
         self._shapes = [torch.Size((batch, shape[0] // batch, *shape[1:]))]
@@ -140,6 +146,11 @@ class Read(Call):
     @property
     def is_recomputed(self) -> bool:
         return False
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether values are there during the backward pass alone: behind it, what shards were gathered into is freed."""
+        return is_dtensor(self.params["value"])
 
     @property
     def is_merged(self) -> bool:
@@ -156,6 +167,10 @@ class Read(Call):
         return self.name, type(self._node), *self._shapes
 
     @property
+    def kind(self) -> Hashable:
+        return self.name, type(self._node), self._training[0][1], tuple(map(len, self._shapes))
+
+    @property
     def cannot_wait(self) -> bool:
         return True  # the node's saved tensors are there until the backward pass is past it
 
@@ -164,10 +179,12 @@ class Read(Call):
         return (), {}, None if grad is None else grad.flatten(0, 1)
 
     def as_it_was(self) -> Any:
-        return nullcontext()
+        return reading()
 
     def _rule(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grad: Tensor) -> dict[str, Any]:
         node, nr, shape = self._value
+        if self.is_sharded and self.leaf.variable.untyped_storage().nbytes() == 0:
+            raise NotImplementedError("its value meets the batch while its shards are not gathered, outside of its fully_shard module")
         found = merged(NODE_RULES[type(self._node).__name__](self._node, self._index, shape, grad), self._batch)
         param = self.params["value"]
         if type(node) is _Leaf:
@@ -177,7 +194,7 @@ class Read(Call):
         grads = found if isinstance(found, Tensor) else found.sample_grads(slice(None), shape)
         below = _embedding_below(node)
         if below is None:
-            return {"value": self._taken_back(grads, (node, nr), param)}
+            return {"value": self._taken_back(grads, (node, nr), self.leaf.variable)}
         if below is not node:
             grads = self._taken_back(grads, (node, nr), GradientEdge(below, 0))
         grads = grads.reshape(len(grads), *below._input_metadata[0].shape)
@@ -232,7 +249,7 @@ def _reads_of(
                 continue
             kind = type(user).__name__
             if kind in NODE_RULES and is_entered(user, index, shape, batch) and not _is_broadcast(user, users):
-                yield Read(name, module, param, user, index, (node, nr, shape), batch)
+                yield Read(name, module, param, leaf, user, index, (node, nr, shape), batch)
             elif leads[user] or not hasattr(user, "_input_metadata"):
                 output = tuple(user._input_metadata[0].shape)
                 raise _NoWay(f"a value of shape {tuple(shape)} goes into {kind}, whose output has shape {output}")
@@ -240,4 +257,4 @@ def _reads_of(
                 for i, metadata in enumerate(user._input_metadata):
                     if (user, i) not in seen:
                         seen.add((user, i))
-                        stack.append((user, i, metadata.shape))
+                        stack.append((user, i, torch.Size(metadata.shape)))

@@ -48,7 +48,8 @@ def refuse_inside_function(name: str) -> None:
             function = getattr(frame.f_locals.get("cls"), "__name__", "a custom function")
             raise RuntimeError(
                 f"GradNorms: {name} ran inside the torch.autograd.Function {function}, which hides its gradient (a reentrant checkpoint is "
-                "such a function: pass use_reentrant=False); freeze its parameters with requires_grad_(False) if they should have none"
+                "such a function: pass use_reentrant=False, to a model of Hugging Face gradient_checkpointing_kwargs="
+                "{'use_reentrant': False}); freeze its parameters with requires_grad_(False) if they should have none"
             )
         frame = frame.f_back
 

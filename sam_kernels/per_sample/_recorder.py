@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from sam_kernels._sharding import is_dtensor
 from sam_kernels.per_sample import _rules
 from sam_kernels.per_sample._aliases import distinct, is_alias_alone
 from sam_kernels.per_sample._attention import LinearCalls, attention_params, rows_of
@@ -24,6 +25,7 @@ from sam_kernels.per_sample._graph_reads import Loose
 from sam_kernels.per_sample._hidden import has_graph, refuse_inside_function
 from sam_kernels.per_sample._reads import now
 from sam_kernels.per_sample._registry import Rule, rule_for
+from sam_kernels.per_sample._rereading import Rereadable
 from sam_kernels.per_sample._rules import linear_terms, with_statistics
 from sam_kernels.per_sample._shards import WholeParams
 from sam_kernels.per_sample._vmap import by_vmap
@@ -67,6 +69,7 @@ class Recorder:
         self._spans: list[int] = []  # the numbers of nodes at which they began
         self._listens = self._records = False
         self.whole = WholeParams()
+        self._rereadable = Rereadable()
 
     @property
     def is_on(self) -> bool:
@@ -93,6 +96,7 @@ class Recorder:
             handle.remove()
         self._handles = []
         self._extents, self._spans = [], []
+        self._rereadable.stop()
         while self._modes:  # an interrupt left an attention without its hook
             self._leave_attention()
 
@@ -123,6 +127,15 @@ class Recorder:
             raise
 
     def _put_hooks(self) -> None:
+        # Modules in whose calls values of loose parameters may meet the batch, or outputs of layers that have none. Every model's, the
+        # first time, which shows whether there are checkpoints.
+        for module in self.model.modules() if self.loose or self._rereadable.may_be_needed else ():
+            if module._modules or any(param.requires_grad for param in module._parameters.values() if param is not None):
+                self._handles.append(module.register_forward_pre_hook(self._rereadable.enter))
+                self._handles.append(module.register_forward_hook(self._rereadable.leave, always_call=True))
+        for loose in self.loose:
+            if any(map(is_dtensor, loose.params.values())):  # while it is called it has the whole ones
+                self._handles.append(loose.module.register_forward_pre_hook(partial(self._on_loose, loose)))
         for each in self._layers:
             if each.extent is not None:
                 self._handles.append(each.module.register_forward_pre_hook(partial(self._enter_extent, each.extent)))
@@ -171,6 +184,10 @@ class Recorder:
         if self._extents:
             call.extents = [extent for extent in self._extents if id(call.module) in extent.inside]
         self.calls.append(call)
+
+    def _on_loose(self, loose: Loose, module: nn.Module, args: Any) -> None:
+        if self._records:
+            self.whole.read_by(loose.name, module, loose.params)
 
     def _enter_span(self, *_: Any) -> None:
         if self._listens:
@@ -266,18 +283,23 @@ class Recorder:
         if rule is not None:
             if not params.keys() <= _READ and _is_built_in(rule):  # a second name of its weight, or of its bias
                 own = {id(param) for each, param in params.items() if each in _READ}
-                params = {each: param for each, param in params.items() if each in _READ or id(param) not in own}
-            yield _Watched(prefix, module, batch_dim, params, rule)
+                more = {each: param for each, param in params.items() if each not in _READ and id(param) not in own}
+                params = {each: param for each, param in params.items() if each in _READ}
+                if more:  # torch.nn.utils.weight_norm: the rule knows nothing of them
+                    self._look_for(name, module, more)
+            if params:
+                yield _Watched(prefix, module, batch_dim, params, rule)
             return
         if self._unsupported != "vmap" or isinstance(module, ParametrizationList):
-            is_alias = is_alias_alone(params, self.model, _counts_reads)
-            if not is_alias:
-                self.whole.refuse(_described(name, module), params.values())
-            self.loose.append(Loose(_described(name, module), module, params, partial(_no_rule, name, module, params), is_alias))
+            self._look_for(name, module, params)
             return
         params = distinct(params)
         self.whole.refuse(_described(name, module), params.values())
         yield _Watched(prefix, module, batch_dim, params, None, by_vmap=True, extent=extent_of(module, params))
+
+    def _look_for(self, name: str, module: nn.Module, params: dict[str, nn.Parameter]) -> None:
+        is_alias = is_alias_alone(params, self.model, _counts_reads)
+        self.loose.append(Loose(_described(name, module), module, params, partial(_no_rule, name, module, params), is_alias))
 
     def _attention(self, name: str, module: Any) -> Iterator[_Watched]:
         params = attention_params(module)

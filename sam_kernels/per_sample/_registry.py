@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeVar, overload
 
 from torch import Tensor, nn
@@ -41,7 +43,8 @@ def register_rule(module_type: type[nn.Module], rule: Any = None) -> Any:
         def scale_rule(module, args, kwargs, grad_output):
             return {"scale": (args[0] * grad_output).sum(1)}
 
-    A rule holds for subclasses that do not override ``forward``. A later rule for a type replaces an earlier one.
+    A rule holds for subclasses that override neither ``forward``, nor a method that it calls, nor, by a property, a parameter. A later
+    rule for a type replaces an earlier one.
 
     Raises TypeError where ``module_type`` is no class of modules or ``rule`` cannot be called.
     """
@@ -56,10 +59,36 @@ def register_rule(module_type: type[nn.Module], rule: Any = None) -> Any:
 
 
 def rule_for(module: nn.Module) -> Rule | None:
-    """The rule of the module's class, or of the class whose ``forward`` it inherits."""
+    """The rule of the module's class, or of the class that it inherits everything from that ``forward`` uses."""
     if "forward" in vars(module):  # replaced on this very module
         return None
-    for base in type(module).__mro__:
-        if base in _RULES:
-            return _RULES[base] if type(module).forward is base.forward else None
+    kind: Any = type(module)
+    for base in kind.__mro__:
+        rule = _RULES.get(base)
+        if rule is not None:
+            if kind.forward is not base.forward or (kind is not base and _differs(kind, base, module)):
+                return None
+            return rule
     return None
+
+
+def _differs(kind: Any, base: Any, module: nn.Module) -> bool:
+    """Whether a class changes what the ``forward`` that it inherits computes: by a method that this calls (``_conv_forward``), or by a
+    property in the place of a parameter."""
+    methods, properties = _overridden(kind, base)
+    return methods or any(name in module._parameters for name in properties)
+
+
+@cache
+def _overridden(kind: Any, base: Any) -> tuple[bool, frozenset[str]]:
+    """Whether ``kind`` has another method in the place of one that the ``forward`` of ``base`` calls; and the names that this reads which
+    are descriptors in ``kind``."""
+    used, stack = {"__getattr__", "__getattribute__"}, ["forward"]
+    while stack:
+        code = getattr(inspect.getattr_static(base, stack.pop(), None), "__code__", None)
+        new = set(code.co_names if code else ()) - used
+        used |= new
+        stack += [name for name in new if inspect.isfunction(inspect.getattr_static(base, name, None))]
+    own = {name: value for each in kind.__mro__[: kind.__mro__.index(base)] for name, value in vars(each).items() if name in used}
+    methods = any(inspect.isfunction(value) for value in own.values())
+    return methods, frozenset(name for name, value in own.items() if hasattr(value, "__get__") and not inspect.isfunction(value))

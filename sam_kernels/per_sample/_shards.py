@@ -19,8 +19,10 @@ class WholeParams:
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
-        for module in [] if model is None else sharded_modules(model):
+        sharded = [] if model is None else sharded_modules(model)
+        for module in sharded:
             module.reshard()
+        self._own = {id(param) for param in model.parameters()} if model is not None and sharded else set()
         self._of: dict[int, dict[int, Tensor]] = {}  # by the id of a part, the whole parameters that were read for it, by theirs
 
     def read_by(self, name: str, module: nn.Module, params: Mapping[str, nn.Parameter]) -> Mapping[str, nn.Parameter]:
@@ -42,15 +44,23 @@ class WholeParams:
             self._of.setdefault(id(part), {})[id(whole)] = whole
         return read
 
+    def of(self, part: Tensor) -> list[Tensor]:
+        """The whole parameters that were read in the place of a part; of no part, the parameter itself."""
+        return list(self._of.get(id(part), {}).values()) if is_dtensor(part) else [part]
+
+    def may_be_among(self, leaves: Iterable[int]) -> bool:
+        """Whether one of these ids of leaves may be that of a part whose module was not called: of no parameter that is known."""
+        return any(leaf not in self._own and all(leaf not in wholes for wholes in self._of.values()) for leaf in leaves)
+
     def add_readers(self, readers: dict[int, list[Any]]) -> None:
         """Counts the nodes that read a whole parameter as readers of the part."""
         for part, wholes in self._of.items():
             readers[part] = [*readers.get(part, ()), *(node for whole in wholes for node in readers.get(whole, ()))]
 
     def refuse(self, name: str, params: Iterable[nn.Parameter]) -> None:
-        """Raises NotImplementedError for a DTensor among the parameters of a module that has no rule."""
+        """Raises NotImplementedError for a DTensor among the parameters of a module that is to be run again by ``torch.func``."""
         if any(map(is_dtensor, params)):
             raise NotImplementedError(
-                f"GradNorms: {name} has no rule. Over shards its parameters are not looked for in the graph, and unsupported='vmap' cannot "
-                "run it again; give it a rule with register_rule"
+                f"GradNorms: {name} has no rule, and over shards unsupported='vmap' cannot run it again; leave the option out, so that its "
+                "parameters are looked for in the graph, or give it a rule with register_rule"
             )

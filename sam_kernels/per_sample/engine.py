@@ -5,29 +5,19 @@ from __future__ import annotations
 import weakref
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import CheckpointError
 
 from sam_kernels._memory_of import is_fake
 from sam_kernels._sharding import is_dtensor
 from sam_kernels._validate import check_choice, check_count, check_flag, describe
-from sam_kernels.per_sample._aliases import settle
-from sam_kernels.per_sample._call import Call
 from sam_kernels.per_sample._dots import vectors_of
 from sam_kernels.per_sample._gathered import Gathered
-from sam_kernels.per_sample._graph import Graph, graph_of
-from sam_kernels.per_sample._graph_reads import Read, raise_if_read, reads_in, without_batch
-from sam_kernels.per_sample._hidden import refuse_hidden
-from sam_kernels.per_sample._order import check_order, check_rows
-from sam_kernels.per_sample._reads import check_reads
+from sam_kernels.per_sample._pass import Pass
 from sam_kernels.per_sample._recorder import Recorder, refuse_compiled
+from sam_kernels.per_sample._verification import Ledger, Verification
 
 __all__ = ["GradNorms"]
 
@@ -57,7 +47,8 @@ class GradNorms:
         micro_batch: m, the number of consecutive samples whose gradients are added up before the norm is taken.
         reduction: of a micro-batch's gradients: ``"sum"`` or ``"mean"``. Also that of its loss in :meth:`weighted_grads_`.
         unsupported: how the gradients of a module that owns trainable parameters and has no rule are found. ``"error"``: in autograd's
-            graph, which has an error for operations that no rule is known for; ``"vmap"``: its part is computed by ``torch.func``,
+            graph, which has an error for operations that no rule is known for; ``"verify"``: likewise, and the first batch of each kind
+            (docs/per_sample.md) is compared with a backward pass for each sample; ``"vmap"``: its part is computed by ``torch.func``,
             slowly, with every sample's gradient in memory. Every tensor it is called with whose dimension 0 is B is then taken for a
             batch; that this gives the module's output again is checked.
         over: parameters that the norms are over; None: all trainable ones of the model. Weighted gradients are of all of them. An
@@ -86,7 +77,7 @@ class GradNorms:
             raise ValueError(f"GradNorms: micro_batch must be at least 1, got {micro_batch}")
         self.micro_batch = micro_batch
         self.reduction = check_choice("GradNorms", "reduction", reduction, ("sum", "mean"))
-        check_choice("GradNorms", "unsupported", unsupported, ("error", "vmap"))
+        check_choice("GradNorms", "unsupported", unsupported, ("error", "verify", "vmap"))
         check_flag("GradNorms", "batch_first", batch_first)
         for name, module in model.named_modules():
             refuse_compiled(name, module)
@@ -94,6 +85,7 @@ class GradNorms:
         _require_owned(self.over, model)
         self._recorder = Recorder(model, batch_first=batch_first, unsupported=unsupported)
         self._gathered: Gathered | None = None
+        self._verified = Verification() if unsupported == "verify" else None
         self._checked: set[Hashable] = set()  # signatures of calls whose rows are known to be the losses'
         self._last: tuple[weakref.ref[Tensor], Tensor, bool] | None = None  # losses, norms, whether checkpoints run again
 
@@ -137,7 +129,8 @@ class GradNorms:
         Calls of layers whose outputs get no gradient (a detached branch, an unused head, ``torch.no_grad``) add nothing.
 
         Raises RuntimeError where there is no forward pass to differentiate, it has been used already, the losses read a parameter past its
-        layer (``F.linear(x, embedding.weight)``, a penalty on weights), or a custom function hides a layer's gradient; ValueError for
+        layer (``F.linear(x, embedding.weight)``, a penalty on weights), a custom function hides a layer's gradient, or with
+        ``unsupported="verify"`` a parameter's gradients are not those of backward passes; ValueError for
         losses that are not one-dimensional, whose number m does not divide, or that are not in the order of the batch, and where a layer's
         output has another batch; NotImplementedError where a rule does not cover a module.
         """
@@ -145,84 +138,31 @@ class GradNorms:
         keep = keep and not backward
         if self._over is not None and not any(id(param) in self._over for _, param in self._recorder.params):
             raise ValueError("GradNorms: over holds no trainable parameter of the model")
-        calls, self._recorder.calls = self._recorder.calls, []
-        self._recorder.stop()
-        calls, in_graph, nodes, graph = self._with_reads(losses, calls)
-        recomputes = any(call.is_recomputed for call in calls)
-        refuse_hidden(losses.grad_fn, [call for call in calls if not call.expect(graph.reached)])
-        calls = [call for call in calls if call.is_awaited]  # by the others comes no gradient: they add nothing
-        calls = settle(calls, graph.readers)
-        params = ((name, param) for name, param in self._recorder.params if id(param) not in in_graph)
-        check_reads(params, calls, graph.readers, losses.grad_fn)
-        gathered = Gathered(calls, losses.shape[0], losses.shape[0] // self.micro_batch, losses.device, keep=keep, over=self._over)
-
-        def pass_by(node: Any, grads: Sequence[Tensor | None] | dict[int, Tensor | None]) -> None:
-            for call, position in nodes[node]:
-                # What is kept anyway can wait until the backward pass is over, when nothing else wants the caches that Python runs in. What
-                # a checkpoint has computed again is there now.
-                if call.receive(position, grads[call.output_nrs[position]]) and (call.cannot_wait or not keep):
-                    gathered.add(call)
-
-        ends = set() if backward else graph.ends  # an ordinary backward pass runs through all of them
-        edges = [GradientEdge(node, nr) for node in ends for nr in sorted({call.output_nrs[i] for call, i in nodes[node]})]
-        handles: list[Any] = []
-        try:
-            # What rules multiply must not be rounded on the way; what checkpoints run again brings its own autocast along.
-            again = self._recorder.replaying() if recomputes else nullcontext()
-            with again, torch.autocast(losses.device.type, enabled=False):
-                check_order(losses, calls, graph, mixes=_mixing(calls))
-                # Where shapes alone tell which dimension is the batch's.
-                doubtful = calls if any(call.has_positions(len(losses)) for call in calls) else [c for c in calls if isinstance(c, Read)]
-                if not self._checked.issuperset(call.signature for call in doubtful):
-                    check_rows(losses, doubtful, mixes=_mixing(calls))
-                    self._checked.update(call.signature for call in doubtful)
-                handles += [node.register_prehook(partial(pass_by, node)) for node in graph.reached - ends]
-                ones = torch.ones_like(losses)
-                found: tuple[Tensor, ...] = ()
-                if backward:
-                    torch.autograd.backward(losses, ones, retain_graph=retain_graph)
-                elif edges:
-                    found = torch.autograd.grad(losses, edges, ones, retain_graph=retain_graph, allow_unused=True)
-                with torch.no_grad():
-                    grads_of: dict[Any, dict[int, Tensor | None]] = {edge.node: {} for edge in edges}
-                    for edge, grad in zip(edges, found, strict=True):
-                        grads_of[edge.node][edge.output_nr] = grad
-                    for node, grads in grads_of.items():
-                        pass_by(node, grads)
-                    gathered.finish(calls)
-        except CheckpointError as error:
-            raise_if_read(error, [call for call in calls if isinstance(call, Read)])
-            raise
-        finally:
-            for handle in handles:
-                handle.remove()
+        found = Pass(losses, self._recorder)
+        m = losses.shape[0] // self.micro_batch
+        if self._verified is not None and self._verified.is_due(losses, found.calls):
+            gathered: Gathered = self._run_verified(losses, found, m)
+            if backward:
+                with found.again():
+                    torch.autograd.backward(losses, torch.ones_like(losses), retain_graph=retain_graph)
+        else:
+            gathered = Gathered(found.calls, losses.shape[0], m, losses.device, keep=keep, over=self._over)
+            found.run(gathered, self._checked, keep=keep, ordinary=backward, retain_graph=retain_graph)
         self._gathered = gathered if keep else None
         norms = gathered.square_norms().clamp_(min=0.0).sqrt_()
         if self.reduction == "mean" and self.micro_batch > 1:
             norms /= self.micro_batch
         norms = norms.to(torch.float64 if losses.dtype is torch.float64 else torch.float32)
-        self._last = weakref.ref(losses), norms, recomputes
+        self._last = weakref.ref(losses), norms, found.recomputes
         return norms
 
-    def _with_reads(self, losses: Tensor, calls: list[Call]) -> tuple[list[Call], set[int], dict[Any, list[tuple[Call, int]]], Graph]:
-        """The calls with what is read past them, the ids of the parameters that this was searched for, and the graph."""
-        batch, loose = len(losses), list(self._recorder.loose)
-        is_ambiguous = any(call.has_positions(batch) for call in calls)
-        unbatched = [call for call in calls if call.lacks_batch(batch, is_ambiguous=is_ambiguous)]
-        if unbatched:
-            calls = [call for call in calls if call not in unbatched]
-            loose += [without_batch(call, batch) for call in reversed(unbatched)]
-        nodes = _nodes_of(calls)
-        graph = graph_of(losses.grad_fn, nodes)
-        self._recorder.whole.add_readers(graph.readers)
-        loose = [each for each in loose if each.is_read(calls, graph.readers)]
-        in_graph = {id(param) for each in loose for param in each.params.values()}
-        if loose:
-            calls = _without(calls, in_graph)
-            calls += reads_in(losses.grad_fn, loose, batch, graph.leads)
-            graph = graph_of(losses.grad_fn, nodes := _nodes_of(calls))
-            self._recorder.whole.add_readers(graph.readers)
-        return calls, in_graph, nodes, graph
+    def _run_verified(self, losses: Tensor, found: Pass, m: int) -> Ledger:
+        assert self._verified is not None
+        ledger = Ledger(found.calls, losses.shape[0], m, losses.device, keep=True, over=self._over)
+        found.run(ledger, self._checked, keep=True, ordinary=False, retain_graph=True)
+        with found.again(), torch.autocast(losses.device.type, enabled=False):
+            self._verified.check(losses, found.calls, self._recorder.params, ledger)
+        return ledger
 
     def verify(
         self,
@@ -370,31 +310,3 @@ def _check_weights(method: str, weights: object, m: int) -> None:
         raise TypeError(f"GradNorms.{method}: weights must be a floating-point tensor, got {describe(weights)}")
     if weights.shape != (m,):
         raise ValueError(f"GradNorms.{method}: weights must have shape ({m},), got {tuple(weights.shape)}")
-
-
-def _without(calls: Sequence[Call], in_graph: Collection[int]) -> list[Call]:
-    """The calls without parameters whose reads are all found in the graph: the tied weight of a module without a rule."""
-    for call in calls if in_graph else ():
-        if any(id(param) in in_graph for param in call.params.values()):
-            call.params = {name: param for name, param in call.params.items() if id(param) not in in_graph}
-    return [call for call in calls if call.params]
-
-
-def _nodes_of(calls: Sequence[Call]) -> dict[Any, list[tuple[Call, int]]]:
-    """By node, the calls whose outputs it makes, and which of them."""
-    nodes: dict[Any, list[tuple[Call, int]]] = {}
-    for call in calls:
-        for position, node in enumerate(call.nodes):
-            if node is not None:
-                nodes.setdefault(node, []).append((call, position))
-    return nodes
-
-
-def _mixing(calls: Sequence[Call]) -> str | None:
-    """A layer that makes samples depend on each other."""
-    for call in calls:
-        if isinstance(call, Read) and call.takes_statistics:
-            return call.name
-        if isinstance(call.module, _BatchNorm) and (call.was_training or call.module.running_mean is None):
-            return call.name
-    return None

@@ -47,9 +47,9 @@ def _losses(model: nn.Module, words: Tensor) -> Tensor:  # (B,)
     return F.cross_entropy(model(words).flatten(0, 1), words.flatten(), reduction="none").view(len(words), -1).mean(1)
 
 
-def _translator(mesh: Any, *, checkpoints: bool, **options: Any) -> Translator:
+def _sharded(kind: type[Translator | Free], mesh: Any, *, checkpoints: bool, **options: Any) -> Any:
     torch.manual_seed(3)
-    model = Translator(checkpoints=checkpoints).double()
+    model = kind(checkpoints=checkpoints).double()
     if mesh is not None:
         for block in model.blocks:
             fully_shard(block, mesh=mesh, **options)
@@ -57,16 +57,16 @@ def _translator(mesh: Any, *, checkpoints: bool, **options: Any) -> Translator:
     return model
 
 
-def _norms_and_gradients(rank: int, mesh: Any, *, checkpoints: bool, reshards: bool) -> float:
+def _norms_and_gradients(rank: int, mesh: Any, kind: type[Translator | Free], *, checkpoints: bool, reshards: bool) -> float:
     """The largest difference from the same in one process: norms of the rank's samples, and their weighted gradient over all ranks."""
     words = torch.randint(0, WORDS, (2 * SAMPLES, LENGTH), generator=torch.Generator().manual_seed(1))
     weights = torch.rand(2 * SAMPLES, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    alone, own = GradNorms(_translator(None, checkpoints=checkpoints)), slice(rank * SAMPLES, (rank + 1) * SAMPLES)
+    alone, own = GradNorms(_sharded(kind, None, checkpoints=checkpoints)), slice(rank * SAMPLES, (rank + 1) * SAMPLES)
     with alone:
         losses = _losses(alone._recorder.model, words)
     expected = alone(losses)
     alone.weighted_grads_(weights)
-    model = _translator(mesh, checkpoints=checkpoints, reshard_after_forward=reshards)
+    model = _sharded(kind, mesh, checkpoints=checkpoints, reshard_after_forward=reshards)
     with torch.no_grad():
         model(words)  # leaves what the root module has gathered
     engine = GradNorms(model)
@@ -77,6 +77,46 @@ def _norms_and_gradients(rank: int, mesh: Any, *, checkpoints: bool, reshards: b
     pairs = [(norms, expected[own])]
     pairs += [(whole(a.grad), b.grad) for a, b in zip(model.parameters(), alone._recorder.model.parameters(), strict=True)]  # type: ignore[arg-type]
     return max((a - b).abs().max().item() / b.abs().max().item() for a, b in pairs)
+
+
+class Norm(nn.Module):
+    """Has no rule. ``divides``: by a function of the weight, which autograd takes back by tensors that are freed with the shards."""
+
+    def __init__(self, *, divides: bool = False) -> None:
+        super().__init__()
+        self.weight, self._divides = nn.Parameter(torch.randn(WIDTH)), divides
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        return x / (self.weight.square() + 1) if self._divides else x * (1 + self.weight)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear, self.gamma = Norm(), nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.rand(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gamma * self.linear(self.norm(x)).tanh()  # type: ignore[no-any-return]
+
+
+class Free(nn.Module):
+    """A class token, positions without a batch, a weight under a second name that is read, and blocks without a rule."""
+
+    def __init__(self, *, checkpoints: bool) -> None:
+        super().__init__()
+        self.first, self.token = Norm(divides=True), nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.places, self.blocks = nn.Embedding(LENGTH + 1, WIDTH), nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(WIDTH, WORDS)
+        self.second, self._checkpoints = self.head.weight, checkpoints
+
+    def forward(self, words: Tensor) -> Tensor:
+        hidden = self.first(F.one_hot(words, WORDS)[..., :WIDTH] + words.unsqueeze(2).sin().to(torch.float64))
+        hidden = torch.cat([self.token.expand(len(words), -1, -1), hidden], 1) + self.places(torch.arange(LENGTH + 1))
+        for block in self.blocks:
+            hidden = checkpoint(block, hidden, use_reentrant=False) if self._checkpoints else block(hidden)
+        hidden = hidden.cumsum(1)[:, 1:]
+        return self.head(hidden) * (1 + F.linear(hidden, self.second).sin())  # type: ignore[no-any-return]
 
 
 def _words_of(call: Any, *args: Any, **kwargs: Any) -> str:
@@ -98,6 +138,35 @@ class Scaled(nn.Module):
         return inputs * self.scale
 
 
+class Holder(nn.Module):
+    """Its parameter is another module's, which is not called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all, self.linear = nn.ParameterList([torch.ones(5, dtype=torch.float64)]), nn.Linear(5, 5).double()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.linear(inputs) * self.all[0]
+
+
+class Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.logs = nn.Parameter(torch.zeros(1, 5, dtype=torch.float64))
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.logs.exp()
+
+
+class Elsewhere(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Table()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs * self.inner(inputs)  # type: ignore[no-any-return]
+
+
 def _refusals(rank: int, mesh: Any) -> dict[str, str]:
     inputs, targets = batch_of(0, rank, 2)
 
@@ -111,11 +180,17 @@ def _refusals(rank: int, mesh: Any) -> dict[str, str]:
     sharded = fully_sharded(make_model(), mesh)
     without_rule = fully_sharded(nn.Sequential(Scaled(), *make_model()), mesh)
     parallel = parallelize_module(make_model(), mesh, {"0": ColwiseParallel()})
+    holder, elsewhere = fully_sharded(nn.Sequential(Holder(), *make_model()), mesh), nn.Sequential(Elsewhere(), *make_model())
+    fully_shard(elsewhere[0].inner, mesh=mesh)  # type: ignore[arg-type]
+    fully_shard(elsewhere, mesh=mesh)
     return {
         "weighted": _words_of(called, sharded),
         "penalty": _words_of(called, sharded, next(sharded.parameters())),
         "vmap": _words_of(called, without_rule, unsupported="vmap"),
+        "verify": _words_of(called, sharded, unsupported="verify"),
         "parallel": _words_of(called, parallel),
+        "holder": _words_of(called, holder),
+        "elsewhere": _words_of(called, elsewhere),
     }
 
 
@@ -164,7 +239,8 @@ def _all(rank: int) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
     return {
         "norms": {
-            (checkpoints, reshards): _norms_and_gradients(rank, mesh, checkpoints=checkpoints, reshards=reshards)
+            (kind.__name__, checkpoints, reshards): _norms_and_gradients(rank, mesh, kind, checkpoints=checkpoints, reshards=reshards)
+            for kind in (Translator, Free)
             for checkpoints, reshards in ((False, True), (True, False))
         },
         "refusals": _refusals(rank, mesh),
@@ -181,8 +257,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("case", [(False, True), (True, False)], ids=["resharded", "checkpointed"])
-def test_norms_and_weighted_gradients_are_those_of_one_process(found: Any, case: tuple[bool, bool]) -> None:
-    assert all(each["norms"][case] <= CLOSE for each in found)
+@pytest.mark.parametrize("kind", ["Translator", "Free"])
+def test_norms_and_weighted_gradients_are_those_of_one_process(found: Any, kind: str, case: tuple[bool, bool]) -> None:
+    assert all(each["norms"][(kind, *case)] <= CLOSE for each in found)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +267,10 @@ def test_norms_and_weighted_gradients_are_those_of_one_process(found: Any, case:
     [
         ("weighted", "is a DTensor; use weighted_backward(losses, weights)"),
         ("penalty", "the losses read 0.weight 2 times, of which 1 are calls of its layer"),
-        ("vmap", "Over shards its parameters are not looked for in the graph, and unsupported='vmap' cannot run it again"),
+        ("vmap", "over shards unsupported='vmap' cannot run it again; leave the option out"),
+        ("verify", 'unsupported="verify" is not for shards'),
+        ("holder", "its module was not called, so that it is not known what its shards were gathered into"),
+        ("elsewhere", "its value meets the batch while its shards are not gathered, outside of its fully_shard module"),
         ("parallel", "parameter weight is a DTensor while the layer is called (tensor parallelism)"),
     ],
 )

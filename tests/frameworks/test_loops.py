@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sam_kernels import SAM
-from tests.frameworks import test_trainers
 from tests.frameworks.conftest import Compared
 from tests.frameworks.formula import LR, RHO, STEPS, by_formula, error_of
 from tests.helpers.pages import blocks_under, code_after, code_before
@@ -162,8 +161,7 @@ def test_ignite(compared: Compared, monkeypatch: pytest.MonkeyPatch) -> None:
     base = sgd(expected)
     for rho, batch in zip(radii, loader, strict=True):
         loss = loss_of(expected, batch).item()
-        monkeypatch.setattr(test_trainers, "RHO", rho)
-        by_formula(expected, base, [[batch]], share_of(1), whole=False, clip=0.0)
+        by_formula(expected, base, [[batch]], share_of(1), whole=False, clip=0.0, rho=lambda _, rho=rho: rho)
     assert state.output == pytest.approx(loss, rel=1e-12)  # at the weights
     compared("pytorch-ignite", "SAM", f"Engine, PiecewiseLinear of ρ: weights after {STEPS} steps", error_of(model, expected), BAR)
 

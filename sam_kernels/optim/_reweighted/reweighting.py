@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from sam_kernels._validate import check_choice, check_count, check_flag, check_number, check_seed, describe
 from sam_kernels.optim._base.options import store_plain
+from sam_kernels.optim._engine.lists import param_name
 from sam_kernels.optim.groups import is_norm_layer
 
-__all__ = ["NORMS", "Reweighting", "check_modules", "checked_losses", "chosen_modules"]
+__all__ = ["NORMS", "Reweighting", "check_modules", "check_owned", "checked_losses", "chosen_modules"]
 
 NORMS = ("exact", "finite_difference", "jvp", "last_layer", "norm_layers")
 
@@ -48,7 +49,7 @@ class Reweighting:
         check_choice("RWSAM", "delta_scaling", self.delta_scaling, ("sqrt_d", "unit"))
         check_choice("RWSAM", "distribution", self.distribution, ("rademacher", "normal"))
         object.__setattr__(self, "seed", check_seed("RWSAM", "seed", self.seed))
-        check_choice("RWSAM", "unsupported", self.unsupported, ("error", "vmap"))
+        check_choice("RWSAM", "unsupported", self.unsupported, ("error", "verify", "vmap"))
         check_choice("RWSAM", "beta_scale", self.beta_scale, ("none", "std"))
         if self.norm_cap is not None:
             object.__setattr__(self, "norm_cap", check_number("RWSAM", "norm_cap", self.norm_cap, low=0.0, open_low=True))
@@ -70,6 +71,15 @@ def check_modules(model: nn.Module, norms: Any) -> tuple[nn.Module, ...]:
         if not isinstance(module, nn.Module) or module not in known:
             raise ValueError(f"RWSAM: norms[{i}] ({describe(module)}) is no module of the model")
     return modules
+
+
+def check_owned(model: nn.Module, groups: Sequence[dict[str, Any]]) -> None:
+    """Raises ValueError for a parameter of the groups that is none of the model's."""
+    known = set(map(id, model.parameters()))
+    for i, group in enumerate(groups):
+        for j, param in enumerate(group["params"]):
+            if id(param) not in known:
+                raise ValueError(f"RWSAM: parameter {param_name(group, i, j)} is no parameter of the model")
 
 
 def chosen_modules(model: nn.Module, norms: str) -> list[nn.Module]:
