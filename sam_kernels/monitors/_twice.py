@@ -44,7 +44,7 @@ def first_gradients(op: str, loss: Tensor, params: Sequence[Tensor]) -> list[Ten
     nodes = list(_nodes([loss.grad_fn]))
     names = {node.name() for node in nodes}
     if _COMPILED in names:
-        raise RuntimeError(f"{op}: functions of torch.compile have no second derivative; call the original model in the closure")
+        raise RuntimeError(f"{op}: a compiled function (torch.compile) has no second derivative; call the original model in the closure")
     if _CHECKPOINT in names:
         raise RuntimeError(
             f"{op}: torch.utils.checkpoint.checkpoint(use_reentrant=True) hides parameters from autograd's graph; use use_reentrant=False"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from sam_kernels import monitors
+import sam_kernels
 
 __all__ = ["IMAGES", "sharpness_of"]
 
@@ -18,7 +18,7 @@ def sharpness_of(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[floa
     def closure() -> Tensor:
         return nn.functional.cross_entropy(model(images[:IMAGES]), labels[:IMAGES])
 
-    params = list(model.parameters())
+    monitors, params = sam_kernels.monitors, list(model.parameters())
     model.eval()
     try:
         return monitors.hessian_top_eigenvalue(closure, params).item(), monitors.hessian_trace(closure, params).item()
