@@ -288,6 +288,30 @@ def test_half_precision_is_near_float64(how: str) -> None:
     assert [each.item() for each in found] == pytest.approx(expected, rel=0.05)
 
 
+def test_derivatives_have_the_dtypes_of_the_forward_pass_under_the_callers_autocast() -> None:
+    model, inputs, labels = problem("mlp")
+    model.float()
+
+    def closure() -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return nn.functional.cross_entropy(model(inputs.float()), labels)
+
+    for function in (monitors.hessian_top_eigenvalue, monitors.hessian_trace):
+        expected = function(closure, model.parameters()).item()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert function(closure, model.parameters()).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_more_iterations_than_elements_change_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        matrix = torch.randn(3, 3, generator=generator)
+        matrix, w = matrix + matrix.T, torch.ones(3, requires_grad=True)
+        expected = torch.linalg.eigvalsh(matrix.double())
+        found = monitors.hessian_top_eigenvalue(quadratic(matrix, w), [w], iterations=40).item()
+        assert found == pytest.approx(expected[-1].item(), abs=1e-6 * expected.abs().max().item())
+
+
 def test_unit_vectors_do_not_underflow_in_float16() -> None:
     w = torch.ones(1 << 20, dtype=torch.float16, requires_grad=True)
     found = monitors.hessian_top_eigenvalue(lambda: 1e-5 * w.float().square().sum(), [w], iterations=3)

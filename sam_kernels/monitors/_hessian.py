@@ -20,7 +20,6 @@ from sam_kernels.optim._seeds import derived_seed
 __all__ = ["hessian_top_eigenvalue", "hessian_trace"]
 
 
-@torch.no_grad()
 def hessian_top_eigenvalue(
     closure: Callable[[], Any],
     params: Iterable[Tensor],
@@ -53,7 +52,8 @@ def hessian_top_eigenvalue(
     Args:
         closure: runs the forward pass and returns the loss, a floating-point tensor of one element, without a backward pass; called once.
         params: the parameters, together: dense tensors of float32, float64, bfloat16 or float16. Those that do not require a gradient are
-            left out. Rows and columns of parameters that the loss does not depend on are zero, and 0 is then an eigenvalue.
+            left out. Rows and columns of what the loss does not depend on, and of what autograd gives no gradient (an embedding's
+            ``padding_idx``), are zero, and 0 is then an eigenvalue.
         iterations: largest number of products with the Hessian.
         seed: of the first vector, in [0, 2^64); with one seed it is the same on every backend to 1e-6.
 
@@ -74,7 +74,6 @@ def hessian_top_eigenvalue(
     return products.result(_largest_ritz_value(products, iterations, seed))
 
 
-@torch.no_grad()
 def hessian_trace(
     closure: Callable[[], Any],
     params: Iterable[Tensor],
