@@ -55,14 +55,15 @@ class HessianProducts:
         self._grads = {i: grad for i, grad in enumerate(grads) if grad is not None and grad.requires_grad}
 
     def random(self, seed: int, distribution: str) -> Vector:
-        """The numbers of :func:`sam_kernels.functional.random_perturb_`, a row for each trainable parameter, elements in C order."""
-        z, zeros = self._zeros(), self._zeros()
+        """The numbers of :func:`sam_kernels.functional.random_perturb_`, a row for each trainable parameter, elements in C order.
+        They are float32 numbers, which every backend has kernels for."""
+        z, zeros = self._zeros(torch.float32), self._zeros(torch.float32)
         functional.random_perturb_(self._views(z), self._views(zeros), seed=seed, scale=1.0, distribution=distribution, from_old=True)
-        return z
+        return [part.to(self._dtype) for part in z]
 
     def of(self, vector: Vector, *, scale: float = 1.0) -> Vector:
         """H ``vector``. With a ``scale`` H (scale ``vector``) / scale, so that nothing underflows in 16 bits where elements are small."""
-        result = self._zeros()
+        result = self._zeros(self._dtype)
         if not self._grads:
             return result
         views = self._views(vector)
@@ -100,8 +101,8 @@ class HessianProducts:
     def result(self, value: float) -> Tensor:  # ()
         return torch.tensor(value, dtype=self._dtype, device=self._params[0].device)
 
-    def _zeros(self) -> Vector:
-        return [torch.zeros(n, dtype=self._dtype, device=device) for n, device in zip(self._lengths, self._devices, strict=True)]
+    def _zeros(self, dtype: torch.dtype) -> Vector:
+        return [torch.zeros(n, dtype=dtype, device=device) for n, device in zip(self._lengths, self._devices, strict=True)]
 
     def _views(self, vector: Vector) -> list[Tensor]:
         """Each parameter's elements of a vector, in its shape."""
