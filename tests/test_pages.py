@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
         "docs/family.md",
         "docs/master_weights.md",
         "docs/migrating.md",
+        "docs/monitors.md",
         "docs/per_sample.md",
         "docs/rw_sam.md",
         "docs/schedules.md",

@@ -18,6 +18,7 @@ from sam_kernels.cli.train.optimizers import BASES, BETA_SCALES, MEMBERS, NORMS,
 from sam_kernels.cli.train.plot import save_curves
 from sam_kernels.cli.train.report import tables, to_json
 from sam_kernels.cli.train.run import Plan
+from sam_kernels.cli.train.sharpness import IMAGES
 
 __all__ = ["train"]
 
@@ -91,6 +92,12 @@ __all__ = ["train"]
     help="Random directions of rwsam's norms by finite_difference or jvp: a forward pass each.",
 )
 @click.option("--held-out", is_flag=True, help="Score on a fifth of the training images, left out of the training. Choose options with it.")
+@click.option(
+    "--sharpness",
+    is_flag=True,
+    help="Measure the largest eigenvalue and the trace of the Hessian of the training loss at the end of each run, in evaluation mode, on "
+    f"the first {IMAGES:,} training images at most.",
+)
 @click.option("--seeds", type=click.IntRange(min=1), default=1, help="Runs of each optimizer, with seeds 0, 1, ...")
 @click.option("--backend", type=click.Choice(["auto", *_dispatch.BACKENDS]), default="auto", help="Kernels of the sharpness-aware steps.")
 @click.option("--device", default="cpu", help="Device, for example cpu or cuda:1.")
@@ -114,6 +121,7 @@ def train(
     weight_decay: float | None,
     normalization: str,
     held_out: bool,
+    sharpness: bool,
     seeds: int,
     backend: str,
     device: str,
@@ -137,7 +145,16 @@ def train(
     plan = Plan(epochs, batch_size, label_noise, normalization)
     check.micro_batches(names, settings, plan)
     comparison = Comparison(
-        data, names, settings, plan, held_out=held_out, seeds=seeds, backend=backend, device=device, threads=thread_count
+        data,
+        names,
+        settings,
+        plan,
+        held_out=held_out,
+        sharpness=sharpness,
+        seeds=seeds,
+        backend=backend,
+        device=device,
+        threads=thread_count,
     )
     console = Console(stderr=as_json)
     out.mkdir(parents=True, exist_ok=True)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
 
 from sam_kernels.cli.train.data import Digits
 from sam_kernels.cli.train.optimizers import Settings
 from sam_kernels.cli.train.run import Plan, Run, run
+from sam_kernels.cli.train.sharpness import sharpness_of
 
 __all__ = ["Comparison"]
 
@@ -24,6 +26,7 @@ class Comparison:
     settings: Settings
     plan: Plan
     held_out: bool  # scores are of held-out training images
+    sharpness: bool  # measured at the end of each run
     seeds: int  # runs of each optimizer
     backend: str
     device: str
@@ -53,10 +56,22 @@ class Comparison:
             for name in self.names:
                 for seed in range(self.seeds):
                     progress.update(task, description=f"{name}, seed {seed}")
-                    result = run(name, seed, digits, self.settings, self.plan, advance=lambda: progress.advance(task))
+                    result = self._run(name, seed, digits, lambda: progress.advance(task))
                     runs.append(result)
                     console.print(
                         f"{name}, seed {seed}: accuracy {result.test_accuracy[-1]:.2%} after {result.seconds:.1f} s of steps",
                         highlight=False,
                     )
         return runs
+
+    def _run(self, name: str, seed: int, digits: Digits, advance: Callable[[], None]) -> Run:
+        measured: list[tuple[float, float]] = []
+
+        def finished(model: nn.Module, labels: Tensor) -> None:
+            if self.sharpness:
+                measured.append(sharpness_of(model, digits.train_images, labels))
+
+        result = run(name, seed, digits, self.settings, self.plan, advance=advance, finished=finished)
+        if measured:
+            result.top_eigenvalue, result.hessian_trace = measured[0]
+        return result

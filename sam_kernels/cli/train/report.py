@@ -19,10 +19,12 @@ import sam_kernels
 from sam_kernels.cli.train.comparison import Comparison
 from sam_kernels.cli.train.optimizers import Settings, options_of
 from sam_kernels.cli.train.run import Run
+from sam_kernels.cli.train.sharpness import IMAGES
 
 __all__ = ["SHOWN", "Estimate", "Summary", "summaries_of", "summarise", "tables", "to_json"]
 
 TIMES = ("seconds_per_step", "forward_seconds", "backward_seconds", "rest_seconds", "optimizer_share")  # of a run and of a summary
+SHARPNESS = ("top_eigenvalue", "hessian_trace")  # of both
 SHOWN = {
     "rho": "rho {:g}",
     "lambd": "lambda {}",
@@ -68,17 +70,28 @@ class Summary:
     backward_seconds: float
     rest_seconds: float
     optimizer_share: float
+    top_eigenvalue: Estimate | None = None  # of the Hessian of the training loss; None: not measured
+    hessian_trace: Estimate | None = None
 
 
 def summarise(runs: Sequence[Run], options: Mapping[str, Any]) -> Summary:
+    times: dict[str, Any] = {name: statistics.fmean(getattr(run, name) for run in runs) for name in TIMES}
     return Summary(
         runs[0].optimizer,
         options,
         Estimate.of([run.test_accuracy[-1] for run in runs]),
         Estimate.of([max(run.test_accuracy) for run in runs]),
         Estimate.of([run.train_loss[-1] for run in runs]),
-        *(statistics.fmean(getattr(run, name) for run in runs) for name in TIMES),
+        **times,
+        top_eigenvalue=_measured([run.top_eigenvalue for run in runs]),
+        hessian_trace=_measured([run.hessian_trace for run in runs]),
     )
+
+
+def _measured(values: Sequence[float | None]) -> Estimate | None:
+    """None where no run, or not each, has been measured."""
+    found = [value for value in values if value is not None]
+    return Estimate.of(found) if len(found) == len(values) else None
 
 
 def summaries_of(runs: Sequence[Run], settings: Settings) -> list[Summary]:
@@ -93,7 +106,7 @@ def to_json(comparison: Comparison, runs: Sequence[Run]) -> str:
         "data": comparison.data,
         **asdict(comparison.settings),
         **asdict(comparison.plan),
-        **{name: getattr(comparison, name) for name in ("held_out", "seeds", "backend", "device", "threads")},
+        **{name: getattr(comparison, name) for name in ("held_out", "sharpness", "seeds", "backend", "device", "threads")},
     }
     versions = {"sam_kernels": sam_kernels.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
     report = {
@@ -116,7 +129,10 @@ def _finite(value: Any) -> Any:
 
 def tables(comparison: Comparison, runs: Sequence[Run]) -> Group:
     summaries = summaries_of(runs, comparison.settings)
-    return Group(_results(summaries, comparison.title, comparison.seeds), _times(summaries))
+    found = [_results(summaries, comparison.title, comparison.seeds), _times(summaries)]
+    if comparison.sharpness:
+        found.insert(1, _sharpness(summaries))
+    return Group(*found)
 
 
 def _results(summaries: Sequence[Summary], title: str, seeds: int) -> Table:
@@ -137,6 +153,20 @@ def _results(summaries: Sequence[Summary], title: str, seeds: int) -> Table:
             summary.best_test_accuracy.text(2, factor=100.0),
             summary.train_loss.text(3),
         )
+    return result
+
+
+def _sharpness(summaries: Sequence[Summary]) -> Table:
+    notes = [
+        f"Of the Hessian of the training loss at the end, in evaluation mode, on up to {IMAGES:,} images: the largest eigenvalue by "
+        "Lanczos' method, the trace by Hutchinson's, which is an estimate."
+    ]
+    result = _table("Sharpness", notes)
+    for heading in ("top eigenvalue", "Hessian trace"):
+        result.add_column(heading, justify="right", no_wrap=True)
+    for summary in summaries:
+        estimates = (getattr(summary, name) for name in SHARPNESS)
+        result.add_row(summary.optimizer, *("" if each is None else each.text(3) for each in estimates))
     return result
 
 

@@ -40,6 +40,8 @@ class Run:
     optimizer_share: float = 0.0  # of a step's time: the rest
     train_loss: list[float] = field(default_factory=list)  # an epoch's mean, at the unperturbed weights, on the (noisy) training labels
     test_accuracy: list[float] = field(default_factory=list)  # after each epoch, on the clean labels of the images to score on
+    top_eigenvalue: float | None = None  # of the Hessian of the training loss at the end; None: not measured
+    hessian_trace: float | None = None
 
 
 def run(

@@ -1,9 +1,8 @@
-"""What to watch while training: how noisy gradients are, and how sharp the place is. Plain functions, most of them of norms.
+"""How noisy gradients are, and the gap that SAM climbs.
 
 Notation: f_i the loss of sample i, V the covariance of ∇f_i over the samples, I a micro-batch of m samples, f_I the mean of its losses.
 Of b micro-batches, ``norms`` holds ‖∇f_I‖ (as :func:`sam_kernels.functional.grad_norms` gives them) and ``mean_grad_norm`` is ‖ḡ‖, the norm
-of the mean of their gradients. Results are () tensors on the device of the input, float64 where it is, else float32: nothing waits for a
-device.
+of the mean of their gradients.
 
 Sources: m-sharpness, arXiv 2509.18001, for what m-SAM's regularisers are made of (tr V and E‖∇f_I‖); An Empirical Model of Large-Batch
 Training, McCandlish et al. 2018, arXiv 1812.06162, for the noise scale.
