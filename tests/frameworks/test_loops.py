@@ -146,7 +146,7 @@ def test_the_pages_average_is_of_the_weights_after_steps(compared: Compared) -> 
 # --- pytorch-ignite ---
 
 
-def test_ignite(compared: Compared, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ignite(compared: Compared) -> None:
     pytest.importorskip("ignite")
     (code,) = blocks_under(PAGE, "pytorch-ignite", "py")
     model, radii = Net(), list[float]()
