@@ -57,11 +57,6 @@ def in_halves(batches: list[Batch]) -> list[Batch]:
     return found
 
 
-def mixture(batches: list[Batch]) -> Ascents:
-    """Batches under no_sync apart, the last of the step together: its gradient counts once, as that of the ranks' mean."""
-    return [*apart(batches[:-RANKS]), batches[-RANKS:]]
-
-
 def of_all_ranks(dtype: torch.dtype = torch.float64) -> list[Batch]:
     return [batch for both in zip(*(batches_of(rank, dtype) for rank in range(RANKS)), strict=True) for batch in both]
 
@@ -90,6 +85,7 @@ EXPECTED: dict[str, tuple[str, list[Ascents], float]] = {  # scenario: algorithm
     "Fabric": (A, step_with(1, together), 0.0),
     "Fabric, first_step, second_step": (A, step_with(1, together), 0.0),
     "Fabric, accumulation 3": (A, step_with(3, together), 0.0),
+    "Fabric, no_backward_sync": (A, step_with(3, together), 0.0),
     "Fabric, local, accumulation 3": (L, step_with(3, apart), 0.0),
 }
 
@@ -114,21 +110,6 @@ def test_a_scenario_is_the_formula(name: str, ranks: list[dict[str, Any]], compa
     error = error_of(model_of(ranks[0][name]["weights"]), train_by_formula(net(), steps, clip=clip))
     where = "" if name.startswith(("manual", "Fabric")) else "automatic, "
     compared("lightning", algorithm, f"2 processes, {where}{name}: weights after {len(steps)} steps", error, CLOSE)
-
-
-def test_no_backward_sync_without_a_local_ascent_perturbs_by_the_ranks_own_gradients(
-    ranks: list[dict[str, Any]], compared: Compared
-) -> None:
-    """docs/guides/distributed.md: under no_sync() a first pass is the rank's own, the last batch's is that of all ranks."""
-    name = "Fabric, no_backward_sync"
-    assert have_the_same_bits(ranks, name)
-    total = [mixture(step) for step in steps_of(of_all_ranks(), 3 * RANKS)]
-    weights = {1: 1 / (3 * RANKS), RANKS: 1 / 3}  # of an ascent from this many batches
-    expected = train_by_formula(net(), total, share_of=weights)
-    error = error_of(model_of(ranks[0][name]["weights"]), expected)
-    compared(
-        "lightning", "m-SAM over ranks, SAM for the last batch", "2 processes, Fabric, no_backward_sync without local_ascent", error, CLOSE
-    )
 
 
 @pytest.mark.parametrize("name", ["skipped, float64", "skipped, 16-mixed"])

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from sam_kernels import SAM
 from tests.frameworks.conftest import Compared
 from tests.frameworks.formula import LR, RHO, STEPS, by_formula, error_of
+from tests.frameworks.hugging_face import forget_accelerate
 from tests.helpers.pages import blocks_under, code_after, code_before
 
 PAGE = "docs/guides/loops.md"
 CLIP = 0.2  # of the page
 BAR = 1e-12  # float64, five steps
-WITHOUT_SAM = r"two steps without an ascent.*step\(closure\)"
+WITHOUT_SAM = r"a first step without an ascent.*step\(closure\)"
 Batch = tuple[Tensor, Tensor]
 
 
@@ -266,6 +267,10 @@ def test_scikit_learn_searches_the_radius() -> None:
     assert search.best_estimator_.optimizer_.param_groups[0]["rho"] == search.best_params_["optimizer__rho"]
 
 
+forgets_accelerate = pytest.fixture(forget_accelerate)
+
+
+@pytest.mark.usefixtures("forgets_accelerate")
 def test_skorchs_accelerate_mixin_is_not_silent() -> None:
     skorch, hf = pytest.importorskip("skorch"), pytest.importorskip("skorch.hf")
     accelerate = pytest.importorskip("accelerate")
