@@ -22,7 +22,7 @@ from sam_kernels.cli.train.optimizers import BASES
 
 __all__ = ["BUDGET", "EXPERIMENT", "TWO_ERRORS", "verdict"]
 
-BUDGET = Budget(epochs=20, radii=(0.1, 0.2, 0.4), tuning=2, evaluation=10)
+BUDGET = Budget(epochs=20, radii=(0.05, 0.1, 0.2, 0.4), tuning=2, evaluation=10)
 QUICK = Budget(epochs=1, radii=(0.2,), tuning=1, evaluation=2)
 TWO_ERRORS = 2.0
 CACHE = Path("out") / "papers_cache"
