@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from joblib import Memory, Parallel, delayed
 from torch import Tensor, nn
 
+from bench.page import ROOT
 from sam_kernels.cli.train.data import Digits, load
 from sam_kernels.cli.train.optimizers import BASES, Settings
 from sam_kernels.cli.train.run import Plan, Run, run
@@ -101,6 +104,16 @@ class Job:
     seed: int
     held_out: bool
 
+    @property
+    def name(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def named(cls, name: str) -> Job:
+        fields = json.loads(name)
+        method = {key: tuple(value) if isinstance(value, list) else value for key, value in fields["method"].items()}
+        return cls(**fields | {"scene": Scene(**fields["scene"]), "method": Method(**method)})
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -115,7 +128,12 @@ class Measured:
     mean_square: Any  # (seeds,) ‖∇f‖² there
 
 
-def outcome(job: Job) -> dict[str, float]:
+def outcome(name: str, code: str) -> dict[str, float]:
+    """:func:`measured` by a job's name. What has been run is known by two strings: objects that are equal need not be pickled alike."""
+    return measured(Job.named(name))
+
+
+def measured(job: Job) -> dict[str, float]:
     """Test accuracy in % after the last epoch, and tr V and ‖∇f‖² of the labels trained on."""
     torch.set_num_threads(1)
     found: dict[str, float] = {}
@@ -151,17 +169,23 @@ def covariance(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, fl
 
 
 class Runner:
-    """Runs jobs on some processes. What has been run, with this package, is read from ``cache``."""
+    """Runs jobs on some processes. What has been run with the same code is read from ``cache``."""
 
     def __init__(self, cache: Path | None, processes: int, advance: Callable[[], None]) -> None:
         self._cached = Memory(cache, verbose=0).cache(outcome)
         self._parallel = Parallel(n_jobs=processes, return_as="generator")
-        self._advance = advance
+        self._advance, self._code = advance, digest()
 
     def __call__(self, jobs: Iterable[Job]) -> Iterator[dict[str, float]]:
-        for found in self._parallel(delayed(self._cached)(job) for job in jobs):
+        for found in self._parallel(delayed(self._cached)(job.name, self._code) for job in jobs):
             self._advance()
             yield found
+
+
+def digest() -> str:
+    """Of the package's sources, and of this file."""
+    files = [path for folder in ("sam_kernels", "csrc") for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cpp", ".h")]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted([*files, Path(__file__)]))).hexdigest()
 
 
 def runs_of_scene(

@@ -17,14 +17,14 @@ from click.testing import CliRunner
 
 from bench import batched
 from bench.linear_models import LOSSES, LinearModels
-from bench.papers import drift, log, report, schedules, stall, unified
+from bench.papers import drift, log, report, schedules, sharpness_runs, stall, unified
 from bench.papers.__main__ import main
 from bench.papers.experiment import TOLERANCE, compare, look
 from bench.papers.experiments import EXPERIMENTS
 from bench.papers.lambda_choice import MIXES, SGD, Chosen, choose, row_of
 from bench.papers.lambda_problems import CLASSES, Grid, batches, make, minima
 from bench.papers.msharpness import verdict
-from bench.papers.sharpness_runs import IN_TIME, METHODS, Budget, Job, Scene, covariance, jobs_of, runs_of_scene
+from bench.papers.sharpness_runs import IN_TIME, METHODS, Budget, Job, Runner, Scene, covariance, jobs_of, runs_of_scene
 from sam_kernels import theory
 from sam_kernels.cli.train.data import Digits, load
 from sam_kernels.cli.train.model import small_cnn
@@ -293,6 +293,16 @@ def test_every_method_is_compared_with_sam(quick: tuple[Path, dict[str, Any]]) -
     for row in rows:
         assert (row["verdict"] is None) == (row["method"] == "SAM")
         assert row["variance"] > 0
+
+
+def test_a_run_is_known_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, ran = Job(Scene("group", 0.4), METHODS[4], 0.1, 0.5, 1, 0, held_out=True), list[Job]()
+    assert Job.named(job.name) == job
+    monkeypatch.setattr(sharpness_runs, "measured", lambda each: ran.append(each) or {"accuracy": float(len(ran))})
+    for digest, expected in (("a", 1.0), ("a", 1.0), ("b", 2.0)):  # of other code it is another run
+        monkeypatch.setattr(sharpness_runs, "digest", lambda digest=digest: digest)
+        assert list(Runner(tmp_path, 1, lambda: None)([job])) == [{"accuracy": expected}]
+    assert ran == [job, job]
 
 
 def test_a_verdict_needs_two_standard_errors() -> None:
