@@ -20,7 +20,7 @@ from bench.frameworks.measure import STUB, added, measure
 from bench.frameworks.paced import Paced
 from bench.frameworks.problem import Stub
 from bench.frameworks.report import main as report
-from bench.page import BEGIN, END
+from bench.page import BEGIN, END, ROOT
 
 PASSES = {PLAIN: 1, PLAIN_SAM: 2, PLAIN_BACKWARD: 2}
 
@@ -161,3 +161,8 @@ def test_without_transformers_there_is_nothing_to_measure(monkeypatch: pytest.Mo
     run = CliRunner().invoke(command.main, ["--allocator", "default"])
     assert run.exit_code == 1
     assert "transformers, whose GPT-2 all loops train: No module named 'transformers'" in run.output
+
+
+def test_the_page_shows_the_stored_result() -> None:
+    (stored,) = (ROOT / "bench" / "results").glob("*/frameworks.json")
+    assert CliRunner().invoke(report, [str(stored), "--check"]).exit_code == 0
