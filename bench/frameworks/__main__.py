@@ -24,6 +24,8 @@ from bench.frameworks.problem import Problem
 
 __all__ = ["main"]
 
+TESTS = tuple(f"tests/frameworks/test_{name}.py" for name in ("transformers", "accelerate", "lightning"))
+
 
 @options.command
 @options.names("--frameworks", known=FRAMEWORKS, help="Packages whose integration is measured.")
@@ -40,6 +42,7 @@ __all__ = ["main"]
     show_default=True,
     help="glibc's, by a new process. By default no step hands memory back to the system: whether one does depends on other steps.",
 )
+@options.gate("Run the tests of the integrations first.")
 @options.store("frameworks")
 @options.JSON
 def main(
@@ -50,6 +53,7 @@ def main(
     inner: int,
     threads: int | None,
     regime: str,
+    with_gate: bool,
     store: bool,
     json_path: Path | None,
 ) -> None:
@@ -65,7 +69,7 @@ def main(
             console.print(f"left out: {name}: {reasons[name]}", highlight=False)
     be_quiet()
     found = [name for name in frameworks if reasons[name] is None]
-    result = new_result(False, ())
+    result = new_result(with_gate, TESTS)
     result["command"] = " ".join(["python -m bench.frameworks", *sys.argv[1:]])
     result |= measure(found, problem=Problem(layers=layers, batch=batch), rounds=rounds, inner=inner)
     _print(result, console)

@@ -158,7 +158,7 @@ def test_a_framework_that_is_missing_is_named() -> None:
 def test_without_transformers_there_is_nothing_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "missing", lambda name: "No module named 'transformers'")
     monkeypatch.setattr(command, "use_one_arena", lambda: None)  # of this process
-    run = CliRunner().invoke(command.main, ["--allocator", "default"])
+    run = CliRunner().invoke(command.main, ["--allocator", "default", "--no-gate"])
     assert run.exit_code == 1
     assert "transformers, whose GPT-2 all loops train: No module named 'transformers'" in run.output
 
