@@ -169,7 +169,7 @@ def _lightning(problem: Problem, steps: int, *, with_sam: bool) -> Loop:
         def configure_optimizers(self) -> Any:
             return _optimizer(self, with_sam)
 
-    class AtStepEnd(lightning.pytorch.callbacks.Callback):  # type: ignore[misc]
+    class AtStepEnd(lightning.pytorch.callbacks.Callback):  # type: ignore[misc]  # as above
         def __init__(self, pause: Callable[[], None]) -> None:
             self.pause = pause
 

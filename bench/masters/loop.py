@@ -40,7 +40,7 @@ class MastersLoop:
     """The loop with one set of weights and state, whose steps can be made by each of torch's implementations."""
 
     def __init__(self, params: Any, base: Base) -> None:
-        self.optimizer = PublishedSAM(params, partial(OnMasters, inner=base.optimizer), rho=RHO, **base.kwargs)  # type: ignore[arg-type]
+        self.optimizer = PublishedSAM(params, partial(OnMasters, inner=base.optimizer), rho=RHO, **base.kwargs)  # type: ignore[arg-type]  # a class is expected
 
     def step(self, implementation: str) -> None:
         on_masters: Any = self.optimizer.base_optimizer

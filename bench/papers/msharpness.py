@@ -1,6 +1,7 @@
 """Where reweighting wins: m-SAM by m and RW-SAM by β, on networks, wrong labels and batches. arXiv 2509.18001.
 
-Fixed before the runs: METHODS, SCENES and BUDGET below and in ``sharpness_runs.py``. A method is said to be ahead of SAM where the mean of
+Fixed before the runs: METHODS, SCENES and BUDGET below and in ``sharpness_runs.py``, but for the smallest radius, which was added after a
+first look. A method is said to be ahead of SAM where the mean of
 the differences, seed by seed, is at least TWO_ERRORS of its standard errors above 0.
 """
 

@@ -82,6 +82,20 @@ def test_equal_norms_have_equal_weights(value: float, cap: float | None, monkeyp
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_norm_that_is_not_finite_is_not_capped(bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a pass along a random direction, whose loss may overflow where every gradient is finite."""
+    model, batch = make_model(), make_batch()
+    before = weights(model)
+    optimizer = RWSAM(model, torch.optim.SGD, beta=1.0, norm_cap=2.0, norms="finite_difference", **SGD)
+    norms = torch.ones(B, dtype=torch.float64)
+    norms[1] = bad
+    monkeypatch.setattr(type(optimizer._directional), "norms", lambda self, slopes, losses: norms)
+    optimizer.step(lambda: losses_of(model, batch))
+    assert optimizer.skipped_steps == 1
+    assert all(map(torch.equal, weights(model), before))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_skips_the_step(bad: float) -> None:
     model, (inputs, labels) = make_model(), make_batch()
     inputs = inputs.clone()

@@ -47,7 +47,8 @@ class Weighing:
         self.norms.append(norms)
         if self._how.norm_cap is not None:
             every = norms if self._ranks is None else self._ranks.all_norms(norms)[0]
-            norms = torch.minimum(norms, self._how.norm_cap * every.median())  # what is not finite stays NaN, or is the median's NaN
+            capped = torch.minimum(norms, self._how.norm_cap * every.median())
+            norms = torch.where(norms.isfinite(), capped, norms)  # what is not finite must skip the step
         if self._how.beta_scale == "std":
             beta = self._standardised(norms, beta)
         if self._how.sampling == "draw":
