@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 from bench import gate, options
 from bench.command import RESULTS, begin, write
 from bench.environment import environment
+from bench.papers.context import Context
 from bench.papers.experiment import Experiment, Measured
 from bench.papers.experiments import EXPERIMENTS
 
@@ -53,10 +54,11 @@ def main(names: tuple[str, ...], quick: bool, threads: int, with_gate: bool, out
     console.print(f"gate {result['gate']}", highlight=False, soft_wrap=True)
     stored = RESULTS / result["device"]
     images, tables = (IMAGES, stored) if store else (out, out)
+    context = Context(quick, console)
     for name in names or EXPERIMENTS:
         start = time.perf_counter()
         with threadpool_limits(threads):
-            measured = EXPERIMENTS[name].measure(quick, lambda line: console.print(f"  {line}", style="dim", highlight=False))
+            measured = EXPERIMENTS[name].measure(context)
         seconds = round(time.perf_counter() - start, 1)
         _print(EXPERIMENTS[name], measured, console, seconds)
         _save(name, measured, images, tables)

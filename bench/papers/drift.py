@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import sam_kernels
+from bench.papers.context import Context
 from bench.papers.experiment import Column, Experiment, Measured, cut, tune_axes
 
 __all__ = ["CASES", "EXPERIMENT", "RADII", "Case", "Problem", "drift", "partitions", "regulariser"]
@@ -127,12 +128,12 @@ def order_of(radii: Sequence[float], errors: Sequence[float]) -> float:
     return float(np.polyfit(np.log(radii), np.log(errors), 1)[0])
 
 
-def measure(quick: bool, tell: Callable[[str], None]) -> Measured:
+def measure(context: Context) -> Measured:
     problem = Problem()
     plain = gradient_of(lambda x: problem.losses(x).mean(), problem.start)
     rows, points = [], []
     for lambd in (0.0, 1.0):
-        for case in (CASES[0], CASES[2], CASES[6]) if quick else CASES:
+        for case in (CASES[0], CASES[2], CASES[6]) if context.quick else CASES:
             wanted = gradient_of(regulariser(problem, lambd, case.m), problem.start)
             errors = []
             for rho in RADII:
@@ -145,7 +146,7 @@ def measure(quick: bool, tell: Callable[[str], None]) -> Measured:
             points += [
                 {"kind": name, "batch": case.batch, "m": case.m, "rho": rho, "error": e} for rho, e in zip(RADII, errors, strict=True)
             ]
-        tell(f"λ = {lambd:g}")
+        context.tell(f"λ = {lambd:g}")
     return Measured({"samples": N, "radii": list(RADII)}, rows, points)
 
 

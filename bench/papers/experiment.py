@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from bench import batched
 from bench.linear_models import Draw, Floats, LinearModels
+from bench.papers.context import Context
 
 __all__ = ["COMPARED", "TOLERANCE", "Column", "Experiment", "Measured", "compare", "curve", "cut", "look", "tune_axes"]
 
@@ -38,7 +39,7 @@ class Column:
 class Experiment:
     title: str
     columns: Sequence[Column]
-    measure: Callable[[bool, Callable[[str], None]], Measured]  # quick, and what is told how far it is
+    measure: Callable[[Context], Measured]
     draw: Callable[[Measured], Figure]
 
     def cells(self, row: dict[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@ Everything is chosen on some seeds (of the digits: on held-out training images) 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bench.papers.context import Context
 from bench.papers.experiment import COMPARED, Column, Experiment, Measured, tune_axes
 from bench.papers.lambda_choice import MIXES, Chosen, Mix, as_shown, choose, effects, row_of
 from bench.papers.lambda_digits import RADII as DIGITS_RADII
@@ -29,10 +30,10 @@ NOISES = (0.0, 0.4)
 DATA = "digits"
 
 
-def measure(quick: bool, tell: Callable[[str], None]) -> Measured:
-    tuning, evaluation = (2, 3) if quick else (6, 20)
+def measure(context: Context) -> Measured:
+    tuning, evaluation = (2, 3) if context.quick else (6, 20)
     budget = Budget(epochs=10, tuning=2, evaluation=6)
-    if quick:
+    if context.quick:
         budget = Budget(epochs=1, tuning=1, evaluation=2, mixes=(0.0, 1.0), batch_size=256)
     settings: dict[str, Any] = {"tuning": tuning, "evaluation": evaluation, "radii": list(RADII), "rates": list(RATES)}
     rows: list[dict[str, Any]] = []
@@ -46,15 +47,17 @@ def measure(quick: bool, tell: Callable[[str], None]) -> Measured:
             points.append(one | {"rho": chosen[lambd].rho, "gamma": chosen[lambd].gamma})
 
     for name, problem in CLASSES.items():
-        if quick and name not in ("squares_10", "logistic"):
+        if context.quick and name not in ("squares_10", "logistic"):
             continue
-        grid, found, settings[name] = measure_class(replace(problem, steps=60) if quick else problem, tuning, evaluation, COMPARED[quick])
+        grid, found, settings[name] = measure_class(
+            replace(problem, steps=60) if context.quick else problem, tuning, evaluation, COMPARED[context.quick]
+        )
         for score, values in zip(SCORES, found, strict=True):
             add(problem.title, score, "ratio", choose(grid.runs, np.log(values), tuning))
-        tell(problem.title)
+        context.tell(problem.title)
     data = load(DATA)
-    for noise in NOISES[-1:] if quick else NOISES:
-        chosen = measure_digits(data, noise, budget, tell)
+    for noise in NOISES[-1:] if context.quick else NOISES:
+        chosen = measure_digits(data, noise, budget, context.tell)
         add(f"digits, {noise:.0%} wrong labels", "test error, %", "difference", chosen)
     digits = {
         "data": DATA,

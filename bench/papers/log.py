@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ from matplotlib.figure import Figure
 
 from bench import batched
 from bench.linear_models import Floats, LinearModels
+from bench.papers.context import Context
 from bench.papers.experiment import COMPARED, Column, Experiment, Measured, compare, curve, cut, look, tune_axes
 
 __all__ = ["EXPERIMENT", "WAYS", "make_models"]
@@ -54,15 +54,15 @@ def steps_of(models: LinearModels) -> batched.Steps:
     return batched.Steps(rho, 1.0, gamma)
 
 
-def measure(quick: bool, tell: Callable[[str], None]) -> Measured:
-    number = 500 if quick else 30_000
+def measure(context: Context) -> Measured:
+    number = 500 if context.quick else 30_000
     times = batched.times_of(number, 120)
     settings: dict[str, Any] = {"steps": number, "instances": INSTANCES}
     rows, points = [], []
-    for n in SIZES[:2] if quick else SIZES:
+    for n in SIZES[:2] if context.quick else SIZES:
         models = make_models(n)
         start, steps = np.zeros((INSTANCES, len(WAYS), n)), steps_of(models)
-        settings[f"n_{n}"] = compare(models, start, [None] * COMPARED[quick], steps, len(WAYS))
+        settings[f"n_{n}"] = compare(models, start, [None] * COMPARED[context.quick], steps, len(WAYS))
 
         def see(x: Floats, models: LinearModels = models) -> Floats:
             return np.stack([models.gradient_norms(x), models.f(x)])
@@ -85,7 +85,7 @@ def measure(quick: bool, tell: Callable[[str], None]) -> Measured:
                 }
             )
             points += curve({"n": n, "way": way}, times, gradient_norm=norms[:, k], f=values[:, k])
-        tell(f"n = {n}")
+        context.tell(f"n = {n}")
     return Measured(settings, rows, points)
 
 

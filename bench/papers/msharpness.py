@@ -8,17 +8,16 @@ the differences, seed by seed, is at least TWO_ERRORS of its standard errors abo
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from bench.papers.context import Context
 from bench.papers.experiment import Column, Experiment, Measured, cut, tune_axes
-from bench.papers.sharpness_runs import DATA, IN_TIME, METHODS, SCENES, Budget, Runner, Scene, costs_of, jobs_of, runs_of_scene
+from bench.papers.sharpness_runs import DATA, IN_TIME, METHODS, SCENES, Budget, Job, Scene, costs_of, measured, runs_of_scene
 from sam_kernels.cli.train.optimizers import BASES
 
 __all__ = ["BUDGET", "EXPERIMENT", "TWO_ERRORS", "verdict"]
@@ -26,21 +25,21 @@ __all__ = ["BUDGET", "EXPERIMENT", "TWO_ERRORS", "verdict"]
 BUDGET = Budget(epochs=20, radii=(0.05, 0.1, 0.2, 0.4), tuning=2, evaluation=10)
 QUICK = Budget(epochs=1, radii=(0.2,), tuning=1, evaluation=2)
 TWO_ERRORS = 2.0
-CACHE = Path("out") / "papers_cache"
 NETWORKS = {"group": "GroupNorm", "none": "no normalisation"}
 
 
-def measure(quick: bool, tell: Callable[[str], None]) -> Measured:
-    budget, scenes = (QUICK, SCENES[1:2]) if quick else (BUDGET, SCENES)
+def measure(context: Context) -> Measured:
+    budget, scenes = (QUICK, SCENES[1:2]) if context.quick else (BUDGET, SCENES)
     rows: list[dict[str, Any]] = []
-    costs = {scene: costs_of(scene, 1 if quick else 4) for scene in scenes}
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("runs"), TimeElapsedColumn()
-    with Progress(*columns, transient=True) as progress:
-        task = progress.add_task("msharpness", total=sum(jobs_of(scene, budget) for scene in scenes))
-        runner = Runner(None if quick else CACHE, 1 if quick else os.cpu_count() or 1, lambda: progress.advance(task))
-        for scene in scenes:
-            rows += rows_of(scene, runs_of_scene(scene, budget, runner, costs[scene]), costs[scene])
-            tell(f"{NETWORKS[scene.normalization]}, batch {scene.batch_size}, {scene.noise:.0%} wrong labels")
+    costs = {scene: costs_of(scene, 1 if context.quick else 4) for scene in scenes}
+    for scene in scenes:
+        name = f"{NETWORKS[scene.normalization]}, batch {scene.batch_size}, {scene.noise:.0%} wrong labels"
+
+        def runs(jobs: Iterable[Job], title: str = name) -> list[dict[str, Any]]:
+            return context.map(measured, map(asdict, jobs), title)
+
+        rows += rows_of(scene, runs_of_scene(scene, budget, runs, costs[scene]), costs[scene])
+        context.tell(name)
     base = BASES["sgd"]
     settings = {"data": DATA, "lr": base.lr, "weight_decay": base.weight_decay, **base.options, **vars(budget), "two_errors": TWO_ERRORS}
     settings["radii"] = list(budget.radii)

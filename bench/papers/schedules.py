@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from bench.papers.context import Context
 from bench.papers.experiment import Column, Experiment, Measured, curve, cut, tune_axes
 from sam_kernels import schedules
 from sam_kernels.cli.train.data import load
@@ -31,32 +32,39 @@ SCHEDULES: dict[str, Callable[[Optimizer], LRScheduler]] = {  # a step an epoch
 OPTIMIZERS = {"sgd": "SGD", "sam": "SAM"}
 
 
-def measure(quick: bool, tell: Callable[[str], None]) -> Measured:
-    epochs, seeds = (1, 2) if quick else (20, SEEDS)
-    data, base = load(DATA), BASES["sgd"]
-    settings = Settings("sgd", LR, base.weight_decay, None, 1.0)
-    plan = Plan(epochs, 256 if quick else 64, 0.0)
+def one_run(optimizer: str, schedule: str, seed: int, epochs: int, batch_size: int) -> dict[str, Any]:
+    """Test accuracy in % and training loss after each epoch."""
+    settings = Settings("sgd", LR, BASES["sgd"].weight_decay, None, 1.0)
+    one = run(optimizer, seed, load(DATA), settings, Plan(epochs, batch_size, 0.0), schedule=SCHEDULES[schedule])
+    return {"accuracy": [100 * value for value in one.test_accuracy], "train_loss": one.train_loss}
+
+
+def measure(context: Context) -> Measured:
+    epochs, seeds, batch_size = (1, 2, 256) if context.quick else (20, SEEDS, 64)
+    size = {"epochs": epochs, "batch_size": batch_size}
+    kinds = [{"optimizer": optimizer, "schedule": name} for optimizer in OPTIMIZERS for name in SCHEDULES]
+    found = context.map(one_run, [kind | size | {"seed": seed} for kind in kinds for seed in range(seeds)], "schedules")
     rows, points = [], []
-    for optimizer, title in OPTIMIZERS.items():
+    for title in OPTIMIZERS.values():
         for name in SCHEDULES:
-            runs = [run(optimizer, seed, data, settings, plan, schedule=SCHEDULES[name]) for seed in range(seeds)]
-            accuracies, losses = (np.array([getattr(each, key) for each in runs]) for key in ("test_accuracy", "train_loss"))
-            last = 100 * accuracies[:, -1]
+            runs, found = found[:seeds], found[seeds:]
+            accuracies, losses = (np.array([each[key] for each in runs]) for key in ("accuracy", "train_loss"))
+            last = accuracies[:, -1]
             rows.append(
                 {
                     "optimizer": title,
                     "schedule": name,
                     "accuracy": cut(last.mean()),
                     "standard_error": cut(last.std(ddof=1) / math.sqrt(seeds)),
-                    "best": cut(100 * accuracies.max(1).mean()),
+                    "best": cut(accuracies.max(1).mean()),
                     "train_loss": cut(losses[:, -1].mean()),
                 }
             )
             series = {"optimizer": title, "schedule": name}
-            points += curve(series, range(1, epochs + 1), accuracy=100 * accuracies.mean(0), train_loss=losses.mean(0))
-            tell(f"{title}, {name}")
+            points += curve(series, range(1, epochs + 1), accuracy=accuracies.mean(0), train_loss=losses.mean(0))
+    base = BASES["sgd"]
     kept: dict[str, Any] = {"data": DATA, "lr": LR, "rho": MEMBERS["sam"].rho, "weight_decay": base.weight_decay, **base.options}
-    return Measured({**kept, "batch_size": plan.batch_size, "epochs": epochs, "seeds": seeds}, rows, points)
+    return Measured({**kept, **size, "seeds": seeds}, rows, points)
 
 
 def draw(measured: Measured) -> Figure:

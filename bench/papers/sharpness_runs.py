@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from joblib import Memory, Parallel, delayed
 from torch import Tensor, nn
 
-from bench.page import ROOT
 from sam_kernels.cli.train.data import Digits, load
 from sam_kernels.cli.train.optimizers import BASES, Settings
 from sam_kernels.cli.train.run import Plan, Run, run
@@ -31,11 +26,9 @@ __all__ = [
     "Job",
     "Measured",
     "Method",
-    "Runner",
     "Scene",
     "costs_of",
     "covariance",
-    "jobs_of",
     "runs_of_scene",
 ]
 
@@ -104,15 +97,11 @@ class Job:
     seed: int
     held_out: bool
 
-    @property
-    def name(self) -> str:
-        return json.dumps(asdict(self))
-
     @classmethod
-    def named(cls, name: str) -> Job:
-        fields = json.loads(name)
+    def of(cls, fields: Mapping[str, Any]) -> Job:
+        """From ``asdict``, or JSON of it."""
         method = {key: tuple(value) if isinstance(value, list) else value for key, value in fields["method"].items()}
-        return cls(**fields | {"scene": Scene(**fields["scene"]), "method": Method(**method)})
+        return cls(**{**fields} | {"scene": Scene(**fields["scene"]), "method": Method(**method)})
 
 
 @dataclass(frozen=True)
@@ -128,15 +117,9 @@ class Measured:
     mean_square: Any  # (seeds,) ‖∇f‖² there
 
 
-def outcome(name: str, code: str) -> dict[str, float]:
-    """:func:`measured` by a job's name. What has been run is known by two strings: objects that are equal need not be pickled alike."""
-    return measured(Job.named(name))
-
-
-def measured(job: Job) -> dict[str, float]:
+def measured(**fields: Any) -> dict[str, float]:
     """Test accuracy in % after the last epoch, and tr V and ‖∇f‖² of the labels trained on."""
-    torch.set_num_threads(1)
-    found: dict[str, float] = {}
+    job, found = Job.of(fields), dict[str, float]()
     images = _data(job).train_images
     one = run_of(job, lambda model, labels: found.update(covariance(model, images, labels)))
     return {"accuracy": 100 * one.test_accuracy[-1], **found}
@@ -168,41 +151,21 @@ def covariance(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, fl
     return {"variance": (squares - total).item(), "mean_square": total.item()}
 
 
-class Runner:
-    """Runs jobs on some processes. What has been run with the same code is read from ``cache``."""
-
-    def __init__(self, cache: Path | None, processes: int, advance: Callable[[], None]) -> None:
-        self._cached = Memory(cache, verbose=0).cache(outcome)
-        self._parallel = Parallel(n_jobs=processes, return_as="generator")
-        self._advance, self._code = advance, digest()
-
-    def __call__(self, jobs: Iterable[Job]) -> Iterator[dict[str, float]]:
-        for found in self._parallel(delayed(self._cached)(job.name, self._code) for job in jobs):
-            self._advance()
-            yield found
-
-
-def digest() -> str:
-    """Of the package's sources, and of this file."""
-    files = [path for folder in ("sam_kernels", "csrc") for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cpp", ".h")]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted([*files, Path(__file__)]))).hexdigest()
-
-
 def runs_of_scene(
-    scene: Scene, budget: Budget, runner: Callable[[Iterable[Job]], Iterable[dict[str, float]]], costs: Mapping[str, float]
+    scene: Scene, budget: Budget, runs: Callable[[Iterable[Job]], Iterable[dict[str, float]]], costs: Mapping[str, float]
 ) -> dict[str, Measured]:
     """Every method's runs, with the radius and the β of the best accuracy on held-out images; and of the method of RW-SAM that is best
     there, with as many epochs as take the time of SAM's. ``costs``: of a step, over SAM's."""
     methods = [method for method in METHODS if scene.batch_size in method.batch_sizes]
     tried = [(method, *pair) for method in methods for pair in options_of(method, budget)]
     jobs = [Job(scene, *each, budget.epochs, seed, held_out=True) for each in tried for seed in range(budget.tuning)]
-    scores = np.array([found["accuracy"] for found in runner(jobs)]).reshape(len(tried), budget.tuning).mean(1)
+    scores = np.array([found["accuracy"] for found in runs(jobs)]).reshape(len(tried), budget.tuning).mean(1)
     order = np.argsort(-scores, kind="stable")  # the best first
     chosen = {method.title: (*next(tried[i] for i in order if tried[i][0] is method), budget.epochs) for method in methods}
     reweighted = next(tried[i] for i in order if tried[i][0].betas)
     chosen[IN_TIME] = (*reweighted, max(1, round(budget.epochs / costs[reweighted[0].title])))
     seeds = range(budget.tuning, budget.tuning + budget.evaluation)
-    found = iter(list(runner(Job(scene, *each, seed, held_out=False) for each in chosen.values() for seed in seeds)))
+    found = iter(list(runs(Job(scene, *each, seed, held_out=False) for each in chosen.values() for seed in seeds)))
     measured = {}
     for title, (method, rho, beta, epochs) in chosen.items():
         rows = [next(found) for _ in seeds]
@@ -223,9 +186,3 @@ def costs_of(scene: Scene, epochs: int) -> dict[str, float]:
 def options_of(method: Method, budget: Budget) -> Iterator[tuple[float, float]]:
     """Radii and β that are tried."""
     return product(budget.radii if method.name != "sgd" else (0.0,), method.betas or (0.0,))
-
-
-def jobs_of(scene: Scene, budget: Budget) -> int:
-    """How many runs :func:`runs_of_scene` makes."""
-    methods = [method for method in METHODS if scene.batch_size in method.batch_sizes]
-    return budget.tuning * sum(len(list(options_of(method, budget))) for method in methods) + budget.evaluation * (len(methods) + 1)

@@ -6,7 +6,6 @@ Where f = a x² / 2 the constant steps end in a cycle between x and -x: -x = (1 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -15,6 +14,7 @@ from matplotlib.figure import Figure
 
 from bench import batched
 from bench.linear_models import Floats, LinearModels
+from bench.papers.context import Context
 from bench.papers.experiment import COMPARED, Column, Experiment, Measured, compare, curve, cut, look, tune_axes
 
 __all__ = ["EXPERIMENT", "cycle"]
@@ -36,8 +36,8 @@ def cycle(a: float, t: float, rho: float) -> float:
     return t * a * a * rho / (2 - t * a)
 
 
-def measure(quick: bool, tell: Callable[[str], None]) -> Measured:
-    number = 2000 if quick else 200_000
+def measure(context: Context) -> Measured:
+    number = 2000 if context.quick else 200_000
     times = batched.times_of(number, 150)
     # The minimiser is 0, and A'A = diag(1, 3).
     models = LinearModels("squares", np.diag(np.sqrt(CURVATURES))[None], np.zeros((1, 2)), weight=1.0)
@@ -53,7 +53,7 @@ def measure(quick: bool, tell: Callable[[str], None]) -> Measured:
         return np.where(almost, RHO / k**P, RHO)
 
     steps = batched.Steps(rho, 1.0, gamma)
-    settings: dict[str, Any] = {"steps": number, **compare(models, start, [None] * COMPARED[quick], steps, len(ways))}
+    settings: dict[str, Any] = {"steps": number, **compare(models, start, [None] * COMPARED[context.quick], steps, len(ways))}
     norms = look(models, start, (None for _ in range(number)), steps, times, models.gradient_norms)[:, 0]
     rows, points = [], []
     for way in WAYS:

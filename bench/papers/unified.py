@@ -5,7 +5,7 @@ Least squares with all the data and ridge regression with batches drawn with rep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import Any
@@ -20,6 +20,7 @@ from bench import batched
 from bench.importance.problem import N, Ridge, make_problem, rows_of
 from bench.importance.run import draws
 from bench.linear_models import Draw, Floats, LinearModels
+from bench.papers.context import Context
 from bench.papers.experiment import COMPARED, Column, Experiment, Measured, compare, curve, cut, look, tune_axes
 from sam_kernels import theory
 from sam_kernels.sampling import ImportanceSampler
@@ -96,19 +97,19 @@ def bounds(c: Constants, kind: str, lambd: float, gap: float, times: Sequence[in
     return found
 
 
-def measure(quick: bool, tell: Callable[[str], None]) -> Measured:
+def measure(context: Context) -> Measured:
     seeds = 2
-    full_steps, ridge_steps = (300, 300) if quick else (20_000, 150_000)
+    full_steps, ridge_steps = (300, 300) if context.quick else (20_000, 150_000)
     runs = list(product(KINDS, LAMBDS))
     settings: dict[str, Any] = {"steps_full": full_steps, "steps_ridge": ridge_steps, "tau": TAU, "seeds": seeds}
 
     models, constants = least_squares()
     start, times = np.zeros((1, len(runs), N)), batched.times_of(full_steps, 120)
     steps = schedule([constants], runs)
-    settings["full"] = compare(models, start, [None] * COMPARED[quick], steps, 6)
+    settings["full"] = compare(models, start, [None] * COMPARED[context.quick], steps, 6)
     gaps = look(models, start, (None for _ in range(full_steps)), steps, times, models.f)
     rows, points = _rows("full", constants, runs, times, gaps[:, 0])
-    tell("least squares")
+    context.tell("least squares")
 
     problem = make_problem("mixed")
     samplers = {"uniform": ImportanceSampler(lipschitz=torch.ones(N)), "importance": ImportanceSampler(lipschitz=problem.smoothness)}
@@ -120,7 +121,7 @@ def measure(quick: bool, tell: Callable[[str], None]) -> Measured:
     def batches(number: int) -> Iterator[Draw]:
         return draws(list(samplers.values()), seeds, number, TAU)
 
-    settings["ridge"] = compare(models, start, list(batches(COMPARED[quick])), steps, 12)
+    settings["ridge"] = compare(models, start, list(batches(COMPARED[context.quick])), steps, 12)
     gaps = look(models, start, batches(ridge_steps), steps, times, lambda x: models.f(x) - problem.f_inf)
     means = gaps.reshape(len(times), len(samplers), seeds, len(runs)).mean(2)
     for k, sampling in enumerate(samplers):

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
-from pathlib import Path
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 
-from bench.papers import sharpness_runs
 from bench.papers.msharpness import verdict
-from bench.papers.sharpness_runs import IN_TIME, METHODS, Budget, Job, Runner, Scene, covariance, jobs_of, runs_of_scene
+from bench.papers.sharpness_runs import IN_TIME, METHODS, Budget, Job, Scene, covariance, runs_of_scene
 from sam_kernels.cli.train.model import small_cnn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_a_run_is_known_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job, ran = Job(Scene("group", 0.4), METHODS[4], 0.1, 0.5, 1, 0, held_out=True), list[Job]()
-    assert Job.named(job.name) == job
-    monkeypatch.setattr(sharpness_runs, "measured", lambda each: ran.append(each) or {"accuracy": float(len(ran))})
-    for digest, expected in (("a", 1.0), ("a", 1.0), ("b", 2.0)):  # of other code it is another run
-        monkeypatch.setattr(sharpness_runs, "digest", lambda digest=digest: digest)
-        assert list(Runner(tmp_path, 1, lambda: None)([job])) == [{"accuracy": expected}]
-    assert ran == [job, job]
+def test_a_job_is_json() -> None:
+    job = Job(Scene("group", 0.4), METHODS[4], 0.1, 0.5, 1, 0, held_out=True)
+    assert Job.of(json.loads(json.dumps(asdict(job)))) == job
 
 
 def test_a_verdict_needs_two_standard_errors() -> None:
@@ -42,7 +37,6 @@ def test_what_is_chosen_on_held_out_images_is_scored_on_others() -> None:
         return [{"accuracy": 10 * job.rho + job.beta + job.seed, "variance": 1.0, "mean_square": 2.0} for job in given]
 
     found = runs_of_scene(scene, budget, runner, {method.title: 2.0 for method in METHODS})
-    assert len(made) == jobs_of(scene, budget)
     assert all(job.held_out == (job.seed == 0) for job in made)
     assert (found["RW-SAM, β > 0"].rho, found["RW-SAM, β > 0"].beta) == (0.2, 1.5)
     assert (found["RW-SAM, β < 0"].beta, found["SAM"].beta, found["SGD"].rho) == (-0.5, None, None)
