@@ -119,7 +119,7 @@ $(VENV)/.installed-frameworks: $(VENV)/.installed-test $(VENV)/.native tests/fra
 	@touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed-test $(VENV)/.native
-	$(PIP) --no-build-isolation --editable '.[docs]'
+	$(PIP) 'mkdocs-material>=9.6' 'mkdocstrings[python]>=0.29'
 	@touch $@
 
 $(OLDEST)/.installed: | $(VENV)/.build-tools
