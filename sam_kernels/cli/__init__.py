@@ -4,6 +4,7 @@ import click
 
 from sam_kernels import __version__
 from sam_kernels.cli.info import info
+from sam_kernels.cli.prove.command import prove
 from sam_kernels.cli.train.command import train as train_command
 from sam_kernels.cli.validate import validate
 
@@ -17,5 +18,6 @@ def main() -> None:
 
 
 main.add_command(info)
+main.add_command(prove)
 main.add_command(train_command)
 main.add_command(validate)

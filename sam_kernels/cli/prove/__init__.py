@@ -1,0 +1,1 @@
+"""``python -m sam_kernels prove``: what SAM is worth, measured here and now."""

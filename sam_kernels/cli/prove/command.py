@@ -1,0 +1,100 @@
+"""The command ``prove`` and the claims that it checks, each with its threshold."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from pathlib import Path
+
+import click
+import torch
+from rich.console import Console
+
+import sam_kernels
+from sam_kernels.cli.prove.claims import Claim, Jobs
+from sam_kernels.cli.prove.labels import wrong_labels
+from sam_kernels.cli.prove.networks import forgetting, late_phase, weight_noise
+from sam_kernels.cli.prove.pool import Pool
+from sam_kernels.cli.prove.report import Result, draw, markdown, table, to_json
+from sam_kernels.cli.prove.speed import gradient_norms, optimizer_step
+from sam_kernels.cli.train.options import check_extra
+
+__all__ = ["CLAIMS", "prove"]
+
+CLAIMS = (  # those that are timed first, while nothing else runs
+    Claim("speed", "A step of the optimizer is faster than the torch loop", 1.3, "×", optimizer_step, is_timed=True),
+    Claim("norms", "Every sample's gradient norm is exact, and faster than one by one", 3.0, "×", gradient_norms, is_timed=True),
+    Claim("labels", "With 40 % wrong labels m-SAM is more accurate than SGD", 8.0, "points", wrong_labels),
+    Claim("forgetting", "A network trained by SAM forgets less when it learns something else", 3.0, "points", forgetting),
+    Claim("noise", "A network trained by SAM bears noise on its weights", 1.0, "points", weight_noise),
+    Claim("late phase", "SAM in the last fifth of the steps gains over SGD", 1.0, "points", late_phase),
+)
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--quick", is_flag=True, help="Smaller networks and two seeds: about a minute in the place of five.")
+@click.option(
+    "--only", multiple=True, type=click.Choice([claim.name for claim in CLAIMS]), help="Check this claim; may be given several times."
+)
+@click.option("--processes", type=click.IntRange(min=1), show_default="one for each CPU", help="Processes that train networks.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False, writable=True),
+    default=Path("out"),
+    help="Folder for prove.md, prove.png and prove.json.",
+)
+@click.pass_context
+def prove(context: click.Context, quick: bool, only: tuple[str, ...], processes: int | None, out: Path) -> None:
+    """Check what SAM and this package are worth, on this machine, in minutes.
+
+    Each claim has a threshold that is fixed in the code. A claim that fails is shown as one that fails, and the exit status is then 1.
+    """
+    check_extra()
+    out.mkdir(parents=True, exist_ok=True)
+    console, results = Console(), list[Result]()
+    interrupted = False
+    try:
+        with Pool(processes or os.cpu_count() or 1, console) as pool:
+            for claim in CLAIMS:
+                if only and claim.name not in only:
+                    continue
+                pool.title = claim.name
+                console.print(f"{claim.statement} ...", highlight=False)
+                results.append(_checked(claim, quick, pool))
+                console.print(f"  {results[-1].verdict}: {results[-1].effect}, needed {results[-1].needed}", highlight=False)
+    except KeyboardInterrupt:
+        interrupted = True
+        console.print("interrupted: what has finished is kept", highlight=False)
+    if results:
+        _write(results, quick, out, console)
+    if interrupted:
+        context.exit(130)
+    if any(each.verdict != "holds" for each in results):
+        context.exit(1)
+
+
+def _checked(claim: Claim, quick: bool, jobs: Jobs) -> Result:
+    """An exception is a result: the other claims are checked all the same."""
+    start = time.monotonic()
+    try:
+        found = claim.measure(quick, jobs)
+    except Exception as error:
+        return Result(claim, None, time.monotonic() - start, f"{type(error).__name__}: {error}")
+    return Result(claim, found, time.monotonic() - start)
+
+
+def _write(results: list[Result], quick: bool, out: Path, console: Console) -> None:
+    machine = {
+        "CPU": f"{platform.processor() or platform.machine()}, {os.cpu_count()} threads",
+        "torch": str(torch.__version__),
+        "sam_kernels": sam_kernels.__version__,
+        "Python": platform.python_version(),
+    }
+    console.print(table(results))
+    (out / "prove.json").write_text(to_json(results, machine, quick) + "\n", encoding="utf-8")
+    (out / "prove.md").write_text(markdown(results, machine, quick), encoding="utf-8")
+    draw(results, out / "prove.png")
+    console.print(
+        f"report: {out / 'prove.md'}, figure: {out / 'prove.png'}, everything: {out / 'prove.json'}", highlight=False, soft_wrap=True
+    )
