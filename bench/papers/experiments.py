@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.papers import drift, lambdas, log, msharpness, schedules, stall, unified
+from bench.papers import drift, lambdas, log, msharpness, reshuffling, schedules, stall, unified
 from bench.papers.experiment import Experiment
 
 __all__ = ["EXPERIMENTS"]
@@ -10,6 +10,7 @@ __all__ = ["EXPERIMENTS"]
 EXPERIMENTS: dict[str, Experiment] = {
     "stall": stall.EXPERIMENT,
     "unified": unified.EXPERIMENT,
+    "reshuffling": reshuffling.EXPERIMENT,
     "log": log.EXPERIMENT,
     "schedules": schedules.EXPERIMENT,
     "drift": drift.EXPERIMENT,
