@@ -213,3 +213,22 @@ STEPS: dict[str, Any] = {**EXACT, "lambd": 0.5, "rho": 0.01, "gamma": 0.01, "bat
 def test_bad_input(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@every_mix
+def test_the_mean_drift_of_an_epoch_is_that_of_a_longer_radius(lambd: float) -> None:
+    """docs/reshuffling.md: ∇f + ρ E[H g ((1 - λ) + λ/‖g‖)] + (γ/2) E[H g] - (γ m/2) ∇²f ∇f, and no more than second order is left."""
+    problem, x = Sum(5, 2), torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+    m, left = problem.batches, []
+    rows = PERMUTATIONS[:, :2]
+    g = problem.gradient(x.expand(len(rows), D), rows)
+    curved = torch.einsum("rtd,rt->rd", problem.a[rows], torch.einsum("rtd,rd->rt", problem.a[rows], g)) / 2 + problem.r * g
+    full = g.mean(0)
+    hessian = problem.a.T @ problem.a / N + problem.r * torch.eye(D, dtype=torch.float64)
+    for gamma in (1e-4, 5e-5):
+        rho = 3 * gamma
+        ends, _ = problem.epoch(x.expand(len(PERMUTATIONS), D), PERMUTATIONS, lambd, rho, gamma)
+        radius = (curved * ((rho * (1 - lambd) + gamma / 2) + rho * lambd / g.norm(dim=1, keepdim=True))).mean(0)
+        left.append(((x - ends.mean(0)) / (gamma * m) - full - radius + gamma * m / 2 * hessian @ full).norm().item())
+    assert left[1] < 0.02 * radius.norm().item()
+    assert left[0] / left[1] == pytest.approx(4, rel=0.02)

@@ -1,10 +1,12 @@
 """Unified SAM on reshuffled data against fresh draws: where constant steps stay, and how that scales with the learning rate.
 
 Ridge regression, n = 100, d = 10, batches of 10, float64. Learning rates γ: STEPS times that of ``theory.reshuffling_steps`` at λ = 0.
-Radii: the largest that theory admits for every sampling, the same for all γ, or in proportion to γ. A run begins at the minimum and
-makes 2 SETTLING / (γ μ) steps; its floor is the mean of f - f* at the ends of epochs in the second half. (From the minimum: the transient of any
-other start is exp(-γ μ t), and reshuffled floors are so low that it would be seen for most of the run.) Exponents are fitted, seed by seed,
-to the last FITTED learning rates.
+Radii: the largest that theory admits for every sampling, the same for all γ, or in proportion to γ. A run begins at the minimum and makes
+2 SETTLING / (γ μ) steps. Its floor is the mean of f - f* at the ends of epochs in the second half. (From the minimum: the transient of any
+other start falls as exp(-2 γ μ t), and reshuffled floors are so low that it would show for most of the run.) Exponents are fitted, seed by
+seed, to the last FITTED learning rates.
+
+"First order" is docs/reshuffling.md's mean drift of an epoch: the minimum moves to where ∇f = -w, so f - f* = w' (∇²f)^-1 w / 2.
 """
 
 from __future__ import annotations
@@ -17,15 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from bench import batched
-from bench.importance.problem import Ridge
+from bench.importance.problem import RIDGE, Ridge
 from bench.linear_models import Draw, Floats
 from bench.papers.context import Context
 from bench.papers.experiment import COMPARED, Column, Experiment, Measured, compare, cut, tune_axes
 from sam_kernels import theory
 
-__all__ = ["EXPERIMENT", "LAMBDS", "RADII", "SAMPLINGS", "batches", "bound_of", "make_problem", "radius_of"]
+__all__ = ["EXPERIMENT", "LAMBDS", "RADII", "SAMPLINGS", "batches", "bound_of", "first_order", "make_problem", "radius_of"]
 
 N, D, TAU = 100, 10, 10
 M = N // TAU  # batches of an epoch
@@ -37,7 +40,8 @@ STEPS = (8.0, 4.0, 2.0, 1.0, 0.5, 0.25)
 FITTED = 4
 SEEDS = 20
 PARTS = 2  # of the seeds, a run each
-SETTLING = 5.0
+SETTLING = 10.0
+PERMUTATIONS = 4000  # for the mean direction of normalised ascents, the one number of the formula that has no closed form
 
 
 def make_problem() -> Ridge:
@@ -87,6 +91,28 @@ def bound_of(problem: Ridge, sampling: str, lambd: float, rho: float, gamma: flo
     if rho > largest_rho or gamma > largest_gamma:
         return None
     return theory.pl_floor(c["mu"], c["L"], c["C"], lambd, rho, gamma)
+
+
+def drifts(problem: Ridge) -> tuple[Tensor, Tensor]:
+    """(d,) both, at the minimum and over batches S: E[H_S G_S], E[H_S G_S / ‖G_S‖]; G_S the gradient of f_S, H_S its Hessian."""
+    residuals = problem.a @ problem.minimum - problem.b
+    gradients = residuals[:, None] * problem.a + RIDGE * problem.minimum
+    own = (problem.a * (problem.a * gradients).sum(1, keepdim=True) + RIDGE * gradients).mean(0)  # E over samples
+    samples = np.tile(np.arange(N), (PERMUTATIONS, 1))
+    total = torch.zeros(D, dtype=torch.float64)
+    for rows in torch.from_numpy(np.random.default_rng(0).permuted(samples, axis=1)).split(TAU, 1):
+        g = gradients[rows].mean(1)
+        curved = torch.einsum("std,st->sd", problem.a[rows], torch.einsum("std,sd->st", problem.a[rows], g)) / TAU + RIDGE * g
+        total += (curved / g.norm(dim=1, keepdim=True)).mean(0)
+    # The gradients sum to 0: pairs of different samples have the mean -own / (n - 1).
+    return own * (N - TAU) / (TAU * (N - 1)), total / M
+
+
+def first_order(problem: Ridge, plain: Tensor, normalised: Tensor, lambd: float, rho: float, gamma: float) -> float:
+    """f - f* where reshuffled epochs do not move on the mean; ``plain`` and ``normalised`` of :func:`drifts`."""
+    hessian = problem.a.T @ problem.a / N + RIDGE * torch.eye(D, dtype=torch.float64)
+    w = (rho * (1 - lambd) + gamma / 2) * plain + rho * lambd * normalised
+    return (w @ torch.linalg.solve(hessian, w)).item() / 2
 
 
 def batches(sampling: str, streams: int, generator: np.random.Generator) -> Iterator[Draw]:
@@ -150,26 +176,29 @@ def measure(context: Context) -> Measured:
     found = found.swapaxes(1, 2).reshape(len(STEPS), len(SAMPLINGS), -1, len(RUNS))
     gammas = np.array([plan(problem, step)[1] for step in STEPS])
     settings["gamma"] = [cut(gamma) for gamma in gammas]
+    formula = drifts(problem)
     rows, points = [], []
     for (k, (lambd, radii)), (s, sampling) in product(enumerate(RUNS), enumerate(SAMPLINGS)):
         one = found[:, s, :, k]  # (steps, seeds)
         exponents = np.polyfit(np.log(gammas[-FITTED:]), np.log(one[-FITTED:]), 1)[0]
         series = {"radii": radii, "lambd": lambd, "sampling": sampling}
-        bound = bound_of(problem, sampling, lambd, radius_of(problem, lambd, radii, STEPS[-1]), gammas[-1])
+        for step, gamma, values in zip(STEPS, gammas, one, strict=True):
+            rho = radius_of(problem, lambd, radii, step)
+            predicted = cut(first_order(problem, *formula, lambd, rho, gamma)) if sampling == "reshuffled" else None
+            found_here = {"floor": cut(values.mean()), "error": cut(_error(values)), "first_order": predicted}
+            points.append({**series, "gamma": cut(gamma), "rho": cut(rho), **found_here})
+        bound = bound_of(problem, sampling, lambd, rho, gamma)
         rows.append(
             {
                 **series,
                 "first": cut(one[0].mean()),
                 "last": cut(one[-1].mean()),
                 "last_error": cut(_error(one[-1])),
-                "exponent": cut(exponents.mean()),
-                "exponent_error": cut(_error(exponents)),
+                "exponent": [cut(exponents.mean()), cut(_error(exponents))],
+                "first_order": predicted,
                 "bound": None if bound is None else cut(bound),
             }
         )
-        for step, gamma, values in zip(STEPS, gammas, one, strict=True):
-            rho = radius_of(problem, lambd, radii, step)
-            points.append({**series, "gamma": cut(gamma), "rho": cut(rho), "floor": cut(values.mean()), "error": cut(_error(values))})
     rows.sort(key=lambda row: list(RADII).index(row["radii"]))
     return Measured(settings, rows, points)
 
@@ -180,30 +209,30 @@ def _error(values: Floats) -> float:
 
 
 def draw(measured: Measured) -> Figure:
-    figure = Figure(figsize=(9.6, 4.4))
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import NullFormatter
+
+    figure = Figure(figsize=(9.6, 4.6))
     axes = figure.subplots(1, 2, sharey=True)
     colors = dict(zip(SAMPLINGS, ("#b05f3c", "#c9a227", "#1f6f8b", "#444444"), strict=True))
     marks = dict(zip(SAMPLINGS, "osv^", strict=True))
+    styles = {0.0: "-", 1.0: "--"}
     for axis, (radii, title) in zip(axes, {"fixed": "ρ the same for all γ", "proportional": "ρ in proportion to γ"}.items(), strict=True):
-        for lambd, style in ((0.0, "-"), (1.0, "--")):
-            for sampling, label in SAMPLINGS.items():
-                chosen = {"radii": radii, "lambd": lambd, "sampling": sampling}
-                shown = [point for point in measured.points if chosen.items() <= point.items()]
-                x, y = ([point[key] for point in shown] for key in ("gamma", "floor"))
-                axis.plot(
-                    x,
-                    y,
-                    style,
-                    color=colors[sampling],
-                    marker=marks[sampling],
-                    markersize=4,
-                    linewidth=1.2,
-                    label=f"{label}, λ = {lambd:g}",
-                )
-        axis.set(xscale="log", yscale="log", xlabel="learning rate γ")
+        for (lambd, style), sampling in product(styles.items(), SAMPLINGS):
+            chosen = {"radii": radii, "lambd": lambd, "sampling": sampling}
+            shown = [point for point in measured.points if chosen.items() <= point.items()]
+            x, y, predicted = ([point[key] for point in shown] for key in ("gamma", "floor", "first_order"))
+            axis.plot(x, y, style, color=colors[sampling], marker=marks[sampling], markersize=4, linewidth=1.2)
+            if predicted[0] is not None:
+                axis.plot(x, predicted, ":", color="black", linewidth=1.2)
+        axis.set(xscale="log", yscale="log", xlabel="learning rate γ", ylim=(1e-9, 1e-2))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_title(title, fontsize=10)
     axes[0].set_ylabel("f − f* where steps stay")
-    axes[1].legend(fontsize=7.5, frameon=False)
+    handles = [Line2D([], [], color=colors[name], marker=marks[name], markersize=4, label=label) for name, label in SAMPLINGS.items()]
+    handles += [Line2D([], [], color="#888888", linestyle=style, label=f"λ = {lambd:g}") for lambd, style in styles.items()]
+    handles.append(Line2D([], [], color="black", linestyle=":", label="reshuffled, first order"))
+    axes[0].legend(handles=handles, fontsize=8, frameon=False, loc="lower right", ncol=2)
     return tune_axes(figure)
 
 
@@ -219,8 +248,8 @@ EXPERIMENT = Experiment(
         Column("sampling", "sampling", lambda value: SAMPLINGS[value]),
         Column("first", "floor of f − f*, longest γ", _short),
         Column("last", "shortest γ", _short),
-        Column("exponent", "exponent in γ", lambda value: f"{value:.2f}"),
-        Column("exponent_error", "±", lambda value: f"{value:.2f}"),
+        Column("exponent", "exponent in γ", lambda value: f"{value[0]:.2f} ± {value[1]:.2f}"),
+        Column("first_order", "first order, shortest γ", _short),
         Column("bound", "bound, shortest γ", _short),
     ),
     measure,
