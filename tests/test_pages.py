@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
         "docs/migrating.md",
         "docs/monitors.md",
         "docs/per_sample.md",
+        "docs/reshuffling.md",
         "docs/rw_sam.md",
         "docs/schedules.md",
     ],

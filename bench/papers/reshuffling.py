@@ -226,6 +226,7 @@ def draw(measured: Measured) -> Figure:
             if predicted[0] is not None:
                 axis.plot(x, predicted, ":", color="black", linewidth=1.2)
         axis.set(xscale="log", yscale="log", xlabel="learning rate γ", ylim=(1e-9, 1e-2))
+        axis.set_xticks([2e-4, 5e-4, 1e-3, 2e-3, 5e-3], ["0.0002", "0.0005", "0.001", "0.002", "0.005"])
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_title(title, fontsize=10)
     axes[0].set_ylabel("f − f* where steps stay")
