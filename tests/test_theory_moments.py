@@ -185,3 +185,15 @@ def test_rounding_of_moments_is_no_error() -> None:
     assert pytest.approx((0, 1), abs=1e-6) == (A, B)
     third = torch.full((3, 3), 1 / 3, dtype=torch.float64) * 3
     assert expected(third - 1e-16, L=1.0)[0] == pytest.approx(0, abs=1e-15)
+
+
+def test_elements_that_differ_by_rounding_are_bounded_all_the_same() -> None:
+    """A diagonal plus rounding: A is no less than the eigenvalue, which rounding may raise; and the two halves count alike."""
+    noise = 5e-9 * torch.randn(50, 50, generator=torch.Generator().manual_seed(1), dtype=torch.float64).clamp(-0.5, 0.5)
+    second = torch.full((50, 50), 0.9, dtype=torch.float64) + 8 * torch.eye(50, dtype=torch.float64)
+    for one in (noise + noise.T, noise.triu(), noise.tril()):
+        A, B = expected(second + one, L=1.0)
+        assert abs(B - 0.9) < 1e-7
+        mean = (2 * second + one + one.T) / 2
+        assert torch.linalg.eigvalsh(mean - B)[-1].item() / 50 <= A <= 8 / 50 + 2e-8
+        assert expected((second + one).T, L=1.0, B=1.0) == pytest.approx(expected(second + one, L=1.0, B=1.0), rel=1e-14)
