@@ -2,6 +2,7 @@
 
 from sam_kernels.optim.presets import (
     ASAM,
+    CRSAM,
     GCSAM,
     GSAM,
     RSAM,
@@ -21,6 +22,7 @@ from sam_kernels.optim.sam import SAM
 
 __all__ = [
     "ASAM",
+    "CRSAM",
     "GCSAM",
     "GSAM",
     "RSAM",
