@@ -196,7 +196,9 @@ def test_a_default_dtype_of_bfloat16_changes_nothing(name: str) -> None:
 @pytest.mark.parametrize("api", ["closure", "two steps", "m-SAM", "backward"])
 @pytest.mark.parametrize("name", MEMBERS)
 def test_a_default_device_of_meta_changes_nothing(name: str, api: str) -> None:
-    refuses = {"m-SAM": ("VaSSO", "FriendlySAM", "GSAM", "WSAM-coupled", "WSAM-decoupled", *CLOSURES_ONLY, "MomentumSAM", "S2SAM", "SAMSPS")}
+    refuses = {
+        "m-SAM": ("VaSSO", "FriendlySAM", "GSAM", "WSAM-coupled", "WSAM-decoupled", *CLOSURES_ONLY, "MomentumSAM", "S2SAM", "SAMSPS")
+    }
     refuses |= {"two steps": CLOSURES_ONLY, "backward": (*CLOSURES_ONLY, "SAMSPS", "WSAM-decoupled")}
     if name in refuses.get(api, ()):
         pytest.skip("refused")

@@ -131,8 +131,8 @@ class Passes(Norms):
     def reflect(self) -> None:
         """w - e in the place of w + e, as 2 w - (w + e), rounded once: 3 N s bytes. Weights that did not move stay."""
         for lists in self._perturbed.values():
-            weights = {"left_weight": -1.0, "right_weight": 2.0}
-            functional.combine_(lists.params, lists.params, lists.old_params, found_inf=self.found_inf, **weights)
+            params, old_params = lists.params, lists.old_params
+            functional.combine_(params, params, old_params, left_weight=-1.0, right_weight=2.0, found_inf=self.found_inf)
             self.wrote(lists)
         torch.clear_autocast_cache()
 
