@@ -61,6 +61,8 @@ def check_family(direction: Any, descent: Any, base: Optimizer, *, clips: bool, 
             f"SAM: descent {descent.name!r} has a third pass, whose gradient direction {direction.name!r} would not rewrite as it rewrites "
             "the others; use another direction"
         )
+    if descent.reflects and capturable:
+        raise ValueError(f"SAM: capturable=True: the third pass of descent {descent.name!r} has not been tried in a graph; leave it out")
     for part in (direction, descent):
         if clips and part.refuses(Use.CLIPPING):
             raise ValueError(f"SAM: max_grad_norm is not defined for {part.role} {part.name!r}")

@@ -180,7 +180,8 @@ class CRSAM(SAM):
     slope. The paper divides both by these numbers (its regulariser is the logarithm of the trace of the Hessian over the gradient's norm);
     the authors' code does not, and this is the code's step. ``gamma`` = 0.1, ``beta`` = 0.01 and ρ = 0.1 are its values.
 
-    ``step`` calls the closure three times, at w, w + e and w - e. The two-step API, ``backward`` and several micro-batches are refused.
+    ``step`` calls the closure three times, at w, w + e and w - e. The two-step API, ``backward``, several micro-batches, ``capturable``
+    and :class:`directions.Centralized` are refused.
     With ``preserve_rng_state`` all three passes have the same random numbers. See :class:`descents.Curvature`. Bytes: 17 N s a step with
     SGD and momentum (SAM: 11).
     """

@@ -162,6 +162,8 @@ def test_what_has_no_meaning_is_refused_by_name() -> None:
         CRSAM(model.parameters(), torch.optim.SGD, direction=directions.Momentum(), **SGD)
     with pytest.raises(ValueError, match="freeze_unperturbed=True: descent 'crsam' steps along the gradients of the first pass too"):
         CRSAM(model.parameters(), torch.optim.SGD, freeze_unperturbed=True, **SGD)
+    with pytest.raises(ValueError, match="capturable=True: the third pass of descent 'crsam' has not been tried in a graph"):
+        CRSAM(model.parameters(), torch.optim.SGD, capturable=True, **SGD)
     optimizer, before = SAM(model.parameters(), torch.optim.SGD, descent=descents.Curvature(), **SGD), weights(model)
     closure = closure_of(optimizer, model, batch)
     with pytest.raises(ValueError, match=r"SAM\.backward: descent 'crsam' has a third pass; call step\(closure\)"):
