@@ -100,7 +100,7 @@ def draw(measured: Measured) -> Figure:
     noises = list(dict.fromkeys(row["noise"] for row in measured.rows))
     titles = list(dict.fromkeys(row["method"] for row in measured.rows if row["method"] != SAM))
     figure = Figure(figsize=(10.0, 3.4))
-    axes = np.atleast_1d(figure.subplots(1, len(noises), sharey=True))
+    axes = np.atleast_1d(figure.subplots(1, len(noises), sharex=True, sharey=True))
     for axis, noise in zip(axes, noises, strict=True):
         rows = {row["method"]: row for row in measured.rows if row["noise"] == noise}
         for k, title in enumerate(titles):
