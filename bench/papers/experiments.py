@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.papers import drift, lambdas, log, msharpness, reshuffling, schedules, stall, unified
+from bench.papers import drift, lambdas, log, msharpness, noise, reshuffling, schedules, stall, unified
 from bench.papers.experiment import Experiment
 
 __all__ = ["EXPERIMENTS"]
@@ -16,4 +16,5 @@ EXPERIMENTS: dict[str, Experiment] = {
     "drift": drift.EXPERIMENT,
     "lambda": lambdas.EXPERIMENT,
     "msharpness": msharpness.EXPERIMENT,
+    "noise": noise.EXPERIMENT,
 }
