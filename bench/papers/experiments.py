@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.papers import drift, lambdas, log, msharpness, schedules, stall, unified
+from bench.papers import diffusion, drift, lambdas, log, msharpness, schedules, stall, unified, variance, weak_order
 from bench.papers.experiment import Experiment
 
 __all__ = ["EXPERIMENTS"]
@@ -13,6 +13,9 @@ EXPERIMENTS: dict[str, Experiment] = {
     "log": log.EXPERIMENT,
     "schedules": schedules.EXPERIMENT,
     "drift": drift.EXPERIMENT,
+    "diffusion": diffusion.EXPERIMENT,
+    "weak_order": weak_order.EXPERIMENT,
+    "variance": variance.EXPERIMENT,
     "lambda": lambdas.EXPERIMENT,
     "msharpness": msharpness.EXPERIMENT,
 }
