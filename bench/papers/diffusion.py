@@ -39,7 +39,7 @@ MEMBERS = (
 
 
 def asymmetry(problem: Problem, member: Member) -> float:
-    """‖(J - J')/2‖ / ‖J‖ of the Jacobian J of what the member adds to the drift to first order: 0 where that is the gradient of a scalar."""
+    """‖(J - J')/2‖ / ‖J‖ of the Jacobian J of r, the drift's part of first order: 0 where r is the gradient of a scalar."""
     field = first_order(problem, member)
     jacobian: Tensor = torch.func.jacrev(lambda x: field(x)[1].mean(0))(problem.start)
     return ((jacobian - jacobian.T) / 2).norm().item() / jacobian.norm().item()
@@ -126,7 +126,7 @@ def draw(measured: Measured) -> Figure:
         axis.set(xscale="log", yscale="log", xlabel="ρ")
     axes[0].set_ylabel("relative error", fontsize=8)
     axes[1].set_ylabel("relative distance", fontsize=8)
-    axes[0].legend(fontsize=7, frameon=False)
+    axes[0].legend(fontsize=7, frameon=False, loc="lower right")
     return tune_axes(figure)
 
 

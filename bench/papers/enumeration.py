@@ -44,9 +44,7 @@ def partitions(samples: Subset, m: int) -> Iterator[list[Subset]]:
 
 def outcomes(count: int, member: Member) -> list[list[Subset]]:
     """Every mini-batch of ``count`` samples, cut in every way: C lists of pieces, each as likely as the others."""
-    return [
-        pieces for samples in combinations(range(count), member.batch) for pieces in partitions(samples, min(member.m, member.batch))
-    ]
+    return [pieces for samples in combinations(range(count), member.batch) for pieces in partitions(samples, min(member.m, member.batch))]
 
 
 class Steps:

@@ -60,6 +60,8 @@ def after_diffusion(grid: Grid, drift: Floats, noise: Floats, time: float, phi: 
     By the backward equation u' = drift·∇u + noise : ∇²u / 2, with the exponential of the operator on the grid.
     """
     d = grid.derivatives()
-    generator = sum(drift[:, i, None] * d[i] for i in (0, 1)) + sum(noise[:, i, j, None] / 2 * (d[i] @ d[j]) for i in (0, 1) for j in (0, 1))
+    generator = sum(drift[:, i, None] * d[i] for i in (0, 1)) + sum(
+        noise[:, i, j, None] / 2 * (d[i] @ d[j]) for i in (0, 1) for j in (0, 1)
+    )
     after: Floats = expm_multiply(generator * time, phi)
     return after

@@ -1,8 +1,8 @@
 """How far E φ of an algorithm's steps is from E φ of its SDEs, over the learning rate. arXiv 2509.18001; orders: Li, Tai, E, 1811.01558.
 
-No Monte Carlo on either side. On least squares the steps of unnormalised members are affine, and mean and second moments are closed forms. On a
-torus all members' steps are smooth and periodic, and E φ is propagated on a grid of all starts. The optimizers make the steps of every
-mini-batch at every point of the grid.
+No Monte Carlo on either side. On least squares the steps of unnormalised members are affine, and mean and second moments are closed forms.
+On a torus the steps of all members are smooth and periodic, and E φ is propagated on a grid of all starts. The optimizers make the steps of
+every mini-batch at every point of the grid.
 
 Fixed before the runs: the problems, the members, TIME, COUNTS, RHO.
 """
@@ -123,7 +123,7 @@ def on_least_squares(member: Mapping[str, Any], rho: float, counts: list[int]) -
 
 
 def measure(context: Context) -> Measured:
-    counts, n = ([8, 16, 32], 11) if context.quick else (list(COUNTS), GRID)
+    counts, n = ([16, 32, 64], 11) if context.quick else (list(COUNTS), GRID)
     linear = UNNORMALISED[:2] if context.quick else UNNORMALISED
     members = [each for each in MEMBERS if each.name in ("SAM", "RW-SAM, β = 1")] if context.quick else MEMBERS
     radii = [RHO] if context.quick else [RHO, RHO / 2]
@@ -159,19 +159,23 @@ def draw(measured: Measured) -> Figure:
     shown = ((LEAST_SQUARES, "m-USAM, m = 1"), (TORUS, "SAM"), (TORUS, "m-SAM, m = 1"), (TORUS, "RW-SAM, β = 1"))
     present = {(point["problem"], point["method"]) for point in measured.points}
     pairs = [pair for pair in shown if pair in present]
-    figure = Figure(figsize=(2.5 * len(pairs) + 0.6, 3.4))
+    figure = Figure(figsize=(2.5 * len(pairs) + 0.6, 3.6))
     styles = dict(zip(MODELS, (("#777777", "v"), ("#1f6f8b", "o"), ("#c9a227", "^"), ("#b05f3c", "s"), ("#bbbbbb", "x")), strict=True))
-    axes = figure.subplots(1, len(pairs), squeeze=False)[0]
+    axes = figure.subplots(1, len(pairs), sharey=True, squeeze=False)[0]
     for axis, (problem, method) in zip(axes, pairs, strict=True):
         for name, (color, marker) in styles.items():
             points = [each for each in measured.points if (each["problem"], each["method"], each["model"]) == (problem, method, name)]
             etas, errors = [each["eta"] for each in points], [each["error"] for each in points]
             axis.plot(etas, errors, color=color, marker=marker, markersize=4, linewidth=1, label=MODELS[name].title)
-        axis.set(xscale="log", yscale="log", xlabel="learning rate η")
+        axis.set(xscale="log", yscale="log")
+        axis.set_xlabel("learning rate η", fontsize=9)
         axis.set_title(f"{method}\n{problem}", fontsize=8)
     axes[0].set_ylabel("error of the SDE", fontsize=8)
-    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7.5, frameon=False, loc="outside lower center", ncols=len(styles))
-    return tune_axes(figure)
+    tune_axes(figure)
+    figure.subplots_adjust(bottom=0.24)
+    columns = len(styles) if len(pairs) > 3 else 2
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="lower center", ncols=columns)
+    return figure
 
 
 def _error(value: float) -> str:
