@@ -123,7 +123,7 @@ def on_least_squares(member: Mapping[str, Any], rho: float, counts: list[int]) -
 
 
 def measure(context: Context) -> Measured:
-    counts, n = ([16, 32, 64], 11) if context.quick else (list(COUNTS), GRID)
+    counts, n = ([16, 32, 64], 13) if context.quick else (list(COUNTS), GRID)
     linear = UNNORMALISED[:2] if context.quick else UNNORMALISED
     members = [each for each in MEMBERS if each.name in ("SAM", "RW-SAM, β = 1")] if context.quick else MEMBERS
     radii = [RHO] if context.quick else [RHO, RHO / 2]
