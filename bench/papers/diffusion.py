@@ -125,6 +125,7 @@ def draw(measured: Measured) -> Figure:
     for axis in axes:
         axis.set(xscale="log", yscale="log", xlabel="ρ")
     axes[0].set_ylabel("relative error", fontsize=8)
+    axes[0].set_ylim(bottom=axes[0].get_ylim()[0] / 50)  # room for the legend
     axes[1].set_ylabel("relative distance", fontsize=8)
     axes[0].legend(fontsize=7, frameon=False, loc="lower right")
     return tune_axes(figure)

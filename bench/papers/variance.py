@@ -212,7 +212,9 @@ def draw(measured: Measured) -> Figure:
             axes[-1].plot([point["epoch"] for point in ones], [point["variance"] for point in ones], line, label=label, **style)
     for noise, axis in zip(noises, axes[1:], strict=False):
         axis.set(xscale="log", yscale="log", xlabel="m")
-        axis.set_xticks(SIZES, map(str, SIZES))
+        axis.set_xticks(SIZES, list(map(str, SIZES)))
+        lowest, highest = np.log10(axis.get_ylim())
+        axis.set_ylim(10 ** np.floor(lowest), 10 ** np.ceil(highest))
         axis.minorticks_off()
         axis.set_title(f"digits, {noise:.0%} wrong labels,\nepoch {last}: E‖∇f_I‖", fontsize=9)
     axes[-1].set(yscale="log", xlabel="epoch")
@@ -224,7 +226,7 @@ def draw(measured: Measured) -> Figure:
 
 def _shown(pair: list[float | None]) -> str:
     mean, error = pair
-    return f"{mean:.3g}" if error is None else f"{mean:.3g} ± {error:.1g}"
+    return f"{mean:.3g}" if error is None else f"{mean:.3g} ± {error:.2g}"
 
 
 EXPERIMENT = Experiment(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from bench.papers.moments import affine, of_diffusion, of_steps
 from bench.papers.small_problems import LinearProblem, Problem, least_squares, torus
 from sam_kernels.cli.train.model import small_cnn
 
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -200,3 +203,25 @@ def test_norms_of_micro_batches_are_those_of_autograd() -> None:
         grads = torch.autograd.grad(F.cross_entropy(model(images[k : k + 3]), labels[k : k + 3]), list(model.parameters()))
         wanted.append(torch.stack([grad.square().sum() for grad in grads]).sum().sqrt())
     torch.testing.assert_close(variance.norms_of(model, images, labels, 3), torch.stack(wanted), rtol=1e-5, atol=1e-6)
+
+
+def test_the_stored_runs_show_what_the_page_says() -> None:
+    stored = [json.loads(path.read_text())["experiments"] for path in (ROOT / "bench" / "results").glob("*/papers.json")]
+    found = {name: entry["rows"] for experiments in stored for name, entry in experiments.items()}
+    rows = {row["method"]: row for row in found["diffusion"]}
+    for name, row in rows.items():
+        assert row["order"] == pytest.approx(1.0, abs=0.01)
+        assert row["order_rest"] == pytest.approx(2.0, abs=0.02)
+        assert row["asymmetry"] > 0.03 if name.startswith("RW-SAM") else row["asymmetry"] < 1e-15
+    assert rows["m-SAM, m = 1"]["trace"] > rows["m-SAM, m = 2"]["trace"] > rows["SAM"]["trace"] > 1
+    assert (rows["m-SAM, m = 1"]["above_batch"], rows["m-USAM, m = 1"]["above_batch"]) == (12, 19)
+    for row in found["weak_order"]:
+        assert row["order1"][1] == pytest.approx(1, abs=0.02)
+        assert row["order2"][1] == pytest.approx(2, abs=0.03)
+        assert 8 < row["sgd_noise"][0] / row["order2"][0] < 49
+        if row["truncated"] is not None:
+            assert row["truncated"] / row["truncated_half"] == pytest.approx(4, abs=0.3)
+    ends = {(row["noise"], row["method"]): row for row in found["variance"] if row.get("epoch") == 10}
+    traces = {key: row["variance"][0] for key, row in ends.items()}
+    assert traces[0.4, "SGD"] > 2 * traces[0.4, "SAM"] > 2 * traces[0.4, "m-SAM, m = 16"]
+    assert 4 * traces[0.0, "SGD"] < traces[0.0, "SAM"] < traces[0.0, "m-SAM, m = 16"]
