@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.papers import drift, lambdas, log, msharpness, noise, reshuffling, schedules, stall, unified
+from bench.papers import diffusion, drift, lambdas, log, msharpness, noise, reshuffling, schedules, stall, unified, variance, weak_order
 from bench.papers.experiment import Experiment
 
 __all__ = ["EXPERIMENTS"]
@@ -14,6 +14,9 @@ EXPERIMENTS: dict[str, Experiment] = {
     "log": log.EXPERIMENT,
     "schedules": schedules.EXPERIMENT,
     "drift": drift.EXPERIMENT,
+    "diffusion": diffusion.EXPERIMENT,
+    "weak_order": weak_order.EXPERIMENT,
+    "variance": variance.EXPERIMENT,
     "lambda": lambdas.EXPERIMENT,
     "msharpness": msharpness.EXPERIMENT,
     "noise": noise.EXPERIMENT,
