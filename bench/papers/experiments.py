@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.papers import drift, lambdas, log, msharpness, schedules, stall, unified
+from bench.papers import drift, federated, lambdas, log, msharpness, schedules, stall, unified
 from bench.papers.experiment import Experiment
 
 __all__ = ["EXPERIMENTS"]
@@ -15,4 +15,5 @@ EXPERIMENTS: dict[str, Experiment] = {
     "drift": drift.EXPERIMENT,
     "lambda": lambdas.EXPERIMENT,
     "msharpness": msharpness.EXPERIMENT,
+    "federated": federated.EXPERIMENT,
 }
