@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.papers import drift, federated, lambdas, log, msharpness, schedules, stall, unified
+from bench.papers import beyond, drift, federated, lambdas, log, msharpness, schedules, stall, unified
 from bench.papers.experiment import Experiment
 
 __all__ = ["EXPERIMENTS"]
@@ -16,4 +16,5 @@ EXPERIMENTS: dict[str, Experiment] = {
     "lambda": lambdas.EXPERIMENT,
     "msharpness": msharpness.EXPERIMENT,
     "federated": federated.EXPERIMENT,
+    "beyond": beyond.EXPERIMENT,
 }

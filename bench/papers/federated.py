@@ -1,9 +1,9 @@
 """FedAvg, FedSAM (arXiv 2206.02618) and a perturbation along the server's last step (FedLESAM, arXiv 2405.18890), by rounds.
 
-Fixed before the runs: all of ``federated_runs.py``, ALPHAS and BUDGET. A first look with the seed 100 and held-out images set the grids: FedAvg's
-learning rate 0.03 was behind 0.1 or 0.3 for each α, and the radius 0.2 was too large. For each α the learning rate is FedAvg's best on held-out images of
-the clients, and each method's radius is its best there; other seeds are scored on the test images. A score is the mean over the LAST
-rounds. Differences are paired by seed, with TWO_ERRORS standard errors.
+Fixed before the runs: all of ``federated_runs.py``, ALPHAS and BUDGET. A first look (seeds 100 and 101, held-out images) set the grids:
+FedAvg's learning rate 0.03 was behind 0.1 or 0.3 for each α, and the radius 0.2 was too large. For each α the learning rate is FedAvg's
+best on held-out images of the clients, and each method's radius is its best there; other seeds are scored on the test images. A score is
+the mean over the LAST rounds. Differences are paired by seed, with TWO_ERRORS standard errors.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _row(alpha: float, name: str, tuning: Tuning, found: dict[str, Floats]) -> d
 
 
 def _paired(differences: Floats) -> list[float]:  # (seeds,) -> the mean, and two standard errors
-    return [cut(differences.mean(), 3), cut(TWO_ERRORS * float(_error(differences)), 2)]
+    return [cut(differences.mean(), 3), cut(TWO_ERRORS * float(_error(differences)), 3)]
 
 
 def _error(values: Floats) -> Floats:  # over the seeds, the first axis
