@@ -49,11 +49,11 @@ METHODS = {
 COLORS = dict(zip(METHODS, ("#444444", "#e0a67f", "#b05f3c", "#1f6f8b", "#7fb3c8"), strict=True))
 SHOWN_SIGMAS = (0.3, 0.5)
 TESTS = {  # by what a run gives; "wrong" is another run's accuracy
-    "accuracy": "test accuracy",
-    "wrong": f"test accuracy, {WRONG:.0%} wrong labels",
-    **{f"kept_{name}": f"upright, kept: lr {lr:g}, momentum {momentum:g}" for name, (lr, momentum) in FINE_TUNINGS.items()},
-    **{f"sigma_{sigma:g}": f"noise, σ = {sigma:g}" for sigma in SHOWN_SIGMAS},
-    **{f"bits_{bits}": f"{bits} bits" for bits in BITS},
+    "accuracy": "right labels",
+    "wrong": f"{WRONG:.0%} wrong labels",
+    **{f"kept_{name}": f"upright after rotated digits: lr {lr:g}, momentum {momentum:g}" for name, (lr, momentum) in FINE_TUNINGS.items()},
+    **{f"sigma_{sigma:g}": f"noise on weights, σ = {sigma:g}" for sigma in SHOWN_SIGMAS},
+    **{f"bits_{bits}": f"weights of {bits} bits" for bits in BITS},
 }
 
 
@@ -128,7 +128,8 @@ def draw(measured: Measured) -> Figure:
         noise.plot(
             [0, *SIGMAS], [point["mean"] for point in shown], marker="o", markersize=3, color=COLORS[name], label=METHODS[name].title
         )
-    noise.set(xlabel="noise over the weights' root mean square, σ", ylabel="test accuracy, %")
+    noise.set_xlabel("standard deviation over the weights' root mean square, σ", fontsize=8)
+    noise.set_ylabel("test accuracy, %", fontsize=8)
     noise.set_title("noise on the weights", fontsize=9)
     bars(wrong, ["accuracy", "wrong"], ["right labels", f"{WRONG:.0%} wrong labels"], over)
     wrong.set_title("test accuracy", fontsize=9)
@@ -146,7 +147,7 @@ def _gain(value: Sequence[Any]) -> str:
 EXPERIMENT = Experiment(
     "Beyond accuracy",
     (
-        Column("test", "accuracy, %, after or with"),
+        Column("test", "test accuracy, %"),
         Column("base", METHODS[BASE].title, lambda value: f"{value:.2f}"),
         *(Column(name, method.title, _gain) for name, method in METHODS.items() if name != BASE),
     ),
