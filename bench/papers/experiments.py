@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
-from bench.papers import diffusion, drift, lambdas, log, msharpness, noise, reshuffling, schedules, stall, unified, variance, weak_order
+from bench.papers import (
+    beyond,
+    diffusion,
+    drift,
+    federated,
+    lambdas,
+    log,
+    msharpness,
+    noise,
+    reshuffling,
+    schedules,
+    stall,
+    unified,
+    variance,
+    weak_order,
+)
 from bench.papers.experiment import Experiment
 
 __all__ = ["EXPERIMENTS"]
@@ -20,4 +35,6 @@ EXPERIMENTS: dict[str, Experiment] = {
     "lambda": lambdas.EXPERIMENT,
     "msharpness": msharpness.EXPERIMENT,
     "noise": noise.EXPERIMENT,
+    "federated": federated.EXPERIMENT,
+    "beyond": beyond.EXPERIMENT,
 }
