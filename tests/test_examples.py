@@ -38,3 +38,11 @@ def test_a_language_model_that_overfits_is_better_by_sam_and_by_rw_sam(is_full: 
         (first, most), (last, least) = [tuple(map(float, each)) for each in re.findall(r"size (\S+), largest weight (\S+)", text)]
         assert 1 <= first < last <= 16  # norms become more even
         assert 1 / 16 <= least < most <= 1
+
+
+def test_federated_clients_learn_and_no_two_methods_are_the_same() -> None:
+    text = printed("federated_sam.py", "--rounds=3", "--seeds=1", "--alpha=1")
+    found = {name: float(accuracy) for name, accuracy in re.findall(r"(\S+): round 3: (\S+) %", text)}
+    assert found.keys() == {"FedAvg", "FedSAM", "server"}
+    assert min(found.values()) > 60  # of ten digits, after three rounds
+    assert len(set(found.values())) == 3

@@ -23,7 +23,13 @@ from bench.papers.experiments import EXPERIMENTS
 
 __all__ = ["main"]
 
-TESTS = ("tests/test_theory.py", "tests/sampling", "tests/optim/test_formula.py", "tests/optim/test_micro_batches.py")
+TESTS = (
+    "tests/test_theory.py",
+    "tests/test_theory_reshuffling.py",
+    "tests/sampling",
+    "tests/optim/test_formula.py",
+    "tests/optim/test_micro_batches.py",
+)
 IMAGES = gate.ROOT / "docs" / "images"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -11,15 +11,15 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-import sam_kernels
 from bench.papers.context import Context
+from bench.papers.enumeration import Member, Steps, partitions
 from bench.papers.experiment import Column, Experiment, Measured, cut, tune_axes
+from bench.papers.small_problems import Problem
 
-__all__ = ["CASES", "EXPERIMENT", "RADII", "Case", "Problem", "drift", "partitions", "regulariser"]
+__all__ = ["CASES", "EXPERIMENT", "RADII", "Case", "Problem", "drift", "gradient_of", "order_of", "partitions", "regulariser"]
 
-N = 8  # samples
+N = Problem.count
 RADII = (1e-1, 1e-2, 1e-3, 1e-4)
-Subset = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -44,35 +44,6 @@ CASES = (
 )
 
 
-class Problem:
-    """f_i(W, v) = (v'tanh(W a_i) - b_i)² / 2 with two hidden units, three inputs and N samples: 8 numbers, float64."""
-
-    def __init__(self, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.inputs, self.targets, self.start = (
-            torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((N, 3), (N,), (8,))
-        )
-
-    def losses(self, x: Tensor) -> Tensor:  # (8,) -> (N,)
-        return (torch.tanh(self.inputs @ x[:6].reshape(2, 3).T) @ x[6:] - self.targets) ** 2 / 2
-
-    def gradients(self, x: Tensor) -> Tensor:
-        """(N, 8): of every sample, differentiable."""
-        rows = [torch.autograd.grad(loss, x, create_graph=True)[0] for loss in self.losses(x)]
-        return torch.stack(rows)
-
-
-def partitions(samples: Subset, m: int) -> Iterator[list[Subset]]:
-    """Every way to cut the samples into pieces of m, whatever their order."""
-    if not samples:
-        yield []
-        return
-    for others in combinations(samples[1:], m - 1):
-        left = tuple(sample for sample in samples[1:] if sample not in others)
-        for rest in partitions(left, m):
-            yield [(samples[0], *others), *rest]
-
-
 def regulariser(problem: Problem, lambd: float, m: int) -> Callable[[Tensor], Tensor]:
     """R of the regularised loss f + ρ R. V is the covariance of one sample's gradient.
 
@@ -94,28 +65,7 @@ def regulariser(problem: Problem, lambd: float, m: int) -> Callable[[Tensor], Te
 
 def drift(problem: Problem, case: Case, lambd: float, rho: float) -> Tensor:
     """(8,): the mean of x - x⁺ over every mini-batch and every way to cut it, at learning rate 1, by :class:`sam_kernels.UnifiedSAM`."""
-    x = problem.start.clone().requires_grad_()
-    optimizer = sam_kernels.UnifiedSAM([x], torch.optim.SGD, rho=rho, lambd=lambd, lr=1.0)
-
-    def closure_of(chosen: Subset) -> Callable[[], Tensor]:
-        def closure() -> Tensor:
-            x.grad = None
-            loss = problem.losses(x)[list(chosen)].mean()
-            loss.backward()
-            return loss
-
-        return closure
-
-    moved = []
-    for samples in combinations(range(N), case.batch):
-        for pieces in partitions(samples, min(case.m, case.batch)):
-            x.data.copy_(problem.start)
-            if case.m > case.batch:
-                optimizer.step(closure_of(samples), ascent_closure=closure_of(tuple(range(N))))
-            else:
-                optimizer.step([closure_of(piece) for piece in pieces])
-            moved.append(problem.start - x.detach())
-    return torch.stack(moved).mean(0)
+    return Steps(problem, Member(case.name, case.batch, case.m, lambd), rho)(problem.start).mean(0)
 
 
 def gradient_of(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ class HessianProducts:
         for i, grad in enumerate(grads):
             if grad is not None and grad.layout is not torch.strided:
                 raise TypeError(f"{op}: the gradient of trainable parameter {i} is a {grad.layout} tensor; use sparse=False in its layer")
+        self._first = grads
         # A gradient without a graph is a constant: the loss is linear in the parameter.
         self._grads = {i: grad for i, grad in enumerate(grads) if grad is not None and grad.requires_grad}
 
@@ -60,6 +61,18 @@ class HessianProducts:
         z, zeros = self._zeros(torch.float32), self._zeros(torch.float32)
         functional.random_perturb_(self._views(z), self._views(zeros), seed=seed, scale=1.0, distribution=distribution, from_old=True)
         return [part.to(self._dtype) for part in z]
+
+    def gradients(self) -> list[tuple[Tensor, Tensor | None]]:
+        """(parameter, its gradient without a graph) for each trainable parameter; None: the loss does not depend on it."""
+        return [(param, None if grad is None else grad.detach()) for param, grad in zip(self._params, self._first, strict=True)]
+
+    def diagonal(self, seeds: Sequence[int]) -> list[Tensor]:
+        """Hutchinson's estimate of the diagonal of H, the mean of z * (H z) over z of random signs, in the shapes of the parameters."""
+        total = self._zeros(self._dtype)
+        for seed in seeds:
+            z = self.random(seed, "rademacher")
+            total = [part + left * right for part, left, right in zip(total, z, self.of(z), strict=True)]
+        return self._views(self.scaled(total, 1.0 / len(seeds)))
 
     def of(self, vector: Vector, *, scale: float = 1.0) -> Vector:
         """H ``vector``. With a ``scale`` H (scale ``vector``) / scale, so that nothing underflows in 16 bits where elements are small."""

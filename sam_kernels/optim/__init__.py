@@ -2,6 +2,7 @@
 
 from sam_kernels.optim.presets import (
     ASAM,
+    CRSAM,
     GCSAM,
     GSAM,
     RSAM,
@@ -18,22 +19,9 @@ from sam_kernels.optim.presets import (
 )
 from sam_kernels.optim.rwsam import RWSAM
 from sam_kernels.optim.sam import SAM
+from sam_kernels.optim.sassha import SASSHA
 
 __all__ = [
-    "ASAM",
-    "GCSAM",
-    "GSAM",
-    "RSAM",
-    "RWSAM",
-    "S2SAM",
-    "SAM",
-    "SAMSPS",
-    "USAM",
-    "WSAM",
-    "Extragradient",
-    "FriendlySAM",
-    "LookSAM",
-    "MomentumSAM",
-    "UnifiedSAM",
-    "VaSSO",
-]
+    "ASAM", "CRSAM", "GCSAM", "GSAM", "RSAM", "RWSAM", "S2SAM", "SAM", "SAMSPS", "SASSHA", "USAM", "WSAM",
+    "Extragradient", "FriendlySAM", "LookSAM", "MomentumSAM", "UnifiedSAM", "VaSSO",
+]  # fmt: skip

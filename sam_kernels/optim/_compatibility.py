@@ -56,6 +56,13 @@ def check_family(direction: Any, descent: Any, base: Optimizer, *, clips: bool, 
         raise TypeError(f"SAM: {type(direction).__name__}.keeps_last_grads is set, but its keeps names nothing to keep them under")
     if descent.keeps_grads and direction.first_gradient is not FirstGradient.AT_WEIGHTS:
         raise ValueError(f"SAM: descent {descent.name!r} needs the gradient at the weights; direction {direction.name!r} takes none")
+    if descent.reflects and direction.rewrites:
+        raise ValueError(
+            f"SAM: descent {descent.name!r} has a third pass, whose gradient direction {direction.name!r} would not rewrite as it rewrites "
+            "the others; use another direction"
+        )
+    if descent.reflects and capturable:
+        raise ValueError(f"SAM: capturable=True: the third pass of descent {descent.name!r} has not been tried in a graph; leave it out")
     for part in (direction, descent):
         if clips and part.refuses(Use.CLIPPING):
             raise ValueError(f"SAM: max_grad_norm is not defined for {part.role} {part.name!r}")
@@ -105,6 +112,8 @@ def check_passes(direction: Direction, descent: Descent, passes: Sequence[TwoPas
 
 def check_gradient(direction: Direction, descent: Descent, made: int) -> None:
     """Raises ValueError where a step is more than SAM's gradient, added to others. ``made``: calls of ``backward`` since the last step."""
+    if descent.reflects:
+        raise ValueError(f"SAM.backward: descent {descent.name!r} has a third pass; call step(closure)")
     for part in (direction, descent):
         if part.refuses(Use.BACKWARD):
             raise ValueError(f"SAM.backward: {part.role} {part.name!r} chooses more than a gradient; call step(closure)")

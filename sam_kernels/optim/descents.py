@@ -25,7 +25,19 @@ from sam_kernels.optim._engine.passes import Passes
 from sam_kernels.optim._part import Part, Use
 from sam_kernels.optim._types import GroupOptions, ParamGroup
 
-__all__ = ["UNCHANGED", "Descent", "DescentStep", "Look", "Outcome", "Plain", "Polyak", "SurrogateGap", "Use", "WeightedSharpness"]
+__all__ = [
+    "UNCHANGED",
+    "Curvature",
+    "Descent",
+    "DescentStep",
+    "Look",
+    "Outcome",
+    "Plain",
+    "Polyak",
+    "SurrogateGap",
+    "Use",
+    "WeightedSharpness",
+]
 
 _TINY = torch.finfo(torch.float64).tiny
 
@@ -40,6 +52,7 @@ class DescentStep:
     has_ascended: bool
     grad_scale: Tensor | None  # ()
     loss: Any  # of the last pass: a number, a tensor, or None where it is not known
+    kept_at_ascent: KeptGrads  # those at w + e of a rule that reflects
     group_grads: list[GroupGrads] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -75,13 +88,21 @@ class DescentStep:
         """``value``, 0 where the step is skipped: it may then be NaN, which no operation takes for a weight."""
         return value.masked_fill(self.passes.found_inf.to(value.device) != 0, 0.0)
 
-    def combine_(self, others: Callable[[GroupGrads], list[Tensor]], weight: Any, other_weight: Any) -> Tensor:  # ()
-        """g_p <- weight g_p + other_weight o in place; returns the norm of that."""
+    def combine_(
+        self,
+        others: Callable[[GroupGrads], list[Tensor]],
+        weight: Any,
+        other_weight: Any,
+        thirds: Callable[[GroupGrads], list[Tensor]] | None = None,
+        third_weight: Any = 0.0,
+    ) -> Tensor:  # ()
+        """g_p <- weight g_p + other_weight o (+ third_weight u) in place; returns the norm of that."""
         norms = []
         for current in self.group_grads:
             grads, found_inf = current.grads, self.passes.found_inf
-            norm = functional.combine_(grads, grads, others(current), left_weight=weight, right_weight=other_weight, found_inf=found_inf)
-            norms.append((current.lists, norm))
+            third = None if thirds is None else thirds(current)
+            weights = {"left_weight": weight, "right_weight": other_weight, "origin_weight": third_weight}
+            norms.append((current.lists, functional.combine_(grads, grads, others(current), third, found_inf=found_inf, **weights)))
         return self.passes.combined(norms)
 
 
@@ -108,6 +129,7 @@ class Descent(Part):
     role = "descent"
     name: ClassVar[str] = "plain"
     keeps_grads: ClassVar[bool] = False  # those of the first pass, until the descent
+    reflects: ClassVar[bool] = False  # there is a third pass, at w - e, whose gradients are rewritten; those at w + e are kept
 
     @property
     def rewrites(self) -> bool:
@@ -157,6 +179,35 @@ class SurrogateGap(Descent):
         squares, along, _ = step.dots(step.kept.of)
         share = step.or_zero(along / squares.clamp_min(_TINY))
         return Outcome(norm=step.combine_(step.kept.of, 1.0 + self.alpha * share, -self.alpha))
+
+
+@dataclass(frozen=True)
+class Curvature(Descent):
+    """CR-SAM (arXiv 2312.13555), as in the authors' code: along g_+ + gamma (g_+ + g_- - 2 g) + beta (g_+ - g_-), with g_± = ∇f(w ± e).
+
+    The second term descends e·∇²f e, the third one ‖∇f‖, both by finite differences along e. Memory: g and g_+, 2 N s, between the passes.
+    Bytes: 3 N s to move from w + e to w - e (2 w - (w + e), rounded once), sum 4 N s in the place of the look for NaN, 1.
+    """
+
+    gamma: float = 0.1
+    beta: float = 0.01
+    name = "crsam"
+    keeps_grads = True
+    reflects = True
+
+    def __post_init__(self) -> None:
+        store_plain(self)
+        check_number("CRSAM", "gamma", self.gamma, low=0.0)
+        check_number("CRSAM", "beta", self.beta)
+
+    def refuses(self, use: Use) -> bool:
+        return use in (Use.BACKWARD, Use.TWO_STEPS)  # three passes
+
+    def rewrite(self, step: DescentStep) -> Outcome:
+        if not step.has_ascended:
+            return UNCHANGED
+        plus, minus = 1.0 + self.gamma + self.beta, self.gamma - self.beta
+        return Outcome(norm=step.combine_(step.kept_at_ascent.of, minus, plus, step.kept.of, -2.0 * self.gamma))
 
 
 @dataclass(frozen=True)

@@ -344,6 +344,7 @@ class SAM(TwoStepAPI):
         self._require_unperturbed("release_buffers")
         self._passes.release()
         self._kept_grads.release()
+        self._kept_at_ascent.release()
         self._guard.release()
 
 

@@ -1,6 +1,8 @@
 """What is proved about SAM: step sizes and bounds of Unified SAM, and which schedules converge. Plain functions of numbers."""
 
 from sam_kernels.theory._admissible import admissible
+from sam_kernels.theory._moments import expected_residual_of_moments
+from sam_kernels.theory._reshuffling import reshuffling_bound, reshuffling_floor, reshuffling_steps
 from sam_kernels.theory._unified import (
     descent_step,
     expected_residual,
@@ -22,6 +24,7 @@ __all__ = [
     "admissible",
     "descent_step",
     "expected_residual",
+    "expected_residual_of_moments",
     "nonconvex_bound",
     "nonconvex_steps",
     "pl_bound",
@@ -29,6 +32,9 @@ __all__ = [
     "pl_decreasing_steps",
     "pl_floor",
     "pl_largest_rho",
+    "reshuffling_bound",
+    "reshuffling_floor",
+    "reshuffling_steps",
     "residual_constant",
     "sampled_smoothness",
 ]

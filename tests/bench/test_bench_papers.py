@@ -107,7 +107,7 @@ def test_a_quick_run_writes_everything(quick: tuple[Path, dict[str, Any]]) -> No
         with (folder / f"papers_{name}.csv").open(newline="") as file:
             assert len(list(csv.DictReader(file))) > 1
         assert all(EXPERIMENTS[name].cells(row) for row in entry["rows"])
-    for name in ("stall", "unified", "log", "lambda"):
+    for name in ("stall", "unified", "reshuffling", "log", "lambda"):
         found = deviations(experiments[name]["settings"])
         assert found
         assert max(found) <= TOLERANCE

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from sam_kernels import ASAM, GCSAM, GSAM, RSAM, RWSAM, S2SAM, SAM, SAMSPS, WSAM, FriendlySAM, LookSAM, MomentumSAM, VaSSO
+from sam_kernels import ASAM, CRSAM, GCSAM, GSAM, RSAM, RWSAM, S2SAM, SAM, SAMSPS, WSAM, FriendlySAM, LookSAM, MomentumSAM, VaSSO
 from sam_kernels.optim.directions import Extragradient
 from sam_kernels.schedules import AdaptivePolicy, AscentInfo, Radius
 
@@ -75,6 +75,7 @@ CASES = {
     "extragradient": Case(SAM, {**SGD, "direction": Extragradient()}),
     "m-SAM": Case(SAM, SGD, micro_batches=3),
     "GSAM": Case(GSAM, SGD),
+    "CRSAM": Case(CRSAM, {**SGD, "gamma": 0.3, "beta": 0.05}),
     "WSAM": Case(WSAM, SGD),
     "WSAM, coupled": Case(WSAM, {**ADAMW, "decoupled": False}),
     "LookSAM": Case(LookSAM, {**SGD, "k": 3}),

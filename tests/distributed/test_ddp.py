@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sam_kernels import GCSAM, GSAM, RSAM, RWSAM, S2SAM, SAM, SAMSPS, LookSAM, MomentumSAM, VaSSO
+from sam_kernels import CRSAM, GCSAM, GSAM, RSAM, RWSAM, S2SAM, SAM, SAMSPS, LookSAM, MomentumSAM, VaSSO
 from sam_kernels.schedules import AdaptivePolicy, Radius
 from tests.distributed.problem import RANKS, Run, assert_alike, on_one_process, on_one_rank
 from tests.helpers.ranks import on_ranks, one_at_a_time
@@ -56,6 +56,7 @@ TOGETHER = {**RHO, "beta": 2.0, "local_ascent": False}  # the samples of all ran
 AVERAGED = {
     "sam": Run(more=RHO, averaged=True),
     "gsam": Run(make=GSAM, more=RHO, averaged=True),
+    "crsam": Run(make=CRSAM, more={**RHO, "gamma": 0.3}, averaged=True),
     "vasso": Run(make=VaSSO, more=RHO, averaged=True),
     "looksam": Run(make=LookSAM, more={**RHO, "k": 2}, averaged=True),
     "momentum": Run(make=MomentumSAM, more=RHO, averaged=True),

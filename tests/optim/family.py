@@ -16,7 +16,7 @@ from sam_kernels.optim._seeds import derived_seed
 from tests.optim.problem import loss_of
 from tests.optim.transcriptions import TRANSCRIPTIONS, Transcription
 
-__all__ = ["ADAM", "BASES", "MEMBERS", "ONE_PASS", "SGD", "Member"]
+__all__ = ["ADAM", "BASES", "CLOSURES_ONLY", "MEMBERS", "ONE_PASS", "SGD", "Member"]
 
 SGD = "sgd-momentum", "sgd-nesterov", "sgd-maximize"
 ADAM = "adam", "adamw", "adamw-amsgrad"
@@ -73,6 +73,7 @@ MEMBERS = {
     "GCSAM": _member("GCSAM"),
     "RSAM": _member("RSAM", {"c": 0.8}, ours={"sigma": SIGMA, "seed": SEED}, theirs={"draw": drawn}),
     "GSAM": _member("GSAM", {"alpha": 0.6}),
+    "CRSAM": _member("CRSAM", {"gamma": 0.3, "beta": 0.05}),
     "WSAM-coupled": _member("WSAM", {"kappa": 0.7, "decoupled": False}),
     "WSAM-decoupled": _member("WSAM", {"kappa": 0.7, "decoupled": True}),
     "LookSAM": _member("LookSAM", {"k": 3, "alpha": 0.4}),
@@ -81,3 +82,4 @@ MEMBERS = {
     "SAMSPS": _member("SAMSPS", {"f_star": 0.1, "gamma_b": 0.85}, ours={"weight_decay": 0.1}, bases=("sps", "sps-momentum"), rho=0.1),
 }
 ONE_PASS = ("MomentumSAM", "S2SAM")  # a step: the ascent comes first
+CLOSURES_ONLY = ("CRSAM", "LookSAM")  # steps of another number of passes than two

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import sam_kernels
 from sam_kernels.optim.directions import FirstGradient
-from tests.optim.family import BASES, MEMBERS
+from tests.optim.family import BASES, CLOSURES_ONLY, MEMBERS
 from tests.optim.problem import closure_of, loss_of, make_batch
 
 __all__ = [
@@ -46,7 +46,7 @@ def _cases(names: Any, bases: tuple[str, ...]) -> list[Any]:
 
 CASES = _cases(MEMBERS, ("sgd-momentum", "adamw", "rmsprop"))
 ONE_CASE_EACH = _cases(MEMBERS, ("sgd-momentum",))
-TWO_STEP_CASES = _cases([name for name in MEMBERS if name != "LookSAM"], ("sgd-momentum", "adamw", "rmsprop"))
+TWO_STEP_CASES = _cases([name for name in MEMBERS if name not in CLOSURES_ONLY], ("sgd-momentum", "adamw", "rmsprop"))
 
 
 def make(name: str, params: Any, base: str = "sgd-momentum", **options: Any) -> Any:

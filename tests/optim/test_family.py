@@ -60,9 +60,9 @@ def test_convolutions_follow_the_formula(backend: str, name: str) -> None:
 
 
 def test_every_named_optimizer_is_here() -> None:
-    """Those of other files: RW-SAM, and those that are SAM with another value in a parameter group."""
+    """Those of other files: RW-SAM, SASSHA, and those that are SAM with another value in a parameter group."""
     named = {member.name for member in MEMBERS.values()}
-    assert named | {"RWSAM", "USAM", "UnifiedSAM", "ASAM"} == set(sam_kernels.optim.__all__)
+    assert named | {"RWSAM", "SASSHA", "USAM", "UnifiedSAM", "ASAM"} == set(sam_kernels.optim.__all__)
 
 
 @pytest.mark.parametrize("name", MEMBERS)
@@ -81,7 +81,7 @@ def test_the_loss_returned_is_that_of_the_first_pass(name: str) -> None:
 
     loss = optimizer.step(closure)
     assert loss.item() == calls[0]
-    assert len(calls) == (1 if name in ONE_PASS else 2)
+    assert len(calls) == (1 if name in ONE_PASS else 3 if name == "CRSAM" else 2)
 
 
 @pytest.mark.parametrize("base", ["sps", "sps-momentum"])

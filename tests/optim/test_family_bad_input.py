@@ -20,7 +20,7 @@ SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
 SCHEDULE = {"rho_max": 0.2, "rho_min": 0.1, "lr_max": 0.1, "lr_min": 0.0}
 
 BY_DIRECTION = ["VaSSO", "FriendlySAM", "Extragradient", "RSAM", "GCSAM", "MomentumSAM", "S2SAM"]
-BY_DESCENT = ["GSAM", "WSAM", "LookSAM"]
+BY_DESCENT = ["GSAM", "CRSAM", "WSAM", "LookSAM"]
 HYPERPARAMETERS = [
     ("VaSSO", {"theta": 0.0}, ValueError, r"VaSSO: theta must be a finite number in \(0\.0, 1\.0\], got 0\.0"),
     ("VaSSO", {"theta": 1.5}, ValueError, "VaSSO: theta"),
@@ -48,6 +48,9 @@ HYPERPARAMETERS = [
     ("WSAM", {"kappa": -0.1}, ValueError, "WSAM: kappa"),
     ("WSAM", {"kappa": "0.9"}, TypeError, "WSAM: kappa"),
     ("WSAM", {"decoupled": 1}, TypeError, "WSAM: decoupled must be True or False"),
+    ("CRSAM", {"gamma": -0.1}, ValueError, "CRSAM: gamma"),
+    ("CRSAM", {"gamma": "0.1"}, TypeError, "CRSAM: gamma"),
+    ("CRSAM", {"beta": NAN}, ValueError, "CRSAM: beta"),
     ("LookSAM", {"k": 0}, ValueError, "LookSAM: k must be"),
     ("LookSAM", {"k": 2.5}, TypeError, "LookSAM: k must be"),
     ("LookSAM", {"k": True}, TypeError, "LookSAM: k must be"),

@@ -104,7 +104,7 @@ class Gaps:
             return [2]
         if self.name == "LookSAM":
             return [1, 2, 2, 2]  # k = 3: two passes, then one, then one
-        return [1, 2]
+        return [1, 2, 2] if self.name == "CRSAM" else [1, 2]
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         passes = self.passes()

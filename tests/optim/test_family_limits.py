@@ -21,6 +21,7 @@ ARE_SAM = [
     pytest.param("FriendlySAM", {"sigma": 0.0}, id="FriendlySAM: d = g - 0 m"),
     pytest.param("GSAM", {"alpha": 0.0}, id="GSAM: 1 g_p - 0 g"),
     pytest.param("WSAM", {"kappa": 0.5, "decoupled": False}, id="WSAM: k = 1, 1 g_p + 0 g"),
+    pytest.param("CRSAM", {"gamma": 0.0, "beta": 0.0}, id="CRSAM: 1 g_+ + 0 g_- - 0 g"),
     pytest.param("LookSAM", {"k": 1}, id="LookSAM: every step is SAM's"),
 ]
 
@@ -45,7 +46,7 @@ def test_is_sam_in_float64(
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("base", "kwargs"), BASES)
-@pytest.mark.parametrize(("name", "options"), [case for case in ARE_SAM if case.values[0] in ("GSAM", "WSAM", "LookSAM")])
+@pytest.mark.parametrize(("name", "options"), [case for case in ARE_SAM if case.values[0] in ("GSAM", "WSAM", "CRSAM", "LookSAM")])
 def test_a_rule_that_leaves_the_gradient_is_sam_bit_for_bit(
     backend: str, name: str, options: dict[str, Any], base: Any, kwargs: dict[str, Any], dtype: torch.dtype
 ) -> None:

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from sam_kernels.optim import descents
-from tests.optim.family import BASES, MEMBERS, ONE_PASS
+from tests.optim.family import BASES, CLOSURES_ONLY, MEMBERS, ONE_PASS
 from tests.optim.family_runs import CASES, ONE_CASE_EACH, close, everything_of, make, run, two_steps, using
 from tests.optim.problem import assert_same_bits, closure_of, every_backend, loss_of, make_batch, make_model, twin, weights
 
 pytestmark = pytest.mark.engine
 
-NOT_CAPTURABLE = ("RSAM", "LookSAM")
+NOT_CAPTURABLE = ("RSAM", "CRSAM", "LookSAM")
 NOT_CLIPPED = ("WSAM-decoupled", "SAMSPS")
 
 
@@ -59,7 +59,7 @@ def test_a_polyak_loss_keeps_its_digits(momentum: float) -> None:
     assert_same_bits(weights(models[0]), weights(models[1]))
 
 
-@pytest.mark.parametrize("name", NOT_CAPTURABLE)
+@pytest.mark.parametrize("name", [name for name in NOT_CAPTURABLE if name != "CRSAM"])  # its third pass has words of its own
 def test_capturable_is_refused_where_the_host_decides(name: str) -> None:
     with pytest.raises(ValueError, match=r"SAM: capturable=True, but what '[\w-]+' does at a step is decided, or drawn, by the host"):
         make(name, make_model().parameters(), capturable=True)
@@ -108,8 +108,8 @@ def normed() -> nn.Module:
 @pytest.mark.parametrize("api", ["closure", "two-step"])
 @pytest.mark.parametrize(("name", "base"), ONE_CASE_EACH)
 def test_running_statistics_are_updated_once_a_step(name: str, base: str, api: str) -> None:
-    if name == "LookSAM" and api == "two-step":
-        pytest.skip("LookSAM needs closures")
+    if name in CLOSURES_ONLY and api == "two-step":
+        pytest.skip("needs closures")
     model = normed()
     optimizer = make(name, model.parameters(), base, model=model)
     seen = []
@@ -129,7 +129,7 @@ def test_running_statistics_are_updated_once_a_step(name: str, base: str, api: s
 @pytest.mark.parametrize(("name", "base"), ONE_CASE_EACH)
 def test_both_passes_see_the_same_dropout_masks(name: str, base: str, api: str, preserve: bool) -> None:
     """RSAM's own random numbers are none of torch's generator."""
-    if name in (*ONE_PASS, "LookSAM") and api == "two-step":
+    if name in (*ONE_PASS, *CLOSURES_ONLY) and api == "two-step":
         pytest.skip("one pass, or no such API")
     model = normed()
     masks: list[torch.Tensor] = []
@@ -150,6 +150,9 @@ def test_both_passes_see_the_same_dropout_masks(name: str, base: str, api: str, 
         return
     if api == "two-step":
         return assert_masks(masks, same=True)
+    if name == "CRSAM":
+        assert torch.equal(masks[2], masks[1]) is preserve
+        del masks[2]
     return assert_masks(masks, same=preserve)
 
 
@@ -160,7 +163,7 @@ def assert_masks(masks: list[torch.Tensor], *, same: bool) -> None:
 
 @pytest.mark.parametrize(("name", "base"), ONE_CASE_EACH)
 def test_two_steps_without_the_recorded_state_say_so(name: str, base: str) -> None:
-    if name in (*ONE_PASS, "LookSAM"):
+    if name in (*ONE_PASS, *CLOSURES_ONLY):
         pytest.skip("no pass before the first step")
     model = make_model()
     optimizer = make(name, model.parameters(), base, preserve_rng_state=True)
@@ -187,7 +190,7 @@ def test_memory_is_what_the_docstring_says_and_is_freed(name: str, base: str) ->
     names, params = (*optimizer.direction.keeps, *optimizer.descent.keeps), list(model.parameters())
     assert optimizer._memory.names == names
     assert [sum(each.numel() for each in optimizer._memory.entries(key, params)) for key in names] == [numel] * len(names)
-    two = name not in ("LookSAM", "RSAM", *ONE_PASS) and optimizer.descent.keeps_grads
+    two = name not in (*CLOSURES_ONLY, "RSAM", *ONE_PASS) and optimizer.descent.keeps_grads
     if two:
         loss_of(model, make_batch()).backward()
         optimizer.first_step()  # the caller's gradients stay the caller's

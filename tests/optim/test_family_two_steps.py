@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import sam_kernels
 from sam_kernels.optim import descents, directions
 from sam_kernels.schedules import Tail
-from tests.optim.family import MEMBERS, ONE_PASS
+from tests.optim.family import CLOSURES_ONLY, MEMBERS, ONE_PASS
 from tests.optim.family_runs import ONE_CASE_EACH, TWO_STEP_CASES, everything_of, make, run, two_steps, using
 from tests.optim.problem import assert_same_bits, closure_of, every_backend, loss_of, make_batch, make_model, twin, weights
 
@@ -34,12 +34,13 @@ def test_two_steps_are_a_step_bit_for_bit(backend: str, name: str, base: str, ze
     assert_same_bits(everything_of(two, model), everything_of(one, other))
 
 
-def test_looksam_says_that_it_needs_closures() -> None:
+@pytest.mark.parametrize("name", CLOSURES_ONLY)
+def test_a_member_says_that_it_needs_closures(name: str) -> None:
     model = make_model()
-    optimizer = make("LookSAM", model.parameters())
+    optimizer = make(name, model.parameters())
     loss_of(model, make_batch()).backward()
     before = weights(model)
-    with pytest.raises(RuntimeError, match=r"SAM\.first_step: LookSAM needs step\(closure\): not every step has two passes"):
+    with pytest.raises(RuntimeError, match=rf"SAM\.first_step: {name} needs step\(closure\): not every step has two passes"):
         optimizer.first_step()
     assert_same_bits(weights(model), before)
     assert optimizer.param_groups[0]["sam_step"] == 0
@@ -249,7 +250,7 @@ def test_kept_gradients_survive_zeroing_by_hand_in_two_steps(name: str) -> None:
 @pytest.mark.parametrize(("name", "base"), ONE_CASE_EACH)
 def test_the_bases_own_step_is_no_way_around_the_rule(name: str, base: str) -> None:
     """``scaler.step(optimizer.base_optimizer)`` is SAM's second step; a rule that rewrites the gradients would be left out."""
-    if name in ("LookSAM", "RSAM", *ONE_PASS):
+    if name in (*CLOSURES_ONLY, "RSAM", *ONE_PASS):
         pytest.skip("no such first_step, or another test's")
     model, batch = make_model(), make_batch()
     optimizer = make(name, model.parameters(), base)

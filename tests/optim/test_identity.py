@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import sam_kernels
-from tests.optim.family import MEMBERS
+from tests.optim.family import CLOSURES_ONLY, MEMBERS
 from tests.optim.family_runs import make, run
 from tests.optim.problem import assert_same_bits, closure_of, loss_of, make_batch, make_model, twin, weights
 
@@ -339,7 +339,7 @@ def test_a_group_that_follows_cleared_groups_goes_on_counting() -> None:
 
 
 @pytest.mark.parametrize("how", ["emptied", "removed"])
-@pytest.mark.parametrize("name", [name for name in MEMBERS if name not in ("SAMSPS", "LookSAM")])
+@pytest.mark.parametrize("name", [name for name in MEMBERS if name not in ("SAMSPS", *CLOSURES_ONLY)])
 def test_an_optimizer_without_parameters_has_every_call(name: str, how: str) -> None:
     optimizer = make(name, make_model().parameters())
     if how == "emptied":

@@ -164,6 +164,18 @@ class GSAM(Transcription):
         return [there - self.options["alpha"] * o for there, o in zip(g_p, orthogonal, strict=True)]
 
 
+class CRSAM(Transcription):
+    def step(self, batch: Any) -> None:
+        self.t += 1
+        start = weights(self.model)
+        g = self.gradients(batch)
+        there = self.perturbed(start, g)
+        opposite = [2 * w - each for w, each in zip(start, there, strict=True)]
+        plus, minus = self.gradients_at(there, batch), self.gradients_at(opposite, batch)
+        gamma, beta = self.options["gamma"], self.options["beta"]
+        self.base_step([p + gamma * (p + m - 2 * each) + beta * (p - m) for p, m, each in zip(plus, minus, g, strict=True)])
+
+
 class WSAM(Transcription):
     """Coupled; with ``options["decoupled"]`` the base steps along g, and the sharpness beside it."""
 
@@ -241,6 +253,7 @@ TRANSCRIPTIONS: dict[str, type[Transcription]] = {
     "GCSAM": GCSAM,
     "RSAM": RSAM,
     "GSAM": GSAM,
+    "CRSAM": CRSAM,
     "WSAM": WSAM,
     "LookSAM": LookSAM,
     "MomentumSAM": MomentumSAM,

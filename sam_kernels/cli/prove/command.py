@@ -26,14 +26,14 @@ CLAIMS = (  # those that are timed first, while nothing else runs
     Claim("speed", "A step of the optimizer is faster than the torch loop", 1.3, "×", optimizer_step, is_timed=True),
     Claim("norms", "Every sample's gradient norm is exact, and faster than one by one", 3.0, "×", gradient_norms, is_timed=True),
     Claim("labels", "With 40 % wrong labels m-SAM is more accurate than SGD", 8.0, "points", wrong_labels),
-    Claim("forgetting", "A network trained by SAM forgets less when it learns something else", 3.0, "points", forgetting),
-    Claim("noise", "A network trained by SAM bears noise on its weights", 1.0, "points", weight_noise),
+    Claim("forgetting", "A network trained by SAM forgets less while it learns something else", 5.0, "points", forgetting),
+    Claim("noise", "A network trained by SAM bears noise on its weights better", 0.4, "points", weight_noise),
     Claim("late phase", "SAM in the last fifth of the steps gains over SGD", 1.0, "points", late_phase),
 )
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--quick", is_flag=True, help="Smaller networks and two seeds: about a minute in the place of five.")
+@click.option("--quick", is_flag=True, help="Smaller networks and fewer seeds: about a minute in the place of five.")
 @click.option(
     "--only", multiple=True, type=click.Choice([claim.name for claim in CLAIMS]), help="Check this claim; may be given several times."
 )

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sam_kernels import SAM
+import sam_kernels
 from sam_kernels.cli.prove.claims import Bar, Jobs, Measured
-from sam_kernels.per_sample import GradNorms
 
 __all__ = ["gradient_norms", "optimizer_step"]
 
@@ -29,7 +28,7 @@ def optimizer_step(quick: bool, jobs: Jobs) -> Measured:
         nn.init.normal_(a, std=0.01)
         b.data.copy_(a)
     grads = [torch.randn(shape) for shape in shapes]
-    optimizer = SAM(ours, torch.optim.SGD, rho=RHO, lr=LR, momentum=MOMENTUM)
+    optimizer = sam_kernels.SAM(ours, torch.optim.SGD, rho=RHO, lr=LR, momentum=MOMENTUM)
     loop = _Loop(theirs)
 
     def one(params: list[nn.Parameter], first: Callable[[], None], second: Callable[[], None]) -> float:
@@ -95,7 +94,7 @@ def gradient_norms(quick: bool, jobs: Jobs) -> Measured:
     )
     model.extend([nn.Flatten(), nn.Linear(32 * 14 * 14, 128), nn.LayerNorm(128), nn.ReLU(), nn.Linear(128, 10)])
     images, labels = torch.randn(samples, 1, 28, 28), torch.randint(0, 10, (samples,))
-    engine, params = GradNorms(model), list(model.parameters())
+    engine, params = sam_kernels.per_sample.GradNorms(model), list(model.parameters())
 
     def at_once() -> Tensor:
         with engine:

@@ -59,7 +59,7 @@ class Engine(Wrapper):
         self._random_state: RandomState | None = None  # recorded before a first forward pass
         self._replayed_state: RandomState | None = None  # of the step under way
         self._scale_is_known = False  # first_step was given the scaler
-        self._kept_grads = KeptGrads()
+        self._kept_grads, self._kept_at_ascent = KeptGrads(), KeptGrads()
         self._first_pass = FirstPass(self.freeze_unperturbed, self._replicas, self._identity)
         self._last_grads: LastGrads | None = None
         if self.direction.keeps_last_grads:
@@ -162,6 +162,7 @@ class Engine(Wrapper):
 
     def _forget_first_pass(self) -> None:
         self._kept_grads.forget()
+        self._kept_at_ascent.forget()
         self._first_pass.forget()
         self._loss = None
 
@@ -194,6 +195,11 @@ class Engine(Wrapper):
         self._ascend(step, amp.scale_of(scaler, share, self._passes.found_inf.device), followed, hand_over=True)
         with nullcontext() if random_state is None else random_state.replayed():
             call(descent)
+        if self.descent.reflects and self._passes.has_ascended:
+            self._kept_at_ascent.keep(self._passes.lists.group_grads(self.param_groups), hand_over=True)
+            self._passes.reflect()
+            with nullcontext() if random_state is None else random_state.replayed():
+                call(descent)
         return loss
 
     def _called(self, closure: Closure) -> Any:
@@ -257,7 +263,7 @@ class Engine(Wrapper):
             return UNCHANGED, norm
         self._passes.skips.forget_last_step()  # where there was no ascent, nothing has yet
         loss = self._loss_of_all_ranks(self._loss) if self.descent.needs_loss else self._loss
-        step = DescentStep(self._passes, self.param_groups, self._kept_grads, has_ascended, grad_scale, loss)
+        step = DescentStep(self._passes, self.param_groups, self._kept_grads, has_ascended, grad_scale, loss, self._kept_at_ascent)
         outcome = self.descent.rewrite(step) if step.group_grads or self._passes.lists.shards else UNCHANGED
         return outcome, norm if outcome.norm is None else outcome.norm
 
