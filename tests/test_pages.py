@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+import sam_kernels
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -27,6 +29,21 @@ def test_the_examples_run_as_pasted(page: Path) -> None:
     space: dict[str, Any] = {"__name__": "page"}
     for block in _blocks(page):
         exec(block, space)
+
+
+def test_the_change_that_the_readme_asks_for_trains() -> None:
+    """The lines of the diff with a space or a plus, after three names that a training loop has."""
+    (diff,) = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    program = "\n".join(line[2:] for line in diff.splitlines() if not line.startswith("-"))
+    torch.manual_seed(0)
+    model = torch.nn.Linear(20, 3)
+    batch = torch.randn(64, 20), torch.randint(0, 3, (64,))
+    criterion = torch.nn.functional.cross_entropy
+    before = criterion(model(batch[0]), batch[1]).item()
+    space: dict[str, Any] = {"torch": torch, "sam_kernels": sam_kernels, "model": model, "criterion": criterion, "loader": [batch] * 20}
+    exec(program, space)
+    assert isinstance(space["optimizer"], sam_kernels.SAM)
+    assert criterion(model(batch[0]), batch[1]).item() < before
 
 
 def test_the_page_of_rw_sam_shows_the_stored_runs() -> None:
