@@ -1,7 +1,7 @@
 """SAM as this package and three others have it, each used as its own documentation says.
 
 An implementation takes forward functions: each returns the loss of one micro-batch, at the weights of the moment. Where a documentation
-shows several ways, or none, every way that suggests itself is tried, and one that works is enough.
+says nothing, the calls are those of any optimizer of torch. Where there are several ways, one that works is enough.
 """
 
 from __future__ import annotations
