@@ -18,6 +18,9 @@ OLDEST_TRITON := 3.4.0
 OLDEST := $(VENV)/triton-$(OLDEST_TRITON)
 # 5: pytest has run nothing, on a machine that triton is not made for.
 WITH_OLDEST_TRITON = PYTHONPATH=$(OLDEST) SAM_KERNELS_EXPECT_TRITON=$(OLDEST_TRITON) $(PYTEST) tests/triton/test_jit_path.py || [ $$? -eq 5 ]
+# One of the peers that tests/peers runs. It pins an older torch: unpacked into a folder of its own, for two of its files.
+COMPOSER_VERSION := 0.32.1
+COMPOSER := $(VENV)/mosaicml-$(COMPOSER_VERSION)
 SANITIZED := build/sanitize
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1
 RUN_SANITIZED = LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
@@ -35,7 +38,7 @@ help:  ## this list
 demo: $(VENV)/.installed-demo $(VENV)/.native  ## train on real data and print the table
 	$(BIN)/python -m sam_kernels train $(ARGS)
 
-test: lint $(OLDEST)/.installed  ## lint, then every test, with every pair of parameters
+test: lint $(OLDEST)/.installed $(COMPOSER)/.installed  ## lint, then every test, with every pair of parameters
 	$(PYTEST) $(ARGS)
 	$(WITH_OLDEST_TRITON)
 	TRITON_INTERPRET=1 $(PYTEST) tests/ops tests/interpreted $(FULL)
@@ -126,6 +129,11 @@ $(OLDEST)/.installed: | $(VENV)/.build-tools
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target $(OLDEST) \
 		"triton==$(OLDEST_TRITON); platform_machine == 'x86_64' and sys_platform == 'linux'"
 	@mkdir -p $(OLDEST) && touch $@
+
+# Where it cannot be had, its tests are skipped, by name.
+$(COMPOSER)/.installed: | $(VENV)/.build-tools
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target $(COMPOSER) mosaicml==$(COMPOSER_VERSION) && touch $@ \
+		|| echo "mosaicml $(COMPOSER_VERSION) cannot be installed: tests/peers skips Composer"
 
 # After an installation nothing is left to compile here; after a change in csrc, only what depends on it.
 $(VENV)/.native: $(BUILD) $(CSRC) | $(VENV)/.build-tools
