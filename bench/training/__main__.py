@@ -28,7 +28,7 @@ from bench.workloads import WORKLOADS
 __all__ = ["TESTS", "main"]
 
 TESTS = ("tests/ops", "tests/bench/test_bench_training.py")
-REGIMES = 1.5  # the time of the regime map, where a model has 1
+REGIMES = 2.0  # the time of the regime map, where a model has 1
 QUICK_ROUNDS = 2
 LARGE_GIB = 14  # that five copies of GPT-2 with AdamW's state need
 
@@ -37,7 +37,7 @@ LARGE_GIB = 14  # that five copies of GPT-2 with AdamW's state need
 @options.names("--models", known=MODELS, help="Models to train.")
 @options.names("--providers", known=NAMES, help=f"Implementations to compare; {BASE} and {REFERENCE} always take part.")
 @click.option("--budget", type=click.FloatRange(min=0.1), default=10.0, show_default=True, help="Minutes for everything but the tests.")
-@click.option("--rounds", type=click.IntRange(min=1), help="Rounds of each model. Default: as many as the budget allows, 6 to 60.")
+@click.option("--rounds", type=click.IntRange(min=1), help="Rounds of each model. Default: as many as the budget allows, 6 to 100.")
 @options.threads("Threads of torch. Default: torch's.")
 @click.option("--regimes/--no-regimes", "with_regimes", default=True, help="Measure the optimizer's share by tensors, elements and batch.")
 @click.option("--memory/--no-memory", "with_memory", default=True, help="Measure memory, in a process for each implementation.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from time import monotonic
 from typing import Any
 
 from bench.masters.clock import best_clock
+from bench.page import count
 from bench.providers import REFERENCE
 from bench.timing import interleave, quantiles
 from bench.training.models import Kind
@@ -16,7 +18,7 @@ from bench.training.runs import BASE, LOOP, Run, missing
 
 __all__ = ["LEAST_ROUNDS", "MOST_ROUNDS", "Samples", "measure", "rows_of"]
 
-LEAST_ROUNDS, MOST_ROUNDS = 6, 60  # of all sets together
+LEAST_ROUNDS, MOST_ROUNDS = 6, 100  # of all sets together
 BLOCK_MS = 25.0  # the base's turn takes as long, so that what other calls leave in the caches is a small part of a turn
 MOST_STEPS = 64  # of a turn
 Say = Callable[[str], None]
@@ -33,7 +35,7 @@ class Samples:
 def measure(
     name: str, kind: Kind, names: Sequence[str], *, seconds: float, rounds: int | None, say: Say, quick: bool = False
 ) -> list[dict[str, Any]]:
-    """Return a row for each implementation that runs here. ``names`` without the base: it always takes part.
+    """Return a row for each implementation that runs here. The base always takes part.
 
     Args:
         seconds: the time of all rounds together; they may take longer where LEAST_ROUNDS do.
@@ -49,15 +51,17 @@ def measure(
         block = block or _block(runs[BASE])
         for run in runs.values():
             run.block = block
-        count = _rounds_of_a_set(runs, (seconds - (monotonic() - start)) / (sets - number), sets, rounds)
-        taken = interleave(runs, rounds=count, warmup=0, clock=best_clock())
+        turns = _rounds_of_a_set(runs, (seconds - (monotonic() - start)) / (sets - number), sets, rounds)
+        taken = interleave(runs, rounds=turns, warmup=0, clock=best_clock())
         for each, run in runs.items():
             samples = found.setdefault(each, Samples())
             samples.step += [ms / block for ms in taken[each]]
-            samples.optimizer += run.optimizer_ms[-count:]
+            samples.optimizer += run.optimizer_ms[-turns:]
         base = runs[BASE]
         facts = {"batch": base.batch, "n_tensors": len(base.params), "numel": sum(param.numel() for param in base.params)}
-    say(f"{name}: {len(found[BASE].step)} rounds of {block} step{'' if block == 1 else 's'} each, {monotonic() - start:.0f} s")
+        del runs, run, base
+        gc.collect()  # five copies of GPT-2 must not lie beside the next model's
+    say(f"{name}: {count(len(found[BASE].step), 'round')} of {count(block, 'step')} each, {monotonic() - start:.0f} s")
     common = {"model": name, "base": kind.base, "micro_batches": kind.micro_batches, **facts, "block": block, "sets": sets}
     return [{"kind": "training", **common, **row} for row in rows_of(found)]
 

@@ -118,5 +118,5 @@ def stack(tensors: int, elements: int, batch: int) -> Kind:
     """Linear layers of one width, one behind the other: so many parameters of so many elements altogether (the head of 10 apart)."""
     width = round((elements / (tensors - 1)) ** 0.5)
     make = partial(_stack, tensors - 1, width)
-    title = f"{tensors} tensors, {elements:.0e} elements, batch {batch}"
+    title = f"{tensors} tensors, {elements:,} elements, batch {batch}"
     return Kind(title, make, make, "adamw", batch, batch, lambda count: (torch.randn(count, width), torch.randint(10, (count,))), sets=2)

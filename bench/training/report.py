@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from bench import options
-from bench.page import ROOT, page_options, replace_between, rewrite, table, where
+from bench.page import ROOT, count, page_options, replace_between, rewrite, table, where
 from bench.training.chart import draw
 from bench.training.models import MODELS
 from bench.training.numbers import BEGIN, END, lines
@@ -34,7 +34,9 @@ def section(result: dict[str, Any], image: str) -> str:
     for model, rows in by_model(result["rows"]).items():
         row = next(iter(rows.values()))
         size = f"{row['n_tensors']:,} tensors, {row['numel']:,} trained elements"
-        parts.append(f"**{MODELS[model].title}** ({size}; {row['rounds']} rounds)\n\n{table(HEADINGS, cells(result['rows'], model))}")
+        parts.append(
+            f"**{MODELS[model].title}** ({size}; {count(row['rounds'], 'round')})\n\n{table(HEADINGS, cells(result['rows'], model))}"
+        )
     headings, lines_of_map = regime_cells(result["rows"])
     if lines_of_map:
         note = (

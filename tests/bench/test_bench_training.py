@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,8 +26,8 @@ ROOT = Path(__file__).parents[2]
 TINY = stack(4, 300, 8)
 STEPS = 3
 # Float32 against float64. An element of a gradient is a sum over 8 samples of products through four layers of width 10: 48 roundings of
-# terms that are at most 1, in either pass. Of three gradients, a learning rate of 0.1 and a momentum of 0.9 add 1, 1.9 and 2.71; then the weights
-# themselves are rounded, twice a step. A step without its perturbation is off by a thousand times as much.
+# terms that are at most 1, in either pass. Of three gradients, a learning rate of 0.1 and a momentum of 0.9 add 1, 1.9 and 2.71. Then the
+# weights themselves are rounded, twice a step. A step without its perturbation is off by a thousand times as much.
 TOLERANCE = 2.0**-24 * (2 * 48 * 0.1 * (1 + 1.9 + 2.71) + 2 * STEPS)
 
 
@@ -151,6 +152,13 @@ def test_quick_run_end_to_end(quick: Path) -> None:
     assert [row["provider"] for row in steps] == list(NAMES)
     cells = {(row["tensors"], row["elements"], row["batch"]) for row in result["rows"] if row["kind"] == "regime"}
     assert cells == {(tensors, 100_000, batch) for tensors in (10, 100) for batch in (1, 16, 256)}
+
+
+def test_a_model_that_does_not_fit_is_left_out_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program.psutil, "virtual_memory", lambda: SimpleNamespace(available=3 * 2**30))
+    run = CliRunner().invoke(program.main, ["--models", "gpt2_124m", "--no-gate", "--no-regimes", "--no-memory", "--allocator", "default"])
+    assert run.exit_code == 0, run.output
+    assert f"skipped gpt2_124m: needs {program.LARGE_GIB} GiB of free memory, 3 are free" in run.output
 
 
 def test_numbers_of_small_models_are_not_stored() -> None:
