@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Mapping
 
-__all__ = ["REGIMES", "current", "ensure"]
+__all__ = ["REGIMES", "current", "ensure", "variables"]
 
 REGIMES: dict[str, dict[str, str]] = {
     "default": {},
@@ -39,5 +39,10 @@ def ensure(regime: str, module: str, arguments: list[str]) -> None:
     """Starts ``python -m module`` again in the regime, unless this process already is. ``default`` leaves the environment alone."""
     if regime == "default" or current() == regime:
         return
+    os.execve(sys.executable, [sys.executable, "-m", module, *arguments], variables(regime))
+
+
+def variables(regime: str) -> dict[str, str]:
+    """Return the environment of a new process in the regime: this process's, without the settings of another regime."""
     env = {name: value for name, value in os.environ.items() if name not in settings(os.environ)}
-    os.execve(sys.executable, [sys.executable, "-m", module, *arguments], {**env, **REGIMES[regime]})
+    return env | REGIMES[regime]

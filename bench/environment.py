@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ __all__ = ["SCHEMA", "commit", "device_slug", "environment", "last_level_cache_b
 SCHEMA = 1
 FLAGS = ("sse2", "avx", "f16c", "avx2", "avx512f", "avx512bw", "avx512_bf16", "avx512_fp16", "asimd", "sve")
 ROOT = Path(__file__).parent.parent
+PEERS = ("pytorch_optimizer", "unifiedsam", "opacus", "transformers", "accelerate", "lightning", "torchao", "bitsandbytes")  # distributions
 
 
 def _cpuinfo() -> dict[str, str]:
@@ -67,6 +69,17 @@ def commit() -> dict[str, Any]:
     return {"commit": _git("rev-parse", "--short=12", "HEAD"), "dirty": None if changed is None else bool(changed)}
 
 
+def _peers() -> dict[str, str]:
+    """The versions of the packages that results are compared with; those that are not installed are left out."""
+    found = {}
+    for name in PEERS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
 def environment() -> dict[str, Any]:
     info = _cpuinfo()
     present = set((info.get("flags") or info.get("Features") or "").split())
@@ -83,6 +96,7 @@ def environment() -> dict[str, Any]:
         "last_level_cache_bytes": last_level_cache_bytes(),
         "load_1min": round(os.getloadavg()[0], 2),
         "torch": torch.__version__,
+        "peers": _peers(),
         "python": platform.python_version(),
         "compiler": compiler_version(),
         "instruction_set": _instruction_set(),

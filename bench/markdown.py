@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bench.page import table
+from bench.page import count, table
 from bench.providers import PROVIDERS, REFERENCE
 from bench.tables import Case, Cell, cases, format_ms, format_speedup, op_rows, speedups, title
 from bench.workloads import DTYPES, WORKLOADS
@@ -13,6 +13,7 @@ from bench.workloads import DTYPES, WORKLOADS
 __all__ = ["docs_section", "readme_section"]
 
 Result = dict[str, Any]
+ALT = "Time of a whole optimizer step of each alternative, in units of sam_kernels (shorter is faster)"
 
 
 def _where(results: Sequence[Result]) -> str:
@@ -23,7 +24,8 @@ def _where(results: Sequence[Result]) -> str:
     load = max(result["load_1min"] for result in results)
     busy = f" Taken on a busy machine (load {load})." if load > 0.5 * first["cores"] else ""
     return (
-        f"{first['cpu']}, {first['threads']} threads, {first['instruction_set']}, torch {first['torch']}, commit {', '.join(commits)}; "
+        f"{first['cpu']}, {count(first['threads'], 'thread')}, {first['instruction_set']}, torch {first['torch']}, "
+        f"commit {', '.join(commits)}; "
         f"allocator: {regimes}.{busy}"
     )
 
@@ -44,7 +46,7 @@ def readme_section(results: Sequence[Result], image: str) -> str:
         "In brackets: against the other's best allocator regime, where that is not the default."
     )
     parts = [note, *(_speedup_table(results, some) for some in (ordinary, of_micro_batches) if some)]
-    return "\n\n".join([*parts, f"![Speed-up over each alternative]({image})", _where(results)])
+    return "\n\n".join([*parts, f"![{ALT}]({image})", _where(results)])
 
 
 def _speedup_table(results: Sequence[Result], found: Sequence[Case]) -> str:
@@ -99,7 +101,7 @@ def _memory_table(results: Sequence[Result]) -> Iterable[str]:
 
 def docs_section(results: Sequence[Result], image: str) -> str:
     main = next((result for result in results if result["allocator"] == "default"), results[0])
-    parts = [_where(results), f"![Speed-up over each alternative]({image})"]
+    parts = [_where(results), f"![{ALT}]({image})"]
     parts += [f"### Whole step: {case.title}\n\n{_step_table(results, case)}" for case in cases(results)]
     notes = [f"- {title(name)}: {provider.note}." for name, provider in PROVIDERS.items() if provider.note]
     parts += ["\n".join(notes), *_op_tables(main), *_memory_table(results)]

@@ -7,7 +7,6 @@ so that the resident set tells what is in use.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.allocator import REGIMES
+from bench.allocator import variables
 from bench.providers import BASES, PROVIDERS, Base, Stepper
 from bench.workloads import DTYPES, WORKLOADS, Workload, make_grads, make_params
 
@@ -102,7 +101,7 @@ def measure(workload: Workload, base: str, dtype: str, names: Sequence[str], say
         if PROVIDERS[name].missing(workload.n_tensors) is not None:
             continue
         command = [sys.executable, "-m", "bench.memory", name, workload.name, dtype, base]
-        env = {**os.environ, **REGIMES["returning"]}
+        env = variables("returning")
         root = Path(__file__).parent.parent
         try:
             result = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=TIME_LIMIT, check=True)

@@ -11,7 +11,19 @@ import click
 
 from bench.options import FILE, command
 
-__all__ = ["BEGIN", "END", "ROOT", "page_command", "page_options", "replace_section", "rewrite", "table", "where"]
+__all__ = [
+    "BEGIN",
+    "END",
+    "ROOT",
+    "count",
+    "page_command",
+    "page_options",
+    "replace_between",
+    "replace_section",
+    "rewrite",
+    "table",
+    "where",
+]
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 ROOT = Path(__file__).parent.parent
@@ -25,17 +37,28 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]], align: str = "
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
+def count(number: int, noun: str) -> str:
+    """Return "1 thread", "2 threads"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def where(result: dict[str, Any]) -> str:
     """Return where a result was measured, without a full stop."""
     versions = f"torch {result['torch']}, commit {result['commit']}"
-    return f"{result['cpu']}, {result['threads']} threads, {result['instruction_set']}, {versions}; allocator: {result['allocator']}"
+    device = f"{result['cpu']}, {count(result['threads'], 'thread')}, {result['instruction_set']}"
+    return f"{device}, {versions}; allocator: {result['allocator']}"
 
 
 def replace_section(text: str, section: str, name: str) -> str:
-    """Return ``text`` with the part between the markers replaced."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise click.ClickException(f"{name}: needs one line '{BEGIN}' and after it one line '{END}'")
-    return f"{text[: text.index(BEGIN)]}{BEGIN}\n{section}\n{text[text.index(END) :]}"
+    """Return ``text`` with the part between the markers of benchmarks replaced."""
+    return replace_between(text, section, name, BEGIN, END)
+
+
+def replace_between(text: str, section: str, name: str, begin: str, end: str) -> str:
+    """Return ``text`` with the part between two markers replaced. Raises click.ClickException where they are not there once, in order."""
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise click.ClickException(f"{name}: needs one line '{begin}' and after it one line '{end}'")
+    return f"{text[: text.index(begin)]}{begin}\n{section}\n{text[text.index(end) :]}"
 
 
 def rewrite(page: Path, section: str, *, check: bool) -> None:

@@ -56,6 +56,17 @@ def test_the_page_of_rw_sam_shows_the_stored_runs() -> None:
         assert f"| {cells} | {each['train_loss']['mean']:.3f} |" in page
 
 
+def test_the_page_of_the_family_shows_the_stored_runs() -> None:
+    page = (ROOT / "docs" / "family.md").read_text()
+    stored = json.loads((ROOT / "docs" / "runs" / "family.json").read_text())
+    assert (stored["config"]["epochs"], stored["config"]["seeds"]) == (5, 5)
+    assert f"--optimizers {','.join(each['optimizer'] for each in stored['summary'])} --epochs 5 --seeds 5" in page
+    for each in stored["summary"]:
+        accuracy = f"{100 * each['test_accuracy']['mean']:.2f} ± {100 * each['test_accuracy']['standard_error']:.2f}"
+        row = rf"\| {re.escape(each['optimizer'])} \| [^|]*\| {accuracy} \| {each['train_loss']['mean']:.3f} \|\n"
+        assert re.search(row, page), each["optimizer"]
+
+
 @pytest.mark.parametrize("name", ["held_out_noise", "held_out_clean"])
 def test_so_do_the_runs_that_beta_was_chosen_by(name: str) -> None:
     page = " ".join((ROOT / "docs" / "rw_sam.md").read_text().split())

@@ -14,7 +14,7 @@ from bench.dial.cost import bar
 from bench.dial.methods import METHODS, SAM
 from bench.dial.results import PROTOCOLS, Results
 from bench.dial.tasks import TASKS
-from bench.page import ROOT, page_options, rewrite, table
+from bench.page import ROOT, count, page_options, rewrite, table
 from sam_kernels.cli.train.report import Estimate
 
 __all__ = ["main", "section"]
@@ -97,7 +97,7 @@ def _where(result: dict[str, Any]) -> str:
         f"Means of {seeds} seeds and their standard errors; shares are from pairs of equal seeds.",
         f"Costs: medians of {rounds} rounds of {block} steps, 20th to 80th percentile in brackets.",
         f"Load when they began: {cost['load_1min']:g}.",
-        f"{cost['cpu']}, {cost['threads']} thread, {cost['instruction_set']}, torch {cost['torch']}, Python {cost['python']};",
+        f"{cost['cpu']}, {count(cost['threads'], 'thread')}, {cost['instruction_set']}, torch {cost['torch']}, Python {cost['python']};",
         f"commit {cost['commit']} (cost), {', '.join(commits)} (accuracy).",
     )
     return " ".join(sentences)

@@ -1,4 +1,4 @@
-"""The figures to reach: a whole step against the fastest loop in Python, GPT-2 124M, float32, SGD with momentum."""
+"""The figures to reach: a whole step against the fastest of the others, GPT-2 124M, float32, SGD with momentum."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WORKLOAD, BASE = "gpt2_124m", "sgd"
 BARS = tuple(
     Bar(
         method,
-        "time of the fastest loop in Python over ours, median of the rounds",
+        "time of the fastest other loop over ours, median of the rounds",
         "peer",
         None,
         3.0,
@@ -29,10 +29,10 @@ BARS = tuple(
 
 
 def fastest_peer(rows: Sequence[Row], method: str, workload: str, base: str) -> Row | None:
-    """The row of the one among the loops in Python that takes the least time."""
-    loops = {provider.name for provider in METHODS[method].providers if provider.is_python_loop}
+    """Return the row of the one that takes the least time, ours apart: the lean loop takes part too."""
+    others = {provider.name for provider in METHODS[method].providers if not provider.name.startswith("sam_kernels/")}
     case = (method, workload, base, "fp32")
-    found = [row for row in rows if (row["method"], row["workload"], row["base"], row["dtype"]) == case and row["backend"] in loops]
+    found = [row for row in rows if (row["method"], row["workload"], row["base"], row["dtype"]) == case and row["backend"] in others]
     return min(found, key=lambda row: float(row["over_reference_50"]), default=None)
 
 

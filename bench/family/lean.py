@@ -70,7 +70,6 @@ def _providers(optimizer: type[LeanVaSSO], *, writes_grads: bool) -> tuple[Provi
             f"torch._foreach_/{implementation}",
             f"lean torch._foreach_ loop, {implementation} base",
             partial(_make, optimizer, implementation),
-            is_python_loop=False,
             writes_grads=writes_grads,
         )
         for implementation in ("foreach", "fused")

@@ -17,13 +17,15 @@ __all__ = ["METHODS", "Method"]
 
 @dataclass(frozen=True)
 class Method:
-    """``every``: the steps of a cycle, which is what is timed. ``more_lists``: the lists held beside SAM's, at most."""
+    """``every``: the steps of a cycle, which is what is timed. ``more_lists``: the lists held beside SAM's, at most. ``copied``:
+    sweeps of a step that copy the first gradients, which the benchmark keeps. After a backward pass the optimizer takes them over."""
 
     name: str
     title: str
     providers: tuple[Provider, ...]
     more_lists: int
     every: int = 1
+    copied: int = 0
 
     def passes(self, base: str) -> int:
         return family_passes(self.name, base, self.every)
@@ -64,8 +66,15 @@ METHODS = {
     for method in (
         Method("vasso", "VaSSO", (*ours.VASSO, *published.VASSO, *lean.VASSO), more_lists=1),
         Method("fsam", "F-SAM", (*ours.FRIENDLY, *published.FRIENDLY, *packages.FRIENDLY, *lean.FRIENDLY), more_lists=2),
-        Method("gsam", "GSAM", (*ours.GSAM, *packages.GSAM), more_lists=3),
-        Method("wsam", "WSAM", (*ours.WSAM, *packages.WSAM), more_lists=3),
-        Method("looksam", f"LookSAM, a cycle of {LOOK_EVERY} steps", (*ours.LOOKSAM, *packages.LOOKSAM), more_lists=3, every=LOOK_EVERY),
+        Method("gsam", "GSAM", (*ours.GSAM, *packages.GSAM), more_lists=3, copied=2),
+        Method("wsam", "WSAM", (*ours.WSAM, *packages.WSAM), more_lists=3, copied=2),
+        Method(
+            "looksam",
+            f"LookSAM, a cycle of {LOOK_EVERY} steps",
+            (*ours.LOOKSAM, *packages.LOOKSAM),
+            more_lists=3,
+            every=LOOK_EVERY,
+            copied=2,
+        ),
     )
 }

@@ -60,7 +60,6 @@ def _providers(optimizer: Callable[..., Any], options: dict[str, Any], *, writes
             f"sam_kernels, {backend}",
             partial(_make, optimizer, options, backend),
             partial(lambda name, n_tensors: reason_missing(name), backend),
-            is_python_loop=False,
             writes_grads=writes_grads,
         )
         for backend in BACKENDS

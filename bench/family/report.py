@@ -20,6 +20,12 @@ def section(result: dict[str, Any]) -> str:
     measured = {row["method"] for row in result["rows"]}
     notes = {provider.note: method.title for method in METHODS.values() if method.name in measured for provider in method.providers}
     lines += [f"\n{title}: pytorch_optimizer {note}." for note, title in notes.items() if note]
+    lines += [
+        f"\n{METHODS[method].title}: {copied} N s are a copy of the first gradients, which the benchmark keeps. After a backward pass the "
+        "optimizer takes them over."
+        for method in METHODS
+        if method in measured and (copied := METHODS[method].copied)
+    ]
     return "\n".join([*lines, "", f"{where(result)}; load when it began: {result['load_1min']}."])
 
 

@@ -19,6 +19,7 @@ from bench import allocator, options
 from bench.command import begin, new_result, write
 from bench.masters import passes, rounding, steps
 from bench.masters.bars import verdicts
+from bench.page import count
 from bench.providers import BASES
 from bench.workloads import WORKLOADS
 
@@ -64,7 +65,7 @@ def main(
 
 def _print(result: dict[str, Any], console: Console) -> None:
     for row in result["steps"]:
-        table = Table(f"{row['base']}, {row['threads']} threads", "ms (20/50/80 %)", "of masters", "B a parameter", "peak")
+        table = Table(f"{row['base']}, {count(row['threads'], 'thread')}", "ms (20/50/80 %)", "of masters", "B a parameter", "peak")
         for name, quantiles in row["ms"].items():
             memory = row["bytes_per_param"].get(name)
             shown = [] if memory is None else [f"{memory[when]:.2f}" for when in ("between", "peak")]

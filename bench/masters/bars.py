@@ -8,6 +8,7 @@ from typing import Any
 from bench.masters.memory import MIXED_PRECISION
 from bench.masters.passes import STOCHASTIC
 from bench.masters.steps import FLOAT32, MASTERS
+from bench.page import count
 
 __all__ = ["OF_FLOAT32", "OF_LOOP", "PCT_FLOOR", "verdicts"]
 
@@ -23,7 +24,7 @@ def verdicts(result: dict[str, Any]) -> Iterator[str]:
         base, threads = row["base"], row["threads"]
         for what, name, least in (("SAM in float32", FLOAT32, OF_FLOAT32), ("the usual loop", row["fastest_loop"], OF_LOOP)):
             ratio = row["of_masters"][name]
-            yield _line(f"{base}, {threads} threads: at least {least} times as fast as {what}", f"{ratio:.2f}", ratio >= least)
+            yield _line(f"{base}, {count(threads, 'thread')}: at least {least} times as fast as {what}", f"{ratio:.2f}", ratio >= least)
         for when in ("between", "peak"):
             more = row["bytes_per_param"][MASTERS][when] - MIXED_PRECISION[base]
             where = "between steps" if when == "between" else "at the peak of a step"

@@ -6,12 +6,11 @@ Freed blocks are handed back to the system at once, so that the resident set tel
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-from bench.allocator import REGIMES
+from bench.allocator import variables
 from bench.memory import resident_rise
 from bench.per_sample.models import make_problem
 from bench.per_sample.providers import PROVIDERS
@@ -24,7 +23,7 @@ TIME_LIMIT = 600
 def peak_bytes(model: str, provider: str) -> int | None:
     """None where the system does not tell."""
     command = [sys.executable, "-W", "ignore", "-m", "bench.per_sample.memory", model, provider]
-    env = {**os.environ, **REGIMES["returning"]}
+    env = variables("returning")
     root = Path(__file__).parents[2]
     result = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=TIME_LIMIT, check=True)
     found: int | None = json.loads(result.stdout.strip().splitlines()[-1])

@@ -61,7 +61,6 @@ class Provider:
     title: str
     make: Callable[[Sequence[torch.nn.Parameter], Base], Stepper]
     missing: Callable[[int], str | None] = lambda n_tensors: None
-    is_python_loop: bool = True
     note: str = ""
     takes_micro_batches: bool = False
     writes_grads: bool = False

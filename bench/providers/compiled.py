@@ -92,4 +92,4 @@ def _missing(n_tensors: int) -> str | None:
     return None
 
 
-PROVIDERS = (Provider("torch.compile", "torch.compile, whole step", _make, _missing, is_python_loop=False),)
+PROVIDERS = (Provider("torch.compile", "torch.compile, whole step", _make, _missing),)

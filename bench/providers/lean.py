@@ -66,7 +66,6 @@ PROVIDERS = tuple(
         f"torch._foreach_/{implementation}",
         f"lean torch._foreach_ loop, {implementation} base",
         partial(_make, implementation),
-        is_python_loop=False,
         takes_micro_batches=True,
     )
     for implementation in ("foreach", "fused")

@@ -52,7 +52,6 @@ PROVIDERS = tuple(
         f"sam_kernels, {backend}",
         partial(_make, backend),
         _missing(backend),
-        is_python_loop=False,
         takes_micro_batches=True,
     )
     for backend in BACKENDS

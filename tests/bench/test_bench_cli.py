@@ -95,3 +95,14 @@ def test_allocator_regimes(monkeypatch: pytest.MonkeyPatch) -> None:
     allocator.ensure("returning", "bench", [])
     assert not started
     assert allocator.current({"MALLOC_ARENA_MAX": "1"}) == "MALLOC_ARENA_MAX=1"
+
+
+def test_a_new_process_has_the_settings_of_one_regime_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is measured in processes that return what is freed, also from one that keeps it: all peaks would be 0 otherwise."""
+    for name in allocator.settings(os.environ):
+        monkeypatch.delenv(name)
+    for name, value in allocator.REGIMES["keeping"].items():
+        monkeypatch.setenv(name, value)
+    env = allocator.variables("returning")
+    assert allocator.current(env) == "returning"
+    assert env["PATH"] == os.environ["PATH"]

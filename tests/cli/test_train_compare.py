@@ -200,7 +200,7 @@ def test_held_out_is_said(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     output = " ".join(result.output.split())
     assert "accuracy on held-out training images" in output
-    assert "1 epochs, GroupNorm: accuracy" in output
+    assert "1 epoch, GroupNorm: accuracy" in output
     assert "test accuracy" not in output
     assert json.loads((tmp_path / "train.json").read_text())["config"]["held_out"] is True
 

@@ -38,7 +38,8 @@ class Comparison:
         network = {"batch": "", "group": ", GroupNorm", "none": ", no normalization"}[self.plan.normalization]
         noise = f", {self.plan.label_noise:.0%} of the training labels wrong" if self.plan.label_noise else ""
         scored = "accuracy on held-out training images" if self.held_out else "test accuracy"
-        return f"{self.data}, {self.settings.base}, {self.plan.epochs} epochs{network}{noise}: {scored}"
+        epochs = f"{self.plan.epochs} epoch{'' if self.plan.epochs == 1 else 's'}"
+        return f"{self.data}, {self.settings.base}, {epochs}{network}{noise}: {scored}"
 
     def run(self, digits: Digits, console: Console) -> list[Run]:
         """Return the runs, grouped by optimizer. Without a terminal the console shows a line a run and no bar."""
