@@ -1,4 +1,4 @@
-"""Result files as Markdown: a short table for the README, all tables for the docs."""
+"""Result files as Markdown: a short table for a page of many, all tables for one of their own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bench.providers import PROVIDERS, REFERENCE
 from bench.tables import Case, Cell, cases, format_ms, format_speedup, op_rows, speedups, title
 from bench.workloads import DTYPES, WORKLOADS
 
-__all__ = ["docs_section", "readme_section"]
+__all__ = ["docs_section", "short_section"]
 
 Result = dict[str, Any]
 ALT = "Time of a whole optimizer step of each alternative, in units of sam_kernels (shorter is faster)"
@@ -37,7 +37,7 @@ def _ratio(cell: Cell) -> str:
     return f"{format_speedup(cell.speedup)} ({format_speedup(cell.best_speedup)})"
 
 
-def readme_section(results: Sequence[Result], image: str) -> str:
+def short_section(results: Sequence[Result], image: str) -> str:
     """Speed-ups only: a table of ordinary steps, and one of m-SAM's where there are any."""
     found = cases(results)
     ordinary, of_micro_batches = ([case for case in found if (case.micro_batches > 1) is wanted] for wanted in (False, True))

@@ -1,4 +1,4 @@
-"""``python -m bench.report FILES``: tables in README and docs, and the chart, from result files. ``--check``: are they up to date?
+"""``python -m bench.report FILES``: a short table, all tables, and the chart, from result files. ``--check``: are they up to date?
 
 Results of GPUs come after those of the CPU; there is a chart of the latter. Rows as JSON lines (``.jsonl``) are read as JSON files are, and
 several files of one GPU, measured at one commit, are one result.
@@ -20,7 +20,7 @@ from bench.environment import SCHEMA
 from bench.gpu import markdown as gpu_markdown
 from bench.gpu import results as gpu_results
 from bench.gpu.markdown import is_of_a_gpu
-from bench.markdown import docs_section, readme_section
+from bench.markdown import docs_section, short_section
 from bench.page import BEGIN, END, ROOT, replace_section
 
 __all__ = ["load", "main"]
@@ -42,18 +42,18 @@ def load(paths: Sequence[Path]) -> list[dict[str, Any]]:
 
 @options.command
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--readme", type=options.FILE(), default=ROOT / "README.md", help="Default: README.md.")
+@click.option("--short", type=options.FILE(), default=ROOT / "docs/benchmarks/index.md", help="Page with the short table.")
 @click.option("--docs", type=options.FILE(), default=ROOT / "docs/benchmarks.md", help="Default: docs/benchmarks.md.")
 @click.option("--image", type=options.FILE(), default=ROOT / "docs/images/bench-steps.png", help="The chart.")
 @click.option("--check", is_flag=True, help="Write nothing; exit with 1 where a file would change.")
-def main(files: tuple[Path, ...], readme: Path, docs: Path, image: Path, check: bool) -> None:
-    """Regenerates the section between the markers of README and docs, and the chart. FILES: runs of one CPU, one for each allocator, and
+def main(files: tuple[Path, ...], short: Path, docs: Path, image: Path, check: bool) -> None:
+    """Regenerates the section between the markers of both pages, and the chart. FILES: runs of one CPU, one for each allocator, and
     of any GPUs."""
     results = load(files)
     of_cpu, of_gpus = [result for result in results if not is_of_a_gpu(result)], [result for result in results if is_of_a_gpu(result)]
     stale = []
     for path, section, gpu_section in (
-        (readme, readme_section, gpu_markdown.readme_section),
+        (short, short_section, gpu_markdown.short_section),
         (docs, docs_section, gpu_markdown.docs_section),
     ):
         text = path.read_text() if path.exists() else EMPTY_DOCS if path == docs else ""

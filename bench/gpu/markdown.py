@@ -1,4 +1,4 @@
-"""Results of a device as Markdown, below those of the CPU: steps for the README, everything for the docs."""
+"""Results of a device as Markdown, below those of the CPU: steps for the short table, everything for the page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bench.providers import BASES
 from bench.tables import format_ms
 from bench.workloads import DTYPES
 
-__all__ = ["docs_section", "is_of_a_gpu", "readme_section"]
+__all__ = ["docs_section", "is_of_a_gpu", "short_section"]
 
 Result = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -124,7 +124,7 @@ def _sweep(result: Result) -> str:
     return table(["kernel", "cut", "median", "GB/s"], rows) if rows else ""
 
 
-def readme_section(results: Sequence[Result]) -> str:
+def short_section(results: Sequence[Result]) -> str:
     """Whole steps on each device."""
     parts = []
     for result in results:

@@ -200,7 +200,7 @@ def test_reports_take_results_of_a_gpu(tmp_path: Path) -> None:
     (tmp_path / "second.jsonl").write_text("".join([lines[0], *lines[200:]]))
     (tmp_path / "sweep.json").write_text(json.dumps(full_result() | {"rows": swept()}))
     files = [str(tmp_path / name) for name in ("first.jsonl", "second.jsonl", "sweep.json")]
-    targets = ["--readme", tmp_path / "README.md", "--docs", tmp_path / "docs.md", "--image", tmp_path / "a.png"]
+    targets = ["--short", tmp_path / "README.md", "--docs", tmp_path / "docs.md", "--image", tmp_path / "a.png"]
     made = CliRunner().invoke(report, [*files, *map(str, targets)])
     assert made.exit_code == 0, made.output
     readme, docs = (tmp_path / "README.md").read_text(), (tmp_path / "docs.md").read_text()

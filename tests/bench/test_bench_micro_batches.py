@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench.__main__ import main
 from bench.byte_model import step_bytes
-from bench.markdown import docs_section, readme_section
+from bench.markdown import docs_section, short_section
 from bench.providers import BASES, PROVIDERS, REFERENCE, RHO
 from bench.tables import Case
 from bench.workloads import make_grads, make_params
@@ -91,7 +91,7 @@ def test_rows_and_tables(tmp_path: Path) -> None:
     assert rows[0]["bytes"] == step_bytes("sgd", 3000, 4, 3)
     case = Case("many_tiny", "fp32", "sgd", 3)
     assert f"### Whole step: {case.title}" in docs_section([result], "image.png")
-    ordinary, of_micro_batches = [line for line in readme_section([result], "image.png").splitlines() if line.startswith("|  |")]
+    ordinary, of_micro_batches = [line for line in short_section([result], "image.png").splitlines() if line.startswith("|  |")]
     assert case.title in of_micro_batches
     assert "m-SAM" not in ordinary
 

@@ -43,7 +43,7 @@ def files(tmp_path: Path) -> list[Path]:
 
 
 def _run(directory: Path, files: list[Path], *extra: str) -> Result:
-    targets = ["--readme", directory / "README.md", "--docs", directory / "docs/benchmarks.md", "--image", directory / "docs/images/a.png"]
+    targets = ["--short", directory / "README.md", "--docs", directory / "docs/benchmarks.md", "--image", directory / "docs/images/a.png"]
     return CliRunner().invoke(main, [str(argument) for argument in (*files, *targets, *extra)])
 
 
