@@ -84,8 +84,11 @@ def measure(context: Context) -> Measured:
         row["sam_over_sgd"] = mean(last[setting, name, "sam"] - last[setting, name, "sgd"])
         without = (0.0, *setting[1:])
         for optimizer in OPTIMIZERS:
-            of_momentum = mean(last[setting, name, optimizer] - last[without, name, optimizer]) if setting != without else None
-            row |= {f"momentum_{optimizer}": of_momentum, f"loss_{optimizer}": losses[setting, name, optimizer]}
+            own = last[setting, name, optimizer]
+            constant = mean(own - last[setting, "Constant", optimizer]) if name != "Constant" else None
+            of_momentum = mean(own - last[without, name, optimizer]) if setting != without else None
+            row |= {f"over_constant_{optimizer}": constant, f"momentum_{optimizer}": of_momentum}
+        row["losses"] = [losses[setting, name, optimizer] for optimizer in OPTIMIZERS]
         rows.append(row)
     points = []
     for (setting, name, optimizer), accuracies, each in zip(kinds, accuracy, loss, strict=True):
@@ -101,7 +104,7 @@ def draw(measured: Measured) -> Figure:
     for column, setting in enumerate(SETTINGS):
         mine = [point for point in measured.points if tuple(point[key] for key in KEYS) == setting]
         for axis, key in zip(axes[:, column], ("accuracy", "train_loss"), strict=True):
-            for optimizer, (name, color) in product(OPTIMIZERS.values(), colors.items()):
+            for (name, color), optimizer in product(colors.items(), OPTIMIZERS.values()):
                 shown = [point for point in mine if (point["optimizer"], point["schedule"]) == (optimizer, name)]
                 style, heights = "-" if optimizer == "SAM" else "--", [point[key] for point in shown]
                 axis.plot([point["step"] for point in shown], heights, style, color=color, linewidth=1.2, label=f"{optimizer}, {name}")
@@ -110,9 +113,11 @@ def draw(measured: Measured) -> Figure:
         axes[1][column].set(xlabel="epoch", yscale="log")
     axes[0][0].set_ylabel("test accuracy, %")
     axes[1][0].set_ylabel("training loss")
-    axes[0][0].set_ylim(bottom=90 if min(min(row["sgd"][0], row["sam"][0]) for row in measured.rows) > 92 else None)
-    axes[1][-1].legend(fontsize=7, frameon=False)
-    return tune_axes(figure)
+    axes[0][0].set_ylim(bottom=94 if min(min(row["sgd"][0], row["sam"][0]) for row in measured.rows) > 96 else None)
+    tune_axes(figure).subplots_adjust(bottom=0.16)
+    lines, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(lines, labels, fontsize=8, frameon=False, ncols=len(SCHEDULES), loc="lower center")  # a column a schedule
+    return figure
 
 
 def _with_error(value: list[float]) -> str:
@@ -133,10 +138,11 @@ EXPERIMENT = Experiment(
         Column("sgd", "SGD: test accuracy, %", _with_error),
         Column("sam", "SAM: test accuracy, %", _with_error),
         Column("sam_over_sgd", "SAM − SGD", _difference),
+        Column("over_constant_sgd", "SGD, over Constant", _difference),
+        Column("over_constant_sam", "SAM, over Constant", _difference),
         Column("momentum_sgd", "SGD, with − without momentum", _difference),
         Column("momentum_sam", "SAM, with − without momentum", _difference),
-        Column("loss_sgd", "training loss: SGD", lambda value: f"{value:.2g}"),
-        Column("loss_sam", "training loss: SAM", lambda value: f"{value:.2g}"),
+        Column("losses", "training loss, SGD; SAM", lambda value: "; ".join(f"{each:.2g}" for each in value)),
     ),
     measure,
     draw,
