@@ -78,10 +78,14 @@ class LinearModels:
         return weights @ LOSSES[self.loss].value(a @ x, b) + self.ridge / 2 * weights.sum() * (x @ x)
 
     def f(self, x: Floats) -> Floats:
-        """(streams, runs) at points (streams, runs, d)."""
-        a, b, weights = self.batch(None)
-        losses = LOSSES[self.loss].value(torch.from_numpy(x @ a.swapaxes(1, 2)), torch.tensor(b[:, None]))
-        return np.asarray((losses.numpy() * weights[:, None]).sum(-1) + self.ridge / 2 * (self._all.sum(1)[:, None] * (x * x).sum(-1)))
+        """(streams, runs) at points (streams, runs, d). A stream at a time: what is in between is (runs, n), and the memory of all of
+        them took most of the time."""
+        return np.stack([self._f_of(*parts) for parts in zip(x, self.a, self.b, self._all, strict=True)])
+
+    def _f_of(self, x: Floats, a: Floats, b: Floats, weights: Floats) -> Floats:
+        losses = LOSSES[self.loss].value(torch.from_numpy(x @ a.T), torch.tensor(b)).numpy()
+        losses *= weights
+        return np.asarray(losses.sum(-1) + self.ridge / 2 * (weights.sum() * (x * x).sum(-1)))
 
     def gradient_norms(self, x: Floats) -> Floats:
         """(streams, runs): ‖∇f‖."""

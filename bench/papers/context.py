@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import inspect
@@ -50,7 +51,7 @@ class Context:
 
         ``run`` is a function of a module; its arguments and what it returns are values of JSON. A run is read from the cache if it has
         been made with the same arguments and the same code: the package's, and that of ``run``'s module and the modules of ``bench`` that
-        it imports names from.
+        it imports, itself or through others.
         """
         given = [json.dumps(job, sort_keys=True) for job in jobs]
         name, code = f"{run.__module__}:{run.__qualname__}", digest(sys.modules[run.__module__])
@@ -71,8 +72,23 @@ def outcome(name: str, job: str, code: str) -> dict[str, Any]:
 
 
 def digest(module: Any) -> str:
-    """Of the package's sources, of the module's and of those in ``bench`` that it imports names from."""
-    names = {module.__name__} | {getattr(value, "__module__", None) or "" for value in vars(module).values()}
-    own = {Path(inspect.getfile(sys.modules[name])) for name in names if name.startswith("bench.")}
+    """Of the package's sources, of the module's and of those in ``bench`` that it imports, itself or through others."""
     files = {path for folder in ("sam_kernels", "csrc") for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cpp", ".h")}
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files | own))).hexdigest()
+    left = {Path(inspect.getfile(module))}
+    while left:
+        files.add(path := left.pop())
+        left |= imported(path) - files
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
+
+
+def imported(path: Path) -> set[Path]:
+    """The files in ``bench`` that this one imports, wherever the statement stands."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    places = [ROOT / name.replace(".", "/") for name in names if name.startswith("bench.")]
+    files = {file for place in places for file in (place.with_suffix(".py"), place / "__init__.py")}
+    return {file for file in files if file.exists()}

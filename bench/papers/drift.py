@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from bench.papers.enumeration import Member, Steps, partitions
 from bench.papers.experiment import Column, Experiment, Measured, cut, tune_axes
 from bench.papers.small_problems import Problem
 
-__all__ = ["CASES", "EXPERIMENT", "RADII", "Case", "Problem", "drift", "gradient_of", "order_of", "partitions", "regulariser"]
+__all__ = ["CASES", "EXPERIMENT", "RADII", "Case", "Problem", "drift", "gradient_of", "order_of", "partitions", "piece", "regulariser"]
 
 N = Problem.count
 RADII = (1e-1, 1e-2, 1e-3, 1e-4)
@@ -78,17 +79,23 @@ def order_of(radii: Sequence[float], errors: Sequence[float]) -> float:
     return float(np.polyfit(np.log(radii), np.log(errors), 1)[0])
 
 
-def measure(context: Context) -> Measured:
-    problem = Problem()
+def piece(case: dict[str, Any], lambd: float) -> dict[str, Any]:
+    """``errors``: of the case and λ, what the regulariser leaves of the drift, relative, at each of RADII."""
+    problem, one = Problem(), Case(**case)
     plain = gradient_of(lambda x: problem.losses(x).mean(), problem.start)
+    wanted = gradient_of(regulariser(problem, lambd, one.m), problem.start)
+    lefts = [(drift(problem, one, lambd, rho) - plain) / rho - wanted for rho in RADII]
+    return {"errors": [(left.norm() / wanted.norm()).item() for left in lefts]}
+
+
+def measure(context: Context) -> Measured:
+    cases = (CASES[0], CASES[2], CASES[6]) if context.quick else CASES
+    jobs = [{"case": asdict(case), "lambd": lambd} for lambd in (0.0, 1.0) for case in cases]
+    found = iter(context.map(piece, jobs, "drift"))
     rows, points = [], []
     for lambd in (0.0, 1.0):
-        for case in (CASES[0], CASES[2], CASES[6]) if context.quick else CASES:
-            wanted = gradient_of(regulariser(problem, lambd, case.m), problem.start)
-            errors = []
-            for rho in RADII:
-                left = (drift(problem, case, lambd, rho) - plain) / rho - wanted
-                errors.append(cut((left.norm() / wanted.norm()).item(), 3))
+        for case in cases:
+            errors = [cut(error, 3) for error in next(found)["errors"]]
             order = order_of(RADII[1:], errors[1:])  # at 0.1 the next orders show
             name = f"{case.name}{', normalised' if lambd else ''}"
             rows.append({"kind": name, "batch": case.batch, "m": case.m, "lambd": lambd, "order": cut(order, 4)})
@@ -96,7 +103,6 @@ def measure(context: Context) -> Measured:
             points += [
                 {"kind": name, "batch": case.batch, "m": case.m, "rho": rho, "error": e} for rho, e in zip(RADII, errors, strict=True)
             ]
-        context.tell(f"λ = {lambd:g}")
     return Measured({"samples": N, "radii": list(RADII)}, rows, points)
 
 

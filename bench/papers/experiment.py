@@ -1,4 +1,7 @@
-"""What an experiment is, and what all of them share: times to look at, the comparison with the optimizer, cells of tables."""
+"""What an experiment is, and what all of them share: times to look at, the comparison with the optimizer, cells of tables.
+
+An experiment is made of pieces, functions of JSON to JSON that :meth:`Context.map` makes: each compares its own steps with the optimizer.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from bench import batched
 from bench.linear_models import Draw, Floats, LinearModels
 from bench.papers.context import Context
 
-__all__ = ["COMPARED", "TOLERANCE", "Column", "Experiment", "Measured", "compare", "curve", "cut", "look", "tune_axes"]
+__all__ = ["COMPARED", "TOLERANCE", "Column", "Experiment", "Measured", "compare", "curve", "cut", "look", "together", "tune_axes"]
 
 # Of one step, relative: the two ways add up the same products in another order, n and d <= 100 of them twice, with 2^-53 each, and
 # terms are no more than some ten times as large as their sum.
@@ -54,14 +57,13 @@ def look(
     times: Sequence[int],
     see: Callable[[Floats], Floats],
 ) -> Floats:
-    """``see`` of the points at ``times``, of which the first is 0: (times, …)."""
-    found, wanted = [see(start)], iter([*times[1:], 0])
-    following = next(wanted)
+    """``see`` of the points at ``times``, ascending, 0 is ``start``: (times, …)."""
+    wanted = set(times)
+    found = [see(start)] if 0 in wanted else []
     with np.errstate(over="ignore", invalid="ignore"):  # a step that is too long diverges: its runs show it
         for t, x in enumerate(batched.trajectories(models, start, draws, steps), 1):
-            if t == following:
+            if t in wanted:
                 found.append(see(x))
-                following = next(wanted)
     return np.stack(found)
 
 
@@ -73,6 +75,15 @@ def compare(models: LinearModels, start: Floats, draws: Sequence[Draw], steps: b
     if not worst <= TOLERANCE:
         raise RuntimeError(f"the batched steps are {worst:.2g} away from those of sam_kernels.UnifiedSAM")
     return {"compared_runs": len(pairs), "compared_steps": len(draws), "largest_deviation": cut(worst, 2)}
+
+
+def together(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What :func:`compare` found in several pieces, as of one: all runs, the fewest steps, the largest deviation."""
+    return {
+        "compared_runs": sum(piece["compared_runs"] for piece in pieces),
+        "compared_steps": min(piece["compared_steps"] for piece in pieces),
+        "largest_deviation": max(piece["largest_deviation"] for piece in pieces),
+    }
 
 
 def cut(value: float, digits: int = 5) -> float:

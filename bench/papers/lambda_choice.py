@@ -6,14 +6,16 @@ Scores are losses (less is better): their logarithms, which makes ratios of diff
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from bench.linear_models import Floats
 from bench.papers.experiment import cut
 
-__all__ = ["MIXES", "SGD", "Chosen", "Mix", "as_shown", "choose", "effects", "row_of"]
+__all__ = ["MIXES", "SGD", "Chosen", "Mix", "as_shown", "choose", "effects", "of_json", "row_of", "to_json"]
 
 Mix = float | str | None
 NEGLIGIBLE = {"ratio": math.log(1.01), "difference": 0.1}  # one percent, a tenth of a percentage point
@@ -40,6 +42,15 @@ def choose(runs: tuple[tuple[Mix, float, float], ...], scores: Floats, tuning: i
         best = min((k for k, run in enumerate(runs) if run[0] == lambd), key=lambda k: means[k])
         found[lambd] = Chosen(*runs[best][1:], float(means[best]), scores[tuning:, best])
     return found
+
+
+def to_json(chosen: Mapping[Mix, Chosen]) -> list[dict[str, Any]]:
+    return [{"lambd": lambd, **vars(each), "values": each.values.tolist()} for lambd, each in chosen.items()]
+
+
+def of_json(found: Iterable[Mapping[str, Any]]) -> dict[Mix, Chosen]:
+    """What :func:`to_json` was given."""
+    return {each["lambd"]: Chosen(each["rho"], each["gamma"], each["tuned"], np.array(each["values"])) for each in found}
 
 
 def effects(chosen: Mapping[Mix, Chosen]) -> dict[float | str, Floats]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import Any
 
 import numpy as np
 
+from bench.papers.context import Context
 from bench.papers.lambda_choice import MIXES, SGD, Chosen, Mix
-from sam_kernels.cli.train.data import Digits
+from sam_kernels.cli.train.data import Digits, load
 from sam_kernels.cli.train.optimizers import BASES, Settings
 from sam_kernels.cli.train.run import Plan, run
 
-__all__ = ["Budget", "measure_digits"]
+__all__ = ["DATA", "Budget", "measure_digits", "one_run"]
 
+DATA = "digits"
 RADII = (0.1, 0.3, 0.9)
 RATES = (0.05, 0.15)
 
@@ -27,24 +31,32 @@ class Budget:
     batch_size: int = 128
 
 
-def measure_digits(data: Digits, noise: float, budget: Budget, tell: Callable[[str], None]) -> dict[Mix, Chosen]:
+@cache
+def data(held_out: bool) -> Digits:
+    return load(DATA).held_out() if held_out else load(DATA)
+
+
+def one_run(noise: float, lambd: Mix, rho: float, gamma: float, seed: int, held_out: bool, epochs: int, batch_size: int) -> dict[str, Any]:
+    """``error`` in % after the last epoch, on the held-out training images or on the test images."""
+    settings = Settings("sgd", gamma, BASES["sgd"].weight_decay, rho, 0.0 if lambd is SGD else lambd)
+    one = run("sgd" if lambd is SGD else "unified", seed, data(held_out), settings, Plan(epochs, batch_size, noise))
+    return {"error": 100 * (1 - one.test_accuracy[-1])}
+
+
+def measure_digits(context: Context, noise: float, budget: Budget) -> dict[Mix, Chosen]:
     """For SGD and every λ: the radius and the learning rate with the least error on held-out images, and the test errors in % with
     them, of other seeds."""
-    plan = Plan(budget.epochs, budget.batch_size, noise)
-    held_out, base = data.held_out(), BASES["sgd"]
-    found: dict[Mix, Chosen] = {}
 
-    def error(where: Digits, lambd: Mix, rho: float, gamma: float, seed: int) -> float:
-        settings = Settings("sgd", gamma, base.weight_decay, rho, 0.0 if lambd is SGD else lambd)
-        one = run("sgd" if lambd is SGD else "unified", seed, where, settings, plan)
-        return 100 * (1 - one.test_accuracy[-1])
+    def errors(options: list[tuple[Mix, float, float]], seeds: range, held_out: bool) -> Any:  # (options, seeds)
+        size = {"noise": noise, "held_out": held_out, "epochs": budget.epochs, "batch_size": budget.batch_size}
+        jobs = [{"lambd": lambd, "rho": rho, "gamma": gamma, "seed": seed, **size} for lambd, rho, gamma in options for seed in seeds]
+        title = f"digits, {noise:.0%} wrong labels, {'held-out' if held_out else 'test'} images"
+        return np.array([each["error"] for each in context.map(one_run, jobs, title)]).reshape(len(options), len(seeds))
 
-    for lambd in (SGD, *budget.mixes):
-        options = [(rho, gamma) for rho in (RADII if lambd is not SGD else (0.0,)) for gamma in RATES]
-        scores = [np.mean([error(held_out, lambd, *option, seed) for seed in range(budget.tuning)]) for option in options]
-        rho, gamma = options[int(np.argmin(scores))]
-        seeds = range(budget.tuning, budget.tuning + budget.evaluation)
-        values = np.array([error(data, lambd, rho, gamma, seed) for seed in seeds])
-        found[lambd] = Chosen(rho, gamma, float(min(scores)), values)
-        tell(f"{noise:.0%} wrong labels, λ = {'none (SGD)' if lambd is SGD else lambd}")
-    return found
+    options: list[tuple[Mix, float, float]] = [(SGD, 0.0, gamma) for gamma in RATES]
+    options += product(budget.mixes, RADII, RATES)
+    scores = errors(options, range(budget.tuning), held_out=True).mean(1)
+    best = {lambd: min((k for k, each in enumerate(options) if each[0] == lambd), key=scores.__getitem__) for lambd in (SGD, *budget.mixes)}
+    seeds = range(budget.tuning, budget.tuning + budget.evaluation)
+    values = errors([options[k] for k in best.values()], seeds, held_out=False)
+    return {lambd: Chosen(*options[k][1:], float(scores[k]), own) for (lambd, k), own in zip(best.items(), values, strict=True)}

@@ -12,10 +12,10 @@ from scipy.optimize import minimize
 from bench import batched
 from bench.linear_models import LOSSES, Draw, Floats, LinearModels
 from bench.papers.experiment import compare, look
-from bench.papers.lambda_choice import MIXES, SGD, Mix
+from bench.papers.lambda_choice import MIXES, SGD, Mix, choose, to_json
 from sam_kernels.sampling import TauNiceBatchSampler
 
-__all__ = ["CLASSES", "RADII", "RATES", "Grid", "ProblemClass", "make", "measure_class", "minima"]
+__all__ = ["CLASSES", "RADII", "RATES", "Grid", "ProblemClass", "make", "minima", "piece"]
 
 N, D, TAU = 40, 20, 10  # samples, parameters, samples a step
 N_TEST = 1000
@@ -102,19 +102,22 @@ def batches(streams: int, number: int) -> Iterator[Draw]:
         yield np.array([[int(index) for index in next(sampler)] for sampler in samplers]), weights
 
 
-def measure_class(kind: ProblemClass, tuning: int, evaluation: int, compared: int) -> tuple[Grid, Floats, dict[str, Any]]:
-    """The grid, and (metrics, instances, runs): f - f* in training and the test loss, means over the last fifth of the steps."""
-    streams, grid = tuning + evaluation, Grid.of(LOSSES[kind.loss].curvature)
+def piece(name: str, steps: int, tuning: int, evaluation: int, compared: int) -> dict[str, Any]:
+    """Of one of CLASSES: ``chosen``, for each score what :func:`lambda_choice.choose` finds by the logarithms of f - f* in training and of
+    the test loss, means over the last fifth of the steps; ``compared``: with the optimizer, so many steps."""
+    kind, streams = CLASSES[name], tuning + evaluation
+    grid = Grid.of(LOSSES[kind.loss].curvature)
     models, test = make(kind, streams)
     lowest = minima(models)[:, None] if kind.noise else np.zeros((streams, 1))
     start, plan = np.zeros((streams, len(grid.runs), D)), grid.steps()
     # A subset of the runs, so that the comparison does not make all of them.
     few = Grid(grid.runs[:: max(1, len(grid.runs) // 24)])
-    settings = compare(models, start[:, : len(few.runs)], list(batches(streams, compared)), few.steps(), 12)
+    checked = compare(models, start[:, : len(few.runs)], list(batches(streams, compared)), few.steps(), 12)
 
     def see(x: Floats) -> Floats:
         return np.stack([models.f(x) - lowest, test.f(x)])
 
-    times = [0, *np.unique(np.linspace(0.8 * kind.steps, kind.steps, 6).round().astype(int)).tolist()]
-    found = look(models, start, batches(streams, kind.steps), plan, times, see)[1:].mean(0)
-    return grid, np.where(np.isfinite(found), found, np.inf), settings
+    times = np.unique(np.linspace(0.8 * steps, steps, 6).round().astype(int)).tolist()
+    found = look(models, start, batches(streams, steps), plan, times, see).mean(0)  # (scores, instances, runs)
+    scores = np.log(np.where(np.isfinite(found), found, np.inf))
+    return {"chosen": [to_json(choose(grid.runs, each, tuning)) for each in scores], "compared": checked}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,18 +15,17 @@ from matplotlib.figure import Figure
 
 from bench.papers.context import Context
 from bench.papers.experiment import COMPARED, Column, Experiment, Measured, tune_axes
-from bench.papers.lambda_choice import MIXES, Chosen, Mix, as_shown, choose, effects, row_of
+from bench.papers.lambda_choice import MIXES, Chosen, Mix, as_shown, effects, of_json, row_of
+from bench.papers.lambda_digits import DATA, Budget, measure_digits
 from bench.papers.lambda_digits import RADII as DIGITS_RADII
 from bench.papers.lambda_digits import RATES as DIGITS_RATES
-from bench.papers.lambda_digits import Budget, measure_digits
-from bench.papers.lambda_problems import CLASSES, RADII, RATES, measure_class
-from sam_kernels.cli.train.data import load
+from bench.papers.lambda_problems import CLASSES, RADII, RATES, piece
 
 __all__ = ["EXPERIMENT"]
 
 SCORES = ("training: f − f*", "test loss")
 NOISES = (0.0, 0.4)
-DATA = "digits"
+QUICK = ("squares_10", "logistic")
 
 
 def measure(context: Context) -> Measured:
@@ -46,19 +44,15 @@ def measure(context: Context) -> Measured:
             one = {"problem": problem, "score": score, "kind": kind, "lambd": lambd, "effect": mean, "standard_error": error}
             points.append(one | {"rho": chosen[lambd].rho, "gamma": chosen[lambd].gamma})
 
-    for name, problem in CLASSES.items():
-        if context.quick and name not in ("squares_10", "logistic"):
-            continue
-        grid, found, settings[name] = measure_class(
-            replace(problem, steps=60) if context.quick else problem, tuning, evaluation, COMPARED[context.quick]
-        )
-        for score, values in zip(SCORES, found, strict=True):
-            add(problem.title, score, "ratio", choose(grid.runs, np.log(values), tuning))
-        context.tell(problem.title)
-    data = load(DATA)
+    names = QUICK if context.quick else tuple(CLASSES)
+    size = {"tuning": tuning, "evaluation": evaluation, "compared": COMPARED[context.quick]}
+    jobs = [{"name": name, "steps": 60 if context.quick else CLASSES[name].steps, **size} for name in names]
+    for name, found in zip(names, context.map(piece, jobs, "linear models"), strict=True):
+        settings[name] = found["compared"]
+        for score, chosen in zip(SCORES, found["chosen"], strict=True):
+            add(CLASSES[name].title, score, "ratio", of_json(chosen))
     for noise in NOISES[-1:] if context.quick else NOISES:
-        chosen = measure_digits(data, noise, budget, context.tell)
-        add(f"digits, {noise:.0%} wrong labels", "test error, %", "difference", chosen)
+        add(f"digits, {noise:.0%} wrong labels", "test error, %", "difference", measure_digits(context, noise, budget))
     digits = {
         "data": DATA,
         "epochs": budget.epochs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,13 @@ from matplotlib.figure import Figure
 from bench import batched
 from bench.linear_models import Floats, LinearModels
 from bench.papers.context import Context
-from bench.papers.experiment import COMPARED, Column, Experiment, Measured, compare, curve, cut, look, tune_axes
+from bench.papers.experiment import COMPARED, Column, Experiment, Measured, compare, curve, cut, look, together, tune_axes
 
-__all__ = ["EXPERIMENT", "WAYS", "make_models"]
+__all__ = ["EXPERIMENT", "WAYS", "make_models", "piece"]
 
 SIZES = (2, 20, 50, 100)
 INSTANCES = 10
+BLOCK = 5  # instances of a piece
 RHO = 0.1
 SLOW, FAST = 0.001, 0.5  # powers p of radii C / k^p
 HALF = 1000  # t_k = 1 / (L (1 + k / HALF)): as 1 / k in the end, and no shorter than half of 1 / L for as many steps
@@ -31,11 +33,12 @@ WAYS = {
 }
 
 
-def make_models(n: int) -> LinearModels:
-    """INSTANCES of them: A (n, n) and b standard normal. f is 0 at its minimum, and has other stationary points."""
+def make_models(n: int, first: int = 0, last: int = INSTANCES) -> LinearModels:
+    """Those of INSTANCES from ``first`` to before ``last``: A (n, n) and b standard normal. f is 0 at its minimum, and has other
+    stationary points."""
     generator = np.random.default_rng(n)
     a, b = generator.standard_normal((INSTANCES, n, n)), generator.standard_normal((INSTANCES, n))
-    return LinearModels("log", a, b, weight=1.0)
+    return LinearModels("log", a[first:last], b[first:last], weight=1.0)
 
 
 def steps_of(models: LinearModels) -> batched.Steps:
@@ -54,20 +57,33 @@ def steps_of(models: LinearModels) -> batched.Steps:
     return batched.Steps(rho, 1.0, gamma)
 
 
+def piece(n: int, first: int, last: int, times: Sequence[int], compared: int) -> dict[str, Any]:
+    """``seen``: ‖∇f‖ and f of the instances from ``first`` to before ``last``, (times, 2, instances, ways); ``compared``: with the
+    optimizer, a run of every way for so many steps."""
+    models = make_models(n, first, last)
+    start, steps = np.zeros((models.streams, len(WAYS), n)), steps_of(models)
+    checked = compare(models, start, [None] * compared, steps, len(WAYS))
+
+    def see(x: Floats) -> Floats:
+        return np.stack([models.gradient_norms(x), models.f(x)])
+
+    seen = look(models, start, (None for _ in range(times[-1])), steps, times, see)
+    return {"seen": seen.tolist(), "compared": checked}
+
+
 def measure(context: Context) -> Measured:
     number = 500 if context.quick else 30_000
     times = batched.times_of(number, 120)
     settings: dict[str, Any] = {"steps": number, "instances": INSTANCES}
+    sizes = SIZES[:2] if context.quick else SIZES
+    jobs = [{"n": n, "first": first, "last": first + BLOCK} for n in sizes for first in range(0, INSTANCES, BLOCK)]
+    size = {"times": times, "compared": COMPARED[context.quick]}
+    pieces = dict(zip([(job["n"], job["first"]) for job in jobs], context.map(piece, [job | size for job in jobs], "log"), strict=True))
     rows, points = [], []
-    for n in SIZES[:2] if context.quick else SIZES:
-        models = make_models(n)
-        start, steps = np.zeros((INSTANCES, len(WAYS), n)), steps_of(models)
-        settings[f"n_{n}"] = compare(models, start, [None] * COMPARED[context.quick], steps, len(WAYS))
-
-        def see(x: Floats, models: LinearModels = models) -> Floats:
-            return np.stack([models.gradient_norms(x), models.f(x)])
-
-        found = look(models, start, (None for _ in range(number)), steps, times, see)  # (times, 2, instances, ways)
+    for n in sizes:
+        parts = [pieces[n, first] for first in range(0, INSTANCES, BLOCK)]
+        settings[f"n_{n}"] = together([part["compared"] for part in parts])
+        found = np.concatenate([np.array(part["seen"]) for part in parts], axis=2)  # (times, 2, instances, ways)
         norms, values = np.median(found, axis=2).swapaxes(0, 1)
         late = np.array(times) >= 0.8 * times[-1]
         for k, (way, (rate, radius)) in enumerate(WAYS.items()):
@@ -85,7 +101,6 @@ def measure(context: Context) -> Measured:
                 }
             )
             points += curve({"n": n, "way": way}, times, gradient_norm=norms[:, k], f=values[:, k])
-        context.tell(f"n = {n}")
     return Measured(settings, rows, points)
 
 

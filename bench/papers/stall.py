@@ -6,6 +6,7 @@ Where f = a x² / 2 the constant steps end in a cycle between x and -x: -x = (1 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -15,9 +16,9 @@ from matplotlib.figure import Figure
 from bench import batched
 from bench.linear_models import Floats, LinearModels
 from bench.papers.context import Context
-from bench.papers.experiment import COMPARED, Column, Experiment, Measured, compare, curve, cut, look, tune_axes
+from bench.papers.experiment import COMPARED, Column, Experiment, Measured, compare, curve, cut, look, together, tune_axes
 
-__all__ = ["EXPERIMENT", "cycle"]
+__all__ = ["EXPERIMENT", "PIECES", "cycle", "piece"]
 
 CURVATURES = (1.0, 3.0)
 T, RHO, P = 0.2, 0.1, 0.001
@@ -28,6 +29,8 @@ WAYS = {
     "diminishing_constant": ("t = 1 / k", "ρ = 0.1"),
     "diminishing": ("t = 1 / k", "ρ = 0.1 / k^0.001"),
 }
+# By learning rate. A step of two numbers is nearly all overhead, and each piece has that of its own: more of them would take longer.
+PIECES = (("constant", "constant_almost"), ("diminishing_constant", "diminishing"))
 TARGETS = {"constant": 0.1286, "diminishing": 2.2e-6}  # what this package was specified to reproduce
 
 
@@ -36,15 +39,14 @@ def cycle(a: float, t: float, rho: float) -> float:
     return t * a * a * rho / (2 - t * a)
 
 
-def measure(context: Context) -> Measured:
-    number = 2000 if context.quick else 200_000
-    times = batched.times_of(number, 150)
+def piece(ways: Sequence[str], times: Sequence[int], compared: int) -> dict[str, Any]:
+    """``norms``: of each way and start, ‖∇f‖ at each of the times; ``compared``: with the optimizer, all runs for so many steps."""
     # The minimiser is 0, and A'A = diag(1, 3).
     models = LinearModels("squares", np.diag(np.sqrt(CURVATURES))[None], np.zeros((1, 2)), weight=1.0)
-    ways = list(product(WAYS, STARTS))
-    start = np.array([[STARTS[name] for _, name in ways]])
-    diminishes = np.array([way.startswith("diminishing") for way, _ in ways])
-    almost = np.array([way in ("constant_almost", "diminishing") for way, _ in ways])
+    runs = list(product(ways, STARTS))
+    start = np.array([[STARTS[name] for _, name in runs]])
+    diminishes = np.array([way.startswith("diminishing") for way, _ in runs])
+    almost = np.array([way in ("constant_almost", "diminishing") for way, _ in runs])
 
     def gamma(k: int) -> Floats:
         return np.where(diminishes, 1 / k, T)
@@ -53,11 +55,24 @@ def measure(context: Context) -> Measured:
         return np.where(almost, RHO / k**P, RHO)
 
     steps = batched.Steps(rho, 1.0, gamma)
-    settings: dict[str, Any] = {"steps": number, **compare(models, start, [None] * COMPARED[context.quick], steps, len(ways))}
-    norms = look(models, start, (None for _ in range(number)), steps, times, models.gradient_norms)[:, 0]
+    checked = compare(models, start, [None] * compared, steps, len(runs))
+    seen = look(models, start, (None for _ in range(times[-1])), steps, times, models.gradient_norms)[:, 0]
+    norms: dict[str, dict[str, list[float]]] = {way: {} for way in ways}
+    for k, (way, name) in enumerate(runs):
+        norms[way][name] = seen[:, k].tolist()
+    return {"norms": norms, "compared": checked}
+
+
+def measure(context: Context) -> Measured:
+    number = 2000 if context.quick else 200_000
+    times = batched.times_of(number, 150)
+    size = {"times": times, "compared": COMPARED[context.quick]}
+    pieces = context.map(piece, [{"ways": ways} | size for ways in PIECES], "stall")
+    settings: dict[str, Any] = {"steps": number, **together([each["compared"] for each in pieces])}
+    norms = {way: found for each in pieces for way, found in each["norms"].items()}
     rows, points = [], []
     for way in WAYS:
-        found = {name: norms[:, k] for k, (each, name) in enumerate(ways) if each == way}
+        found = {name: np.array(each) for name, each in norms[way].items()}
         off_axis = [cut(each[-1]) for name, each in found.items() if name != "(1, 0)"]
         settled = cycle(CURVATURES[1], T, RHO / (number**P if "almost" in way else 1))
         rows.append(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import pairwise, product, repeat
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,11 @@ from bench.importance.problem import N, Ridge, make_problem, rows_of
 from bench.importance.run import draws
 from bench.linear_models import Draw, Floats, LinearModels
 from bench.papers.context import Context
-from bench.papers.experiment import COMPARED, Column, Experiment, Measured, compare, curve, cut, look, tune_axes
+from bench.papers.experiment import COMPARED, Column, Experiment, Measured, compare, curve, cut, look, together, tune_axes
 from sam_kernels import theory
 from sam_kernels.sampling import ImportanceSampler
 
-__all__ = ["EXPERIMENT", "LAMBDS", "PUBLISHED", "bounds", "constants_of", "least_squares"]
+__all__ = ["EXPERIMENT", "LAMBDS", "PUBLISHED", "bounds", "constants_of", "least_squares", "piece"]
 
 LAMBDS = tuple(k / 10 for k in range(11))
 KINDS = ("constant", "decreasing")
@@ -34,6 +34,8 @@ TAU = 10  # draws of a batch
 # (ρ, γ) of least squares by λ, form 1: what the paper's code prints.
 PUBLISHED = {0.0: (0.0166667, 0.0236842), 0.5: (0.0333333, 0.0236842), 1.0: (0.05, 0.025)}
 SAMPLINGS = ("full", "uniform", "importance")
+SEEDS = 2  # of ridge regression
+RUNS = tuple(product(KINDS, LAMBDS))
 
 
 @dataclass(frozen=True)
@@ -97,35 +99,55 @@ def bounds(c: Constants, kind: str, lambd: float, gap: float, times: Sequence[in
     return found
 
 
-def measure(context: Context) -> Measured:
-    seeds = 2
-    full_steps, ridge_steps = (300, 300) if context.quick else (20_000, 150_000)
-    runs = list(product(KINDS, LAMBDS))
-    settings: dict[str, Any] = {"steps_full": full_steps, "steps_ridge": ridge_steps, "tau": TAU, "seeds": seeds}
+def samplers_of(problem: Ridge) -> dict[str, ImportanceSampler]:
+    return {"uniform": ImportanceSampler(lipschitz=torch.ones(N)), "importance": ImportanceSampler(lipschitz=problem.smoothness)}
 
-    models, constants = least_squares()
-    start, times = np.zeros((1, len(runs), N)), batched.times_of(full_steps, 120)
-    steps = schedule([constants], runs)
-    settings["full"] = compare(models, start, [None] * COMPARED[context.quick], steps, 6)
-    gaps = look(models, start, (None for _ in range(full_steps)), steps, times, models.f)
-    rows, points = _rows("full", constants, runs, times, gaps[:, 0])
-    context.tell("least squares")
 
+def constants(sampling: str) -> Constants:
+    if sampling == "full":
+        return least_squares()[1]
     problem = make_problem("mixed")
-    samplers = {"uniform": ImportanceSampler(lipschitz=torch.ones(N)), "importance": ImportanceSampler(lipschitz=problem.smoothness)}
-    models = problem.models(len(samplers) * seeds)
-    by_sampling = {name: constants_of(problem, sampler.probabilities) for name, sampler in samplers.items()}
-    steps = schedule([by_sampling[name] for name in samplers for _ in range(seeds)], runs)
-    start, times = np.zeros((models.streams, len(runs), N)), batched.times_of(ridge_steps, 120)
+    return constants_of(problem, samplers_of(problem)[sampling].probabilities)
 
-    def batches(number: int) -> Iterator[Draw]:
-        return draws(list(samplers.values()), seeds, number, TAU)
 
-    settings["ridge"] = compare(models, start, list(batches(COMPARED[context.quick])), steps, 12)
-    gaps = look(models, start, batches(ridge_steps), steps, times, lambda x: models.f(x) - problem.f_inf)
-    means = gaps.reshape(len(times), len(samplers), seeds, len(runs)).mean(2)
-    for k, sampling in enumerate(samplers):
-        more = _rows(sampling, by_sampling[sampling], runs, times, means[:, k])
+def batches(sampling: str, number: int) -> Iterator[Draw]:
+    """Of as many steps: all the data, or those of SEEDS streams. Each sampler has a generator of its own."""
+    if sampling == "full":
+        yield from repeat(None, number)
+        return
+    samplers = samplers_of(make_problem("mixed"))
+    first = SEEDS * list(samplers).index(sampling)
+    for draw in draws(list(samplers.values()), SEEDS, number, TAU):
+        assert draw is not None
+        yield draw[0][first : first + SEEDS], draw[1][first : first + SEEDS]
+
+
+def piece(sampling: str, times: Sequence[int], compared: int) -> dict[str, Any]:
+    """``gaps``: f - f* at each of the times, of each of RUNS, mean of the seeds; ``compared``: with the optimizer, so many steps."""
+    if sampling == "full":
+        models, lowest = least_squares()[0], 0.0
+    else:
+        problem = make_problem("mixed")
+        models, lowest = problem.models(SEEDS), problem.f_inf
+    start, steps = np.zeros((models.streams, len(RUNS), N)), schedule([constants(sampling)] * models.streams, RUNS)
+    checked = compare(models, start, list(batches(sampling, compared)), steps, 6)
+    gaps = look(models, start, batches(sampling, times[-1]), steps, times, lambda x: models.f(x) - lowest)
+    return {"gaps": gaps.mean(1).tolist(), "compared": checked}
+
+
+def measure(context: Context) -> Measured:
+    full_steps, ridge_steps = (300, 300) if context.quick else (20_000, 150_000)
+    settings: dict[str, Any] = {"steps_full": full_steps, "steps_ridge": ridge_steps, "tau": TAU, "seeds": SEEDS}
+    times = {sampling: batched.times_of(full_steps if sampling == "full" else ridge_steps, 120) for sampling in SAMPLINGS}
+    # The longest first.
+    jobs = [{"sampling": sampling, "times": times[sampling], "compared": COMPARED[context.quick]} for sampling in reversed(SAMPLINGS)]
+    found = dict(zip(reversed(SAMPLINGS), context.map(piece, jobs, "unified"), strict=True))
+    settings["full"] = found["full"]["compared"]
+    settings["ridge"] = together([found[sampling]["compared"] for sampling in SAMPLINGS[1:]])
+    rows: list[dict[str, Any]] = []
+    points: list[dict[str, Any]] = []
+    for sampling in SAMPLINGS:
+        more = _rows(sampling, constants(sampling), RUNS, times[sampling], np.array(found[sampling]["gaps"]))
         rows, points = rows + more[0], points + more[1]
     return Measured(settings, rows, points)
 

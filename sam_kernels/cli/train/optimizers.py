@@ -49,6 +49,7 @@ class Settings:
     norms: str = "exact"
     micro_batch: int = 1
     num_directions: int = 1
+    momentum: float | None = None  # of SGD; None: the base's own
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,8 @@ def build(name: str, model: nn.Module, settings: Settings, seed: int) -> torch.o
     """``seed`` is of random directions and moves, where there are any."""
     kind, base = kind_of(name), BASES[settings.base]
     base_options = {"lr": settings.lr, "weight_decay": settings.weight_decay, **base.options}
+    if settings.momentum is not None:
+        base_options["momentum"] = settings.momentum
     if kind in BASES:
         return base.build(model.parameters(), **base_options)
     member = MEMBERS[kind]
