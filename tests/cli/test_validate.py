@@ -1,5 +1,6 @@
 """``validate`` passes on right backends, fails by name on a wrong one, and says the same as JSON."""
 
+import importlib
 import json
 import math
 from typing import Any
@@ -35,8 +36,7 @@ def test_passes_and_prints_json_alone_on_stdout() -> None:
 
 def test_a_row_is_a_line_printed_when_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every line is whole, however long: grep finds a row. The first is there before the last is measured."""
-    from sam_kernels.cli import validate as module
-
+    module = importlib.import_module("sam_kernels.cli.validate")  # the package has the command by this name
     seen: list[int] = []
     right = module._line
 
