@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from sam_kernels.validation.backends import AUTOMATIC, backend_of, has_per_sample
 from sam_kernels.validation.check import check_call
 from sam_kernels.validation.compare import Worst, failure
-from sam_kernels.validation.options import OPTIONS
 from sam_kernels.validation.per_sample import PER_SAMPLE_OPTIONS
 from sam_kernels.validation.problem import Problem
 from sam_kernels.validation.random_calls import random_call
+from sam_kernels.validation.sharpness import SHARPNESS_OPTIONS
 
 __all__ = ["Finding", "fuzz_one"]
+
+_ANY_DTYPE = ("state_steps", "square_norms", "indices")  # lists that no backend's dtypes are about
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,11 @@ def _checked_alone(seed: int, backend: str, ops: Sequence[str], device: str) -> 
 
 
 def _takes(backend: str, call: Problem, device: str) -> bool:
+    """Whether a backend has kernels for the operation and all its dtypes."""
     if call.op in PER_SAMPLE_OPTIONS and not has_per_sample(backend, device):
         return False
-    if backend == AUTOMATIC or call.op not in OPTIONS:
+    if backend == AUTOMATIC or call.op in SHARPNESS_OPTIONS:
         return True
     supported = backend_of(backend, device).dtypes
-    used = {t.dtype for name, tensors in call.lists.items() if name != "state_steps" for t in tensors if t is not None}
+    used = {t.dtype for name, given in call.lists.items() if name not in _ANY_DTYPE for t in given if t is not None}
     return supported is None or used <= set(supported)
