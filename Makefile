@@ -29,7 +29,7 @@ RUN_SANITIZED = LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${C
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-full test-frameworks docs mutants oldest-triton interpreted on-host lint format sanitize bench gpu wheel clean distclean
+.PHONY: help install demo test test-full test-frameworks docs fuzz mutants oldest-triton interpreted on-host lint format sanitize bench gpu wheel clean distclean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -52,6 +52,9 @@ test-frameworks: $(VENV)/.installed-frameworks  ## models, trainers and loops of
 
 docs: $(VENV)/.installed-docs  ## the documentation site in build/site, warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+fuzz: install  ## 10,000 random calls of the operations against the float64 reference, a few minutes (ARGS="--seed 7": others)
+	$(BIN)/python -m sam_kernels validate --fuzz 10000 $(ARGS)
 
 mutants: install  ## plant faults in the package, one at a time, and report which test finds each; an hour or more
 	$(BIN)/python -m tests.mutants $(ARGS)

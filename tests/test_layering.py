@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
 THIRD_PARTY: dict[str, set[str]] = {layer: {"torch"} for layer in ALLOWED} | {
     "backends": {"torch", "triton"},
     "integrations": {"torch", "transformers", "accelerate", "lightning", "timm"},
-    "cli": {"torch", "click", "rich", "numpy", "mlxtend", "sklearn", "matplotlib", "triton"},
+    "cli": {"torch", "click", "rich", "numpy", "mlxtend", "scipy", "sklearn", "matplotlib", "triton"},
     "main": set(),
 }
 # Headers that a file compiled once per instruction set may see. Anything with function templates that are not always inlined would leave a

@@ -179,7 +179,7 @@ def costs_of(scene: Scene, epochs: int) -> dict[str, float]:
     """Medians of a step's time over SAM's in the same round, of the methods of RW-SAM. In this process, which should be alone."""
     kinds = {"SAM": Job(scene, METHODS[1], 0.1, 0.0, epochs, 0, held_out=True)}
     kinds |= {method.title: Job(scene, method, 0.1, method.betas[0], epochs, 0, held_out=True) for method in METHODS if method.betas}
-    rounds = [{title: run_of(job).seconds_per_step for title, job in kinds.items()} for _ in range(3)]
+    rounds = [{title: run_of(job).median_seconds_per_step for title, job in kinds.items()} for _ in range(3)]
     return {title: float(np.median([each[title] / each["SAM"] for each in rounds])) for title in kinds}
 
 

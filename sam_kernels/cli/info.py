@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 
 import click
 
 from sam_kernels.cli.machine import collect
+from sam_kernels.cli.output import to_json
 
 __all__ = ["info"]
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON to stdout, and all else to stderr.")
 def info(as_json: bool) -> None:
-    """Backends (available, or the reason not), versions, instruction set, threads, OpenMP runtime, devices."""
+    """Print backends (available, or the reason not), versions, instruction set, threads, OpenMP runtime and devices."""
     facts = collect()
     if as_json:
-        click.echo(json.dumps(asdict(facts), indent=2))
+        click.echo(to_json(asdict(facts)))
         return
     for name, backend in facts.backends.items():
         state = f"available on {', '.join(backend.devices)}: {backend.detail}" if backend.devices else f"no: {backend.reason}"

@@ -17,6 +17,8 @@ from sam_kernels.validation.tolerance import Arithmetic, Rounded, mean_bound, ul
 
 __all__ = ["accepted", "bounds_of"]
 
+_COMPUTE_ANYWAY = ("combine_", "grad_dots", "direction_norm_")  # a flag that is set stops them not, or not from computing a norm
+
 
 def accepted(formula: Callable[..., Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keywords that a formula of the reference takes."""
@@ -34,7 +36,7 @@ def bounds_of(problem: Problem, roundings: Sequence[int] | None = None) -> dict[
     if problem.op == "centralize_":
         return _centralized_bounds(problem, roundings)
     skipped = ops.is_skipped(problem.kwargs.get("norm"), problem.kwargs.get("found_inf"))
-    if problem.op in ("grad_norm", "grad_norms", "restore_") or (skipped and problem.op != "combine_"):
+    if problem.op in ("grad_norm", "grad_norms", "restore_") or (skipped and problem.op not in _COMPUTE_ANYWAY):
         return {}
     lengths = _first(problem)
     count = len(lengths)

@@ -21,7 +21,7 @@ from sam_kernels.validation.per_sample import PerSample
 from sam_kernels.validation.problem import SAVES, Problem, TensorLists, run
 from sam_kernels.validation.sharpness import Sharpness
 
-__all__ = ["FAMILIES", "build", "check", "combinations"]
+__all__ = ["FAMILIES", "build", "check", "check_call", "combinations"]
 
 FAMILIES: dict[str, Family] = {op: family for family in (Lists(), PerSample(), Sharpness()) for op in family.options}  # by operation
 
@@ -38,8 +38,13 @@ def combinations(op: str, dtype: str) -> Iterable[tuple[str, str]]:
 
 def check(op: str, backends: Sequence[str], dtype: str, case: str, option: str, seed: int = 0, device: str = "cpu") -> dict[str, Worst]:
     """Return, for each backend, the worst element of all that the operation could have written: inputs and surrounding memory included."""
+    return check_call(build(op, case, dtype, option, seed), backends, device)
+
+
+def check_call(before: Problem, backends: Sequence[str], device: str = "cpu") -> dict[str, Worst]:
+    """As :func:`check`, of a call that is already built."""
+    op = before.op
     family = FAMILIES[op]
-    before = family.build(op, case, dtype, option, seed)
     exact = before.double()
     starts = before.double().lists
     if "old_params" in starts and op not in SAVES:

@@ -25,6 +25,7 @@ class Worst:
     element: int = 0  # in the tensor, in C order
     error: float = 0.0  # ulp of the stored type, at the larger of the result and what it was computed from
     bound: float = 0.0  # ulp
+    relative: float = 0.0  # error over the larger of the result and what it was computed from
     actual: float = 0.0
     expected: float = 0.0
     passed: bool = True
@@ -92,12 +93,13 @@ def _worst_element(
     start: Tensor,  # (N,) float64
     *,
     dtype: torch.dtype,
-) -> tuple[int, float, float, float, float, bool]:  # position, error, bound, actual, expected, passed
+) -> tuple[int, float, float, float, float, float, bool]:  # position, error, bound, relative error, actual, expected, passed
     low, high = (expected - bound).to(dtype), (expected + bound).to(dtype)
     inside = (low <= actual) & (actual <= high)
     exact = (bound == 0) | ~expected.isfinite()
     passed = torch.where(exact, same_bits(actual, expected.to(dtype)), inside | bound.isinf())
-    unit = ulp(torch.maximum(expected.abs().nan_to_num(posinf=0.0), start.abs().nan_to_num(posinf=0.0)), dtype)
+    size = torch.maximum(expected.abs().nan_to_num(posinf=0.0), start.abs().nan_to_num(posinf=0.0))
+    unit = ulp(size, dtype)
     wide = actual.to(torch.float64)
     error = torch.where(wide == expected, 0.0, (wide - expected).abs() / unit).nan_to_num(posinf=torch.inf, nan=torch.inf)
     allowed = torch.maximum((low.to(torch.float64) - expected).abs(), (high.to(torch.float64) - expected).abs()) / unit
@@ -105,5 +107,7 @@ def _worst_element(
     used = torch.where(passed, torch.where(unchecked, 0.0, (error / (allowed + 0.5)).nan_to_num()), 1e300 + error)
     i = int(used.argmax())
     if bool(passed[i]) and bool(unchecked[i]):
-        return i, 0.0, 0.0, wide[i].item(), expected[i].item(), True
-    return i, error[i].item(), 0.0 if bool(exact[i]) else allowed[i].item(), wide[i].item(), expected[i].item(), bool(passed[i])
+        return i, 0.0, 0.0, 0.0, wide[i].item(), expected[i].item(), True
+    found, bounded = error[i].item(), 0.0 if bool(exact[i]) else allowed[i].item()
+    relative = found if found in (0.0, math.inf) else (abs(wide[i] - expected[i]) / size[i]).item()
+    return i, found, bounded, relative, wide[i].item(), expected[i].item(), bool(passed[i])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -47,10 +47,18 @@ class Lists(Family):
 
     def build(self, op: str, case: str, dtype: str, option: str, seed: int = 0) -> Problem:
         generator = torch.Generator().manual_seed(seed_of(seed, op, case, dtype, option))
-        spec = dict(OPTIONS[op][option])
+        keywords = dict(OPTIONS[op][option])
+        rows = rows_of(case, dtype)
+        if keywords.pop("masters", False):
+            rows = [_with_master(row, is_uniform=DTYPES.get(dtype) is not None) for row in rows]
+        return self.call(op, rows, keywords, generator)
+
+    def call(self, op: str, rows: Sequence[Row], keywords: Mapping[str, Any], generator: Generator) -> Problem:
+        """Return the call with these rows. ``keywords``: as a set of :data:`OPTIONS`, without "masters"."""
+        spec = dict(keywords)
         first = spec.pop("first", None)
         asked_norm = spec.pop("norm", "true" if op == "perturb_" else None)
-        lists = _lists(op, _rows(op, case, dtype, spec), spec, generator)
+        lists = _lists(op, _savable(op, rows, spec), spec, generator)
         if first is not None:
             name = "momentum_buffers" if op == "sgd_step_" else "ema"
             lists[name] = [None if first == "all" or i % 2 else t for i, t in enumerate(lists[name])]
@@ -86,7 +94,7 @@ class Lists(Family):
         if before.op == "grad_dots":
             lists: Any = exact.lists  # none of these entries is None
             d = reference.combinations.differences(lists["rights"], lists.get("origins"))
-            left, right, error = (torch.cat([t.reshape(-1) for t in tensors]) for tensors in (lists["lefts"], d, terms))
+            left, right, error = (_flat(tensors) for tensors in (lists["lefts"], d, terms))
             bounds["result"] = [dots_bound(left, right, error, roundings.terms)]
         return bounds
 
@@ -101,18 +109,14 @@ class Lists(Family):
         return failure("found_inf", f"is {after.kwargs['found_inf'].item()} for a result of {result.tolist()}")
 
 
-def _rows(op: str, case: str, dtype: str, spec: dict[str, Any]) -> list[Row]:
-    """Return the rows of a call, with dtypes of ``old_params`` that it takes. "masters" is taken out of ``spec``."""
-    rows = rows_of(case, dtype)
-    if spec.pop("masters", False):
-        is_uniform = DTYPES.get(dtype) is not None
-        return [_with_master(row, is_uniform) for row in rows]
+def _savable(op: str, rows: Sequence[Row], spec: Mapping[str, Any]) -> list[Row]:
+    """Return the rows with dtypes of ``old_params`` that the call takes."""
     if op in SAVES and not spec.get("from_old", False):  # which refuse to save 16-bit parameters in wider tensors
         return [_with_dtypes(row, old_params=row.dtypes["params"]) if _overwrites_master(row) else row for row in rows]
-    return rows
+    return list(rows)
 
 
-def _with_master(row: Row, is_uniform: bool) -> Row:
+def _with_master(row: Row, *, is_uniform: bool) -> Row:
     """The row with a float32 master and 16-bit parameters; its state is float32 where all was of one dtype."""
     param = row.dtypes["params"]
     narrow = {torch.float32: torch.bfloat16, torch.float64: torch.float16}.get(param, param)
@@ -180,6 +184,10 @@ def _tensor(row: Row, role: str, magnitude: float, generator: Generator, *, squa
     dtype = row.dtypes[role]
     limit = torch.finfo(dtype).max
     return make_tensor(values if row.special is not None or poison else values.clamp(-limit, limit), dtype, row.layout(role))
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:  # (N,)
+    return torch.cat([torch.zeros(0, dtype=torch.float64), *(t.reshape(-1) for t in tensors)])
 
 
 def _true_norm(problem: Problem) -> Tensor:

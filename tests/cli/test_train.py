@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("mlxtend")
 
 from sam_kernels.cli import main
-from sam_kernels.cli.train.clock import StepClock
+from sam_kernels.cli.train.clock import StepClock, StepTime
 from sam_kernels.cli.train.data import Digits, flip_labels, load
 from sam_kernels.cli.train.optimizers import Settings
 from sam_kernels.cli.train.run import Plan, run
@@ -65,6 +65,10 @@ def test_table_png_and_json(trained: tuple[Path, Result]) -> None:
         assert record["test_accuracy"][-1] > 0.85
         assert 0 < record["optimizer_share"] < 1
         assert record["seconds"] > 0
+        parts = sum(record[f"{part}_seconds"] for part in ("forward", "backward", "rest"))
+        assert parts == pytest.approx(record["seconds_per_step"])
+        assert record["seconds_per_step"] != record["median_seconds_per_step"]
+        assert record["diverged"] is False
 
 
 def test_without_a_terminal_output_stays_short(trained: tuple[Path, Result]) -> None:
@@ -147,16 +151,18 @@ def test_label_noise_leaves_the_test_labels_alone(digits: Digits) -> None:
 
 
 def test_clock_splits_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([0.0, 1.0, 4.0, 5.0, 9.0, 10.0])
+    """The first step, which sets up, takes ten times as long and is in no mean."""
+    times = iter([0.0, 10.0, 40.0, 50.0, 90.0, 100.0, 100.0, 101.0, 104.0, 105.0, 109.0, 110.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(times))
     clock = StepClock(torch.device("cpu"))
-    with clock.step():
-        with clock.forward():
-            pass
-        with clock.backward():
-            pass
-    assert (clock.steps, clock.forwards, clock.backwards, clock.rests()) == ([10.0], [3.0], [4.0], [3.0])
-    assert clock.median_optimizer_share() == pytest.approx(0.3)
+    for mean in (StepTime(100.0, 30.0, 40.0, 30.0), StepTime(10.0, 3.0, 4.0, 3.0)):
+        with clock.step():
+            with clock.forward():
+                pass
+            with clock.backward():
+                pass
+        assert clock.mean() == mean
+    assert clock.median_step() == 55.0
 
 
 @pytest.mark.parametrize(

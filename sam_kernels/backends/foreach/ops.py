@@ -161,7 +161,11 @@ def adamw_step_(op: AdamWStep, lists: Operands) -> bool:
     steps = [step + 1 if skip is None else torch.where(skip.to(step.device), step, step + 1) for step in state_steps]
     torch._foreach_copy_(list(state_steps), steps)
     new_exp_avgs = widen(exp_avgs, dtypes, copy=skip is not None)
-    torch._foreach_lerp_(new_exp_avgs, updates, 1.0 - beta1)
+    if beta1 >= 0.5:
+        torch._foreach_lerp_(new_exp_avgs, updates, 1.0 - beta1)
+    else:  # there lerp computes g - beta1 (g - m), which is NaN where g is infinite
+        torch._foreach_mul_(new_exp_avgs, beta1)
+        torch._foreach_add_(new_exp_avgs, updates, alpha=1.0 - beta1)
     new_exp_avg_sqs = widen(exp_avg_sqs, dtypes, copy=skip is not None)
     torch._foreach_mul_(new_exp_avg_sqs, beta2)
     torch._foreach_addcmul_(new_exp_avg_sqs, updates, updates, 1.0 - beta2)

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 import sam_kernels
+from sam_kernels.cli.output import INTERRUPTED
 from sam_kernels.cli.prove.claims import Claim, Jobs
 from sam_kernels.cli.prove.labels import wrong_labels
 from sam_kernels.cli.prove.networks import forgetting, late_phase, weight_noise
@@ -69,7 +70,7 @@ def prove(context: click.Context, quick: bool, only: tuple[str, ...], processes:
     if results:
         _write(results, quick, out, console)
     if interrupted:
-        context.exit(130)
+        context.exit(INTERRUPTED)
     if any(each.verdict != "holds" for each in results):
         context.exit(1)
 

@@ -6,11 +6,22 @@ import contextlib
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["StepClock"]
+__all__ = ["StepClock", "StepTime"]
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step: ``forward`` + ``backward`` + ``rest`` = ``step``."""
+
+    step: float
+    forward: float  # all forward passes
+    backward: float  # all that autograd does
+    rest: float  # the optimizer's own work
 
 
 class StepClock:
@@ -47,8 +58,15 @@ class StepClock:
     def rests(self) -> list[float]:
         return [step - forward - backward for step, forward, backward in zip(self.steps, self.forwards, self.backwards, strict=True)]
 
-    def median_optimizer_share(self) -> float:
-        return statistics.median(rest / step for rest, step in zip(self.rests(), self.steps, strict=True))
+    def mean(self) -> StepTime:
+        """Return the totals over the steps after the first, which sets up, divided by their number. A single step is all there is."""
+        first = min(1, len(self.steps) - 1)
+        step, forward, backward = (statistics.fmean(seconds[first:]) for seconds in (self.steps, self.forwards, self.backwards))
+        return StepTime(step, forward, backward, step - forward - backward)
+
+    def median_step(self) -> float:
+        """Return the median over all steps: neither the first step nor a busy moment of the machine counts."""
+        return statistics.median(self.steps)
 
     def _backward_begins(self, _grad: Tensor) -> None:
         start = self._now()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,27 @@ from rich.console import Console
 
 from sam_kernels import _dispatch
 from sam_kernels.cli.execution import require_backend, require_device, threads
+from sam_kernels.cli.output import INTERRUPTED, console_for
 from sam_kernels.cli.train import options as check
+from sam_kernels.cli.train import results
 from sam_kernels.cli.train.comparison import Comparison
 from sam_kernels.cli.train.data import DATA_SETS, load
 from sam_kernels.cli.train.model import NORMALIZATIONS
 from sam_kernels.cli.train.optimizers import BASES, BETA_SCALES, MEMBERS, NORMS, NUMBERED, Settings
-from sam_kernels.cli.train.plot import save_curves
-from sam_kernels.cli.train.report import tables, to_json
-from sam_kernels.cli.train.run import Plan
+from sam_kernels.cli.train.report import advice, tables, to_json
+from sam_kernels.cli.train.run import Plan, Run
 from sam_kernels.cli.train.sharpness import IMAGES
 
 __all__ = ["train"]
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--data", type=click.Choice(list(DATA_SETS)), default="mnist5k", help="; ".join(f"{k}: {v}" for k, v in DATA_SETS.items()))
+@click.option(
+    "--data",
+    type=click.Choice(list(DATA_SETS)),
+    default="mnist5k",
+    help=f"Images to train and to score on. {'; '.join(f'{k}: {v}' for k, v in DATA_SETS.items())}.",
+)
 @click.option(
     "--optimizers",
     metavar="NAME,...",
@@ -32,29 +39,54 @@ __all__ = ["train"]
     help=f"Names, separated by commas: the base's own name (sgd or adamw), {', '.join(MEMBERS)}. msam:8 is msam with "
     f"micro-batches of 8, rwsam:2 is rwsam with beta 2, likewise {', '.join(NUMBERED)}.",
 )
-@click.option("--base", type=click.Choice(list(BASES)), default="sgd", help="Optimizer that the others wrap.")
+@click.option("--base", type=click.Choice(list(BASES)), default="sgd", help="Base optimizer that the sharpness-aware ones wrap.")
+@click.option(
+    "--peer",
+    is_flag=True,
+    help="Run SAM as a plain PyTorch loop too (plain-sam), with the steps of sam up to rounding: compare the time of the rest of a step.",
+)
 @click.option(
     "--label-noise",
     type=click.FloatRange(0, 1, max_open=True),
     default=0.0,
     callback=check.finite,
-    help="Share of training labels to make wrong.",
+    help="Share of training labels to make wrong, from 0 to below 1.",
 )
-@click.option("--epochs", type=click.IntRange(min=1), default=20)
-@click.option("--batch-size", type=click.IntRange(min=2), default=64)
+@click.option("--epochs", type=click.IntRange(min=1), default=20, help="Passes of each run over the training images.")
+@click.option("--batch-size", type=click.IntRange(min=2), default=64, help="Training images in each step.")
 @click.option(
     "--lr",
     type=click.FloatRange(0, min_open=True),
     callback=check.finite,
     show_default="sgd 0.05, adamw 0.002",
-    help="First learning rate; a cosine takes it to 0.",
+    help="Learning rate of the first step; a cosine takes it to 0.",
 )
-@click.option("--weight-decay", type=click.FloatRange(0), callback=check.finite, show_default="sgd 5e-4, adamw 1e-2")
 @click.option(
-    "--rho", type=click.FloatRange(0), callback=check.finite, show_default="each optimizer's own", help="One radius for all of them."
+    "--weight-decay",
+    type=click.FloatRange(0),
+    callback=check.finite,
+    show_default="sgd 5e-4, adamw 1e-2",
+    help="Weight decay of the base optimizer.",
 )
-@click.option("--lambd", default="0.5", callback=check.lambd, help="Mix of unified: 1 is SAM, 0 is USAM, 1/t and 1-1/t are schedules.")
-@click.option("--normalization", type=click.Choice(NORMALIZATIONS), default=Plan.normalization, help="BatchNorm, GroupNorm, or neither.")
+@click.option(
+    "--rho",
+    type=click.FloatRange(0),
+    callback=check.finite,
+    show_default="each optimizer's own",
+    help="Radius of all sharpness-aware optimizers.",
+)
+@click.option(
+    "--lambd",
+    default="0.5",
+    callback=check.lambd,
+    help="Mix of unified: 1 is SAM, 0 is USAM, 1/t and 1-1/t are schedules over the steps t.",
+)
+@click.option(
+    "--normalization",
+    type=click.Choice(NORMALIZATIONS),
+    default=Plan.normalization,
+    help="Normalisation layers of the network: BatchNorm, GroupNorm, or none.",
+)
 @click.option(
     "--micro-batch-size",
     type=click.IntRange(min=1),
@@ -99,7 +131,7 @@ __all__ = ["train"]
     f"the first {IMAGES:,} training images at most.",
 )
 @click.option("--seeds", type=click.IntRange(min=1), default=1, help="Runs of each optimizer, with seeds 0, 1, ...")
-@click.option("--backend", type=click.Choice(["auto", *_dispatch.BACKENDS]), default="auto", help="Kernels of the sharpness-aware steps.")
+@click.option("--backend", type=click.Choice(["auto", *_dispatch.BACKENDS]), default="auto", help="Backend of the sharpness-aware steps.")
 @click.option("--device", default="cpu", help="Device, for example cpu or cuda:1.")
 @click.option(
     "--threads",
@@ -108,12 +140,15 @@ __all__ = ["train"]
     default=1,
     help="CPU threads. A network this small gains little from more.",
 )
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("out"), help="Folder for train.json and train.png.")
-@click.option("--json", "as_json", is_flag=True, help="Print the JSON to stdout, and all else to stderr.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("out"), help="Folder for the results: train.json and train.png."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON to stdout, and all else to stderr.")
 def train(
     data: str,
     optimizers: str | None,
     base: str,
+    peer: bool,
     label_noise: float,
     epochs: int,
     batch_size: int,
@@ -134,9 +169,13 @@ def train(
 
     All get the same epochs, learning rates, initial weights, labels and batches; a sharpness-aware step computes two gradients, so at equal
     epochs it takes about twice the time. The radius is each optimizer's own, and no radius was chosen by looking at the test set.
+
+    Ctrl-C keeps the runs that have finished: their tables, curves and JSON are written, and the exit status is 130.
     """
     check.check_extra()
     names = check.optimizer_names(optimizers, base)
+    if peer:
+        names = check.with_peer(names)
     torch_device = require_device(device)
     if backend != "auto":
         require_backend(backend, torch_device)
@@ -156,19 +195,34 @@ def train(
         device=device,
         threads=thread_count,
     )
-    console = Console(stderr=as_json)
-    out.mkdir(parents=True, exist_ok=True)
-    with threads(thread_count), _dispatch.use_backend(None if backend == "auto" else backend):
-        digits = load(data).to(torch_device)
-        if held_out:
-            digits = digits.held_out()
-        if batch_size > len(digits.train_labels):
-            raise click.BadParameter(f"only {len(digits.train_labels)} images to train on.", param_hint="'--batch-size'")
-        runs = comparison.run(digits, console)
+    results.prepare(out)
+    console = console_for(as_json=as_json)
+    runs: list[Run] = []
+    interrupted = False
+    try:
+        with threads(thread_count), _dispatch.use_backend(None if backend == "auto" else backend):
+            digits = load(data).to(torch_device)
+            if held_out:
+                digits = digits.held_out()
+            if batch_size > len(digits.train_labels):
+                raise click.BadParameter(f"only {len(digits.train_labels)} images to train on.", param_hint="'--batch-size'")
+            runs.extend(comparison.run(digits, console))  # one by one: those that have finished stay
+    except KeyboardInterrupt:
+        interrupted = True
+        console.print(f"interrupted: {len(runs)} of {comparison.planned} runs have finished", highlight=False)
+    if runs:
+        _publish(comparison, runs, console, out, interrupted=interrupted, as_json=as_json)
+    if interrupted:
+        sys.exit(INTERRUPTED)
+
+
+def _publish(comparison: Comparison, runs: list[Run], console: Console, out: Path, *, interrupted: bool, as_json: bool) -> None:
+    """Print and write the results of the runs that have finished. Printed first: a full disk loses nothing."""
     console.print(tables(comparison, runs))
-    save_curves(out / "train.png", runs, title=comparison.title)
-    report = to_json(comparison, runs)
-    (out / "train.json").write_text(report + "\n")
-    console.print(f"curves: {out / 'train.png'}, everything: {out / 'train.json'}", highlight=False, soft_wrap=True)
+    for line in advice(comparison, runs):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    report = to_json(comparison, runs, interrupted=interrupted)
     if as_json:
         click.echo(report)
+    results.save(out, runs, report, title=comparison.title)
+    console.print(f"curves: {out / results.CURVES}, everything: {out / results.JSON}", highlight=False, soft_wrap=True)

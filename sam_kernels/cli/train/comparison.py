@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from sam_kernels.cli.output import Ticker
 from sam_kernels.cli.train.data import Digits
 from sam_kernels.cli.train.optimizers import Settings
 from sam_kernels.cli.train.run import Plan, Run, run
@@ -41,9 +44,15 @@ class Comparison:
         epochs = f"{self.plan.epochs} epoch{'' if self.plan.epochs == 1 else 's'}"
         return f"{self.data}, {self.settings.base}, {epochs}{network}{noise}: {scored}"
 
-    def run(self, digits: Digits, console: Console) -> list[Run]:
-        """Return the runs, grouped by optimizer. Without a terminal the console shows a line a run and no bar."""
-        runs = []
+    @property
+    def planned(self) -> int:
+        """Runs of all optimizers with all seeds."""
+        return len(self.names) * self.seeds
+
+    def run(self, digits: Digits, console: Console) -> Iterator[Run]:
+        """Yield the runs as they finish, grouped by optimizer. Without a terminal the console shows no bar, but a line at the end of each
+        run, and one after an epoch where the last line is ten seconds old."""
+        ticker, epochs = Ticker(console), self.plan.epochs
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -53,17 +62,21 @@ class Comparison:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-            task = progress.add_task("", total=len(self.names) * self.seeds * self.plan.epochs)
-            for name in self.names:
-                for seed in range(self.seeds):
-                    progress.update(task, description=f"{name}, seed {seed}")
-                    result = self._run(name, seed, digits, lambda: progress.advance(task))
-                    runs.append(result)
-                    console.print(
-                        f"{name}, seed {seed}: accuracy {result.test_accuracy[-1]:.2%} after {result.seconds:.1f} s of steps",
-                        highlight=False,
-                    )
-        return runs
+            task = progress.add_task("", total=self.planned * epochs)
+            for run_index, (name, seed) in enumerate(itertools.product(self.names, range(self.seeds))):
+                progress.update(task, description=f"{name}, seed {seed}")
+                finished = itertools.count(1)
+                start = f"{name}, seed {seed}, run {run_index + 1} of {self.planned}"
+                result = self._run(name, seed, digits, partial(self._advance, progress, task, ticker, finished, start))
+                yield result
+                accuracy = "diverged" if result.diverged else f"accuracy {result.test_accuracy[-1]:.2%}"
+                ticker.say(f"{name}, seed {seed}: {accuracy} after {result.seconds:.1f} s of steps")
+
+    def _advance(self, progress: Progress, task: TaskID, ticker: Ticker, finished: Iterator[int], start: str) -> None:
+        progress.advance(task)
+        epoch = next(finished)
+        if epoch < self.plan.epochs:  # the end of a run has a line of its own
+            ticker.tick(f"{start}: epoch {epoch} of {self.plan.epochs}")
 
     def _run(self, name: str, seed: int, digits: Digits, advance: Callable[[], None]) -> Run:
         measured: list[tuple[float, float]] = []

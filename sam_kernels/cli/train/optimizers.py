@@ -11,8 +11,11 @@ import torch
 from torch import nn
 
 import sam_kernels
+from sam_kernels.cli.train.peer import has_fused_base
 
-__all__ = ["BASES", "BETA_SCALES", "BY_DEFAULT", "MEMBERS", "NORMS", "NUMBERED", "Settings", "build", "kind_of", "options_of"]
+__all__ = [
+    "BASES", "BETA_SCALES", "BY_DEFAULT", "MEMBERS", "NORMS", "NUMBERED", "PEER", "Settings", "build", "kind_of", "options_of",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,7 @@ MEMBERS = {
     "extragradient": Member(sam_kernels.Extragradient, 0.05),
     "sam-sps": Member(_polyak, 0.1, bases=("sgd",)),
 }
+PEER = "plain-sam"  # the loop of peer.py, with the options of sam
 NUMBERED = [f"{name}:{member.option.upper()}" for name, member in MEMBERS.items() if member.option and member.default]  # for the help text
 
 
@@ -121,7 +125,7 @@ def kind_of(name: str) -> str:
 
 def options_of(name: str, settings: Settings) -> dict[str, Any]:
     """Return the options of ``name`` beyond those of the base."""
-    kind, _, number = name.partition(":")
+    kind, _, number = ("sam" if name == PEER else name).partition(":")
     if kind not in MEMBERS:
         return {}
     member = MEMBERS[kind]
@@ -139,12 +143,16 @@ def options_of(name: str, settings: Settings) -> dict[str, Any]:
 
 
 def build(name: str, model: nn.Module, settings: Settings, seed: int) -> torch.optim.Optimizer:
-    """``seed`` is of random directions and moves, where there are any."""
+    """``seed`` is of random directions and moves, where there are any. Of the peer this is the base optimizer, fused where it can be."""
     kind, base = kind_of(name), BASES[settings.base]
     base_options = {"lr": settings.lr, "weight_decay": settings.weight_decay, **base.options}
     if settings.momentum is not None:
         base_options["momentum"] = settings.momentum
     if kind in BASES:
+        return base.build(model.parameters(), **base_options)
+    if kind == PEER:
+        if has_fused_base(next(model.parameters()).device):
+            base_options["fused"] = True
         return base.build(model.parameters(), **base_options)
     member = MEMBERS[kind]
     seeds = {"seed": seed} if member.takes_seed else {}

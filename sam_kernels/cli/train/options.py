@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import click
 
-from sam_kernels.cli.train.optimizers import BASES, BY_DEFAULT, MEMBERS, Settings, options_of
+from sam_kernels.cli.train.optimizers import BASES, BY_DEFAULT, MEMBERS, PEER, Settings, options_of
 from sam_kernels.cli.train.run import Plan
 
-__all__ = ["check_extra", "finite", "lambd", "micro_batches", "optimizer_names"]
+__all__ = ["check_extra", "finite", "lambd", "micro_batches", "optimizer_names", "with_peer"]
 
 
 def finite(_ctx: click.Context | None, _param: click.Parameter | None, value: float | None) -> float | None:
@@ -52,6 +52,13 @@ def optimizer_names(text: str | None, base: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def with_peer(names: Sequence[str]) -> list[str]:
+    """The names with the peer of ``sam`` behind it."""
+    if "sam" not in names:
+        raise click.BadParameter("the loop is compared with sam, which --optimizers leaves out.", param_hint="'--peer'")
+    return [each for name in names for each in ((name, PEER) if name == "sam" else (name,))]
+
+
 def micro_batches(names: Sequence[str], settings: Settings, plan: Plan) -> None:
     """Micro-batches of one size, which together are the batch; more than one sample where BatchNorm has to normalise them."""
     for name in names:
@@ -71,6 +78,6 @@ def micro_batches(names: Sequence[str], settings: Settings, plan: Plan) -> None:
 
 def check_extra() -> None:
     """The packages of the ``train`` extra, all at once: better than to fail on the plot after the training."""
-    missing = [name for name in ("numpy", "mlxtend", "sklearn", "matplotlib") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("numpy", "scipy", "mlxtend", "sklearn", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
         raise click.ClickException(f"train needs {', '.join(missing)}: pip install 'sam_kernels[train]'")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import statistics
@@ -16,14 +15,15 @@ from rich.console import Group
 from rich.table import Table
 
 import sam_kernels
+from sam_kernels.cli import output
 from sam_kernels.cli.train.comparison import Comparison
 from sam_kernels.cli.train.optimizers import Settings, options_of
 from sam_kernels.cli.train.run import Run
 from sam_kernels.cli.train.sharpness import IMAGES
 
-__all__ = ["SHOWN", "Estimate", "Summary", "summaries_of", "summarise", "tables", "to_json"]
+__all__ = ["SHOWN", "Estimate", "Summary", "advice", "summaries_of", "summarise", "tables", "to_json"]
 
-TIMES = ("seconds_per_step", "forward_seconds", "backward_seconds", "rest_seconds", "optimizer_share")  # of a run and of a summary
+TIMES = ("seconds_per_step", "forward_seconds", "backward_seconds", "rest_seconds")  # of a run and of a summary
 SHARPNESS = ("top_eigenvalue", "hessian_trace")  # of both
 SHOWN = {
     "rho": "rho {:g}",
@@ -46,6 +46,7 @@ SHOWN = {
 class Estimate:
     mean: float
     standard_error: float | None  # None: one seed says nothing about it
+    interval: tuple[float, float] | None = None  # of the one proportion that the mean is of: 95 %, over the images that were scored
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
@@ -53,8 +54,22 @@ class Estimate:
             return cls(statistics.fmean(values), None)
         return cls(statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)))
 
+    @classmethod
+    def of_proportions(cls, values: Sequence[float], count: int) -> Estimate:
+        """As :meth:`of`; a single value is a proportion of ``count`` images, and has Wilson's interval."""
+        found = cls.of(values)
+        if len(values) > 1 or count == 0:
+            return found
+        from scipy.stats import binomtest
+
+        wilson = binomtest(round(values[0] * count), count).proportion_ci(0.95, method="wilson")
+        return cls(found.mean, None, (float(wilson.low), float(wilson.high)))
+
     def text(self, decimals: int, factor: float = 1.0) -> str:
         error = "" if self.standard_error is None else f" ± {self.standard_error * factor:.{decimals}f}"
+        if self.interval is not None:
+            low, high = (end * factor for end in self.interval)
+            error = f" ({low:.{decimals}f} to {high:.{decimals}f})"
         return f"{self.mean * factor:.{decimals}f}{error}"
 
 
@@ -62,10 +77,12 @@ class Estimate:
 class Summary:
     optimizer: str
     options: Mapping[str, Any]  # what the optimizer was run with beyond its base's
+    runs: int  # finished
+    diverged: int  # of them
     test_accuracy: Estimate  # after the last epoch
     best_test_accuracy: Estimate  # of each run's best epoch, which is chosen by looking at the test set: too good
     train_loss: Estimate  # mean of the last epoch
-    seconds_per_step: float
+    seconds_per_step: float  # means, as a run has them: forward, backward and rest add up to it
     forward_seconds: float
     backward_seconds: float
     rest_seconds: float
@@ -79,10 +96,13 @@ def summarise(runs: Sequence[Run], options: Mapping[str, Any]) -> Summary:
     return Summary(
         runs[0].optimizer,
         options,
-        Estimate.of([run.test_accuracy[-1] for run in runs]),
+        len(runs),
+        sum(run.diverged for run in runs),
+        Estimate.of_proportions([run.test_accuracy[-1] for run in runs], runs[0].scored_images),
         Estimate.of([max(run.test_accuracy) for run in runs]),
         Estimate.of([run.train_loss[-1] for run in runs]),
         **times,
+        optimizer_share=times["rest_seconds"] / (times["seconds_per_step"] or math.nan),
         top_eigenvalue=_measured([run.top_eigenvalue for run in runs]),
         hessian_trace=_measured([run.hessian_trace for run in runs]),
     )
@@ -100,8 +120,23 @@ def summaries_of(runs: Sequence[Run], settings: Settings) -> list[Summary]:
     return [summarise([run for run in runs if run.optimizer == name], options_of(name, settings)) for name in names]
 
 
-def to_json(comparison: Comparison, runs: Sequence[Run]) -> str:
-    """Return the options, the versions, the summaries and the runs."""
+def advice(comparison: Comparison, runs: Sequence[Run]) -> list[str]:
+    """Return a line for each run that has diverged: the evidence, and the options to change."""
+    lines = []
+    for run in runs:
+        if run.diverged:
+            finite = all(map(math.isfinite, run.train_loss))
+            loss = f"its loss rose from {run.first_loss:.3g} to {run.train_loss[-1]:.3g}, its accuracy is at chance"
+            has_radius = "rho" in options_of(run.optimizer, comparison.settings)
+            options = "--lr or --rho" if has_radius else "--lr"
+            lines.append(
+                f"{run.optimizer}, seed {run.seed} diverged: {loss if finite else 'its loss is not finite'}. Take a smaller {options}."
+            )
+    return lines
+
+
+def to_json(comparison: Comparison, runs: Sequence[Run], *, interrupted: bool = False) -> str:
+    """Return the options, the versions, the summaries and the finished runs, which are not all where the command was interrupted."""
     config = {
         "data": comparison.data,
         **asdict(comparison.settings),
@@ -112,22 +147,15 @@ def to_json(comparison: Comparison, runs: Sequence[Run]) -> str:
     report = {
         "config": config,
         "versions": versions,
+        "interrupted": interrupted,
         "summary": [asdict(summary) for summary in summaries_of(runs, comparison.settings)],
         "runs": [asdict(run) for run in runs],
     }
-    return json.dumps(_finite(report), indent=2, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    """A diverged run's nan and inf become null: JSON has no word for them."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return output.to_json(report)
 
 
 def tables(comparison: Comparison, runs: Sequence[Run]) -> Group:
+    """Of the runs that have finished: at least one."""
     summaries = summaries_of(runs, comparison.settings)
     found = [_results(summaries, comparison.title, comparison.seeds), _times(summaries)]
     if comparison.sharpness:
@@ -137,6 +165,8 @@ def tables(comparison: Comparison, runs: Sequence[Run]) -> Group:
 
 def _results(summaries: Sequence[Summary], title: str, seeds: int) -> Table:
     notes = ["Best epoch: of each run, chosen by looking at the images it is scored on, so better than it should be."]
+    if any(summary.test_accuracy.interval for summary in summaries):
+        notes.insert(0, "In brackets: 95 % (Wilson), for the number of images that are scored. They include nothing of other seeds.")
     if seeds > 1:
         notes.insert(0, f"Means of {seeds} seeds, ± standard error.")
     result = _table(title, notes)
@@ -147,13 +177,19 @@ def _results(summaries: Sequence[Summary], title: str, seeds: int) -> Table:
     for summary in summaries:
         accuracy = summary.test_accuracy.text(2, factor=100.0)
         result.add_row(
-            summary.optimizer,
+            summary.optimizer if summary.runs == seeds else f"{summary.optimizer}, {summary.runs} of {seeds} seeds",
             _shown(summary.options),
             f"[bold]{accuracy}[/bold]" if summary.test_accuracy.mean == best else accuracy,
             summary.best_test_accuracy.text(2, factor=100.0),
-            summary.train_loss.text(3),
+            f"{summary.train_loss.text(3)}{_divergence(summary)}",
         )
     return result
+
+
+def _divergence(summary: Summary) -> str:
+    if not summary.diverged:
+        return ""
+    return ", diverged" if summary.runs == 1 else f", {summary.diverged} of {summary.runs} diverged"
 
 
 def _sharpness(summaries: Sequence[Summary]) -> Table:
@@ -172,15 +208,15 @@ def _sharpness(summaries: Sequence[Summary]) -> Table:
 
 def _times(summaries: Sequence[Summary]) -> Table:
     notes = [
-        "Medians of all passes of a step, and of the rest, which is the optimizer's own.",
+        "Means over the steps after the first. Forward, backward and rest, the optimizer's own work, add up to the step.",
         "With exact norms rwsam makes the gradient of its ascent there, not in the backward pass.",
     ]
     result = _table("Time of a step, ms", notes)
     for heading in ("ms/step", "forward", "backward", "rest", "optimizer share"):
         result.add_column(heading, justify="right", no_wrap=True)
     for summary in summaries:
-        *seconds, share = (getattr(summary, name) for name in TIMES)
-        result.add_row(summary.optimizer, *(f"{each * 1e3:.2f}" for each in seconds), f"{share * 100:.1f} %")
+        seconds = (getattr(summary, name) for name in TIMES)
+        result.add_row(summary.optimizer, *(f"{each * 1e3:.2f}" for each in seconds), f"{summary.optimizer_share * 100:.1f} %")
     return result
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from sam_kernels.cli.train.clock import StepClock
 from sam_kernels.cli.train.data import Digits, flip_labels
 from sam_kernels.cli.train.model import small_cnn
-from sam_kernels.cli.train.optimizers import Settings, build, kind_of, options_of
+from sam_kernels.cli.train.optimizers import PEER, Settings, build, kind_of, options_of
+from sam_kernels.cli.train.peer import PlainSAM
 
 __all__ = ["Plan", "Run", "run"]
 
@@ -33,13 +34,17 @@ class Run:
     seed: int
     steps: int = 0
     seconds: float = 0.0  # all steps, without evaluation
-    seconds_per_step: float = 0.0  # medians: neither the first step's set-up nor a busy moment of the machine counts
+    seconds_per_step: float = 0.0  # mean over the steps after the first, which sets up; the three parts add up to it
     forward_seconds: float = 0.0  # of a step: all its forward passes
     backward_seconds: float = 0.0  # all that autograd does
-    rest_seconds: float = 0.0  # what both leave
+    rest_seconds: float = 0.0  # the optimizer's own work
     optimizer_share: float = 0.0  # of a step's time: the rest
+    median_seconds_per_step: float = 0.0  # of all steps: for comparisons that a busy moment of the machine must not decide
     train_loss: list[float] = field(default_factory=list)  # an epoch's mean, at the unperturbed weights, on the (noisy) training labels
     test_accuracy: list[float] = field(default_factory=list)  # after each epoch, on the clean labels of the images to score on
+    first_loss: float = 0.0  # of the first batch, at the initial weights
+    scored_images: int = 0  # that each accuracy is a proportion of
+    diverged: bool = False  # a loss is not finite, or the accuracy is at chance and the loss above the first
     top_eigenvalue: float | None = None  # of the Hessian of the training loss at the end; None: not measured
     hessian_trace: float | None = None
 
@@ -83,15 +88,30 @@ def run(
                 by_step.step()
         if by_epoch is not None:
             by_epoch.step()
+        if not result.train_loss:
+            result.first_loss = losses[0].item()
         result.train_loss.append(torch.stack(losses).mean().item())
         result.test_accuracy.append(_accuracy(model, data.test_images, data.test_labels))
         advance()
     finished(model, labels)
     result.steps, result.seconds = len(clock.steps), sum(clock.steps)
-    medians = map(statistics.median, (clock.steps, clock.forwards, clock.backwards, clock.rests()))
-    result.seconds_per_step, result.forward_seconds, result.backward_seconds, result.rest_seconds = medians
-    result.optimizer_share = clock.median_optimizer_share()
+    mean = clock.mean()
+    result.seconds_per_step, result.forward_seconds = mean.step, mean.forward
+    result.backward_seconds, result.rest_seconds = mean.backward, mean.rest
+    result.optimizer_share = mean.rest / mean.step
+    result.median_seconds_per_step = clock.median_step()
+    result.scored_images = len(data.test_labels)
+    result.diverged = _has_diverged(result, chance=data.test_labels.bincount().max().item() / result.scored_images)
     return result
+
+
+def _has_diverged(result: Run, chance: float) -> bool:
+    """``chance``: the share of the largest class, which a network that always answers the same may reach. At chance: no more than two
+    standard errors of a proportion above it."""
+    if not all(map(math.isfinite, result.train_loss)):
+        return True
+    most = chance + 2 * math.sqrt(chance * (1 - chance) / result.scored_images)
+    return result.test_accuracy[-1] <= most and result.train_loss[-1] > result.first_loss
 
 
 class _StepOf:
@@ -101,6 +121,7 @@ class _StepOf:
         self._kind = kind_of(name)
         self._micro_batch_size = options_of(name, settings).get("micro_batch_size", 0)
         self._model, self._optimizer, self._clock = model, optimizer, clock
+        self._plain = PlainSAM(optimizer, model, options_of(name, settings)["rho"]) if name == PEER else None
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         with self._clock.step():
@@ -109,6 +130,8 @@ class _StepOf:
             elif self._kind == "msam":
                 micro_batches = len(labels) // self._micro_batch_size
                 loss = self._optimizer.step(self._gradient, batch=(images, labels), micro_batches=micro_batches)
+            elif self._plain is not None:
+                loss = self._plain.step(lambda: self._gradient(images, labels))
             else:
                 loss = self._optimizer.step(lambda: self._gradient(images, labels))
         return torch.as_tensor(loss)
