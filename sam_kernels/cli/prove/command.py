@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 import sam_kernels
-from sam_kernels.cli.output import INTERRUPTED
+from sam_kernels.cli.output import INTERRUPTED, console_for
 from sam_kernels.cli.prove.claims import Claim, Jobs
 from sam_kernels.cli.prove.labels import wrong_labels
 from sam_kernels.cli.prove.networks import forgetting, late_phase, weight_noise
@@ -53,7 +53,7 @@ def prove(context: click.Context, quick: bool, only: tuple[str, ...], processes:
     """
     check_extra()
     out.mkdir(parents=True, exist_ok=True)
-    console, results = Console(), list[Result]()
+    console, results = console_for(as_json=False), list[Result]()
     interrupted = False
     try:
         with Pool(processes or os.cpu_count() or 1, console) as pool:

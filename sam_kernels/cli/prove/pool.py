@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from types import TracebackType
@@ -14,16 +13,16 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-__all__ = ["Pool"]
+from sam_kernels.cli.output import Ticker
 
-_EVERY = 10.0  # seconds between lines where there is no terminal
+__all__ = ["Pool"]
 
 
 class Pool:
     """``pool(function, jobs)`` is ``[function(**job) for job in jobs]``; both must be of importable modules."""
 
     def __init__(self, processes: int, console: Console) -> None:
-        self._console = console
+        self._ticker = Ticker(console)
         self._executor = ProcessPoolExecutor(
             processes, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
         )
@@ -51,14 +50,12 @@ class Pool:
             if name not in self._found and name not in made.values():
                 made[self._executor.submit(function, **job)] = name
         task = self._progress.add_task(self.title, total=len(made))
-        left, said = set(made), time.monotonic()
+        left = set(made)
         while left:
-            done, left = wait(left, timeout=_EVERY, return_when=FIRST_COMPLETED)
+            done, left = wait(left, timeout=Ticker.every, return_when=FIRST_COMPLETED)
             for each in done:
                 self._found[made[each]] = each.result()  # an exception of a run ends the claim
             self._progress.update(task, completed=len(made) - len(left))
-            if not self._console.is_terminal and time.monotonic() - said >= _EVERY:
-                self._console.print(f"  {self.title}: {len(made) - len(left)} of {len(made)} runs", highlight=False)
-                said = time.monotonic()
+            self._ticker.tick(f"  {self.title}: {len(made) - len(left)} of {len(made)} runs")
         self._progress.remove_task(task)
         return [self._found[name] for name in names]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.table import Table
 
+from sam_kernels.cli import output
 from sam_kernels.cli.prove.claims import Claim, Measured
 
 __all__ = ["Result", "draw", "markdown", "table", "to_json"]
@@ -91,15 +89,7 @@ def to_json(results: Sequence[Result], machine: Mapping[str, str], quick: bool) 
         }
         for each in results
     ]
-    return json.dumps({"machine": dict(machine), "quick": quick, "claims": _finite(claims)}, indent=1, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return output.to_json({"machine": dict(machine), "quick": quick, "claims": claims})
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
