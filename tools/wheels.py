@@ -63,7 +63,7 @@ def found_pythons(versions: Sequence[str] = VERSIONS) -> list[str]:
 
 def run(*command: str | Path, cwd: Path = ROOT, env: Mapping[str, str] = {}) -> None:
     words = [str(word) for word in command]
-    click.echo(f"$ {' '.join(words)}")
+    click.echo(f"$ {' '.join('…' if ';' in word else word for word in words)}")  # a program of -c is long
     if subprocess.run(words, cwd=cwd, env={**os.environ, **env}).returncode != 0:
         raise click.ClickException(f"{' '.join(words[:4])} … failed; the reason is above")
 

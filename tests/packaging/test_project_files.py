@@ -125,3 +125,25 @@ def test_no_wheel_for_this_python_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "sam_kernels-0.1.0-cp27-cp27-manylinux_2_28_x86_64.whl").touch()
     with pytest.raises(ClickException, match="run make wheel"):
         wheel_for(tmp_path)
+
+
+# What the page of support says is tested
+
+
+def test_the_page_names_the_versions_that_tests_are_pinned_to() -> None:
+    page = text_of("docs/support.md")
+    frameworks = page.partition("## Frameworks")[2].partition("## Wheels")[0]
+    rows = re.findall(r"^\| ([a-z-]+) \| (\d[\d.]*) \|", frameworks, re.MULTILINE)
+    pins = text_of("tests/frameworks/constraints.txt").splitlines()
+    assert len(rows) == 8
+    assert [f"{name}=={version}" for name, version in rows if f"{name}=={version}" not in pins] == []
+    (newest,) = pinned("triton")
+    (oldest,) = re.findall(r"^OLDEST_TRITON := (\S+)$", text_of("Makefile"), re.MULTILINE)
+    assert re.findall(r"^\| (3\.\d+\.\d+) \| tested", page, re.MULTILINE) == [newest.partition("==")[2], oldest]
+
+
+def test_the_page_names_the_minimum_versions_of_the_extras() -> None:
+    project = text_of("pyproject.toml")
+    for name, minimum in re.findall(r"^\| \S+ \| \S+ \| `(\w+)` \| ≥ (\S+) \|", text_of("docs/support.md"), re.MULTILINE):
+        (extra,) = re.findall(rf"^{name} = \[(.*)\]", project, re.MULTILINE)
+        assert f'"{name}>={minimum}"' in extra
