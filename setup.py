@@ -78,15 +78,16 @@ class NinjaBuild(build_ext):
 
         modules = [ext.name.rpartition(".")[2] for ext in self.extensions]
         folder = Path("build") / ninja_build.folder_name()  # not self.build_temp, which is a new folder at each editable install
-        (ROOT / folder).mkdir(parents=True, exist_ok=True)
-        with (ROOT / folder / "build.ninja").open("w", encoding="utf-8") as file:
+        own = folder / ninja_build.python_folder()
+        (ROOT / own).mkdir(parents=True, exist_ok=True)
+        with (ROOT / own / "build.ninja").open("w", encoding="utf-8") as file:
             writer = ninja.ninja_syntax.Writer(file, width=10_000)
             try:
                 ninja_build.write_rules(writer, str(folder), modules, usable_toolkit() if "_cuda" in modules else None)
             except (cuda_toolkit.Unusable, ninja_build.Unknown) as reason:
                 raise SystemExit(f"sam_kernels: {reason}") from None
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-f", str(folder / "build.ninja"), "-j", jobs]
+        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-f", str(own / "build.ninja"), "-j", jobs]
         if subprocess.run(command, cwd=ROOT).returncode != 0:
             raise SystemExit("sam_kernels: compiling the native backend failed; the compiler's words are above")
         for module in ninja_build.BINDING:
@@ -96,7 +97,7 @@ class NinjaBuild(build_ext):
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             fresh = target.with_suffix(".new")  # moved into place: a process that has the old module loaded keeps it
-            shutil.copy2(ROOT / folder / f"{module}.so", fresh)
+            shutil.copy2(ROOT / own / f"{module}.so", fresh)
             fresh.replace(target)
 
 

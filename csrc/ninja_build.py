@@ -80,10 +80,18 @@ def chosen_instruction_sets() -> list[str]:
 
 
 def folder_name() -> str:
-    """A folder for each Python and each way of compiling, so that going back and forth between two of them compiles nothing."""
-    name = "ninja" + sysconfig.get_config_var("EXT_SUFFIX").removesuffix(".so")
+    """A folder for each platform and each way of compiling, so that going back and forth between two of them compiles nothing.
+
+    All interpreters share it: most objects do not depend on Python.
+    """
+    name = f"ninja.{sysconfig.get_platform()}"
     values = [setting(each) for each in SETTINGS]
     return name if values == list(SETTINGS.values()) else f"{name}.{hashlib.sha256(repr(values).encode()).hexdigest()[:8]}"
+
+
+def python_folder() -> str:
+    """The folder inside ``folder_name()`` of what depends on this Python: its build.ninja, bindings and modules."""
+    return str(sysconfig.get_config_var("SOABI"))
 
 
 def quoted(*words: object) -> str:
@@ -92,20 +100,26 @@ def quoted(*words: object) -> str:
 
 
 class Rules:
-    """Writes one build.ninja whose targets lie in ``folder``, which is relative to the root."""
+    """Writes one build.ninja whose targets lie in ``folder``, relative to the root; bindings and modules in one of this Python."""
 
     def __init__(self, writer, folder: str) -> None:  # type: ignore[no-untyped-def]  # ninja's writer is untyped
         self.writer = writer
         self.folder = folder
 
     def objects(self, sources: Sequence[str], suffix: str, flags: str, rule: str = "compile") -> list[str]:
-        made = [f"{self.folder}/{os.path.splitext(source)[0]}{suffix}" for source in sources]
+        return self._objects(self.folder, sources, suffix, flags, rule)
+
+    def bindings(self, sources: Sequence[str], suffix: str, flags: str) -> list[str]:
+        return self._objects(f"{self.folder}/{python_folder()}", sources, suffix, flags, "compile")
+
+    def _objects(self, folder: str, sources: Sequence[str], suffix: str, flags: str, rule: str) -> list[str]:
+        made = [f"{folder}/{os.path.splitext(source)[0]}{suffix}" for source in sources]
         for source, target in zip(sources, made, strict=True):
             self.writer.build(target, rule, f"csrc/{source}", variables={"local": flags})
         return made
 
     def module(self, name: str, objects: Sequence[str], rule: str = "link") -> None:
-        target = f"{self.folder}/{name}.so"
+        target = f"{self.folder}/{python_folder()}/{name}.so"
         self.writer.build(target, rule, objects)
         self.writer.default(target)
 
@@ -115,7 +129,7 @@ def write_rules(writer, folder: str, modules: Sequence[str], toolkit: Toolkit | 
 
     rules = Rules(writer, folder)
     extra = setting("SAM_KERNELS_CXXFLAGS")  # appended, so that it can also undo a flag
-    writer.variable("builddir", folder)  # where ninja keeps what it remembers
+    writer.variable("builddir", folder)  # where ninja keeps its log, also of the objects that another Python's build.ninja made
     writer.variable("cxx", setting("CXX"))
     compiling = f"$cxx -MMD -MF $out.d {CXX_FLAGS} -Icsrc $local {extra} -c $in -o $out"
     writer.rule("compile", compiling, depfile="$out.d", deps="gcc", description="$in $local")
@@ -125,8 +139,8 @@ def write_rules(writer, folder: str, modules: Sequence[str], toolkit: Toolkit | 
     # -O1: the binding is the longest to compile and calls into Python all the time; optimising it further gains nothing (measured).
     python = f"-O1 {quoted('-I', pybind11.get_include(), '-I', sysconfig.get_paths()['include'])}"
 
-    shared = rules.objects([f"{name}.cpp" for name in SHARED], ".o", python)
-    linked = rules.objects([f"{BINDING['_cpu']}.cpp"], ".o", python)
+    shared = rules.bindings([f"{name}.cpp" for name in SHARED], ".o", python)
+    linked = rules.bindings([f"{BINDING['_cpu']}.cpp"], ".o", python)
     isas = chosen_instruction_sets()
     for isa in reversed(isas):
         flags = f"-DSAM_ISA={isa} {INSTRUCTION_SETS[isa]}"
@@ -141,12 +155,12 @@ def write_rules(writer, folder: str, modules: Sequence[str], toolkit: Toolkit | 
         archs = architectures(setting("TORCH_CUDA_ARCH_LIST"), toolkit)
         write_nvcc_rules(writer, toolkit, archs)
         defines = quoted("-DSAM_CUDA_MODULE=_cuda", f'-DSAM_CUDA_ARCHITECTURES="{";".join(archs)}"', "-I", toolkit.include)
-        linked = rules.objects([f"{BINDING['_cuda']}.cpp"], ".o", f"{python} {defines}")
+        linked = rules.bindings([f"{BINDING['_cuda']}.cpp"], ".o", f"{python} {defines}")
         linked += rules.objects(kernels, ".device.o", "", "compile_cuda")
         rules.module("_cuda", shared + linked, "link_cuda")
     if "_cuda_on_host" in modules:
         defines = quoted("-DSAM_CUDA_MODULE=_cuda_on_host", '-DSAM_CUDA_ARCHITECTURES="host"', "-DSAM_CUDA_ON_HOST")
-        linked = rules.objects([f"{BINDING['_cuda_on_host']}.cpp"], ".host.o", f"{python} {defines}")
+        linked = rules.bindings([f"{BINDING['_cuda_on_host']}.cpp"], ".host.o", f"{python} {defines}")
         linked += rules.objects(kernels, ".host.o", ON_HOST_FLAGS)
         rules.module("_cuda_on_host", shared + linked)
 

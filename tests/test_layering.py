@@ -60,7 +60,7 @@ INCLUDES = {
     "tensor_list.cpp": ("common/", "tensor_list.h", "pybind11/", "structmember.h"),  # Python's own
     "tensor_list.h": ("common/", "pybind11/"),
 }
-LINE_BUDGETS = {"setup.py": 120, "sam_kernels": 400, "csrc": 400, "tests": 400, "bench": 400}
+LINE_BUDGETS = {"setup.py": 120, "sam_kernels": 400, "csrc": 400, "tests": 400, "bench": 400, "tools": 400}
 INIT_BUDGET = 40
 SOURCES = {".py", ".pyi", ".cpp", ".h", ".cu", ".cuh"}
 

@@ -93,14 +93,14 @@ def built_folder(build: Any) -> Path | None:
     if (build.setting("CXX"), build.setting("SAM_KERNELS_CXXFLAGS")) != ("c++", ""):
         return None
     folder: Path = ROOT / "build" / build.folder_name()
-    rules = folder / "build.ninja"
+    rules = folder / build.python_folder() / "build.ninja"
     if not rules.exists() or rules.stat().st_mtime < max(path.stat().st_mtime for path in (ROOT / "setup.py", Path(build.__file__))):
         return None
-    return folder if "no work to do" in _ninja(folder, "-n", _module(folder)) else None
+    return folder if "no work to do" in _ninja(rules.parent, "-n", _module(rules.parent)) else None
 
 
 def keep_objects(folder: Path) -> None:
-    """Keep the objects of _cpu in ``folder``, which is up to date: an installation has just compiled them."""
+    """Keep the objects of _cpu, which are up to date: an installation has just compiled them. ``folder`` has the build.ninja."""
     compiler = _compiler()
     for command in map(shlex.split, _ninja(folder, "-t", "commands", _module(folder)).splitlines()):
         if "-c" in command:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -29,6 +30,8 @@ BASES: dict[str, tuple[Any, dict[str, Any]]] = {
 @pytest.mark.parametrize("options", [{}, {"lambd": 0.0}, {"lambd": 0.3}, {"adaptive": True, "eta": 0.01, "lambd": 0.7}], ids=str)
 def test_ten_steps_follow_the_formula(backend: str, base: str, options: dict[str, Any]) -> None:
     base_class, kwargs = BASES[base]
+    if unknown := kwargs.keys() - inspect.signature(base_class).parameters.keys():  # torch 2.6 has no decoupled_weight_decay
+        pytest.skip(f"{base_class.__name__} of torch {torch.__version__} has no {', '.join(unknown)}")
     model, batch = make_model(torch.float64), make_batch(torch.float64)
     expected_model = twin(model)
     expected_base = base_class(expected_model.parameters(), **kwargs)

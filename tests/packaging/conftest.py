@@ -24,7 +24,7 @@ def needs_compiler() -> None:
 def kept_objects(tmp_path_factory, needs_compiler) -> dict[str, str]:
     """An environment for builds that compile only what neither the installation nor an earlier build has compiled."""
     if (folder := built_folder(SETUP["ninja_build"])) is not None:
-        keep_objects(folder)
+        keep_objects(folder / SETUP["ninja_build"].python_folder())
     return in_place_of_the_compiler(tmp_path_factory.mktemp("compiler"))
 
 

@@ -115,6 +115,7 @@ def test_build_makes_a_source_distribution_that_builds_itself(kept_objects, tmp_
     names = names_in(sdist)
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh", ".py")}
     assert sources | {"setup.py", "pyproject.toml", "README.md", "LICENSE", "constraints.txt", "Makefile"} <= set(names)
+    assert {"CHANGELOG.md", "SECURITY.md", "CITATION.cff", "tools/wheels.py", "tests/packaging/test_packaging.py"} <= set(names)
     assert not [name for name in names if name.startswith(("build/", "dist/", ".venv")) or name.endswith((".so", ".o"))]
     with zipfile.ZipFile(wheel) as archive:
         assert archive.read(f"sam_kernels/{NATIVE}")[:4] == b"\x7fELF"
