@@ -1,7 +1,7 @@
 """E‖∇f_I‖ and tr V, what normalised and unnormalised m-SAM regularise, over m and during training. arXiv 2509.18001.
 
 Fixed before the runs: METHODS, BUDGET, SIZES; nothing is tuned. Few seeds: this describes, it decides nothing. Wrong labels were added
-after a first look at right ones, and the seeds of 5 became 3 to pay for them.
+after a first look at right ones; the seeds of 5 became 3 to pay for them, and m-SAM's micro-batches of 8 samples 16.
 """
 
 from __future__ import annotations
