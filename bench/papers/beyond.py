@@ -1,8 +1,8 @@
 """What SAM does beyond accuracy: forgetting, noise on weights, rounding, and SAM in the last steps alone (arXiv 2410.10373).
 
 Fixed before the runs: all of ``beyond_runs.py``, METHODS, TESTS and BUDGET; nothing is tuned. A first look (seeds 100 to 102) set three
-fine-tunings in the place of one, because the answer depends on it, and added the row of the strongest noise. Differences are paired by seed, with TWO_ERRORS standard errors. A
-share of SAM's gain is given where that gain is more than two of its standard errors.
+fine-tunings in the place of one, because the answer depends on it, and added the row of the strongest noise. Differences are paired by
+seed, with TWO_ERRORS standard errors. A share of SAM's gain is given where that gain is more than two of its standard errors.
 """
 
 from __future__ import annotations
