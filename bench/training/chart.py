@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,15 @@ COLUMNS = 2
 OURS, OTHERS, OF_BASE = ("#6fb3cc", "#0b4f6c"), ("#d3d7db", "#7b838c"), ("#f0e2c0", "#a9852f")
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
-    """Write the chart: a panel for each model, a bar for each implementation, one scale for all panels.
+def draw(result: dict[str, Any], path: Path, models: Collection[str] = tuple(MODELS)) -> None:
+    """Write the chart: a panel for each of ``models``, a bar for each implementation, one scale for all panels.
 
     Background and text are opaque, so that the chart can be read on a dark page too. Error bars: 20 to 80 % of the rounds' ratios.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    found = by_model(result["rows"])
+    found = {model: rows for model, rows in by_model(result["rows"]).items() if model in models}
     lines = -(-len(found) // COLUMNS)
     longest = max(row["over_base_80"] for of_model in found.values() for row in of_model.values())
     figure = Figure(figsize=(5.0 * COLUMNS, 0.9 + 1.55 * lines), facecolor="white")

@@ -12,7 +12,7 @@ from bench.training.models import MODELS
 from bench.training.runs import LOOP, title
 from bench.training.tables import by_model, memory_of
 
-__all__ = ["BEGIN", "END", "lines"]
+__all__ = ["BEGIN", "END", "SHOWN", "lines"]
 
 BEGIN, END = "<!-- numbers:begin -->", "<!-- numbers:end -->"
 SHOWN = ("resnet18", "gpt2_124m")  # one where the passes decide, one where the optimizer does

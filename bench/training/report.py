@@ -16,7 +16,7 @@ from bench import options
 from bench.page import ROOT, count, page_options, replace_between, rewrite, table, where
 from bench.training.chart import draw
 from bench.training.models import MODELS
-from bench.training.numbers import BEGIN, END, lines
+from bench.training.numbers import BEGIN, END, SHOWN, lines
 from bench.training.tables import HEADINGS, by_model, cells, regime_cells
 
 __all__ = ["main", "section"]
@@ -66,13 +66,17 @@ def main(file: Path, docs: Path, check: bool, image: Path, numbers: Path | None,
         raise SystemExit(1)
     rewrite(docs, section(result, Path(os.path.relpath(image, docs.parent)).as_posix()), check=check)
     if numbers is not None:
-        _write_numbers(numbers, result, steps or file.with_name("default.json"), check=check)
+        short = image.with_name(f"{image.stem}_short{image.suffix}")
+        if not check:
+            draw(result, short, SHOWN)
+        _write_numbers(numbers, result, steps or file.with_name("default.json"), short, check=check)
 
 
-def _write_numbers(page: Path, result: dict[str, Any], steps: Path, *, check: bool) -> None:
+def _write_numbers(page: Path, result: dict[str, Any], steps: Path, image: Path, *, check: bool) -> None:
     text = page.read_text()
     of_steps = json.loads(steps.read_text()) if steps.exists() else None
-    wanted = replace_between(text, "\n".join(lines(result, of_steps)), page.name, BEGIN, END)
+    chart = f"![Time of a training step over that of the base optimizer]({Path(os.path.relpath(image, page.parent)).as_posix()})"
+    wanted = replace_between(text, "\n".join([*lines(result, of_steps), "", chart]), page.name, BEGIN, END)
     if not check:
         page.write_text(wanted)
     elif wanted != text:

@@ -237,4 +237,6 @@ def test_the_page_shows_the_stored_result() -> None:
     result = json.loads(path.read_text())
     assert not result["quick"]
     assert {row["model"] for row in result["rows"] if row["kind"] == "training"} == MODELS.keys()
-    assert CliRunner().invoke(report.main, [str(path), "--check"]).exit_code == 0
+    (steps,) = (ROOT / "bench" / "results").glob("*/default.json")
+    found = CliRunner().invoke(report.main, [str(path), "--check", "--numbers", str(ROOT / "README.md"), "--steps", str(steps)])
+    assert found.exit_code == 0, found.output
