@@ -177,8 +177,8 @@ class CRSAM(SAM):
     g = ∇f(w) and g_± = ∇f(w ± e). Memory beside SAM's: g and g_+, 2 N s, between the passes.
 
     g_+ + g_- - 2 g is the gradient of f(w + e) + f(w - e) - 2 f(w), the curvature along e, and g_+ - g_- that of f(w + e) - f(w - e), the
-    slope. The paper divides both by these numbers (its regulariser is the logarithm of the trace of the Hessian over the gradient's norm);
-    the authors' code does not, and this is the code's step. ``gamma`` = 0.1, ``beta`` = 0.01 and ρ = 0.1 are its values.
+    slope. The paper regularises by the trace of the Hessian over the gradient's norm, from finite differences; this is the step of the
+    authors' code, which weights these two gradients and divides by nothing. ``gamma`` = 0.1, ``beta`` = 0.01 and ρ = 0.1 are its values.
 
     ``step`` calls the closure three times, at w, w + e and w - e. The two-step API, ``backward``, several micro-batches, ``capturable``
     and :class:`directions.Centralized` are refused.
