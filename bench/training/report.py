@@ -66,17 +66,21 @@ def main(file: Path, docs: Path, check: bool, image: Path, numbers: Path | None,
         raise SystemExit(1)
     rewrite(docs, section(result, Path(os.path.relpath(image, docs.parent)).as_posix()), check=check)
     if numbers is not None:
-        short = image.with_name(f"{image.stem}_short{image.suffix}")
-        if not check:
+        is_shown = not {row["model"] for row in result["rows"]}.isdisjoint(SHOWN)
+        short = image.with_name(f"{image.stem}_short{image.suffix}") if is_shown else None
+        if short is not None and not check:
             draw(result, short, SHOWN)
         _write_numbers(numbers, result, steps or file.with_name("default.json"), short, check=check)
 
 
-def _write_numbers(page: Path, result: dict[str, Any], steps: Path, image: Path, *, check: bool) -> None:
+def _write_numbers(page: Path, result: dict[str, Any], steps: Path, image: Path | None, *, check: bool) -> None:
     text = page.read_text()
     of_steps = json.loads(steps.read_text()) if steps.exists() else None
-    chart = f"![Time of a training step over that of the base optimizer]({Path(os.path.relpath(image, page.parent)).as_posix()})"
-    wanted = replace_between(text, "\n".join([*lines(result, of_steps), "", chart]), page.name, BEGIN, END)
+    shown = lines(result, of_steps)
+    if image is not None:
+        link = Path(os.path.relpath(image, page.parent)).as_posix()
+        shown += ["", f"![Time of a training step over that of the base optimizer]({link})"]
+    wanted = replace_between(text, "\n".join(shown), page.name, BEGIN, END)
     if not check:
         page.write_text(wanted)
     elif wanted != text:
