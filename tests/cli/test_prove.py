@@ -100,5 +100,14 @@ def test_what_is_timed_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     found = speed.optimizer_step(True, no_jobs)
     assert found.is_right
     assert found.effect > 0
-    monkeypatch.setattr(speed._Loop, "first_step", lambda self: None)
+    monkeypatch.setattr(speed.PlainSAM, "first_step", lambda self: None)
     assert not speed.optimizer_step(True, no_jobs).is_right
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(command, "CLAIMS", (claim("first", AssertionError("it ran")),))
+    result = CliRunner().invoke(command.prove, ["--out", str(tmp_path / "file" / "folder")])
+    assert result.exit_code == 2
+    assert "--out" in result.output
+    assert "it ran" not in result.output

@@ -16,9 +16,9 @@ pytest.importorskip("matplotlib")
 
 from scipy.stats import norm
 
-from sam_kernels.cli import main
+from sam_kernels.cli import main, results
 from sam_kernels.cli.output import Ticker
-from sam_kernels.cli.train import comparison, plot, results
+from sam_kernels.cli.train import comparison, plot
 from sam_kernels.cli.train.plot import save_curves, spans_a_decade
 from sam_kernels.cli.train.report import Estimate
 from sam_kernels.cli.train.run import Run
@@ -132,7 +132,7 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing(monkeypatch: pytest.Monkey
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(results, "save_curves", full)
+    monkeypatch.setattr("sam_kernels.cli.train.command.save_curves", full)
     result = invoke(tmp_path, "--optimizers", "sgd", "--json")
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == f"Error: {tmp_path / 'train.png'} was not written: no space left on device"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import sam_kernels
 from sam_kernels.cli.prove.claims import Bar, Jobs, Measured
+from sam_kernels.cli.train.peer import PlainSAM
 
 __all__ = ["gradient_norms", "optimizer_step"]
 
@@ -29,7 +30,8 @@ def optimizer_step(quick: bool, jobs: Jobs) -> Measured:
         b.data.copy_(a)
     grads = [torch.randn(shape) for shape in shapes]
     optimizer = sam_kernels.SAM(ours, torch.optim.SGD, rho=RHO, lr=LR, momentum=MOMENTUM)
-    loop = _Loop(theirs)
+    base = torch.optim.SGD(theirs, lr=LR, momentum=MOMENTUM, fused=True)
+    loop = PlainSAM(base, nn.ParameterList(theirs), RHO)
 
     def one(params: list[nn.Parameter], first: Callable[[], None], second: Callable[[], None]) -> float:
         for param, grad in zip(params, grads, strict=True):
@@ -48,27 +50,6 @@ def optimizer_step(quick: bool, jobs: Jobs) -> Measured:
     bars = [Bar(label, 1e3 * statistics.median(each[k] for each in rounds), None) for k, label in enumerate(("sam_kernels", "torch loop"))]
     settings = {"weights": sum(map(torch.numel, ours)), "threads": torch.get_num_threads(), "rounds": len(rounds)}
     return Measured(statistics.median(b / a for a, b in rounds), None, bars, settings, "ms", is_right)
-
-
-class _Loop:
-    """SAM around SGD with momentum by ``torch._foreach_*``, the fastest form that torch alone has on a CPU."""
-
-    def __init__(self, params: list[nn.Parameter]) -> None:
-        self._weights: list[Tensor] = list(params)
-        self._old = [torch.empty_like(param) for param in params]
-        self._base = torch.optim.SGD(params, lr=LR, momentum=MOMENTUM, fused=True)
-
-    @torch.no_grad()
-    def first_step(self) -> None:
-        grads = [param.grad for param in self._weights if param.grad is not None]
-        scale = RHO / (torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) + 1e-12)
-        torch._foreach_copy_(self._old, self._weights)
-        torch._foreach_add_(self._weights, list(torch._foreach_mul(grads, scale)))
-
-    @torch.no_grad()
-    def second_step(self) -> None:
-        torch._foreach_copy_(self._weights, self._old)
-        self._base.step()
 
 
 def _resnet18() -> list[tuple[int, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,22 @@ import click
 from rich.console import Console
 
 from sam_kernels import _dispatch
+from sam_kernels.cli import results
 from sam_kernels.cli.execution import require_backend, require_device, threads
 from sam_kernels.cli.output import INTERRUPTED, console_for
 from sam_kernels.cli.train import options as check
-from sam_kernels.cli.train import results
 from sam_kernels.cli.train.comparison import Comparison
 from sam_kernels.cli.train.data import DATA_SETS, load
 from sam_kernels.cli.train.model import NORMALIZATIONS
 from sam_kernels.cli.train.optimizers import BASES, BETA_SCALES, MEMBERS, NORMS, NUMBERED, Settings
+from sam_kernels.cli.train.plot import save_curves
 from sam_kernels.cli.train.report import advice, tables, to_json
 from sam_kernels.cli.train.run import Plan, Run
 from sam_kernels.cli.train.sharpness import IMAGES
 
 __all__ = ["train"]
+
+CURVES, JSON = "train.png", "train.json"
 
 
 @click.command(context_settings={"show_default": True})
@@ -195,7 +199,7 @@ def train(
         device=device,
         threads=thread_count,
     )
-    results.prepare(out)
+    results.prepare(out, (CURVES, JSON))
     console = console_for(as_json=as_json)
     runs: list[Run] = []
     interrupted = False
@@ -224,5 +228,9 @@ def _publish(comparison: Comparison, runs: list[Run], console: Console, out: Pat
     report = to_json(comparison, runs, interrupted=interrupted)
     if as_json:
         click.echo(report)
-    results.save(out, runs, report, title=comparison.title)
-    console.print(f"curves: {out / results.CURVES}, everything: {out / results.JSON}", highlight=False, soft_wrap=True)
+    writers: dict[str, Callable[[Path], object]] = {
+        CURVES: lambda path: save_curves(path, runs, title=comparison.title),
+        JSON: lambda path: path.write_text(report + "\n"),
+    }
+    results.save(out, writers)
+    console.print(f"curves: {out / CURVES}, everything: {out / JSON}", highlight=False, soft_wrap=True)

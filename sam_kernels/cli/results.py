@@ -1,30 +1,26 @@
-"""The folder of the results: checked before the training, so that no run is lost to it."""
+"""The folder of a command's results: checked before the work, so that no run is lost to it."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import click
 
-from sam_kernels.cli.train.plot import save_curves
-from sam_kernels.cli.train.run import Run
+__all__ = ["prepare", "save"]
 
-__all__ = ["CURVES", "JSON", "prepare", "save"]
-
-CURVES, JSON = "train.png", "train.json"
-_ROOM = 1 << 20  # bytes: more than both files take
+_ROOM = 1 << 20  # bytes: more than a command's files take
 
 
-def prepare(out: Path) -> None:
-    """Make the folder and make sure that the results can be written there. Raises BadParameter with the reason if not."""
+def prepare(out: Path, names: Collection[str]) -> None:
+    """Make the folder and make sure that the files can be written there. Raises BadParameter with the reason if not."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out) as probe:
             probe.write(bytes(_ROOM))
-        for path in (out / CURVES, out / JSON):
+        for path in (out / name for name in names):
             if path.is_dir():
                 raise IsADirectoryError(None, "is a folder", str(path))
             if path.exists() and not os.access(path, os.W_OK):
@@ -33,13 +29,9 @@ def prepare(out: Path) -> None:
         raise click.BadParameter(f"{error.filename or out}: {_reason(error)}.", param_hint="'--out'") from error
 
 
-def save(out: Path, runs: Sequence[Run], report: str, *, title: str) -> None:
-    """Write both files. Raises ClickException, once both were tried, for one that cannot be written."""
+def save(out: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
+    """Write the files. Raises ClickException, once all were tried, for those that cannot be written."""
     failures = []
-    writers: dict[str, Callable[[Path], object]] = {
-        CURVES: lambda path: save_curves(path, runs, title=title),
-        JSON: lambda path: path.write_text(report + "\n"),
-    }
     for name, write in writers.items():
         try:
             write(out / name)
