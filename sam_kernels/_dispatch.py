@@ -39,6 +39,7 @@ def _load(path: str) -> Any:
 
 
 _loaded: dict[str, Any] = {}
+_preferred: dict[tuple[str | None, str], Backend] = {}  # by the name asked for and the type of device, whatever the dtypes
 
 
 def _loaded_from(path: str) -> Any:
@@ -77,7 +78,11 @@ def select(device_type: str, dtypes: Collection[torch.dtype] = ()) -> Backend:
 
     Raises RuntimeError if a forced one has no kernels for the device, TypeError if it has none for a dtype.
     """
+    if not dtypes and (known := _preferred.get((_forced, device_type))) is not None:  # a step asks several times
+        return known
     for _, backend in _candidates(_forced, device_type, dtypes):
+        if not dtypes:
+            _preferred[_forced, device_type] = backend
         return backend
     raise RuntimeError(f"backend {_forced!r} was asked for and cannot be used: {reason_missing(_forced or 'foreach', device_type)}")
 

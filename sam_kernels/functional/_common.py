@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -22,24 +21,25 @@ TensorsOrNone = list[Tensor | None] | TensorList  # None: a row's first step
 
 
 def checked(op: _Op) -> _Op:
-    """Check the options of an operation as its class describes them, and return it with Python floats for its numbers.
+    """Check the options of an operation that was just made as its class describes them, and return it with Python floats for its numbers.
 
-    A number that may be a tensor stays one (``_validate.check_number_or_tensor``).
+    A number that may be a tensor stays one (``_validate.check_number_or_tensor``). Nobody else has ``op`` yet: it is changed in place.
 
     Raises TypeError for a wrong type, ValueError for a number out of range or a tensor that holds no single number.
     """
     name = op.name
-    changes: dict[str, object] = {}
     for field, limits in op.limits.items():
         value = getattr(op, field)
         if (type(value) is float and limits.least <= value <= limits.most) or (value is None and field in op.optional):
             continue
-        if field in op.numbers:
-            number: object = _validate.check_number_or_tensor(name, field, value, low=limits.low, high=limits.high)
+        if type(value) is int and limits.least <= value <= limits.most:
+            number: object = float(value)
+        elif field in op.numbers:
+            number = _validate.check_number_or_tensor(name, field, value, low=limits.low, high=limits.high)
         else:
             number = _validate.check_number(name, field, value, low=limits.low, high=limits.high, open_low=limits.open_low)
         if number is not value:
-            changes[field] = number
+            object.__setattr__(op, field, number)  # of a frozen dataclass
     for field in op.flags:
         if type(value := getattr(op, field)) is not bool:
             _validate.check_flag(name, field, value)
@@ -47,7 +47,7 @@ def checked(op: _Op) -> _Op:
         value = getattr(op, field)
         if value is not None or field not in op.optional:
             _validate.check_scalar_tensor(name, field, value)
-    return dataclasses.replace(op, **changes) if changes else op
+    return op
 
 
 def params_if(adaptive: bool, op: str, params: Tensors | None) -> Tensors | None:

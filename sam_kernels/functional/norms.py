@@ -131,7 +131,7 @@ def check_finite_(grads: Tensors, found_inf: Tensor) -> None:
     lists: dict[str, Tensors | None] = {"grads": grads}
     check_lists(CheckFinite, lists)
     for rows in split(lists):
-        here = found_inf.to(rows.lists.device)
+        here = found_inf if found_inf.device == rows.lists.device else found_inf.to(rows.lists.device)
         rows.run(CheckFinite(found_inf=here))
         if here is not found_inf:
             found_inf.logical_or_(here.to(found_inf.device))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 
 from sam_kernels.optim._base import checkpoint
@@ -127,7 +128,13 @@ class Wrapper(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The base optimizer's."""
-        self.base_optimizer.zero_grad(set_to_none=set_to_none)
+        base = self.base_optimizer
+        if not set_to_none or type(base).zero_grad is not Optimizer.zero_grad or "zero_grad" in base.__dict__ or is_dynamo_compiling():
+            base.zero_grad(set_to_none=set_to_none)
+            return
+        for group in base.param_groups:  # torch's, without a record for its profiler, which takes longer than a small model's loop
+            for param in group["params"]:
+                param.grad = None
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """As ``torch.optim.Optimizer.add_param_group``; the base optimizer gets the group too."""

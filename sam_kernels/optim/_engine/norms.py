@@ -92,6 +92,9 @@ class Norms:
 
     def joined(self, group_grads: list[GroupGrads], *, normalised: bool) -> list[tuple[GroupLists, list[Tensor], Scaling]]:
         """Lists, gradients and scaling of the norms to take: one norm of all groups where they agree and one call can take them."""
+        if len(group_grads) == 1:
+            only = group_grads[0]
+            return [(only.lists, only.grads, self.ascent_plan.groups[only.index].scaling if normalised else UNSCALED)]
         plans = [self.ascent_plan.groups[each.index] for each in group_grads] if normalised else []
         scalings = [each.scaling for each in plans] if normalised else [UNSCALED for _ in group_grads]
         are_alike = all(each.scaling == plans[0].scaling and each.scale == plans[0].scale for each in plans[1:])

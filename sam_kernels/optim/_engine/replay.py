@@ -34,16 +34,18 @@ class BufferGuard:
         self._is_current = False  # whether they are this step's
 
     def _buffers(self) -> list[Tensor]:
-        if self.model is None:
-            return []
+        assert self.model is not None
         if isinstance(self.model, nn.Module):  # found anew each time: layers may have been replaced
             return [buffer for module in self.model.modules() for buffer in _statistics(module)]
         return [buffer for module in self.model for buffer in module.buffers()]
 
-    @torch.no_grad()
     def save(self) -> None:
         """Remembers the buffers, reusing last step's copies."""
-        buffers = self._buffers()
+        if self.model is not None:
+            self._copy(self._buffers())
+
+    @torch.no_grad()
+    def _copy(self, buffers: list[Tensor]) -> None:
         kept = {id(buffer): copy for buffer, copy in self._saved}
         saved = []
         for buffer in buffers:
@@ -56,11 +58,11 @@ class BufferGuard:
         self._saved = saved
         self._is_current = True
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Puts them back, where they were saved in this step."""
         if self._saved and self._is_current:
-            torch._foreach_copy_([buffer for buffer, _ in self._saved], [copy for _, copy in self._saved])
+            with torch.no_grad():
+                torch._foreach_copy_([buffer for buffer, _ in self._saved], [copy for _, copy in self._saved])
 
     def begin(self) -> None:
         """A new step: what was saved is an older one's, and buffers may have been changed since."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Sequence
+from itertools import chain
 
 from torch import Tensor
 
@@ -15,6 +16,7 @@ __all__ = ["NOTHING_WATCHED", "WeightWatch"]
 
 _ALL_WATCHED = 256  # parameters that are all looked at; of more, a sample: to read a version costs 40 ns
 _WATCHED = 16
+_VERSION = operator.attrgetter("_version")
 
 
 class WeightWatch:
@@ -27,8 +29,8 @@ class WeightWatch:
         self._lists = lists
         self._watches_all = stride == 1
         self._has_addresses = all(isinstance(params, TensorList) for params, _ in lists)  # trusted: ordinary memory
-        self._watched = [owner for _, owners in lists for owner in owners[::stride]]
-        self._memory = [param for params, _ in lists for param in params[::stride]]
+        self._watched = list(chain.from_iterable(owners[::stride] for _, owners in lists))
+        self._memory = list(chain.from_iterable(params[::stride] for params, _ in lists))
         self._versions = self._read_versions()
         self._addresses = self._read_addresses()
 
@@ -56,7 +58,7 @@ class WeightWatch:
 
     def _read_versions(self) -> list[int]:
         with READS_PLAINLY():
-            return [param._version for param in self._watched]
+            return list(map(_VERSION, self._watched))
 
     def _read_addresses(self) -> list[int]:
         return list(map(Tensor.data_ptr if self._has_addresses else address_of, self._memory))
