@@ -10,6 +10,7 @@ from bench.dial.methods import BASE, SAM
 from bench.dial.summary import TRIES, best, equal_time_epochs, next_radius
 from bench.dial.tasks import Task
 from bench.dial.training import train
+from bench.page import count
 
 __all__ = ["TUNING_SEEDS", "Runner", "measure"]
 
@@ -36,7 +37,7 @@ class Runner:
             score, seconds = train(self.task, method, rho, seed, epochs=epochs, held_out=held_out)
             self._known[key] = score
             self._runs.append(run | {"score": score, "seconds": round(seconds, 2), "commit": self._commit})
-            shown = f"{self.name}, {method}, {'base' if rho is None else f'ρ = {rho:g}'}, {epochs} epochs, seed {seed}"
+            shown = f"{self.name}, {method}, {'base' if rho is None else f'ρ = {rho:g}'}, {count(epochs, 'epoch')}, seed {seed}"
             self._save(f"{shown}{', held out' if held_out else ''}: {score:.{self.task.decimals}f} in {seconds:.1f} s")
         return self._known[key]
 

@@ -71,7 +71,7 @@ def _radii(found: Results) -> str:
         cells = [METHODS[method].title]
         for name in found.tasks:
             row = found.row(name, method)
-            cells.append(f"{_radius(row)}{row['epochs']['equal_time']} epochs")
+            cells.append(f"{_radius(row)}{count(row['epochs']['equal_time'], 'epoch')}")
         rows.append(cells)
     return table(["", *(TASKS[name].title for name in found.tasks)], rows)
 
@@ -94,8 +94,8 @@ def _where(result: dict[str, Any]) -> str:
     seeds = len(result["accuracy"][0]["scores"]["equal_epochs"])
     rounds, block = result["cost"][0]["rounds"], result["cost"][0]["block"]
     sentences = (
-        f"Means of {seeds} seeds and their standard errors; shares are from pairs of equal seeds.",
-        f"Costs: medians of {rounds} rounds of {block} steps, 20th to 80th percentile in brackets.",
+        f"Means of {count(seeds, 'seed')} and their standard errors; shares are from pairs of equal seeds.",
+        f"Costs: medians of {count(rounds, 'round')} of {count(block, 'step')}, 20th to 80th percentile in brackets.",
         f"Load when they began: {cost['load_1min']:g}.",
         f"{cost['cpu']}, {count(cost['threads'], 'thread')}, {cost['instruction_set']}, torch {cost['torch']}, Python {cost['python']};",
         f"commit {cost['commit']} (cost), {', '.join(commits)} (accuracy).",

@@ -6,7 +6,7 @@ from typing import Any
 
 from bench.importance.problem import PROBLEMS
 from bench.importance.run import WAYS
-from bench.page import page_command, table
+from bench.page import count, page_command, table
 
 __all__ = ["faster", "main", "section"]
 
@@ -42,7 +42,7 @@ def section(result: dict[str, Any]) -> str:
                 ]
             )
         parts.append(table(HEADINGS, cells, "rlr"))
-    parts.append(f"{result['steps']:,} steps, mean of {result['seeds']} seeds, float64; commit {result['commit']}.")
+    parts.append(f"{result['steps']:,} steps, mean of {count(result['seeds'], 'seed')}, float64; commit {result['commit']}.")
     return "\n\n".join(parts)
 
 

@@ -1,6 +1,6 @@
 """``python -m bench.training.report FILE``: tables and chart of docs/training_cost.md from a result file. ``--check``: are they up to date?
 
-``--numbers PAGE`` writes three figures (training step, optimizer step, memory) between the markers of a page, for example README.md.
+``--numbers PAGE`` writes four figures (gain, training step, optimizer step, memory) between the markers of a page, for example README.md.
 """
 
 from __future__ import annotations
@@ -52,11 +52,12 @@ def section(result: dict[str, Any], image: str) -> str:
 
 @page_options("training_cost.md")
 @click.option("--image", type=options.FILE(), default=IMAGE, help="The chart. Default: docs/images/training.png.")
-@click.option("--numbers", type=options.FILE(exists=True), help="A page with markers for the three figures, for example README.md.")
+@click.option("--numbers", type=options.FILE(exists=True), help="A page with markers for the four figures, for example README.md.")
 @click.option(
     "--steps", type=options.FILE(exists=True), help="Result of `python -m bench` for the optimizer step. Default: default.json beside FILE."
 )
-def main(file: Path, docs: Path, check: bool, image: Path, numbers: Path | None, steps: Path | None) -> None:
+@click.option("--gain", type=options.FILE(exists=True), help="Result of `python -m bench.dial`. Default: dial.json beside FILE.")
+def main(file: Path, docs: Path, check: bool, image: Path, numbers: Path | None, steps: Path | None, gain: Path | None) -> None:
     """Regenerates the section between the markers of docs/training_cost.md, and the chart, from FILE."""
     result = json.loads(file.read_text())
     if not check:
@@ -70,13 +71,13 @@ def main(file: Path, docs: Path, check: bool, image: Path, numbers: Path | None,
         short = image.with_name(f"{image.stem}_short{image.suffix}") if is_shown else None
         if short is not None and not check:
             draw(result, short, SHOWN)
-        _write_numbers(numbers, result, steps or file.with_name("default.json"), short, check=check)
+        beside = (steps or file.with_name("default.json"), gain or file.with_name("dial.json"))
+        shown = lines(result, *(json.loads(path.read_text()) if path.exists() else None for path in beside))
+        _write_numbers(numbers, shown, short, check=check)
 
 
-def _write_numbers(page: Path, result: dict[str, Any], steps: Path, image: Path | None, *, check: bool) -> None:
+def _write_numbers(page: Path, shown: list[str], image: Path | None, *, check: bool) -> None:
     text = page.read_text()
-    of_steps = json.loads(steps.read_text()) if steps.exists() else None
-    shown = lines(result, of_steps)
     if image is not None:
         link = Path(os.path.relpath(image, page.parent)).as_posix()
         shown += ["", f"![Time of a training step over that of the base optimizer]({link})"]

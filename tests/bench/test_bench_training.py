@@ -201,15 +201,30 @@ def _step(backend: str, ms: float) -> dict[str, Any]:
     return {**case, "ms_20": ms, "ms_50": ms, "ms_80": ms, "reference_ms_50": 100.0}
 
 
-def test_three_figures_with_their_conditions(quick: Path, tmp_path: Path) -> None:
+def _dial() -> dict[str, Any]:
+    """Costs and scores of two tasks, of which the first has two seeds at equal epochs."""
+    scores = {
+        "noisy-labels": ([50.0, 60.0], [50.0], [53.0, 65.0], [55.0]),
+        "clean-labels": ([90.0], [90.0], [89.0], [90.0]),
+    }
+    cost, accuracy = [], []
+    for task, (base, base_longer, sam, sam_again) in scores.items():
+        for method, of_base, epochs, found in (("base", 1.0, 20, (base, base_longer)), ("sam", 2.0, 10, (sam, sam_again))):
+            cost.append({"task": task, "method": method, "of_base": [of_base] * 3})
+            protocols = dict(zip(("equal_epochs", "equal_time"), found, strict=True))
+            accuracy.append({"task": task, "method": method, "epochs": {"equal_epochs": 10, "equal_time": epochs}, "scores": protocols})
+    return {"cost": cost, "accuracy": accuracy}
+
+
+def test_figures_with_their_conditions(quick: Path, tmp_path: Path) -> None:
     device = {"cpu": "Some CPU", "threads": 2}
     rows = [_row(BASE, 1.0), _row(REFERENCE, 2.04), _row(LOOP, 2.11), _memory(REFERENCE, 400), _memory(LOOP, 620)]
     steps = {**device, "allocator": "default", "rows": [_step(REFERENCE, 100.0), _step(LOOP, 330.0), _step("torch._foreach_/fused", 210.0)]}
-    step, optimizer, memory = lines({**device, "rows": rows}, steps)
-    assert "2.04 × (ResNet-18, 32×32, batch 32; usual loop 2.11 ×; optimizer 2.0 % of it). Some CPU, 2 threads" in step
-    assert "100 ms; the usual loop with a fused base takes 3.3 × as long" in optimizer
-    assert "lean torch._foreach_ loop, fused base) 2.1 ×" in optimizer
-    assert "1.00 × the weights; usual loop 1.55 × (ResNet-18)" in memory
+    gain, step, optimizer, memory = lines({**device, "rows": rows}, steps, _dial())
+    assert "at equal epochs / equal time: 4.0 ± 1.0 / 5.0 points with 40 % wrong labels, −1.0 / 0.0 points with clean labels" in gain
+    assert f"2.04 × (ResNet-18, 32×32, batch 32; [usual loop]({numbers.EXPLAINED}) 2.11 ×). Float32, CPU: Some CPU, 2 threads. GPU:" in step
+    assert "100 ms; usual loop 3.3 ×, fastest alternative (lean torch._foreach_ loop, fused base) 2.1 × as long. GPT-2" in optimizer
+    assert "1.00 × the weights (ResNet-18; usual loop 1.55 ×)" in memory
     assert lines({**device, "rows": rows[:2]}, None) == [], "nothing is said of what was not measured"
     page = tmp_path / "README.md"
     page.write_text(f"# A\n{numbers.BEGIN}\n{numbers.END}\n")

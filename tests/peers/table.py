@@ -20,38 +20,34 @@ VERSIONS = {"sam_kernels": "this one", "davda54/sam": "3c3afdb", "pytorch_optimi
 
 @dataclass(frozen=True)
 class Row:
-    title: str  # in README
-    short: str  # on the page
+    title: str  # in README; empty: on the page alone
+    requirement: str  # on the page
 
 
 @dataclass(frozen=True)
 class Mark:
-    """``words``: what the observation of a row that does not hold must contain. ``note``: for README, below its table."""
+    """``words``: what the observation of a row that does not hold must contain."""
 
     symbol: str  # ✓, ✗ or –
     observed: str
     words: tuple[str, ...] = ()
-    note: str = ""
 
 
 ROWS = {
-    "mixed precision": Row("Mixed precision with a `GradScaler`; an inf in either pass skips the step", "GradScaler"),
-    "NaN": Row("A NaN gradient leaves weights and state as they were", "NaN"),
-    "exception": Row("An exception in the second pass (out of memory, Ctrl-C) restores the weights", "exception"),
-    "resuming": Row("Resuming from a checkpoint is exact, state of the base included", "checkpoint"),
-    "accumulation": Row("Gradient accumulation", "accumulation"),
-    "DDP": Row("DDP: the step of one process on the whole batch", "DDP"),
-    "FSDP2": Row("FSDP2: the step of one process", "FSDP2"),
-    "CUDA graph": Row("CUDA-graph capture", "CUDA graph"),
-    "sample norms": Row("Gradient norms per sample", "norms per sample"),
-    "batch norm": Row("BatchNorm statistics are updated once a step", "BatchNorm"),
+    "mixed precision": Row("Mixed precision: an inf gradient skips the step", "`GradScaler`: an inf in either pass skips the step"),
+    "NaN": Row("A NaN gradient changes nothing", "A NaN in either pass leaves weights and state as they were"),
+    "exception": Row(
+        "An exception in the second pass restores the weights",
+        "An exception in the second pass (out of memory, Ctrl-C) restores the weights",
+    ),
+    "resuming": Row("Exact resume from `optimizer.state_dict()`", "Resuming from a checkpoint is exact, state of the base included"),
+    "accumulation": Row("Gradient accumulation", "Gradient accumulation"),
+    "DDP": Row("DDP: the step of one process", "DDP: the step of one process on the whole batch"),
+    "FSDP2": Row("FSDP2: the step of one process", "FSDP2: the step of one process on the whole batch"),
+    "CUDA graph": Row("CUDA-graph capture (–: not decided without a GPU)", "CUDA-graph capture"),
+    "sample norms": Row("Gradient norms per sample", "Gradient norms per sample"),
+    "batch norm": Row("", "BatchNorm statistics are updated once a step"),
 }
-
-_SUBTRACTS = "Composer restores weights by subtraction, to a rounding."
-_BASE = "`optimizer.state_dict()` has no state of the base. Exact if `optimizer.base_optimizer.state_dict()` is saved and loaded too."
-_LOCAL = "By design a step of m-SAM: every rank perturbs along its own gradient."
-_DEVICE = "Undecided: nothing that can be checked without a device fails, and the capture itself was not run."
-_SWITCHED = "With the documented lines: `model=model` here, `disable_running_stats` and `enable_running_stats` there."
 
 _NAN = "after a NaN in either pass the weights are NaN"
 _PERTURBED = "the weights stay perturbed, by exactly ρ"
@@ -77,7 +73,7 @@ MARKS: dict[str, dict[str, Mark]] = {
         "sam_kernels": Mark("✓", "the step is skipped, the scale halved"),
         "davda54/sam": Mark("✗", _WAYS, _WAYS_WORDS),
         "pytorch_optimizer": Mark("✗", _WAYS, _WAYS_WORDS),
-        "Composer": Mark("✓", "the step is skipped, the scale halved; the weights are restored to a rounding", note=_SUBTRACTS),
+        "Composer": Mark("✓", "the step is skipped, the scale halved; the weights are restored to a rounding"),
     },
     "NaN": {
         "sam_kernels": Mark("✓", "the step is skipped, no bit changes"),
@@ -98,7 +94,6 @@ MARKS: dict[str, dict[str, Mark]] = {
             "the momentum is lost: `optimizer.state_dict()` has no state of the base. Exact if `optimizer.base_optimizer.state_dict()` is "
             "saved and loaded too, which its README does not mention",
             ("optimizer.state_dict: the state of SGD is lost",),
-            note=_BASE,
         ),
         "pytorch_optimizer": Mark("✓", "the bits of the uninterrupted run, with SGD and AdamW"),
         "Composer": Mark(
@@ -123,7 +118,6 @@ MARKS: dict[str, dict[str, Mark]] = {
             "by design the first pass is not synchronised, and no option changes it: a step of m-SAM. Each rank restores its weights by "
             "subtracting its own perturbation, so the replicas' last bits drift apart",
             ("every rank perturbs along its own gradient (m-SAM)", "the weights of the ranks are", "apart after 4 steps"),
-            note=_LOCAL,
         ),
     },
     "FSDP2": {
@@ -137,14 +131,14 @@ MARKS: dict[str, dict[str, Mark]] = {
         "Composer": Mark("✓", "the step of one process"),
     },
     "CUDA graph": {
-        "sam_kernels": Mark("–", "with `capturable=True` weights and state stay at their addresses; not run on a device", note=_DEVICE),
+        "sam_kernels": Mark("–", "with `capturable=True` weights and state stay at their addresses; not run on a device"),
         "davda54/sam": Mark(
             "✗",
             "a step leaves the weights at another address (`p.data = old_p`), and a replay works on stale weights, as replays of recorded "
             "operations show",
             ("a step leaves the weights at another address",),
         ),
-        "pytorch_optimizer": Mark("–", "no value is read on the host, addresses stay; not run on a device", note=_DEVICE),
+        "pytorch_optimizer": Mark("–", "no value is read on the host, addresses stay; not run on a device"),
         "Composer": Mark(
             "✗",
             "a step reads the loss on the host (`if loss:`), in both passes",
@@ -158,39 +152,31 @@ MARKS: dict[str, dict[str, Mark]] = {
         "Composer": Mark("✗", _NO_NORMS, _NO_NORMS_WORDS),
     },
     "batch norm": {
-        "sam_kernels": Mark("✓", "with `model=model`", note=_SWITCHED),
-        "davda54/sam": Mark("✓", "with its example's `disable_running_stats`; `num_batches_tracked` counts both passes", note=_SWITCHED),
-        "pytorch_optimizer": Mark("✓", "with its `disable_running_stats`; `num_batches_tracked` counts both passes", note=_SWITCHED),
+        "sam_kernels": Mark("✓", "with `model=model`"),
+        "davda54/sam": Mark("✓", "with its example's `disable_running_stats`; `num_batches_tracked` counts both passes"),
+        "pytorch_optimizer": Mark("✓", "with its `disable_running_stats`; `num_batches_tracked` counts both passes"),
         "Composer": Mark("✗", "both passes update them", ("both passes of a step update the statistics",)),
     },
 }
 
-SUPERSCRIPTS = "¹²³⁴⁵⁶⁷⁸⁹"
-
 
 def markdown() -> str:
-    """Return README's table with its notes."""
-    notes: list[str] = []
-    lines = [f"| | {' | '.join(VERSIONS)} |", f"|---|{':-:|' * len(VERSIONS)}"]
-    for key, row in ROWS.items():
-        cells = []
-        for name in VERSIONS:
-            mark = MARKS[key][name]
-            if mark.note and mark.note not in notes:
-                notes.append(mark.note)
-            cells.append(mark.symbol + (SUPERSCRIPTS[notes.index(mark.note)] if mark.note else ""))
-        lines.append(f"| {row.title} | {' | '.join(cells)} |")
-    below = " ".join(f"{SUPERSCRIPTS[i]} {note}" for i, note in enumerate(notes))
-    return "\n".join([*lines, "", below])
+    """Return README's table."""
+    lines = [f"| [Decided by tests](docs/peers.md) | {' | '.join(VERSIONS)} |", f"|---|{':-:|' * len(VERSIONS)}"]
+    lines += [f"| {row.title} | {' | '.join(MARKS[key][name].symbol for name in VERSIONS)} |" for key, row in ROWS.items() if row.title]
+    return "\n".join(lines)
 
 
 def page() -> str:
     """Return the table of docs/peers.md: a line for each mark."""
-    lines = ["| row | implementation, version | | observed |", "|---|---|:-:|---|"]
+    lines = ["| requirement | implementation, version | | observed |", "|---|---|:-:|---|"]
     for key, row in ROWS.items():
+        requirement = row.requirement  # in the first line alone
         for name, version in VERSIONS.items():
             mark = MARKS[key][name]
-            lines.append(f"| {row.short} | {name}{'' if version == 'this one' else f' {version}'} | {mark.symbol} | {mark.observed} |")
+            shown = name if version == "this one" else f"{name} {version}"
+            lines.append(f"| {requirement} | {shown} | {mark.symbol} | {mark.observed} |")
+            requirement = ""
     return "\n".join(lines)
 
 

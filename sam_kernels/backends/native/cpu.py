@@ -39,7 +39,8 @@ __all__ = ["BACKEND"]
 
 def describe() -> str:
     """One line for ``python -m sam_kernels info``."""
-    return f"C++ on {_cpu.instruction_set()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"C++ on {_cpu.instruction_set()}, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def grad_norms(op: GradNorms, lists: Operands) -> Tensor:  # (len(group_sizes),) float32, float64 where a gradient is float64

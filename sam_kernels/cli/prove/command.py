@@ -98,7 +98,7 @@ def _checked(claim: Claim, quick: bool, jobs: Jobs) -> Result:
 
 def _write(results: list[Result], quick: bool, out: Path, console: Console) -> None:
     machine = {
-        "CPU": f"{platform.processor() or platform.machine()}, {os.cpu_count()} threads",
+        "CPU": f"{os.cpu_count()} × {platform.processor() or platform.machine()}",
         "torch": str(torch.__version__),
         "sam_kernels": sam_kernels.__version__,
         "Python": platform.python_version(),
