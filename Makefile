@@ -35,7 +35,7 @@ help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 	@sed -n 's/^# \(.*\)/  \1/p' $(MAKEFILE_LIST) | head -3
 
-demo: $(VENV)/.installed-demo $(VENV)/.native  ## what SAM and this package are worth here: six claims, checked in 20 seconds
+demo: $(VENV)/.installed-demo $(VENV)/.native  ## what SAM and this package are worth here: six claims, checked
 	$(BIN)/python -m sam_kernels prove --quick $(ARGS)
 
 test: lint $(OLDEST)/.installed $(COMPOSER)/.installed  ## lint, then every test, with every pair of parameters

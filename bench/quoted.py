@@ -1,7 +1,7 @@
 """``python -m bench.quoted NAME ...``: run programs whose output a page quotes, and store it in docs/runs/NAME.json.
 
-``tests/test_quoted.py`` compares the pages with the stored runs. The accuracies of a program are the same in every run on one machine; the
-seconds want a machine that does nothing else.
+Without a name only README's table of claims is written anew, from the stored runs. ``tests/test_quoted.py`` compares all pages with them.
+Accuracies are the same in every run on one machine; times need a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ import click
 
 from bench.environment import environment
 from bench.options import command
-from bench.page import ROOT
+from bench.page import ROOT, count, replace_between, table
+from sam_kernels.cli.prove.command import CLAIMS
 
-__all__ = ["PROGRAMS", "main"]
+__all__ = ["BEGIN", "END", "PROGRAMS", "claims", "main"]
 
-RUNS = ROOT / "docs" / "runs"
+RUNS, README = ROOT / "docs" / "runs", ROOT / "README.md"
+BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
+PROVED = {"prove_quick": "make demo", "prove": "python -m sam_kernels prove"}
 Result = dict[str, Any]
 
 
@@ -63,10 +66,34 @@ PROGRAMS: dict[str, Callable[[], Result]] = {
 }
 
 
+def claims(stored: dict[str, Result]) -> str:
+    """Return README's table: each claim, its threshold, and what the stored runs of ``prove`` measured."""
+    rows = []
+    for claim in CLAIMS:
+        cells = [claim.statement, claim.needed]
+        for result in stored.values():
+            (found,) = (each["measured"] for each in result["claims"] if each["name"] == claim.name)
+            error = "" if not found or found["standard_error"] is None else f" ± {found['standard_error']:.2g}"
+            cells.append(f"{found['effect']:.3g}{error}" if found else "–")
+        rows.append(cells)
+    shown = table(["claim", "threshold", *(f"`{PROVED[name]}`" for name in stored)], rows)
+    where = [
+        f"`{PROVED[name]}`: {found['seconds']:.0f} s on {found['cpu']}, {count(found['cores'], 'core')}, "
+        f"load {found['load_1min']:g} when it began, commit {found['commit']}."
+        for name, found in stored.items()
+    ]
+    return "\n\n".join([shown, " ".join(where)] if where else [shown])
+
+
+def _stored() -> dict[str, Result]:
+    paths = {name: RUNS / f"{name}.json" for name in PROVED}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
+
+
 @command
-@click.argument("names", nargs=-1, required=True, type=click.Choice(list(PROGRAMS)))
+@click.argument("names", nargs=-1, type=click.Choice(list(PROGRAMS)))
 def main(names: tuple[str, ...]) -> None:
-    """Runs programs whose output a page quotes and stores it in docs/runs."""
+    """Runs programs whose output a page quotes, stores it in docs/runs, and writes README's table of claims."""
     for name in names:
         found, start = environment(), time.monotonic()
         if found["dirty"]:
@@ -75,6 +102,8 @@ def main(names: tuple[str, ...]) -> None:
         found |= {"command": f"python -m bench.quoted {name}", "seconds": round(time.monotonic() - start, 1)}
         (RUNS / f"{name}.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         click.echo(f"docs/runs/{name}.json: {found['seconds']} s")
+    page = README.read_text(encoding="utf-8")
+    README.write_text(replace_between(page, claims(_stored()), README.name, BEGIN, END), encoding="utf-8")
 
 
 if __name__ == "__main__":

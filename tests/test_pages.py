@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import sam_kernels
+from bench.providers import REFERENCE
 
 ROOT = Path(__file__).parents[1]
 
@@ -73,6 +74,38 @@ def test_so_do_the_runs_that_beta_was_chosen_by(name: str) -> None:
     summary = json.loads((ROOT / "docs" / "runs" / f"{name}.json").read_text())["summary"]
     sam, *others = (f"{100 * each['test_accuracy']['mean']:.1f}" for each in summary)
     assert f"{sam} % for SAM and {others[0]}, {others[1]} and {others[2]} %" in page
+
+
+def test_the_beta_that_is_advised_is_the_one_that_held_out_images_chose() -> None:
+    (path,) = (ROOT / "bench" / "results").glob("*/papers.json")
+    rows = json.loads(path.read_text())["experiments"]["msharpness"]["rows"]
+    chosen = [row["beta"] for row in rows if row["method"] == "RW-SAM, β > 0, finite differences"]
+    assert (len(chosen), chosen.count(0.5), chosen.count(1.5)) == (6, 4, 2)
+    assert "chose 0.5 in four of six settings and 1.5 in two" in (ROOT / "docs" / "rw_sam.md").read_text()
+    for name in ("held_out_noise", "held_out_clean"):
+        sam, *others = json.loads((ROOT / "docs" / "runs" / f"{name}.json").read_text())["summary"]
+        assert all(each["test_accuracy"]["mean"] < sam["test_accuracy"]["mean"] for each in others), "without the scale"
+
+
+def test_the_page_of_the_family_compares_with_the_fastest_loops() -> None:
+    page = " ".join((ROOT / "docs" / "family.md").read_text().split())
+    (path,) = (ROOT / "bench" / "results").glob("*/family.json")
+    rows = json.loads(path.read_text())["rows"]
+
+    def ratios(workload: str, method: str, *, is_lean: bool, base: str = "sgd") -> list[float]:
+        """How many times as long the loops take, fastest first: the lean ones, or those that are published."""
+        case = (workload, method, base)
+        found = [row for row in rows if (row["workload"], row["method"], row["base"]) == case and row["backend"] != REFERENCE]
+        return sorted(row["over_reference_50"] for row in found if ("foreach_" in row["backend"]) == is_lean)
+
+    lean, published = ([ratios("gpt2_124m", name, is_lean=each)[0] for name in ("vasso", "fsam")] for each in (True, False))
+    assert max(lean) < min(published), "the lean loop is the fastest"
+    assert f"{lean[0]:.2f} times as long as VaSSO and {lean[1]:.2f} times as long as F-SAM" in page
+    assert f"{published[0]:.2f} (VaSSO) and {published[1]:.2f} times (F-SAM) as long" in page
+    cases = [(name, base) for name in ("vasso", "fsam") for base in ("sgd", "adamw")]
+    assert {round(ratios("many_tiny", name, is_lean=True, base=base)[0]) for name, base in cases} == {4}
+    others = [ratio for name, base in cases for ratio in ratios("many_tiny", name, is_lean=False, base=base)]
+    assert f"takes 4 times as long, and the published ones {min(others):.0f} to {max(others):.0f} times" in page
 
 
 def test_the_page_of_master_weights_shows_what_rounding_leaves_of_a_perturbation() -> None:

@@ -87,7 +87,7 @@ def _optimizer_step(result: Result) -> str | None:
         if fastest != LOOP:
             ratios.append(f"fastest alternative ({title(fastest)}) {_over(others[fastest].speedup)}")
         found = f"{format_ms(ours.ms)}; {', '.join(ratios)} as long"
-        return f"* **Optimizer step** without the passes: {found}. {case.title}, {_machine(result)}"
+        return f"* **Optimizer step** without forward and backward: {found}. {case.title}, {_machine(result)}"
     return None
 
 

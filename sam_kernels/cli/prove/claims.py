@@ -45,6 +45,10 @@ class Claim:
     measure: Callable[[bool, Jobs], Measured]
     is_timed: bool = False
 
+    @property
+    def needed(self) -> str:
+        return f"≥ {self.threshold:g} {self.unit.removesuffix('s') if self.threshold == 1 else self.unit}"
+
     def holds(self, found: Measured) -> bool:
         """The effect is at least the threshold; of several seeds, two standard errors above 0 too."""
         sure = found.standard_error is None or found.effect - 2 * found.standard_error > 0

@@ -45,7 +45,7 @@ CLAIMS = (  # those that are timed first, while nothing else runs
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--quick", is_flag=True, help="Smaller networks and fewer seeds: about 20 seconds in the place of 90, on two cores.")
+@click.option("--quick", is_flag=True, help="Smaller networks and fewer seeds.")
 @click.option(
     "--only", multiple=True, type=click.Choice([claim.name for claim in CLAIMS]), help="Check this claim; may be given several times."
 )

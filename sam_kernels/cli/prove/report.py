@@ -37,7 +37,7 @@ class Result:
 
     @property
     def needed(self) -> str:
-        return f"≥ {self.claim.threshold:g} {self.claim.unit}"
+        return self.claim.needed
 
     @property
     def bars(self) -> str:
