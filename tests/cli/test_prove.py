@@ -67,7 +67,7 @@ def test_what_fails_is_shown_and_the_others_are_checked(tmp_path: Path, monkeypa
     assert [each["verdict"] for each in report["claims"]] == ["FAILS", "ERROR", "holds"]
     assert "ValueError: no data" in said
     page = (tmp_path / "prove.md").read_text(encoding="utf-8")
-    assert "| **FAILS** | first gains | SGD 60 ± 1 %, SAM 70 % | -1 ± 0.1 points | ≥ 1 points |" in page
+    assert "| **FAILS** | first gains | SGD 60 ± 1 %, SAM 70 % | -1 ± 0.1 points | ≥ 1 point |" in page
     assert (tmp_path / "prove.png").read_bytes().startswith(b"\x89PNG")
     assert run(tmp_path, monkeypatch, claim("third", good))[0] == 0
 
