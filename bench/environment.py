@@ -19,6 +19,7 @@ __all__ = ["SCHEMA", "commit", "device_slug", "environment", "last_level_cache_b
 
 SCHEMA = 1
 FLAGS = ("sse2", "avx", "f16c", "avx2", "avx512f", "avx512bw", "avx512_bf16", "avx512_fp16", "asimd", "sve")
+WIDEST = ("avx512f", "avx2", "avx", "sve")  # of what some processors of one name have and others have not
 ROOT = Path(__file__).parent.parent
 PEERS = ("pytorch_optimizer", "unifiedsam", "opacus", "transformers", "accelerate", "lightning", "torchao", "bitsandbytes")  # distributions
 
@@ -35,8 +36,15 @@ def cpu_model() -> str:
 
 
 def device_slug() -> str:
+    """The processor, its widest instruction set and the cores. A virtual machine may name a whole family of processors ("AMD EPYC")."""
     name = re.sub(r"\((r|tm)\)|@.*", " ", cpu_model().lower())
-    return re.sub(r"[^a-z0-9]+", "-", name).strip("-") + f"-{os.cpu_count()}-cores"
+    widest = next((flag for flag in WIDEST if flag in _cpu_flags()), "")
+    return re.sub(r"[^a-z0-9]+", "-", f"{name} {widest}").strip("-") + f"-{os.cpu_count()}-cores"
+
+
+def _cpu_flags() -> set[str]:
+    info = _cpuinfo()
+    return set((info.get("flags") or info.get("Features") or "").split())
 
 
 def last_level_cache_bytes() -> int:
@@ -82,7 +90,7 @@ def _peers() -> dict[str, str]:
 
 def environment() -> dict[str, Any]:
     info = _cpuinfo()
-    present = set((info.get("flags") or info.get("Features") or "").split())
+    present = _cpu_flags()
     return {
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
