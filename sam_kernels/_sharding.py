@@ -22,6 +22,8 @@ _SPEC = attrgetter("_spec")
 
 def is_dtensor(tensor: object) -> bool:
     """Whether ``tensor`` is a DTensor. Does not import ``torch.distributed.tensor``: without that module there is none."""
+    if type(tensor) in (Tensor, nn.Parameter):  # the usual case first
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

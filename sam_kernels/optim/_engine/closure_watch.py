@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -156,14 +156,25 @@ def _some_of(grad: Tensor) -> Tensor | None:
 
 def _first_and_last(groups: Sequence[ParamGroup]) -> list[tuple[Tensor, Tensor]]:
     """The first and the last parameter that have a gradient, with it."""
-    forward = (param for group in groups for param in group["params"])
-    backward = (param for group in reversed(groups) for param in reversed(group["params"]))
-    ends = [next((param for param in params if param.requires_grad and param.grad is not None), None) for params in (forward, backward)]
-    return [(param, param.grad) for param in dict.fromkeys(ends) if param is not None]
+    first = _first(group["params"] for group in groups)
+    if first is None:
+        return []
+    last = _first(reversed(group["params"]) for group in reversed(groups))
+    return [first] if last is None or last[0] is first[0] else [first, last]
+
+
+def _first(lists: Iterable[Iterable[Tensor]]) -> tuple[Tensor, Tensor] | None:
+    for params in lists:
+        for param in params:
+            if param.requires_grad and (grad := param.grad) is not None:
+                return param, grad
+    return None
 
 
 def _has_grads(groups: Sequence[ParamGroup]) -> bool:
     """Whether a parameter has a gradient, or none requires one."""
-    if any(param.grad is not None for group in groups for param in group["params"]):
-        return True
+    for group in groups:
+        for param in group["params"]:
+            if param.grad is not None:
+                return True
     return not any(param.requires_grad for group in groups for param in group["params"])
