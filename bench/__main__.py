@@ -1,125 +1,103 @@
-"""``python -m bench``: measures whole steps and single operations, prints tables and writes one JSON file."""
+"""``python -m bench``: whole training steps, optimizer steps, single operations and memory, in that order.
+
+``python -m bench compare OLD.json NEW.json`` compares two results, ``python -m bench --base REV`` two revisions.
+"""
 
 from __future__ import annotations
 
 import itertools
-import os
-import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
-from bench import allocator, gate, memory, ops, options, steps
-from bench.byte_model import OPS
-from bench.command import begin, write
-from bench.environment import environment
-from bench.providers import BASES, PROVIDERS, REFERENCE
+from bench import against, allocator, compare, options, parts
+from bench.byte_model import CALLS
+from bench.command import begin, new_result, write
+from bench.providers import BASES, FASTEST, PROVIDERS, REFERENCE
 from bench.summary import print_summary
+from bench.training.tables import print_result
 from bench.workloads import DTYPES, WORKLOADS
 
-SLOW_TO_START = ("torch.compile",)  # minutes, for a graph per workload, dtype and base
+__all__ = ["main"]
+
+_MINUTES = ", ".join(f"{minutes:g} for {part}" for part, minutes in parts.MINUTES.items())
+REGIME = "keeping"  # no step hands memory back to the system: whether one does depends on what the process allocated before
 
 
-@options.command
-@options.names("--workload", known=WORKLOADS, help="Parameter shapes.")
-@options.names("--dtype", known=DTYPES, help="Types of parameters, gradients and state.")
-@options.names("--base", known=BASES, help="Wrapped optimizer. SGD is measured in fp32 only.")
-@options.names("--providers", known=PROVIDERS, show_default=False, help=f"Whose steps; {REFERENCE} always takes part. Default: all.")
-@options.names("--skip", known=PROVIDERS, default=(), help="Providers to leave out.")
-@options.names("--ops", "op_names", known=OPS, help="Single operations; '' for none.")
-@options.JSON
-@click.option("--name", help="Write it as bench/results/<device>/NAME.json.")
-@click.option("--repeats", type=click.IntRange(min=1), help="Rounds. Default: 12 to 60, by size.")
-@options.threads()
-@options.ALLOCATOR
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@options.names("--parts", "chosen", known=parts.PARTS, help="Parts to measure, separated by commas.")
+@options.names("--workloads", known=WORKLOADS, help="Parameter shapes of optimizer steps, operations and memory.")
+@options.names("--dtypes", known=DTYPES, help="Types of parameters, gradients and state. SGD is measured in fp32 only.")
+@options.names("--bases", known=BASES, help="Wrapped optimizers.")
+@options.names("--providers", known=PROVIDERS, default=FASTEST, help=f"Implementations of optimizer steps; {REFERENCE} always takes part.")
+@options.names("--operations", known=CALLS, show_default=False, help="Operations, with commas between them. Default: all.")
+@click.option("--micro-batches", type=click.IntRange(min=0), default=4, show_default=True, help="Micro-batches of m-SAM; 0: no m-SAM.")
+@click.option("--budget", type=click.FloatRange(min=0.1), help=f"Minutes of all timed parts. Default: {_MINUTES}.")
+@click.option("--rounds", type=click.IntRange(min=1), help="Rounds of every row. Default: as many as the budget allows, 6 to 100.")
+@options.threads("Threads of torch. Default: torch's.")
+@options.allocator_of_glibc(REGIME)
 @options.MEMORY_BUDGET
-@click.option("--steps/--no-steps", "with_steps", default=True, help="Whole steps.")
-@click.option("--micro-batches", type=click.IntRange(min=0), default=8, show_default=True, help="Steps of m-SAM with so many; 0 for none.")
-@click.option("--memory/--no-memory", "with_memory", default=True, help="Memory, in a process for each provider.")
-@options.gate()
-@click.option("--quick", is_flag=True, help="Three rounds, no torch.compile, no memory: does the tool work?")
+@click.option("--quick", is_flag=True, help="Three rounds, small models, no memory: does the tool work?")
+@click.option("--base", "revision", metavar="REV", help="Compare optimizer steps with those of a git revision, and measure nothing else.")
+@options.gate("Run the tests of what is measured first.")
+@options.store("optimizer", f" and training.json. With another allocator than {REGIME} its name is appended")
+@options.JSON
+@click.pass_context
 def main(
-    workload: list[str],
-    dtype: list[str],
-    base: list[str],
-    providers: list[str],
-    skip: list[str],
-    op_names: list[str],
-    json_path: Path | None,
-    name: str | None,
-    repeats: int | None,
+    ctx: click.Context,
+    chosen: Sequence[str],
+    workloads: Sequence[str],
+    dtypes: Sequence[str],
+    bases: Sequence[str],
+    providers: Sequence[str],
+    operations: Sequence[str],
+    micro_batches: int,
+    budget: float | None,
+    rounds: int | None,
     threads: int | None,
     regime: str,
     memory_budget: float,
-    with_steps: bool,
-    micro_batches: int,
-    with_memory: bool,
-    with_gate: bool,
     quick: bool,
+    revision: str | None,
+    with_gate: bool,
+    store: bool,
+    json_path: Path | None,
 ) -> None:
-    """Measures sam_kernels against its peers, all in one process and in turns."""
+    """Measure sam_kernels beside its peers: training steps, optimizer steps, operations and memory. All take turns in one process."""
+    if ctx.invoked_subcommand is not None:
+        return
+    common: dict[str, Any] = {"workloads": workloads, "bases": bases, "threads": threads, "with_gate": with_gate, "json_path": json_path}
+    if revision is not None:
+        ctx.invoke(against.main, commit=revision, dtypes=dtypes, store=store, **common)
+        return
+    if store and (quick or any(not parts.is_whole(name, chosen) for name in parts.FILES)):
+        raise click.UsageError("--store writes whole files: without --quick, and steps, operations and memory together")
     allocator.ensure(regime, "bench", sys.argv[1:])
-    if name is not None and not re.fullmatch(r"[\w.-]+", name):
-        raise click.BadParameter("letters, digits, '_', '.' and '-' only", param_hint="--name")
     console = begin(threads)
-    if quick:
-        repeats = repeats or 3
-        with_memory = False
-        skip = [*skip, *(provider for provider in SLOW_TO_START if provider not in skip)]
-    for skipped in skip:
-        console.print(f"skipped {skipped}: {'--quick' if quick and skipped in SLOW_TO_START else '--skip'}", highlight=False)
-    names = [provider for provider in PROVIDERS if provider == REFERENCE or (provider in providers and provider not in skip)]
-    result = environment() | {"allocator": allocator.current(os.environ), "quick": quick, "gate": gate.run() if with_gate else "skipped"}
-    rows = []
-    budget = int(memory_budget * 2**30)
-    for row in _rows(workload, dtype, base, names, op_names, repeats, budget, with_steps, micro_batches, with_memory, console):
-        rows.append(row)
-        result["rows"] = rows
-        write(result, json_path, name)  # after every row: a run that is cut off keeps what it measured
-    print_summary(result | {"rows": rows}, console)
 
-
-def _rows(
-    workloads: list[str],
-    dtypes: list[str],
-    bases: list[str],
-    names: list[str],
-    op_names: list[str],
-    repeats: int | None,
-    budget: int,
-    with_steps: bool,
-    micro_batches: int,
-    with_memory: bool,
-    console: Console,
-) -> Iterator[dict[str, Any]]:
     def say(line: str) -> None:
         console.print(line, style="dim", highlight=False)
 
-    chosen = [WORKLOADS[name] for name in workloads]
-    combinations = [(base, dtype) for base, dtype in steps.COMBINATIONS if base in bases and dtype in dtypes]
-    for base, dtype in itertools.product(bases, dtypes):
-        if (base, dtype) not in steps.COMBINATIONS:
-            say(f"skipped steps of {base} in {dtype}: 16-bit parameters are measured with AdamW")
-    if with_steps:
-        for workload, (base, dtype) in itertools.product(chosen, combinations):
-            yield from steps.measure(workload, base, dtype, names, rounds=repeats, budget=budget, say=say)
-    if micro_batches > 1:
-        common: dict[str, Any] = {"rounds": repeats, "budget": budget, "say": say, "micro_batches": micro_batches}
-        for workload, (base, dtype) in itertools.product(chosen, combinations):
-            if (base, dtype) in steps.MICRO_BATCH_COMBINATIONS:
-                yield from steps.measure(workload, base, dtype, names, **common)
-    backends = ops.available_backends(say) if op_names else []
-    for workload, dtype, op in itertools.product(chosen, dtypes, op_names):
-        yield from ops.measure(workload, op, dtype, backends, rounds=repeats, budget=budget, say=say)
-    if with_memory:
-        for workload, (base, dtype) in itertools.product(chosen, combinations):
-            if workload.numel > 1e6:  # below, the interpreter's own allocations drown the optimizer's
-                yield from memory.measure(workload, base, dtype, names, say)
+    result = new_result(with_gate, parts.TESTS) | {"command": " ".join(["python -m bench", *sys.argv[1:]]), "quick": quick}
+    names = [name for name in PROVIDERS if name == REFERENCE or name in providers]
+    choice = parts.Choice(workloads, dtypes, bases, names, operations, micro_batches, rounds, int(memory_budget * 2**30), quick)
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in parts.FILES}
+    seconds = parts.seconds_of(chosen, budget)
+    suffix = "" if regime == REGIME else f"_{regime}"
+    for part in (part for part in parts.PARTS if part in chosen):
+        name = parts.file_of(part)
+        for row in parts.measure(part, choice, seconds[part], say):
+            rows[name].append(row)  # and written: a run that is cut off keeps what it measured
+            write(result | {"rows": rows[name]}, None, f"{name}{suffix}" if store else None)
+            write(result | {"rows": list(itertools.chain(*rows.values()))}, json_path, None)
+    print_result(result | {"rows": rows["training"]}, console)
+    print_summary(result | {"rows": rows["optimizer"]}, console)
 
+
+main.add_command(compare.main, "compare")
 
 if __name__ == "__main__":
     main(prog_name="python -m bench")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import itertools
 import os
 import re
 import shutil
@@ -17,7 +18,6 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,10 +28,10 @@ from rich.table import Table
 
 import sam_kernels
 from bench import gate, options
-from bench.command import begin, write
-from bench.environment import environment
+from bench.command import begin, new_result, write
 from bench.providers import BASES, Base
 from bench.providers.base import RHO
+from bench.steps import COMBINATIONS
 from bench.timing import interleave
 from bench.workloads import DTYPES, WORKLOADS, Workload, make_grads, make_params
 
@@ -103,9 +103,9 @@ def measure(modules: dict[str, Any], workload: Workload, base: Base, dtype: str,
 
 @options.command
 @click.argument("commit")
-@options.names("--workload", "workloads", known=WORKLOADS, help="Shapes.")
-@options.names("--base", "bases", known=BASES, help="Wrapped optimizer.")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Of the parameters.")
+@options.names("--workloads", known=WORKLOADS, help="Parameter shapes.")
+@options.names("--bases", known=BASES, help="Wrapped optimizers.")
+@options.names("--dtypes", known=DTYPES, default=("fp32",), help="Types of parameters, gradients and state.")
 @click.option("--repeats", type=click.IntRange(min=1), help="Rounds per set of optimizers. Default: 15 to 60, by size.")
 @click.option("--times", type=click.IntRange(min=1), default=4, show_default=True, help="Sets of optimizers, made one after another.")
 @options.threads("Threads of torch. Default: all cores.")
@@ -116,7 +116,7 @@ def main(
     commit: str,
     workloads: Sequence[str],
     bases: Sequence[str],
-    dtype: str,
+    dtypes: Sequence[str],
     repeats: int | None,
     times: int,
     threads: int | None,
@@ -126,28 +126,20 @@ def main(
 ) -> None:
     """Compare whole optimizer steps of this checkout with those of COMMIT."""
     console = begin(threads)
-    passed = gate.run() if with_gate else "skipped"
-    table = Table("workload", "base", "ms before", "ms now", "now / before: 20, 50, 80 %", "control / before")
+    result = new_result(with_gate, gate.TESTS) | {"against": commit, "command": " ".join(["python", *sys.orig_argv[1:]])}
+    table = Table("workload", "base", "dtype", "ms before", "ms now", "now / before: 20, 50, 80 %", "control / before")
     with tempfile.TemporaryDirectory() as folder:
         names = ("sam_kernels_before", "sam_kernels_control")
         checkout = extract(commit, Path(folder) / "checkout")
         modules: dict[str, Any] = {name.rpartition("_")[2]: load(checkout, name) for name in names} | {"now": sam_kernels}
-        run = partial(measure, modules, dtype=dtype, times=times)
-        rows = []
-        for workload in workloads:
-            for base in bases:
-                row = run(WORKLOADS[workload], BASES[base], rounds=repeats or ROUNDS[workload])
-                rows.append(row)
-                shown = {name: " ".join(f"{each:.3f}" for each in found) for name, found in row["ratios"].items()}
-                table.add_row(workload, base, f"{row['ms']['before']:.3f}", f"{row['ms']['now']:.3f}", shown["now"], shown["control"])
+        for workload, (base, dtype) in itertools.product(workloads, COMBINATIONS):
+            if base not in bases or dtype not in dtypes:
+                continue
+            row = measure(modules, WORKLOADS[workload], BASES[base], dtype, rounds=repeats or ROUNDS[workload], times=times)
+            result["rows"].append(row)
+            shown = {name: " ".join(f"{each:.3f}" for each in found) for name, found in row["ratios"].items()}
+            table.add_row(workload, base, dtype, f"{row['ms']['before']:.3f}", f"{row['ms']['now']:.3f}", shown["now"], shown["control"])
     console.print(table)
-    result = {
-        **environment(),
-        "gate": passed,
-        "against": commit,
-        "command": " ".join(["python -m bench.against", *sys.argv[1:]]),
-        "rows": rows,
-    }
     write(result, json_path, "against" if store else None)
 
 

@@ -25,13 +25,16 @@ from sam_kernels.operations import (
 )
 
 __all__ = [
+    "CALLS",
     "FAMILY",
     "MASTER_OPS",
     "MASTER_STEP_OPS",
     "NARROW_LISTS",
     "OPS",
     "STEP_OPS",
+    "VARIANTS",
     "Traffic",
+    "call_bytes",
     "family_passes",
     "master_bytes",
     "master_step_bytes",
@@ -59,6 +62,11 @@ class Traffic:
     def lists(self) -> tuple[str, ...]:
         return self.reads + self.updates + self.writes
 
+    def without_names(self) -> Traffic:
+        """The same mix with lists named by numbers: equal for equal mixes."""
+        names = iter(map(str, range(len(self.lists))))
+        return Traffic(*(tuple(next(names) for _ in lists) for lists in (self.reads, self.updates, self.writes)))
+
 
 def traffic_of(accesses: Callable[[Collection[str]], Mapping[str, Access]], *roles: str, **named: str) -> Traffic:
     """The pass of an operation whose lists in these roles take part, by the method ``accesses`` of its class.
@@ -77,8 +85,10 @@ def traffic_of(accesses: Callable[[Collection[str]], Mapping[str, Access]], *rol
     )
 
 
+# One call of every operation, as an optimizer makes it most often.
 OPS = {
     "grad_norm": traffic_of(GradNorms.accesses, "grads"),
+    "check_finite_": traffic_of(CheckFinite.accesses, "grads"),
     "centralize_": traffic_of(Centralize.accesses, "grads"),
     "direction_norm_": traffic_of(DirectionNorm.accesses, "grads", "ema"),
     "grad_dots": traffic_of(GradDots.accesses, "lefts", "rights"),
@@ -92,12 +102,22 @@ OPS = {
 
 # A whole step: norm, ascent, then restore and descent in one pass. Before that the second gradients are read to see that they are finite.
 STEP_OPS = {"sgd": ("grad_norm", "perturb_", "sgd_step_"), "adamw": ("grad_norm", "perturb_", "adamw_step_")}
-CHECK = traffic_of(CheckFinite.accesses, "grads")
+CHECK = OPS["check_finite_"]
 
 # m-SAM: what is saved once is perturbed again, and the gradients found there are averaged by torch's own functions.
 PERTURB_AGAIN = traffic_of(partial(Perturb.accesses, from_old=True), "old_params", "grads", "params")
 COPY = Traffic(reads=("grads",), writes=("mean_grads",))
 ADD_TO_MEAN = Traffic(reads=("grads",), updates=("mean_grads",))
+
+# What the CPU's benchmark calls beside them: an operation with options that change what it reads and writes.
+VARIANTS = {
+    "grad_norm adaptive": traffic_of(GradNorms.accesses, "grads", "params"),
+    "perturb_ from backups": PERTURB_AGAIN,
+    "perturb_ along averages": traffic_of(Perturb.accesses, "ema", "params", "old_params"),  # the gradient's weight is 0
+    "combine_ three lists": traffic_of(Combine.accesses, lefts="outs", rights="rights", origins="origins", outs="outs"),
+    "sgd_step_ in place": traffic_of(SgdStep.accesses, "grads", "momentum_buffers", "params"),
+}
+CALLS = OPS | VARIANTS
 
 # With float32 masters of 16-bit parameters: they are what old_params are, and the base's state is as wide.
 MASTER_OPS = {
@@ -112,7 +132,7 @@ MASTER_STEP_OPS = {base: (*ops[:-1], "check_finite_", ops[-1]) for base, ops in 
 NARROW_LISTS = ("params", "grads")  # 2 bytes an element; the others have 4
 
 # The family, gradients given and kept by somebody: what a rule needs of the first pass is copied. (After a backward pass it is taken over.)
-ALONG_AVERAGE = traffic_of(Perturb.accesses, "ema", "params", "old_params")  # the gradient's weight is 0
+ALONG_AVERAGE = VARIANTS["perturb_ along averages"]
 ALONG_BOTH = traffic_of(Perturb.accesses, "grads", "ema", "params", "old_params")
 GRAD_DOTS = traffic_of(GradDots.accesses, lefts="grads", rights="kept_grads")
 COMBINE = traffic_of(Combine.accesses, lefts="grads", rights="kept_grads", outs="grads")
@@ -138,6 +158,11 @@ def family_passes(method: str, base: str, every: int = 1) -> int:
 
 def op_bytes(op: str, numel: int, itemsize: int) -> int:
     return OPS[op].passes * numel * itemsize
+
+
+def call_bytes(name: str, numel: int, itemsize: int) -> int:
+    """Bytes that an entry of :data:`CALLS` moves."""
+    return CALLS[name].passes * numel * itemsize
 
 
 def master_bytes(op: str, numel: int) -> int:

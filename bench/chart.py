@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,11 @@ from bench.tables import cases, speedups, title
 __all__ = ["draw", "save"]
 
 
-def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
+def draw(result: dict[str, Any], path: Path) -> None:
     """One panel a case, one bar a provider: how many times longer its step takes than the reference's."""
     from matplotlib.figure import Figure
 
-    found = cases(results)
+    found = cases([result])
     columns = min(3, len(found))
     lines = -(-len(found) // columns)
     figure = Figure(figsize=(5.2 * columns, 3.4 * lines))
@@ -24,7 +23,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     for axis in axes.flat[len(found) :]:
         axis.set_visible(False)
     for axis, case in zip(axes.flat, found, strict=False):
-        cells = speedups(results, case)
+        cells = speedups([result], case)
         names = [name for name in reversed(PROVIDERS) if name in cells and cells[name].speedup is not None]
         values = [cells[name].speedup for name in names]
         colors = ["#1f6f8b" if name.startswith(REFERENCE.partition("/")[0]) else "#b0b7bf" for name in names]

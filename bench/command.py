@@ -36,9 +36,13 @@ def begin(threads: int | None) -> Console:
 
 
 def new_result(with_gate: bool, tests: Sequence[str]) -> dict[str, Any]:
-    """Return a result without rows, once the tests have passed: where it is measured, in which allocator regime, and the gate's line."""
+    """Return a result without rows, once the tests have passed: where it is measured, in which allocator regime, and the gate's line.
+
+    The load is that before the tests, which make one of their own.
+    """
+    where = environment()
     passed = gate.run(tests=tests) if with_gate else "skipped"
-    return environment() | {"allocator": allocator.current(os.environ), "gate": passed, "rows": []}
+    return where | {"allocator": allocator.current(os.environ), "gate": passed, "rows": []}
 
 
 def write(result: dict[str, Any], json_path: Path | None, name: str | None, *, indent: int | None = 1) -> None:

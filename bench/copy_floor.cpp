@@ -185,9 +185,11 @@ extern "C" int mix_pass(float* const* lists, int reads, int updates, int writes,
     case 11: mix<0, 1, 1>(lists, n, threads, flags); break;
     case 110: mix<1, 1, 0>(lists, n, threads, flags); break;
     case 111: mix<1, 1, 1>(lists, n, threads, flags); break;
+    case 120: mix<1, 2, 0>(lists, n, threads, flags); break;
     case 121: mix<1, 2, 1>(lists, n, threads, flags); break;
     case 131: mix<1, 3, 1>(lists, n, threads, flags); break;
     case 201: mix<2, 0, 1>(lists, n, threads, flags); break;
+    case 210: mix<2, 1, 0>(lists, n, threads, flags); break;
     case 211: mix<2, 1, 1>(lists, n, threads, flags); break;
     case 221: mix<2, 2, 1>(lists, n, threads, flags); break;
     default: return 1;

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import click
 
-__all__ = ["GateError", "command", "run"]
+__all__ = ["TESTS", "GateError", "command", "run"]
 
 ROOT = Path(__file__).parent.parent
+TESTS = ("tests/ops",)
 TIME_LIMIT = 900  # seconds: on two cores that others use too, tests/ops takes more than 200
 
 
@@ -20,14 +21,17 @@ class GateError(click.ClickException):
     """The tests of the operations do not pass here."""
 
 
-def command(root: Path = ROOT, tests: Sequence[str] = ("tests/ops",)) -> list[str]:
-    """The tests of what is measured, or, where the tests are not at hand, the comparison of every backend with the reference."""
+def command(root: Path = ROOT, tests: Sequence[str] = TESTS) -> list[str]:
+    """The tests of what is measured, or, where the tests are not at hand, the comparison of every backend with the reference.
+
+    Tests that compare pages with stored results are left out: a result that has just been stored is on no page yet.
+    """
     if (root / "tests" / "ops").is_dir():
-        return [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *tests]
+        return [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow and not stored", "-p", "no:cacheprovider", *tests]
     return [sys.executable, "-m", "sam_kernels", "validate"]
 
 
-def run(root: Path = ROOT, tests: Sequence[str] = ("tests/ops",)) -> str:
+def run(root: Path = ROOT, tests: Sequence[str] = TESTS) -> str:
     """One line for the result file. Raises :class:`GateError` where the command fails or takes too long."""
     arguments = command(root, tests)
     start = time.perf_counter()

@@ -7,12 +7,27 @@ from typing import Any
 
 from bench.page import count, table
 from bench.providers import PROVIDERS, REFERENCE
-from bench.tables import Case, Cell, cases, format_ms, format_speedup, op_rows, speedups, title
+from bench.tables import (
+    Case,
+    Cell,
+    cases,
+    format_gbps,
+    format_ms,
+    format_speedup,
+    main_result,
+    op_rows,
+    regimes_that_differ,
+    speedups,
+    title,
+)
 from bench.workloads import DTYPES, WORKLOADS
 
 __all__ = ["docs_section", "short_section"]
 
 Result = dict[str, Any]
+Row = dict[str, Any]
+PEERS = ("pytorch_optimizer", "unifiedsam")  # whose steps are in the tables
+OP_HEADINGS = ("", "median", "20–80 %", "over native", "GB/s", "of floor", "floor")
 ALT = "Time of a whole optimizer step of each alternative, in units of sam_kernels (shorter is faster)"
 
 
@@ -23,49 +38,53 @@ def _where(results: Sequence[Result]) -> str:
     regimes = ", ".join(dict.fromkeys(result["allocator"] for result in results))
     load = max(result["load_1min"] for result in results)
     busy = f" Taken on a busy machine (load {load})." if load > 0.5 * first["cores"] else ""
+    peers = "".join(f", {name} {version}" for name, version in first.get("peers", {}).items() if name in PEERS)
     return (
-        f"{first['cpu']}, {count(first['threads'], 'thread')}, {first['instruction_set']}, torch {first['torch']}, "
+        f"{first['cpu']}, {count(first['threads'], 'thread')}, {first['instruction_set']}, torch {first['torch']}{peers}, "
         f"commit {', '.join(commits)}; "
         f"allocator: {regimes}.{busy}"
     )
 
 
-def _ratio(cell: Cell) -> str:
-    """The speed-up, and beside it the one over this provider's best allocator regime where that is another."""
-    if cell.best_ms >= cell.ms or format_speedup(cell.best_speedup) == format_speedup(cell.speedup):
-        return format_speedup(cell.speedup)
-    return f"{format_speedup(cell.speedup)} ({format_speedup(cell.best_speedup)})"
-
-
 def short_section(results: Sequence[Result], image: str) -> str:
-    """Speed-ups only: a table of ordinary steps, and one of m-SAM's where there are any."""
-    found = cases(results)
+    """Return ratios only: a table of ordinary steps, and one of m-SAM's where there are any."""
+    main = main_result(results)
+    found = cases([main])
     ordinary, of_micro_batches = ([case for case in found if (case.micro_batches > 1) is wanted] for wanted in (False, True))
     note = (
-        "Whole optimizer step (ascent and descent, without forward and backward): its median, and how many times longer the others take. "
-        "In brackets: against the other's best allocator regime, where that is not the default."
+        "Whole optimizer step (ascent and descent, without forward and backward): its median, and how many times longer the others take, "
+        "the median of the ratios within a round."
     )
-    parts = [note, *(_speedup_table(results, some) for some in (ordinary, of_micro_batches) if some)]
-    return "\n\n".join([*parts, f"![{ALT}]({image})", _where(results)])
+    parts = [note, *(_ratio_table(main, some) for some in (ordinary, of_micro_batches) if some)]
+    return "\n\n".join([*parts, f"![{ALT}]({image})", _where([main])])
 
 
-def _speedup_table(results: Sequence[Result], found: Sequence[Case]) -> str:
+def _ratio_table(result: Result, found: Sequence[Case]) -> str:
     """A column a case, a row a provider."""
-    columns = {case: speedups(results, case) for case in found}
+    columns = {case: speedups([result], case) for case in found}
     present = [name for name in PROVIDERS if name != REFERENCE and any(name in cells for cells in columns.values())]
     rows = [[f"**{title(REFERENCE)}**", *(format_ms(columns[case][REFERENCE].ms) if REFERENCE in columns[case] else "–" for case in found)]]
-    rows += [[title(name), *(_ratio(columns[case][name]) if name in columns[case] else "–" for case in found)] for name in present]
+    rows += [
+        [title(name), *(format_speedup(columns[case][name].speedup) if name in columns[case] else "–" for case in found)]
+        for name in present
+    ]
     return table(["", *(case.title for case in found)], rows)
 
 
 def _step_table(results: Sequence[Result], case: Case) -> str:
+    """With a column for each other allocator regime in which a median differs by more than the spread."""
+    others = regimes_that_differ(results, case)
     rows = []
     for name, cell in speedups(results, case).items():
-        best = f"{format_ms(cell.best_ms)} ({format_speedup(cell.best_speedup)}, {cell.best_regime})"
+        more = [_in_regime(cells.get(name)) for cells in others.values()]
         rows.append(
-            [title(name), format_ms(cell.ms), f"{format_ms(cell.ms_20)} – {format_ms(cell.ms_80)}", format_speedup(cell.speedup), best]
+            [title(name), format_ms(cell.ms), f"{format_ms(cell.ms_20)} – {format_ms(cell.ms_80)}", format_speedup(cell.speedup), *more]
         )
-    return table(["", "median", "20–80 %", "takes longer by", "best allocator regime"], rows)
+    return table(["", "median", "20–80 %", "takes longer by", *(f"allocator: {regime}" for regime in others)], rows)
+
+
+def _in_regime(cell: Cell | None) -> str:
+    return "–" if cell is None else f"{format_ms(cell.ms)} ({format_speedup(cell.speedup)})"
 
 
 def _op_tables(result: Result) -> Iterable[str]:
@@ -74,35 +93,36 @@ def _op_tables(result: Result) -> Iterable[str]:
             found = op_rows(result, workload, dtype)
             if not found:
                 continue
-            rows = []
-            for op, by_backend in found.items():
-                for backend, row in by_backend.items():
-                    percents = ["–" if row[key] is None else f"{row[key]:.0f} %" for key in ("pct_floor", "pct_copy")]
-                    floor = f"{row['floor']}, {row['floor_gbps']:.1f} GB/s" if row["floor"] else "–"
-                    rows.append([f"`{op}` {backend}", format_ms(row["ms_50"]), f"{row['gbps']:.1f}", *percents, floor])
+            rows = [_op_row(op, backend, row) for op, by_backend in found.items() for backend, row in by_backend.items()]
+            shown = [column for column in range(len(OP_HEADINGS)) if any(row[column] != "–" for row in rows)]
             heading = f"### Operations: {WORKLOADS[workload].title}, {dtype}"
-            yield heading + "\n\n" + table(["", "median", "GB/s", "of floor", "of copy", "floor"], rows)
+            yield heading + "\n\n" + table([OP_HEADINGS[i] for i in shown], ([row[i] for i in shown] for row in rows))
 
 
-def _memory_table(results: Sequence[Result]) -> Iterable[str]:
+def _op_row(op: str, backend: str, row: Row) -> list[str]:
+    of_floor = row.get("of_floor_50")
+    floor = f"{row['floor']}, {row['floor_gbps']:.1f} GB/s" if row["floor"] else "–"
+    times = [format_ms(row["ms_50"]), f"{format_ms(row['ms_20'])} – {format_ms(row['ms_80'])}", format_speedup(row.get("over_native_50"))]
+    return [f"`{op}` {backend}", *times, format_gbps(row), "–" if of_floor is None else f"{100 * of_floor:.0f} %", floor]
+
+
+def _memory_table(result: Result) -> Iterable[str]:
     rows = []
-    for result in results:
-        for row in result["rows"]:
-            if row["kind"] == "memory":
-                size = row["numel"] * DTYPES[row["dtype"]].itemsize
-                shown = ["–" if row[key] is None else f"{row[key] / size:.2f}" for key in ("held_bytes", "peak_bytes")]
-                rows.append([f"{title(row['backend'])}: {Case(row['workload'], row['dtype'], row['base']).title}", *shown])
-        if rows:
-            break  # memory does not depend on the run
+    for row in result["rows"]:
+        if row["kind"] == "memory":
+            size = row["numel"] * DTYPES[row["dtype"]].itemsize
+            shown = ["–" if row[key] is None else f"{row[key] / size:.2f}" for key in ("held_bytes", "peak_bytes")]
+            rows.append([f"{title(row['backend'])}: {Case(row['workload'], row['dtype'], row['base']).title}", *shown])
     if rows:
         heading = "### Memory beyond parameters, gradients and base state, in copies of the parameters"
         yield heading + "\n\n" + table(["", "held between steps", "peak of a step"], rows)
 
 
 def docs_section(results: Sequence[Result], image: str) -> str:
-    main = next((result for result in results if result["allocator"] == "default"), results[0])
+    main = main_result(results)
     parts = [_where(results), f"![{ALT}]({image})"]
-    parts += [f"### Whole step: {case.title}\n\n{_step_table(results, case)}" for case in cases(results)]
-    notes = [f"- {title(name)}: {provider.note}." for name, provider in PROVIDERS.items() if provider.note]
-    parts += ["\n".join(notes), *_op_tables(main), *_memory_table(results)]
+    parts += [f"### Whole step: {case.title}\n\n{_step_table(results, case)}" for case in cases([main])]
+    measured = {row["backend"] for row in main["rows"] if row["kind"] == "step"}
+    notes = [f"- {title(name)}: {provider.note}." for name, provider in PROVIDERS.items() if provider.note and name in measured]
+    parts += ["\n".join(notes), *_op_tables(main), *_memory_table(main)]
     return "\n\n".join(part for part in parts if part)

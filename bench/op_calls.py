@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import sam_kernels
-from bench.byte_model import OPS
+from bench.byte_model import CALLS
 from bench.workloads import Shape
 from sam_kernels import functional as F
 from sam_kernels._tensor_list import TensorList
@@ -25,12 +25,16 @@ ADAMW = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "ma
 
 
 def make_lists(op: str, shapes: tuple[Shape, ...], dtype: torch.dtype, device: str = "cpu") -> Lists:
-    """What the operation touches, positive everywhere (second moments must be), plus the scalars it needs."""
+    """Return the lists of an entry of :data:`bench.byte_model.CALLS`, positive everywhere (second moments must be), and its scalars."""
     if op == "centralize_":
         shapes = tuple(map(_with_slices, shapes))
-    lists = {name: [torch.rand(shape, device=device).to(dtype) for shape in shapes] for name in OPS[op].lists}
-    if op == "perturb_":
+    drawn = [torch.rand(shape, device=device).to(dtype) for shape in shapes]  # once: drawing takes longer than what is measured
+    first, *others = CALLS[op].lists
+    lists = {first: drawn} | {name: [tensor.clone() for tensor in drawn] for name in others}
+    if op.startswith("perturb_"):
         lists["norm"] = [torch.tensor(3.0, device=device)]
+    if op == "check_finite_":
+        lists["found_inf"] = [torch.zeros((), device=device)]
     if op == "adamw_step_":
         lists["state_steps"] = [torch.tensor(1.0, device=device) for _ in shapes]
     return lists
@@ -50,14 +54,24 @@ def describe_once(lists: Lists) -> Lists:
 
 _OURS: dict[str, Call] = {
     "grad_norm": lambda b: F.grad_norm(b["grads"]),
+    "grad_norm adaptive": lambda b: F.grad_norm(b["grads"], b["params"], adaptive=True),
+    "check_finite_": lambda b: F.check_finite_(b["grads"], b["found_inf"][0]),
     "centralize_": lambda b: F.centralize_(b["grads"]),
     "direction_norm_": lambda b: F.direction_norm_(b["grads"], b["ema"], kind="friendly"),
     "grad_dots": lambda b: F.grad_dots(b["lefts"], b["rights"]),
     "combine_": lambda b: F.combine_(b["outs"], b["lefts"], b["rights"], left_weight=1.5, right_weight=-0.5),
+    "combine_ three lists": lambda b: F.combine_(
+        b["outs"], b["outs"], b["rights"], b["origins"], left_weight=1.0, right_weight=1e-6, origin_weight=-1e-6
+    ),
     "perturb_": lambda b: F.perturb_(b["params"], b["grads"], b["old_params"], b["norm"][0], rho=1e-6),
+    "perturb_ from backups": lambda b: F.perturb_(b["params"], b["grads"], b["old_params"], b["norm"][0], rho=1e-6, from_old=True),
+    "perturb_ along averages": lambda b: F.perturb_(
+        b["params"], b["ema"], b["old_params"], b["norm"][0], rho=1e-6, ema=b["ema"], kind="vasso"
+    ),
     "random_perturb_": lambda b: F.random_perturb_(b["params"], b["old_params"], seed=1, scale=1e-6, distribution="normal"),
     "restore_": lambda b: F.restore_(b["params"], b["old_params"]),
     "sgd_step_": lambda b: F.sgd_step_(b["params"], b["grads"], b["momentum_buffers"], old_params=b["old_params"], **SGD),
+    "sgd_step_ in place": lambda b: F.sgd_step_(b["params"], b["grads"], b["momentum_buffers"], **{**SGD, "lr": 1e-6}),
     "adamw_step_": lambda b: F.adamw_step_(
         b["params"], b["grads"], b["exp_avgs"], b["exp_avg_sqs"], b["state_steps"], old_params=b["old_params"], decoupled=True, **ADAMW
     ),
@@ -70,6 +84,10 @@ def ours(op: str, backend: str) -> Call:
             _OURS[op](lists)
 
     return run
+
+
+def _torch_adaptive_norm(b: Lists) -> object:
+    return torch.nn.utils.get_total_norm(torch._foreach_mul(torch._foreach_abs(b["params"]), b["grads"]))
 
 
 def _torch_centralize(b: Lists) -> object:
@@ -99,9 +117,25 @@ def _torch_combine(b: Lists) -> object:
     return torch.nn.utils.get_total_norm(b["outs"])
 
 
+def _torch_combine_three(b: Lists) -> object:
+    torch._foreach_add_(b["outs"], b["rights"], alpha=1e-6)
+    torch._foreach_add_(b["outs"], b["origins"], alpha=-1e-6)
+    return torch.nn.utils.get_total_norm(b["outs"])
+
+
 def _torch_perturb(b: Lists) -> None:
     torch._foreach_copy_(b["old_params"], b["params"])
     torch._foreach_add_(b["params"], b["grads"], alpha=(1e-6 / b["norm"][0]).item())
+
+
+def _torch_perturb_again(b: Lists) -> None:
+    torch._foreach_copy_(b["params"], b["old_params"])
+    torch._foreach_add_(b["params"], b["grads"], alpha=(1e-6 / b["norm"][0]).item())
+
+
+def _torch_perturb_along(b: Lists) -> None:
+    torch._foreach_copy_(b["old_params"], b["params"])
+    torch._foreach_add_(b["params"], b["ema"], alpha=(1e-6 / b["norm"][0]).item())
 
 
 def _torch_random_perturb(b: Lists) -> None:
@@ -113,6 +147,10 @@ def _torch_random_perturb(b: Lists) -> None:
 def _torch_sgd(b: Lists) -> None:
     torch._foreach_copy_(b["params"], b["old_params"])
     torch._fused_sgd_(b["params"], b["grads"], b["momentum_buffers"], is_first_step=False, **SGD)
+
+
+def _torch_sgd_in_place(b: Lists) -> None:
+    torch._fused_sgd_(b["params"], b["grads"], b["momentum_buffers"], is_first_step=False, **{**SGD, "lr": 1e-6})
 
 
 def _torch_adamw(b: Lists) -> None:
@@ -127,14 +165,20 @@ def _torch_adamw(b: Lists) -> None:
 
 _TORCH: dict[str, Call] = {
     "grad_norm": lambda b: torch.nn.utils.get_total_norm(b["grads"]),
+    "grad_norm adaptive": _torch_adaptive_norm,
+    "check_finite_": lambda b: torch.nn.utils.get_total_norm(b["grads"]).isfinite(),
     "centralize_": _torch_centralize,
     "direction_norm_": _torch_direction_norm,
     "grad_dots": _torch_dots,
     "combine_": _torch_combine,
+    "combine_ three lists": _torch_combine_three,
     "perturb_": _torch_perturb,
+    "perturb_ from backups": _torch_perturb_again,
+    "perturb_ along averages": _torch_perturb_along,
     "random_perturb_": _torch_random_perturb,
     "restore_": lambda b: torch._foreach_copy_(b["params"], b["old_params"]),
     "sgd_step_": _torch_sgd,
+    "sgd_step_ in place": _torch_sgd_in_place,
     "adamw_step_": _torch_adamw,
 }
 

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from bench import floor
-from bench.byte_model import OPS, Traffic, op_bytes
+from bench.byte_model import CALLS, Traffic, call_bytes
 from bench.environment import last_level_cache_bytes
 from bench.op_calls import describe_once, make_lists, ours, torch_call
-from bench.steps import takes
-from bench.timing import Quantiles, interleave, quantiles
+from bench.page import count
+from bench.timing import quantiles, quantiles_of_ratios
+from bench.turns import Turns, timed_turns
 from bench.workloads import DTYPES, Workload
 from sam_kernels._dispatch import BACKENDS, reason_missing
 
-__all__ = ["available_backends", "buffer_sets", "measure"]
+__all__ = ["REFERENCE", "available_backends", "buffer_sets", "measure"]
 
 T = TypeVar("T")
 Call = Callable[[], object]
 MAX_SETS = 64
-FEW_SETS = 4  # where the caches cannot be outgrown
+FEW_SETS = 8  # where the caches cannot be outgrown; several, because where small tensors lie in memory moves their times
 CACHES = 3  # the buffers of one round are this many times the last level cache
-COPY = OPS["restore_"]
-TORCH = "torch"
-FLOOR, COPY_FLOOR = "floor: ", "copy: "
+TOO_SLOW = ("random_perturb_", "foreach")  # it computes random numbers by tensor operations: seconds for a million elements
+SMALL = 1e6  # elements up to which it is measured
+LARGE = 50e6  # elements above which checking plain lists is no part of the time
+FLOOR_BYTES = 64 << 20  # of a list, where the finalists among plain passes are chosen
+REFERENCE, TORCH = "native", "torch"
+FLOOR = "floor: "
 
 
 def available_backends(say: Callable[[str], None]) -> list[str]:
@@ -46,78 +51,94 @@ def buffer_sets(bytes_per_set: int, cache: int, budget: int) -> tuple[int, str]:
 
 
 def _in_turn(run: Callable[[T], object], sets: Sequence[T]) -> Call:
-    """Calls ``run`` on the next set. Everyone has a counter of his own, so nobody finds the set the one before him left in the caches."""
+    """Calls ``run`` on the next set. Every call has a counter of its own, so none finds the set that another left in the caches."""
     counter = itertools.count()
     return lambda: run(sets[next(counter) % len(sets)])
 
 
-def _floor_calls(traffic: Traffic, list_bytes: int, sets: int, label: str) -> dict[str, Call]:
-    """The finalists among the plain passes with this mix, their names prefixed by ``label``."""
+@functools.cache
+def _finalists(traffic: Traffic) -> tuple[str, ...]:
+    """Names of the fastest plain passes with this mix, on buffers that outgrow the caches."""
+    sets, _ = buffer_sets(FLOOR_BYTES * len(traffic.lists), last_level_cache_bytes(), MAX_SETS * FLOOR_BYTES)
+    flat = [floor.flat_buffers(traffic, FLOOR_BYTES) for _ in range(sets)]
+    return tuple(floor.finalists(floor.candidates(traffic), flat))
+
+
+def _floor_calls(traffic: Traffic, list_bytes: int, sets: int) -> dict[str, Call]:
+    """The finalists, their names prefixed by FLOOR."""
     flat = [floor.flat_buffers(traffic, list_bytes) for _ in range(sets)]
-    return {f"{label}{name}": _in_turn(run, flat) for name, run in floor.finalists(floor.candidates(traffic), flat).items()}
-
-
-def _best_gbps(samples: dict[str, Quantiles], label: str, nbytes: int) -> tuple[str | None, float | None]:
-    """Takes the finalists out of ``samples``. Returns the winner's name and GB/s."""
-    found = {name: samples.pop(name) for name in list(samples) if name.startswith(label)}
-    if not found:
-        return None, None
-    winner = min(found, key=lambda name: found[name].ms_50)
-    return winner.removeprefix(label), nbytes / found[winner].ms_50 / 1e6
+    passes = floor.candidates(traffic)
+    return {f"{FLOOR}{name}": _in_turn(passes[name], flat) for name in _finalists(traffic.without_names())}
 
 
 def measure(
-    workload: Workload, op: str, dtype_name: str, backends: Sequence[str], *, rounds: int | None, budget: int, say: Callable[[str], None]
+    workload: Workload,
+    name: str,
+    dtype_name: str,
+    backends: Sequence[str],
+    *,
+    seconds: float,
+    rounds: int | None,
+    memory: int,
+    say: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the result file. Where the buffers stay in the caches there is no floor: the time is the host's work per tensor."""
-    traffic, dtype = OPS[op], DTYPES[dtype_name]
+    """Yield rows of the result file. Where the buffers stay in the caches there is no floor: the time is the host's work per tensor.
+
+    ``over_native_*``: quantiles of the ratios to the native backend in the same round. ``of_floor_*``: the same of the floor's time to the
+    row's, so 1 is as fast as the floor.
+
+    Args:
+        name: of :data:`bench.byte_model.CALLS`.
+        seconds, rounds: as :func:`bench.turns.timed_turns` has them.
+        memory: bytes that all buffers may take.
+    """
+    traffic, dtype = CALLS[name], DTYPES[dtype_name]
     list_bytes = workload.numel * dtype.itemsize
-    nbytes = op_bytes(op, workload.numel, dtype.itemsize)
-    sets, regime = buffer_sets(list_bytes * len(traffic.lists), last_level_cache_bytes(), budget // 3)
-    lists = [make_lists(op, workload.shapes, dtype) for _ in range(sets)]
+    nbytes = call_bytes(name, workload.numel, dtype.itemsize)
+    sets, regime = buffer_sets(list_bytes * len(traffic.lists), last_level_cache_bytes(), memory // 3)
+    lists = [make_lists(name, workload.shapes, dtype) for _ in range(sets)]
     described = [describe_once(given) for given in lists]
-    calls = {name: _in_turn(ours(op, name), described) for name in backends}
-    # What a caller of sam_kernels.functional pays who does not own his lists: every tensor is checked on every call.
-    calls |= {f"{name}, plain lists": _in_turn(ours(op, name), lists) for name in backends if name != "foreach"}
-    calls[TORCH] = _in_turn(torch_call(op), lists)
+    taking_part = [backend for backend in backends if (name, backend) != TOO_SLOW or workload.numel <= SMALL]
+    for backend in set(backends) - set(taking_part):
+        say(f"{workload.name} {dtype_name} {name}: skipped {backend}: a call takes seconds")
+    calls = {backend: _in_turn(ours(name, backend), described) for backend in taking_part}
+    if workload.numel <= LARGE:  # a caller of sam_kernels.functional whose lists are plain: every tensor is checked on every call
+        calls |= {f"{each}, plain lists": _in_turn(ours(name, each), lists) for each in taking_part if each != "foreach"}
+    calls[TORCH] = _in_turn(torch_call(name), lists)
     if regime == "memory":
-        calls |= _floor_calls(traffic, list_bytes, sets, FLOOR)
-        if traffic.writes and traffic != COPY:
-            calls |= _floor_calls(COPY, list_bytes, max(1, sets * traffic.passes // COPY.passes), COPY_FLOOR)
-    say(f"{workload.name} {dtype_name} {op}: {sets} set(s) of buffers ({regime})")
-    timed = interleave(calls, rounds=takes(workload.numel, rounds), warmup=sets + 1 if regime == "memory" else FEW_SETS)
-    samples = {name: quantiles(values) for name, values in timed.items()}
-    floor_name, floor_gbps = _best_gbps(samples, FLOOR, nbytes)
-    _, copy_gbps = _best_gbps(samples, COPY_FLOOR, op_bytes("restore_", workload.numel, dtype.itemsize))
-    if traffic == COPY:
-        copy_gbps = floor_gbps
-    for name, q in samples.items():
+        calls |= _floor_calls(traffic, list_bytes, sets)
+    samples = timed_turns(lambda: Turns(calls), sets=1, seconds=seconds, rounds=rounds, warmup=sets if regime == "memory" else FEW_SETS)
+    say(f"{workload.name} {dtype_name} {name}: {count(len(samples[TORCH]), 'round')}, {count(sets, 'set')} of buffers ({regime})")
+    floors = {each: samples.pop(each) for each in list(samples) if each.startswith(FLOOR)}
+    best = min(floors, key=lambda each: quantiles(floors[each]).ms_50, default=None)
+    for backend, values in samples.items():
+        q = quantiles(values)
         yield {
             "kind": "op",
-            "op": op,
+            "op": name,
             "workload": workload.name,
             "dtype": dtype_name,
             "base": None,
-            "backend": name,
+            "backend": backend,
             "n_tensors": workload.n_tensors,
             "numel": workload.numel,
             "bytes": nbytes,
-            **_speed(q, nbytes, floor_gbps, copy_gbps),
-            "floor": floor_name,
-            "floor_gbps": floor_gbps,
-            "copy_gbps": copy_gbps,
+            "ms_20": q.ms_20,
+            "ms_50": q.ms_50,
+            "ms_80": q.ms_80,
+            "gbps": nbytes / q.ms_50 / 1e6,
+            **_ratios("over_native", values, samples.get(REFERENCE)),
+            **_ratios("of_floor", None if best is None else floors[best], values),
+            "floor": best and best.removeprefix(FLOOR),
+            "floor_gbps": None if best is None else nbytes / quantiles(floors[best]).ms_50 / 1e6,
+            "samples": len(values),
             "regime": regime,
             "sets": sets,
         }
 
 
-def _speed(q: Quantiles, nbytes: int, floor_gbps: float | None, copy_gbps: float | None) -> dict[str, float | None]:
-    gbps = nbytes / q.ms_50 / 1e6
-    return {
-        "ms_20": q.ms_20,
-        "ms_50": q.ms_50,
-        "ms_80": q.ms_80,
-        "gbps": gbps,
-        "pct_floor": None if floor_gbps is None else 100 * gbps / floor_gbps,
-        "pct_copy": None if copy_gbps is None else 100 * gbps / copy_gbps,
-    }
+def _ratios(name: str, numerators: list[float] | None, denominators: list[float] | None) -> dict[str, float | None]:
+    if numerators is None or denominators is None:
+        return {f"{name}_{share}": None for share in (20, 50, 80)}
+    q = quantiles_of_ratios(numerators, denominators)
+    return {f"{name}_20": q.ms_20, f"{name}_50": q.ms_50, f"{name}_80": q.ms_80}

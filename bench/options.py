@@ -11,7 +11,7 @@ import click
 
 from bench import allocator
 
-__all__ = ["ALLOCATOR", "FILE", "JSON", "MEMORY_BUDGET", "Names", "command", "gate", "names", "store", "threads"]
+__all__ = ["ALLOCATOR", "FILE", "JSON", "MEMORY_BUDGET", "Names", "allocator_of_glibc", "command", "gate", "names", "store", "threads"]
 
 FILE = partial(click.Path, dir_okay=False, path_type=Path)
 Option = Callable[[Any], Any]
@@ -58,9 +58,18 @@ def store(name: str, more: str = "") -> Option:
     return click.option("--store", is_flag=True, help=f"Write bench/results/<device>/{name}.json{more}.")
 
 
-ALLOCATOR = click.option(
-    "--allocator", "regime", type=click.Choice(list(allocator.REGIMES)), default="default", help="glibc's, by a new process."
-)
+def allocator_of_glibc(default: str = "default") -> Option:
+    return click.option(
+        "--allocator",
+        "regime",
+        type=click.Choice(list(allocator.REGIMES)),
+        default=default,
+        show_default=True,
+        help="Regime of glibc's allocator, set by starting a new process: whether freed memory goes back to the system.",
+    )
+
+
+ALLOCATOR = allocator_of_glibc()
 JSON = click.option("--json", "json_path", type=FILE(), help="Where to write the result file.")
 MEMORY_BUDGET = click.option(
     "--memory-budget", type=click.FloatRange(min=1), default=14.0, show_default=True, help="GiB; providers are split to fit."

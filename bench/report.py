@@ -22,6 +22,7 @@ from bench.gpu import results as gpu_results
 from bench.gpu.markdown import is_of_a_gpu
 from bench.markdown import docs_section, short_section
 from bench.page import BEGIN, END, ROOT, replace_section
+from bench.tables import main_result
 
 __all__ = ["load", "main"]
 
@@ -47,8 +48,8 @@ def load(paths: Sequence[Path]) -> list[dict[str, Any]]:
 @click.option("--image", type=options.FILE(), default=ROOT / "docs/images/bench-steps.png", help="The chart.")
 @click.option("--check", is_flag=True, help="Write nothing; exit with 1 where a file would change.")
 def main(files: tuple[Path, ...], short: Path, docs: Path, image: Path, check: bool) -> None:
-    """Regenerates the section between the markers of both pages, and the chart. FILES: runs of one CPU, one for each allocator, and
-    of any GPUs."""
+    """Regenerate the section between the markers of both pages, and the chart. FILES: results of one CPU, one for each allocator
+    regime, and of any GPUs."""
     results = load(files)
     of_cpu, of_gpus = [result for result in results if not is_of_a_gpu(result)], [result for result in results if is_of_a_gpu(result)]
     stale = []
@@ -72,7 +73,7 @@ def main(files: tuple[Path, ...], short: Path, docs: Path, image: Path, check: b
         click.echo("up to date")
     else:
         if of_cpu:
-            draw(of_cpu, image)
+            draw(main_result(of_cpu), image)
             stale.append(image)
         click.echo(f"written: {', '.join(path.name for path in stale)}")
 

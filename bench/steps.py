@@ -8,17 +8,20 @@ import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from time import monotonic
 from typing import Any, cast
 
 from torch import Tensor
 
 from bench.byte_model import step_bytes
 from bench.environment import last_level_cache_bytes
+from bench.page import count
 from bench.providers import BASES, PROVIDERS, REFERENCE, Base, MicroBatchStepper, Provider, Stepper
-from bench.timing import interleave, quantiles
+from bench.timing import quantiles, quantiles_of_ratios
+from bench.turns import Turns, timed_turns
 from bench.workloads import DTYPES, Workload, make_grads, make_params
 
-__all__ = ["COMBINATIONS", "MICRO_BATCH_COMBINATIONS", "batches", "measure", "participants", "takes"]
+__all__ = ["COMBINATIONS", "MICRO_BATCH_COMBINATIONS", "batches", "measure", "participants", "share"]
 
 Say = Callable[[str], None]
 
@@ -27,9 +30,10 @@ COMBINATIONS = (("sgd", "fp32"), ("adamw", "fp32"), ("adamw", "bf16"))
 MICRO_BATCH_COMBINATIONS = (("sgd", "fp32"),)  # the base's share of such a step is small
 
 
-def takes(numel: int, rounds: int | None) -> int:
-    """Rounds: fewer where a single one takes seconds."""
-    return rounds if rounds is not None else 12 if numel > 50e6 else 30 if numel > 1e6 else 60
+def share(end: float, left: Sequence[Workload]) -> float:
+    """Return the seconds of the first of the rows that are left until ``end``. What earlier rows did not use is for later ones."""
+    weights = [3.0 if workload.numel > 50e6 else 1.0 for workload in left]  # a round of the largest takes seconds
+    return (end - monotonic()) * weights[0] / sum(weights)
 
 
 def participants(
@@ -64,15 +68,12 @@ def _step(stepper: Stepper, params: Sequence[Tensor], grads: Sequence[Tensor], m
     return run if micro_batches == 1 else partial(cast(MicroBatchStepper, stepper).micro_batch_step, [closure] * micro_batches)
 
 
-def _time(
-    providers: Sequence[Provider], base: Base, grads: list[Tensor], rounds: int, regime: str, say: Say, micro_batches: int
-) -> dict[str, list[float]]:
-    calls, before = {}, {}
+def _make_turns(providers: Sequence[Provider], base: Base, grads: list[Tensor], say: Say, micro_batches: int) -> Turns:
+    """One optimizer of each provider, after its first step. A provider that fails there is left out by name."""
+    calls, before = dict[str, Callable[[], object]](), dict[str, Callable[[], object]]()
     for provider in providers:
         own = [grad.clone() for grad in grads] if provider.writes_grads else grads
         params = make_params(own)
-        if provider.writes_grads:  # every turn begins as after a backward pass
-            before[provider.name] = partial(_put, params, own, grads)
         step = _step(provider.make(params, base), params, own, micro_batches)
         try:
             step()  # compiles, where there is something to compile
@@ -82,7 +83,9 @@ def _time(
             say(f"skipped {provider.name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             continue
         calls[provider.name] = step
-    return interleave(calls, rounds=rounds, warmup=2, settle=1 if regime == "cached" else 0, before=before)
+        if provider.writes_grads:  # every step begins as after a backward pass
+            before[provider.name] = partial(_put, params, own, grads)
+    return Turns(calls, before)
 
 
 def _put(params: Sequence[Tensor], own: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
@@ -105,24 +108,27 @@ def measure(
     dtype_name: str,
     names: Sequence[str],
     *,
+    seconds: float,
     rounds: int | None,
-    budget: int,
+    memory: int,
     say: Say,
     micro_batches: int = 1,
     known: Mapping[str, Provider] = PROVIDERS,
     passes: int | None = None,
     more_lists: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the result file. ``reference_ms_50``: the median of ``REFERENCE`` in the same rounds, so speed-ups are pairs;
-    ``over_reference_*``: quantiles of the ratios round by round.
+    """Yield rows of the result file. ``over_reference_*``: quantiles of the ratios to ``REFERENCE`` in the same round.
 
-    ``micro_batches`` > 1: steps of m-SAM, of the providers that take them. ``known``, ``passes``, ``more_lists``: the providers of another
-    method than SAM, the lists that a step of it reads and writes, and those that it holds beside SAM's.
+    Args:
+        seconds, rounds: as :func:`bench.turns.timed_turns` has them.
+        memory: bytes that optimizers measured together may hold.
+        micro_batches: > 1: steps of m-SAM, of the providers that take them.
+        known, passes, more_lists: the providers of another method than SAM, the lists that a step of it reads and writes, and those that it
+            holds beside SAM's.
     """
     base, dtype = BASES[base_name], DTYPES[dtype_name]
     names = [name for name in names if micro_batches == 1 or known[name].takes_micro_batches]
     providers, _ = participants(names, workload.n_tensors, say, known)
-    rounds = takes(workload.numel, rounds)
     one_list = workload.numel * dtype.itemsize
     held = one_list * (2 + more_lists + (micro_batches > 1) + sum(key != "step" for key in base.state_keys))
     # State is used again at every step, as in training; whether it is still cached then is the workload's size, not our choice.
@@ -130,19 +136,26 @@ def measure(
     grads = make_grads(workload.shapes, dtype)
     nbytes = step_bytes(base_name, workload.numel, dtype.itemsize, micro_batches) if passes is None else passes * one_list
     seen_reference = False
-    for number, group in enumerate(batches(providers, held, 3 * one_list, budget)):
+    groups = batches(providers, held, 3 * one_list, memory)
+    end = monotonic() + seconds
+    for number, group in enumerate(groups):
         kind = f"{workload.name} {dtype_name} {base_name}" + (f", {micro_batches} micro-batches" if micro_batches > 1 else "")
-        say(f"{kind}: {', '.join(provider.name for provider in group)}")
-        samples = _time(group, base, grads, rounds, regime, say, micro_batches)
+        samples = timed_turns(
+            partial(_make_turns, group, base, grads, say, micro_batches),
+            sets=workload.sets,
+            seconds=(end - monotonic()) / (len(groups) - number),
+            rounds=rounds,
+            settle=1 if regime == "cached" else 0,
+        )
         _release_memory()
-        reference = quantiles(samples[REFERENCE]).ms_50 if REFERENCE in samples else None
+        say(f"{kind}: {count(len(next(iter(samples.values()), [])), 'round')} of {', '.join(samples)}")
+        reference = samples.get(REFERENCE)
         for name, values in samples.items():
             if name == REFERENCE and seen_reference:
                 continue
             seen_reference |= name == REFERENCE
             q = quantiles(values)
-            pairs = zip(values, samples.get(REFERENCE, ()), strict=False)
-            over = quantiles([ms / of_reference for ms, of_reference in pairs]) if REFERENCE in samples else None
+            over = None if reference is None else quantiles_of_ratios(values, reference)
             yield {
                 "kind": "step",
                 "op": "step",
@@ -158,7 +171,6 @@ def measure(
                 "ms_50": q.ms_50,
                 "ms_80": q.ms_80,
                 "gbps": nbytes / q.ms_50 / 1e6,
-                "reference_ms_50": reference,
                 **{f"over_reference_{share}": None if over is None else getattr(over, f"ms_{share}") for share in (20, 50, 80)},
                 "samples": len(values),
                 "regime": regime,

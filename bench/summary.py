@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.tables import Case, cases, format_ms, format_speedup, op_rows, speedups, title
+from bench.tables import Case, cases, format_gbps, format_ms, format_speedup, op_rows, speedups, title
 from bench.workloads import DTYPES, WORKLOADS
 
 __all__ = ["print_summary"]
@@ -18,12 +18,12 @@ def print_summary(result: dict[str, Any], console: Console) -> None:
     for case in cases([result]):
         table = Table(title=f"{case.title} (allocator: {result['allocator']})", title_justify="left")
         table.add_column("whole step")
-        for heading in ("median", "20–80 %", "GB/s", "sam_kernels is faster by"):
+        for heading in ("median", "20–80 %", "GB/s", "over sam_kernels"):
             table.add_column(heading, justify="right")
-        gbps = {row["backend"]: row["gbps"] for row in result["rows"] if row["kind"] == "step" and Case.of(row) == case}
+        gbps = {row["backend"]: format_gbps(row) for row in result["rows"] if row["kind"] == "step" and Case.of(row) == case}
         for provider, cell in speedups([result], case).items():
             spread = f"{format_ms(cell.ms_20)} – {format_ms(cell.ms_80)}"
-            table.add_row(title(provider), format_ms(cell.ms), spread, f"{gbps[provider]:.1f}", format_speedup(cell.speedup))
+            table.add_row(title(provider), format_ms(cell.ms), spread, gbps[provider], format_speedup(cell.speedup))
         console.print(table)
     for workload, dtype in itertools.product(WORKLOADS, DTYPES):
         rows = op_rows(result, workload, dtype)
@@ -46,13 +46,17 @@ def _op_table(workload: str, dtype: str, rows: dict[str, dict[str, dict[str, Any
     table = Table(title=f"{WORKLOADS[workload].title}, {dtype}, single operations ({regime})", title_justify="left")
     for heading in ("operation", "on"):
         table.add_column(heading)
-    for heading in ("median", "20–80 %", "GB/s", "% of floor", "% of copy"):
+    for heading in ("median", "20–80 %", "over native", "GB/s", "% of floor"):
         table.add_column(heading, justify="right")
     table.add_column("floor")
     for op, by_backend in rows.items():
         for backend, row in by_backend.items():
-            percents = ("–" if row[key] is None else f"{row[key]:.0f}" for key in ("pct_floor", "pct_copy"))
-            spread = f"{format_ms(row['ms_20'])} – {format_ms(row['ms_80'])}"
+            of_floor = "–" if row["of_floor_50"] is None else f"{100 * row['of_floor_50']:.0f}"
+            times = [
+                format_ms(row["ms_50"]),
+                f"{format_ms(row['ms_20'])} – {format_ms(row['ms_80'])}",
+                format_speedup(row["over_native_50"]),
+            ]
             described = f"{row['floor']} {row['floor_gbps']:.1f} GB/s" if row["floor"] else "–"
-            table.add_row(op, backend, format_ms(row["ms_50"]), spread, f"{row['gbps']:.1f}", *percents, described)
+            table.add_row(op, backend, *times, format_gbps(row), of_floor, described)
     return table

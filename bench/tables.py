@@ -9,7 +9,19 @@ from typing import Any
 from bench.providers import BASES, PROVIDERS, REFERENCE
 from bench.workloads import WORKLOADS
 
-__all__ = ["Case", "Cell", "cases", "format_ms", "format_speedup", "op_rows", "speedups", "title"]
+__all__ = [
+    "Case",
+    "Cell",
+    "cases",
+    "format_gbps",
+    "format_ms",
+    "format_speedup",
+    "main_result",
+    "op_rows",
+    "regimes_that_differ",
+    "speedups",
+    "title",
+]
 
 Row = dict[str, Any]
 Result = dict[str, Any]
@@ -34,15 +46,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Cell:
-    """One provider's whole step. ``best_*``: in the allocator regime that suits it best, of those measured."""
+    """One provider's whole step. ``speedup``: how many times longer it takes than the reference in the same round, median."""
 
     ms: float
     speedup: float | None
     ms_20: float
     ms_80: float
-    best_ms: float
-    best_speedup: float | None
-    best_regime: str
+
+    @classmethod
+    def of(cls, row: Row) -> Cell:
+        over = row["over_reference_50"] if "over_reference_50" in row else row["ms_50"] / row["reference_ms_50"]
+        return cls(row["ms_50"], over, row["ms_20"], row["ms_80"])
 
 
 def title(provider: str) -> str:
@@ -54,7 +68,12 @@ def format_ms(ms: float) -> str:
 
 
 def format_speedup(speedup: float | None) -> str:
-    return "–" if speedup is None else f"{speedup:.1f}×"
+    return "–" if speedup is None else f"{speedup:.2f}×"
+
+
+def format_gbps(row: Row) -> str:
+    """Of a row whose buffers outgrow the caches; elsewhere bytes do not decide."""
+    return f"{row['gbps']:.1f}" if row.get("regime") != "cached" else "–"
 
 
 def _step_rows(result: Result) -> Iterable[Row]:
@@ -68,24 +87,28 @@ def cases(results: Sequence[Result]) -> list[Case]:
     return sorted(found, key=lambda case: (case.micro_batches, *places[case]))
 
 
-def _ratio(row: Row) -> float | None:
-    return None if row["reference_ms_50"] is None else row["ms_50"] / row["reference_ms_50"]
+def main_result(results: Sequence[Result]) -> Result:
+    """Return the result of the allocator regime that all figures are of: the one that keeps freed memory, where it was measured."""
+    by_regime = {result["allocator"]: result for result in results}
+    return by_regime.get("keeping") or by_regime.get("default") or results[0]
 
 
 def speedups(results: Sequence[Result], case: Case) -> dict[str, Cell]:
-    """By provider, the reference first and then the slowest last. The main figures are those of the default allocator, where it was run."""
-    by_provider: dict[str, dict[str, Row]] = {}
-    for result in results:
-        for row in _step_rows(result):
-            if Case.of(row) == case:
-                by_provider.setdefault(row["backend"], {})[result["allocator"]] = row
-    cells = {}
-    for provider, regimes in by_provider.items():
-        main = regimes.get("default") or next(iter(regimes.values()))
-        best_regime = min(regimes, key=lambda regime: regimes[regime]["ms_50"])
-        best = regimes[best_regime]
-        cells[provider] = Cell(main["ms_50"], _ratio(main), main["ms_20"], main["ms_80"], best["ms_50"], _ratio(best), best_regime)
+    """Return a cell for each provider from the main result, the reference first and then the slowest last."""
+    cells = {row["backend"]: Cell.of(row) for row in _step_rows(main_result(results)) if Case.of(row) == case}
     return dict(sorted(cells.items(), key=lambda item: (item[0] != REFERENCE, item[1].ms)))
+
+
+def regimes_that_differ(results: Sequence[Result], case: Case) -> dict[str, dict[str, Cell]]:
+    """Return the cells of each other allocator regime in which a provider's median is outside the 20 to 80 % of the main one."""
+    main = main_result(results)
+    cells = speedups([main], case)
+    found = {}
+    for result in results:
+        others = {} if result is main else speedups([result], case)
+        if any(name in cells and not cells[name].ms_20 <= cell.ms <= cells[name].ms_80 for name, cell in others.items()):
+            found[result["allocator"]] = others
+    return found
 
 
 def op_rows(result: Result, workload: str, dtype: str) -> dict[str, dict[str, Row]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,9 +13,11 @@ from types import MappingProxyType
 
 import numpy as np
 
-__all__ = ["Quantiles", "interleave", "quantiles"]
+__all__ = ["BLOCK_MS", "Quantiles", "block_of", "interleave", "quantiles", "quantiles_of_ratios", "rounds_within"]
 
 Call = Callable[[], object]
+BLOCK_MS = 25.0  # a turn takes as long, so that what other calls leave in the caches is a small part of it
+MOST_CALLS = 64  # of a turn
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,22 @@ class Quantiles:
 
 def quantiles(samples_ms: list[float]) -> Quantiles:
     return Quantiles(*(float(q) for q in np.quantile(samples_ms, (0.2, 0.5, 0.8))))
+
+
+def quantiles_of_ratios(numerators: list[float], denominators: list[float]) -> Quantiles:
+    """Quantiles of the ratios of samples of the same round."""
+    return quantiles([a / b for a, b in zip(numerators, denominators, strict=True)])
+
+
+def block_of(ms: float, most: int = MOST_CALLS) -> int:
+    """Return the calls of a turn of BLOCK_MS or a little more, for a call that takes ``ms``; at most ``most``."""
+    return max(1, min(most, math.ceil(BLOCK_MS / max(ms, 1e-3))))
+
+
+def rounds_within(seconds: float, round_seconds: float, *, least: int, most: int) -> int:
+    """Return how many rounds fit into the time that is left after one round was timed, from ``least`` to ``most``."""
+    round_seconds = max(round_seconds, 1e-6)
+    return max(least, min(most, int((seconds - round_seconds) / round_seconds)))
 
 
 @contextmanager
@@ -50,14 +69,15 @@ def interleave(
     warmup: int = 2,
     settle: int = 0,
     inner: int = 1,
+    blocks: Mapping[str, int] = MappingProxyType({}),
     before: Mapping[str, Call] = MappingProxyType({}),
     clock: Callable[[], int] = perf_counter_ns,
 ) -> dict[str, list[float]]:
     """Milliseconds of ``rounds * inner`` samples of each call.
 
-    Every round gives each call one turn, in an order drawn anew so that no call always follows the same other. A turn is what stands in
-    ``before`` for it, untimed, where something does; ``settle`` untimed calls, which bring the call's own data back into the caches where
-    it fits; then ``inner`` timed ones.
+    Every round gives each call one turn, in an order drawn anew so that no call always follows the same other. A turn is ``settle``
+    untimed calls, which bring the call's own data back into the caches where it fits; then ``inner`` samples, each the mean of
+    ``blocks[name]`` timed calls (1 where it names none). ``before[name]`` runs before every call of a turn, untimed.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
@@ -69,13 +89,26 @@ def interleave(
         for _ in range(rounds):
             shuffle(order)
             for name in order:
-                call = calls[name]
-                if name in before:
-                    before[name]()
+                call, prepare, block = calls[name], before.get(name), blocks.get(name, 1)
                 for _ in range(settle):
+                    if prepare is not None:
+                        prepare()
                     call()
                 for _ in range(inner):
-                    start = clock()
-                    call()
-                    samples[name].append((clock() - start) / 1e6)
+                    samples[name].append(_mean_ms(call, prepare, block, clock))
     return samples
+
+
+def _mean_ms(call: Call, prepare: Call | None, block: int, clock: Callable[[], int]) -> float:
+    if prepare is None:
+        start = clock()
+        for _ in range(block):
+            call()
+        return (clock() - start) / 1e6 / block
+    total = 0
+    for _ in range(block):
+        prepare()
+        start = clock()
+        call()
+        total += clock() - start
+    return total / 1e6 / block

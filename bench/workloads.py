@@ -18,9 +18,12 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Workload:
+    """``sets``: how often optimizers are made anew, because where small tensors lie in memory moves a step by some percent."""
+
     name: str
     title: str
     shapes: tuple[Shape, ...]
+    sets: int = 1
 
     @property
     def n_tensors(self) -> int:
@@ -60,9 +63,9 @@ def _gpt2_124m() -> list[Shape]:
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload("resnet18", "ResNet-18", tuple(_resnet18())),
+        Workload("resnet18", "ResNet-18", tuple(_resnet18()), sets=2),
         Workload("gpt2_124m", "GPT-2 124M", tuple(_gpt2_124m())),
-        Workload("many_tiny", "1,000 × 3", ((3,),) * 1000),
+        Workload("many_tiny", "1,000 × 3", ((3,),) * 1000, sets=4),
     )
 }
 

@@ -6,6 +6,7 @@ import itertools
 import sys
 from functools import partial
 from pathlib import Path
+from time import monotonic
 
 import click
 from rich.console import Console
@@ -30,11 +31,12 @@ PROVIDERS = tuple(dict.fromkeys(provider.name for method in METHODS.values() for
 
 
 @options.command
-@options.names("--method", "methods", known=METHODS, help="Whose steps.")
-@options.names("--workload", "workloads", known=WORKLOADS, help="Shapes.")
-@options.names("--base", "bases", known=BASES, help="Wrapped optimizer.")
+@options.names("--methods", known=METHODS, help="Methods to measure.")
+@options.names("--workloads", known=WORKLOADS, help="Parameter shapes.")
+@options.names("--bases", known=BASES, help="Wrapped optimizers.")
 @options.names("--providers", known=PROVIDERS, show_default=False, help=f"{REFERENCE} always takes part. Default: all.")
-@click.option("--repeats", type=click.IntRange(min=1), help="Rounds. Default: 12 to 60, by size.")
+@click.option("--budget", type=click.FloatRange(min=0.1), default=10.0, show_default=True, help="Minutes for everything but the tests.")
+@click.option("--rounds", type=click.IntRange(min=1), help="Rounds of every row. Default: as many as the budget allows, 6 to 60.")
 @options.threads()
 @options.ALLOCATOR
 @options.MEMORY_BUDGET
@@ -46,7 +48,8 @@ def main(
     workloads: list[str],
     bases: list[str],
     providers: list[str],
-    repeats: int | None,
+    budget: float,
+    rounds: int | None,
     threads: int | None,
     regime: str,
     memory_budget: float,
@@ -59,15 +62,18 @@ def main(
     console = begin(threads)
     result = new_result(with_gate, TESTS)
     console.print(f"gate {result['gate']}", highlight=False, soft_wrap=True)
-    for method, workload, base in itertools.product(methods, workloads, bases):
+    chosen = [(method, WORKLOADS[name], base) for method, name, base in itertools.product(methods, workloads, bases)]
+    end = monotonic() + 60 * budget
+    for number, (method, workload, base) in enumerate(chosen):
         known = METHODS[method].timed()
         for row in steps.measure(
-            WORKLOADS[workload],
+            workload,
             base,
             "fp32",
             [name for name in known if name == REFERENCE or name in providers],
-            rounds=repeats,
-            budget=int(memory_budget * 2**30),
+            seconds=steps.share(end, [case[1] for case in chosen[number:]]),
+            rounds=rounds,
+            memory=int(memory_budget * 2**30),
             say=partial(_say, console, method),
             known=known,
             passes=METHODS[method].passes(base),

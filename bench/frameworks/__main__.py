@@ -34,14 +34,7 @@ TESTS = tuple(f"tests/frameworks/test_{name}.py" for name in ("transformers", "a
 @click.option("--rounds", type=click.IntRange(min=1), default=50, show_default=True, help="Turns of each loop.")
 @click.option("--inner", type=click.IntRange(min=1), default=3, show_default=True, help="Steps of a turn that are timed.")
 @options.threads("Threads of torch. Default: torch's.")
-@click.option(
-    "--allocator",
-    "regime",
-    type=click.Choice(list(allocator.REGIMES)),
-    default="keeping",
-    show_default=True,
-    help="glibc's, by a new process. By default no step hands memory back to the system: whether one does depends on other steps.",
-)
+@options.allocator_of_glibc("keeping")
 @options.gate("Run the tests of the integrations first.")
 @options.store("frameworks")
 @options.JSON

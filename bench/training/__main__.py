@@ -25,7 +25,7 @@ from bench.training.runs import BASE, NAMES
 from bench.training.tables import print_result
 from bench.workloads import WORKLOADS
 
-__all__ = ["TESTS", "main"]
+__all__ = ["QUICK_ROUNDS", "TESTS", "main", "rows"]
 
 TESTS = ("tests/ops", "tests/bench/test_bench_training.py")
 REGIMES = 2.0  # the time of the regime map, where a model has 1
@@ -41,14 +41,7 @@ LARGE_GIB = 14  # that five copies of GPT-2 with AdamW's state need
 @options.threads("Threads of torch. Default: torch's.")
 @click.option("--regimes/--no-regimes", "with_regimes", default=True, help="Measure the optimizer's share by tensors, elements and batch.")
 @click.option("--memory/--no-memory", "with_memory", default=True, help="Measure memory, in a process for each implementation.")
-@click.option(
-    "--allocator",
-    "regime",
-    type=click.Choice(list(allocator.REGIMES)),
-    default="keeping",
-    show_default=True,
-    help="glibc's, by a new process. By default no step hands memory back to the system: whether one does depends on other steps.",
-)
+@options.allocator_of_glibc("keeping")
 @click.option("--quick", is_flag=True, help="Small models, two rounds, no memory, under a minute: does the tool work?")
 @options.gate("Run the tests of what is measured first.")
 @options.store("training")
@@ -77,17 +70,41 @@ def main(
     result |= {"command": " ".join(["python -m bench.training", *sys.argv[1:]]), "quick": quick}
     if quick:
         rounds, with_memory = rounds or QUICK_ROUNDS, False
-    end = monotonic() + 60 * budget
 
     def say(line: str) -> None:
         console.print(line, style="dim", highlight=False)
 
-    if with_memory:
-        result["rows"] += _memory(models, names, say)
-    for row in _timed(models, names, end, rounds, with_regimes, quick, say):
+    measured = rows(
+        models, names, seconds=60 * budget, rounds=rounds, with_regimes=with_regimes, with_memory=with_memory, quick=quick, say=say
+    )
+    for row in measured:
         result["rows"].append(row)
         write(result, json_path, "training" if store else None)  # after every row: a run that is cut off keeps what it measured
     print_result(result, console)
+
+
+def rows(
+    models: Sequence[str],
+    names: Sequence[str],
+    *,
+    seconds: float,
+    rounds: int | None,
+    with_regimes: bool,
+    with_memory: bool,
+    quick: bool,
+    say: Callable[[str], None],
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a result: memory, the models, the map of regimes.
+
+    Args:
+        models, names: of ``MODELS`` and of ``NAMES``.
+        seconds, rounds: of everything, and of each model; :func:`bench.training.measure.measure` has the rules.
+        quick: small models.
+    """
+    end = monotonic() + seconds
+    if with_memory:
+        yield from _memory(models, names, say)
+    yield from _timed(models, names, end, rounds, with_regimes, quick, say)
 
 
 def _timed(

@@ -12,15 +12,13 @@ from typing import Any
 from bench.masters.clock import best_clock
 from bench.page import count
 from bench.providers import REFERENCE
-from bench.timing import interleave, quantiles
+from bench.timing import block_of, interleave, quantiles, rounds_within
 from bench.training.models import Kind
 from bench.training.runs import BASE, LOOP, Run, missing
 
 __all__ = ["LEAST_ROUNDS", "MOST_ROUNDS", "Samples", "measure", "rows_of"]
 
 LEAST_ROUNDS, MOST_ROUNDS = 6, 100  # of all sets together
-BLOCK_MS = 25.0  # the base's turn takes as long, so that what other calls leave in the caches is a small part of a turn
-MOST_STEPS = 64  # of a turn
 Say = Callable[[str], None]
 
 
@@ -48,7 +46,7 @@ def measure(
     block: int | None = None
     for number in range(sets):
         runs = _runs(kind, names, quick, say if number == 0 else _nothing)
-        block = block or _block(runs[BASE])
+        block = block or block_of(_timed(runs[BASE]))  # of the base's; all others take as many steps
         for run in runs.values():
             run.block = block
         turns = _rounds_of_a_set(runs, (seconds - (monotonic() - start)) / (sets - number), sets, rounds)
@@ -101,19 +99,14 @@ def _timed(run: Run) -> float:
     return (clock() - start) / 1e6
 
 
-def _block(base: Run) -> int:
-    return max(1, min(MOST_STEPS, math.ceil(BLOCK_MS / max(_timed(base), 1e-3))))
-
-
 def _rounds_of_a_set(runs: Mapping[str, Run], seconds: float, sets: int, rounds: int | None) -> int:
     """A round of warm steps is timed, unless the number is given."""
     start = monotonic()
     for run in runs.values():
         run()
-    round_seconds = max(monotonic() - start, 1e-6)
     if rounds is not None:
         return math.ceil(rounds / sets)
-    return max(math.ceil(LEAST_ROUNDS / sets), min(MOST_ROUNDS // sets, int((seconds - round_seconds) / round_seconds)))
+    return rounds_within(seconds, monotonic() - start, least=math.ceil(LEAST_ROUNDS / sets), most=MOST_ROUNDS // sets)
 
 
 def rows_of(found: Mapping[str, Samples]) -> list[dict[str, Any]]:
