@@ -26,7 +26,7 @@ from bench.tables import main_result
 
 __all__ = ["load", "main"]
 
-EMPTY_DOCS = f"# Benchmarks\n\nWritten by `python -m bench.report`; how to measure: `python -m bench --help`.\n\n{BEGIN}\n{END}\n"
+EMPTY_DOCS = f"# Benchmarks\n\n{BEGIN}\n{END}\n"
 
 
 def load(paths: Sequence[Path]) -> list[dict[str, Any]]:

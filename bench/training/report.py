@@ -54,7 +54,9 @@ def section(result: dict[str, Any], image: str) -> str:
 @click.option("--image", type=options.FILE(), default=IMAGE, help="The chart. Default: docs/images/training.png.")
 @click.option("--numbers", type=options.FILE(exists=True), help="A page with markers for the four figures, for example README.md.")
 @click.option(
-    "--steps", type=options.FILE(exists=True), help="Result of `python -m bench` for the optimizer step. Default: default.json beside FILE."
+    "--steps",
+    type=options.FILE(exists=True),
+    help="Result of `python -m bench` with the optimizer step. Default: optimizer.json beside it.",
 )
 @click.option("--gain", type=options.FILE(exists=True), help="Result of `python -m bench.dial`. Default: dial.json beside FILE.")
 def main(file: Path, docs: Path, check: bool, image: Path, numbers: Path | None, steps: Path | None, gain: Path | None) -> None:
@@ -71,7 +73,7 @@ def main(file: Path, docs: Path, check: bool, image: Path, numbers: Path | None,
         short = image.with_name(f"{image.stem}_short{image.suffix}") if is_shown else None
         if short is not None and not check:
             draw(result, short, SHOWN)
-        beside = (steps or file.with_name("default.json"), gain or file.with_name("dial.json"))
+        beside = (steps or file.with_name("optimizer.json"), gain or file.with_name("dial.json"))
         shown = lines(result, *(json.loads(path.read_text()) if path.exists() else None for path in beside))
         _write_numbers(numbers, shown, short, check=check)
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 def test_both_take_the_same_steps_and_the_ratios_are_to_the_commit_before(tmp_path: Path) -> None:
     path = tmp_path / "against.json"
-    options = ["HEAD", "--workload", "many_tiny", "--base", "sgd", "--repeats", "2", "--times", "1", "--no-gate", "--json", str(path)]
+    options = ["HEAD", "--workloads", "many_tiny", "--bases", "sgd", "--repeats", "2", "--times", "1", "--no-gate", "--json", str(path)]
     done = CliRunner().invoke(against.main, options, catch_exceptions=False)
     assert done.exit_code == 0
     (row,) = json.loads(path.read_text())["rows"]

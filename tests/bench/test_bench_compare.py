@@ -93,7 +93,8 @@ def test_a_figure_that_was_zero_or_is_no_number() -> None:
     assert measurements({"rows": [{"kind": "x", "over_reference_50": None, "ms": {"a": [1.0, 2.0, 3.0]}}]}) == {("x", "a", "ms"): 2.0}
 
 
-@pytest.mark.parametrize("name", ["default", "family", "per_sample", "rw_sam", "frameworks", "masters"])
+@pytest.mark.stored
+@pytest.mark.parametrize("name", ["optimizer", "family", "per_sample", "rw_sam", "frameworks", "masters"])
 def test_stored_results_can_be_compared(name: str) -> None:
     (path,) = (ROOT / "bench" / "results").glob(f"*/{name}.json")
     found = measurements(json.loads(path.read_text()))
@@ -103,9 +104,10 @@ def test_stored_results_can_be_compared(name: str) -> None:
     assert f"0 of {len(found)} figures" in done.output
 
 
+@pytest.mark.stored
 def test_no_two_rows_of_a_stored_result_have_one_name() -> None:
     """Otherwise one would hide the other."""
-    for name, each in (("default", "ms_50"), ("family", "ms_50"), ("per_sample", "ms_50")):
+    for name, each in (("optimizer", "ms_50"), ("family", "ms_50"), ("per_sample", "ms_50")):
         (path,) = (ROOT / "bench" / "results").glob(f"*/{name}.json")
         result = json.loads(path.read_text())
         assert sum(key[-1] == each for key in measurements(result)) == sum(each in row for row in result["rows"]), name

@@ -272,6 +272,7 @@ def test_the_stored_runs_show_what_the_page_says() -> None:
     assert loss.mean < -2 * loss.standard_error
 
 
+@pytest.mark.stored
 def test_the_page_shows_the_stored_result(tmp_path: Path) -> None:
     stored = stored_file()
     result = json.loads(stored.read_text())

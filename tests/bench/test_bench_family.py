@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from bench import steps
+from bench import turns
 from bench.family import __main__ as program
 from bench.family import report
 from bench.family.bars import BARS, fastest_peer, judged
@@ -211,10 +211,10 @@ def _stand_in(ms: Mapping[str, float]) -> Callable[..., dict[str, list[float]]]:
 
 def test_run_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     taken = {REFERENCE: 100.0, "published/fused": 290.0, "published/foreach": 400.0, "torch._foreach_/fused": 310.0}
-    monkeypatch.setattr(steps, "interleave", _stand_in(taken))
+    monkeypatch.setattr(turns, "interleave", _stand_in(taken))
     monkeypatch.setitem(WORKLOADS, "gpt2_124m", Workload("gpt2_124m", "GPT-2 124M", SHAPES))
     target = tmp_path / "out.json"
-    arguments = ["--method", "vasso,fsam", "--workload", "gpt2_124m", "--base", "sgd", "--providers", ",".join(taken), "--no-gate"]
+    arguments = ["--methods", "vasso,fsam", "--workloads", "gpt2_124m", "--bases", "sgd", "--providers", ",".join(taken), "--no-gate"]
     run = CliRunner().invoke(program.main, [*arguments, "--json", str(target)])
     assert run.exit_code == 0, run.output
     result = json.loads(target.read_text())
@@ -259,6 +259,7 @@ def test_the_gate_runs_what_is_measured() -> None:
     assert "tests/bench/test_bench_family.py" in program.TESTS
 
 
+@pytest.mark.stored
 def test_the_page_shows_the_stored_result() -> None:
     stored = list((ROOT / "bench" / "results").glob("*/family.json"))
     if not stored:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench import floor
-from bench.byte_model import MASTER_OPS, NARROW_LISTS, OPS, Traffic, master_bytes
+from bench.byte_model import CALLS, MASTER_OPS, NARROW_LISTS, OPS, Traffic, master_bytes
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on PATH")
 N = 65536 * 2 + 16 * 5  # two chunks and a short one
@@ -25,9 +25,9 @@ def test_library_compiles() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("op", [op for op, traffic in OPS.items() if traffic.updates or traffic.writes])
+@pytest.mark.parametrize("op", [op for op, traffic in CALLS.items() if traffic.updates or traffic.writes])
 def test_every_pass_reads_and_writes_every_element(op: str) -> None:
-    traffic = OPS[op]
+    traffic = CALLS[op]
     reads, updates = len(traffic.reads), len(traffic.updates)
     passes = {name: run for name, run in floor.candidates(traffic).items() if name.startswith("C++")}
     assert len(passes) == 4 * (2 if updates else 1) * (2 if traffic.writes else 1)

@@ -163,6 +163,7 @@ def test_without_transformers_there_is_nothing_to_measure(monkeypatch: pytest.Mo
     assert "transformers, whose GPT-2 all loops train: No module named 'transformers'" in run.output
 
 
+@pytest.mark.stored
 def test_the_page_shows_the_stored_result() -> None:
     (stored,) = (ROOT / "bench" / "results").glob("*/frameworks.json")
     assert CliRunner().invoke(report, [str(stored), "--check"]).exit_code == 0

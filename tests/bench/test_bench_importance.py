@@ -117,6 +117,7 @@ def stored() -> Path:
     return path
 
 
+@pytest.mark.stored
 def test_the_page_shows_the_stored_result() -> None:
     run = CliRunner().invoke(report.main, [str(stored()), "--check"])
     assert run.exit_code == 0, run.output

@@ -21,6 +21,7 @@ from bench.workloads import make_grads, make_params
 
 SHAPES = ((5, 3), (7,), (4, 2, 3), (1,))
 COUNT = 3
+STEPS = ("--parts", "steps", "--workloads", "many_tiny", "--rounds", "1", "--no-gate", "--allocator", "default")
 TAKERS = [name for name, provider in PROVIDERS.items() if provider.takes_micro_batches]
 
 
@@ -77,8 +78,9 @@ def test_bytes_of_a_step() -> None:
 
 def test_rows_and_tables(tmp_path: Path) -> None:
     target = tmp_path / "out.json"
-    arguments = ["--workload", "many_tiny", "--quick", "--no-gate", "--repeats", "1", "--ops", "", "--json", str(target)]
-    run = CliRunner().invoke(main, [*arguments, "--micro-batches", "3", "--providers", "davda54/foreach,unifiedsam/foreach"])
+    run = CliRunner().invoke(
+        main, [*STEPS, "--json", str(target), "--micro-batches", "3", "--providers", "davda54/foreach,unifiedsam/foreach"]
+    )
     assert run.exit_code == 0, run.output
     assert "m-SAM of 3 micro-batches" in run.output
     result = json.loads(target.read_text())
@@ -98,7 +100,6 @@ def test_rows_and_tables(tmp_path: Path) -> None:
 
 def test_none_is_measured_where_none_is_asked_for(tmp_path: Path) -> None:
     target = tmp_path / "out.json"
-    arguments = ["--workload", "many_tiny", "--dtype", "fp32", "--base", "sgd", "--quick", "--no-gate", "--repeats", "1", "--ops", ""]
-    run = CliRunner().invoke(main, [*arguments, "--micro-batches", "0", "--providers", REFERENCE, "--json", str(target)])
+    run = CliRunner().invoke(main, [*STEPS, "--bases", "sgd", "--micro-batches", "0", "--providers", REFERENCE, "--json", str(target)])
     assert run.exit_code == 0, run.output
     assert {row["micro_batches"] for row in json.loads(target.read_text())["rows"]} == {1}

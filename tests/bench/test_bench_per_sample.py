@@ -84,6 +84,7 @@ def test_bars_judge_both_ways() -> None:
         assert [(bar, ok) for bar, _, ok in judged(rows) if bar is at_least] == [(at_least, reached)]
 
 
+@pytest.mark.stored
 def test_the_page_shows_the_stored_result() -> None:
     stored = list((ROOT / "bench" / "results").glob("*/per_sample.json"))
     assert len(stored) == 1

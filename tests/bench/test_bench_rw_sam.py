@@ -158,6 +158,7 @@ def test_the_gate_runs_what_is_measured() -> None:
     assert {f"tests/optim/{path.name}" for path in (ROOT / "tests" / "optim").glob("test_rwsam*.py")} <= set(program.TESTS)
 
 
+@pytest.mark.stored
 def test_the_page_shows_the_stored_result() -> None:
     stored = list((ROOT / "bench" / "results").glob("*/rw_sam.json"))
     if not stored:

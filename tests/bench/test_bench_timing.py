@@ -31,6 +31,22 @@ def test_settling_calls_are_not_timed() -> None:
     assert samples == {"a": [1.0] * 4}
 
 
+def test_a_sample_is_the_mean_of_a_block_whose_calls_are_prepared_untimed() -> None:
+    log: list[str] = []
+    ticks = itertools.count(0, 1_000_000)
+
+    def clock() -> int:
+        log.append("clock")
+        return next(ticks)
+
+    calls = {name: (lambda name=name: log.append(name)) for name in ("a", "b")}
+    before = {"b": lambda: log.append("before")}
+    samples = interleave(calls, rounds=1, warmup=0, blocks={"a": 4, "b": 2}, before=before, clock=clock)
+    assert samples == {"a": [0.25], "b": [1.0]}
+    turns = [["clock", "a", "a", "a", "a", "clock"], ["before", "clock", "b", "clock"] * 2]
+    assert log in (turns[0] + turns[1], turns[1] + turns[0])
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 def test_no_collection_while_timing_and_the_collector_is_as_before(enabled: bool) -> None:
     before = gc.isenabled()

@@ -229,8 +229,8 @@ def test_figures_with_their_conditions(quick: Path, tmp_path: Path) -> None:
     page = tmp_path / "README.md"
     page.write_text(f"# A\n{numbers.BEGIN}\n{numbers.END}\n")
     (tmp_path / "page.md").write_text(f"{BEGIN}\n{END}\n")
-    (tmp_path / "default.json").write_text(json.dumps(steps))
-    run = partial(_report, quick, tmp_path, "--numbers", str(page), "--steps", str(tmp_path / "default.json"))
+    (tmp_path / "optimizer.json").write_text(json.dumps(steps))
+    run = partial(_report, quick, tmp_path, "--numbers", str(page), "--steps", str(tmp_path / "optimizer.json"))
     assert run().exit_code == 0
     assert f"{numbers.BEGIN}\n* **Optimizer step**" in page.read_text()
     assert run("--check").exit_code == 0
@@ -242,6 +242,7 @@ def test_the_gate_runs_what_is_measured() -> None:
     assert all((ROOT / name).exists() for name in program.TESTS)
 
 
+@pytest.mark.stored
 def test_the_page_shows_the_stored_result() -> None:
     page = ROOT / "docs" / "training_cost.md"
     stored = list((ROOT / "bench" / "results").glob("*/training.json"))
@@ -252,6 +253,6 @@ def test_the_page_shows_the_stored_result() -> None:
     result = json.loads(path.read_text())
     assert not result["quick"]
     assert {row["model"] for row in result["rows"] if row["kind"] == "training"} == MODELS.keys()
-    (steps,) = (ROOT / "bench" / "results").glob("*/default.json")
+    (steps,) = (ROOT / "bench" / "results").glob("*/optimizer.json")
     found = CliRunner().invoke(report.main, [str(path), "--check", "--numbers", str(ROOT / "README.md"), "--steps", str(steps)])
     assert found.exit_code == 0, found.output
