@@ -85,10 +85,9 @@ def traffic_of(accesses: Callable[[Collection[str]], Mapping[str, Access]], *rol
     )
 
 
-# One call of every operation, as an optimizer makes it most often.
+# One call of each operation that `validate` runs, as an optimizer makes it most often.
 OPS = {
     "grad_norm": traffic_of(GradNorms.accesses, "grads"),
-    "check_finite_": traffic_of(CheckFinite.accesses, "grads"),
     "centralize_": traffic_of(Centralize.accesses, "grads"),
     "direction_norm_": traffic_of(DirectionNorm.accesses, "grads", "ema"),
     "grad_dots": traffic_of(GradDots.accesses, "lefts", "rights"),
@@ -102,15 +101,16 @@ OPS = {
 
 # A whole step: norm, ascent, then restore and descent in one pass. Before that the second gradients are read to see that they are finite.
 STEP_OPS = {"sgd": ("grad_norm", "perturb_", "sgd_step_"), "adamw": ("grad_norm", "perturb_", "adamw_step_")}
-CHECK = OPS["check_finite_"]
+CHECK = traffic_of(CheckFinite.accesses, "grads")
 
 # m-SAM: what is saved once is perturbed again, and the gradients found there are averaged by torch's own functions.
 PERTURB_AGAIN = traffic_of(partial(Perturb.accesses, from_old=True), "old_params", "grads", "params")
 COPY = Traffic(reads=("grads",), writes=("mean_grads",))
 ADD_TO_MEAN = Traffic(reads=("grads",), updates=("mean_grads",))
 
-# What the CPU's benchmark calls beside them: an operation with options that change what it reads and writes.
+# What the CPU's benchmark calls beside them: the check, which returns nothing, and operations with options that change their traffic.
 VARIANTS = {
+    "check_finite_": CHECK,
     "grad_norm adaptive": traffic_of(GradNorms.accesses, "grads", "params"),
     "perturb_ from backups": PERTURB_AGAIN,
     "perturb_ along averages": traffic_of(Perturb.accesses, "ema", "params", "old_params"),  # the gradient's weight is 0

@@ -109,7 +109,7 @@ def _steps(choice: Choice, seconds: float, say: Say) -> Iterator[Row]:
 
 
 def _operations(choice: Choice, seconds: float, say: Say) -> Iterator[Row]:
-    """Variants in float32 alone: what a narrower type changes, the operations themselves show."""
+    """Those beside OPS in float32 alone: what a narrower type changes, OPS show."""
     backends = ops.available_backends(say)
     cases = [
         (WORKLOADS[workload], dtype, name)
