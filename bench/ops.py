@@ -25,11 +25,11 @@ Call = Callable[[], object]
 MAX_SETS = 64
 FEW_SETS = 8  # where the caches cannot be outgrown; several, because where small tensors lie in memory moves their times
 CACHES = 3  # the buffers of one round are this many times the last level cache
-TOO_SLOW = ("random_perturb_", "foreach")  # it computes random numbers by tensor operations: seconds for a million elements
-SMALL = 1e6  # elements up to which it is measured
-LARGE = 50e6  # elements above which checking plain lists is no part of the time
+LARGE = 50e6  # elements; above, the fallback takes seconds a call and checking plain lists no part of the time
+RANDOM = "random_perturb_"
+SMALL = 1e6  # elements; above, the fallback takes seconds for random numbers, which it computes by tensor operations
 FLOOR_BYTES = 64 << 20  # of a list, where the finalists among plain passes are chosen
-REFERENCE, TORCH = "native", "torch"
+REFERENCE, FALLBACK, TORCH = "native", "foreach", "torch"
 FLOOR = "floor: "
 
 
@@ -98,12 +98,10 @@ def measure(
     sets, regime = buffer_sets(list_bytes * len(traffic.lists), last_level_cache_bytes(), memory // 3)
     lists = [make_lists(name, workload.shapes, dtype) for _ in range(sets)]
     described = [describe_once(given) for given in lists]
-    taking_part = [backend for backend in backends if (name, backend) != TOO_SLOW or workload.numel <= SMALL]
-    for backend in set(backends) - set(taking_part):
-        say(f"{workload.name} {dtype_name} {name}: skipped {backend}: a call takes seconds")
+    taking_part = [backend for backend in backends if backend != FALLBACK or workload.numel <= (SMALL if name == RANDOM else LARGE)]
     calls = {backend: _in_turn(ours(name, backend), described) for backend in taking_part}
     if workload.numel <= LARGE:  # a caller of sam_kernels.functional whose lists are plain: every tensor is checked on every call
-        calls |= {f"{each}, plain lists": _in_turn(ours(name, each), lists) for each in taking_part if each != "foreach"}
+        calls |= {f"{each}, plain lists": _in_turn(ours(name, each), lists) for each in taking_part if each != FALLBACK}
     calls[TORCH] = _in_turn(torch_call(name), lists)
     if regime == "memory":
         calls |= _floor_calls(traffic, list_bytes, sets)

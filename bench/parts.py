@@ -19,7 +19,7 @@ __all__ = ["FILES", "MINUTES", "PARTS", "TESTS", "Choice", "file_of", "is_whole"
 
 # What is measured must be right, and all implementations must do the same work.
 TESTS = (*training.TESTS, "tests/bench/test_bench_peers.py", "tests/bench/test_bench_micro_batches.py")
-MINUTES = {"training": 10.0, "steps": 4.5, "operations": 5.5}  # on two cores; memory takes as long as its processes, about a minute
+MINUTES = {"training": 10.0, "steps": 4.5, "operations": 5.0}  # on two cores; memory takes as long as its processes, about a minute
 PARTS = (*MINUTES, "memory")
 FILES = {"training": ("training",), "optimizer": ("steps", "operations", "memory")}  # stored results, and the parts in each
 QUICK_ROUNDS = 3
