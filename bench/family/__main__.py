@@ -38,7 +38,7 @@ PROVIDERS = tuple(dict.fromkeys(provider.name for method in METHODS.values() for
 @click.option("--budget", type=click.FloatRange(min=0.1), default=10.0, show_default=True, help="Minutes for everything but the tests.")
 @click.option("--rounds", type=click.IntRange(min=1), help="Rounds of every row. Default: as many as the budget allows, 6 to 60.")
 @options.threads()
-@options.ALLOCATOR
+@options.allocator_of_glibc("keeping")
 @options.MEMORY_BUDGET
 @options.gate("Run the tests of what is measured first.")
 @options.JSON

@@ -215,6 +215,7 @@ def test_run_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     monkeypatch.setitem(WORKLOADS, "gpt2_124m", Workload("gpt2_124m", "GPT-2 124M", SHAPES))
     target = tmp_path / "out.json"
     arguments = ["--methods", "vasso,fsam", "--workloads", "gpt2_124m", "--bases", "sgd", "--providers", ",".join(taken), "--no-gate"]
+    arguments += ["--allocator", "default"]
     run = CliRunner().invoke(program.main, [*arguments, "--json", str(target)])
     assert run.exit_code == 0, run.output
     result = json.loads(target.read_text())
