@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import ceil
 from time import monotonic
 
+from bench.masters.clock import best_clock
 from bench.timing import Call, block_of, interleave, rounds_within
 
 __all__ = ["LEAST_ROUNDS", "MOST_ROUNDS", "Turns", "timed_turns"]
@@ -28,6 +29,8 @@ def timed_turns(
 ) -> dict[str, list[float]]:
     """Return milliseconds of a call by round: the k-th samples of all names are of one round.
 
+    With one thread, times are the thread's own on a processor.
+
     Args:
         make: makes a set. It is called ``sets`` times, and a set is dropped before the next is made.
         seconds: the time for everything; it is exceeded where LEAST_ROUNDS take longer.
@@ -46,8 +49,8 @@ def timed_turns(
 
 def _timed_set(turns: Turns, sets: int, seconds: float, rounds: int | None, warmup: int, settle: int) -> dict[str, list[float]]:
     """One round is timed to choose blocks and the number of rounds. It counts where every block is a single call."""
-    start = monotonic()
-    found = interleave(turns.calls, rounds=1, warmup=warmup, settle=settle, before=turns.before)
+    start, clock = monotonic(), best_clock()
+    found = interleave(turns.calls, rounds=1, warmup=warmup, settle=settle, before=turns.before, clock=clock)
     blocks = {name: block_of(values[0], MOST_CALLS) for name, values in found.items()}
     round_seconds = sum((blocks[name] + settle) * values[0] for name, values in found.items()) / 1e3
     left = seconds - (monotonic() - start)
@@ -58,6 +61,7 @@ def _timed_set(turns: Turns, sets: int, seconds: float, rounds: int | None, warm
     kept = found if set(blocks.values()) == {1} else {name: [] for name in found}
     more = count - len(next(iter(kept.values()), []))
     if more > 0:
-        for name, values in interleave(turns.calls, rounds=more, warmup=0, settle=settle, blocks=blocks, before=turns.before).items():
+        measured = interleave(turns.calls, rounds=more, warmup=0, settle=settle, blocks=blocks, before=turns.before, clock=clock)
+        for name, values in measured.items():
             kept[name] = kept[name] + values
     return kept
