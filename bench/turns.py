@@ -12,7 +12,7 @@ from bench.timing import Call, block_of, interleave, rounds_within
 
 __all__ = ["LEAST_ROUNDS", "MOST_ROUNDS", "Turns", "timed_turns"]
 
-LEAST_ROUNDS, MOST_ROUNDS = 6, 60  # of all sets together
+LEAST_ROUNDS, MOST_ROUNDS = 6, 100  # of all sets together
 MOST_CALLS = 512  # of a turn
 
 

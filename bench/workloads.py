@@ -65,7 +65,7 @@ WORKLOADS = {
     for workload in (
         Workload("resnet18", "ResNet-18", tuple(_resnet18()), sets=2),
         Workload("gpt2_124m", "GPT-2 124M", tuple(_gpt2_124m())),
-        Workload("many_tiny", "1,000 × 3", ((3,),) * 1000, sets=4),
+        Workload("many_tiny", "1,000 × 3", ((3,),) * 1000, sets=8),
     )
 }
 

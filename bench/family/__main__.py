@@ -36,7 +36,7 @@ PROVIDERS = tuple(dict.fromkeys(provider.name for method in METHODS.values() for
 @options.names("--bases", known=BASES, help="Wrapped optimizers.")
 @options.names("--providers", known=PROVIDERS, show_default=False, help=f"{REFERENCE} always takes part. Default: all.")
 @click.option("--budget", type=click.FloatRange(min=0.1), default=10.0, show_default=True, help="Minutes for everything but the tests.")
-@click.option("--rounds", type=click.IntRange(min=1), help="Rounds of every row. Default: as many as the budget allows, 6 to 60.")
+@click.option("--rounds", type=click.IntRange(min=1), help="Rounds of every row. Default: as many as the budget allows, 6 to 100.")
 @options.threads()
 @options.allocator_of_glibc("keeping")
 @options.MEMORY_BUDGET
