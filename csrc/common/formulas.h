@@ -182,10 +182,22 @@ SAM_INLINE BiasCorrections bias_corrections(double lr, double beta1, double beta
   return {lr / (1.0 - std::pow(beta1, step)), 1.0 / std::sqrt(1.0 - std::pow(beta2, step))};
 }
 
+// The factor of a in a moving average of a and b. From beta = 1/2 on it is 1: the average is a + (1 - beta) (b - a). Below it is beta: the
+// average is beta a + (1 - beta) b, since the other form would err by half an ulp of a, which may be far longer than the average.
+SAM_INLINE double average_factor(double beta) { return beta < 0.5 ? beta : 1.0; }
+
+// Below 1/2 torch.lerp computes b - beta (b - a): NaN for an infinite b.
+template <class T>
+SAM_INLINE T moving_average(T average, T value, T factor, T one_minus_beta) {
+  const T difference = value - average;
+  return average * factor + one_minus_beta * (factor == T(1) ? difference : value);
+}
+
 // torch.optim.Adam (kL2) and AdamW (kDecoupled); bias corrections are those of the step being made.
 template <class T>
 struct AdamConstants {
   T step_size, inv_sqrt_correction;
+  T exp_avg_factor;  // average_factor(beta1)
   T one_minus_beta1, beta2, one_minus_beta2, eps;
   T weight_decay;  // kL2: added to the gradient
   T decay_factor;  // kDecoupled: 1 - lr * weight_decay
@@ -198,7 +210,7 @@ SAM_INLINE T adamw_step(T param, T grad, T& exp_avg, T& exp_avg_sq, const AdamCo
   grad = grad * c.grad_multiplier;
   if constexpr (kDecay == Decay::kL2) grad = grad + c.weight_decay * param;
   if constexpr (kDecay == Decay::kDecoupled) param = param * c.decay_factor;
-  exp_avg = exp_avg + c.one_minus_beta1 * (grad - exp_avg);
+  exp_avg = moving_average(exp_avg, grad, c.exp_avg_factor, c.one_minus_beta1);
   exp_avg_sq = exp_avg_sq * c.beta2 + c.one_minus_beta2 * grad * grad;
   const T denominator = std::sqrt(exp_avg_sq) * c.inv_sqrt_correction + c.eps;
   return param - c.step_size * (exp_avg / denominator);

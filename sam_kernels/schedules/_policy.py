@@ -102,8 +102,8 @@ class AdaptivePolicy(Radius):
             return
         if self._mean is None:
             self._mean = square
-        self._mean += (1.0 - self.decay) * (square - self._mean)
-        self._variance += (1.0 - self.decay) * ((square - self._mean) ** 2 - self._variance)
+        self._mean = _moving_average(self._mean, square, self.decay)
+        self._variance = _moving_average(self._variance, (square - self._mean) ** 2, self.decay)
         c = check_number("AdaptivePolicy", f"c({t})", self.c(t)) if callable(self.c) else self.c
         self._ascends = square >= self._mean + c * math.sqrt(self._variance)
 
@@ -127,3 +127,10 @@ class AdaptivePolicy(Radius):
         self.rho, self.decay, self.c, self.delay = state["options"]
         self._resolved = 0, 0.0
         self.load_state_dict(state["state"])
+
+
+def _moving_average(average: float, value: float, decay: float) -> float:
+    """decay average + (1 - decay) value, in the forms of torch.lerp: exactly ``average`` where both are equal. For a decay below 1/2 the
+    first form would err by half an ulp of an average that may be far longer than the result."""
+    difference = value - average
+    return average + (1.0 - decay) * difference if decay >= 0.5 else value - decay * difference

@@ -51,6 +51,7 @@ class Row:
     magnitude: float = 1.0  # of the gradient
     param_magnitude: float = 1.0
     special: float | None = None  # put into every third element of the gradient
+    state_magnitude: float | None = None  # of the averages; None: the gradient's
 
     def layout(self, role: str) -> str:
         return self.layouts.get(role, self.layouts.get("all", "contiguous"))
@@ -60,13 +61,16 @@ def uniform(*shapes: tuple[int, ...], **layouts: str) -> Callable[[torch.dtype],
     return lambda dtype: [Row(shape, dict.fromkeys(ROLES, dtype), layouts) for shape in shapes]
 
 
-def _magnitudes(grad: float, param: float = 1.0, special: float | None = None) -> Callable[[torch.dtype], list[Row]]:
+def _magnitudes(
+    grad: float, param: float = 1.0, special: float | None = None, state: float | None = None
+) -> Callable[[torch.dtype], list[Row]]:
     def rows(dtype: torch.dtype) -> list[Row]:
         limit = float(torch.finfo(dtype).max) ** 0.5 / 8  # float16: 32
         smallest = float(torch.finfo(dtype).smallest_normal)
-        grad_size, param_size = (max(min(size, limit), smallest) if size else 0.0 for size in (grad, param))
+        sizes = (grad, param, grad if state is None else state)
+        grad_size, param_size, state_size = (max(min(size, limit), smallest) if size else 0.0 for size in sizes)
         shapes = [(257,), (1000,), (3, 5)]
-        return [Row(shape, dict.fromkeys(ROLES, dtype), {}, grad_size, param_size, special) for shape in shapes]
+        return [Row(shape, dict.fromkeys(ROLES, dtype), {}, grad_size, param_size, special, state_size) for shape in shapes]
 
     return rows
 
@@ -105,6 +109,7 @@ CASES: dict[str, Callable[[torch.dtype], list[Row]]] = {
     "huge": _magnitudes(HUGE),
     "huge_params": _magnitudes(1.0, HUGE),
     "tiny": _magnitudes(TINY, TINY),
+    "long_state": _magnitudes(1e-6, state=1e3),
     "nan": _magnitudes(1.0, special=math.nan),
     "inf": _magnitudes(1.0, special=math.inf),
 }

@@ -137,6 +137,10 @@ def _lists(op: str, rows: list[Row], spec: dict[str, Any], generator: Generator)
     def tensors(role: str, magnitude: str = "magnitude", **how: bool) -> list[Tensor | None]:
         return [_tensor(row, role, getattr(row, magnitude), generator, **how) for row in rows]
 
+    def state(**how: bool) -> list[Tensor | None]:
+        sizes = [row.magnitude if row.state_magnitude is None else row.state_magnitude for row in rows]
+        return [_tensor(row, "state", size, generator, **how) for row, size in zip(rows, sizes, strict=True)]
+
     def params(role: str = "params", *, poison: bool = False) -> list[Tensor | None]:
         return tensors(role, "param_magnitude", poison=poison)
 
@@ -145,7 +149,7 @@ def _lists(op: str, rows: list[Row], spec: dict[str, Any], generator: Generator)
     if op in ("grad_norm", "centralize_"):
         return {"grads": tensors("grads"), "params": params()}
     if op == "direction_norm_":
-        return {"grads": tensors("grads"), "ema": tensors("state"), "params": params()}
+        return {"grads": tensors("grads"), "ema": state(), "params": params()}
     if op in ("grad_dots", "combine_"):
         roles = {"lefts": ("grads", "magnitude"), "rights": ("state", "magnitude")}
         if spec.pop("origins", False):
@@ -159,15 +163,15 @@ def _lists(op: str, rows: list[Row], spec: dict[str, Any], generator: Generator)
     if op not in ("random_perturb_", "restore_"):
         lists["grads"] = tensors("grads")
     if op == "sgd_step_":
-        lists["momentum_buffers"] = tensors("state")
+        lists["momentum_buffers"] = state()
     if op == "adamw_step_":
-        lists["exp_avgs"] = tensors("state")
-        lists["exp_avg_sqs"] = tensors("state", squared=True)
+        lists["exp_avgs"] = state()
+        lists["exp_avg_sqs"] = state(squared=True)
         lists["state_steps"] = [torch.tensor(STEPS[i % len(STEPS)]) for i in range(len(rows))]
     if old:
         lists["old_params"] = params("old_params", poison=op in SAVES and not from_old)
     if op == "perturb_" and "kind" in spec:
-        lists["ema"] = tensors("state")
+        lists["ema"] = state()
     return lists
 
 

@@ -156,6 +156,8 @@ OPTIONS: dict[str, Options] = {
         "adam": {**_ADAM, "decoupled": False},
         "adam_old": {**_ADAM, "decoupled": False, "old": True},
         "no_decay": {**_ADAM, "weight_decay": 0.0, "old": True},
+        "no_average": {**_ADAM, "betas": (0.0, 0.0), "old": True},
+        "short_average": {**_ADAM, "betas": (0.05, 0.3), "decoupled": False},
         "defaults": {"lr": 0.001, "weight_decay": 0.01},
         "clip": {**_ADAM, **_CLIP},
         "clip_grad_scale": {**_ADAM, **_AMP, **_CLIP, "old": True},
@@ -188,10 +190,11 @@ FOR_LAYOUT_CASES = {
     "sgd_step_": ("momentum_old", "first_mixed", "masters_first", "masters_rounding"),
     "adamw_step_": ("adamw_old", "adam", "masters", "masters_rounding"),
 }
-ABOUT_OTHERS = {  # cases about gradients that an operation does not read
-    "random_perturb_": ("zero_grads", "huge", "nan", "inf", "expanded_grads"),
-    "restore_": ("huge_params", "tiny", "zero_grads", "nan", "inf", "expanded_grads"),
-    "centralize_": ("expanded_grads",),  # which it refuses to write
+ABOUT_OTHERS = {  # cases about gradients or averages that an operation does not read
+    "random_perturb_": ("zero_grads", "huge", "nan", "inf", "expanded_grads", "long_state"),
+    "restore_": ("huge_params", "tiny", "zero_grads", "nan", "inf", "expanded_grads", "long_state"),
+    "centralize_": ("expanded_grads", "long_state"),  # the first of which it refuses to write
+    **dict.fromkeys(("grad_norm", "grad_norms", "grad_dots", "combine_"), ("long_state",)),
 }
 ABOUT_SLICES = ("slices", "unaligned_slices", "long_slices")  # cases that add nothing to other operations
 

@@ -88,21 +88,23 @@ def _row(rng: random.Random, op: str, shape: tuple[int, ...], uniform: torch.dty
         if dtypes["params"] not in _NARROW:
             dtypes["params"] = torch.bfloat16 if "rounding_seed" in keywords else rng.choice(_NARROW)
         dtypes["old_params"] = torch.float32
-    grad, param = _magnitudes(rng, list(dtypes.values()))
+    grad, param, state = _magnitudes(rng, list(dtypes.values()))
     special = rng.choice((math.nan, math.inf, -math.inf)) if rng.random() < 0.05 else None
-    return Row(shape, dtypes, _layouts(rng, op, shape), grad, param, special)
+    return Row(shape, dtypes, _layouts(rng, op, shape), grad, param, special, state)
 
 
-def _magnitudes(rng: random.Random, dtypes: Sequence[torch.dtype]) -> tuple[float, float]:
-    """Of gradients and of parameters: at most one is far from 1, so that their products stay in the range of float32."""
+def _magnitudes(rng: random.Random, dtypes: Sequence[torch.dtype]) -> tuple[float, float, float]:
+    """Of gradients, of parameters and of averages. At most one of the first two is far from 1, so that their products stay in the range of
+    float32. Averages are as long as the gradients, or much longer."""
     limit = min(float(torch.finfo(dtype).max) for dtype in dtypes) ** 0.5 / 8  # float16: 32
     smallest = max(float(torch.finfo(dtype).smallest_normal) for dtype in dtypes)
     if rng.random() < 0.05:
-        return 0.0, 1.0
+        return 0.0, 1.0, rng.choice((0.0, 1.0))
     ordinary, extreme = 10.0 ** rng.uniform(-2, 1), 10.0 ** rng.uniform(-20, 18)
     pair = rng.choice(((ordinary, 1.0), (ordinary, 1.0), (extreme, 1.0), (1.0, extreme)))
     grad, param = (max(min(size, limit), smallest) for size in pair)
-    return grad, param
+    state = grad * 10.0 ** rng.uniform(1, 12) if rng.random() < 0.25 else grad
+    return grad, param, min(state, limit)
 
 
 def _layouts(rng: random.Random, op: str, shape: tuple[int, ...]) -> dict[str, str]:
@@ -240,8 +242,9 @@ def _sgd(rng: random.Random) -> _Keywords:
 
 
 def _adamw(rng: random.Random) -> _Keywords:
-    # Below 1/2 the kernels' m + (1 - beta1) (g - m) loses bits where m is much longer than g, more than its bound has.
-    betas = (rng.uniform(0.5, 0.99), rng.uniform(0.5, 0.999))
+    nearly_half = math.nextafter(0.5, rng.choice((0.0, 1.0)))
+    beta1 = rng.choice((0.0, 0.5, nearly_half, rng.random(), rng.uniform(0.5, 0.99), _size(rng, -6, -1)))
+    betas = (beta1, rng.choice((0.0, rng.random(), rng.uniform(0.5, 0.999))))
     return {**_descent(rng), "betas": betas, "eps": rng.choice((1e-8, 1e-6)), **_some(rng, 0.4, decoupled=False)}
 
 

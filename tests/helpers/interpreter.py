@@ -24,7 +24,8 @@ TILE = 1024  # of the random numbers
 WIDE_BLOCK = 16_384  # for tests on many numbers
 MANY = 40  # tensors of the case many_tiny: a launch of a thousand programs takes seconds here and shows nothing more
 LONG = 330  # positions of a long line: the time of products of all positions is by its square
-OF_MAGNITUDES = ("zero_grads", "huge", "huge_params", "tiny")  # cases of every keyword set, about values: without their longest tensor
+# Cases of every keyword set, about values: without their longest tensor
+OF_MAGNITUDES = ("zero_grads", "huge", "huge_params", "tiny", "long_state")
 
 
 def is_interpreted() -> bool:

@@ -65,7 +65,8 @@ CODE = Run(("tests/triton",))
 REFERENCE = "tests/ops/test_against_reference.py"
 QUICK = "not compile and not determinism and not against_reference and not instruction_set"
 OPS = Run(("tests/ops", "-k", QUICK)), Run((REFERENCE,)), Run(("tests/ops", "-k", "compile"))  # the quickest first
-FORMULAS = Run((*(f"tests/ops/test_{name}.py" for name in ("semantics", "combinations", "directions", "torch_optim")), "-k", "native"))
+_ABOUT_FORMULAS = ("averages", "semantics", "combinations", "directions", "torch_optim")
+FORMULAS = Run((*(f"tests/ops/test_{name}.py" for name in _ABOUT_FORMULAS), "-k", "native"))
 OPTIM = Run(("tests/optim",))
 
 

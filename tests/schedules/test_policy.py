@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -172,6 +173,19 @@ def test_a_norm_that_is_none_counts_for_nothing(norm: float, earlier: list[float
             policy.observe(t, torch.tensor(each))
         policy.at_step(len(norms) + 1)
     assert policies[0].state_dict() == policies[1].state_dict()
+
+
+@pytest.mark.parametrize("decay", [0.0, 1e-9, 0.3])
+def test_averages_err_by_their_own_terms_alone(decay: float) -> None:
+    """A norm after one that was 10^8 times as long: with 53 bits, m = decay m + (1 - decay) n errs by at most 4 u of its two terms, and n
+    itself is the average without memory, which every step then reaches."""
+    policy = AdaptivePolicy(0.2, decay=decay)
+    for t, norm in enumerate((1e8, 1.1), 1):
+        policy.observe(t, torch.tensor(norm, dtype=DTYPE))
+        policy.at_step(t + 1)
+    exact = Fraction(decay) * Fraction(1e8**2) + (1 - Fraction(decay)) * Fraction(1.1**2)
+    assert abs(Fraction(policy.state_dict()["mean"]) - exact) <= 4 * exact * Fraction(2) ** -53
+    assert decay != 0.0 or policy.takes_part(3)
 
 
 @pytest.mark.parametrize("how", ["state_dict", "deepcopy", "pickle"])

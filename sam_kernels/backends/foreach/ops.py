@@ -31,6 +31,9 @@ from sam_kernels.operations import AdamWStep, CheckFinite, Descent, GradNorms, O
 
 __all__ = ["adamw_step_", "check_finite_", "grad_norms", "perturb_", "restore_", "sgd_step_"]
 
+# A weight w that is less than 1/2 in float32 too. From 1/2 on torch.lerp computes b - (1 - w) (b - a), which is NaN for an infinite b.
+_LERP_BELOW = 0.5 - 2.0**-25
+
 
 def grad_norms(op: GradNorms, lists: Operands) -> Tensor:  # (len(group_sizes),) float32, float64 where a gradient is float64
     """See :class:`sam_kernels.operations.GradNorms`. Summed in float64."""
@@ -161,9 +164,9 @@ def adamw_step_(op: AdamWStep, lists: Operands) -> bool:
     steps = [step + 1 if skip is None else torch.where(skip.to(step.device), step, step + 1) for step in state_steps]
     torch._foreach_copy_(list(state_steps), steps)
     new_exp_avgs = widen(exp_avgs, dtypes, copy=skip is not None)
-    if beta1 >= 0.5:
+    if 1.0 - beta1 < _LERP_BELOW:
         torch._foreach_lerp_(new_exp_avgs, updates, 1.0 - beta1)
-    else:  # there lerp computes g - beta1 (g - m), which is NaN where g is infinite
+    else:
         torch._foreach_mul_(new_exp_avgs, beta1)
         torch._foreach_add_(new_exp_avgs, updates, alpha=1.0 - beta1)
     new_exp_avg_sqs = widen(exp_avg_sqs, dtypes, copy=skip is not None)

@@ -110,7 +110,7 @@ def _advance_kernel(
 @triton.jit
 def _adamw_words(
     param, grad, source, exp_avg, exp_avg_sq, offsets, count, word,
-    step_size, inv_sqrt_correction, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay_factor, multiplier,
+    step_size, inv_sqrt_correction, exp_avg_factor, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay_factor, multiplier,
     DECAY: tl.constexpr, TO_OLD: tl.constexpr, STOCHASTIC: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     p = load_float(source, offsets, count, MASKED)
@@ -120,7 +120,7 @@ def _adamw_words(
     if DECAY == "decoupled":
         p = p * decay_factor
     m = load_float(exp_avg, offsets, count, MASKED)
-    m = m + one_minus_beta1 * (g - m)
+    m = m * exp_avg_factor + one_minus_beta1 * tl.where(exp_avg_factor == 1.0, g - m, g)
     store(exp_avg, offsets, count, m, MASKED)
     v = load_float(exp_avg_sq, offsets, count, MASKED) * beta2 + one_minus_beta2 * g * g
     store(exp_avg_sq, offsets, count, v, MASKED)
@@ -132,14 +132,14 @@ def _adamw_words(
 @triton.jit
 def _adamw_block(
     param, grad, source, exp_avg, exp_avg_sq, block, count, start, row, key_low, key_high,
-    step_size, inv_sqrt_correction, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay_factor, multiplier,
+    step_size, inv_sqrt_correction, exp_avg_factor, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay_factor, multiplier,
     DECAY: tl.constexpr, TO_OLD: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     for_words(
         _adamw_words, (param, grad, source, exp_avg, exp_avg_sq), block, count, start, row, key_low, key_high,
         (
-            step_size, inv_sqrt_correction, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay_factor, multiplier,
-            DECAY, TO_OLD,
+            step_size, inv_sqrt_correction, exp_avg_factor, one_minus_beta1, beta2, one_minus_beta2, eps,
+            weight_decay, decay_factor, multiplier, DECAY, TO_OLD,
         ),
         STOCHASTIC, BLOCK_SIZE, MASKED,
     )  # fmt: skip
@@ -163,6 +163,7 @@ def _adamw_kernel(
     grad_scale,  # () float32 or None
     found_inf,  # () float32 or None
     max_norm,  # number or None
+    exp_avg_factor,  # 1 from beta1 = 1/2 on, beta1 below: average_factor of csrc/common/formulas.h
     one_minus_beta1,
     beta2,
     one_minus_beta2,
@@ -200,8 +201,8 @@ def _adamw_kernel(
             _adamw_block, plain, aligned, full, count,
             (
                 start, index, key_low, key_high,
-                step_size, inv_sqrt_correction, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, factor, multiplier,
-                DECAY, TO_OLD, STOCHASTIC,
+                step_size, inv_sqrt_correction, exp_avg_factor, one_minus_beta1, beta2, one_minus_beta2, eps,
+                weight_decay, factor, multiplier, DECAY, TO_OLD, STOCHASTIC,
             ),
             BLOCK_SIZE,
         )  # fmt: skip
@@ -229,6 +230,7 @@ def adamw_step_(op: AdamWStep, lists: Operands) -> bool:  # always True: whether
             single(op.grad_scale),
             single(op.found_inf),
             op.max_norm,
+            op.betas[0] if op.betas[0] < 0.5 else 1.0,
             1.0 - op.betas[0],
             op.betas[1],
             1.0 - op.betas[1],
