@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Collection, Iterator
 from types import ModuleType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from sam_kernels._backend import Backend
 from sam_kernels.backends.native import CUDA_ON_HOST
+
+if TYPE_CHECKING:  # the command line reads BACKENDS before it imports torch
+    import torch
+
+    from sam_kernels._backend import Backend
 
 __all__ = ["BACKENDS", "available", "forced", "reason_missing", "select", "select_per_sample", "select_sharpness", "use_backend"]
 

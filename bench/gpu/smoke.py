@@ -21,9 +21,7 @@ from sam_kernels import SAM
 from sam_kernels._dispatch import BACKENDS, reason_missing, select, use_backend
 from sam_kernels.validation.backends import has_per_sample
 from sam_kernels.validation.check import check
-from sam_kernels.validation.options import OPTIONS
-from sam_kernels.validation.per_sample import PER_SAMPLE_OPTIONS
-from sam_kernels.validation.sharpness import SHARPNESS_OPTIONS
+from sam_kernels.validation.options import OPTIONS, PER_SAMPLE_OPTIONS, SHARPNESS_OPTIONS
 
 __all__ = ["cases", "main", "rows"]
 

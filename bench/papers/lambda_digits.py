@@ -13,7 +13,8 @@ from bench.papers.context import Context
 from bench.papers.lambda_choice import MIXES, SGD, Chosen, Mix
 from sam_kernels.cli.train.data import Digits, load
 from sam_kernels.cli.train.optimizers import BASES, Settings
-from sam_kernels.cli.train.run import Plan, run
+from sam_kernels.cli.train.plan import Plan
+from sam_kernels.cli.train.run import run
 
 __all__ = ["DATA", "Budget", "measure_digits", "one_run"]
 

@@ -23,7 +23,8 @@ from bench.papers.experiment import Column, Experiment, Measured, curve, cut, tu
 from sam_kernels import schedules
 from sam_kernels.cli.train.data import Digits, load
 from sam_kernels.cli.train.optimizers import BASES, MEMBERS, Settings
-from sam_kernels.cli.train.run import Plan, run
+from sam_kernels.cli.train.plan import Plan
+from sam_kernels.cli.train.run import run
 
 __all__ = ["EXPERIMENT", "LR", "SCHEDULES", "SETTINGS", "mean", "one_run"]
 

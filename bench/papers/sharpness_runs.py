@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from sam_kernels.cli.train.data import Digits, load
 from sam_kernels.cli.train.optimizers import BASES, Settings
-from sam_kernels.cli.train.run import Plan, Run, run
+from sam_kernels.cli.train.plan import Plan
+from sam_kernels.cli.train.run import Run, run
 from sam_kernels.per_sample import GradNorms
 
 __all__ = [

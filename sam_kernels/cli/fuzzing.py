@@ -5,14 +5,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typing import TYPE_CHECKING, Any
 
 from sam_kernels.cli.output import Ticker
-from sam_kernels.validation.fuzz import Finding, fuzz_one
-from sam_kernels.validation.random_calls import describe, random_call
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sam_kernels.validation.fuzz import Finding
 
 __all__ = ["MOST_FAILURES", "run_fuzz"]
 
@@ -26,6 +26,11 @@ def run_fuzz(
 
     ``restricted``: the arguments that chose backends, operations and device. They belong to the command that repeats a call.
     """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from sam_kernels.validation.fuzz import fuzz_one
+    from sam_kernels.validation.random_calls import describe, random_call
+
     findings: list[Finding] = []
     checks, calls, failed = 0, 0, 0
     ticker = Ticker(console)

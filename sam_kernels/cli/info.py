@@ -6,7 +6,6 @@ from dataclasses import asdict
 
 import click
 
-from sam_kernels.cli.machine import collect
 from sam_kernels.cli.output import to_json
 
 __all__ = ["info"]
@@ -16,6 +15,8 @@ __all__ = ["info"]
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON to stdout, and all else to stderr.")
 def info(as_json: bool) -> None:
     """Print backends (available, or the reason not), versions, instruction set, threads, OpenMP runtime and devices."""
+    from sam_kernels.cli.machine import collect
+
     facts = collect()
     if as_json:
         click.echo(to_json(asdict(facts)))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["INTERRUPTED", "Ticker", "console_for", "to_json"]
 
@@ -20,6 +21,8 @@ def console_for(*, as_json: bool) -> Console:
 
     Without a terminal it is so wide that no row of a table wraps: each can be found with grep.
     """
+    from rich.console import Console
+
     console = Console(stderr=as_json)
     return console if console.is_terminal else Console(stderr=as_json, width=_WIDE)
 

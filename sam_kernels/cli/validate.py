@@ -5,20 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.text import Text
 
 from sam_kernels._dispatch import BACKENDS, available, reason_missing
-from sam_kernels.cli.execution import require_backend, require_device, threads
 from sam_kernels.cli.fuzzing import MOST_FAILURES, run_fuzz
 from sam_kernels.cli.output import console_for, to_json
-from sam_kernels.validation.backends import AUTOMATIC
-from sam_kernels.validation.rows import OPERATIONS, ValidationRow, count_rows, validate_rows
+from sam_kernels.validation.options import OPERATIONS
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from sam_kernels.validation.rows import ValidationRow
 
 __all__ = ["validate"]
 
@@ -52,6 +52,11 @@ def validate(quick: bool, fuzz: int | None, seed: int, backends: tuple[str, ...]
 
     Exit status: 0 if all elements are within their bounds, 1 if one is not, 2 for a wrong option, 130 after Ctrl-C.
     """
+    import torch
+
+    from sam_kernels.cli.execution import require_backend, require_device, threads
+    from sam_kernels.validation.backends import AUTOMATIC
+
     torch_device = require_device(device)
     if quick and fuzz is not None:
         raise click.UsageError("--quick shortens the table, which --fuzz replaces; give one of them.")
@@ -81,6 +86,11 @@ def _shown_rows(
     backends: Sequence[str], ops: Sequence[str], seed: int, device: str, console: Console, *, quick: bool
 ) -> Iterator[ValidationRow]:
     """Yield the rows, each printed as soon as it is measured. On a terminal a bar stands below the last one."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.text import Text
+
+    from sam_kernels.validation.rows import count_rows, validate_rows
+
     widths = (max(9, *map(len, ops)), max(7, *map(len, backends)), 8)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
@@ -94,6 +104,8 @@ def _shown_rows(
 
 
 def _line(row: ValidationRow, widths: Sequence[int]) -> Text:
+    from rich.text import Text
+
     names = (f"{name:<{width}}" for name, width in zip((row.op, row.backend, row.dtype), widths, strict=True))
     line = Text(f"{'  '.join(names)}  {row.cases:>6}  ")
     line.append(f"{'pass' if row.passed else 'FAIL':<6}", style="green" if row.passed else "red")

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from sam_kernels.validation.backends import AUTOMATIC, backend_of, has_per_sample
 from sam_kernels.validation.check import check_call
 from sam_kernels.validation.compare import Worst, failure
-from sam_kernels.validation.per_sample import PER_SAMPLE_OPTIONS
+from sam_kernels.validation.options import PER_SAMPLE_OPTIONS, SHARPNESS_OPTIONS
 from sam_kernels.validation.problem import Problem
 from sam_kernels.validation.random_calls import random_call
-from sam_kernels.validation.sharpness import SHARPNESS_OPTIONS
 
 __all__ = ["Finding", "fuzz_one"]
 

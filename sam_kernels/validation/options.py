@@ -1,4 +1,5 @@
-"""The keyword sets of the operations over lists, as data, and the cases that each is checked with.
+"""The keyword sets of all operations, as data, and the cases that those over lists are checked with. It imports no torch: the command line
+reads the names.
 
 No keyword has its neutral value, under which a forgotten term does not show.
 
@@ -13,7 +14,8 @@ from __future__ import annotations
 from typing import Any
 
 __all__ = [
-    "ABOUT_OTHERS", "ABOUT_SLICES", "FOR_LAYOUT_CASES", "OPTIONS", "SCHEDULED", "adapted", "concerns", "is_rounded_stochastically",
+    "ABOUT_OTHERS", "ABOUT_SLICES", "FOR_LAYOUT_CASES", "OPERATIONS", "OPTIONS", "PER_SAMPLE_OPTIONS", "SCHEDULED", "SHARPNESS_OPTIONS",
+    "adapted", "concerns", "is_rounded_stochastically",
 ]  # fmt: skip
 
 # Numbers that may change with every step
@@ -197,6 +199,56 @@ ABOUT_OTHERS = {  # cases about gradients or averages that an operation does not
     **dict.fromkeys(("grad_norm", "grad_norms", "grad_dots", "combine_"), ("long_state",)),
 }
 ABOUT_SLICES = ("slices", "unaligned_slices", "long_slices")  # cases that add nothing to other operations
+
+# "given" are the outputs of a call, of an operation for which some may be None.
+_PRODUCTS: Options = {
+    "gram": {"method": "gram"},
+    "direct": {"method": "direct"},
+    "auto": {},
+    "products": {"given": ("products",)},
+    "gram_tf32": {"method": "gram", "precision": "tf32"},
+    "direct_bf16": {"method": "direct", "precision": "bf16"},
+    "products_tf32": {"given": ("products",), "method": "direct", "precision": "tf32"},
+}
+PER_SAMPLE_OPTIONS: dict[str, Options] = {
+    "linear_square_norms_": {
+        **_PRODUCTS,
+        "gram_bias": {"method": "gram", "bias": True},
+        "direct_bias": {"method": "direct", "bias": True},
+    },
+    "conv_square_norms_": _PRODUCTS,
+    "affine_grads_": {
+        "both": {"given": ("weight_grads", "bias_grads")},
+        "weight": {"given": ("weight_grads",)},
+        "bias": {"given": ("bias_grads",)},
+    },
+    "embedding_square_norms_": {"plain": {}, "padding": {"padding_idx": 1}},
+}
+
+_BETAS: Options = {
+    "flat": {"beta": 0.0},
+    "plain": {"beta": 0.7},
+    "steep": {"beta": 90.0},
+    "tensor": {"beta": 1.3, "tensors": "float64"},
+    "against": {"beta": -0.7},
+    "tensor_against": {"beta": -1.3, "tensors": "float64"},
+}
+_ALL = 0  # as many draws as there are norms
+SHARPNESS_OPTIONS: dict[str, Options] = {
+    "sharpness_weights": _BETAS,
+    "sharpness_sample": {
+        f"{beta}_{'replaced' if replacement else 'successive'}_{'all' if draws == _ALL else draws}": {
+            **given,
+            "replacement": replacement,
+            "num_samples": draws,
+        }
+        for beta, given in _BETAS.items()
+        for replacement in (True, False)
+        for draws in (5, _ALL)
+    },
+}
+
+OPERATIONS = (*OPTIONS, *PER_SAMPLE_OPTIONS, *SHARPNESS_OPTIONS)  # the names of all operations
 
 
 def concerns(op: str, option: str, dtype: str) -> bool:

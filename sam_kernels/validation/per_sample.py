@@ -26,37 +26,11 @@ from sam_kernels.reference.per_sample import embedding_sample_grads
 from sam_kernels.validation.backends import dtypes_of, has_per_sample
 from sam_kernels.validation.cases import DTYPES, make_tensor, seed_of
 from sam_kernels.validation.family import Family
+from sam_kernels.validation.options import PER_SAMPLE_OPTIONS
 from sam_kernels.validation.problem import Problem
 from sam_kernels.validation.roundings import Roundings
 
-__all__ = ["PER_SAMPLE_OPTIONS", "PerSample", "bounds_of", "written"]
-
-Options = dict[str, dict[str, Any]]
-
-# "given" are the outputs of a call, of an operation for which some may be None.
-_PRODUCTS: Options = {
-    "gram": {"method": "gram"},
-    "direct": {"method": "direct"},
-    "auto": {},
-    "products": {"given": ("products",)},
-    "gram_tf32": {"method": "gram", "precision": "tf32"},
-    "direct_bf16": {"method": "direct", "precision": "bf16"},
-    "products_tf32": {"given": ("products",), "method": "direct", "precision": "tf32"},
-}
-PER_SAMPLE_OPTIONS: dict[str, Options] = {
-    "linear_square_norms_": {
-        **_PRODUCTS,
-        "gram_bias": {"method": "gram", "bias": True},
-        "direct_bias": {"method": "direct", "bias": True},
-    },
-    "conv_square_norms_": _PRODUCTS,
-    "affine_grads_": {
-        "both": {"given": ("weight_grads", "bias_grads")},
-        "weight": {"given": ("weight_grads",)},
-        "bias": {"given": ("bias_grads",)},
-    },
-    "embedding_square_norms_": {"plain": {}, "padding": {"padding_idx": 1}},
-}
+__all__ = ["PerSample", "bounds_of", "written"]
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from functools import partial
 from sam_kernels.validation.cases import DTYPES, MIXED_NARROW
 from sam_kernels.validation.check import FAMILIES, check, combinations
 from sam_kernels.validation.compare import Worst, failure
+from sam_kernels.validation.options import OPERATIONS
 
-__all__ = ["OPERATIONS", "ValidationRow", "count_rows", "validate_rows"]
+__all__ = ["ValidationRow", "count_rows", "validate_rows"]
 
-OPERATIONS = tuple(FAMILIES)
 # Three quarters of the time of a check of every case, by the processor's clock
 LARGE_CASES, LONG_CASES = ("chunk_edges", "long_slices"), ("many_tiny",)
 

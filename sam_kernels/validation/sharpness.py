@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,34 +12,13 @@ from sam_kernels.reference.sharpness import gibbs_terms
 from sam_kernels.validation.cases import make_tensor, seed_of
 from sam_kernels.validation.compare import Worst, failure
 from sam_kernels.validation.family import Family
+from sam_kernels.validation.options import SHARPNESS_OPTIONS
 from sam_kernels.validation.problem import Problem
 from sam_kernels.validation.roundings import Roundings
 
-__all__ = ["SHARPNESS_DTYPES", "SHARPNESS_OPTIONS", "Sharpness", "weight_bounds"]
+__all__ = ["SHARPNESS_DTYPES", "Sharpness", "weight_bounds"]
 
 SHARPNESS_DTYPES = {"float32": torch.float32, "float64": torch.float64}
-_BETAS: dict[str, dict[str, Any]] = {
-    "flat": {"beta": 0.0},
-    "plain": {"beta": 0.7},
-    "steep": {"beta": 90.0},
-    "tensor": {"beta": torch.tensor(1.3, dtype=torch.float64)},
-    "against": {"beta": -0.7},
-    "tensor_against": {"beta": torch.tensor(-1.3, dtype=torch.float64)},
-}
-_ALL = 0  # as many draws as there are norms
-SHARPNESS_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
-    "sharpness_weights": _BETAS,
-    "sharpness_sample": {
-        f"{beta}_{'replaced' if replacement else 'successive'}_{'all' if draws == _ALL else draws}": {
-            **given,
-            "replacement": replacement,
-            "num_samples": draws,
-        }
-        for beta, given in _BETAS.items()
-        for replacement in (True, False)
-        for draws in (5, _ALL)
-    },
-}
 # Around the blocks of every backend; "huge" ones are so far apart that most weights vanish.
 _SIZES = {"single": 1, "odd": 7, "below": 127, "block": 128, "above": 257, "many": 1027}
 _ABOUT = ("ties", "zeros", "tiny", "huge", "nan", "inf", "unaligned", "strided")
@@ -66,6 +44,8 @@ class Sharpness(Family):
         if case in ("nan", "inf"):
             norms[20] = float(case)
         keywords = dict(SHARPNESS_OPTIONS[op][option])
+        if (dtype_of_beta := keywords.pop("tensors", None)) is not None:
+            keywords["beta"] = torch.tensor(keywords["beta"], dtype=getattr(torch, dtype_of_beta))
         if op == "sharpness_sample":
             keywords["num_samples"] = keywords["num_samples"] or len(norms)
             if not keywords["replacement"]:

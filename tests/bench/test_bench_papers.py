@@ -26,7 +26,8 @@ from bench.papers.sharpness_runs import IN_TIME, METHODS
 from sam_kernels import theory
 from sam_kernels.cli.train.data import Digits, load
 from sam_kernels.cli.train.optimizers import Settings
-from sam_kernels.cli.train.run import Plan, run
+from sam_kernels.cli.train.plan import Plan
+from sam_kernels.cli.train.run import run
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -20,10 +20,9 @@ from sam_kernels.validation.cases import ROLES, Row
 from sam_kernels.validation.check import check_call
 from sam_kernels.validation.fuzz import fuzz_one
 from sam_kernels.validation.lists import Lists
-from sam_kernels.validation.options import OPTIONS
+from sam_kernels.validation.options import OPERATIONS, OPTIONS
 from sam_kernels.validation.problem import Problem
 from sam_kernels.validation.random_calls import describe, random_call
-from sam_kernels.validation.rows import OPERATIONS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CALLS = range(400)

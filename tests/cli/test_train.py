@@ -19,7 +19,8 @@ from sam_kernels.cli import main
 from sam_kernels.cli.train.clock import StepClock, StepTime
 from sam_kernels.cli.train.data import Digits, flip_labels, load
 from sam_kernels.cli.train.optimizers import Settings
-from sam_kernels.cli.train.run import Plan, run
+from sam_kernels.cli.train.plan import Plan
+from sam_kernels.cli.train.run import run
 
 
 def invoke(out: Path, *arguments: str) -> Result:

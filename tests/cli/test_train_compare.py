@@ -24,8 +24,9 @@ from sam_kernels.cli.train.clock import StepClock
 from sam_kernels.cli.train.data import Digits, load
 from sam_kernels.cli.train.optimizers import Settings, options_of
 from sam_kernels.cli.train.options import micro_batches, optimizer_names
+from sam_kernels.cli.train.plan import Plan
 from sam_kernels.cli.train.report import summarise
-from sam_kernels.cli.train.run import Plan, Run, run
+from sam_kernels.cli.train.run import Run, run
 from sam_kernels.per_sample import GradNorms
 
 SETTINGS = Settings("sgd", 0.05, 5e-4, None, 0.5)

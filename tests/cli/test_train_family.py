@@ -20,8 +20,9 @@ from sam_kernels.cli.train.data import Digits, load
 from sam_kernels.cli.train.model import small_cnn
 from sam_kernels.cli.train.optimizers import MEMBERS, Settings, build, options_of
 from sam_kernels.cli.train.options import optimizer_names
+from sam_kernels.cli.train.plan import Plan
 from sam_kernels.cli.train.report import SHOWN
-from sam_kernels.cli.train.run import Plan, Run, run
+from sam_kernels.cli.train.run import Run, run
 
 SETTINGS = Settings("sgd", 0.05, 5e-4, None, 0.5)
 PLAN = Plan(2, 64, 0.25)

@@ -60,7 +60,7 @@ def test_ctrl_c_before_a_run_has_finished(where: str, monkeypatch: pytest.Monkey
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sam_kernels.cli.train.command.load", interrupt) if where == "load" else interrupted_at(monkeypatch, 0)
+    monkeypatch.setattr("sam_kernels.cli.train.data.load", interrupt) if where == "load" else interrupted_at(monkeypatch, 0)
     (tmp_path / "train.json").write_text("of an earlier command")
     result = invoke(tmp_path)
     assert result.exit_code == 130
@@ -104,7 +104,7 @@ def test_one_seed_has_wilsons_interval_and_several_a_standard_error(tmp_path: Pa
 
 @pytest.mark.parametrize("kind", ["file", "below a file", "refused", "folder in the way", "full"])
 def test_an_unusable_folder_is_a_usage_error_before_the_training(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("sam_kernels.cli.train.command.load", lambda _: pytest.fail("the training had begun"))
+    monkeypatch.setattr("sam_kernels.cli.train.data.load", lambda _: pytest.fail("the training had begun"))
     out = tmp_path / "out"
     if kind in ("file", "below a file"):
         out.write_text("")
@@ -132,7 +132,7 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing(monkeypatch: pytest.Monkey
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("sam_kernels.cli.train.command.save_curves", full)
+    monkeypatch.setattr("sam_kernels.cli.train.plot.save_curves", full)
     result = invoke(tmp_path, "--optimizers", "sgd", "--json")
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == f"Error: {tmp_path / 'train.png'} was not written: no space left on device"

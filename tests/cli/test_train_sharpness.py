@@ -19,7 +19,8 @@ from sam_kernels.cli import main
 from sam_kernels.cli.train.data import load
 from sam_kernels.cli.train.model import small_cnn
 from sam_kernels.cli.train.optimizers import Settings
-from sam_kernels.cli.train.run import Plan, run
+from sam_kernels.cli.train.plan import Plan
+from sam_kernels.cli.train.run import run
 from sam_kernels.cli.train.sharpness import sharpness_of
 
 NAMES = ("top_eigenvalue", "hessian_trace")

@@ -14,7 +14,8 @@ from sam_kernels.backends.foreach import per_sample as foreach
 from sam_kernels.cli.validate import validate
 from sam_kernels.validation.backends import has_per_sample
 from sam_kernels.validation.check import build, check, combinations
-from sam_kernels.validation.per_sample import PER_SAMPLE_OPTIONS, bounds_of
+from sam_kernels.validation.options import PER_SAMPLE_OPTIONS
+from sam_kernels.validation.per_sample import bounds_of
 from sam_kernels.validation.problem import Problem, run
 from sam_kernels.validation.rows import validate_rows
 

@@ -14,8 +14,9 @@ from sam_kernels.backends.foreach import sharpness as foreach
 from sam_kernels.cli.validate import validate
 from sam_kernels.reference.sharpness import exponents, gibbs_terms, sharpness_sample, uniforms
 from sam_kernels.validation.check import build, combinations
+from sam_kernels.validation.options import SHARPNESS_OPTIONS
 from sam_kernels.validation.rows import validate_rows
-from sam_kernels.validation.sharpness import SHARPNESS_DTYPES, SHARPNESS_OPTIONS, weight_bounds
+from sam_kernels.validation.sharpness import SHARPNESS_DTYPES, weight_bounds
 
 Drawn = tuple[Tensor, Tensor]
 

@@ -14,7 +14,8 @@ from sam_kernels import _dispatch
 from sam_kernels.functional import sharpness_sample, sharpness_weights
 from sam_kernels.validation.backends import AUTOMATIC
 from sam_kernels.validation.check import check, combinations
-from sam_kernels.validation.sharpness import SHARPNESS_DTYPES, SHARPNESS_OPTIONS
+from sam_kernels.validation.options import SHARPNESS_OPTIONS
+from sam_kernels.validation.sharpness import SHARPNESS_DTYPES
 from tests.helpers.devices import KERNELS, reason_without
 
 pytestmark = pytest.mark.cuda

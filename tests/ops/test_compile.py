@@ -15,9 +15,8 @@ from sam_kernels.operations import Restore
 from sam_kernels.validation.backends import backend_of
 from sam_kernels.validation.cases import MIXED_NARROW
 from sam_kernels.validation.check import build
-from sam_kernels.validation.options import ABOUT_OTHERS, FOR_LAYOUT_CASES, OPTIONS
+from sam_kernels.validation.options import ABOUT_OTHERS, FOR_LAYOUT_CASES, OPTIONS, SHARPNESS_OPTIONS
 from sam_kernels.validation.problem import run
-from sam_kernels.validation.sharpness import SHARPNESS_OPTIONS
 from tests.helpers.compare import assert_same_bits
 from tests.helpers.compiling import assert_same, compiled, operator
 from tests.helpers.interpreter import is_interpreted

@@ -16,7 +16,8 @@ from sam_kernels.backends.foreach import sharpness as foreach
 from sam_kernels.functional import sharpness_sample, sharpness_weights
 from sam_kernels.reference.sharpness import gibbs_terms, ordered_weights, replacement_weights, uniforms
 from sam_kernels.validation.check import check, combinations
-from sam_kernels.validation.sharpness import SHARPNESS_DTYPES, SHARPNESS_OPTIONS
+from sam_kernels.validation.options import SHARPNESS_OPTIONS
+from sam_kernels.validation.sharpness import SHARPNESS_DTYPES
 from tests.helpers.compare import assert_same_bits
 from tests.ops.test_random import philox_in_integers
 

@@ -10,8 +10,8 @@ from torch.library import opcheck
 
 from sam_kernels import functional
 from sam_kernels.validation.check import build
+from sam_kernels.validation.options import SHARPNESS_OPTIONS
 from sam_kernels.validation.problem import run
-from sam_kernels.validation.sharpness import SHARPNESS_OPTIONS
 from tests.helpers.compiling import assert_same, compiled, operator
 
 SCHEMAS = {

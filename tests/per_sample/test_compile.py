@@ -5,7 +5,8 @@ import torch
 
 from sam_kernels.functional import per_sample
 from sam_kernels.validation.check import build
-from sam_kernels.validation.per_sample import PER_SAMPLE_OPTIONS, written
+from sam_kernels.validation.options import PER_SAMPLE_OPTIONS
+from sam_kernels.validation.per_sample import written
 from sam_kernels.validation.problem import run
 from tests.helpers.compiling import compiled, operator
 

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import torch
-from rich.console import Console
 
 import sam_kernels
 from sam_kernels.cli import results as files
 from sam_kernels.cli.output import INTERRUPTED, console_for
-from sam_kernels.cli.prove.claims import Claim, Jobs
-from sam_kernels.cli.prove.labels import wrong_labels
-from sam_kernels.cli.prove.networks import forgetting, late_phase, weight_noise
-from sam_kernels.cli.prove.pool import Pool
+from sam_kernels.cli.prove.claims import Claim, Jobs, Measured
 from sam_kernels.cli.prove.report import Result, draw, markdown, table, to_json
-from sam_kernels.cli.prove.speed import gradient_norms, optimizer_step
 from sam_kernels.cli.train.options import check_extra
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["CLAIMS", "prove"]
 
 PAGE, FIGURE, JSON = "prove.md", "prove.png", "prove.json"
+
+
+def _measure(module: str, function: str, quick: bool, jobs: Jobs) -> Measured:
+    """Call a function of a module beside this one. The module imports torch, which ``prove --help`` does not need."""
+    found: Measured = getattr(importlib.import_module(f"sam_kernels.cli.prove.{module}"), function)(quick, jobs)
+    return found
+
 
 CLAIMS = (  # those that are timed first, while nothing else runs
     Claim(
@@ -33,14 +40,45 @@ CLAIMS = (  # those that are timed first, while nothing else runs
         "On the weights of a ResNet-18 a step of the optimizer is faster than a torch loop",
         1.3,
         "×",
-        optimizer_step,
+        partial(_measure, "speed", "optimizer_step"),
         is_timed=True,
     ),
-    Claim("norms", "Every sample's gradient norm is exact, and faster than one by one", 3.0, "×", gradient_norms, is_timed=True),
-    Claim("labels", "With 40 % wrong labels m-SAM is more accurate than SGD", 8.0, "points", wrong_labels),
-    Claim("forgetting", "A network trained by SAM forgets less while it learns something else", 5.0, "points", forgetting),
-    Claim("noise", "A network trained by SAM bears noise on its weights better", 0.4, "points", weight_noise),
-    Claim("late phase", "SAM in the last fifth of the steps gains over SGD", 1.0, "points", late_phase),
+    Claim(
+        "norms",
+        "Every sample's gradient norm is exact, and faster than one by one",
+        3.0,
+        "×",
+        partial(_measure, "speed", "gradient_norms"),
+        is_timed=True,
+    ),
+    Claim(
+        "labels",
+        "With 40 % wrong labels m-SAM is more accurate than SGD",
+        8.0,
+        "points",
+        partial(_measure, "labels", "wrong_labels"),
+    ),
+    Claim(
+        "forgetting",
+        "A network trained by SAM forgets less while it learns something else",
+        5.0,
+        "points",
+        partial(_measure, "networks", "forgetting"),
+    ),
+    Claim(
+        "noise",
+        "A network trained by SAM bears noise on its weights better",
+        0.4,
+        "points",
+        partial(_measure, "networks", "weight_noise"),
+    ),
+    Claim(
+        "late phase",
+        "SAM in the last fifth of the steps gains over SGD",
+        1.0,
+        "points",
+        partial(_measure, "networks", "late_phase"),
+    ),
 )
 
 
@@ -62,6 +100,8 @@ def prove(context: click.Context, quick: bool, only: tuple[str, ...], processes:
 
     Each claim has a threshold that is fixed in the code. A claim that fails is shown as one that fails, and the exit status is then 1.
     """
+    from sam_kernels.cli.prove.pool import Pool
+
     check_extra()
     files.prepare(out, (PAGE, FIGURE, JSON))
     console, results = console_for(as_json=False), list[Result]()
@@ -97,6 +137,8 @@ def _checked(claim: Claim, quick: bool, jobs: Jobs) -> Result:
 
 
 def _write(results: list[Result], quick: bool, out: Path, console: Console) -> None:
+    import torch
+
     machine = {
         "CPU": f"{os.cpu_count()} × {platform.processor() or platform.machine()}",
         "torch": str(torch.__version__),

@@ -7,7 +7,8 @@ from typing import Any
 from sam_kernels.cli.prove.claims import Jobs, Measured, bar, difference
 from sam_kernels.cli.train.data import load
 from sam_kernels.cli.train.optimizers import BASES, Settings
-from sam_kernels.cli.train.run import Plan, run
+from sam_kernels.cli.train.plan import Plan
+from sam_kernels.cli.train.run import run
 
 __all__ = ["accuracy_after", "wrong_labels"]
 

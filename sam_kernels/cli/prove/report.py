@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-from rich import box
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from sam_kernels.cli import output
 from sam_kernels.cli.prove.claims import Claim, Measured
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ["Result", "draw", "markdown", "table", "to_json"]
 
@@ -48,6 +49,9 @@ class Result:
 
 
 def table(results: Sequence[Result]) -> Table:
+    from rich import box
+    from rich.table import Table
+
     shown = Table(box=box.SIMPLE_HEAD, caption="± standard error over the seeds.", caption_justify="left")
     for heading in ("", "claim", "measured", "difference, or ratio", "needed"):
         shown.add_column(heading)

@@ -5,24 +5,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
-from sam_kernels import _dispatch
+from sam_kernels._dispatch import BACKENDS, use_backend
 from sam_kernels.cli import results
-from sam_kernels.cli.execution import require_backend, require_device, threads
 from sam_kernels.cli.output import INTERRUPTED, console_for
 from sam_kernels.cli.train import options as check
-from sam_kernels.cli.train.comparison import Comparison
-from sam_kernels.cli.train.data import DATA_SETS, load
-from sam_kernels.cli.train.model import NORMALIZATIONS
 from sam_kernels.cli.train.optimizers import BASES, BETA_SCALES, MEMBERS, NORMS, NUMBERED, Settings
-from sam_kernels.cli.train.plot import save_curves
-from sam_kernels.cli.train.report import advice, tables, to_json
-from sam_kernels.cli.train.run import Plan, Run
-from sam_kernels.cli.train.sharpness import IMAGES
+from sam_kernels.cli.train.plan import DATA_SETS, NORMALIZATIONS, SHARPNESS_IMAGES, Plan
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sam_kernels.cli.train.comparison import Comparison
+    from sam_kernels.cli.train.run import Run
 
 __all__ = ["train"]
 
@@ -132,10 +130,10 @@ CURVES, JSON = "train.png", "train.json"
     "--sharpness",
     is_flag=True,
     help="Measure the largest eigenvalue and the trace of the Hessian of the training loss at the end of each run, in evaluation mode, on "
-    f"the first {IMAGES:,} training images at most.",
+    f"the first {SHARPNESS_IMAGES:,} training images at most.",
 )
 @click.option("--seeds", type=click.IntRange(min=1), default=1, help="Runs of each optimizer, with seeds 0, 1, ...")
-@click.option("--backend", type=click.Choice(["auto", *_dispatch.BACKENDS]), default="auto", help="Backend of the sharpness-aware steps.")
+@click.option("--backend", type=click.Choice(["auto", *BACKENDS]), default="auto", help="Backend of the sharpness-aware steps.")
 @click.option("--device", default="cpu", help="Device, for example cpu or cuda:1.")
 @click.option(
     "--threads",
@@ -176,6 +174,10 @@ def train(
 
     Ctrl-C keeps the runs that have finished: their tables, curves and JSON are written, and the exit status is 130.
     """
+    from sam_kernels.cli.execution import require_backend, require_device, threads
+    from sam_kernels.cli.train.comparison import Comparison
+    from sam_kernels.cli.train.data import load
+
     check.check_extra()
     names = check.optimizer_names(optimizers, base)
     if peer:
@@ -204,7 +206,7 @@ def train(
     runs: list[Run] = []
     interrupted = False
     try:
-        with threads(thread_count), _dispatch.use_backend(None if backend == "auto" else backend):
+        with threads(thread_count), use_backend(None if backend == "auto" else backend):
             digits = load(data).to(torch_device)
             if held_out:
                 digits = digits.held_out()
@@ -222,6 +224,9 @@ def train(
 
 def _publish(comparison: Comparison, runs: list[Run], console: Console, out: Path, *, interrupted: bool, as_json: bool) -> None:
     """Print and write the results of the runs that have finished. Printed first: a full disk loses nothing."""
+    from sam_kernels.cli.train.plot import save_curves
+    from sam_kernels.cli.train.report import advice, tables, to_json
+
     console.print(tables(comparison, runs))
     for line in advice(comparison, runs):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

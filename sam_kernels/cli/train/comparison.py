@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from sam_kernels.cli.output import Ticker
 from sam_kernels.cli.train.data import Digits
 from sam_kernels.cli.train.optimizers import Settings
-from sam_kernels.cli.train.run import Plan, Run, run
+from sam_kernels.cli.train.plan import Plan
+from sam_kernels.cli.train.run import Run, run
 from sam_kernels.cli.train.sharpness import sharpness_of
 
 __all__ = ["Comparison"]

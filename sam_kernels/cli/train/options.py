@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import click
 
 from sam_kernels.cli.train.optimizers import BASES, BY_DEFAULT, MEMBERS, PEER, Settings, options_of
-from sam_kernels.cli.train.run import Plan
+from sam_kernels.cli.train.plan import Plan
 
 __all__ = ["check_extra", "finite", "lambd", "micro_batches", "optimizer_names", "with_peer"]
 

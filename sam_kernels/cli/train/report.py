@@ -18,8 +18,8 @@ import sam_kernels
 from sam_kernels.cli import output
 from sam_kernels.cli.train.comparison import Comparison
 from sam_kernels.cli.train.optimizers import Settings, options_of
+from sam_kernels.cli.train.plan import SHARPNESS_IMAGES
 from sam_kernels.cli.train.run import Run
-from sam_kernels.cli.train.sharpness import IMAGES
 
 __all__ = ["SHOWN", "Estimate", "Summary", "advice", "summaries_of", "summarise", "tables", "to_json"]
 
@@ -194,8 +194,8 @@ def _divergence(summary: Summary) -> str:
 
 def _sharpness(summaries: Sequence[Summary]) -> Table:
     notes = [
-        f"Of the Hessian of the training loss at the end, in evaluation mode, on up to {IMAGES:,} images: the largest eigenvalue by "
-        "Lanczos' method, the trace by Hutchinson's, which is an estimate."
+        f"Of the Hessian of the training loss at the end, in evaluation mode, on up to {SHARPNESS_IMAGES:,} images: the largest "
+        "eigenvalue by Lanczos' method, the trace by Hutchinson's, which is an estimate."
     ]
     result = _table("Sharpness", notes)
     for heading in ("top eigenvalue", "Hessian trace"):

@@ -16,16 +16,9 @@ from sam_kernels.cli.train.data import Digits, flip_labels
 from sam_kernels.cli.train.model import small_cnn
 from sam_kernels.cli.train.optimizers import PEER, Settings, build, kind_of, options_of
 from sam_kernels.cli.train.peer import PlainSAM
+from sam_kernels.cli.train.plan import Plan
 
-__all__ = ["Plan", "Run", "run"]
-
-
-@dataclass(frozen=True)
-class Plan:
-    epochs: int
-    batch_size: int
-    label_noise: float  # share of the training labels to make wrong
-    normalization: str = "batch"
+__all__ = ["Run", "run"]
 
 
 @dataclass

@@ -5,10 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 import sam_kernels
+from sam_kernels.cli.train.plan import SHARPNESS_IMAGES
 
-__all__ = ["IMAGES", "sharpness_of"]
-
-IMAGES = 1000  # of the training images, in an order that does not depend on the digit
+__all__ = ["sharpness_of"]
 
 
 def sharpness_of(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:  # (n, 1, side, side), (n,)
@@ -16,7 +15,7 @@ def sharpness_of(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[floa
     training mode."""
 
     def closure() -> Tensor:
-        return nn.functional.cross_entropy(model(images[:IMAGES]), labels[:IMAGES])
+        return nn.functional.cross_entropy(model(images[:SHARPNESS_IMAGES]), labels[:SHARPNESS_IMAGES])
 
     monitors, params = sam_kernels.monitors, list(model.parameters())
     model.eval()
