@@ -11,6 +11,7 @@ if find_spec("torch") is None:
 
 if TYPE_CHECKING:
     from sam_kernels._api import *  # noqa: F403
+    from sam_kernels.optim import *  # noqa: F403 - mypy does not find these by way of _api
 else:  # not for type checkers: a module with a __getattr__ has every name
 
     def __getattr__(name):

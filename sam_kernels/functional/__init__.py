@@ -18,6 +18,7 @@ shapes or devices do not fit, for a tensor written twice, and for a number out o
 and are raised before any memory is touched.
 """
 
+from sam_kernels.functional import per_sample as per_sample  # functional.per_sample without an import of its own; no operation
 from sam_kernels.functional._results import combine_norms
 from sam_kernels.functional.ascent import perturb_, restore_
 from sam_kernels.functional.centralize import centralize_
