@@ -3,6 +3,8 @@
 ``make lint`` checks it against the sources, ``make check-wheel`` checks and runs it against an installed wheel.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from typing_extensions import assert_type
@@ -42,6 +44,8 @@ assert_type(optimizer.skipped_steps, int)
 every_other = sam_kernels.ASAM(model.parameters(), torch.optim.AdamW, rho=Interval(0.5, every=2), lr=1e-3)
 assert_type(every_other.step(closure), Tensor)
 assert_type(functional.grad_norm(list(model.parameters())), Tensor)
+if TYPE_CHECKING:  # names are imported on use, and a wrong one is an error all the same: mypy --strict warns of an unused comment
+    wrong = sam_kernels.Sam  # type: ignore[attr-defined]
 assert optimizer.skipped_steps == 0
 assert all(bool((param != old).any()) for param, old in zip(model.parameters(), before, strict=True))
 print("one step of each kind: the loss was", round(first.item(), 3))

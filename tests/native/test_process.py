@@ -33,9 +33,15 @@ def report(code: str) -> dict:
     return json.loads(run.stdout)
 
 
-def test_one_openmp_runtime_is_loaded():
-    found = report("import sam_kernels\nfrom sam_kernels import _cpu\nprint(json.dumps(runtimes()))")
+FIRST = ("from sam_kernels import _cpu", "import sam_kernels\nsam_kernels._cpu", "import sam_kernels.backends.native.cpu")
+
+
+@pytest.mark.parametrize("first", FIRST)
+def test_one_openmp_runtime_is_loaded_and_it_is_torchs(first):
+    """However the native core is reached: the package alone imports no torch."""
+    found = report(f"{first}\nimport sys\nassert 'sam_kernels._cpu' in sys.modules\nprint(json.dumps(runtimes()))")
     assert len(found) == 1, found
+    assert found == report("import torch\nprint(json.dumps(runtimes()))")
 
 
 WORK = """
