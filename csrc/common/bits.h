@@ -30,4 +30,25 @@ SAM_INLINE float bits_float(uint32_t bits) {
   return value;
 }
 
+template <class T>
+struct BitsOf;
+template <>
+struct BitsOf<float> {
+  using type = uint32_t;
+};
+template <>
+struct BitsOf<double> {
+  using type = uint64_t;
+};
+
+// ``value`` where all bits of the mask are set, 0 where none is.
+template <class T>
+SAM_INLINE T masked(T value, typename BitsOf<T>::type mask) {
+  typename BitsOf<T>::type bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  bits &= mask;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 }  // namespace sam

@@ -187,17 +187,19 @@ SAM_INLINE BiasCorrections bias_corrections(double lr, double beta1, double beta
 SAM_INLINE double average_factor(double beta) { return beta < 0.5 ? beta : 1.0; }
 
 // Below 1/2 torch.lerp computes b - beta (b - a): NaN for an infinite b.
+// ``mask``: all bits where the factor is 1, none below. A condition, which is the same for all elements, makes nvcc write the arithmetic of
+// a loop twice.
 template <class T>
-SAM_INLINE T moving_average(T average, T value, T factor, T one_minus_beta) {
-  const T difference = value - average;
-  return average * factor + one_minus_beta * (factor == T(1) ? difference : value);
+SAM_INLINE T moving_average(T average, T value, T factor, T one_minus_beta, typename BitsOf<T>::type mask) {
+  return average * factor + one_minus_beta * (value - masked(average, mask));
 }
 
 // torch.optim.Adam (kL2) and AdamW (kDecoupled); bias corrections are those of the step being made.
 template <class T>
 struct AdamConstants {
   T step_size, inv_sqrt_correction;
-  T exp_avg_factor;  // average_factor(beta1)
+  T exp_avg_factor;                       // average_factor(beta1)
+  typename BitsOf<T>::type exp_avg_mask;  // of moving_average
   T one_minus_beta1, beta2, one_minus_beta2, eps;
   T weight_decay;  // kL2: added to the gradient
   T decay_factor;  // kDecoupled: 1 - lr * weight_decay
@@ -210,7 +212,7 @@ SAM_INLINE T adamw_step(T param, T grad, T& exp_avg, T& exp_avg_sq, const AdamCo
   grad = grad * c.grad_multiplier;
   if constexpr (kDecay == Decay::kL2) grad = grad + c.weight_decay * param;
   if constexpr (kDecay == Decay::kDecoupled) param = param * c.decay_factor;
-  exp_avg = moving_average(exp_avg, grad, c.exp_avg_factor, c.one_minus_beta1);
+  exp_avg = moving_average(exp_avg, grad, c.exp_avg_factor, c.one_minus_beta1, c.exp_avg_mask);
   exp_avg_sq = exp_avg_sq * c.beta2 + c.one_minus_beta2 * grad * grad;
   const T denominator = std::sqrt(exp_avg_sq) * c.inv_sqrt_correction + c.eps;
   return param - c.step_size * (exp_avg / denominator);

@@ -153,6 +153,7 @@ SAM_INLINE AdamConstants<T> adam_constants(const AdamOptions<Number>& o, const B
   constants.step_size = T(corrections.step_size);
   constants.inv_sqrt_correction = T(corrections.inv_sqrt_correction);
   constants.exp_avg_factor = T(average_factor(o.beta1));
+  constants.exp_avg_mask = o.beta1 < 0.5 ? 0 : ~typename BitsOf<T>::type(0);
   constants.one_minus_beta1 = T(1.0 - o.beta1);
   constants.beta2 = T(o.beta2);
   constants.one_minus_beta2 = T(1.0 - o.beta2);
