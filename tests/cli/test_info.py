@@ -14,6 +14,7 @@ from click.testing import CliRunner
 import sam_kernels
 from sam_kernels import _dispatch
 from sam_kernels.cli import main, openmp
+from tests.helpers.backends import replace_backend
 
 
 def run(*arguments: str) -> str:
@@ -40,7 +41,7 @@ def test_json_has_versions_threads_and_devices() -> None:
 
 
 def test_missing_backend_shows_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_dispatch._loaded, "native.cpu", "no compiler was there")
+    replace_backend(monkeypatch, "native.cpu", "no compiler was there")
     (line,) = [line for line in run().splitlines() if line.startswith("native backend")]
     assert line.endswith("no: no compiler was there")
 

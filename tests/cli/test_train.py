@@ -21,6 +21,7 @@ from sam_kernels.cli.train.data import Digits, flip_labels, load
 from sam_kernels.cli.train.optimizers import Settings
 from sam_kernels.cli.train.plan import Plan
 from sam_kernels.cli.train.run import run
+from tests.helpers.backends import replace_backend
 
 
 def invoke(out: Path, *arguments: str) -> Result:
@@ -195,9 +196,7 @@ def test_bad_options_name_the_option(tmp_path: Path, arguments: list[str], messa
 
 
 def test_missing_backend_is_a_usage_error_with_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from sam_kernels import _dispatch
-
-    monkeypatch.setitem(_dispatch._loaded, "native.cpu", "no compiler was there")
+    replace_backend(monkeypatch, "native.cpu", "no compiler was there")
     result = invoke(tmp_path, "--backend", "native")
     assert result.exit_code == 2
     assert "no compiler was there" in result.output

@@ -7,17 +7,24 @@ from functools import cache
 import pytest
 import torch
 
-from sam_kernels import operations
+from sam_kernels import _dispatch, operations
+from sam_kernels._backend import Backend
 from sam_kernels.operations import Operation
 from sam_kernels.validation.backends import backend_of
 from sam_kernels.validation.check import combinations
 from tests.helpers.pairwise import covering_pairs
 
-__all__ = ["OPERATIONS", "Calls", "all_calls", "calls_in_pairs", "require_dtype", "widest"]
+__all__ = ["OPERATIONS", "Calls", "all_calls", "calls_in_pairs", "replace_backend", "require_dtype", "widest"]
 
 Calls = dict[str, list[tuple[str, str]]]  # dtype -> (case, keyword set) of each call
 
 OPERATIONS: dict[str, type[Operation]] = {op.name: op for op in operations.OPERATIONS}
+
+
+def replace_backend(patch: pytest.MonkeyPatch, path: str, found: Backend | str) -> None:
+    """The dispatcher finds ``found``, a backend or why there is none, under ``path``; what it chose before is forgotten."""
+    patch.setitem(_dispatch._loaded, path, found)
+    patch.setattr(_dispatch, "_preferred", {})
 
 
 def require_dtype(name: str, dtype: torch.dtype) -> None:

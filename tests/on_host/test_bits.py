@@ -19,7 +19,7 @@ from sam_kernels.validation.check import build
 from sam_kernels.validation.problem import run
 from sam_kernels.validation.roundings import roundings_of
 from sam_kernels.validation.tolerance import norm_bound, ulp
-from tests.helpers.backends import Calls, all_calls, calls_in_pairs
+from tests.helpers.backends import Calls, all_calls, calls_in_pairs, replace_backend
 from tests.helpers.bits import RANDOM, assert_same_perturbation, compare_written
 from tests.helpers.compare import assert_same_bits
 
@@ -38,7 +38,7 @@ def calls_of(op: str, dtypes: tuple[str, ...], is_full: bool, options_left_out: 
 def cpu_kernels() -> Iterator[None]:
     """CPU tensors go to the CPU's kernels, as in a process of users."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(_dispatch._loaded, "native.cuda", cpu.BACKEND)
+        replace_backend(patch, "native.cuda", cpu.BACKEND)
         yield
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import sam_kernels
-from sam_kernels import _dispatch
+from tests.helpers.backends import replace_backend
 from tests.optim.problem import assert_same_bits, closure_of, make_batch, make_model, weights
 
 NAN = float("nan")
@@ -102,7 +102,7 @@ def test_closures(closure: Any) -> None:
 
 
 def test_a_forced_backend_that_is_missing_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_dispatch._loaded, "triton", "triton cannot be imported")
+    replace_backend(monkeypatch, "triton", "triton cannot be imported")
     with pytest.raises(RuntimeError, match="backend 'triton' cannot be used: triton cannot be imported"):
         sam_kernels.use_backend("triton")
     with pytest.raises(ValueError, match="unknown backend 'cuda'"):
