@@ -263,7 +263,10 @@ def test_the_trainer_takes_sams_steps(
     )  # fmt: skip
     algorithm = "SAM of the accumulated batch" if ascent == "batch" else SAM_OR_M[accumulation]
     what = f"Trainer, {precision}: weights after {STEPS} steps, clip {clip}"
-    compared("transformers", algorithm, what, error_of(model, expected), CLOSE_OF_GPT2[precision])
+    bar = CLOSE_OF_GPT2[precision]
+    if precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # emulated products: the two runs may round one otherwise
+        bar = torch.finfo(torch.bfloat16).eps / 2
+    compared("transformers", algorithm, what, error_of(model, expected), bar)
 
 
 @pytest.mark.parametrize("ascent", ["micro_batch", "batch"])
