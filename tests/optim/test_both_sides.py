@@ -341,3 +341,16 @@ def test_distributed_checkpoint_on_either_side(side: str, name: str) -> None:
     dcp.set_optimizer_state_dict(other_model, on(other, side), saved)
     run(other, other_model, 1)
     assert_same_bits(everything_of(other, other_model), everything_of(optimizer, model))
+
+
+@pytest.mark.parametrize("where", ["instance", "class", "torch"])
+def test_zero_grad_is_the_bases_where_somebody_has_replaced_it(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(torch.optim.SGD):
+        pass
+
+    model, calls = make_model(), []
+    optimizer = sam_kernels.SAM(model.parameters(), Own, lr=0.1)
+    owner: Any = {"instance": optimizer.base_optimizer, "class": Own, "torch": torch.optim.Optimizer}[where]
+    monkeypatch.setattr(owner, "zero_grad", lambda *_, **options: calls.append(options))
+    optimizer.zero_grad()
+    assert calls == [{"set_to_none": True}]

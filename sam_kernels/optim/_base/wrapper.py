@@ -40,6 +40,8 @@ __all__ = ["Wrapper"]
 # What trainers call where an optimizer has it: modes (ScheduleFree), the end of an epoch (timm's Lookahead).
 _OF_TRAINERS = ("train", "eval", "sync_lookahead")
 
+_ZERO_GRAD = Optimizer.zero_grad  # torch's own, whatever somebody puts in its place later
+
 
 class Wrapper(Optimizer):
     """``param_groups`` and ``state`` are the base's own: what is read, written, loaded or added on either optimizer is so on the other.
@@ -129,7 +131,7 @@ class Wrapper(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The base optimizer's."""
         base = self.base_optimizer
-        if not set_to_none or type(base).zero_grad is not Optimizer.zero_grad or "zero_grad" in base.__dict__ or is_dynamo_compiling():
+        if not set_to_none or type(base).zero_grad is not _ZERO_GRAD or "zero_grad" in base.__dict__ or is_dynamo_compiling():
             base.zero_grad(set_to_none=set_to_none)
             return
         for group in base.param_groups:  # torch's, without a record for its profiler, which takes longer than a small model's loop
