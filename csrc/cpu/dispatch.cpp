@@ -1,5 +1,5 @@
-// Chooses the instruction set at run time. The extension is built for the oldest processor of its architecture; only the chunk kernels are
-// compiled again for newer ones, each in a namespace of its own.
+// Chooses the instruction set at run time, and whether kernels prefetch. The extension is built for the oldest processor of its
+// architecture; only the chunk kernels are compiled again for newer ones, each in a namespace of its own.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -51,7 +51,22 @@ const KernelTable* const kBestFirst[] = {
 #endif
     &baseline::kTable};
 
+// Not on AMD's processors: there the hardware's prefetcher alone is faster (measured: docs/internals/cpu.md).
+bool choose_prefetches() {
+  const char* wanted = std::getenv("SAM_KERNELS_PREFETCH");
+  const std::string value = wanted == nullptr ? "" : wanted;
+  if (value == "0" || value == "1") return value == "1";
+  if (!value.empty()) throw std::runtime_error("SAM_KERNELS_PREFETCH=" + value + ": must be 0 or 1");
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return !__builtin_cpu_is("amd");
+#else
+  return true;
+#endif
+}
+
 const KernelTable& choose() {
+  prefetches_ahead = choose_prefetches();
   const char* wanted = std::getenv("SAM_KERNELS_ISA");
   const bool any = wanted == nullptr || *wanted == '\0';
   for (const KernelTable* table : kBestFirst) {
@@ -62,6 +77,8 @@ const KernelTable& choose() {
 }
 
 }  // namespace
+
+bool prefetches_ahead = true;
 
 const KernelTable& kernel_table() {
   static const KernelTable& table = choose();

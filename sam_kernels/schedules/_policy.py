@@ -28,8 +28,8 @@ class AdaptivePolicy(Radius):
         step t + delay is one of SAM where n_t ≥ m_t + c sqrt(v_t)
 
     The paper decides step t by n_t itself, which costs every step the norm of its gradient and a wait for it. Here whether a step ascends
-    is decided before it begins. The first ``delay`` steps are of SAM. A step whose norm is not finite, or that had no gradient, counts for
-    nothing.
+    is decided before it begins. The first ``delay`` steps are of SAM. A step that had no gradient counts for nothing, and so does one
+    whose norm's fourth power, which v has, leaves float64's range: beyond about 1e77, or below 1e-81.
 
     A plain step takes the norm of its gradient: 1 N s. With ``delay`` = 1 the host waits at each step until the gradient of the step
     before is known, on a device; with 2 it may queue one step ahead. No decision depends on how fast the device is.
@@ -97,13 +97,15 @@ class AdaptivePolicy(Radius):
         return radius_at(resolved if t == info.t else self.rho, info)
 
     def _learn(self, t: int, reading: Reading) -> None:
-        square = reading.value() ** 2
-        if not 0.0 < square < math.inf:
+        norm = reading.value()
+        square = norm * norm  # inf where it overflows, where ** raises OverflowError
+        if not 0.0 < square * square < math.inf:
             return
         if self._mean is None:
             self._mean = square
         self._mean = _moving_average(self._mean, square, self.decay)
-        self._variance = _moving_average(self._variance, (square - self._mean) ** 2, self.decay)
+        difference = square - self._mean
+        self._variance = _moving_average(self._variance, difference * difference, self.decay)
         c = check_number("AdaptivePolicy", f"c({t})", self.c(t)) if callable(self.c) else self.c
         self._ascends = square >= self._mean + c * math.sqrt(self._variance)
 

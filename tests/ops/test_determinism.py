@@ -67,8 +67,10 @@ def cpu_flags() -> set[str]:
 
 @functools.cache
 def digests(isa: str, is_full: bool) -> list[str]:
+    """Of results by instruction set: the baseline without prefetches, the others with them, whatever this processor would choose."""
+    env = {**os.environ, "SAM_KERNELS_ISA": isa, "SAM_KERNELS_PREFETCH": "0" if isa == "baseline" else "1"}
     command = [sys.executable, "-m", "tests.helpers.digest", *(["--full"] if is_full else [])]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "SAM_KERNELS_ISA": isa}, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -85,6 +87,16 @@ def test_instruction_sets(isa: str, is_full: bool) -> None:
     assert (baseline[0], this[0]) == ("baseline", isa)
     assert len(this) == len(baseline) > 100
     assert [pair for pair in zip(this[1:], baseline[1:], strict=True) if pair[0] != pair[1]] == []
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(("name", "value"), [("SAM_KERNELS_ISA", "sse"), ("SAM_KERNELS_PREFETCH", "yes")])
+def test_a_wrong_variable_is_named(name: str, value: str) -> None:
+    pytest.importorskip("sam_kernels._cpu")
+    command = [sys.executable, "-c", "import torch, sam_kernels._cpu as cpu; cpu.instruction_set()"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, name: value}, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"RuntimeError: {name}={value}: " in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.native

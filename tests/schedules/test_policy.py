@@ -164,13 +164,13 @@ def test_a_skipped_step_counts_for_nothing(bad_step: int) -> None:
         assert t == bad_step
 
 
-@pytest.mark.parametrize("norm", [0.0, math.inf, math.nan])
+@pytest.mark.parametrize("norm", [0.0, 1e-90, 1e90, 1e200, math.inf, math.nan])
 @pytest.mark.parametrize("earlier", [[], [2.0]], ids=["first", "later"])
-def test_a_norm_that_is_none_counts_for_nothing(norm: float, earlier: list[float]) -> None:
+def test_a_norm_without_a_fourth_power_counts_for_nothing(norm: float, earlier: list[float]) -> None:
     policies = [AdaptivePolicy(0.2, decay=0.7) for _ in range(2)]
     for policy, norms in zip(policies, (earlier, [*earlier, norm]), strict=True):
         for t, each in enumerate(norms, 1):
-            policy.observe(t, torch.tensor(each))
+            policy.observe(t, torch.tensor(each, dtype=DTYPE))
         policy.at_step(len(norms) + 1)
     assert policies[0].state_dict() == policies[1].state_dict()
 
