@@ -55,8 +55,7 @@ class Cell:
 
     @classmethod
     def of(cls, row: Row) -> Cell:
-        over = row["over_reference_50"] if "over_reference_50" in row else row["ms_50"] / row["reference_ms_50"]
-        return cls(row["ms_50"], over, row["ms_20"], row["ms_80"])
+        return cls(row["ms_50"], row["over_reference_50"], row["ms_20"], row["ms_80"])
 
 
 def title(provider: str) -> str:
