@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import sam_kernels
-from bench.providers import REFERENCE
 
 ROOT = Path(__file__).parents[1]
 
@@ -93,9 +92,10 @@ def test_the_page_of_the_family_compares_with_the_fastest_loops() -> None:
     rows = json.loads(path.read_text())["rows"]
 
     def ratios(workload: str, method: str, *, is_lean: bool, base: str = "sgd") -> list[float]:
-        """How many times as long the loops take, fastest first: the lean ones, or those that are published."""
+        """How many times as long the others' loops take, fastest first: the lean ones, or those that are published."""
         case = (workload, method, base)
-        found = [row for row in rows if (row["workload"], row["method"], row["base"]) == case and row["backend"] != REFERENCE]
+        others = [row for row in rows if not row["backend"].startswith("sam_kernels/")]
+        found = [row for row in others if (row["workload"], row["method"], row["base"]) == case]
         return sorted(row["over_reference_50"] for row in found if ("foreach_" in row["backend"]) == is_lean)
 
     lean, published = ([ratios("gpt2_124m", name, is_lean=each)[0] for name in ("vasso", "fsam")] for each in (True, False))
@@ -103,9 +103,11 @@ def test_the_page_of_the_family_compares_with_the_fastest_loops() -> None:
     assert f"{lean[0]:.2f} times as long as VaSSO and {lean[1]:.2f} times as long as F-SAM" in page
     assert f"{published[0]:.2f} (VaSSO) and {published[1]:.2f} times (F-SAM) as long" in page
     cases = [(name, base) for name in ("vasso", "fsam") for base in ("sgd", "adamw")]
-    assert {round(ratios("many_tiny", name, is_lean=True, base=base)[0]) for name, base in cases} == {4}
+    fastest = [round(ratios("many_tiny", name, is_lean=True, base=base)[0]) for name, base in cases]
     others = [ratio for name, base in cases for ratio in ratios("many_tiny", name, is_lean=False, base=base)]
-    assert f"takes 4 times as long, and the published ones {min(others):.0f} to {max(others):.0f} times" in page
+    assert (
+        f"takes {min(fastest)} to {max(fastest)} times as long, and the published ones {min(others):.0f} to {max(others):.0f} times" in page
+    )
 
 
 def test_the_page_of_master_weights_shows_what_rounding_leaves_of_a_perturbation() -> None:

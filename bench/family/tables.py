@@ -10,7 +10,7 @@ from bench.providers import BASES, REFERENCE
 from bench.tables import format_ms
 from bench.workloads import WORKLOADS
 
-__all__ = ["CELLS", "HEADINGS", "cases", "heading"]
+__all__ = ["CELLS", "HEADINGS", "cases", "heading", "loop_title"]
 
 Row = dict[str, Any]
 Case = tuple[str, str, str]  # method, workload, base
@@ -18,7 +18,7 @@ Case = tuple[str, str, str]  # method, workload, base
 HEADINGS = ("", "median", "20–80 %", "GB/s by our bytes", "over ours (20 / 50 / 80 %)")
 
 
-def _title(row: Row) -> str:
+def loop_title(row: Row) -> str:
     return METHODS[row["method"]].timed()[row["backend"]].title
 
 
@@ -28,7 +28,7 @@ def _over(row: Row) -> str:
 
 
 CELLS: tuple[Callable[[Row], str], ...] = (
-    _title,
+    loop_title,
     lambda row: format_ms(row["ms_50"]),
     lambda row: f"{format_ms(row['ms_20'])} – {format_ms(row['ms_80'])}",
     lambda row: f"{row['gbps']:.1f}",
