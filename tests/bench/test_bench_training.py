@@ -253,6 +253,7 @@ def test_the_page_shows_the_stored_result() -> None:
     result = json.loads(path.read_text())
     assert not result["quick"]
     assert {row["model"] for row in result["rows"] if row["kind"] == "training"} == MODELS.keys()
-    (steps,) = (ROOT / "bench" / "results").glob("*/optimizer.json")
-    found = CliRunner().invoke(report.main, [str(path), "--check", "--numbers", str(ROOT / "README.md"), "--steps", str(steps)])
+    (steps,), (gain,) = ((ROOT / "bench" / "results").glob(f"*/{name}.json") for name in ("optimizer", "dial"))
+    readme = ["--numbers", str(ROOT / "README.md"), "--steps", str(steps), "--gain", str(gain)]
+    found = CliRunner().invoke(report.main, [str(path), "--check", *readme])
     assert found.exit_code == 0, found.output
