@@ -12,7 +12,6 @@ import pytest
 
 from bench.providers import REFERENCE
 from bench.training.numbers import UNMEASURED
-from bench.training.runs import LOOP
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -76,7 +75,7 @@ def test_what_does_not_help_is_what_was_measured() -> None:
     assert mean("clean-labels", "base", "equal_time") > mean("clean-labels", "sam", "equal_time")
     longer, shorter = (mean("text", "base", protocol) for protocol in ("equal_time", "equal_epochs"))
     assert longer - shorter > 0.5 * (longer - mean("text", "sam", "equal_time")) > 0
-    over = {(row["model"], row["provider"]): row["over_base_50"] for row in stored("training")["rows"] if row["kind"] == "training"}
-    for model in ("mlp", "cnn"):
-        ours, loop = (over[model, name] for name in (REFERENCE, LOOP))
-        assert loop < 1.02 * ours, model  # as fast: ten rounds and more of one run differ by as much
+    rows_of_ours = [row for row in stored("training")["rows"] if row["kind"] == "training" and row["provider"] == REFERENCE]
+    over_loop = {row["model"]: row["over_loop_80"] for row in rows_of_ours}
+    for model in ("mlp", "cnn"):  # no faster: in a fifth of the rounds at least our step takes longer than the loop's
+        assert over_loop[model] > 1.0, model

@@ -23,10 +23,12 @@ def section(result: dict[str, Any]) -> str:
     lines = [
         *as_table(result["rows"]),
         "",
-        "Our step in milliseconds, and how many times as long the others take: medians, of the ratios in a round.",
+        "The first line of a table is our step; its bytes stand in the heading (N s: one sweep). The others are how many times as long "
+        "they take: the median of the ratios within a round.",
     ]
+    measured_cases = cases(result["rows"])
     for name, method in METHODS.items():
-        columns = {case: rows for case, rows in cases(result["rows"]).items() if case[0] == name}
+        columns = {case: rows for case, rows in measured_cases.items() if case[0] == name}
         if columns:
             headings = [f"{WORKLOADS[workload].title}, {BASES[base].title}: {method.passes(base)} N s" for _, workload, base in columns]
             lines += ["", f"**{method.title}**", "", table(("", *headings), _lines(list(columns.values())))]
@@ -36,9 +38,9 @@ def section(result: dict[str, Any]) -> str:
     copies: dict[int, list[str]] = {}
     for name, method in METHODS.items():
         if name in measured and method.copied:
-            copies.setdefault(method.copied, []).append(method.title)
+            copies.setdefault(method.copied, []).append(method.title.partition(",")[0])
     lines += [
-        f"\n{'; '.join(titles)}: {copied} N s are a copy of the first gradients, which the benchmark keeps. After a backward pass the "
+        f"\n{', '.join(titles)}: {copied} N s are a copy of the first gradients, which the benchmark keeps. After a backward pass the "
         "optimizer takes them over."
         for copied, titles in copies.items()
     ]

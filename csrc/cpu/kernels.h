@@ -62,7 +62,7 @@ struct KernelTable {
 // The best table this processor can run, or the one named by SAM_KERNELS_ISA. Throws std::runtime_error when that one cannot run here.
 const KernelTable& kernel_table();
 
-// Whether kernels ask for memory ahead of their reads: where the processor is faster so, or as SAM_KERNELS_PREFETCH says. Set by
+// Whether kernels over lists ask for memory ahead of their reads: where the processor is faster so, or as SAM_KERNELS_PREFETCH says. Set by
 // kernel_table(), before any kernel runs.
 extern bool prefetches_ahead;
 
