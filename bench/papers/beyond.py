@@ -19,7 +19,7 @@ from bench.dial.summary import share
 from bench.linear_models import Floats
 from bench.papers.beyond_runs import BITS, DATA, FINE_TUNINGS, SIGMAS, one_run
 from bench.papers.context import Context
-from bench.papers.experiment import Column, Experiment, Measured, cut, tune_axes
+from bench.papers.experiment import Column, Experiment, Measured, cut, signed, tune_axes
 from sam_kernels.cli.prove.networks import DRAWS, LEARNT
 
 __all__ = ["BASE", "EXPERIMENT", "METHODS", "TESTS", "Method"]
@@ -142,7 +142,7 @@ def draw(measured: Measured) -> Figure:
 
 def _gain(value: Sequence[Any]) -> str:
     mean, errors, part = value
-    return f"{mean:+.2f} ± {errors:.2f}" + ("" if part is None else f" ({part:.0%})")
+    return f"{signed(mean)} ± {errors:.2f}" + ("" if part is None else f" ({round(part, 2) + 0.0:.0%})")
 
 
 EXPERIMENT = Experiment(

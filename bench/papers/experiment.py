@@ -16,7 +16,20 @@ from bench import batched
 from bench.linear_models import Draw, Floats, LinearModels
 from bench.papers.context import Context
 
-__all__ = ["COMPARED", "TOLERANCE", "Column", "Experiment", "Measured", "compare", "curve", "cut", "look", "together", "tune_axes"]
+__all__ = [
+    "COMPARED",
+    "TOLERANCE",
+    "Column",
+    "Experiment",
+    "Measured",
+    "compare",
+    "curve",
+    "cut",
+    "look",
+    "signed",
+    "together",
+    "tune_axes",
+]
 
 # Of one step, relative: the two ways add up the same products in another order, n and d <= 100 of them twice, with 2^-53 each, and
 # terms are no more than some ten times as large as their sum.
@@ -84,6 +97,11 @@ def together(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "compared_steps": min(piece["compared_steps"] for piece in pieces),
         "largest_deviation": max(piece["largest_deviation"] for piece in pieces),
     }
+
+
+def signed(value: float) -> str:
+    """Two decimals with a sign; what rounds to 0 is +0.00, from either side."""
+    return f"{round(value, 2) + 0.0:+.2f}"
 
 
 def cut(value: float, digits: int = 5) -> float:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from bench.linear_models import Floats
 from bench.papers.context import Context
-from bench.papers.experiment import Column, Experiment, Measured, curve, cut, tune_axes
+from bench.papers.experiment import Column, Experiment, Measured, curve, cut, signed, tune_axes
 from bench.papers.federated_runs import BATCH, CLIENTS, DATA, METHODS, PER_ROUND, one_run
 
 __all__ = ["ALPHAS", "BUDGET", "EXPERIMENT", "Budget", "Tuning", "tune"]
@@ -137,7 +137,7 @@ def draw(measured: Measured) -> Figure:
 
 
 def _difference(value: Sequence[float]) -> str:
-    return f"{value[0]:+.2f} ± {value[1]:.2f}"
+    return f"{signed(value[0])} ± {value[1]:.2f}"
 
 
 EXPERIMENT = Experiment(

@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bench.papers.context import Context
-from bench.papers.experiment import Column, Experiment, Measured, cut, tune_axes
+from bench.papers.experiment import Column, Experiment, Measured, cut, signed, tune_axes
 from bench.papers.sharpness_runs import DATA, IN_TIME, METHODS, SCENES, Budget, Job, Scene, costs_of, measured, runs_of_scene
 from sam_kernels.cli.train.optimizers import BASES
 
@@ -118,7 +118,7 @@ EXPERIMENT = Experiment(
         Column("cost", "step over SAM's", lambda value: f"{value:.2f}"),
         Column("accuracy", "test accuracy, %", lambda value: f"{value:.2f}"),
         Column("standard_error", "±", lambda value: f"{value:.2f}"),
-        Column("over_sam", "over SAM", lambda value: f"{value:+.2f}"),
+        Column("over_sam", "over SAM", signed),
         Column("error_over_sam", "±", lambda value: f"{value:.2f}"),
         Column("verdict", "by two errors"),
         Column("variance", "tr V at the end"),

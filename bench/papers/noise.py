@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bench.papers.context import Context
-from bench.papers.experiment import Column, Experiment, Measured, cut, tune_axes
+from bench.papers.experiment import Column, Experiment, Measured, cut, signed, tune_axes
 from bench.papers.noise_runs import CLIP, DATA, SAMPLE_CLIP, Method, Noise, one_run
 from sam_kernels.cli.train.optimizers import BASES
 
@@ -115,10 +115,6 @@ def draw(measured: Measured) -> Figure:
     return tune_axes(figure)
 
 
-def _points(value: float) -> str:
-    return f"{value:+.2f}"
-
-
 def _errors(value: float) -> str:
     return f"{value:.2f}"
 
@@ -130,9 +126,9 @@ EXPERIMENT = Experiment(
         Column("method", "method"),
         Column("rho", "ρ", lambda value: f"{value:g}"),
         Column("accuracy", "test accuracy, %", lambda value: f"{value:.2f}"),
-        Column("over_sam", "over SAM, λ = 1", _points),
+        Column("over_sam", "over SAM, λ = 1", signed),
         Column("errors_sam", "± 2 errors", _errors),
-        Column("over_sgd", "over SGD", _points),
+        Column("over_sgd", "over SGD", signed),
         Column("errors_sgd", "± 2 errors", _errors),
         Column("skipped", "skipped steps"),
     ),

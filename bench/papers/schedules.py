@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from bench.linear_models import Floats
 from bench.papers.context import Context
-from bench.papers.experiment import Column, Experiment, Measured, curve, cut, tune_axes
+from bench.papers.experiment import Column, Experiment, Measured, curve, cut, signed, tune_axes
 from sam_kernels import schedules
 from sam_kernels.cli.train.data import Digits, load
 from sam_kernels.cli.train.optimizers import BASES, MEMBERS, Settings
@@ -126,7 +126,7 @@ def _with_error(value: list[float]) -> str:
 
 
 def _difference(value: list[float]) -> str:
-    return f"{value[0]:+.2f} ± {value[1]:.2f}"
+    return f"{signed(value[0])} ± {value[1]:.2f}"
 
 
 EXPERIMENT = Experiment(

@@ -96,6 +96,7 @@ def test_one_seed_has_wilsons_interval_and_several_a_standard_error(tmp_path: Pa
     ends = [(share + z**2 / (2 * count) + sign * half) / (1 + z**2 / count) for sign in (-1, 1)]
     assert Estimate.of_proportions([share], count).interval == pytest.approx(ends, rel=1e-12)
     assert Estimate.of_proportions([share], count).text(1, 100) == "90.0 (86.5 to 92.7)"
+    assert Estimate(-0.0002, 0.004).text(1, 100) == "0.0 ± 0.4"  # no negative zero
     assert Estimate.of_proportions([0.9, 0.8], count).interval is None
     result = invoke(tmp_path, "--optimizers", "sgd")
     assert " to " in result.output

@@ -70,7 +70,8 @@ class Estimate:
         if self.interval is not None:
             low, high = (end * factor for end in self.interval)
             error = f" ({low:.{decimals}f} to {high:.{decimals}f})"
-        return f"{self.mean * factor:.{decimals}f}{error}"
+        rounded = round(self.mean * factor, decimals) + 0.0  # not -0.0
+        return f"{rounded:.{decimals}f}{error}"
 
 
 @dataclass(frozen=True)
