@@ -57,8 +57,8 @@ def test_radii_are_those_that_were_chosen() -> None:
 
 
 def test_the_gain_with_wrong_labels_is_the_dials() -> None:
-    epochs, error, time, _ = re.findall(
+    epochs, error, time, error_in_time = re.findall(
         r"\*\*40 % wrong labels\*\*.*?gain over the base: ([\d.]+) ± ([\d.]+) at equal epochs, ([\d.]+) ± ([\d.]+)", DIAL
     )[0]
     assert f"{round(float(epochs))} ± {round(float(error))} points over SGD" in CHOOSING
-    assert float(time) > float(epochs)  # "at equal epochs and at equal time"
+    assert f"{round(float(time))} ± {round(float(error_in_time))} at equal time" in CHOOSING

@@ -30,7 +30,7 @@ from sam_kernels.cli.train.plan import Plan
 from sam_kernels.cli.train.run import run
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("papers")]  # a minute of quick runs, which its tests share
 
 
 def some_models(loss: str) -> LinearModels:

@@ -106,7 +106,14 @@ def test_ratios_are_those_of_one_round() -> None:
     assert rows[REFERENCE]["ms_50"] == 21.0
 
 
-def test_rounds_follow_the_time_or_the_option() -> None:
+def test_rounds_follow_the_time_or_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_base: list[float] = []
+
+    def block_of(ms: float) -> int:
+        of_base.append(ms)
+        return 3
+
+    monkeypatch.setattr("bench.training.measure.block_of", block_of)
     common: dict[str, Any] = {"say": lambda line: None}
     rows = measure("tiny", TINY, (REFERENCE,), seconds=0.0, rounds=None, **common)
     assert {row["rounds"] for row in rows} == {LEAST_ROUNDS}
@@ -114,7 +121,9 @@ def test_rounds_follow_the_time_or_the_option() -> None:
     rows = measure("tiny", TINY, (REFERENCE,), seconds=0.0, rounds=4, **common)
     assert [(row["provider"], row["rounds"]) for row in rows] == [(BASE, 4), (REFERENCE, 4)]
     assert all(0 < row["optimizer_ms_50"] < row["ms_50"] for row in rows)
-    assert all(row["block"] > 1 for row in rows), "a turn of a small model is a block of steps"
+    assert {row["block"] for row in rows} == {3}, "a turn is a block of steps, of the base's time"
+    assert len(of_base) == 2
+    assert min(of_base) > 0
 
 
 def test_who_fails_is_left_out_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
