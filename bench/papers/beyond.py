@@ -19,7 +19,8 @@ from bench.dial.summary import share
 from bench.linear_models import Floats
 from bench.papers.beyond_runs import BITS, DATA, FINE_TUNINGS, SIGMAS, one_run
 from bench.papers.context import Context
-from bench.papers.experiment import Column, Experiment, Measured, cut, signed, tune_axes
+from bench.papers.experiment import Column, Experiment, Measured, cut, difference, tune_axes
+from sam_kernels.cli.output import rounded
 from sam_kernels.cli.prove.networks import DRAWS, LEARNT
 
 __all__ = ["BASE", "EXPERIMENT", "METHODS", "TESTS", "Method"]
@@ -141,8 +142,8 @@ def draw(measured: Measured) -> Figure:
 
 
 def _gain(value: Sequence[Any]) -> str:
-    mean, errors, part = value
-    return f"{signed(mean)} ± {errors:.2f}" + ("" if part is None else f" ({round(part, 2) + 0.0:.0%})")
+    *gain, part = value
+    return difference(gain) + ("" if part is None else f" ({rounded(part, 2):.0%})")
 
 
 EXPERIMENT = Experiment(

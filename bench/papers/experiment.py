@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from bench import batched
 from bench.linear_models import Draw, Floats, LinearModels
 from bench.papers.context import Context
+from sam_kernels.cli.output import rounded
 
 __all__ = [
     "COMPARED",
@@ -25,6 +26,7 @@ __all__ = [
     "compare",
     "curve",
     "cut",
+    "difference",
     "look",
     "signed",
     "together",
@@ -101,7 +103,12 @@ def together(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def signed(value: float) -> str:
     """Two decimals with a sign; what rounds to 0 is +0.00, from either side."""
-    return f"{round(value, 2) + 0.0:+.2f}"
+    return f"{rounded(value, 2):+.2f}"
+
+
+def difference(value: Sequence[float]) -> str:
+    """A mean with its sign, and its error: both are in ``value``."""
+    return f"{signed(value[0])} ± {value[1]:.2f}"
 
 
 def cut(value: float, digits: int = 5) -> float:

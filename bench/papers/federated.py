@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from bench.linear_models import Floats
 from bench.papers.context import Context
-from bench.papers.experiment import Column, Experiment, Measured, curve, cut, signed, tune_axes
+from bench.papers.experiment import Column, Experiment, Measured, curve, cut, difference, tune_axes
 from bench.papers.federated_runs import BATCH, CLIENTS, DATA, METHODS, PER_ROUND, one_run
 
 __all__ = ["ALPHAS", "BUDGET", "EXPERIMENT", "Budget", "Tuning", "tune"]
@@ -136,10 +136,6 @@ def draw(measured: Measured) -> Figure:
     return tune_axes(figure)
 
 
-def _difference(value: Sequence[float]) -> str:
-    return f"{signed(value[0])} ± {value[1]:.2f}"
-
-
 EXPERIMENT = Experiment(
     "Clients with unlike labels",
     (
@@ -150,8 +146,8 @@ EXPERIMENT = Experiment(
         Column("passes", "passes a step"),
         Column("early", f"test accuracy, %, round {EARLY}", lambda value: f"{value:.1f}"),
         Column("accuracy", f"last {LAST} rounds", lambda value: f"{value:.1f}"),
-        Column("over_fedavg", "over FedAvg, ± two errors", _difference),
-        Column("over_fedsam", "over FedSAM, ± two errors", _difference),
+        Column("over_fedavg", "over FedAvg, ± two errors", difference),
+        Column("over_fedsam", "over FedSAM, ± two errors", difference),
     ),
     measure,
     draw,

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from bench.linear_models import Floats
 from bench.papers.context import Context
-from bench.papers.experiment import Column, Experiment, Measured, curve, cut, signed, tune_axes
+from bench.papers.experiment import Column, Experiment, Measured, curve, cut, difference, tune_axes
 from sam_kernels import schedules
 from sam_kernels.cli.train.data import Digits, load
 from sam_kernels.cli.train.optimizers import BASES, MEMBERS, Settings
@@ -125,10 +125,6 @@ def _with_error(value: list[float]) -> str:
     return f"{value[0]:.2f} ± {value[1]:.2f}"
 
 
-def _difference(value: list[float]) -> str:
-    return f"{signed(value[0])} ± {value[1]:.2f}"
-
-
 EXPERIMENT = Experiment(
     "Learning rates that diminish, on a network",
     (
@@ -138,11 +134,11 @@ EXPERIMENT = Experiment(
         Column("schedule", "learning rate"),
         Column("sgd", "SGD: test accuracy, %", _with_error),
         Column("sam", "SAM: test accuracy, %", _with_error),
-        Column("sam_over_sgd", "SAM − SGD", _difference),
-        Column("over_constant_sgd", "SGD, over Constant", _difference),
-        Column("over_constant_sam", "SAM, over Constant", _difference),
-        Column("momentum_sgd", "SGD, with − without momentum", _difference),
-        Column("momentum_sam", "SAM, with − without momentum", _difference),
+        Column("sam_over_sgd", "SAM − SGD", difference),
+        Column("over_constant_sgd", "SGD, over Constant", difference),
+        Column("over_constant_sam", "SAM, over Constant", difference),
+        Column("momentum_sgd", "SGD, with − without momentum", difference),
+        Column("momentum_sam", "SAM, with − without momentum", difference),
         Column("losses", "training loss, SGD; SAM", lambda value: "; ".join(f"{each:.2g}" for each in value)),
     ),
     measure,

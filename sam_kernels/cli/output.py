@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["INTERRUPTED", "Ticker", "console_for", "to_json"]
+__all__ = ["INTERRUPTED", "Ticker", "console_for", "rounded", "to_json"]
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as a shell has it: 128 + SIGINT
 _WIDE = 1000  # columns: no row of a table is as long
@@ -57,3 +57,8 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def rounded(value: float, decimals: int) -> float:
+    """Return the value rounded for a table; what rounds to 0 has no sign."""
+    return round(value, decimals) + 0.0

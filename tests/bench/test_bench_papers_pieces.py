@@ -14,7 +14,7 @@ import pytest
 from bench import batched
 from bench.papers import drift, lambda_digits, lambda_problems, log, schedules, stall, unified
 from bench.papers.context import Context
-from bench.papers.experiment import together
+from bench.papers.experiment import difference, together
 from bench.papers.experiments import EXPERIMENTS
 from bench.papers.lambda_choice import SGD, Chosen, of_json, to_json
 
@@ -115,3 +115,7 @@ def test_what_was_chosen_comes_back_from_json() -> None:
     for lambd, each in found.items():
         assert (each.rho, each.gamma, each.tuned) == (chosen[lambd].rho, chosen[lambd].gamma, chosen[lambd].tuned)
         assert (each.values == chosen[lambd].values).all()
+
+
+def test_what_rounds_to_zero_has_one_sign() -> None:
+    assert [difference([mean, 0.1]) for mean in (-0.004, 0.0, 0.004, -0.006)] == ["+0.00 ± 0.10"] * 3 + ["-0.01 ± 0.10"]

@@ -70,8 +70,7 @@ class Estimate:
         if self.interval is not None:
             low, high = (end * factor for end in self.interval)
             error = f" ({low:.{decimals}f} to {high:.{decimals}f})"
-        rounded = round(self.mean * factor, decimals) + 0.0  # not -0.0
-        return f"{rounded:.{decimals}f}{error}"
+        return f"{output.rounded(self.mean * factor, decimals):.{decimals}f}{error}"
 
 
 @dataclass(frozen=True)
